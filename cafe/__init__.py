@@ -1,0 +1,1 @@
+"""The science of facial-expression recognition that generalises: data, views, frozen towers, methods and metrics."""

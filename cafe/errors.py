@@ -1,0 +1,18 @@
+"""The one error a user can cause, and the one sentence every unknown name gets.
+
+The command line turns a `UserError` into its message and exit code 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's: one sentence with the value, what is allowed and the remedy."""
+
+
+def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
+    """Return the error for a name that is not one of `allowed`."""
+    names = ", ".join(sorted(allowed)) or "nothing yet"
+    return UserError(f"Unknown {kind} {str(value)!r}: choose {names}.")

@@ -1,0 +1,153 @@
+"""A manifest: one row per face of one data set, kept as a plain Parquet file.
+
+It fixes once what every later step relies on: which faces there are, their labels and their split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.expressions import EXPRESSIONS
+
+SPLITS = ("train", "val", "test")
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),  # stable under moving the folder: the path below its root
+        ("path", pa.string()),  # relative to the root
+        ("label", pa.int8()),  # index into EXPRESSIONS
+        ("split", pa.string()),
+        ("group", pa.string()),  # identity, film or session that must not be split; may be null
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("digest", pa.string()),  # SHA-256 of the file
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Face:
+    """One row; `split` is empty until the data set gives one or `assign_splits` makes one."""
+
+    sample_id: str
+    path: str
+    label: int
+    split: str
+    group: str | None
+    width: int
+    height: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to."""
+
+    name: str
+    root: str
+    table: pa.Table
+
+    @classmethod
+    def from_faces(cls, name: str, root: str, faces: Iterable[Face]) -> Manifest:
+        """Sort by sample_id and check that no two faces share one."""
+        rows = sorted(faces, key=lambda face: face.sample_id)
+        for first, second in zip(rows, rows[1:], strict=False):
+            if first.sample_id == second.sample_id:
+                raise UserError(f"The sample {first.sample_id!r} is listed twice in {name!r}: keep one of its rows.")
+        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA))
+
+    @classmethod
+    def load(cls, path: UPath) -> Manifest:
+        """Read a manifest file; raise `UserError` when it is missing or not one."""
+        try:
+            table = pq.read_table(pa.BufferReader(path.read_bytes()))
+            about = json.loads(table.schema.metadata[b"cafe.manifest"])
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+        except (pa.ArrowInvalid, KeyError, TypeError):
+            raise UserError(f"{path} is not a manifest: write it again with `cafe data index`.") from None
+        return cls(about["name"], about["root"], table)
+
+    def save(self, path: UPath) -> None:
+        """Write the manifest as Parquet in one put."""
+        about = json.dumps({"name": self.name, "root": self.root, "expressions": EXPRESSIONS})
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": about}), sink)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sink.getvalue().to_pybytes())
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def sample_ids(self) -> list[str]:
+        """The sample_id of every row."""
+        return [str(value) for value in self.table["sample_id"].to_pylist()]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of every row, (N,) int64."""
+        return self.table["label"].to_numpy().astype(np.int64)
+
+    def path(self, row: int) -> UPath:
+        """Where the image of a row lies."""
+        return UPath(self.root) / self.table["path"][row].as_py()
+
+    def rows(self, split: str) -> np.ndarray:
+        """The row numbers of a split, or of `all`, in manifest order."""
+        if split == "all":
+            return np.arange(len(self))
+        return np.flatnonzero(np.asarray(self.table["split"].to_pylist()) == split)
+
+    @property
+    def digest(self) -> str:
+        """Names everything but where the files lie: samples, labels, splits, groups and contents."""
+        return _digest(self.table, ["sample_id", "label", "split", "group", "digest"])
+
+    @property
+    def image_digest(self) -> str:
+        """Names the images alone: what a frozen feature depends on."""
+        return _digest(self.table, ["sample_id", "digest"])
+
+
+def _digest(table: pa.Table, columns: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(json.dumps([column, table[column].to_pylist()]).encode())
+    return digest.hexdigest()
+
+
+def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Face]:
+    """Give every face without a split `train` or `test`, stratified by label and repeatable everywhere.
+
+    Faces of one group (or, without a group, of identical content) stay together. Units are taken in the order of their
+    hash until a class has its share of test faces, so that adding files later moves hardly any other.
+    """
+    units: dict[str, list[int]] = {}
+    quota: Counter[int] = Counter()
+    for position, face in enumerate(faces):
+        if not face.split:
+            units.setdefault(f"group {face.group}" if face.group else f"image {face.digest}", []).append(position)
+            quota[face.label] += 1
+    quota = Counter({label: max(round(test_fraction * n), min(1, n - 1)) for label, n in quota.items()})
+
+    result = list(faces)
+    for name in sorted(units, key=lambda unit: hashlib.sha256(unit.encode()).digest()):
+        counts = Counter(faces[position].label for position in units[name])
+        # A group goes to test while at least half of it is still wanted there.
+        wanted = sum(min(n, quota[label]) for label, n in counts.items())
+        test = 2 * wanted >= counts.total()
+        for position in units[name]:
+            result[position] = replace(faces[position], split="test" if test else "train")
+        if test:
+            quota = Counter({label: max(0, n - counts[label]) for label, n in quota.items()})
+    return result

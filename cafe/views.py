@@ -1,0 +1,111 @@
+"""A view: one augmented picture of one face, a pure function of (seed, sample_id, view index).
+
+The frozen tower sees view v once, when its features are extracted; the image branch re-creates the very same view v while
+training. Nothing else (worker, order, batch, machine, size of the picture) takes part, so both see the same face.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+VERSION = 1  # part of every cache key: raise it when a view of the same name would look different
+ERASE_ATTEMPTS = 10  # as torchvision's RandomErasing
+INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class ViewPolicy:
+    """How views 1, 2, … are drawn; view 0 is always the clean image. The defaults change nothing."""
+
+    noise_probability: float = 0.0
+    noise_variance: float = 30.0  # on the 0–255 image, before it is resized
+    flip_probability: float = 0.0
+    erase_probability: float = 0.0
+    erase_area: tuple[float, float] = (0.02, 0.25)  # of the picture
+    erase_ratio: tuple[float, float] = (0.3, 3.3)  # height / width, log-uniform
+
+
+POLICIES = {
+    "paper": ViewPolicy(noise_probability=0.5, flip_probability=0.5, erase_probability=0.5),  # CAFE, released script
+    "clean": ViewPolicy(),
+    "clean+flip": ViewPolicy(flip_probability=0.5),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """The drawn parameters of one view; lengths and places are fractions of the side, so they fit any size."""
+
+    noise: np.random.Generator | None
+    variance: float
+    flip: bool
+    erase: tuple[float, float, float, float] | None  # top and left among the free places, height, width
+
+    def render(self, image: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
+        """Return the view (size, size, 3) uint8 of an image (H, W, 3) uint8: noise, resize, flip (not yet erased)."""
+        if self.noise is not None:
+            noise = self.noise.standard_normal(image.shape, dtype=np.float32) * np.float32(math.sqrt(self.variance))
+            image = np.clip(image + noise, 0, 255).astype(np.uint8)  # truncates, as the released script does
+        resized = np.asarray(Image.fromarray(image).resize((size, size), INTERPOLATIONS[interpolation]))
+        return resized[:, ::-1] if self.flip else resized
+
+    def box(self, size: int) -> tuple[int, int, int, int]:
+        """Return the erased rectangle (top, left, height, width) in pixels; all zero when nothing is erased."""
+        if self.erase is None:
+            return (0, 0, 0, 0)
+        top, left, height, width = self.erase
+        rows, columns = round(height * size), round(width * size)
+        return (int(top * (size - rows + 1)), int(left * (size - columns + 1)), rows, columns)
+
+
+def draw_view(policy: ViewPolicy, seed: int, sample_id: str, view: int) -> View:
+    """Draw view number `view` of a sample, with a generator keyed by nothing but the three of them."""
+    if view == 0:
+        return View(None, 0.0, False, None)
+    key = hashlib.blake2b(f"{seed}/{view}/{sample_id}".encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    noise, flip, erase = generator.random(3) < (
+        policy.noise_probability,
+        policy.flip_probability,
+        policy.erase_probability,
+    )
+    box = _draw_box(policy, generator.random((ERASE_ATTEMPTS, 4))) if erase else None
+    return View(generator if noise else None, policy.noise_variance, bool(flip), box)
+
+
+def _draw_box(policy: ViewPolicy, uniforms: np.ndarray) -> tuple[float, float, float, float] | None:
+    """Return the first rectangle that fits, as torchvision's RandomErasing.get_params does, or None."""
+    low, high = policy.erase_area
+    log_low, log_high = math.log(policy.erase_ratio[0]), math.log(policy.erase_ratio[1])
+    for area_u, ratio_u, top, left in uniforms.tolist():
+        area = low + (high - low) * area_u
+        ratio = math.exp(log_low + (log_high - log_low) * ratio_u)
+        height, width = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if height < 1 and width < 1:
+            return (top, left, height, width)
+    return None
+
+
+def normalise(pictures: torch.Tensor, boxes: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Return views as a tower takes them: (N, 3, S, S) float32 from (N, S, S, 3) uint8 and boxes (N, 4).
+
+    Erased pixels are 0 after normalisation, that is, the mean colour.
+    """
+    images = pictures.permute(0, 3, 1, 2).to(torch.float32).div(255)
+    images = images.sub(torch.tensor(mean, device=images.device).view(3, 1, 1))
+    images = images.div(torch.tensor(std, device=images.device).view(3, 1, 1))
+    for image, (top, left, rows, columns) in zip(images, boxes.tolist(), strict=True):
+        image[:, top : top + rows, left : left + columns] = 0
+    return images
+
+
+def epoch_view(epoch: int, views: int) -> int:
+    """Return the view that training epoch 1, 2, … uses: view e when there are enough, else views 1..V-1 in turn."""
+    return 0 if views == 1 else 1 + (epoch - 1) % (views - 1)
