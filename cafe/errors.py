@@ -11,6 +11,14 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake of the user's: one sentence with the value, what is allowed and the remedy."""
 
+    exit_code = 2
+
+
+class IncompleteError(UserError):
+    """The command ran and kept what it made, but the data fell short of what was asked."""
+
+    exit_code = 1
+
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
     """Return the error for a name that is not one of `allowed`."""

@@ -65,6 +65,27 @@ class View:
         return (int(top * (size - rows + 1)), int(left * (size - columns + 1)), rows, columns)
 
 
+@dataclass(frozen=True)
+class ViewPlan:
+    """Everything a view needs beside its face: recorded with the features, so that the image branch sees the same."""
+
+    policy: str
+    seed: int
+    views: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def view_of(self, epoch: int) -> int:
+        """Return the view that training epoch 1, 2, … uses: view e when there are enough, else views 1..V-1 in turn."""
+        return 0 if self.views == 1 else 1 + (epoch - 1) % (self.views - 1)
+
+    def render(self, image: np.ndarray, sample_id: str, view: int, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Return a view's picture (size, size, 3) uint8 and its erased box, from the image (H, W, 3) uint8."""
+        drawn = draw_view(POLICIES[self.policy], self.seed, sample_id, view)
+        return drawn.render(image, size, self.interpolation), drawn.box(size)
+
+
 def draw_view(policy: ViewPolicy, seed: int, sample_id: str, view: int) -> View:
     """Draw view number `view` of a sample, with a generator keyed by nothing but the three of them."""
     if view == 0:
@@ -105,7 +126,3 @@ def normalise(pictures: torch.Tensor, boxes: torch.Tensor, mean: Sequence[float]
         image[:, top : top + rows, left : left + columns] = 0
     return images
 
-
-def epoch_view(epoch: int, views: int) -> int:
-    """Return the view that training epoch 1, 2, … uses: view e when there are enough, else views 1..V-1 in turn."""
-    return 0 if views == 1 else 1 + (epoch - 1) % (views - 1)

@@ -1,0 +1,60 @@
+"""Checkpoints as safetensors + JSON: nothing read from a file is ever unpickled.
+
+`state.safetensors` holds every tensor of the method and its optimiser by name; `state.json` what is not a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from upath import UPath
+
+
+def save_checkpoint(folder: UPath, method: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+    """Write a training's state to a folder; `record` is kept as JSON beside the tensors."""
+    state = optimizer.state_dict()
+    tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
+    for parameter, values in state["state"].items():
+        tensors |= {f"optimizer.{parameter}.{name}": value for name, value in values.items()}
+    write_tensors(folder / "state.safetensors", tensors)
+    about = {**record, "optimizer_groups": state["param_groups"]}
+    (folder / "state.json").write_bytes(json.dumps(about, indent=1).encode())
+
+
+def load_checkpoint(folder: UPath, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore a training's state from a folder and return its record."""
+    tensors = load_tensors((folder / "state.safetensors").read_bytes())
+    record: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
+    method.load_state_dict(_below(tensors, "method."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _below(tensors, "optimizer.").items():
+        parameter, _, key = name.partition(".")
+        state.setdefault(int(parameter), {})[key] = value
+    groups = [{**group, **_tuples(group)} for group in record.pop("optimizer_groups")]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return record
+
+
+def write_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as one safetensors file."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(save_tensors(plain))
+
+
+def read_tensors(path: UPath) -> dict[str, Tensor]:
+    """Read named tensors from a safetensors file."""
+    return dict(load_tensors(path.read_bytes()))
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _tuples(group: dict[str, Any]) -> dict[str, Any]:
+    return {"betas": tuple(group["betas"])} if "betas" in group else {}

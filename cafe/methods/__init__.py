@@ -1,0 +1,22 @@
+"""The methods. A new one is a file and a line here; tests walk every entry."""
+
+from __future__ import annotations
+
+from cafe.errors import unknown
+from cafe.methods.cafe import Cafe
+from cafe.methods.image_only import ImageOnly
+from cafe.methods.linear_probe import LinearProbe
+from cafe.methods.method import Method
+
+METHODS: dict[str, type[Method]] = {
+    "cafe": Cafe,
+    "linear_probe": LinearProbe,
+    "image_only": ImageOnly,
+}
+
+
+def find_method(name: str) -> type[Method]:
+    """Return a method by name; raise `UserError` naming all."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]

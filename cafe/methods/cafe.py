@@ -1,0 +1,108 @@
+"""CAFE: a sigmoid mask, learned by the image branch, selects the expression channels of frozen face features.
+
+"Generalizable Facial Expression Recognition", ECCV 2024. Equation numbers are the paper's; where the paper and the released
+script differ, the script's form is the default because the published numbers came from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cafe.errors import UserError
+from cafe.expressions import EXPRESSIONS
+from cafe.methods import method
+from cafe.methods.method import Batch, Inputs, Method
+from cafe.networks import build_network
+
+CLASSES = len(EXPRESSIONS)
+
+
+@dataclass(frozen=True)
+class Recipe(method.Recipe):
+    """CAFE's published settings, with its ablations as switches."""
+
+    mask: str = "sigmoid"  # "linear": without the sigmoid; "none": the frozen features as they are
+    separation: float = 1.5  # λ of Eq. 9; 0 switches the loss off
+    diverse: float = 5.0  # β of Eq. 9; 0 switches the loss off
+    diverse_form: str = "mean"  # the released script; "sum" over classes is Eq. 8 read literally
+    dropped: float = 10 / 73  # share of a group's channels that separation drops (10 of 73, released script)
+
+
+class Cafe(Method):
+    """Eq. 2: F~ = sigmoid(image branch) * frozen features; one linear layer classifies F~."""
+
+    needs = frozenset({"image", "features"})
+    Recipe = Recipe
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        super().__init__(recipe, inputs)
+        assert inputs.width is not None
+        if inputs.width < CLASSES:
+            raise UserError(f"CAFE needs frozen features of at least {CLASSES} channels, not {inputs.width}.")
+        self.branch = build_network(inputs.network, inputs.init)
+        self.classifier = nn.Linear(inputs.width, CLASSES)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return logits (N, 7) and the masked features (N, C)."""
+        features = batch["features"]
+        mask_logits = self.branch.pool(self.branch(batch["image"]))  # (N, width of the branch)
+        masked = apply_mask(features, resize_channels(mask_logits.float(), features.shape[1]), self.recipe.mask)
+        return {"logits": self.classifier(masked), "masked": masked}
+
+    def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Eq. 9: classification + λ separation + β diverse."""
+        masked, labels = output["masked"].float(), batch["label"]
+        keep = draw_kept_channels(masked.shape[1], self.recipe.dropped, batch["generator"]).to(masked.device)
+        return cafe_losses(output["logits"].float(), masked, labels, keep, self.recipe)
+
+
+def resize_channels(values: Tensor, width: int) -> Tensor:
+    """Fit (N, K) to (N, width): channel-wise averaging down or interpolation up (supplement, Alg. 1 line 6)."""
+    if values.shape[1] >= width:
+        return functional.adaptive_avg_pool1d(values, width)  # identity when the widths agree
+    return functional.interpolate(values[:, None], size=width, mode="linear", align_corners=False)[:, 0]
+
+
+def apply_mask(features: Tensor, mask_logits: Tensor, mask: str) -> Tensor:
+    """Eq. 2, F~ = M * F, for (N, C) features and mask logits."""
+    if mask == "none":
+        return features + 0 * mask_logits  # the image branch stays in the graph, unused
+    return features * (mask_logits.sigmoid() if mask == "sigmoid" else mask_logits)
+
+
+def draw_kept_channels(width: int, dropped: float, generator: torch.Generator) -> Tensor:
+    """Draw which channels separation keeps, (C,) of 0 and 1: the same share dropped at random in every class's group.
+
+    The channels left over by C // 7 belong to the last group's draw, as in the released script (63 of 73 kept, and 64 of
+    the last 74).
+    """
+    size = width // CLASSES
+    keep = torch.ones(width)
+    for group in range(CLASSES):
+        start, end = group * size, (group + 1) * size if group < CLASSES - 1 else width
+        order = torch.randperm(end - start, generator=generator)
+        keep[start + order[: round(dropped * size)]] = 0
+    return keep
+
+
+def pool_groups(masked: Tensor) -> Tensor:
+    """Max over the channels of each class's group, (N, C) → (N, 7); the remainder of C / 7 is left out."""
+    size = masked.shape[1] // CLASSES
+    return masked[:, : CLASSES * size].unflatten(1, (CLASSES, size)).amax(dim=2)
+
+
+def cafe_losses(logits: Tensor, masked: Tensor, labels: Tensor, keep: Tensor, recipe: Recipe) -> dict[str, Tensor]:
+    """Eq. 3–9 for logits (N, 7), masked features (N, C), labels (N,) and the kept channels (C,)."""
+    size = masked.shape[1] // CLASSES
+    classification = functional.cross_entropy(logits, labels)  # Eq. 3
+    separation = functional.cross_entropy(pool_groups(masked * keep), labels)  # Eq. 4–6
+    peaks = pool_groups(masked)  # Eq. 7, (N, 7)
+    peak = peaks.mean() if recipe.diverse_form == "mean" else peaks.sum(dim=1).mean()
+    diverse = 1 - peak / size  # Eq. 8
+    total = classification + recipe.separation * separation + recipe.diverse * diverse  # Eq. 9
+    return {"total": total, "classification": classification, "separation": separation, "diverse": diverse}

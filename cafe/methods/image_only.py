@@ -1,0 +1,24 @@
+"""Image only: the image branch with its own classifier, trained by cross-entropy; what CAFE is without frozen features."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cafe.expressions import EXPRESSIONS
+from cafe.methods.method import Batch, Inputs, Method, Recipe
+from cafe.networks import build_network
+
+
+class ImageOnly(Method):
+    """The usual source-only network; trained with CAFE's recipe and views."""
+
+    needs = frozenset({"image"})
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        super().__init__(recipe, inputs)
+        self.branch = build_network(inputs.network, inputs.init)
+        self.classifier = nn.Linear(self.branch.width, len(EXPRESSIONS))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return logits (N, 7)."""
+        return {"logits": self.classifier(self.branch.pool(self.branch(batch["image"])))}

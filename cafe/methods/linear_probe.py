@@ -1,0 +1,23 @@
+"""Linear probe: one linear layer on the frozen features, the baseline every use of them has to beat."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cafe.expressions import EXPRESSIONS
+from cafe.methods.method import Batch, Inputs, Method, Recipe
+
+
+class LinearProbe(Method):
+    """Cross-entropy on the frozen features alone; trained with CAFE's recipe and views."""
+
+    needs = frozenset({"features"})
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        super().__init__(recipe, inputs)
+        assert inputs.width is not None
+        self.classifier = nn.Linear(inputs.width, len(EXPRESSIONS))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return logits (N, 7)."""
+        return {"logits": self.classifier(batch["features"])}

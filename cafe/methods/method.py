@@ -1,0 +1,104 @@
+"""What every method is: what it needs of a batch, how it turns that into logits, what it minimises, and its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cafe.errors import UserError, unknown
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The training recipe all methods share; the defaults are CAFE's published ones (supplement, released script)."""
+
+    epochs: int = 60
+    batch_size: int = 32
+    learning_rate: float = 2e-4  # Adam
+    weight_decay: float = 1e-4
+    gamma: float = 0.9  # the learning rate is multiplied by it after every epoch
+    sampler: str = "shuffle"  # or "balanced": 1 / class count, with replacement
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method is built for: the width of the frozen features and the image branch to use."""
+
+    width: int | None  # channels of the frozen features
+    network: str = "resnet18"
+    init: str = "scratch"
+
+
+class Method(nn.Module):
+    """A method of facial-expression recognition. A subclass cites its paper and states where it deviates from it."""
+
+    needs: ClassVar[frozenset[str]]  # what its batches hold: "image", "features"
+    Recipe: ClassVar[type[Recipe]] = Recipe
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.inputs = inputs
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return named outputs of which `logits` (N, 7) is required; runs inside DDP, on one worker's part of a batch."""
+        raise NotImplementedError
+
+    def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters."""
+        total = nn.functional.cross_entropy(output["logits"], batch["label"])
+        return {"total": total}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the recipe."""
+        return torch.optim.Adam(
+            self.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
+        )
+
+    def learning_rate_factor(self, epoch: int) -> float:
+        """What the optimiser's learning rates are multiplied by in epoch 1, 2, …"""
+        return float(self.recipe.gamma ** (epoch - 1))
+
+
+def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Recipe:
+    """Return the recipe with `KEY=VALUE` settings changed; raise `UserError` for an unknown key or an unfit value."""
+    known = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    changes = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"Cannot read the setting {override!r}: write KEY=VALUE, e.g. epochs=20.")
+        if key not in known:
+            raise unknown(f"setting of {method}", key, known)
+        kind = type(known[key])
+        try:
+            changes[key] = kind(text)
+        except ValueError:
+            raise UserError(f"The setting {key} of {method} is a {kind.__name__}, not {text!r}.") from None
+    changed = replace(recipe, **changes)
+    _check(changed, method)
+    return changed
+
+
+def _check(recipe: Recipe, method: str) -> None:
+    for name, value in asdict(recipe).items():
+        allowed = CHOICES.get(name)
+        if allowed and value not in allowed:
+            raise unknown(f"{name} of {method}", value, allowed)
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"The setting {name} of {method} cannot be negative, but is {value}.")
+    if recipe.epochs < 1 or recipe.batch_size < 2:
+        raise UserError(f"{method} needs at least 1 epoch and batches of at least 2 faces.")
+
+
+CHOICES = {
+    "sampler": ("shuffle", "balanced"),
+    "mask": ("sigmoid", "linear", "none"),
+    "diverse_form": ("mean", "sum"),
+}

@@ -1,0 +1,90 @@
+"""One batch over several workers, with the result of one: batch norm and losses see the whole batch.
+
+Without this, training with more workers is another training: each worker would normalise by its own faces, and a loss that
+ranks or mixes a batch would rank or mix a part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn import functional as collective
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def world_size() -> int:
+    """Return the number of workers of this training, 1 outside a distributed one."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this worker's number, 0 outside a distributed training."""
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def part_sizes(total: int) -> list[int]:
+    """Return how many samples of a batch each worker takes: consecutive parts, the first ones larger by one."""
+    workers = world_size()
+    return [total // workers + (number < total % workers) for number in range(workers)]
+
+
+def gather(values: Tensor, total: int) -> Tensor:
+    """Return the whole batch's (total, …) from every worker's part, in order; only the own part carries gradients.
+
+    A loss of the gathered values gives every worker its share of the gradient, and DDP averages the shares: multiply the
+    loss by `world_size()`.
+    """
+    sizes = part_sizes(total)
+    if len(sizes) == 1:
+        return values
+    padded = values.detach().new_zeros((max(sizes), *values.shape[1:]))
+    padded[: len(values)] = values.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(parts, padded)
+    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    parts[rank()] = values
+    return torch.cat(parts)
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm over the faces of all workers; like torch's SyncBatchNorm, but also on CPU. (N, C, …) → (N, C, …)."""
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  # torch's signature
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's signature
+        """Normalise by the statistics of the whole batch while training, by the running ones otherwise."""
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        axes = [0, *range(2, input.dim())]
+        values = input.float()
+        count = collective.all_reduce(values.new_tensor(values.numel() / values.shape[1]))
+        mean = collective.all_reduce(values.sum(axes)) / count
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        centred = values - mean.view(shape)
+        variance = collective.all_reduce(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            assert self.num_batches_tracked is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # unbiased, as torch keeps it
+            self.num_batches_tracked.add_(1)
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return normalised.to(input.dtype)
+
+
+def share_batch_norm(module: nn.Module) -> nn.Module:
+    """Replace every batch norm of a module by one over all workers, with the same weights and names."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
+            shared = GlobalBatchNorm(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
+            )
+            shared.load_state_dict(child.state_dict())
+            setattr(module, name, shared)
+        else:
+            share_batch_norm(child)
+    return module

@@ -1,0 +1,91 @@
+"""The plain-torch loops: one training epoch, and prediction. No cluster in sight; a worker of one calls the same code."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cafe.loading import FaceDataset, epoch_order, own_part, random_generator
+from cafe.methods.method import Batch, Method
+from cafe.parallel import gather, rank, world_size
+
+PREDICTION_BATCH = 64
+
+
+@dataclass
+class Training:
+    """A method under training: `module` is the method, wrapped in DDP when there are several workers."""
+
+    method: Method
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    dataset: FaceDataset
+    rows: np.ndarray  # the source's training rows
+    seed: int
+    device: torch.device
+    precision: str = "fp32"
+    loader_workers: int = 0
+
+    def run_epoch(self, epoch: int, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, float]:
+        """Train epoch 1, 2, … and return mean losses by name, accuracy, learning rate and faces per second.
+
+        The epoch depends on (seed, epoch) and the state at its start alone: a resumed training is the uninterrupted one.
+        """
+        started = time.perf_counter()
+        self.module.train()
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
+        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch)
+        view = self.dataset.plan.view_of(epoch)
+        samples = [[(int(row), view) for row in own_part(batch)] for batch in order]
+        sums: dict[str, float] = defaultdict(float)
+        for step, batch in enumerate(self.dataset.load(samples, self.device, self.loader_workers)):
+            for name, value in self._step(batch, len(order[step]), epoch, step).items():
+                sums[name] += value
+            progress(step + 1, len(order))
+        faces = sum(map(len, order))
+        metrics = {f"train/{name}": value / faces for name, value in sums.items()}
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["faces_per_second"] = faces / (time.perf_counter() - started)
+        return metrics
+
+    def _step(self, batch: Batch, total: int, epoch: int, step: int) -> dict[str, float]:
+        step_seed = int(random_generator(self.seed, "step", epoch, step).integers(2**62))
+        torch.manual_seed(step_seed + rank())  # dropout
+        with autocast(self.device, self.precision):
+            output = self.module(batch)
+        whole = {name: gather(value.float(), total) for name, value in output.items()}
+        targets = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
+        losses = self.method.losses(whole, {**targets, "generator": torch.Generator().manual_seed(step_seed)})
+        self.optimizer.zero_grad()
+        (losses["total"] * world_size()).backward()
+        self.optimizer.step()
+        correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
+        return {name: float(value.detach()) * total for name, value in {**losses, "accuracy": correct}.items()}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return the context of a forward pass in `fp32` or, by autocast, `bf16`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """Return class probabilities (n, 7) float32 of the clean views of some rows."""
+    method.eval()
+    batches = [
+        [(int(row), 0) for row in rows[start : start + PREDICTION_BATCH]]
+        for start in range(0, len(rows), PREDICTION_BATCH)
+    ]
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for batch in dataset.load(batches, device, 0):
+            parts.append(method(batch)["logits"].float().softmax(dim=1).cpu())
+    return torch.cat(parts).numpy()

@@ -1,0 +1,229 @@
+"""The `cafe` command: parses, calls the pipeline, prints. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from cafe.errors import UserError
+from jobs.options import options
+from pipeline.settings import EvaluateSettings, ExtractSettings, TrainSettings
+
+
+class Commands(click.Group):
+    """Lists commands in the order of the work and turns a `UserError` into its sentence and exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names as they were defined."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise _Sentence(error) from None
+
+
+class _Sentence(click.ClickException):
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--workspace", "-w", default="work", show_default=True, help="Folder or URI that holds everything.")
+@click.version_option(package_name="cafe")
+@click.pass_context
+def main(ctx: click.Context, workspace: str) -> None:
+    """Facial-expression recognition that generalises: train on one data set, be judged on all the others.
+
+    \b
+    cafe demo                                            # everything below on synthetic faces
+    cafe data index folder ~/faces/news --name news      # a manifest
+    cafe extract news cinema --backbone imagenet-lite0   # frozen features, once
+    cafe train --source news --method cafe --seed 0      # train, then judge on every other manifest
+    cafe compare                                         # methods × targets, with intervals
+    """
+    ctx.obj = workspace
+
+
+def _workspace() -> Any:
+    from pipeline.workspace import Workspace
+
+    return Workspace.at(click.get_current_context().obj)
+
+
+@contextmanager
+def _progress(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], None]]:
+    """Show one bar with rate and time left on a terminal, and nothing elsewhere; yields `update(done, total)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit} {{task.fields[rate]}}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
+
+        yield update
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+@main.group(cls=Commands)
+def data() -> None:
+    """Manifests: which faces there are, their labels and their split."""
+
+
+@data.command("index")
+@click.argument("kind")
+@click.argument("root")
+@click.option("--name", required=True, help="Name of the manifest in this workspace.")
+def index(kind: str, root: str, name: str) -> None:
+    """Index a data set, e.g. `cafe data index folder ~/faces/news --name news`.
+
+    \b
+    KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
+    KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
+    """
+    from cafe.datasets import DATASETS
+    from cafe.datasets.files import index_files
+    from cafe.errors import unknown
+    from jobs.tables import index_tables
+    from pipeline.workspace import check_name, locate
+
+    if kind not in DATASETS:
+        raise unknown("kind of data set", kind, DATASETS)
+    check_name(name)
+    listing = DATASETS[kind](locate(root))
+    with _progress("Reading") as progress:
+        opened = iter(range(1, len(listing.files) + 1))
+        result = index_files(name, listing, lambda _: progress(next(opened), len(listing.files)))
+    path = _workspace().manifest_path(name)
+    result.manifest.save(path)
+    for table in index_tables(result):
+        _print(table)
+    click.echo(f"Wrote {path}")
+
+
+@data.command("list")
+def list_data() -> None:
+    """List the manifests of the workspace and the feature stores each of them has."""
+    from jobs.tables import manifests_table
+
+    _print(manifests_table(_workspace()))
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@options(ExtractSettings)
+def extract(names: tuple[str, ...], **values: Any) -> None:
+    """Compute frozen features once, e.g. `cafe extract news --backbone imagenet-lite0 --views 5`.
+
+    Interrupt it as you like: the same command goes on where it was.
+    """
+    from pipeline.extract import extract as extract_features
+
+    workspace = _workspace()
+    manifests = [workspace.load_manifest(name) for name in names]
+    with _progress("Extracting") as progress:
+        results = extract_features(workspace, manifests, ExtractSettings(**values), progress)
+    for result in results:
+        click.echo(result.sentence())
+
+
+@main.command()
+@options(TrainSettings)
+def train(**values: Any) -> None:
+    """Train a method on one source and judge it on every other manifest.
+
+    \b
+    cafe train --source news --method cafe --seed 0 --epochs 20
+
+    Interrupt it as you like: the same command goes on from its last checkpoint.
+    """
+    from jobs.tables import scores_table
+    from pipeline.train import plan_training, train_and_judge
+
+    plan = plan_training(_workspace(), TrainSettings(**values))
+    with _progress(plan.spec.name, "steps") as training, _progress("Judging", "targets") as judging:
+        metrics = train_and_judge(plan, training, judging)
+    _print(scores_table(metrics))
+    click.echo(f"Run {plan.spec.name} in {plan.run}")
+
+
+@main.command()
+@click.argument("run")
+@options(EvaluateSettings)
+def evaluate(run: str, **values: Any) -> None:
+    """Judge a trained run on targets, e.g. `cafe evaluate cafe-news-s0 --targets cinema`.
+
+    RUN is the name of a run of this workspace or its unambiguous beginning.
+    """
+    from jobs.tables import scores_table
+    from pipeline import cluster
+    from pipeline.evaluate import log_results, predict_targets
+    from pipeline.runs import RunSpec, choose_targets, is_finished
+    from pipeline.tracking import Tracker
+
+    settings, workspace = EvaluateSettings(**values), _workspace()
+    path = workspace.run_path(workspace.find_run(run))
+    if not is_finished(path):
+        raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
+    targets = choose_targets(workspace, settings.targets, RunSpec.load(path))
+    tracker = Tracker(workspace, settings.mlflow_uri, settings.experiment)
+    with cluster.connect(settings), _progress("Judging", "targets") as progress:
+        predict_targets(path, workspace, targets, settings.split, settings.use_gpu, progress)
+    _print(scores_table(log_results(path, tracker)))
+
+
+@main.command()
+@click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1.")
+@click.option("--markdown", metavar="FILE", help="Write the table as Markdown too.")
+@click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
+@click.option("--experiment", default="cafe", show_default=True, help="MLflow experiment.")
+def compare(metric: str, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
+    """Compare all runs: methods × targets, mean ± 95 % interval over seeds."""
+    from jobs.tables import comparison_tables
+    from pipeline.compare import compare as compare_runs
+    from pipeline.compare import to_markdown
+    from pipeline.tracking import Tracker
+    from pipeline.workspace import locate
+
+    comparison = compare_runs(Tracker(_workspace(), mlflow_uri, experiment).runs(), metric)
+    for table in comparison_tables(comparison):
+        _print(table)
+    if markdown:
+        locate(markdown).write_bytes(to_markdown(comparison).encode())
+        click.echo(f"Wrote {markdown}")
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
+def ui(port: int) -> None:
+    """Open MLflow's pages of this workspace in a browser: starts its server on loopback and prints the address."""
+    from pipeline.tracking import serve
+
+    serve(_workspace(), port, lambda address: click.echo(f"MLflow at {address} (stop with Ctrl-C)"))
+
+
+if __name__ == "__main__":
+    main()

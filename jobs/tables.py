@@ -1,0 +1,91 @@
+"""Tables for the terminal, drawn with rich."""
+
+from __future__ import annotations
+
+import statistics
+
+from rich.table import Column, Table
+
+from cafe.datasets.files import Index
+from cafe.expressions import EXPRESSIONS
+from cafe.manifest import SPLITS
+from pipeline.compare import Comparison, cells
+from pipeline.store import find_stores
+from pipeline.workspace import Workspace
+
+LISTED = 10  # broken or duplicate files named before "and N more"
+
+
+def index_tables(index: Index) -> list[Table | str]:
+    """Class counts per split, sizes, broken and duplicate files of a fresh manifest."""
+    manifest, counts = index.manifest, index.counts()
+    splits = [split for split in SPLITS if any(counts[split, label] for label in range(len(EXPRESSIONS)))]
+    table = Table()
+    table.add_column("expression")
+    for split in splits:
+        table.add_column(split, justify="right")
+    table.add_column("all", justify="right")
+    for label, name in enumerate(EXPRESSIONS):
+        numbers = [counts[split, label] for split in splits]
+        table.add_row(name, *(f"{n:,}" for n in (*numbers, sum(numbers))))
+    table.add_section()
+    totals = [sum(counts[split, label] for label in range(len(EXPRESSIONS))) for split in splits]
+    table.add_row("all", *(f"{n:,}" for n in (*totals, sum(totals))))
+
+    widths, heights = (manifest.table[side].to_pylist() for side in ("width", "height"))
+    middle = f"{statistics.median_low(widths)}×{statistics.median_low(heights)}"
+    size = f"sizes {min(widths)}×{min(heights)} to {max(widths)}×{max(heights)} pixels, median {middle}"
+    ignored = f"; {index.ignored:,} other files ignored" if index.ignored else ""
+    broken = [f"  {path}: {reason}" for path, reason in index.broken]
+    duplicates = [f"  {' = '.join(group)}" for group in index.duplicates]
+    return [
+        f"{manifest.name}: {len(manifest):,} faces, read as {index.layout}",
+        table,
+        f"{size}{ignored}",
+        _listed(f"{len(broken)} broken files, left out", broken),
+        _listed(f"{len(duplicates)} groups of identical files", duplicates),
+    ]
+
+
+def _listed(title: str, lines: list[str]) -> str:
+    more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n".join([title + (":" if lines else ""), *lines[:LISTED], *more])
+
+
+def manifests_table(workspace: Workspace) -> Table | str:
+    """The manifests of a workspace and what features there are of each."""
+    names = workspace.manifest_names()
+    if not names:
+        return f"No manifest in {workspace.root} yet: make one with `cafe data index folder ROOT --name NAME`."
+    table = Table("manifest", "faces", "train", "test", "features", title=str(workspace.root))
+    for name in names:
+        manifest = workspace.load_manifest(name)
+        stores = "\n".join(about.describe() for _, about in find_stores(workspace.features, name)) or "none"
+        table.add_row(name, f"{len(manifest):,}", *(f"{len(manifest.rows(s)):,}" for s in ("train", "test")), stores)
+    return table
+
+
+def scores_table(metrics: dict[str, float]) -> Table:
+    """One run's numbers, in percent: a line per target and the mean over the unseen ones."""
+    table = Table("target", *(Column(name, justify="right") for name in ("accuracy", "mean-class accuracy", "macro-F1")))
+    names = ("accuracy", "mean_class_accuracy", "macro_f1")
+    targets = sorted({name.split("/")[1] for name in metrics if name.startswith("target/")})
+    for target in targets:
+        table.add_row(target, *(f"{100 * metrics[f'target/{target}/{name}']:.1f}" for name in names))
+    if "unseen/accuracy" in metrics:
+        table.add_section()
+        table.add_row("mean of unseen", *(f"{100 * metrics[f'unseen/{name}']:.1f}" for name in names))
+    return table
+
+
+def comparison_tables(comparison: Comparison) -> list[Table | str]:
+    """Methods × targets, one block per source, and how to read it."""
+    header, *lines = cells(comparison)
+    table = Table(*(Column(name, justify="left" if position < 2 else "right") for position, name in enumerate(header)))
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
+        table.add_row(*line, end_section=following is not None and following[0] != line[0])
+    note = (
+        "Percent, mean ± half-width of the 95 % t-interval over seeds. In brackets: the source itself, its own test split. "
+        "Unseen: mean over the targets not trained on; all: with the source, as published tables average."
+    )
+    return [table, note]

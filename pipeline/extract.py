@@ -1,0 +1,257 @@
+"""Stage one: a manifest's images through a frozen tower into a feature store, with Ray Data.
+
+One Ray row is one shard: plan the unfinished ones, decode, embed, write. Kill it at any time; the next run computes only
+what has no receipt, and the store comes out byte for byte the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from upath import UPath
+
+from cafe import views
+from cafe.backbones import FrozenBackbone, load_backbone, resolve_normalisation
+from cafe.errors import IncompleteError, UserError
+from cafe.images import UnreadableImage, decode_image, read_bytes
+from cafe.manifest import Manifest
+from cafe.views import POLICIES, draw_view, normalise
+from pipeline import cluster
+from pipeline.settings import ExtractSettings
+from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows
+from pipeline.workspace import Workspace, locate
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an extract command did: `computed` shards of `shards`, and why the `skipped` images have no features."""
+
+    store: UPath
+    about: About
+    shards: int
+    computed: int
+    skipped: list[tuple[str, str]]
+
+    def sentence(self) -> str:
+        """Say what happened, for the end of a command."""
+        what = f"computed {self.computed} of {self.shards} shards" if self.computed else "nothing to do"
+        unreadable = f", {len(self.skipped)} unreadable images left out" if self.skipped else ""
+        return f"{self.about.manifest}: {what}{unreadable}; {self.about.describe()} in {self.store}"
+
+    def complaint(self, allowed: int) -> str:
+        """Say that too many images are unreadable, with their list."""
+        listed = "\n".join(f"  {path}: {reason}" for path, reason in self.skipped)
+        return (
+            f"{len(self.skipped)} of {self.about.rows} images of {self.about.manifest!r} are unreadable, more than "
+            f"--max-skipped {allowed}; the features of all others are kept:\n{listed}"
+        )
+
+
+def describe_store(manifest: Manifest, settings: ExtractSettings, tower: FrozenBackbone) -> About:
+    """Return the store these settings ask for; with one view only the clean image counts, so the policy plays no part."""
+    if settings.maps and tower.map_shape is None:
+        raise UserError(f"The tower {settings.backbone!r} has no spatial map: leave out --maps.")
+    clean = settings.views == 1
+    key = FeatureKey(
+        images=manifest.image_digest,
+        backbone=tower.architecture,
+        weights=tower.weights_digest,
+        precision=settings.precision,
+        input_size=tower.input_size,
+        interpolation=settings.interpolation,
+        normalisation=resolve_normalisation(tower, settings.normalisation),
+        policy=describe_policy("clean" if clean else settings.policy),
+        view_seed=0 if clean else settings.view_seed,
+        views=settings.views,
+        maps=settings.maps,
+        dtype=settings.dtype,
+    )
+    map_shape = tower.map_shape if settings.maps else None
+    step = settings.shard_rows or default_shard_rows(
+        len(manifest), settings.views, tower.width, map_shape, np.dtype(settings.dtype).itemsize
+    )
+    return About(key, manifest.name, settings.backbone, len(manifest), tower.width, map_shape, step)
+
+
+def describe_policy(name: str) -> dict[str, Any]:
+    """Return everything that makes a view policy what it is, as plain JSON values."""
+    return {"name": name, "version": views.VERSION, **json.loads(json.dumps(asdict(POLICIES[name])))}
+
+
+class ShardEmbedder:
+    """A tower at work: shard number in, receipt out. Loaded once per actor, usable without Ray."""
+
+    def __init__(
+        self, store: str, about: About, manifest: str, settings: ExtractSettings, threads: int, device: str
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.manifest, self.settings, self.device = Manifest.load(locate(manifest)), settings, device
+        self.store = FeatureStore(locate(store), about)
+        self.tower = load_backbone(settings.backbone, settings.precision, settings.input_size).to(device)
+        if self.tower.weights_digest != about.key.weights:
+            raise UserError(
+                f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
+            )
+        decoders = settings.decode_threads or 0
+        self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
+        self.ahead = 2 * decoders
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Embed one shard, write it and return {shard, rows}."""
+        (shard,) = batch["shard"].tolist()
+        rows = self.store.rows_of(shard)
+        count = self.settings.views
+        samples = [(row, view) for row in rows for view in range(count)]
+        size = self.settings.batch_size
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+
+        skipped: dict[int, str] = {}
+        features: dict[str, list[np.ndarray]] = {"pooled": [], "map": []}
+        for pictures, boxes, unreadable in prefetch(self.render, batches, self.pool, self.ahead):
+            skipped |= unreadable
+            for name, values in self.embed(pictures, boxes).items():
+                features[name].append(values)
+        arrays = {
+            name: np.concatenate(parts).reshape(len(rows), count, *parts[0].shape[1:])
+            for name, parts in features.items()
+            if parts
+        }
+        self.store.write_shard(shard, arrays, skipped)
+        return {"shard": [shard], "rows": [len(rows)]}
+
+    def render(self, samples: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Decode and augment (row, view) pairs: pictures (n, S, S, 3) uint8, erased boxes (n, 4), unreadable rows.
+
+        An unreadable image stays in the batch as black, so that its neighbours' features are the same with and without it.
+        """
+        side, policy = self.tower.input_size, POLICIES[self.settings.policy]
+        pictures = np.zeros((len(samples), side, side, 3), np.uint8)
+        boxes = np.zeros((len(samples), 4), np.int64)
+        unreadable: dict[int, str] = {}
+        decoded: tuple[int, np.ndarray] | None = None  # views of one face follow each other
+        for position, (row, number) in enumerate(samples):
+            if row in unreadable:
+                continue
+            try:
+                if decoded is None or decoded[0] != row:
+                    decoded = (row, decode_image(read_bytes(self.manifest.path(row))))
+            except UnreadableImage as error:
+                unreadable[row] = str(error)
+                continue
+            view = draw_view(policy, self.settings.view_seed, self.manifest.sample_ids[row], number)
+            pictures[position] = view.render(decoded[1], side, self.settings.interpolation)
+            boxes[position] = view.box(side)
+        return pictures, boxes, unreadable
+
+    def embed(self, pictures: np.ndarray, boxes: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the tower: pooled (n, C) float32 and, when asked for, map (n, C, H, W)."""
+        with torch.inference_mode():
+            tensor = torch.from_numpy(pictures).to(self.device)
+            images = normalise(tensor, torch.from_numpy(boxes), *self.store.about.key.normalisation)
+            pooled, spatial = self.tower(images, with_map=self.settings.maps)
+        features = {"pooled": pooled.cpu().numpy()}
+        return features if spatial is None else {**features, "map": spatial.cpu().numpy()}
+
+
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor | None, ahead: int
+) -> Iterator[Result]:
+    """Yield `function(item)` in order, with up to `ahead` of them under way in the pool; without a pool, one by one."""
+    if pool is None:
+        yield from map(function, items)
+        return
+    under_way: deque[Any] = deque()
+    for item in items:
+        under_way.append(pool.submit(function, item))
+        if len(under_way) > ahead:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+def extract(
+    workspace: Workspace, manifests: Sequence[Manifest], settings: ExtractSettings, progress: Callable[[int, int], None]
+) -> list[Extraction]:
+    """Fill the feature store of each manifest and return what was done; finished ones cost no Ray.
+
+    `progress(done, total)` counts faces of all manifests. Raises `IncompleteError` when more than `max_skipped` images of
+    one are unreadable; what was computed is kept.
+    """
+    tower = load_backbone(settings.backbone, settings.precision, settings.input_size)
+    abouts = [describe_store(manifest, settings, tower) for manifest in manifests]
+    del tower
+    stores = [
+        FeatureStore.create(workspace.features / manifest.name, about, manifest)
+        for manifest, about in zip(manifests, abouts, strict=True)
+    ]
+    if settings.verify:
+        for store in stores:
+            store.discard_damaged()
+    pending = [store.pending() for store in stores]
+    total, done = sum(map(len, manifests)), 0
+    with cluster.connect(settings) if any(pending) else nullcontext():
+        for manifest, store, shards in zip(manifests, stores, pending, strict=True):
+            done += len(manifest) - sum(len(store.rows_of(shard)) for shard in shards)
+            path = str(workspace.manifest_path(manifest.name))
+            for rows in _embed(store, path, settings, shards) if shards else ():
+                done += rows
+                progress(done, total)
+            store.sweep()
+    results = [
+        Extraction(store.path, store.about, store.shards, len(shards), store.skipped_paths(manifest))
+        for manifest, store, shards in zip(manifests, stores, pending, strict=True)
+    ]
+    for result in results:
+        if len(result.skipped) > settings.max_skipped:
+            raise IncompleteError(result.complaint(settings.max_skipped))
+    return results
+
+
+def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards: list[int]) -> Iterator[int]:
+    """Compute shards under Ray; yield the faces of each as it is done."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.exceptions import RayTaskError
+
+    gpus = cluster.count("GPU") if settings.num_gpus is None else settings.num_gpus
+    cores = cluster.count("CPU")
+    actors = min(settings.num_actors or gpus or cores, len(shards))
+    share = max(1, cores // actors)
+    # On a CPU the tower is the bottleneck, so decoding shares its thread; a GPU never waits for the decoders.
+    decoders = settings.decode_threads if settings.decode_threads is not None else (share if gpus else 0)
+    arguments = (
+        str(store.path),
+        store.about,
+        manifest,
+        replace(settings, decode_threads=decoders),
+        1 if gpus else share,
+        "cuda" if gpus else "cpu",
+    )
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    receipts = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map_batches(
+        ShardEmbedder,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=gpus / actors if gpus else 0,
+    )
+    try:
+        for receipt in receipts.iter_rows():
+            yield receipt["rows"]
+    except RayTaskError as error:
+        raise cluster.user_error(error) or error from None

@@ -1,0 +1,255 @@
+"""A run: everything that decides its result, written down before it starts, and what it leaves behind.
+
+    runs/METHOD-SOURCE-sSEED-HASH/
+        run.json                 the specification; its hash names the run, so the same command is the same run
+        epochs/0001.json         metrics of each epoch
+        train/                   Ray Train's checkpoints: safetensors + JSON
+        model.safetensors        the trained method, written last
+        predictions/TARGET.parquet
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from upath import UPath
+
+from cafe.checkpoints import read_tensors
+from cafe.errors import UserError, unknown
+from cafe.loading import FaceDataset
+from cafe.manifest import Manifest
+from cafe.methods import find_method
+from cafe.methods.method import Inputs, Method
+from cafe.views import ViewPlan
+from pipeline.settings import StoreChoice
+from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureStore, find_stores
+from pipeline.workspace import Workspace, read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What decides a run's result. Workers, devices and paths are not part of it."""
+
+    source: str
+    source_digest: str
+    method: str
+    recipe: dict[str, Any]
+    seed: int
+    network: str
+    init: str
+    image_size: int
+    precision: str
+    views: ViewPlan
+    features: FeatureKey | None  # of the source's store; None when the method needs none and there is none
+    backbone: str | None  # as the user wrote it
+    width: int | None
+    selection: str = "final"
+    tag: str = ""
+
+    @property
+    def name(self) -> str:
+        """Readable first, unique last."""
+        tag = f"-{self.tag}" if self.tag else ""
+        return f"{self.method}-{self.source}-s{self.seed}{tag}-{_hash(asdict(self))}"
+
+    @property
+    def group(self) -> str:
+        """Names what runs that differ in nothing but their seed have in common: they are averaged."""
+        return _hash({**asdict(self), "seed": None})
+
+    def parameters(self) -> dict[str, Any]:
+        """The run's MLflow parameters: flat, named as on the command line."""
+        names = ("source", "method", "seed", "network", "init", "image_size", "precision", "selection", "backbone")
+        return {
+            **{name: getattr(self, name) for name in names},
+            **{f"recipe.{name}": value for name, value in self.recipe.items()},
+            **{f"views.{name}": value for name, value in asdict(self.views).items()},
+            "store": self.features.digest if self.features else "none",
+            "manifest": self.source_digest,
+        }
+
+    def tags(self) -> dict[str, str]:
+        """The run's MLflow tags: what it is averaged by, and the code that made it."""
+        return {"cafe.group": self.group, "mlflow.source.git.commit": code_version()}
+
+    @classmethod
+    def load(cls, path: UPath) -> RunSpec:
+        """Read a run's specification from its folder."""
+        record = read_json(path / "run.json")
+        assert record is not None
+        views = {name: tuple(value) if isinstance(value, list) else value for name, value in record["views"].items()}
+        features = FeatureKey.from_record(record["features"]) if record["features"] else None
+        return cls(**{**record, "views": ViewPlan(**views), "features": features})
+
+    def save(self, path: UPath) -> None:
+        """Write the specification into a run's folder."""
+        write_json(path / "run.json", asdict(self))
+
+    def build(self, init: str | None = None) -> Method:
+        """Return the method with initial weights drawn from the seed."""
+        method = find_method(self.method)
+        torch.manual_seed(self.seed)
+        return method(method.Recipe(**self.recipe), Inputs(self.width, self.network, init or self.init))
+
+    def load_model(self, path: UPath) -> Method:
+        """Return the trained method of a run's folder."""
+        method = self.build(init="scratch")
+        method.load_state_dict(read_tensors(path / "model.safetensors"))
+        return method
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the method reads frozen features."""
+        return "features" in find_method(self.method).needs
+
+    def dataset(self, manifest: Manifest, store: FeatureStore | None, views: Sequence[int] | None = None) -> FaceDataset:
+        """Return the faces of a manifest as the method needs them, with the features of some views (default: all)."""
+        features = store.load("pooled", views) if store and self.needs_features else None
+        return FaceDataset(manifest, self.views, find_method(self.method).needs, self.image_size, features)
+
+
+def code_version() -> str:
+    """Return the git commit this code was checked out from, or its released version when it was installed."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)  # noqa: S607
+    return git.stdout.strip() if git.returncode == 0 else f"cafe {version('cafe')}"
+
+
+def is_finished(run: UPath) -> bool:
+    """Whether a run was trained to its end."""
+    return (run / "result.json").exists()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A data set to be judged on: its manifest and, when there is one, the store of the run's tower."""
+
+    manifest: Manifest
+    store: UPath | None
+    about: About | None = field(default=None, compare=False)
+
+    def open_store(self) -> FeatureStore | None:
+        """Open the target's feature store."""
+        return FeatureStore(self.store, self.about) if self.store and self.about else None
+
+    def rows(self, split: str) -> np.ndarray:
+        """The rows of a split that have features; all of them without a store."""
+        rows = self.manifest.rows(split)
+        store = self.open_store()
+        return rows if store is None else rows[store.valid()[rows]]
+
+
+def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) -> tuple[UPath, About] | None:
+    """Return the only store of a manifest that fits the choice, or None when it has no stores at all.
+
+    Raises `UserError` when none or several fit, when the chosen one was made of other images, or is unfinished.
+    """
+    stores = find_stores(workspace.features, manifest.name)
+    if not stores and (choice.backbone or choice.views or choice.policy):
+        raise UserError(f"There are no features of {manifest.name!r} yet: run `{extract_command(manifest.name, choice)}`.")
+    if not stores:
+        return None
+    fitting = [(path, about) for path, about in stores if _fits(about, choice)]
+    there = "; ".join(f"{about.describe()}, {about.key.policy['name']}" for _, about in stores)
+    if not fitting:
+        raise UserError(
+            f"No features of {manifest.name!r} fit {_describe(choice)} (there are: {there}): "
+            f"run `{extract_command(manifest.name, choice)}`."
+        )
+    current = [(path, about) for path, about in fitting if about.key.images == manifest.image_digest]
+    if not current:
+        raise UserError(
+            f"The features of {manifest.name!r} were made of other images than its manifest lists now: "
+            f"run `{extract_command(manifest.name, choice)}` again."
+        )
+    if len(current) > 1:
+        raise UserError(
+            f"{len(current)} feature stores of {manifest.name!r} fit ({there}): choose one with --backbone, --views or --policy."
+        )
+    _check_finished(*current[0])
+    return current[0]
+
+
+def choose_target(workspace: Workspace, name: str, spec: RunSpec) -> Target:
+    """Return a target with the store that matches the run's tower; raise `UserError` when it needs one and has none."""
+    manifest = workspace.load_manifest(name)
+    stores = [
+        (path, about)
+        for path, about in find_stores(workspace.features, name)
+        if about.key.images == manifest.image_digest
+    ]
+    if spec.features is None:
+        return Target(manifest, *stores[0]) if stores else Target(manifest, None)
+    differing = [(spec.features.differences(about.key, TARGET_MAY_DIFFER), path, about) for path, about in stores]
+    matching = [(path, about) for differences, path, about in differing if not differences]
+    if matching:
+        path, about = min(matching, key=lambda store: store[1].key.views)
+        if spec.needs_features:
+            _check_finished(path, about)
+        return Target(manifest, path, about)
+    if not spec.needs_features:
+        return Target(manifest, *stores[0]) if stores else Target(manifest, None)
+    closest = min(differing, key=lambda entry: len(entry[0]), default=None)
+    reason = f"its closest store differs in {', '.join(closest[0])}" if closest else "it has none"
+    raise UserError(
+        f"No features of {name!r} match this run's tower ({reason}): run `cafe extract {name} --backbone {spec.backbone}`, "
+        "or leave it out with --targets."
+    )
+
+
+def choose_targets(workspace: Workspace, wanted: str | None, spec: RunSpec) -> list[Target]:
+    """Return the targets of a comma-separated list, of all manifests when there is none, of nothing for `none`."""
+    if wanted == "none":
+        return []
+    names = workspace.manifest_names() if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
+    return [choose_target(workspace, name, spec) for name in names]
+
+
+def extract_command(manifest: str, choice: StoreChoice) -> str:
+    """Return the command that makes the features a choice asks for."""
+    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy"))
+    return " ".join([f"cafe extract {manifest}", *(f"--{name} {value}" for name, value in asked if value)])
+
+
+def check_network(name: str, init: str) -> None:
+    """Raise `UserError` for an unknown image branch or initialisation."""
+    from cafe.networks import NETWORKS
+
+    if name not in NETWORKS:
+        raise unknown("network", name, NETWORKS)
+    if init not in ("scratch", "imagenet") and not init.startswith("file:"):
+        raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
+    if init.startswith("file:") and not UPath(init.removeprefix("file:")).is_file():
+        raise UserError(f"There is no file of initial weights at {init.removeprefix('file:')!r}: check the path.")
+
+
+def _hash(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _fits(about: About, choice: StoreChoice) -> bool:
+    backbone = choice.backbone in (None, about.backbone_name, about.backbone_name.partition("@")[0], about.key.backbone)
+    views = choice.views in (None, about.key.views)
+    return backbone and views and choice.policy in (None, about.key.policy["name"])
+
+
+def _describe(choice: StoreChoice) -> str:
+    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy"))
+    return ", ".join(f"--{name} {value}" for name, value in asked if value)
+
+
+def _check_finished(path: UPath, about: About) -> None:
+    if pending := len(FeatureStore(path, about).pending()):
+        raise UserError(
+            f"The features of {about.manifest!r} ({about.describe()}) lack {pending} shards: "
+            f"run `cafe extract` with the same options again to finish them."
+        )

@@ -1,0 +1,108 @@
+"""Every setting of every command with its default: frozen dataclasses, from which the command line is generated.
+
+Kept free of heavy imports so that `cafe --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(default: Any, about: str, **click: Any) -> Any:
+    """A dataclass field with its help text and, where needed, what click must know (`choices`, `multiple`, …)."""
+    return field(default=default, metadata={"help": about, **click})
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """Where the work runs: the same for every command that computes."""
+
+    address: str | None = setting(
+        None, "Ray cluster to join (host:port, ray://… or auto); default: this machine alone."
+    )
+    num_cpus: int | None = setting(None, "Cores to use on this machine; default: all.")
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What decides a feature; together with the images and the weights this is the cache key."""
+
+    backbone: str = setting(
+        "clip-vit-b32",
+        "Frozen tower: clip-vit-b32, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:MODEL[@FILE].",
+    )
+    views: int = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", minimum=1)
+    policy: str = setting("paper", "How views are augmented.", choices=("paper", "clean", "clean+flip"))
+    view_seed: int = setting(0, "Seed of the views (not of the training).")
+    normalisation: str | None = setting(
+        None, "Pixel statistics; default: the backbone's own, ImageNet's for clip-vit-b32 as published.",
+        choices=("tower", "imagenet", "clip"),
+    )  # fmt: skip
+    interpolation: str = setting("bilinear", "How faces are resized.", choices=("bilinear", "bicubic"))
+    input_size: int | None = setting(None, "Side of the tower's input in pixels; default: the tower's own.", minimum=16)
+    precision: str = setting("fp32", "Arithmetic of the whole tower.", choices=("fp32", "bf16", "fp16"))
+    maps: bool = setting(False, "Store the tower's spatial feature maps too.")
+    dtype: str = setting("float16", "Number format of the stored features.", choices=("float16", "float32"))
+
+
+@dataclass(frozen=True)
+class ExtractSettings(ClusterSettings, FeatureSettings):
+    """Stage one: features of a manifest."""
+
+    num_gpus: int | None = setting(None, "GPUs to use; default: all of the cluster.", minimum=0)
+    num_actors: int | None = setting(None, "Towers at work; default: one per GPU, or one per core without.", minimum=1)
+    decode_threads: int | None = setting(
+        None, "Threads that decode ahead of each tower; default: the GPU's share of cores, none on CPU.", minimum=0
+    )
+    batch_size: int = setting(64, "Views per forward pass of the tower.", minimum=1)
+    shard_rows: int | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.", minimum=1)
+    max_skipped: int = setting(0, "Unreadable images to put up with before the command fails.", minimum=0)
+    verify: bool = setting(False, "Read every finished shard back and compute those again whose checksum is wrong.")
+
+
+@dataclass(frozen=True)
+class StoreChoice:
+    """Which of a data set's feature stores to use; needed only when there are several."""
+
+    backbone: str | None = setting(None, "Frozen tower of the features; default: that of the only store.")
+    views: int | None = setting(None, "Views of the feature store; default: that of the only store.", minimum=1)
+    policy: str | None = setting(None, "View policy of the feature store.", choices=("paper", "clean", "clean+flip"))
+
+
+@dataclass(frozen=True)
+class TrainSettings(ClusterSettings, StoreChoice):
+    """Stage two: one method on one source, judged on the others."""
+
+    source: str = setting("", "Manifest to train on.", required=True)
+    method: str = setting("cafe", "Method to train: cafe, linear_probe, image_only.")
+    seed: int = setting(0, "Seed of initial weights, order and dropped channels.")
+    epochs: int | None = setting(None, "Passes over the source; default: the method's published recipe.", minimum=1)
+    overrides: tuple[str, ...] = setting(
+        (), "Change a setting of the method's recipe: KEY=VALUE, e.g. separation=0.", multiple=True, flag="--set"
+    )
+    network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
+    init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
+    image_size: int | None = setting(None, "Side of the image branch's input; default: the tower's input.", minimum=16)
+    precision: str = setting("fp32", "Arithmetic of training (bf16: autocast).", choices=("fp32", "bf16"))
+    targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
+    num_workers: int = setting(1, "Training workers (DDP); the result does not depend on it.", minimum=1)
+    use_gpu: bool | None = setting(
+        None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
+    )
+    loader_workers: int = setting(0, "Processes per worker that decode images ahead.", minimum=0)
+    checkpoint_every: int = setting(1, "Epochs between checkpoints.", minimum=1)
+    tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
+    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
+    experiment: str = setting("cafe", "MLflow experiment.")
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(ClusterSettings):
+    """One run against any number of targets."""
+
+    targets: str | None = setting(None, "Manifests to judge on, comma-separated; default: all of the workspace.")
+    split: str = setting("test", "Faces to judge on.", choices=("test", "val", "train", "all"))
+    use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
+    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
+    experiment: str = setting("cafe", "MLflow experiment.")

@@ -1,0 +1,264 @@
+"""The feature store: one Zarr v3 group that any Zarr reader opens, filled shard by shard, complete when every receipt lies
+beside it. This is the only file that knows Zarr.
+
+    features/MANIFEST/BACKBONE-vV-KEY/
+        about.json         the key and the sizes
+        store.zarr/        pooled (N, V, C), optional map (N, V, C, H, W), valid (N,), sample_id (N,), label (N,)
+        receipts/00000.json  rows, skipped samples and checksums of one shard, written last
+
+One task writes whole shard objects and nobody shares one, so a killed run loses unfinished shards and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import psutil
+import zarr
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.manifest import Manifest
+from pipeline.workspace import list_folder, read_json, write_json
+
+SHARD_BYTES = 4 * 2**20  # a shard object worth a request; see the engine measurements in the README
+MIN_SHARDS = 16  # so that a small data set still spreads over workers and loses little when killed
+MIN_SHARD_ROWS = 32
+MEMORY_SHARE = 0.4  # of the free memory a store may take before it is mapped from a scratch file
+ARRAYS = ("pooled", "map")
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """Names everything that changes a feature, and nothing else; its digest names the store."""
+
+    images: str  # digest of the samples and their bytes
+    backbone: str  # library:MODEL
+    weights: str  # digest of the tower's tensors
+    precision: str
+    input_size: int
+    interpolation: str
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
+    policy: dict[str, Any]
+    view_seed: int
+    views: int
+    maps: bool
+    dtype: str
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> FeatureKey:
+        """Rebuild a key from its JSON."""
+        mean, std = record["normalisation"]
+        return cls(**{**record, "normalisation": (tuple(mean), tuple(std))})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: FeatureKey, ignore: Sequence[str] = ()) -> list[str]:
+        """The fields in which two keys differ, as `field: ours against theirs`."""
+        names = [field.name for field in fields(self) if field.name not in ignore]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return [f"{name}: {_short(ours)} against {_short(theirs)}" for name, ours, theirs in pairs if ours != theirs]
+
+
+# What may differ between the store a method was trained on and the store of a target it is judged on: the faces, and how
+# they were augmented, since only the clean view 0 is judged.
+TARGET_MAY_DIFFER = ("images", "policy", "view_seed", "views", "maps")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a store is, without opening it."""
+
+    key: FeatureKey
+    manifest: str
+    backbone_name: str  # as the user wrote it
+    rows: int
+    width: int
+    map_shape: tuple[int, int, int] | None
+    shard_rows: int
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> About:
+        """Rebuild the description from its JSON."""
+        shape = tuple(record["map_shape"]) if record["map_shape"] else None
+        return cls(**{**record, "key": FeatureKey.from_record(record["key"]), "map_shape": shape})
+
+    @property
+    def folder(self) -> str:
+        """The store's folder name: readable first, unique last."""
+        backbone = re.sub(r"[^A-Za-z0-9]+", "-", self.backbone_name.partition("@")[0]).strip("-").lower()
+        return f"{backbone}-v{self.key.views}-{self.key.digest[:12]}"
+
+    def describe(self) -> str:
+        """Say what the features are, in a few words."""
+        maps = f" and {'×'.join(map(str, self.map_shape))} maps" if self.map_shape else ""
+        plural = "s" if self.key.views > 1 else ""
+        return f"{self.key.views} view{plural} × {self.width} channels{maps} of {self.backbone_name}"
+
+
+def default_shard_rows(rows: int, views: int, width: int, map_shape: tuple[int, int, int] | None, itemsize: int) -> int:
+    """Return how many faces share a shard: about `SHARD_BYTES` of features, but at least `MIN_SHARDS` shards."""
+    row_bytes = views * itemsize * (width + int(np.prod(map_shape)) if map_shape else width)
+    return max(MIN_SHARD_ROWS, min(SHARD_BYTES // row_bytes, -(-rows // MIN_SHARDS)))
+
+
+class FeatureStore:
+    """A store on disk or in an object store; `path` is its folder."""
+
+    def __init__(self, path: UPath, about: About) -> None:
+        self.path = path
+        self.about = about
+        self.shards = -(-about.rows // about.shard_rows)
+        self.group = zarr.open_group(str(path / "store.zarr"), mode="r+")
+
+    @classmethod
+    def create(cls, folder: UPath, about: About, manifest: Manifest) -> FeatureStore:
+        """Open the store of that key below `folder`, making it first when it is not there or was left half made."""
+        path = folder / about.folder
+        record = read_json(path / "about.json")
+        if record is None:
+            cls._create_arrays(path, about, manifest)
+            write_json(path / "about.json", asdict(about))  # last: from here on the store exists
+            return cls(path, about)
+        store = cls(path, About.from_record(record))
+        if not np.array_equal(store.group["label"][:], manifest.labels):
+            store.group["label"][:] = manifest.labels  # a corrected label changes no feature
+        return store
+
+    @staticmethod
+    def _create_arrays(path: UPath, about: About, manifest: Manifest) -> None:
+        group = zarr.create_group(str(path / "store.zarr"), overwrite=True, attributes=asdict(about))
+        rows, step, views = about.rows, about.shard_rows, about.key.views
+
+        def create(name: str, shape: tuple[int, ...], dtype: str, fill: float | bool, *names: str) -> None:
+            # Float features do not compress: stored raw, one view of a shard is one contiguous read.
+            group.create_array(
+                name, shape=(rows, *shape), shards=(step, *shape), chunks=(step, *([1] if shape else []), *shape[1:]),
+                dtype=dtype, compressors=None, fill_value=fill, dimension_names=("sample", *names),
+            )  # fmt: skip
+
+        create("pooled", (views, about.width), about.key.dtype, float("nan"), "view", "channel")
+        if about.map_shape:
+            create("map", (views, *about.map_shape), about.key.dtype, float("nan"), "view", "channel", "y", "x")
+        create("valid", (), "bool", False)
+        for name, dtype, values in (("sample_id", "string", manifest.sample_ids), ("label", "int8", manifest.labels)):
+            array = group.create_array(name, shape=(rows,), dtype=dtype, dimension_names=("sample",))
+            array[:] = np.asarray(values)
+
+    def rows_of(self, shard: int) -> range:
+        """The manifest rows of a shard."""
+        start = shard * self.about.shard_rows
+        return range(start, min(start + self.about.shard_rows, self.about.rows))
+
+    def receipt_path(self, shard: int) -> UPath:
+        """Where the receipt of a shard lies once it is done."""
+        return self.path / "receipts" / f"{shard:05d}.json"
+
+    def pending(self) -> list[int]:
+        """The shards still to compute: a listing, never a scan."""
+        done = {path.name for path in list_folder(self.path / "receipts") if path.stat().st_size}
+        return [shard for shard in range(self.shards) if f"{shard:05d}.json" not in done]
+
+    def write_shard(self, shard: int, arrays: dict[str, np.ndarray], skipped: dict[int, str]) -> None:
+        """Write the features of a shard, {array: (rows, V, …)}, then its receipt; `skipped` gives reasons by row."""
+        rows = self.rows_of(shard)
+        valid = np.array([row not in skipped for row in rows])
+        checksums = {}
+        for name, values in {**arrays, "valid": valid}.items():
+            array = self.group[name]
+            values = values.astype(array.dtype)
+            if name in ARRAYS:
+                values[~valid] = np.nan
+            array[rows.start : rows.stop] = values
+            checksums[name] = _checksum(values)
+        reasons = [{"row": row, "reason": reason} for row, reason in sorted(skipped.items())]
+        write_json(self.receipt_path(shard), {"rows": len(rows), "skipped": reasons, "checksums": checksums})
+
+    def skipped_paths(self, manifest: Manifest) -> list[tuple[str, str]]:
+        """Path and reason of every image without features."""
+        receipts = (read_json(self.receipt_path(shard)) for shard in range(self.shards))
+        skipped = [entry for receipt in receipts if receipt for entry in receipt["skipped"]]
+        return [(manifest.table["path"][entry["row"]].as_py(), entry["reason"]) for entry in skipped]
+
+    def discard_damaged(self) -> list[int]:
+        """Read every finished shard back and declare those undone whose content is not what their receipt says."""
+        pending = set(self.pending())
+        damaged = [shard for shard in range(self.shards) if shard not in pending and not self._intact(shard)]
+        for shard in damaged:
+            self.receipt_path(shard).unlink()
+        return damaged
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half written in a local folder; only once no shard is pending."""
+        if not self.path.protocol and not self.pending():
+            for path in self.path.rglob("*.partial"):
+                path.unlink(missing_ok=True)
+
+    def _intact(self, shard: int) -> bool:
+        receipt = read_json(self.receipt_path(shard)) or {"checksums": {"pooled": ""}}
+        rows = self.rows_of(shard)
+        return all(
+            _checksum(self.group[name][rows.start : rows.stop]) == checksum
+            for name, checksum in receipt["checksums"].items()
+        )
+
+    def valid(self) -> np.ndarray:
+        """Which rows have features, (N,) bool."""
+        return np.asarray(self.group["valid"][:])
+
+    def load(self, name: str = "pooled", views: Iterable[int] | None = None) -> np.ndarray:
+        """Return an array (N, views, …), checked against the receipts: in memory, or mapped from a scratch file if large.
+
+        Raises `UserError` for an unfinished store or a shard that is not what was written.
+        """
+        if pending := len(self.pending()):
+            raise UserError(
+                f"The features in {self.path} lack {pending} of {self.shards} shards: run `cafe extract` again to finish."
+            )
+        array = self.group[name]
+        wanted = list(range(self.about.key.views)) if views is None else list(views)
+        shape = (array.shape[0], len(wanted), *array.shape[2:])
+        result = _allocate(shape, array.dtype)
+        for shard in range(self.shards):
+            rows = self.rows_of(shard)
+            values = np.asarray(array[rows.start : rows.stop])
+            receipt = read_json(self.receipt_path(shard))
+            if receipt is None or receipt["checksums"].get(name) != _checksum(values):
+                raise UserError(
+                    f"Shard {shard} of {self.path} is not what was written: run `cafe extract` again with --verify."
+                )
+            result[rows.start : rows.stop] = values[:, wanted]
+        return result
+
+
+def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, About]]:
+    """Return the stores of a manifest and what they hold, without opening them."""
+    found = [(path, read_json(path / "about.json")) for path in list_folder(features / manifest)]
+    return [(path, About.from_record(record)) for path, record in found if record]
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    if size < MEMORY_SHARE * psutil.virtual_memory().available:
+        return np.empty(shape, dtype)
+    scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
+    return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
+
+
+def _checksum(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"

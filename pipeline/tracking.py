@@ -1,0 +1,144 @@
+"""The one door to MLflow: runs with parameters, metrics and artifacts in the workspace's own database or on a server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from matplotlib.figure import Figure
+from upath import UPath
+
+from cafe.errors import UserError
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as MLflow keeps it."""
+
+    run_id: str
+    name: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+class Tracker:
+    """An experiment on a tracking server; `uri` defaults to `mlflow.db` in the workspace."""
+
+    def __init__(self, workspace: Workspace, uri: str | None, experiment: str) -> None:
+        self.uri = uri or default_uri(workspace)
+        with _quiet_mlflow() as mlflow:
+            self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+            found = self.client.get_experiment_by_name(experiment)
+            if found is None:
+                # A server chooses its own place for artifacts; the local database keeps them beside it.
+                place = None if uri else (workspace.root / "artifacts").as_uri()
+                self.experiment_id = self.client.create_experiment(experiment, artifact_location=place)
+            else:
+                self.experiment_id = found.experiment_id
+
+    def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
+        """Return the MLflow id of the run of that name, created with its parameters when it is new."""
+        found = self._search(f"attributes.run_name = '{name}'")
+        if found:
+            self.client.update_run(found[0].info.run_id, "RUNNING")
+            return str(found[0].info.run_id)
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+        for key, value in params.items():
+            self.client.log_param(run.info.run_id, key, value)
+        return str(run.info.run_id)
+
+    def log(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics of a step."""
+        for name, value in metrics.items():
+            self.client.log_metric(run_id, name, value, step=step)
+
+    def logged_steps(self, run_id: str, metric: str) -> set[int]:
+        """The steps a metric was already logged for."""
+        return {point.step for point in self.client.get_metric_history(run_id, metric)}
+
+    def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
+        """Keep a figure as an artifact."""
+        self.client.log_figure(run_id, figure, name)
+
+    def log_file(self, run_id: str, path: UPath, folder: str) -> None:
+        """Keep a copy of a file as an artifact."""
+        with TemporaryDirectory() as temporary:
+            copy = Path(temporary) / path.name
+            copy.write_bytes(path.read_bytes())
+            self.client.log_artifact(run_id, str(copy), folder)
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """Close a run as FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(run_id, status)
+
+    def runs(self) -> list[TrackedRun]:
+        """Every run of the experiment, oldest first."""
+        return [
+            TrackedRun(run.info.run_id, run.info.run_name, run.data.params, run.data.metrics, run.data.tags)
+            for run in self._search("")
+        ]
+
+    def _search(self, query: str) -> list[Any]:
+        pages, token = [], None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], query, order_by=["attributes.start_time ASC"], page_token=token
+            )
+            pages += list(page)
+            token = page.token
+            if not token:
+                return pages
+
+
+def default_uri(workspace: Workspace) -> str:
+    """Return the database of a local workspace, absolute because workers run elsewhere; raise `UserError` for a URI."""
+    if not workspace.local:
+        raise UserError(f"A workspace at {workspace.root} cannot hold MLflow's database: give --mlflow-uri.")
+    workspace.root.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{workspace.root}/mlflow.db"
+
+
+def serve(workspace: Workspace, port: int, announce: Callable[[str], None]) -> None:
+    """Run MLflow's server for a workspace on loopback until it is interrupted; raise `UserError` when the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise UserError(f"Port {port} is taken: give another one with --port.") from None
+    database, artifacts = default_uri(workspace), (workspace.root / "artifacts").as_uri()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
+    command += ["--default-artifact-root", artifacts, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        announce(f"http://127.0.0.1:{port}")
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+
+
+@contextmanager
+def _quiet_mlflow() -> Iterator[Any]:
+    """Import MLflow without its telemetry and without the log lines of making a database."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    yield mlflow
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

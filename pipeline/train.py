@@ -1,0 +1,244 @@
+"""Stage two: one method on one source, with Ray Train; judged afterwards on every target.
+
+The specification of a run names it, so the same command goes on where an interrupted one stopped and does nothing when it
+is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from upath import UPath
+
+from cafe.checkpoints import load_checkpoint, save_checkpoint, write_tensors
+from cafe.errors import UserError
+from cafe.loading import SMALLEST_BATCH
+from cafe.manifest import Manifest
+from cafe.methods import find_method
+from cafe.methods.method import apply_overrides
+from cafe.parallel import rank, share_batch_norm, world_size
+from cafe.training import Training
+from cafe.views import ViewPlan
+from cafe.backbones import NORMALISATIONS
+from pipeline import cluster
+from pipeline.evaluate import is_judged, log_results, predict_targets
+from pipeline.runs import RunSpec, Target, check_network, choose_store, choose_targets, is_finished
+from pipeline.settings import TrainSettings
+from pipeline.tracking import Tracker
+from pipeline.workspace import Workspace, check_name, list_folder, locate, read_json, write_json
+
+Progress = Callable[[int, int], None]
+
+PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
+UNSTORED_SIZE = 224  # pixels, where neither a store nor the user says otherwise: the published input
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A checked training: nothing in it can be wrong any more when Ray starts."""
+
+    workspace: Workspace
+    settings: TrainSettings
+    spec: RunSpec
+    source: Target
+    targets: list[Target]
+
+    @property
+    def run(self) -> UPath:
+        """The folder of the run."""
+        return self.workspace.run_path(self.spec.name)
+
+
+def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
+    """Check every name, file and store and return what will be trained; raise `UserError`."""
+    method = find_method(settings.method)
+    manifest = workspace.load_manifest(settings.source)
+    shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
+    recipe = apply_overrides(method.Recipe(), [*settings.overrides, *shortcuts], settings.method)
+    check_network(settings.network, settings.init)
+    if settings.tag:
+        check_name(settings.tag)
+    if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
+        raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
+
+    chosen = choose_store(workspace, manifest, settings)
+    if chosen is None and "features" in method.needs:
+        raise UserError(
+            f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
+        )
+    key = chosen[1].key if chosen else None
+    if key:
+        views = ViewPlan(key.policy["name"], key.view_seed, key.views, key.interpolation, *key.normalisation)
+    else:
+        mean, std = NORMALISATIONS["imagenet"]
+        views = ViewPlan("paper", 0, recipe.epochs + 1, "bilinear", mean, std)
+    spec = RunSpec(
+        source=settings.source,
+        source_digest=manifest.digest,
+        method=settings.method,
+        recipe=asdict(recipe),
+        seed=settings.seed,
+        network=settings.network,
+        init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
+        image_size=settings.image_size or (key.input_size if key else UNSTORED_SIZE),
+        precision=settings.precision,
+        views=views,
+        features=key,
+        backbone=chosen[1].backbone_name if chosen else None,
+        width=chosen[1].width if chosen else None,
+        tag=settings.tag,
+    )
+    source = Target(manifest, *chosen) if chosen else Target(manifest, None)
+    if len(source.rows("train")) < SMALLEST_BATCH:
+        raise UserError(f"{settings.source!r} has {len(source.rows('train'))} training faces: at least 8 are needed.")
+    return TrainPlan(workspace, settings, spec, source, choose_targets(workspace, settings.targets, spec))
+
+
+def train_and_judge(plan: TrainPlan, training: Progress, judging: Progress) -> dict[str, float]:
+    """Train, then judge on every target not judged yet; return all metrics. A finished plan costs no Ray."""
+    settings = plan.settings
+    tracker = Tracker(plan.workspace, settings.mlflow_uri, settings.experiment)
+    trained = is_finished(plan.run)
+    remaining = [target for target in plan.targets if not (trained and is_judged(plan.run, target))]
+    with nullcontext() if trained and not remaining else cluster.connect(settings):
+        if not trained:
+            train(plan, tracker, training)
+        if remaining:
+            predict_targets(plan.run, plan.workspace, remaining, "test", settings.use_gpu, judging)
+    return log_results(plan.run, tracker)
+
+
+def train(plan: TrainPlan, tracker: Tracker, progress: Progress = lambda done, total: None) -> None:
+    """Train to the end; `progress(done, total)` counts steps.
+
+    Everything is logged to MLflow as it happens. Interrupt it at any time: the same plan goes on from its last checkpoint.
+    """
+    plan.spec.save(plan.run)
+    run_id = tracker.start(plan.spec.name, plan.spec.parameters(), plan.spec.tags())
+    with cluster.connect(plan.settings), ThreadPoolExecutor(1) as background:
+        outcome = background.submit(_fit, plan)
+        try:
+            _follow(plan, outcome, tracker, run_id, progress)
+        except BaseException:
+            tracker.finish(run_id, "FAILED")
+            raise
+    tracker.finish(run_id)
+
+
+def _follow(plan: TrainPlan, outcome: Future[None], tracker: Tracker, run_id: str, progress: Progress) -> None:
+    """Report the run's own records to MLflow and the progress bar until the training ends."""
+    logged = tracker.logged_steps(run_id, "learning_rate")
+    epochs = plan.spec.recipe["epochs"]
+    while True:
+        finished = outcome.done()
+        for path in list_folder(plan.run / "epochs"):
+            epoch, record = int(path.stem), read_json(path)
+            if epoch not in logged and record is not None:
+                tracker.log(run_id, record, step=epoch)
+                logged.add(epoch)
+        note = read_json(plan.run / "progress.json")
+        if note:
+            progress(note["done"], note["per_epoch"] * epochs)
+        if finished:
+            break
+        time.sleep(0.2)
+    error = outcome.exception()
+    if error:
+        raise cluster.user_error(error) or error
+
+
+def _fit(plan: TrainPlan) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    settings = plan.settings
+    gpu = cluster.count("GPU") >= settings.num_workers if settings.use_gpu is None else settings.use_gpu
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "run": str(plan.run),
+            "manifest": str(plan.workspace.manifest_path(plan.spec.source)),
+            "store": (str(plan.source.store), plan.source.about) if plan.source.store else None,
+            "loader_workers": settings.loader_workers,
+            "checkpoint_every": settings.checkpoint_every,
+        },
+        scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=gpu),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(plan.run),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=3 if settings.address else 0),  # a cluster's nodes come and go
+        ),
+    )
+    trainer.fit()
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The loop of one Ray Train worker: restore, train epoch by epoch, checkpoint; the first worker writes the records."""
+    import ray.train
+    import ray.train.torch
+    from ray.train import Checkpoint
+
+    run = locate(config["run"])
+    spec = RunSpec.load(run)
+    device = ray.train.torch.get_device()
+    torch.backends.cudnn.deterministic = True
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size()))
+
+    store = config["store"]
+    source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))
+    method = spec.build().to(device, memory_format=torch.channels_last)
+    if world_size() > 1:
+        method = share_batch_norm(method)
+    module = ray.train.torch.prepare_model(method)
+    training = Training(
+        method,
+        module,
+        method.optimizer(),
+        spec.dataset(source.manifest, source.open_store()),
+        source.rows("train"),
+        spec.seed,
+        device,
+        spec.precision,
+        config["loader_workers"],
+    )
+
+    done = 0
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            done = load_checkpoint(UPath(folder), method, training.optimizer)["epoch"]
+    metrics: dict[str, float] = {}
+    for epoch in range(done + 1, spec.recipe["epochs"] + 1):
+        metrics = training.run_epoch(epoch, _Notes(run, epoch))
+        if rank() == 0:
+            write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
+        if epoch % config["checkpoint_every"] == 0 and epoch < spec.recipe["epochs"]:
+            with TemporaryDirectory() as folder:
+                if rank() == 0:
+                    save_checkpoint(UPath(folder), method, training.optimizer, {"epoch": epoch})
+                ray.train.report({"epoch": epoch}, checkpoint=Checkpoint(folder) if rank() == 0 else None)
+    if rank() == 0:
+        write_tensors(run / "model.safetensors", method.state_dict())
+        write_json(run / "result.json", {"epochs": spec.recipe["epochs"], **metrics})
+
+
+class _Notes:
+    """Writes now and then how many faces were trained, for the progress bar of the driver."""
+
+    def __init__(self, run: UPath, epoch: int) -> None:
+        self.path, self.epoch, self.last = run / "progress.json", epoch, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if rank() == 0 and (done == total or now - self.last > PROGRESS_SECONDS):
+            self.last = now
+            write_json(self.path, {"done": (self.epoch - 1) * total + done, "per_epoch": total})
+

@@ -1,0 +1,112 @@
+"""The workspace: one folder or URI whose names stand for paths, so that commands say `news` instead of where it lies.
+
+Every path of the project is a `UPath`: a laptop's folder and an object store are read and written by the same lines, and
+nothing relies on renaming.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from upath import UPath
+
+from cafe.errors import UserError, unknown
+from cafe.manifest import Manifest
+
+
+def locate(location: str) -> UPath:
+    """Return a URI as it is and a local path made absolute: workers run in folders of their own."""
+    path = UPath(location)
+    return path if path.protocol else path.expanduser().absolute()
+
+
+def check_name(name: str) -> str:
+    """Return a name that can be a file's and a metric's; raise `UserError`."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UserError(f"The name {name!r} cannot be used: take letters, digits, dots, hyphens and underscores.")
+    return name
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`manifests/`, `features/`, `runs/` and the MLflow database below one root."""
+
+    root: UPath
+
+    @classmethod
+    def at(cls, location: str) -> Workspace:
+        """Open the workspace at a folder or URI; nothing is created until something is written."""
+        return cls(locate(location))
+
+    @property
+    def local(self) -> bool:
+        """Whether the workspace is a folder of this machine, where a database can live."""
+        return not self.root.protocol
+
+    @property
+    def features(self) -> UPath:
+        """The folder of all feature stores: `features/MANIFEST/KEY`."""
+        return self.root / "features"
+
+    def manifest_path(self, name: str) -> UPath:
+        """Where the manifest of that name is kept."""
+        return self.root / "manifests" / f"{name}.parquet"
+
+    def manifest_names(self) -> list[str]:
+        """The manifests there are."""
+        return [path.stem for path in list_folder(self.root / "manifests") if path.suffix == ".parquet"]
+
+    def load_manifest(self, name: str) -> Manifest:
+        """Load a manifest by name; raise `UserError` naming those there are and how to make one."""
+        path = self.manifest_path(name)
+        if not path.exists():
+            names = self.manifest_names()
+            hint = f"choose {', '.join(names)}" if names else "this workspace has none yet"
+            raise UserError(
+                f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with "
+                f"`cafe data index folder ROOT --name {name}`."
+            )
+        return Manifest.load(path)
+
+    def run_path(self, name: str) -> UPath:
+        """The folder of a run."""
+        return self.root / "runs" / name
+
+    def run_names(self) -> list[str]:
+        """The runs there are, finished or not."""
+        return [path.name for path in list_folder(self.root / "runs") if (path / "run.json").exists()]
+
+    def find_run(self, name: str) -> str:
+        """Return the run of that name, or the only one that begins so; raise `UserError`."""
+        names = self.run_names()
+        if name in names:
+            return name
+        found = [run for run in names if run.startswith(name)]
+        if len(found) == 1:
+            return found[0]
+        raise unknown("run", name, found or names)
+
+
+def list_folder(folder: UPath) -> list[UPath]:
+    """Return what a folder holds, sorted; nothing when it is not there."""
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def read_json(path: UPath) -> dict[str, Any] | None:
+    """Return a JSON object, or None when the file is missing or was torn by a kill while it was written."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def write_json(path: UPath, record: dict[str, Any]) -> None:
+    """Write a JSON object in one put, with the same bytes for the same content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False).encode())

@@ -1,0 +1,114 @@
+"""Image branches: what they compute, and what they take from other people's checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision import models
+
+from cafe.errors import UserError
+from cafe.networks import NETWORKS, build_network
+
+
+def torchvision_model(name, num_classes=1000):
+    torch.manual_seed(7)
+    model = getattr(models, name)(num_classes=num_classes)
+    for buffer in model.buffers():  # untrained statistics are all 0 and 1, which would hide a tensor left out
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_branch_pools_to_what_the_classifier_of_torchvision_reads(name, tmp_path):
+    model = torchvision_model(name)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    branch = build_network(name, f"file:{tmp_path / 'weights.pth'}").eval()
+    read = []
+    head = model.fc if hasattr(model, "fc") else model.classifier
+    head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model(images)
+        features = branch(images)
+    assert features.shape == (2, branch.width, 2, 2)
+    assert torch.allclose(branch.pool(features), read[0], atol=1e-6)
+    assert branch.init_report.missing == ()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_of_a_branch_is_trained(name):
+    branch = build_network(name)
+    branch.pool(branch(torch.randn(2, 3, 32, 32))).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in branch.parameters())
+    assert branch.init_report.source == "scratch"
+
+
+def test_the_ms_celeb_layout_loads_and_its_classifier_is_reported(tmp_path):
+    model = torchvision_model("resnet18", num_classes=8)
+    layout = {f"module.{key}": value for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
+    torch.save({"iter": 5, "state_dict": layout}, tmp_path / "msceleb.pth")
+    branch = build_network("resnet18", f"file:{tmp_path / 'msceleb.pth'}")
+    assert len(branch.init_report.loaded) == 100  # 20 convolutions, 20 batch norms of four tensors
+    assert branch.init_report.missing == ()
+    assert branch.init_report.unexpected == ("fc.weight", "fc.bias")
+    assert torch.equal(branch.trunk.layer4[1].bn2.running_var, model.layer4[1].bn2.running_var)
+
+
+def test_safetensors_and_pickled_weights_start_the_same_branch(tmp_path):
+    state = torchvision_model("resnet18").state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    save_file(state, tmp_path / "weights.safetensors")
+    one, other = (
+        build_network("resnet18", f"file:{tmp_path / name}") for name in ("weights.pth", "weights.safetensors")
+    )
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_a_tensor_of_another_shape_counts_as_missing(tmp_path):
+    state = torchvision_model("resnet18").state_dict()
+    state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+    torch.save(state, tmp_path / "weights.pth")
+    report = build_network("resnet18", f"file:{tmp_path / 'weights.pth'}").init_report
+    assert report.missing == ("conv1.weight",)
+    assert len(report.loaded) == 99
+
+
+@pytest.mark.parametrize(("left", "fits"), [(90, True), (89, False)])
+def test_ninety_percent_of_the_tensors_must_load(left, fits, tmp_path):
+    state = torchvision_model("resnet18").state_dict()
+    counted = [key for key in state if not key.startswith("fc.") and not key.endswith("num_batches_tracked")]
+    torch.save({key: state[key] for key in counted[100 - left :]}, tmp_path / "weights.pth")
+    if fits:
+        assert len(build_network("resnet18", f"file:{tmp_path / 'weights.pth'}").init_report.loaded) == left
+    else:
+        with pytest.raises(UserError, match=r"Only 89 of the 100 tensors of 'resnet18' load .*'conv1.weight'"):
+            build_network("resnet18", f"file:{tmp_path / 'weights.pth'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "message"),
+    [
+        ("resnet19", "scratch", "Unknown image branch 'resnet19': choose mobilenet_v2, resnet18, resnet50."),
+        ("resnet18", "msceleb", "Unknown initialisation 'msceleb': choose file:PATH, imagenet, scratch."),
+        ("resnet18", "file:/nowhere.pth", "No weights file at '/nowhere.pth'"),
+    ],
+)
+def test_a_wrong_name_is_answered_in_one_sentence(name, init, message):
+    with pytest.raises(UserError) as caught:
+        build_network(name, init)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreachable_imagenet_weights_name_the_way_out():
+    try:
+        branch = build_network("resnet18", "imagenet")
+    except UserError as error:
+        sentence = str(error)
+    else:
+        assert branch.init_report.missing == ()
+        pytest.skip("the weights can be fetched here, so the sentence cannot be seen")
+    assert sentence.startswith("Cannot fetch the imagenet weights of 'resnet18' (")
+    assert "'file:PATH'" in sentence
