@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from cafe.errors import UserError, unknown
+from cafe.feature_maps import Route, choose_open_clip_route, first_output, route_timm
 from cafe.weights import digest_state_dict, fetch_weights, read_state_dict
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, RGB in 0–1
-Route = Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
 
 NORMALISATIONS: dict[str, Statistics] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -64,6 +64,20 @@ BACKBONES: dict[str, BackboneSpec] = {
 }
 
 
+@dataclass(frozen=True)
+class TowerFacts:
+    """What must be known of a tower to plan with it: `map_shape` is (C, H, W) or None, `mean` and `std` its own."""
+
+    architecture: str  # library:MODEL, without file paths
+    weights_digest: str
+    width: int
+    map_shape: tuple[int, int, int] | None
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    normalisation: str  # the choice its name stands for
+
+
 class FrozenBackbone(nn.Module):
     """A tower in evaluation mode that needs no gradient; outputs are float32 whatever its precision.
 
@@ -85,6 +99,20 @@ class FrozenBackbone(nn.Module):
         self._route = tower.route
         self.tower = tower.module.to(PRECISIONS[precision]).eval().requires_grad_(False)
 
+    @property
+    def facts(self) -> TowerFacts:
+        """What must be known of this tower to plan with it."""
+        return TowerFacts(
+            self.architecture,
+            self.weights_digest,
+            self.width,
+            self.map_shape,
+            self.input_size,
+            self.mean,
+            self.std,
+            self.normalisation,
+        )
+
     def forward(self, images: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return pooled features (N, width) and, on request, the map (N, C, H, W) of normalised images (N, 3, S, S).
 
@@ -93,7 +121,7 @@ class FrozenBackbone(nn.Module):
         """
         images = images.to(PRECISIONS[self.precision])
         if not with_map:
-            return _first(self.tower(images)).float(), None
+            return first_output(self.tower(images)).float(), None
         if self.map_shape is None:
             raise UserError(f"The backbone '{self.name}' has no known feature map: use its pooled features only.")
         pooled, features = self._route(self.tower, images)
@@ -106,7 +134,7 @@ class FrozenBackbone(nn.Module):
         return self
 
 
-def resolve_normalisation(backbone: FrozenBackbone, choice: str | None = None) -> Statistics:
+def resolve_normalisation(backbone: FrozenBackbone | TowerFacts, choice: str | None = None) -> Statistics:
     """Return mean and standard deviation for `tower`, `imagenet` or `clip` (default: what the name stands for)."""
     choice = choice or backbone.normalisation
     if choice == "tower":
@@ -137,6 +165,12 @@ def parse_backbone(name: str) -> BackboneSpec:
     if spec.file and not Path(spec.file).is_file():
         raise UserError(f"No weights file at '{spec.file}' for the backbone '{head}': check the path behind '@'.")
     return spec
+
+
+def absolute_name(name: str) -> str:
+    """Return a backbone's name with its file's path made absolute, since workers run in folders of their own."""
+    head, at, file = name.partition("@")
+    return f"{head}{at}{Path(file).expanduser().absolute()}" if at else name
 
 
 def load_backbone(name: str, precision: str = "fp32", input_size: int | None = None) -> FrozenBackbone:
@@ -325,7 +359,7 @@ def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], 
         module.set_input_size(input_size)
     preprocessing = {**module.preprocess_cfg, **_published_preprocessing(spec, model)}
     size = module.image_size if isinstance(module.image_size, int) else module.image_size[0]
-    return _probe(name, module, _choose_open_clip_route(module), digest, input_size or size, preprocessing)
+    return _probe(name, module, choose_open_clip_route(module), digest, input_size or size, preprocessing)
 
 
 def _published_preprocessing(spec: BackboneSpec, model: str) -> dict[str, Any]:
@@ -357,7 +391,7 @@ def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input
     preprocessing = resolve(module)
     if input_size is not None and hasattr(module, "set_input_size"):
         module.set_input_size((input_size, input_size))
-    return _probe(name, module, _route_timm, digest, input_size or preprocessing["input_size"][-1], preprocessing)
+    return _probe(name, module, route_timm, digest, input_size or preprocessing["input_size"][-1], preprocessing)
 
 
 def _timm_name(spec: BackboneSpec) -> str:
@@ -396,7 +430,7 @@ def _probe(
     module = module.eval()
     image = torch.zeros(1, 3, input_size, input_size)
     with torch.inference_mode():
-        pooled = _first(module(image))
+        pooled = first_output(module(image))
         if pooled.ndim != 2:
             raise UserError(f"The backbone '{name}' gives no single vector per image: choose another model.")
         routed, features = route(module, image)
@@ -418,68 +452,6 @@ def _probe(
 def _triple(values: Iterable[float]) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue
-
-
-# --- routes: pooled features and the map in one pass -----------------------------------------------------------------
-
-
-def _choose_open_clip_route(module: Any) -> Route:
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
-
-    if isinstance(module, VisionTransformer) and module.attn_pool is None and module.pool_type != "none":
-        module.output_tokens = True  # the tower then gives its patch tokens beside the pooled features
-        return _route_open_clip_vit
-    if isinstance(module, ModifiedResNet):
-        return _route_open_clip_resnet
-    if isinstance(module, TimmModel):
-        return _route_open_clip_timm
-    return _route_pooled_only
-
-
-def _route_pooled_only(tower: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    return _first(tower(images)), None
-
-
-def _route_open_clip_vit(tower: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    pooled, tokens = tower(images)  # (N, C), (N, h * w, width)
-    if tower.final_ln_after_pool:
-        tokens = tower.ln_post(tokens)
-    if tower.proj is not None:
-        tokens = tokens @ tower.proj
-    height, width = tower.grid_size
-    return pooled, tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
-
-
-def _route_open_clip_resnet(tower: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    features = tower.layer4(tower.layer3(tower.layer2(tower.layer1(tower.stem(images)))))
-    return tower.attnpool(features), features
-
-
-def _route_open_clip_timm(tower: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    pooled, features = _route_timm(tower.trunk, images)
-    return tower.head(pooled), features
-
-
-def _route_timm(tower: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    features = tower.forward_features(images)
-    pooled = tower.forward_head(features)
-    if not isinstance(features, Tensor):
-        return pooled, None
-    if features.ndim == 4:  # (N, C, h, w), or (N, h, w, C) where the model says so
-        last = str(getattr(tower, "output_fmt", "NCHW")).endswith("NHWC")
-        return pooled, features.permute(0, 3, 1, 2) if last else features
-    grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
-    patches = features[:, getattr(tower, "num_prefix_tokens", 0) :]  # (N, h * w, C)
-    if features.ndim != 3 or grid is None or patches.shape[1] != grid[0] * grid[1]:
-        return pooled, None
-    return pooled, patches.transpose(1, 2).reshape(len(patches), -1, *grid)
-
-
-def _first(output: Any) -> Tensor:
-    pooled: Tensor = output[0] if isinstance(output, tuple) else output
-    return pooled
 
 
 @contextmanager

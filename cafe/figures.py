@@ -26,5 +26,7 @@ def draw_confusion(counts: np.ndarray, title: str) -> Figure:
     for row, column in np.ndindex(*counts.shape):
         if support[row]:
             share = shares[row, column]
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color="white" if share > 0.55 else "#333")
+            axes.text(
+                column, row, f"{100 * share:.0f}", ha="center", va="center", color="white" if share > 0.55 else "#333"
+            )
     return figure

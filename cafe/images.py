@@ -17,29 +17,29 @@ MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompre
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
 
 
-class UnreadableImage(Exception):
+class UnreadableImageError(Exception):
     """An image that cannot be used, with the reason as its message."""
 
 
 def read_bytes(path: UPath) -> bytes:
-    """Return a file's bytes; raise `UnreadableImage` when it is missing, empty or not ours to read."""
+    """Return a file's bytes; raise `UnreadableImageError` when it is missing, empty or not ours to read."""
     try:
         data: bytes = path.read_bytes()
     except FileNotFoundError:
-        raise UnreadableImage("file not found") from None
+        raise UnreadableImageError("file not found") from None
     except PermissionError:
-        raise UnreadableImage("no permission to read the file") from None
+        raise UnreadableImageError("no permission to read the file") from None
     except IsADirectoryError:
-        raise UnreadableImage("is a folder") from None
+        raise UnreadableImageError("is a folder") from None
     except OSError as error:
-        raise UnreadableImage(f"cannot be read: {error}") from None
+        raise UnreadableImageError(f"cannot be read: {error}") from None
     if not data:
-        raise UnreadableImage("file is empty")
+        raise UnreadableImageError("file is empty")
     return data
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) in pixels from the header alone; raise `UnreadableImage`."""
+    """Return (width, height) in pixels from the header alone; raise `UnreadableImageError`."""
     with _open(data) as image:
         width, height = image.size
         swapped = image.getexif().get(ORIENTATION, 1) >= 5
@@ -47,7 +47,7 @@ def read_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Return the upright pixels (H, W, 3) uint8 RGB; of an animation the first frame; raise `UnreadableImage`."""
+    """Return the upright pixels (H, W, 3) uint8 RGB; of an animation the first frame; raise `UnreadableImageError`."""
     with _open(data) as image:
         try:
             image.load()
@@ -56,7 +56,7 @@ def decode_image(data: bytes) -> np.ndarray:
                 return _from_16_bit(image)
             return np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
-            raise UnreadableImage(f"damaged image: {error}") from None
+            raise UnreadableImageError(f"damaged image: {error}") from None
 
 
 def _open(data: bytes) -> Image.Image:
@@ -65,11 +65,11 @@ def _open(data: bytes) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(data))
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-            raise UnreadableImage("not an image of a known format") from None
+            raise UnreadableImageError("not an image of a known format") from None
     if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImage(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+        raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
     if image.mode == "F":
-        raise UnreadableImage("floating-point pixels have no defined brightness")
+        raise UnreadableImageError("floating-point pixels have no defined brightness")
     return image
 
 
@@ -77,5 +77,5 @@ def _from_16_bit(image: Image.Image) -> np.ndarray:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip everything above 255 to white."""
     grey = np.asarray(image, dtype=np.int64)
     if grey.size and (grey.min() < 0 or grey.max() > 65535):
-        raise UnreadableImage("32-bit pixels have no defined brightness")
+        raise UnreadableImageError("32-bit pixels have no defined brightness")
     return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)

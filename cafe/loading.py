@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cafe.errors import UserError
-from cafe.images import UnreadableImage, decode_image, read_bytes
+from cafe.images import UnreadableImageError, decode_image, read_bytes
 from cafe.manifest import Manifest
 from cafe.methods.method import Batch, Recipe
 from cafe.parallel import part_sizes, rank
@@ -54,7 +55,7 @@ class FaceDataset(Dataset[Batch]):
         path = self.manifest.path(row)
         try:
             image = decode_image(read_bytes(path))
-        except UnreadableImage as error:
+        except UnreadableImageError as error:
             raise UserError(
                 f"{path} is unreadable ({error}): mend it, or extract features once so that it is known and left out."
             ) from None
@@ -73,7 +74,7 @@ class FaceDataset(Dataset[Batch]):
             yield batch
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,7 @@ class Manifest:
     def from_faces(cls, name: str, root: str, faces: Iterable[Face]) -> Manifest:
         """Sort by sample_id and check that no two faces share one."""
         rows = sorted(faces, key=lambda face: face.sample_id)
-        for first, second in zip(rows, rows[1:], strict=False):
+        for first, second in pairwise(rows):
             if first.sample_id == second.sample_id:
                 raise UserError(f"The sample {first.sample_id!r} is listed twice in {name!r}: keep one of its rows.")
         return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA))
@@ -96,11 +97,12 @@ class Manifest:
     @cached_property
     def labels(self) -> np.ndarray:
         """The label of every row, (N,) int64."""
-        return self.table["label"].to_numpy().astype(np.int64)
+        return np.asarray(self.table["label"].to_numpy(), dtype=np.int64)
 
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
-        return UPath(self.root) / self.table["path"][row].as_py()
+        path: str = self.table["path"][row].as_py()
+        return UPath(self.root) / path
 
     def rows(self, split: str) -> np.ndarray:
         """The row numbers of a split, or of `all`, in manifest order."""

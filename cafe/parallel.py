@@ -56,7 +56,8 @@ class GlobalBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's signature
         """Normalise by the statistics of the whole batch while training, by the running ones otherwise."""
         if not self.training or world_size() == 1:
-            return super().forward(input)
+            normalised: Tensor = super().forward(input)
+            return normalised
         axes = [0, *range(2, input.dim())]
         values = input.float()
         count = collective.all_reduce(values.new_tensor(values.numel() / values.shape[1]))
@@ -65,8 +66,10 @@ class GlobalBatchNorm(_BatchNorm):
         centred = values - mean.view(shape)
         variance = collective.all_reduce(centred.square().sum(axes)) / count
         with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
             assert self.num_batches_tracked is not None
+            assert self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # unbiased, as torch keeps it
             self.num_batches_tracked.add_(1)
@@ -76,7 +79,7 @@ class GlobalBatchNorm(_BatchNorm):
         return normalised.to(input.dtype)
 
 
-def share_batch_norm(module: nn.Module) -> nn.Module:
+def share_batch_norm(module: nn.Module) -> None:
     """Replace every batch norm of a module by one over all workers, with the same weights and names."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
@@ -87,4 +90,3 @@ def share_batch_norm(module: nn.Module) -> nn.Module:
             setattr(module, name, shared)
         else:
             share_batch_norm(child)
-    return module

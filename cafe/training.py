@@ -33,7 +33,9 @@ class Training:
     precision: str = "fp32"
     loader_workers: int = 0
 
-    def run_epoch(self, epoch: int, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, float]:
+    def run_epoch(
+        self, epoch: int, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, float]:
         """Train epoch 1, 2, … and return mean losses by name, accuracy, learning rate and faces per second.
 
         The epoch depends on (seed, epoch) and the state at its start alone: a resumed training is the uninterrupted one.

@@ -26,13 +26,9 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise _Sentence(error) from None
-
-
-class _Sentence(click.ClickException):
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
-        self.exit_code = error.exit_code
+            sentence = click.ClickException(str(error))
+            sentence.exit_code = error.exit_code  # type: ignore[misc]  # click's own default is a class variable
+            raise sentence from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -67,7 +67,9 @@ def manifests_table(workspace: Workspace) -> Table | str:
 
 def scores_table(metrics: dict[str, float]) -> Table:
     """One run's numbers, in percent: a line per target and the mean over the unseen ones."""
-    table = Table("target", *(Column(name, justify="right") for name in ("accuracy", "mean-class accuracy", "macro-F1")))
+    table = Table(
+        "target", *(Column(name, justify="right") for name in ("accuracy", "mean-class accuracy", "macro-F1"))
+    )
     names = ("accuracy", "mean_class_accuracy", "macro_f1")
     targets = sorted({name.split("/")[1] for name in metrics if name.startswith("target/")})
     for target in targets:

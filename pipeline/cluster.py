@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from cafe.errors import UserError
 from pipeline.settings import ClusterSettings
 
-QUIET = {
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # back-to-back reports otherwise wait 2 s each
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -24,7 +25,7 @@ QUIET = {
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[None]:
     """Start Ray here or join the cluster at `settings.address`, and leave it at the end; raise `UserError`."""
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -36,14 +37,18 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         ray.init(settings.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     except ConnectionError:
         raise UserError(
-            f"No Ray cluster answers at {settings.address!r}: start one with `ray start --head`, or leave out --address."
+            f"No Ray cluster answers at {settings.address!r}: start one with `ray start --head`, set RAY_AUTH_MODE=token if "
+            "it asks for a token, or leave out --address."
         ) from None
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def quieten(library: str) -> None:
+    """Silence the progress notes of `ray.data` or `ray.train`, which set their own log level when first imported."""
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 def count(resource: str) -> int:

@@ -57,7 +57,7 @@ def predict_target(run: str, manifest: str, store: str | None, about: Any, split
     target = Target(Manifest.load(locate(manifest)), locate(store) if store else None, about)
     rows = target.rows(split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = spec.load_model(path).to(device, memory_format=torch.channels_last)
+    method = spec.load_model(path).to(device).to(memory_format=torch.channels_last)
     dataset = spec.dataset(target.manifest, target.open_store(), views=[0])
     predictions = Predictions(
         [target.manifest.sample_ids[row] for row in rows],

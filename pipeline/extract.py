@@ -6,12 +6,14 @@ what has no receipt, and the store comes out byte for byte the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,15 +21,15 @@ import torch
 from upath import UPath
 
 from cafe import views
-from cafe.backbones import FrozenBackbone, load_backbone, resolve_normalisation
+from cafe.backbones import TowerFacts, absolute_name, load_backbone, parse_backbone, resolve_normalisation
 from cafe.errors import IncompleteError, UserError
-from cafe.images import UnreadableImage, decode_image, read_bytes
+from cafe.images import UnreadableImageError, decode_image, read_bytes
 from cafe.manifest import Manifest
 from cafe.views import POLICIES, draw_view, normalise
 from pipeline import cluster
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows
-from pipeline.workspace import Workspace, locate
+from pipeline.workspace import Workspace, locate, read_json, with_tuples, write_json
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,7 +60,7 @@ class Extraction:
         )
 
 
-def describe_store(manifest: Manifest, settings: ExtractSettings, tower: FrozenBackbone) -> About:
+def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFacts) -> About:
     """Return the store these settings ask for; with one view only the clean image counts, so the policy plays no part."""
     if settings.maps and tower.map_shape is None:
         raise UserError(f"The tower {settings.backbone!r} has no spatial map: leave out --maps.")
@@ -84,6 +86,22 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: FrozenB
     return About(key, manifest.name, settings.backbone, len(manifest), tower.width, map_shape, step)
 
 
+def know_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
+    """Return the facts of a tower, remembered by the content of its weights file, so that a rerun need not load it."""
+    spec = parse_backbone(settings.backbone)
+    note = None
+    if spec.file:
+        content = hashlib.sha256(Path(spec.file).read_bytes()).hexdigest()
+        asked = f"{settings.backbone} {settings.input_size} {content}"
+        note = workspace.root / "towers" / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+        if record := read_json(note):
+            return TowerFacts(**with_tuples(record))
+    facts = load_backbone(settings.backbone, settings.precision, settings.input_size).facts
+    if note:
+        write_json(note, asdict(facts))
+    return facts
+
+
 def describe_policy(name: str) -> dict[str, Any]:
     """Return everything that makes a view policy what it is, as plain JSON values."""
     return {"name": name, "version": views.VERSION, **json.loads(json.dumps(asdict(POLICIES[name])))}
@@ -98,7 +116,8 @@ class ShardEmbedder:
         torch.set_num_threads(threads)
         self.manifest, self.settings, self.device = Manifest.load(locate(manifest)), settings, device
         self.store = FeatureStore(locate(store), about)
-        self.tower = load_backbone(settings.backbone, settings.precision, settings.input_size).to(device)
+        tower = load_backbone(settings.backbone, settings.precision, settings.input_size)
+        self.tower = tower.to(device).to(memory_format=torch.channels_last)  # convolutions are 1.6 × faster
         if self.tower.weights_digest != about.key.weights:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
@@ -146,7 +165,7 @@ class ShardEmbedder:
             try:
                 if decoded is None or decoded[0] != row:
                     decoded = (row, decode_image(read_bytes(self.manifest.path(row))))
-            except UnreadableImage as error:
+            except UnreadableImageError as error:
                 unreadable[row] = str(error)
                 continue
             view = draw_view(policy, self.settings.view_seed, self.manifest.sample_ids[row], number)
@@ -159,6 +178,7 @@ class ShardEmbedder:
         with torch.inference_mode():
             tensor = torch.from_numpy(pictures).to(self.device)
             images = normalise(tensor, torch.from_numpy(boxes), *self.store.about.key.normalisation)
+            images = images.contiguous(memory_format=torch.channels_last)
             pooled, spatial = self.tower(images, with_map=self.settings.maps)
         features = {"pooled": pooled.cpu().numpy()}
         return features if spatial is None else {**features, "map": spatial.cpu().numpy()}
@@ -188,9 +208,9 @@ def extract(
     `progress(done, total)` counts faces of all manifests. Raises `IncompleteError` when more than `max_skipped` images of
     one are unreadable; what was computed is kept.
     """
-    tower = load_backbone(settings.backbone, settings.precision, settings.input_size)
+    settings = replace(settings, backbone=absolute_name(settings.backbone))
+    tower = know_tower(workspace, settings)
     abouts = [describe_store(manifest, settings, tower) for manifest in manifests]
-    del tower
     stores = [
         FeatureStore.create(workspace.features / manifest.name, about, manifest)
         for manifest, about in zip(manifests, abouts, strict=True)
@@ -221,6 +241,7 @@ def extract(
 def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards: list[int]) -> Iterator[int]:
     """Compute shards under Ray; yield the faces of each as it is done."""
     import ray
+    import ray.data
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayTaskError
 
@@ -239,6 +260,7 @@ def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards
         "cuda" if gpus else "cpu",
     )
 
+    cluster.quieten("ray.data")
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

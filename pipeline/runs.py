@@ -1,11 +1,11 @@
 """A run: everything that decides its result, written down before it starts, and what it leaves behind.
 
-    runs/METHOD-SOURCE-sSEED-HASH/
-        run.json                 the specification; its hash names the run, so the same command is the same run
-        epochs/0001.json         metrics of each epoch
-        train/                   Ray Train's checkpoints: safetensors + JSON
-        model.safetensors        the trained method, written last
-        predictions/TARGET.parquet
+runs/METHOD-SOURCE-sSEED-HASH/
+    run.json                 the specification; its hash names the run, so the same command is the same run
+    epochs/0001.json         metrics of each epoch
+    train/                   Ray Train's checkpoints: safetensors + JSON
+    model.safetensors        the trained method, written last
+    predictions/TARGET.parquet
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cafe.methods.method import Inputs, Method
 from cafe.views import ViewPlan
 from pipeline.settings import StoreChoice
 from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureStore, find_stores
-from pipeline.workspace import Workspace, read_json, write_json
+from pipeline.workspace import Workspace, read_json, with_tuples, write_json
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ class RunSpec:
         """Read a run's specification from its folder."""
         record = read_json(path / "run.json")
         assert record is not None
-        views = {name: tuple(value) if isinstance(value, list) else value for name, value in record["views"].items()}
         features = FeatureKey.from_record(record["features"]) if record["features"] else None
-        return cls(**{**record, "views": ViewPlan(**views), "features": features})
+        return cls(**{**record, "views": ViewPlan(**with_tuples(record["views"])), "features": features})
 
     def save(self, path: UPath) -> None:
         """Write the specification into a run's folder."""
@@ -98,7 +97,7 @@ class RunSpec:
         """Return the method with initial weights drawn from the seed."""
         method = find_method(self.method)
         torch.manual_seed(self.seed)
-        return method(method.Recipe(**self.recipe), Inputs(self.width, self.network, init or self.init))
+        return method(method.recipe_type(**self.recipe), Inputs(self.width, self.network, init or self.init))
 
     def load_model(self, path: UPath) -> Method:
         """Return the trained method of a run's folder."""
@@ -111,7 +110,9 @@ class RunSpec:
         """Whether the method reads frozen features."""
         return "features" in find_method(self.method).needs
 
-    def dataset(self, manifest: Manifest, store: FeatureStore | None, views: Sequence[int] | None = None) -> FaceDataset:
+    def dataset(
+        self, manifest: Manifest, store: FeatureStore | None, views: Sequence[int] | None = None
+    ) -> FaceDataset:
         """Return the faces of a manifest as the method needs them, with the features of some views (default: all)."""
         features = store.load("pooled", views) if store and self.needs_features else None
         return FaceDataset(manifest, self.views, find_method(self.method).needs, self.image_size, features)
@@ -155,7 +156,9 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) 
     """
     stores = find_stores(workspace.features, manifest.name)
     if not stores and (choice.backbone or choice.views or choice.policy):
-        raise UserError(f"There are no features of {manifest.name!r} yet: run `{extract_command(manifest.name, choice)}`.")
+        raise UserError(
+            f"There are no features of {manifest.name!r} yet: run `{extract_command(manifest.name, choice)}`."
+        )
     if not stores:
         return None
     fitting = [(path, about) for path, about in stores if _fits(about, choice)]
@@ -173,7 +176,7 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) 
         )
     if len(current) > 1:
         raise UserError(
-            f"{len(current)} feature stores of {manifest.name!r} fit ({there}): choose one with --backbone, --views or --policy."
+            f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views or --policy ({there})."
         )
     _check_finished(*current[0])
     return current[0]
@@ -210,7 +213,9 @@ def choose_targets(workspace: Workspace, wanted: str | None, spec: RunSpec) -> l
     """Return the targets of a comma-separated list, of all manifests when there is none, of nothing for `none`."""
     if wanted == "none":
         return []
-    names = workspace.manifest_names() if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
+    names = (
+        workspace.manifest_names() if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
+    )
     return [choose_target(workspace, name, spec) for name in names]
 
 

@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -131,8 +131,8 @@ class FeatureStore:
             write_json(path / "about.json", asdict(about))  # last: from here on the store exists
             return cls(path, about)
         store = cls(path, About.from_record(record))
-        if not np.array_equal(store.group["label"][:], manifest.labels):
-            store.group["label"][:] = manifest.labels  # a corrected label changes no feature
+        if not np.array_equal(store.array("label")[:], manifest.labels):
+            store.array("label")[:] = manifest.labels  # a corrected label changes no feature
         return store
 
     @staticmethod
@@ -155,6 +155,10 @@ class FeatureStore:
             array = group.create_array(name, shape=(rows,), dtype=dtype, dimension_names=("sample",))
             array[:] = np.asarray(values)
 
+    def array(self, name: str) -> zarr.Array[Any]:
+        """One array of the store."""
+        return cast("zarr.Array[Any]", self.group[name])
+
     def rows_of(self, shard: int) -> range:
         """The manifest rows of a shard."""
         start = shard * self.about.shard_rows
@@ -175,7 +179,7 @@ class FeatureStore:
         valid = np.array([row not in skipped for row in rows])
         checksums = {}
         for name, values in {**arrays, "valid": valid}.items():
-            array = self.group[name]
+            array = self.array(name)
             values = values.astype(array.dtype)
             if name in ARRAYS:
                 values[~valid] = np.nan
@@ -208,13 +212,13 @@ class FeatureStore:
         receipt = read_json(self.receipt_path(shard)) or {"checksums": {"pooled": ""}}
         rows = self.rows_of(shard)
         return all(
-            _checksum(self.group[name][rows.start : rows.stop]) == checksum
+            _checksum(np.asarray(self.array(name)[rows.start : rows.stop])) == checksum
             for name, checksum in receipt["checksums"].items()
         )
 
     def valid(self) -> np.ndarray:
         """Which rows have features, (N,) bool."""
-        return np.asarray(self.group["valid"][:])
+        return np.asarray(self.array("valid")[:])
 
     def load(self, name: str = "pooled", views: Iterable[int] | None = None) -> np.ndarray:
         """Return an array (N, views, …), checked against the receipts: in memory, or mapped from a scratch file if large.
@@ -225,7 +229,7 @@ class FeatureStore:
             raise UserError(
                 f"The features in {self.path} lack {pending} of {self.shards} shards: run `cafe extract` again to finish."
             )
-        array = self.group[name]
+        array = self.array(name)
         wanted = list(range(self.about.key.views)) if views is None else list(views)
         shape = (array.shape[0], len(wanted), *array.shape[2:])
         result = _allocate(shape, array.dtype)

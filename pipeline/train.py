@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from upath import UPath
 
+from cafe.backbones import NORMALISATIONS
 from cafe.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.errors import UserError
 from cafe.loading import SMALLEST_BATCH
@@ -27,7 +28,6 @@ from cafe.methods.method import apply_overrides
 from cafe.parallel import rank, share_batch_norm, world_size
 from cafe.training import Training
 from cafe.views import ViewPlan
-from cafe.backbones import NORMALISATIONS
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
 from pipeline.runs import RunSpec, Target, check_network, choose_store, choose_targets, is_finished
@@ -62,7 +62,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     method = find_method(settings.method)
     manifest = workspace.load_manifest(settings.source)
     shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
-    recipe = apply_overrides(method.Recipe(), [*settings.overrides, *shortcuts], settings.method)
+    recipe = apply_overrides(method.recipe_type(), [*settings.overrides, *shortcuts], settings.method)
     check_network(settings.network, settings.init)
     if settings.tag:
         check_name(settings.tag)
@@ -195,9 +195,9 @@ def train_worker(config: dict[str, Any]) -> None:
 
     store = config["store"]
     source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))
-    method = spec.build().to(device, memory_format=torch.channels_last)
+    method = spec.build().to(device).to(memory_format=torch.channels_last)
     if world_size() > 1:
-        method = share_batch_norm(method)
+        share_batch_norm(method)
     module = ray.train.torch.prepare_model(method)
     training = Training(
         method,
@@ -241,4 +241,3 @@ class _Notes:
         if rank() == 0 and (done == total or now - self.last > PROGRESS_SECONDS):
             self.last = now
             write_json(self.path, {"done": (self.epoch - 1) * total + done, "per_epoch": total})
-

@@ -106,6 +106,11 @@ def read_json(path: UPath) -> dict[str, Any] | None:
         return None
 
 
+def with_tuples(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with its lists as tuples, as dataclasses hold them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+
+
 def write_json(path: UPath, record: dict[str, Any]) -> None:
     """Write a JSON object in one put, with the same bytes for the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)

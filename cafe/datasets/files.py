@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.images import UnreadableImage, read_bytes, read_size
+from cafe.images import UnreadableImageError, read_bytes, read_size
 from cafe.manifest import SPLITS, Face, Manifest, assign_splits
 
 READERS = 16  # threads: opening files waits for the disk or the network
@@ -60,9 +60,7 @@ class Index:
     def duplicates(self) -> list[list[str]]:
         """Groups of samples whose files are byte for byte the same."""
         seen: dict[str, list[str]] = {}
-        for sample_id, digest in zip(
-            self.manifest.sample_ids, self.manifest.table["digest"].to_pylist(), strict=True
-        ):
+        for sample_id, digest in zip(self.manifest.sample_ids, self.manifest.table["digest"].to_pylist(), strict=True):
             seen.setdefault(digest, []).append(sample_id)
         return [group for group in seen.values() if len(group) > 1]
 
@@ -106,7 +104,7 @@ def _open_all(listing: Listing) -> Iterator[Face | tuple[str, str]]:
         try:
             data = read_bytes(listing.root / file.path)
             width, height = read_size(data)
-        except UnreadableImage as error:
+        except UnreadableImageError as error:
             return file.path, str(error)
         digest = hashlib.sha256(data).hexdigest()
         return Face(file.path, file.path, file.label, file.split, file.group, width, height, digest)

@@ -51,4 +51,3 @@ def _load(file: UPath) -> pa.Table:
         return pa.csv.read_csv(data, convert_options=pa.csv.ConvertOptions(column_types=text))
     except pa.ArrowInvalid as error:
         raise UserError(f"{file} is neither a CSV nor a Parquet table: {error}".splitlines()[0]) from None
-

@@ -36,7 +36,7 @@ class Cafe(Method):
     """Eq. 2: F~ = sigmoid(image branch) * frozen features; one linear layer classifies F~."""
 
     needs = frozenset({"image", "features"})
-    Recipe = Recipe
+    recipe_type = Recipe
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
@@ -93,7 +93,7 @@ def draw_kept_channels(width: int, dropped: float, generator: torch.Generator) -
 def pool_groups(masked: Tensor) -> Tensor:
     """Max over the channels of each class's group, (N, C) → (N, 7); the remainder of C / 7 is left out."""
     size = masked.shape[1] // CLASSES
-    return masked[:, : CLASSES * size].unflatten(1, (CLASSES, size)).amax(dim=2)
+    return masked[:, : CLASSES * size].reshape(-1, CLASSES, size).amax(dim=2)
 
 
 def cafe_losses(logits: Tensor, masked: Tensor, labels: Tensor, keep: Tensor, recipe: Recipe) -> dict[str, Tensor]:

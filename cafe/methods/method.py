@@ -39,7 +39,7 @@ class Method(nn.Module):
     """A method of facial-expression recognition. A subclass cites its paper and states where it deviates from it."""
 
     needs: ClassVar[frozenset[str]]  # what its batches hold: "image", "features"
-    Recipe: ClassVar[type[Recipe]] = Recipe
+    recipe_type: ClassVar[type[Recipe]] = Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Method(nn.Module):
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of the recipe."""
         return torch.optim.Adam(
-            self.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
+            self.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay, fused=True
         )
 
     def learning_rate_factor(self, epoch: int) -> float:

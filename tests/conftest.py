@@ -1,0 +1,139 @@
+"""What the tests share: tiny real images, a tiny real tower, and one Ray of two nodes for the whole session."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+COLOURS = {"happiness": (220, 180, 40), "sadness": (40, 60, 160), "anger": (200, 40, 40)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", default=str(SHARED / "golden"), help="folder of reference numbers (.npz)")
+
+
+@pytest.fixture(scope="session")
+def real_faces() -> Path:
+    """Real face photographs, which this project does not ship."""
+    folder = SHARED / "faces"
+    if not folder.is_dir():
+        pytest.skip("needs the real faces in ../shared/faces, which are not there")
+    return folder
+
+
+def draw_faces(root: Path, per_class: int = 12, size: int = 24, seed: int = 0, tint: int = 0) -> Path:
+    """Write a folder of small noisy pictures whose colour tells the expression, as real PNG and JPEG files."""
+    random = np.random.default_rng(seed)
+    for expression, colour in COLOURS.items():
+        (root / expression).mkdir(parents=True, exist_ok=True)
+        for number in range(per_class):
+            pixels = np.clip(random.normal(np.add(colour, tint), 40, (size, size, 3)), 0, 255).astype(np.uint8)
+            suffix = "png" if number % 2 else "jpg"
+            Image.fromarray(pixels).save(root / expression / f"{number:03d}.{suffix}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a two-layer ViT of open_clip with random weights saved to a file, 32 px, 24 channels."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("tower")
+    config = {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1},
+    }
+    (folder / "tiny-cafe-vit.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-cafe-vit.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-cafe-vit").state_dict(), folder / "tiny.pt")
+    return f"open_clip:{folder / 'tiny-cafe-vit.json'}@{folder / 'tiny.pt'}"
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray cluster of a head and a second node, one core each, as processes of their own."""
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    common = ["--num-cpus=1", "--object-store-memory=200000000", "--block"]
+    nodes = []
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        command = [str(Path(sys.executable).with_name("ray")), "start", *arguments, *common]
+        node = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        nodes.append(node)
+        return node
+
+    head = start("--head", "--port=0", "--include-dashboard=false")
+    assert head.stdout is not None
+    address = ""
+    while not address:
+        line = head.stdout.readline().decode()
+        assert line or head.poll() is None, "the Ray head did not start"
+        if found := re.search(r"--address='([^']+)'", line):
+            address = found[1]
+    start(f"--address={address}")
+    import ray
+
+    ray.init(address, logging_level="ERROR", log_to_driver=False)
+    while ray.cluster_resources().get("CPU", 0) < 2:
+        time.sleep(0.1)
+    ray.shutdown()
+    yield address
+    for node in reversed(nodes):
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+
+class Cafe:
+    """Runs `cafe` commands in a workspace, in this process."""
+
+    def __init__(self, workspace: Path, address: str) -> None:
+        self.workspace, self.address = workspace, address
+
+    def __call__(self, *arguments: str, ray: bool = False) -> Result:
+        from jobs.cli import main
+
+        cluster = ["--address", self.address] if ray else []
+        return CliRunner().invoke(main, ["--workspace", str(self.workspace), *arguments, *cluster])
+
+    def succeed(self, *arguments: str, ray: bool = False) -> str:
+        result = self(*arguments, ray=ray)
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+        return result.output
+
+    def fail(self, *arguments: str, code: int = 2) -> str:
+        """Run a command that must fail with one sentence, and before Ray starts."""
+        import ray
+
+        result = self(*arguments)
+        assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+        assert not ray.is_initialized()
+        return result.output.strip()
+
+
+@pytest.fixture()
+def cafe(tmp_path: Path, ray_address: str) -> Cafe:
+    """The command line in a fresh workspace; with `ray=True` a command joins the session's cluster."""
+    return Cafe(tmp_path / "work", ray_address)

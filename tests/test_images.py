@@ -1,0 +1,114 @@
+"""Every kind of file is either read right or says why not."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from upath import UPath
+
+from cafe.images import UnreadableImageError, decode_image, read_bytes, read_size
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+RED = np.full((6, 4, 3), (200, 30, 20), np.uint8)
+
+
+def test_colour_png_is_read_as_it_is() -> None:
+    data = encode(Image.fromarray(RED), "PNG")
+    assert read_size(data) == (4, 6)
+    np.testing.assert_array_equal(decode_image(data), RED)
+
+
+def test_grey_palette_and_alpha_become_rgb() -> None:
+    grey = Image.fromarray(np.full((3, 3), 77, np.uint8))
+    assert decode_image(encode(grey, "PNG")).tolist() == np.full((3, 3, 3), 77).tolist()
+    palette = Image.fromarray(RED).convert("P", palette=Image.Palette.ADAPTIVE)
+    np.testing.assert_allclose(decode_image(encode(palette, "PNG")), RED, atol=2)
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(RED).convert("RGBA"), "PNG")), RED)
+
+
+def test_cmyk_jpeg_keeps_its_colour() -> None:
+    data = encode(Image.fromarray(np.full((16, 16, 3), (200, 30, 20), np.uint8)).convert("CMYK"), "JPEG", quality=95)
+    np.testing.assert_allclose(decode_image(data)[8, 8], (200, 30, 20), atol=6)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    levels = np.array([[0, 257, 32896, 65535]], np.uint16)
+    assert decode_image(encode(Image.fromarray(levels), "PNG"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_one_pixel_is_an_image() -> None:
+    assert decode_image(encode(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG")).tolist() == [[[9, 8, 7]]]
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (5, 5), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(decode_image(data)[2, 2], (250, 0, 0), atol=4)
+
+
+def test_a_rotated_photo_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255  # white left half ends up on top
+    data = encode(Image.fromarray(pixels), "PNG", exif=exif)
+    upright = decode_image(data)
+    assert read_size(data) == (8, 16)
+    assert upright.shape == (16, 8, 3)
+    assert upright[:8].min() == 255
+    assert upright[8:].max() == 0
+
+
+def test_a_truncated_jpeg_says_so() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG")
+    assert read_size(data[: len(data) // 2]) == (64, 64)  # the header is whole
+    with pytest.raises(UnreadableImageError, match="damaged image"):
+        decode_image(data[: len(data) // 2])
+
+
+def test_text_and_float_pixels_are_refused() -> None:
+    with pytest.raises(UnreadableImageError, match="not an image of a known format"):
+        read_size(b"this is no picture")
+    floats = encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF")
+    with pytest.raises(UnreadableImageError, match="floating-point"):
+        decode_image(floats)
+
+
+def test_missing_empty_and_forbidden_files_give_their_reason(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImageError, match="file not found"):
+        read_bytes(UPath(tmp_path / "gone.jpg"))
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(UnreadableImageError, match="file is empty"):
+        read_bytes(UPath(tmp_path / "empty.jpg"))
+    with pytest.raises(UnreadableImageError, match="is a folder"):
+        read_bytes(UPath(tmp_path))
+
+
+def test_a_file_without_read_permission_gives_its_reason() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "secret.jpg"
+        path.write_bytes(b"x")
+        path.chmod(stat.S_IWUSR)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root reads everything: try as nobody
+        try:
+            with pytest.raises(UnreadableImageError, match="no permission"):
+                read_bytes(UPath(path))
+        finally:
+            os.seteuid(user)

@@ -1,0 +1,192 @@
+"""Manifests: readers, splits and what their digests name."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Cafe, draw_faces
+from hypothesis import given
+from hypothesis import strategies as st
+from upath import UPath
+
+from cafe.datasets import DATASETS
+from cafe.datasets.files import Index, index_files
+from cafe.errors import UserError
+from cafe.manifest import Face, Manifest, assign_splits
+
+
+def index(kind: str, path: Path) -> Index:
+    return index_files("faces", DATASETS[kind](UPath(path)))
+
+
+def face(number: int, label: int, group: str | None = None, digest: str = "") -> Face:
+    return Face(f"{label}/{number}.jpg", f"{label}/{number}.jpg", label, "", group, 8, 8, digest or f"{label}-{number}")
+
+
+def test_a_folder_becomes_one_row_per_face(tmp_path: Path) -> None:
+    manifest = index("folder", draw_faces(tmp_path, per_class=10, size=16)).manifest
+    assert len(manifest) == 30
+    assert manifest.sample_ids[0] == "anger/000.jpg"
+    row = manifest.table.slice(0, 1).to_pylist()[0]
+    assert (row["label"], row["width"], row["height"]) == (5, 16, 16)
+    assert len(manifest.rows("test")) == 6
+    assert manifest.path(0) == UPath(tmp_path / "anger" / "000.jpg")
+
+
+def test_moving_the_folder_changes_no_sample_and_no_digest(tmp_path: Path) -> None:
+    first = index("folder", draw_faces(tmp_path / "a")).manifest
+    shutil.move(tmp_path / "a", tmp_path / "deep" / "b")
+    second = index("folder", tmp_path / "deep" / "b").manifest
+    assert second.root != first.root
+    assert second.sample_ids == first.sample_ids
+    assert (second.digest, second.image_digest) == (first.digest, first.image_digest)
+
+
+def test_a_given_split_is_kept(tmp_path: Path) -> None:
+    draw_faces(tmp_path / "Train", per_class=2)
+    draw_faces(tmp_path / "validation", per_class=3)
+    result = index("folder", tmp_path)
+    assert result.layout == "SPLIT/EXPRESSION/image"
+    assert (len(result.manifest.rows("train")), len(result.manifest.rows("val"))) == (6, 9)
+
+
+def test_an_unknown_folder_names_the_expressions(tmp_path: Path) -> None:
+    shutil.move(draw_faces(tmp_path) / "anger", tmp_path / "contempt")
+    with pytest.raises(UserError, match=r"Unknown expression 'contempt': choose .*anger"):
+        index("folder", tmp_path)
+
+
+def test_hidden_files_and_other_kinds_are_not_faces(tmp_path: Path) -> None:
+    draw_faces(tmp_path, per_class=2)
+    (tmp_path / "anger" / ".DS_Store").touch()
+    (tmp_path / "__MACOSX" / "anger").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "anger" / "x.jpg").touch()
+    (tmp_path / "anger" / "notes.txt").touch()
+    result = index("folder", tmp_path)
+    assert (len(result.manifest), result.ignored, result.broken) == (6, 1, [])
+
+
+def test_broken_files_are_named_and_duplicates_found(tmp_path: Path) -> None:
+    draw_faces(tmp_path, per_class=2)
+    (tmp_path / "anger" / "zero.jpg").touch()
+    (tmp_path / "anger" / "text.png").write_text("not a picture")
+    shutil.copy(tmp_path / "anger" / "000.jpg", tmp_path / "sadness" / "copy.jpg")
+    result = index("folder", tmp_path)
+    assert result.broken == [
+        ("anger/text.png", "not an image of a known format"),
+        ("anger/zero.jpg", "file is empty"),
+    ]
+    assert result.duplicates == [["anger/000.jpg", "sadness/copy.jpg"]]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> None:
+    draw_faces(tmp_path, per_class=2)
+    rows = [
+        {"path": "anger/000.jpg", "label": "Angry", "split": "training", "group": "ann"},
+        {"path": "sadness/000.jpg", "label": "sad", "split": "test", "group": "bob"},
+    ]
+    path = tmp_path / f"faces.{kind}"
+    if kind == "csv":
+        path.write_bytes(b"\xef\xbb\xbfpath,label,split,group\r\n" + b"".join(
+            f"{r['path']},{r['label']},{r['split']},{r['group']}\r\n".encode() for r in rows
+        ))  # fmt: skip
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    table = index("table", path).manifest.table.to_pylist()
+    assert [(r["sample_id"], r["label"], r["split"], r["group"]) for r in table] == [
+        ("anger/000.jpg", 5, "train", "ann"),
+        ("sadness/000.jpg", 4, "test", "bob"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,emotion\na,b", "no column 'label'"),
+        ("path,label,age\na,anger,3", "unknown column 'age'"),
+        ("path,label\n,anger", "Row 1 .* has no path"),
+        ("path,label\n../x.jpg,anger", "points outside its folder"),
+        ("path,label\nx.jpg,3", "Unknown expression '3'"),
+        ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
+    ],
+)
+def test_a_bad_table_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        index("table", tmp_path / "t.csv")
+
+
+def test_a_sample_listed_twice_is_an_error(tmp_path: Path) -> None:
+    draw_faces(tmp_path, per_class=1)
+    (tmp_path / "t.csv").write_text("path,label\nanger/000.jpg,anger\nanger/000.jpg,anger\n")
+    with pytest.raises(UserError, match=r"'anger/000.jpg' is listed twice"):
+        index("table", tmp_path / "t.csv")
+
+
+def test_splits_are_stratified_and_rare_classes_reach_both() -> None:
+    faces = assign_splits([face(n, label) for label, count in ((0, 100), (1, 5), (2, 2), (3, 1)) for n in range(count)])
+    tests = {label: sum(f.split == "test" for f in faces if f.label == label) for label in range(4)}
+    assert tests == {0: 20, 1: 1, 2: 1, 3: 0}
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 12)), min_size=2, max_size=120))
+def test_groups_and_identical_files_never_straddle_the_split(rows: list[tuple[int, int]]) -> None:
+    faces = [
+        face(n, label, group=f"g{group}" if group < 6 else None, digest=f"d{group}")
+        for n, (label, group) in enumerate(rows)
+    ]
+    split = assign_splits(faces)
+    for unit in range(13):
+        assert len({f.split for f, (_, group) in zip(split, rows, strict=True) if group == unit}) <= 1
+    assert assign_splits(faces[::-1]) == split[::-1]  # the order plays no part
+
+
+def test_adding_a_face_moves_hardly_any_other() -> None:
+    before = assign_splits([face(n, 0) for n in range(500)])
+    after = assign_splits([face(n, 0) for n in range(501)])
+    moved = sum(a.split != b.split for a, b in zip(before, after, strict=False))
+    assert moved <= 1
+
+
+def test_a_manifest_survives_its_file_and_its_digest_names_labels(tmp_path: Path) -> None:
+    manifest = Manifest.from_faces("x", "/data", [replace(face(n, n % 3), split="train") for n in range(9)])
+    manifest.save(UPath(tmp_path / "m" / "x.parquet"))
+    again = Manifest.load(UPath(tmp_path / "m" / "x.parquet"))
+    assert (again.name, again.root, again.table.to_pylist()) == ("x", "/data", manifest.table.to_pylist())
+    assert again.digest == manifest.digest
+    relabelled = Manifest.from_faces("x", "/data", [replace(face(n, n % 3), split="train", label=0) for n in range(9)])
+    assert relabelled.digest != manifest.digest
+    assert relabelled.image_digest == manifest.image_digest
+
+
+def test_a_file_that_is_no_manifest_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="is not a manifest"):
+        Manifest.load(UPath(tmp_path / "x.parquet"))
+
+
+def test_the_command_prints_counts_and_writes_the_manifest(tmp_path: Path, cafe: Cafe) -> None:
+    draw_faces(tmp_path / "faces")
+    (tmp_path / "faces" / "anger" / "zero.jpg").touch()
+    output = cafe.succeed("data", "index", "folder", str(tmp_path / "faces"), "--name", "tiny")
+    assert "tiny: 36 faces, read as EXPRESSION/image" in output
+    assert "1 broken files, left out:\n  anger/zero.jpg: file is empty" in output
+    assert "tiny" in cafe.succeed("data", "list")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("folders", ".", "--name", "x"), "Unknown kind of data set 'folders': choose folder, table."),
+        (("folder", "/no/such", "--name", "x"), "/no/such is not a folder"),
+        (("folder", ".", "--name", "a/b"), "The name 'a/b' cannot be used"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(cafe: Cafe, arguments: tuple[str, ...], message: str) -> None:
+    assert message in cafe.fail("data", "index", *arguments)
