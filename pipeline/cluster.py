@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cafe.errors import UserError
 from pipeline.settings import ClusterSettings
 
+CONNECT_SECONDS = 5.0
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -32,18 +34,29 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    if settings.address:
+        _check_answer(settings.address)
     local = {} if settings.address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
-    try:
-        ray.init(settings.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-    except ConnectionError:
-        raise UserError(
-            f"No Ray cluster answers at {settings.address!r}: start one with `ray start --head`, set RAY_AUTH_MODE=token if "
-            "it asks for a token, or leave out --address."
-        ) from None
+    ray.init(settings.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answer(address: str) -> None:
+    """Raise `UserError` at once when nothing listens at an address; Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        if address in ("auto", "local"):
+            return
+        raise UserError(f"Cannot read the address {address!r}: give HOST:PORT, ray://HOST:PORT or auto.")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError):
+        raise UserError(
+            f"No Ray cluster answers at {address!r}: start one with `ray start --head`, or leave out --address."
+        ) from None
 
 
 def quieten(library: str) -> None:

@@ -127,7 +127,8 @@ class FeatureStore:
         path = folder / about.folder
         record = read_json(path / "about.json")
         if record is None:
-            cls._create_arrays(path, about, manifest)
+            if not list_folder(path / "receipts"):  # else only the description was lost: what was computed is kept
+                cls._create_arrays(path, about, manifest)
             write_json(path / "about.json", asdict(about))  # last: from here on the store exists
             return cls(path, about)
         store = cls(path, About.from_record(record))
@@ -220,7 +221,9 @@ class FeatureStore:
         """Which rows have features, (N,) bool."""
         return np.asarray(self.array("valid")[:])
 
-    def load(self, name: str = "pooled", views: Iterable[int] | None = None) -> np.ndarray:
+    def load(
+        self, name: str = "pooled", views: Iterable[int] | None = None, memory_share: float = MEMORY_SHARE
+    ) -> np.ndarray:
         """Return an array (N, views, …), checked against the receipts: in memory, or mapped from a scratch file if large.
 
         Raises `UserError` for an unfinished store or a shard that is not what was written.
@@ -232,7 +235,7 @@ class FeatureStore:
         array = self.array(name)
         wanted = list(range(self.about.key.views)) if views is None else list(views)
         shape = (array.shape[0], len(wanted), *array.shape[2:])
-        result = _allocate(shape, array.dtype)
+        result = _allocate(shape, array.dtype, memory_share)
         for shard in range(self.shards):
             rows = self.rows_of(shard)
             values = np.asarray(array[rows.start : rows.stop])
@@ -251,9 +254,9 @@ def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, About]]:
     return [(path, About.from_record(record)) for path, record in found if record]
 
 
-def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) -> np.ndarray:
     size = int(np.prod(shape)) * dtype.itemsize
-    if size < MEMORY_SHARE * psutil.virtual_memory().available:
+    if size < memory_share * psutil.virtual_memory().available:
         return np.empty(shape, dtype)
     scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)

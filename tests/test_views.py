@@ -53,7 +53,9 @@ def test_a_view_is_the_same_face_at_every_size() -> None:
 
 def test_tensors_are_what_torchvision_makes_of_the_clean_image() -> None:
     picture, _ = PLAN.render(IMAGE, "x", 0, 20)
-    ours = normalise(torch.from_numpy(picture.copy())[None], torch.zeros(1, 4, dtype=torch.int64), PLAN.mean, PLAN.std)[0]
+    ours = normalise(torch.from_numpy(picture.copy())[None], torch.zeros(1, 4, dtype=torch.int64), PLAN.mean, PLAN.std)[
+        0
+    ]
     published = transforms.Compose(
         [transforms.Resize((20, 20)), transforms.ToTensor(), transforms.Normalize(PLAN.mean, PLAN.std)]
     )

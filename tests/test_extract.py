@@ -1,0 +1,238 @@
+"""Stage one, through the command line and a real cluster of two nodes: right, resumable, and nothing lost."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import Cafe, draw_faces
+from PIL import Image
+from torchvision import transforms
+from upath import UPath
+
+from cafe.backbones import load_backbone
+from pipeline.extract import prefetch
+from pipeline.store import FeatureStore, find_stores
+
+
+def open_store(cafe: Cafe, manifest: str) -> FeatureStore:
+    ((path, about),) = find_stores(UPath(cafe.workspace / "features"), manifest)
+    return FeatureStore(path, about)
+
+
+def contents(folder: UPath) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture()
+def indexed(cafe: Cafe, tmp_path: Path) -> Cafe:
+    cafe.succeed("data", "index", "folder", str(draw_faces(tmp_path / "faces", per_class=20)), "--name", "tiny")
+    return cafe
+
+
+def test_features_are_what_the_library_gives_and_a_rerun_does_nothing(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "3", "--dtype", "float32", "--maps")
+    output = indexed.succeed(*command, ray=True)
+    assert "computed 2 of 2 shards; 3 views × 24 channels and 24×4×4 maps" in output
+    store = open_store(indexed, "tiny")
+    pooled = store.load()
+
+    config, _, weights = tiny_tower.removeprefix("open_clip:").partition("@")
+    model = open_clip.create_model(Path(config).stem).eval()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    clean = transforms.Compose([
+        transforms.Resize((32, 32)), transforms.ToTensor(), transforms.Normalize(*store.about.key.normalisation),
+    ])  # fmt: skip
+    folder = indexed.workspace.parent / "faces"
+    images = torch.stack([clean(Image.open(folder / sample)) for sample in store.array("sample_id")[:]])
+    with torch.no_grad():
+        expected = model.encode_image(images).numpy()
+    np.testing.assert_allclose(pooled[:, 0], expected, rtol=1e-3, atol=1e-5)
+    assert not np.allclose(pooled[:, 0], pooled[:, 1], atol=1e-3)  # view 1 is another picture
+
+    before = contents(store.path)
+    assert "nothing to do" in indexed.succeed(*command)  # without --address: no Ray is needed
+    assert contents(store.path) == before
+
+
+def test_resuming_gives_the_same_bytes_and_computes_only_what_is_missing(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "2", "--shard-rows", "15")
+    indexed.succeed(*command, ray=True)
+    store = open_store(indexed, "tiny")
+    before = contents(store.path)
+    store.receipt_path(1).unlink()
+    store.array("pooled")[15:20] = 0  # as if killed in the middle of shard 1
+    assert "computed 1 of 4 shards" in indexed.succeed(*command, ray=True)
+    assert contents(store.path) == before
+
+
+def test_verify_computes_a_damaged_shard_again(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "15")
+    indexed.succeed(*command, ray=True)
+    store = open_store(indexed, "tiny")
+    before = contents(store.path)
+    store.array("pooled")[59] = 0
+    assert "nothing to do" in indexed.succeed(*command)
+    assert "computed 1 of 4 shards" in indexed.succeed(*command, "--verify", ray=True)
+    assert contents(store.path) == before
+
+
+def test_kill_minus_nine_loses_only_unfinished_shards(tmp_path: Path, tiny_tower: str) -> None:
+    """The driver of a Ray of its own is killed as soon as a first shard is done."""
+    work, faces = tmp_path / "work", draw_faces(tmp_path / "faces", per_class=80)
+    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(work)]
+    subprocess.run([*program, "data", "index", "folder", str(faces), "--name", "tiny"], check=True, capture_output=True)
+    shutil.copytree(work, tmp_path / "whole")
+    command = ["extract", "tiny", "--backbone", tiny_tower, "--views", "8", "--shard-rows", "8", "--num-cpus", "1"]
+
+    driver = subprocess.Popen([*program, *command], start_new_session=True, stderr=subprocess.DEVNULL)
+    receipts = work / "features" / "tiny"
+    while not list(receipts.rglob("receipts/*.json")):
+        assert driver.poll() is None, "the driver ended before it could be killed"
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    killed = open_store(Cafe(work, ""), "tiny")
+    assert 0 < len(killed.pending()) < killed.shards
+
+    rerun = subprocess.run([*program, *command], check=True, capture_output=True, text=True)
+    assert f"of {killed.shards} shards" in rerun.stdout
+    assert f"computed {killed.shards} of" not in rerun.stdout
+    uninterrupted = [sys.executable, "-m", "jobs.cli", "--workspace", str(tmp_path / "whole"), *command]
+    subprocess.run(uninterrupted, check=True, capture_output=True)
+    assert contents(killed.path) == contents(open_store(Cafe(tmp_path / "whole", ""), "tiny").path)
+
+
+def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(
+    cafe: Cafe, tmp_path: Path, tiny_tower: str
+) -> None:
+    faces = draw_faces(tmp_path / "faces", per_class=4)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    (faces / "anger" / "truncated.jpg").write_bytes(buffer.getvalue()[:1500])
+    (faces / "anger" / "text.png").write_text("no picture")
+    (faces / "anger" / "empty.jpg").touch()
+    Image.fromarray(noise).convert("CMYK").save(faces / "anger" / "cmyk.jpg")
+    Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(faces / "anger" / "deep.png")
+    Image.new("RGB", (1, 1)).save(faces / "anger" / "pixel.png")
+    Image.new("RGB", (8, 8)).save(
+        faces / "anger" / "moving.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), 9)]
+    )
+
+    output = cafe.succeed("data", "index", "folder", str(faces), "--name", "odd")
+    assert "2 broken files, left out:\n  anger/empty.jpg: file is empty\n  anger/text.png: not an image" in output
+
+    command = ("extract", "odd", "--backbone", tiny_tower)
+    result = cafe(*command, ray=True)
+    assert result.exit_code == 1
+    assert "1 of 17 images of 'odd' are unreadable, more than --max-skipped 0" in result.output
+    assert "anger/truncated.jpg: damaged image" in result.output
+    store = open_store(cafe, "odd")
+    assert store.pending() == []  # everything computed was kept
+    bad = list(store.array("sample_id")[:]).index("anger/truncated.jpg")
+    assert store.valid().tolist() == [row != bad for row in range(17)]
+    assert np.isfinite(store.load()[store.valid()]).all()
+    assert np.isnan(store.load()[bad]).all()
+    assert "1 unreadable images left out" in cafe.succeed(*command, "--max-skipped", "1")
+
+
+def test_decoding_ahead_changes_nothing(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "2", "--batch-size", "16")
+    indexed.succeed(*command, "--decode-threads", "3", ray=True)
+    ahead = contents(open_store(indexed, "tiny").path)
+    shutil.rmtree(indexed.workspace / "features")
+    indexed.succeed(*command, ray=True)
+    assert contents(open_store(indexed, "tiny").path) == ahead
+
+
+def test_prefetch_keeps_the_order_and_at_most_so_many_under_way() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    started: list[int] = []
+
+    def square(number: int) -> int:
+        started.append(number)
+        time.sleep(0.001 * (number % 3))
+        return number**2
+
+    with ThreadPoolExecutor(4) as pool:
+        results = prefetch(square, range(20), pool, ahead=4)
+        assert next(results) == 0
+        assert len(started) <= 6
+        assert list(results) == [number**2 for number in range(1, 20)]
+
+
+def test_one_view_is_the_same_store_whatever_the_policy(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower)
+    indexed.succeed(*command, ray=True)
+    assert "nothing to do" in indexed.succeed(*command, "--policy", "clean", "--view-seed", "9")
+
+
+def test_changed_weights_are_another_store(indexed: Cafe, tiny_tower: str, tmp_path: Path) -> None:
+    head, _, weights = tiny_tower.partition("@")
+    state = torch.load(weights, weights_only=True)
+    state["visual.proj"][0, 0] += 1
+    torch.save(state, tmp_path / "tuned.pt")
+    indexed.succeed("extract", "tiny", "--backbone", tiny_tower, ray=True)
+    indexed.succeed("extract", "tiny", "--backbone", f"{head}@{tmp_path / 'tuned.pt'}", ray=True)
+    assert len(find_stores(UPath(indexed.workspace / "features"), "tiny")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("extract", "nothing"), "Unknown manifest 'nothing'"),
+        (("extract", "tiny", "--backbone", "resnet"), "Unknown backbone 'resnet': choose clip-vit-b32, imagenet-lite0"),
+        (("extract", "tiny", "--backbone", "open_clip:ViT-B-32@/no/file.pt"), "No weights file at '/no/file.pt'"),
+        (("extract", "tiny", "--views", "0"), "0 is not in the range x>=1"),
+        (("extract", "tiny", "--policy", "strong"), "'strong' is not one of 'paper', 'clean', 'clean+flip'"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence_before_ray_starts(
+    indexed: Cafe, arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in indexed.fail(*arguments)
+
+
+def test_an_address_without_a_cluster_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
+    message = indexed.fail("extract", "tiny", "--backbone", tiny_tower, "--address", "127.0.0.1:1")
+    assert "No Ray cluster answers at '127.0.0.1:1'" in message
+
+
+def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Path, cafe: Cafe, tmp_path: Path) -> None:
+    """The published architecture from a checkpoint saved locally, on 24 photographs."""
+    folder = tmp_path / "some"
+    for expression in ("anger", "happiness", "neutral"):
+        (folder / expression).mkdir(parents=True)
+        for path in sorted((real_faces / "news" / expression).iterdir())[:8]:
+            shutil.copy(path, folder / expression)
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    cafe.succeed("data", "index", "folder", str(folder), "--name", "some")
+    cafe.succeed(
+        "extract", "some", "--backbone", f"clip-vit-b32@{tmp_path / 'clip.pt'}", "--dtype", "float32", ray=True
+    )
+    store = open_store(cafe, "some")
+    assert store.about.key.normalisation[0] == (0.485, 0.456, 0.406)  # as published: ImageNet's, not CLIP's
+    clean = transforms.Compose([
+        transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(*store.about.key.normalisation),
+    ])  # fmt: skip
+    images = torch.stack([clean(Image.open(folder / s).convert("RGB")) for s in store.array("sample_id")[:]])
+    with torch.no_grad():
+        expected = model.encode_image(images).numpy()
+    error = np.abs(store.load()[:, 0] - expected).max() / np.abs(expected).max()
+    assert error < 1e-3
+    assert load_backbone(f"clip-vit-b32@{tmp_path / 'clip.pt'}").width == 512
+    os.unlink(tmp_path / "clip.pt")

@@ -1,0 +1,174 @@
+"""The feature store: plain Zarr, done shard by shard, and never silently wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.manifest import Face, Manifest
+from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, find_stores
+
+ROWS, VIEWS, WIDTH = 10, 3, 4
+KEY = FeatureKey(
+    images="a" * 64, backbone="timm:x", weights="b" * 64, precision="fp32", input_size=32, interpolation="bilinear",
+    normalisation=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), policy={"name": "paper", "noise_variance": 30.0}, view_seed=0,
+    views=VIEWS, maps=True, dtype="float16",
+)  # fmt: skip
+CHANGES = {
+    "images": "c" * 64, "backbone": "timm:y", "weights": "d" * 64, "precision": "bf16", "input_size": 48,
+    "interpolation": "bicubic", "normalisation": ((0.4, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "policy": {"name": "paper", "noise_variance": 31.0}, "view_seed": 1, "views": 4, "maps": False, "dtype": "float32",
+}  # fmt: skip
+ABOUT = About(KEY, "news", "timm:x", ROWS, WIDTH, (2, 2, 2), shard_rows=4)
+MANIFEST = Manifest.from_faces(
+    "news", "/data", [Face(f"{n}.jpg", f"{n}.jpg", n % 7, "train", None, 8, 8, str(n)) for n in range(ROWS)]
+)
+
+
+def features(shard: int, store: FeatureStore) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(shard)
+    rows = len(store.rows_of(shard))
+    return {"pooled": random.normal(size=(rows, VIEWS, WIDTH)), "map": random.normal(size=(rows, VIEWS, 2, 2, 2))}
+
+
+def filled(folder: Path) -> FeatureStore:
+    store = FeatureStore.create(UPath(folder), ABOUT, MANIFEST)
+    for shard in store.pending():
+        store.write_shard(shard, features(shard, store), {5: "file is empty"} if shard == 1 else {})
+    return store
+
+
+def contents(store: FeatureStore) -> dict[str, bytes]:
+    return {str(path.relative_to(store.path)): path.read_bytes() for path in store.path.rglob("*") if path.is_file()}
+
+
+def test_any_zarr_reader_opens_it_with_the_sample_beside_each_feature(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    group = zarr.open_group(str(store.path / "store.zarr"), mode="r")
+    assert group["pooled"].shape == (ROWS, VIEWS, WIDTH)
+    assert group["pooled"].dtype == np.float16
+    assert group["map"].shape == (ROWS, VIEWS, 2, 2, 2)
+    assert list(group["sample_id"][:]) == MANIFEST.sample_ids
+    assert group["label"][:].tolist() == MANIFEST.labels.tolist()
+    assert group["valid"][:].tolist() == [row != 5 for row in range(ROWS)]
+    assert group.attrs["key"]["backbone"] == "timm:x"
+    expected = features(1, store)["pooled"].astype(np.float16)
+    np.testing.assert_array_equal(group["pooled"][4], expected[0])
+    assert np.isnan(group["pooled"][5]).all()
+
+
+def test_a_shard_is_one_object(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    objects = sorted(p.name for p in (store.path / "store.zarr" / "pooled" / "c").iterdir())
+    assert objects == ["0", "1", "2"]
+
+
+def test_a_shard_counts_only_with_a_whole_receipt_and_is_then_the_same(tmp_path: Path) -> None:
+    whole = filled(tmp_path / "whole")
+    store = FeatureStore.create(UPath(tmp_path / "killed"), ABOUT, MANIFEST)
+    assert store.pending() == [0, 1, 2]
+    store.write_shard(0, features(0, store), {})
+    store.array("pooled")[4:6] = 9.0  # a shard half written, without its receipt
+    store.receipt_path(2).touch()  # a receipt torn by a kill
+    again = FeatureStore.create(UPath(tmp_path / "killed"), ABOUT, MANIFEST)
+    assert again.pending() == [1, 2]
+    for shard in again.pending():
+        again.write_shard(shard, features(shard, again), {5: "file is empty"} if shard == 1 else {})
+    assert contents(again) == contents(whole)
+
+
+def test_a_store_left_half_made_is_made_again_and_one_without_its_description_keeps_its_features(
+    tmp_path: Path,
+) -> None:
+    half = FeatureStore.create(UPath(tmp_path / "half"), ABOUT, MANIFEST).path
+    (half / "about.json").unlink()
+    (half / "store.zarr" / "valid" / "zarr.json").unlink()
+    assert find_stores(UPath(tmp_path), "half") == []
+    assert FeatureStore.create(UPath(tmp_path / "half"), ABOUT, MANIFEST).pending() == [0, 1, 2]
+
+    store = filled(tmp_path / "whole")
+    before = contents(store)
+    (store.path / "about.json").unlink()
+    assert FeatureStore.create(UPath(tmp_path / "whole"), ABOUT, MANIFEST).pending() == []
+    assert contents(store) == before
+
+
+def test_leftovers_of_killed_writers_are_swept_only_from_finished_stores(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    leftover = store.path / "store.zarr" / "pooled" / "c" / "0.abc.partial"
+    leftover.touch()
+    store.receipt_path(0).rename(tmp_path / "aside")
+    store.sweep()
+    assert leftover.exists()
+    (tmp_path / "aside").rename(store.receipt_path(0))
+    store.sweep()
+    assert not leftover.exists()
+
+
+def test_loading_an_unfinished_store_says_how_to_finish_it(tmp_path: Path) -> None:
+    store = FeatureStore.create(UPath(tmp_path), ABOUT, MANIFEST)
+    store.write_shard(0, features(0, store), {})
+    with pytest.raises(UserError, match="lack 2 of 3 shards: run `cafe extract` again"):
+        store.load()
+
+
+def test_a_changed_byte_is_noticed_and_only_its_shard_computed_again(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    store.array("pooled")[8] = 1.0
+    with pytest.raises(UserError, match="Shard 2 of .* is not what was written"):
+        store.load()
+    assert store.discard_damaged() == [2]
+    assert store.pending() == [2]
+
+
+@pytest.mark.parametrize("share", [0.4, 0.0], ids=["in memory", "mapped"])
+def test_loading_gives_the_features_of_the_wanted_views(tmp_path: Path, share: float) -> None:
+    store = filled(tmp_path)
+    everything = store.load("pooled", memory_share=share)
+    assert isinstance(everything, np.memmap) == (share == 0)
+    np.testing.assert_array_equal(everything, store.array("pooled")[:])
+    np.testing.assert_array_equal(store.load("map", [2, 0], share), store.array("map")[:][:, [2, 0]])
+
+
+def test_a_corrected_label_reaches_the_store_and_recomputes_nothing(tmp_path: Path) -> None:
+    filled(tmp_path)
+    table = MANIFEST.table.set_column(2, "label", [[6] * ROWS]).cast(MANIFEST.table.schema)
+    again = FeatureStore.create(UPath(tmp_path), ABOUT, replace(MANIFEST, table=table))
+    assert again.pending() == []
+    assert again.array("label")[:].tolist() == [6] * ROWS
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_of_the_key_names_another_store_and_is_named_when_it_differs(field: str) -> None:
+    other = replace(KEY, **{field: CHANGES[field]})
+    assert other.digest != KEY.digest
+    assert [difference.partition(":")[0] for difference in KEY.differences(other)] == [field]
+
+
+def test_the_key_survives_its_json(tmp_path: Path) -> None:
+    filled(tmp_path / "news")
+    ((_, about),) = find_stores(UPath(tmp_path), "news")
+    assert about == ABOUT
+    assert about.key.digest == KEY.digest
+
+
+@pytest.mark.parametrize(
+    ("rows", "views", "width", "map_shape", "expected"),
+    [
+        (10_000_000, 1, 512, None, 4096),  # 2,442 objects of 4 MB
+        (12_000, 8, 512, None, 512),
+        (1_000, 1, 512, None, 63),  # at least 16 shards
+        (100, 1, 512, None, 32),
+        (300_000, 1, 512, (512, 7, 7), 81),
+    ],
+)
+def test_shards_are_about_4_megabytes(
+    rows: int, views: int, width: int, map_shape: tuple[int, int, int] | None, expected: int
+) -> None:
+    assert default_shard_rows(rows, views, width, map_shape, 2) == expected
