@@ -271,6 +271,7 @@ def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards
         compute=ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=gpus / actors if gpus else 0,
+        max_restarts=-1 if settings.address else 0,  # a cluster's nodes come and go
     )
     try:
         for receipt in receipts.iter_rows():

@@ -176,7 +176,8 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) 
         )
     if len(current) > 1:
         raise UserError(
-            f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views or --policy ({there})."
+            f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views or --policy "
+            f"({there})."
         )
     _check_finished(*current[0])
     return current[0]

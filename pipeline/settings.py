@@ -106,3 +106,19 @@ class EvaluateSettings(ClusterSettings):
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str = setting("cafe", "MLflow experiment.")
+
+
+@dataclass(frozen=True)
+class DemoSettings(ClusterSettings):
+    """Everything once, small enough for a laptop: one source, five targets, three methods."""
+
+    faces: int = setting(500, "Faces to draw of each domain.", minimum=112)
+    source: str = setting(
+        "studio", "Domain to train on.", choices=("studio", "grey", "film", "web", "drawing")
+    )  # fmt: skip
+    seeds: int = setting(2, "Seeds per method.", minimum=1)
+    epochs: int = setting(10, "Epochs of every training.", minimum=1)
+    views: int = setting(5, "Views per face of the source.", minimum=1)
+    backbone: str = setting("imagenet-lite0", "Frozen tower.")
+    input_size: int = setting(128, "Side of the tower's input in pixels.", minimum=32)
+    image_size: int = setting(64, "Side of the image branch's input in pixels.", minimum=32)

@@ -37,6 +37,11 @@ from pipeline.workspace import Workspace, check_name, list_folder, locate, read_
 
 Progress = Callable[[int, int], None]
 
+
+def _silent(done: int, total: int) -> None:
+    """Show no progress."""
+
+
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 UNSTORED_SIZE = 224  # pixels, where neither a store nor the user says otherwise: the published input
 
@@ -102,7 +107,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     return TrainPlan(workspace, settings, spec, source, choose_targets(workspace, settings.targets, spec))
 
 
-def train_and_judge(plan: TrainPlan, training: Progress, judging: Progress) -> dict[str, float]:
+def train_and_judge(plan: TrainPlan, training: Progress = _silent, judging: Progress = _silent) -> dict[str, float]:
     """Train, then judge on every target not judged yet; return all metrics. A finished plan costs no Ray."""
     settings = plan.settings
     tracker = Tracker(plan.workspace, settings.mlflow_uri, settings.experiment)
@@ -116,7 +121,7 @@ def train_and_judge(plan: TrainPlan, training: Progress, judging: Progress) -> d
     return log_results(plan.run, tracker)
 
 
-def train(plan: TrainPlan, tracker: Tracker, progress: Progress = lambda done, total: None) -> None:
+def train(plan: TrainPlan, tracker: Tracker, progress: Progress = _silent) -> None:
     """Train to the end; `progress(done, total)` counts steps.
 
     Everything is logged to MLflow as it happens. Interrupt it at any time: the same plan goes on from its last checkpoint.

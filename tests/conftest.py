@@ -116,7 +116,16 @@ class Cafe:
         from jobs.cli import main
 
         cluster = ["--address", self.address] if ray else []
+        if ray:
+            self.join()
         return CliRunner().invoke(main, ["--workspace", str(self.workspace), *arguments, *cluster])
+
+    def join(self) -> None:
+        """Stay connected to the session's cluster, which commands then share; each would need seconds to join anew."""
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(self.address, logging_level="ERROR", log_to_driver=False)
 
     def succeed(self, *arguments: str, ray: bool = False) -> str:
         result = self(*arguments, ray=ray)
@@ -127,13 +136,14 @@ class Cafe:
         """Run a command that must fail with one sentence, and before Ray starts."""
         import ray
 
+        ray.shutdown()
         result = self(*arguments)
         assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
         assert not ray.is_initialized()
         return result.output.strip()
 
 
-@pytest.fixture()
+@pytest.fixture
 def cafe(tmp_path: Path, ray_address: str) -> Cafe:
     """The command line in a fresh workspace; with `ray=True` a command joins the session's cluster."""
     return Cafe(tmp_path / "work", ray_address)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import signal
 import subprocess
@@ -34,7 +33,7 @@ def contents(folder: UPath) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture()
+@pytest.fixture
 def indexed(cafe: Cafe, tmp_path: Path) -> Cafe:
     cafe.succeed("data", "index", "folder", str(draw_faces(tmp_path / "faces", per_class=20)), "--name", "tiny")
     return cafe
@@ -235,4 +234,3 @@ def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Pa
     error = np.abs(store.load()[:, 0] - expected).max() / np.abs(expected).max()
     assert error < 1e-3
     assert load_backbone(f"clip-vit-b32@{tmp_path / 'clip.pt'}").width == 512
-    os.unlink(tmp_path / "clip.pt")

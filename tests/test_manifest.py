@@ -183,7 +183,7 @@ def test_the_command_prints_counts_and_writes_the_manifest(tmp_path: Path, cafe:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("folders", ".", "--name", "x"), "Unknown kind of data set 'folders': choose folder, table."),
+        (("folders", ".", "--name", "x"), "Unknown kind of data set 'folders': choose folder, synthetic, table."),
         (("folder", "/no/such", "--name", "x"), "/no/such is not a folder"),
         (("folder", ".", "--name", "a/b"), "The name 'a/b' cannot be used"),
     ],

@@ -121,7 +121,7 @@ def test_loading_an_unfinished_store_says_how_to_finish_it(tmp_path: Path) -> No
 def test_a_changed_byte_is_noticed_and_only_its_shard_computed_again(tmp_path: Path) -> None:
     store = filled(tmp_path)
     store.array("pooled")[8] = 1.0
-    with pytest.raises(UserError, match="Shard 2 of .* is not what was written"):
+    with pytest.raises(UserError, match=r"Shard 2 of .* is not what was written"):
         store.load()
     assert store.discard_damaged() == [2]
     assert store.pending() == [2]

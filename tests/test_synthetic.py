@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from cafe.datasets.face import Light, View, draw_person, paint, project, trace
+from cafe.datasets.face import View, draw_person, project, trace
+from cafe.datasets.portrait import Light, paint
 from cafe.datasets.synthetic import DOMAINS, PROTOTYPES, identity_of, list_samples, render, write
 from cafe.errors import UserError
 from cafe.expressions import EXPRESSIONS

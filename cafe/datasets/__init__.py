@@ -8,11 +8,13 @@ from upath import UPath
 
 from cafe.datasets.files import Listing
 from cafe.datasets.folder import read_folder
+from cafe.datasets.synthetic import read_synthetic
 from cafe.datasets.table import read_table
 
 Reader = Callable[[UPath], Listing]
 
 DATASETS: dict[str, Reader] = {
     "folder": read_folder,  # ROOT[/SPLIT]/EXPRESSION/**/*.jpg
+    "synthetic": read_synthetic,  # a domain drawn by `cafe data synth`
     "table": read_table,  # CSV or Parquet of path,label[,split,group]
 }

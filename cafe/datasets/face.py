@@ -1,7 +1,7 @@
-"""One parametric face: a person, facial action units and a view go in, a picture comes out.
+"""One parametric face: a person and facial action units go in, named curves come out, and a view turns them.
 
-A face is a set of named curves in face units (x to the image's right, y down, the eye line at 0, half a face wide = 1);
-action units of FACS (Ekman & Friesen 1978) move the curves, the view turns them, and one painter fills them in order.
+Curves are in face units (x to the image's right, y down, the eye line at 0, half a face wide = 1), so that the action
+units of FACS (Ekman & Friesen 1978) can move them without knowing how large or in which style they will be drawn.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 Curve = NDArray[np.float64]  # (points, 2)
 Colour = tuple[int, int, int]
+Points = Sequence[tuple[float, float]]
 
-HAIRY = {"hair", "hair_back", "bun", "beard", "moustache"}
 SIDES = {"left": -1.0, "right": 1.0}  # of the image
-GAIN = 1.35  # the brightest a highlight may make the flat colour
 
 # The Monk skin tone scale, without its two paper-white ends, warmed for skin under light.
 SKIN = [(250, 222, 200), (244, 210, 182), (234, 192, 158), (218, 172, 134), (190, 142, 104)]
@@ -73,36 +71,13 @@ class View:
     centre: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Light:
-    """One lamp and the room: `direction` points to the lamp, `ambient` is the room's share, colours multiply."""
-
-    direction: tuple[float, float, float]
-    ambient: float
-    lit: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    shadow: tuple[float, float, float] = (1.0, 0.88, 0.82)
-
-
-@dataclass(frozen=True)
-class Ink:
-    """How a draughtsman draws instead of a camera: line width and wobble in face units, and what is filled."""
-
-    colour: Colour
-    width: float
-    wobble: float
-    fill: bool  # flat colours, or paper between the lines
-    tone: float  # how far hair is hatched towards the ink where nothing is filled
-    cel: float  # depth of the one hard-edged shadow; 0 for none
-    paper: Colour
-
-
 def draw_person(rng: np.random.Generator) -> Person:
     """Draw an identity: proportions, age, skin, hair, beard and glasses, from its own generator."""
     man = rng.random() < 0.5
     age = float(np.clip(rng.beta(1.5, 2.0), 0.02, 1.0))
     child = max(0.0, 1.0 - age / 0.16)
     tone = rng.uniform(0, len(SKIN) - 1)
-    skin = _mix(SKIN[int(tone)], SKIN[min(int(tone) + 1, len(SKIN) - 1)], tone % 1)
+    skin = mix_colours(SKIN[int(tone)], SKIN[min(int(tone) + 1, len(SKIN) - 1)], tone % 1)
     fair = max(0.0, 1.0 - tone / 4.0)  # fair hair and light eyes go with fair skin
     hair = HAIR[int(rng.integers(0, 3 + round(4 * fair)))]
     grey = float(np.clip((age - 0.62) / 0.3, 0, 1)) * rng.uniform(0.3, 1.0)
@@ -127,8 +102,8 @@ def draw_person(rng: np.random.Generator) -> Person:
         mouth_height=float(rng.normal(0.84, 0.02) - 0.03 * child),
         lip=float(np.clip(rng.normal(0.083 - 0.012 * man + 0.003 * tone - 0.02 * age, 0.013), 0.045, 0.12)),
         skin=skin,
-        hair=_mix(hair, (205, 203, 200), grey),
-        brow=_mix(_mix(hair, (205, 203, 200), grey * 0.7), (30, 20, 18), 0.4),
+        hair=mix_colours(hair, (205, 203, 200), grey),
+        brow=mix_colours(mix_colours(hair, (205, 203, 200), grey * 0.7), (30, 20, 18), 0.4),
         iris=IRIS[int(rng.integers(0, 2 + round(4 * fair)))],
         cloth=CLOTH[int(rng.integers(len(CLOTH)))],
         hair_style=str(rng.choice(styles)),
@@ -282,15 +257,15 @@ def _trace_head(p: Person, au: Mapping[int, float]) -> dict[str, Curve]:
     drop, w, chin = 0.17 * au[26], p.width, _chin(p, au)
     right = [(w * 0.5, -1.28), (w * 0.86, -0.98), (w, -0.45), (w * 0.985, 0.05), (w * 0.94, 0.42)]
     right += [(p.jaw * 1.05 + 0.05, 0.78 + drop * 0.5), (p.jaw * 0.74, chin - 0.24), (p.jaw * 0.4, chin - 0.04)]
-    outline = [(0, -1.36), *right, (0, chin), *[(-x, y) for x, y in right[::-1]]]
+    outline = [(0, -1.36), *right, (0, chin), *mirror(right)]
     beard = [(w * 0.985, 0.12), (w * 0.97, 0.42), (p.jaw * 1.08 + 0.05, 0.8 + drop * 0.5), (p.jaw * 0.76, chin - 0.2)]
     beard += [(p.jaw * 0.42, chin + 0.03)]
     inner = [(0.42, 0.62), (0.62, 0.62), (w * 0.9, 0.3)]
-    full = [*beard, (0, chin + 0.07), *[(-x, y) for x, y in beard[::-1]], *[(-x, y) for x, y in inner[::-1]], (0, 0.66)]
+    full = [*beard, (0, chin + 0.07), *mirror(beard), *mirror(inner), (0, 0.66), *inner]
     neck = p.jaw * 0.62
     return {
         "head": smooth(outline, 5, closed=True),
-        "beard": smooth([*full, *inner], 4, closed=True),
+        "beard": smooth(full, 4, closed=True),
         "neck": np.array([(-neck, 0.6), (neck, 0.6), (neck * 1.06, 1.7), (1.2, 2.1), (-1.2, 2.1), (-neck * 1.06, 1.7)]),
         "neck_shadow": smooth(
             [(-neck, 0.9), (neck, 0.9), (neck, chin + 0.1), (0, chin + 0.34), (-neck, chin + 0.1)], 4, closed=True
@@ -319,7 +294,7 @@ def _trace_hair(p: Person) -> dict[str, Curve]:
     reach = rise * (1.35 if style == "curly" else 1.0) + bumps
     cap = np.stack([(p.width + 0.03 + reach * 0.7) * np.cos(angle), -0.3 + (1.08 + reach) * np.sin(angle)], 1)
     burn = [(-p.width * 0.965, 0.08), (-p.width - 0.02, -0.08)]  # sideburns end at the ear
-    cap = np.concatenate([burn, cap, [(-x, y) for x, y in burn[::-1]]])
+    cap = np.concatenate([burn, cap, mirror(burn)])
     w = p.width
     temple = 0.84 if style == "crop" else 0.8
     half = {  # the hairline's right half, from the middle of the forehead to the ear
@@ -327,16 +302,16 @@ def _trace_hair(p: Person) -> dict[str, Curve]:
         "curly": [(0.3, -0.84), (0.74, -0.62), (w * 0.9, -0.3), (w * 0.92, 0.02)],
         "scarf": [(0.4, -0.9), (0.82, -0.6), (w * 0.93, 0.0)],
     }.get(style, [(0.45, -0.9), (temple, -0.6), (w * 0.88, -0.32), (w * 0.91, 0.02)])
-    line = [*[(-x, y) for x, y in half[::-1]], *half]
+    line = [*mirror(half), *half]
     if style in {"parted", "long", "bob"}:  # swept over from a parting
         line = [(-w * 0.93, 0.05), (-w * 0.88, -0.38), (-0.52, -0.7), (0.05, -0.9), (0.38, -1.14), (0.6, -0.84)]
         line = [*line, (0.8, -0.45), (w * 0.93, 0.05)]
-        line = line if p.hair_side > 0 else [(-x, y) for x, y in line[::-1]]
+        line = line if p.hair_side > 0 else mirror(line)
     length = {"long": 2.1, "bob": 1.05, "scarf": 2.3}.get(style, 0.0)
     out = w + 0.13 + volume * 0.6
     back = [(-out + 0.1, -0.6), (-out - 0.02, 0.1), (-out - 0.06, length * 0.6), (-out + 0.06, length)]
     back = [*back, (-0.6, length + 0.04)]
-    back = [*back, *[(-x, y) for x, y in back[::-1]]]
+    back = [*back, *mirror(back)]
     strands = [np.stack([cap[9:-9, 0] * k, -0.3 + (cap[9:-9, 1] + 0.3) * k], 1) for k in (0.93, 0.86)]
     return {
         "hair": np.concatenate([cap, smooth(line[::-1], 5)]),
@@ -348,7 +323,12 @@ def _trace_hair(p: Person) -> dict[str, Curve]:
     }
 
 
-def smooth(points: Sequence[tuple[float, float]], steps: int = 6, closed: bool = False) -> Curve:
+def mirror(points: Points) -> list[tuple[float, float]]:
+    """Return the other half of a symmetric outline: `points` with x negated, in reverse order."""
+    return [(-x, y) for x, y in points[::-1]]
+
+
+def smooth(points: Points, steps: int = 6, closed: bool = False) -> Curve:
     """Return the Catmull–Rom spline through `points`, `steps` pieces between two of them."""
     return np.asarray(_spline(len(points), steps, closed) @ np.array(points, dtype=np.float64))
 
@@ -411,259 +391,13 @@ def project(curve: Curve, view: View) -> Curve:
     return np.asarray(rolled + np.array(view.centre))
 
 
-def _mix(a: Iterable[float], b: Iterable[float], share: float) -> Colour:
-    r, g, bl = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
-    return r, g, bl
+def mix_colours(a: Iterable[float], b: Iterable[float], share: float) -> Colour:
+    """Return the colour `share` 0–1 of the way from `a` to `b`."""
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue
 
 
-class Painter:
-    """Draws the curves of one face onto layers: flat colour, broad shade, fine shade, and the person's mask."""
-
-    def __init__(self, size: int, view: View, curves: Mapping[str, Curve], ink: Ink | None, rng: np.random.Generator):
-        names = list(curves)
-        pixels = project(np.concatenate([curves[name] for name in names]), view)
-        ends = np.cumsum([len(curves[name]) for name in names])[:-1]
-        self.curves = dict(zip(names, np.split(pixels, ends), strict=True))
-        if ink:  # a hand is never still: each curve drifts a little
-            for name, curve in self.curves.items():
-                drift = rng.normal(0, ink.wobble * view.scale, (2, 2))
-                self.curves[name] = curve + np.linspace(drift[0], drift[1], len(curve))
-        self.size, self.view, self.ink = size, view, ink
-        self.flat = Image.new("RGB", (size, size), ink.paper if ink else (0, 0, 0))
-        self.mask = Image.new("L", (size, size))
-        self.broad = Image.new("L", (size // 4, size // 4), 128)
-        self.fine = Image.new("L", (size // 2, size // 2), 255)
-        self.on_flat, self.on_mask = ImageDraw.Draw(self.flat), ImageDraw.Draw(self.mask)
-        self.on_broad, self.on_fine = ImageDraw.Draw(self.broad), ImageDraw.Draw(self.fine)
-
-    def fill(self, name: str, colour: Colour, outline: bool = True, mask: bool = False) -> None:
-        """Fill a closed curve; with ink, draw its outline too."""
-        if not len(self.curves[name]):
-            return
-        points = self.curves[name].ravel().tolist()
-        if self.ink and not self.ink.fill:
-            dark = self.ink.tone * (1 - sum(colour) / 765) if name in HAIRY else 0.0
-            colour = _mix(self.ink.paper, self.ink.colour, dark)
-        self.on_flat.polygon(points, fill=colour)
-        if self.ink and outline:
-            width = self.pixels(self.ink.width)
-            self.on_flat.line(points + points[:2], fill=self.ink.colour, width=width, joint="curve")
-        if mask:
-            self.on_mask.polygon(points, fill=255)
-
-    def line(self, name: str, colour: Colour, width: float) -> None:
-        """Draw an open curve, `width` in face units."""
-        points = self.curves[name].ravel().tolist()
-        self.on_flat.line(points, fill=colour, width=self.pixels(width), joint="curve")
-
-    def shade(self, name: str, level: float) -> None:
-        """Darken (level < 1) or lighten a region softly."""
-        self.on_broad.polygon((self.curves[name] / 4).ravel().tolist(), fill=round(128 * level))
-
-    def fold(self, name: str, depth: float, width: float = 0.035) -> None:
-        """Press a soft line of `depth` 0–1 into the skin."""
-        if depth > 0.03:
-            points = (self.curves[name] / 2).ravel().tolist()
-            self.on_fine.line(points, fill=round(255 * (1 - min(depth, 0.8))), width=max(1, self.pixels(width) // 2))
-
-    def pixels(self, width: float) -> int:
-        """Return a width in face units as whole pixels."""
-        return max(1, round(width * self.view.scale))
-
-
-def paint(
-    person: Person,
-    units: Mapping[int, float],
-    view: View,
-    light: Light,
-    size: int,
-    gaze: tuple[float, float],
-    ink: Ink | None,
-    rng: np.random.Generator,
-) -> tuple[Image.Image, Image.Image]:
-    """Paint a face with action units on a square canvas of `size` pixels; return the picture and the person's mask."""
-    painter = Painter(size, view, trace(person, units, gaze), ink, rng)
-    _paint_head(painter, person)
-    _paint_mouth(painter, person)
-    _paint_eyes(painter, person)
-    _paint_hair(painter, person)
-    if person.glasses != "none":
-        _paint_glasses(painter, person)
-    if ink:
-        _draw_folds(painter, person, units, ink)
-        if ink.cel:
-            painter.flat = _shade_cel(painter, light, ink)
-    else:
-        _press_folds(painter, person, units, light)
-        painter.flat = _expose(painter, light)
-    _paint_glints(painter)
-    return painter.flat, painter.mask
-
-
-def _paint_head(on: Painter, p: Person) -> None:
-    hair = p.cloth if p.hair_style == "scarf" else p.hair
-    skin, dark = p.skin, _mix(p.skin, (70, 30, 25), 0.25)
-    on.fill("hair_back", _mix(hair, (0, 0, 0), 0.18), mask=True)
-    on.fill("bun", hair, mask=True)
-    on.fill("neck", skin, mask=True)
-    on.fill("shirt", p.cloth if p.hair_style != "scarf" else _mix(p.cloth, (20, 20, 30), 0.5), mask=True)
-    if p.hair_style in {"short", "crop", "bald", "bun", "parted", "fringe"}:
-        on.fill("left_ear", _mix(skin, (200, 70, 60), 0.1), mask=True)
-        on.fill("right_ear", _mix(skin, (200, 70, 60), 0.1), mask=True)
-    on.fill("head", skin, mask=True)
-    if p.beard == "full":
-        on.fill("beard", _mix(p.hair, skin, 0.12), mask=True)
-    if p.beard in {"full", "moustache"}:
-        on.fill("moustache", _mix(p.hair, skin, 0.08), outline=p.beard == "moustache")
-    for side in SIDES:
-        on.fill(f"{side}_nostril", dark if on.ink is None else on.ink.colour, outline=False)
-
-
-def _paint_mouth(on: Painter, p: Person) -> None:
-    lips = _mix(p.skin, (168, 52, 58), 0.42)
-    on.fill("mouth_hole", (66, 20, 24), outline=False)
-    on.fill("tongue", (168, 78, 82), outline=False)
-    on.fill("teeth_lower", (212, 204, 192), outline=False)
-    on.fill("teeth", (240, 234, 222), outline=False)
-    on.fill("lip_lower", _mix(lips, (255, 170, 160), 0.12), outline=on.ink is not None and on.ink.fill)
-    on.fill("lip_upper", _mix(lips, (90, 20, 30), 0.18), outline=on.ink is not None and on.ink.fill)
-    edge = on.ink.colour if on.ink else _mix(lips, (40, 8, 12), 0.62)
-    on.line("mouth_inner_top", edge, on.ink.width if on.ink else 0.022)
-    on.line("mouth_inner_low", edge, on.ink.width if on.ink else 0.014)
-
-
-def _paint_eyes(on: Painter, p: Person) -> None:
-    ink = on.ink
-    line = ink.colour if ink else (38, 24, 22)
-    brow, pupil = (p.brow, (16, 13, 14)) if ink is None else (p.brow if ink.fill else line, line)
-    under = _mix(p.skin, (90, 36, 34), 0.45)
-    for side in SIDES:
-        on.fill(f"{side}_lid", _mix(p.skin, (110, 60, 60), 0.10), outline=False)
-        on.fill(f"{side}_eye", (240, 236, 230), outline=False)
-        if ink is None or ink.fill:
-            on.fill(f"{side}_iris", p.iris, outline=False)
-        else:
-            on.line(f"{side}_iris", line, ink.width * 0.7)
-        on.on_flat.polygon(on.curves[f"{side}_pupil"].ravel().tolist(), fill=pupil)
-        if ink is None:
-            on.line(f"{side}_crease", _mix(p.skin, (70, 30, 28), 0.34), 0.013)
-        on.line(f"{side}_lid_lower", line if ink else under, ink.width * 0.6 if ink else 0.012)
-        on.line(f"{side}_lid_upper", line, max(0.03, ink.width * 1.2) if ink else 0.032)
-        on.on_flat.polygon(on.curves[f"{side}_brow_shape"].ravel().tolist(), fill=brow)
-
-
-def _paint_hair(on: Painter, p: Person) -> None:
-    if p.hair_style == "bald":
-        return
-    hair = p.cloth if p.hair_style == "scarf" else p.hair
-    on.fill("hair", hair, mask=True)
-    if p.hair_style != "scarf" and on.ink is None:
-        on.line("strand_high", _mix(hair, (255, 235, 210), 0.14), 0.07)
-        on.line("strand_low", _mix(hair, (255, 235, 210), 0.07), 0.05)
-
-
-def _paint_glasses(on: Painter, p: Person) -> None:
-    frame = on.ink.colour if on.ink else (44, 36, 38)
-    width = on.pixels(0.03 if p.glasses == "round" else 0.045)
-    for side in SIDES:
-        lens = on.curves[f"{side}_lens"].ravel().tolist()
-        on.on_flat.line(lens + lens[:4], fill=frame, width=width, joint="curve")
-    on.on_flat.line([*on.curves["left_lens"][0], *on.curves["right_lens"][10]], fill=frame, width=width)
-
-
-def _press_folds(on: Painter, p: Person, units: Mapping[int, float], light: Light) -> None:
-    """Shade sockets, nose, cheeks and the folds that age and action units press into the skin."""
-    au: Mapping[int, float] = defaultdict(float, units)
-    old = max(0.0, p.age - 0.3)
-    towards = light.direction[0]
-    on.shade("neck_shadow", 0.62)
-    on.shade("head", 1.0)
-    on.shade("forehead", 1.1)
-    on.shade("nose_base", 0.74)
-    for side, s in SIDES.items():
-        on.shade(f"{side}_temple", 0.86)
-        on.shade(f"{side}_hollow", 0.93 - 0.1 * old)
-        on.shade(f"{side}_socket", 0.88 - 0.07 * au[4])
-        on.shade(f"{side}_inner_socket", 0.76 - 0.1 * au[4])
-        on.shade(f"{side}_nose_side", 0.86 - 0.16 * max(0.0, -s * towards))
-        on.shade(f"{side}_cheek", 1.08 + 0.1 * au[6] + 0.05 * au[12])
-        on.fold(f"{side}_fold", 0.10 + 0.45 * old + 0.34 * au[12] + 0.34 * max(au[9], au[10]) + 0.1 * au[20], 0.045)
-        on.fold(f"{side}_wing", 0.34 + 0.3 * au[9], 0.035)
-        on.fold(f"{side}_bag", 0.10 + 0.4 * old + 0.34 * au[6] + 0.24 * au[7] + 0.2 * au[9], 0.03)
-        on.fold(f"{side}_wrinkle_low", 0.5 * old + 0.42 * min(1, au[1] + 0.3 * au[2]) * (0.35 + p.age), 0.026)
-        on.fold(f"{side}_wrinkle_high", 0.45 * old + 0.36 * au[1] * (0.3 + p.age), 0.026)
-        on.fold(f"{side}_frown", 0.25 * old + 0.5 * au[4] + 0.25 * au[9], 0.03)
-        on.fold(f"{side}_crinkle", 0.6 * au[9], 0.028)
-        feet = on.curves[f"{side}_feet"] / 2
-        depth = 0.6 * old + 0.42 * au[6] * (0.25 + p.age)
-        if depth > 0.05:
-            for start in range(0, 6, 2):
-                on.on_fine.line(feet[start : start + 2].ravel().tolist(), fill=round(255 * (1 - min(depth, 0.6))))
-    on.shade("nose_tip", 1.16)
-    on.on_broad.line((on.curves["nose_ridge"] / 4).ravel().tolist(), fill=146, width=max(1, on.pixels(0.06) // 4))
-    on.shade("under_lip", 0.78)
-    on.shade("chin_ball", 1.05)
-    on.fold("chin_dent", 0.45 * au[17], 0.04)
-    on.fold("philtrum", 0.12, 0.05)
-    if p.hair_style != "bald":
-        on.on_broad.line((on.curves["hair_shadow"] / 4).ravel().tolist(), fill=96, width=max(1, on.pixels(0.12) // 4))
-    if p.beard == "stubble":
-        on.on_broad.polygon((on.curves["beard"] / 4).ravel().tolist(), fill=100)
-
-
-def _draw_folds(on: Painter, p: Person, units: Mapping[int, float], ink: Ink) -> None:
-    """Draw with ink what shading would tell: nose, and the folds that are deep enough to deserve a line."""
-    au: Mapping[int, float] = defaultdict(float, units)
-    on.line("nose_bottom", ink.colour, ink.width)
-    for side in SIDES:
-        on.line(f"{side}_wing", ink.colour, ink.width * 0.9)
-        depths = {"fold": 0.2 + max(au[12], au[9], au[10]), "frown": au[4], "crinkle": au[9]}
-        depths |= {"wrinkle_low": au[1] * 0.9, "bag": max(au[6], au[7]) * 0.8 + 0.3 * p.age}
-        for name, depth in depths.items():
-            if depth > 0.5:
-                on.line(f"{side}_{name}", ink.colour, ink.width * 0.6)
-    if au[17] > 0.4:
-        on.line("chin_dent", ink.colour, ink.width * 0.6)
-
-
-def _shine(view: View, light: Light, size: int) -> NDArray[np.float32]:
-    """Return how bright each pixel of a head-shaped ellipsoid is, 1 when it faces the lamp: (size, size)."""
-    unit = 4.0 / view.scale
-    x = ((np.arange(size, dtype=np.float32) - view.centre[0] / 4) * unit / 1.12)[None, :]
-    y = ((np.arange(size, dtype=np.float32) - view.centre[1] / 4) * unit / 1.7)[:, None]
-    z = np.sqrt(np.clip(1.05 - x * x - y * y, 0.02, None))
-    lx, ly, lz = np.array(light.direction) / np.linalg.norm(light.direction)
-    facing = np.clip(x * lx + y * ly + z * lz, 0, None)
-    return np.asarray(1.08 * (light.ambient + (1 - light.ambient) * facing), dtype=np.float32)
-
-
-def _shade_cel(on: Painter, light: Light, ink: Ink) -> Image.Image:
-    """Lay one shadow with a hard edge over the third of the face that the lamp reaches least."""
-    level = _shine(on.view, light, on.size // 4)
-    dark = Image.fromarray((255 * ink.cel * (level < np.quantile(level, 0.35))).astype(np.uint8)).resize(on.flat.size)
-    tinted = ImageChops.multiply(on.flat, Image.new("RGB", on.flat.size, (120, 110, 130)))
-    return Image.composite(tinted, on.flat, ImageChops.multiply(dark, on.mask))
-
-
-def _expose(on: Painter, light: Light) -> Image.Image:
-    """Multiply the flat colours with lamp, broad shade and fine folds; shadows take the room's colour."""
-    broad = np.asarray(on.broad.filter(ImageFilter.GaussianBlur(on.view.scale * 0.014)), dtype=np.float32) / 128
-    level = np.clip(broad * _shine(on.view, light, on.size // 4) * (255 / GAIN), 0, 255).astype(np.uint8)
-    fine = on.fine.filter(ImageFilter.GaussianBlur(on.view.scale * 0.008))
-    shade = ImageChops.multiply(Image.fromarray(level).resize(on.fine.size, Image.Resampling.BICUBIC), fine)
-    shade = shade.resize(on.flat.size, Image.Resampling.BILINEAR)
-    ramp = np.arange(256) / 255 * GAIN
-    bands = []
-    for lit, shadow in zip(light.lit, light.shadow, strict=True):
-        share = np.clip(ramp, 0, 1)
-        tinted = ramp * (shadow + (lit - shadow) * share) / GAIN * 255
-        bands.append(shade.point(np.clip(tinted, 0, 255).round().astype(int).tolist()))
-    lighted = ImageChops.multiply(on.flat, Image.merge("RGB", bands))
-    return lighted.point([min(255, round(v * GAIN)) for v in range(256)] * 3)
-
-
-def _paint_glints(on: Painter) -> None:
-    """Light the eyes last: a glint is as bright in the dark."""
-    draw = ImageDraw.Draw(on.flat)
-    for side in SIDES:
-        draw.polygon(on.curves[f"{side}_glint"].ravel().tolist(), fill=(250, 250, 248))
+def round_colour(values: Iterable[float]) -> Colour:
+    """Return three channel values as a colour, each rounded towards 0."""
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue

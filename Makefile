@@ -1,0 +1,24 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Needs only Python ≥ 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format
+demo: .venv/ready
+	$(BIN)/cafe demo
+
+test: .venv/ready
+	$(BIN)/pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

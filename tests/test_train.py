@@ -1,0 +1,229 @@
+"""Stage two through the command line: one result for any number of workers, any interruption, and every number logged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Cafe, draw_faces
+from safetensors.torch import load_file
+from upath import UPath
+
+from cafe.metrics import Predictions, score
+from pipeline.compare import compare, name_variants, to_markdown
+from pipeline.evaluate import summarise
+from pipeline.tracking import TrackedRun, Tracker
+from pipeline.workspace import Workspace
+
+TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=16", "--set", "learning_rate=0.001")
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory, ray_address: str, tiny_tower: str) -> Path:
+    """A workspace of three domains with features; tests copy it."""
+    folder = tmp_path_factory.mktemp("extracted")
+    cafe = Cafe(folder / "work", ray_address)
+    for seed, (name, tint) in enumerate((("one", 0), ("two", 30), ("three", -40))):
+        faces = draw_faces(folder / name, per_class=16, seed=seed, tint=tint)
+        cafe.succeed("data", "index", "folder", str(faces), "--name", name)
+    cafe.succeed("extract", "one", "--backbone", tiny_tower, "--views", "3", ray=True)
+    cafe.succeed("extract", "two", "three", "--backbone", tiny_tower, ray=True)
+    return folder / "work"
+
+
+@pytest.fixture
+def ready(extracted: Path, tmp_path: Path, ray_address: str) -> Cafe:
+    shutil.copytree(extracted, tmp_path / "work")
+    return Cafe(tmp_path / "work", ray_address)
+
+
+def only_run(cafe: Cafe) -> UPath:
+    (run,) = (cafe.workspace / "runs").iterdir()
+    return UPath(run)
+
+
+def model(run: UPath) -> dict[str, torch.Tensor]:
+    return load_file(str(run / "model.safetensors"))
+
+
+def tracked(cafe: Cafe) -> list[TrackedRun]:
+    return Tracker(Workspace.at(str(cafe.workspace)), None, "cafe").runs()
+
+
+def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Cafe) -> None:
+    output = ready.succeed(*TRAIN, "--method", "cafe", ray=True)
+    assert "mean of unseen" in output
+    run = only_run(ready)
+    (logged,) = tracked(ready)
+    assert logged.name == run.name
+    assert logged.params["method"] == "cafe"
+    assert logged.params["recipe.separation"] == "1.5"
+    assert len(logged.params["store"]) == len(logged.params["manifest"]) == 64
+    assert len(logged.tags["mlflow.source.git.commit"]) >= 7
+    epoch = json.loads((run / "epochs" / "0002.json").read_text())
+    assert {"train/total", "train/classification", "train/separation", "train/diverse"} <= set(epoch)
+    assert logged.metrics["train/total"] == pytest.approx(epoch["train/total"])
+    assert logged.metrics["learning_rate"] == pytest.approx(0.0009)
+
+    predictions = {path.stem: Predictions.load(path) for path in (run / "predictions").iterdir()}
+    assert set(predictions) == {"one", "two", "three"}
+    for target, rows in predictions.items():
+        for name, value in score(rows).items():
+            assert logged.metrics[f"target/{target}/{name}"] == pytest.approx(value)
+    unseen = [score(predictions[target])["accuracy"] for target in ("two", "three")]
+    assert logged.metrics["unseen/accuracy"] == pytest.approx(np.mean(unseen))
+    artifacts = {str(path.relative_to(ready.workspace)) for path in (ready.workspace / "artifacts").rglob("*.*")}
+    assert any(path.endswith("confusion/two.png") for path in artifacts)
+    assert any(path.endswith("predictions/three.parquet") for path in artifacts)
+
+    one = model(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ready.succeed(*TRAIN, "--method", "cafe")  # finished: no Ray, nothing changes
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    shutil.rmtree(ready.workspace / "runs")
+    ready.succeed(*TRAIN, "--method", "cafe", "--num-workers", "2", "--targets", "none", ray=True)
+    two = model(only_run(ready))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(ready: Cafe, tmp_path: Path) -> None:
+    """The driver of a Ray of its own is killed with -9 after its first checkpoint."""
+    shutil.copytree(ready.workspace, tmp_path / "whole")
+    command = [*TRAIN, "--method", "image_only", "--set", "epochs=6", "--image-size", "32", "--targets", "none"]
+    command.remove("--epochs")
+    command.remove("2")
+    program = [sys.executable, "-m", "jobs.cli", "--workspace"]
+    driver = subprocess.Popen([*program, str(ready.workspace), *command], start_new_session=True)
+    runs = ready.workspace / "runs"
+    while not list(runs.glob("*/train/checkpoint_*/state.json")):
+        assert driver.poll() is None, "the training ended before it could be killed"
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert not (only_run(ready) / "model.safetensors").exists()
+
+    subprocess.run([*program, str(ready.workspace), *command], check=True, capture_output=True)
+    subprocess.run([*program, str(tmp_path / "whole"), *command], check=True, capture_output=True)
+    resumed, whole = model(only_run(ready)), model(only_run(Cafe(tmp_path / "whole", "")))
+    for name, value in whole.items():
+        assert torch.equal(resumed[name], value), name
+    (logged,) = tracked(ready)
+    tracker = Tracker(Workspace.at(str(ready.workspace)), None, "cafe")
+    assert tracker.logged_steps(logged.run_id, "train/total") == {1, 2, 3, 4, 5, 6}
+
+
+def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) -> None:
+    for seed in ("0", "1"):
+        ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, ray=True)
+    names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
+    output = ready.succeed("evaluate", names[0][:18], "--targets", "two", "--split", "all", ray=True)
+    assert "two@all" in output
+    assert (
+        len(Predictions.load(UPath(ready.workspace / "runs" / names[0] / "predictions" / "two@all.parquet")).labels)
+        == 48
+    )
+
+    table = ready.succeed("compare", "--markdown", str(ready.workspace / "table.md"))
+    assert "±" in table
+    row = compare(tracked(ready)).rows[0]
+    assert (row.method, row.source, row.seeds) == ("linear_probe", "one", 2)
+    values = [run.metrics["target/two/accuracy"] for run in tracked(ready)]
+    assert row.targets["two"].mean == pytest.approx(np.mean(values))
+    assert row.unseen.mean == pytest.approx(np.mean([run.metrics["unseen/accuracy"] for run in tracked(ready)]))
+    assert (ready.workspace / "table.md").read_text() == to_markdown(compare(tracked(ready)))
+
+
+def test_image_only_needs_no_features(ready: Cafe) -> None:
+    shutil.rmtree(ready.workspace / "features")
+    ready.succeed(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "two", ray=True)
+    assert (only_run(ready) / "predictions" / "two.parquet").exists()
+
+
+def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None:
+    """With a target's images gone, training still ends; judging is what fails."""
+    shutil.rmtree(ready.workspace.parent.parent / "two", ignore_errors=True)
+    ready.succeed(*TRAIN, "--method", "linear_probe", "--targets", "none", ray=True)
+    assert (only_run(ready) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--source", "ones"), "Unknown manifest 'ones'"),
+        (("--source", "one", "--method", "caffe"), "Unknown method 'caffe': choose cafe, image_only, linear_probe."),
+        (("--source", "one", "--views", "9"), "No features of 'one' fit --views 9 (there are: 3 views × 24 channels"),
+        (("--source", "one", "--backbone", "clip-vit-b32"), "run `cafe extract one --backbone clip-vit-b32`"),
+        (("--source", "one", "--set", "epoch=1"), "Unknown setting of cafe 'epoch'"),
+        (("--source", "one", "--network", "vgg"), "Unknown network 'vgg': choose mobilenet_v2, resnet18, resnet50."),
+        (("--source", "one", "--init", "msceleb"), "Unknown initialisation 'msceleb'"),
+        (("--source", "one", "--targets", "two,four"), "Unknown manifest 'four'"),
+        (("--source", "one", "--num-workers", "64"), "64 workers are too many for batches of 32"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence_before_ray_starts(ready: Cafe, arguments: tuple[str, ...], message: str) -> None:
+    assert message in ready.fail("train", *arguments)
+
+
+def test_a_target_of_another_tower_says_which_field_differs(ready: Cafe, tiny_tower: str) -> None:
+    shutil.rmtree(ready.workspace / "features" / "two")
+    ready.succeed("extract", "two", "--backbone", tiny_tower, "--interpolation", "bicubic", ray=True)
+    message = ready.fail("train", "--source", "one")
+    assert "its closest store differs in interpolation: bilinear against bicubic" in message
+
+
+def test_an_unfinished_store_or_run_says_how_to_finish_it(ready: Cafe) -> None:
+    receipt = next((ready.workspace / "features" / "one").rglob("receipts/00000.json"))
+    receipt.unlink()
+    assert "lack 1 shards: run `cafe extract`" in ready.fail("train", "--source", "one")
+    assert "Unknown run 'x': choose nothing yet." in ready.fail("evaluate", "x")
+
+
+def test_changed_images_ask_for_a_new_extraction(ready: Cafe, tmp_path: Path) -> None:
+    faces = draw_faces(tmp_path / "other", per_class=16, seed=9)
+    ready.succeed("data", "index", "folder", str(faces), "--name", "one")
+    assert "were made of other images than its manifest lists now" in ready.fail("train", "--source", "one")
+
+
+def test_the_means_over_targets_leave_out_the_source_and_other_splits() -> None:
+    scores = {
+        name: {"accuracy": value, "mean_class_accuracy": value, "macro_f1": value}
+        for name, value in (("one", 0.9), ("two", 0.4), ("three", 0.2), ("two@all", 0.0))
+    }
+    metrics = summarise("one", scores)
+    assert metrics["unseen/accuracy"] == pytest.approx(0.3)
+    assert metrics["all/accuracy"] == pytest.approx(0.5)
+    assert metrics["target/two@all/accuracy"] == 0
+
+
+def test_rows_are_told_apart_by_the_settings_in_which_they_differ() -> None:
+    params = [
+        {"source": "one", "method": "cafe", "seed": "0", "recipe.mask": mask, "recipe.epochs": "2"}
+        for mask in ("sigmoid", "none")
+    ]
+    assert name_variants(params) == ["mask=sigmoid", "mask=none"]
+
+
+def test_a_row_without_all_targets_has_no_mean_over_them() -> None:
+    def run(name: str, metrics: dict[str, float]) -> TrackedRun:
+        return TrackedRun(name, name, {"source": "one", "method": name, "seed": "0"}, metrics, {"cafe.group": name})
+
+    full = {"target/one/accuracy": 0.9, "target/two/accuracy": 0.5, "target/three/accuracy": 0.3}
+    means = {"unseen/accuracy": 0.4, "unseen/macro_f1": 0.4, "all/accuracy": 0.5667}
+    partial = {"target/two/accuracy": 0.6, "unseen/accuracy": 0.6}
+    rows = compare([run("cafe", {**full, **means}), run("linear_probe", partial)]).rows
+    assert [str(row.unseen) for row in rows] == ["40.0", "–"]
+
+
+def test_compare_without_runs_is_one_sentence(ready: Cafe) -> None:
+    assert "No evaluated run to compare yet" in ready.fail("compare")

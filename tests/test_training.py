@@ -1,0 +1,152 @@
+"""The plain-torch loops: batches, the shared view, and training that depends on nothing but its seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_faces
+from upath import UPath
+
+from cafe.backbones import load_backbone
+from cafe.checkpoints import load_checkpoint, save_checkpoint
+from cafe.datasets import DATASETS
+from cafe.datasets.files import index_files
+from cafe.errors import UserError
+from cafe.images import decode_image, read_bytes
+from cafe.loading import FaceDataset, epoch_order
+from cafe.manifest import Manifest
+from cafe.methods import METHODS
+from cafe.methods.method import Inputs, Recipe, apply_overrides
+from cafe.training import Training, predict
+from cafe.views import ViewPlan, normalise
+
+PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = draw_faces(tmp_path_factory.mktemp("faces"), per_class=20)
+    return index_files("tiny", DATASETS["folder"](UPath(folder))).manifest
+
+
+@pytest.fixture(scope="module")
+def features(manifest: Manifest, tiny_tower: str) -> np.ndarray:
+    """The tower run directly on every view, (N, 4, 24)."""
+    tower = load_backbone(tiny_tower)
+    views = []
+    for row, sample_id in enumerate(manifest.sample_ids):
+        image = decode_image(read_bytes(manifest.path(row)))
+        pictures, boxes = zip(*(PLAN.render(image, sample_id, view, 32) for view in range(4)), strict=True)
+        tensor = normalise(torch.from_numpy(np.stack(pictures)), torch.tensor(boxes), PLAN.mean, PLAN.std)
+        with torch.inference_mode():
+            views.append(tower(tensor)[0].numpy())
+    return np.stack(views)
+
+
+def new_training(name: str, manifest: Manifest, features: np.ndarray, seed: int = 0, **recipe: object) -> Training:
+    method_type = METHODS[name]
+    torch.manual_seed(seed)
+    method = method_type(
+        replace(method_type.recipe_type(), **{"batch_size": 16, "learning_rate": 1e-3, **recipe}),
+        Inputs(features.shape[2]),
+    )
+    dataset = FaceDataset(manifest, PLAN, method.needs, 32, features)
+    return Training(method, method, method.optimizer(), dataset, manifest.rows("train"), seed, CPU)
+
+
+def weights(training: Training) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in training.method.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest, features: np.ndarray) -> None:
+    training = new_training(name, manifest, features)
+    first = training.run_epoch(1)
+    for epoch in (2, 3):
+        last = training.run_epoch(epoch)
+    assert last["train/total"] < first["train/total"]
+    assert last["learning_rate"] == pytest.approx(1e-3 * 0.9**2)
+    named = {"cafe": {"classification", "separation", "diverse"}}.get(name, set())
+    assert {f"train/{loss}" for loss in named | {"total", "accuracy"}} <= set(last)
+    probabilities = predict(training.method, training.dataset, manifest.rows("test"), CPU)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_training_is_the_uninterrupted_one(
+    name: str, manifest: Manifest, features: np.ndarray, tmp_path: Path
+) -> None:
+    whole = new_training(name, manifest, features)
+    for epoch in (1, 2):
+        whole.run_epoch(epoch)
+    first = new_training(name, manifest, features)
+    first.run_epoch(1)
+    save_checkpoint(UPath(tmp_path), first.method, first.optimizer, {"epoch": 1})
+    resumed = new_training(name, manifest, features, seed=0)
+    assert load_checkpoint(UPath(tmp_path), resumed.method, resumed.optimizer) == {"epoch": 1}
+    resumed.run_epoch(2)
+    for key, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[key]), key
+
+
+def test_another_seed_is_another_training(manifest: Manifest, features: np.ndarray) -> None:
+    orders = [epoch_order(manifest.rows("train"), manifest.labels, Recipe(), seed, 1) for seed in (0, 0, 1)]
+    assert all(np.array_equal(a, b) for a, b in zip(orders[0], orders[1], strict=True))
+    assert not np.array_equal(orders[0][0], orders[2][0])
+
+
+def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: np.ndarray, tiny_tower: str) -> None:
+    """The tower run on the image branch's input gives the cached features."""
+    dataset = FaceDataset(manifest, PLAN, frozenset({"image", "features"}), 32, features)
+    (batch,) = dataset.load([[(row, 2) for row in range(12)]], CPU, workers=0)
+    with torch.inference_mode():
+        direct = load_backbone(tiny_tower)(batch["image"])[0]
+    torch.testing.assert_close(direct, batch["features"], rtol=1e-4, atol=1e-5)
+
+
+def test_loader_processes_change_nothing(manifest: Manifest, features: np.ndarray) -> None:
+    dataset = FaceDataset(manifest, PLAN, frozenset({"image", "features"}), 24, features)
+    batches = [[(row, 1 + row % 3) for row in range(start, start + 10)] for start in (0, 10, 20)]
+    for alone, ahead in zip(dataset.load(batches, CPU, 0), dataset.load(batches, CPU, 2), strict=True):
+        assert all(torch.equal(alone[name], ahead[name]) for name in alone)
+
+
+def test_an_epoch_shows_every_face_once() -> None:
+    rows = np.arange(100, 200)
+    batches = epoch_order(rows, np.zeros(200, int), Recipe(batch_size=32), 0, 1)
+    assert [len(batch) for batch in batches] == [32, 32, 32]  # the last 4 would be noise to batch norm
+    assert len(set(np.concatenate(batches))) == 96
+
+
+def test_the_balanced_sampler_shows_rare_classes_as_often() -> None:
+    labels = np.array([0] * 900 + [1] * 60 + [2] * 40)
+    batches = epoch_order(np.arange(1000), labels, Recipe(sampler="balanced"), 0, 1)
+    counts = Counter(labels[np.concatenate(batches)].tolist())
+    assert sum(counts.values()) == 1000
+    assert all(abs(count - 1000 / 3) < 4 * np.sqrt(1000 * 2 / 9) for count in counts.values())  # four standard errors
+
+
+def test_too_few_faces_are_one_sentence() -> None:
+    with pytest.raises(UserError, match="5 training faces are too few"):
+        epoch_order(np.arange(5), np.zeros(5, int), Recipe(), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epoch=3", "Unknown setting of cafe 'epoch': choose batch_size"),
+        ("epochs", "Cannot read the setting 'epochs': write KEY=VALUE"),
+        ("epochs=many", "The setting epochs of cafe is a int, not 'many'"),
+        ("mask=soft", "Unknown mask of cafe 'soft': choose linear, none, sigmoid"),
+        ("separation=-1", "cannot be negative"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_overrides(METHODS["cafe"].recipe_type(), [override], "cafe")
