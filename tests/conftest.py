@@ -70,37 +70,38 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"open_clip:{folder / 'tiny-cafe-vit.json'}@{folder / 'tiny.pt'}"
 
 
-@pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """A Ray cluster of a head and a second node, one core each, as processes of their own."""
+def start_node(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a Ray node of one core as a process group of its own, which writes to `log`."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", *arguments]
+    command += ["--num-cpus=1", "--object-store-memory=200000000", "--block"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    common = ["--num-cpus=1", "--object-store-memory=200000000", "--block"]
-    nodes = []
+    with log.open("wb") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
 
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).with_name("ray")), "start", *arguments, *common]
-        node = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        nodes.append(node)
-        return node
 
-    head = start("--head", "--port=0", "--include-dashboard=false")
-    assert head.stdout is not None
-    address = ""
-    while not address:
-        line = head.stdout.readline().decode()
-        assert line or head.poll() is None, "the Ray head did not start"
-        if found := re.search(r"--address='([^']+)'", line):
-            address = found[1]
-    start(f"--address={address}")
+@pytest.fixture(scope="session")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray cluster of a head and a second node, one core each, as processes of their own."""
     import ray
 
+    folder = tmp_path_factory.mktemp("ray")
+    deadline = time.monotonic() + 300
+    nodes = [start_node(folder / "head.log", "--head", "--port=0", "--include-dashboard=false")]
+    while not (found := re.search(r"--address='([^']+)'", (folder / "head.log").read_text())):
+        assert nodes[0].poll() is None, (folder / "head.log").read_text()
+        assert time.monotonic() < deadline, (folder / "head.log").read_text()
+        time.sleep(0.1)
+    address = found[1]
+    nodes.append(start_node(folder / "node.log", f"--address={address}"))
     ray.init(address, logging_level="ERROR", log_to_driver=False)
     while ray.cluster_resources().get("CPU", 0) < 2:
-        time.sleep(0.1)
+        assert time.monotonic() < deadline, (folder / "node.log").read_text()
+        if nodes[-1].poll() is not None:  # a crowded machine can be too slow for a node's first handshake
+            nodes[-1] = start_node(folder / "node.log", f"--address={address}")
+        time.sleep(0.2)
     ray.shutdown()
     yield address
+    ray.shutdown()
     for node in reversed(nodes):
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
