@@ -6,9 +6,10 @@ ranks or mixes a batch would rank or mix a part of it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn import functional as collective
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -46,6 +47,27 @@ def gather(values: Tensor, total: int) -> Tensor:
     return torch.cat(parts)
 
 
+class _SumOverWorkers(torch.autograd.Function):
+    """Sum of a tensor over all workers; so is the sum of the gradients that come back to them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        distributed.all_reduce(total)
+        return total
+
+
+def _sum_over_workers(values: Tensor) -> Tensor:
+    total: Tensor = _SumOverWorkers.apply(values)
+    return total
+
+
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm over the faces of all workers; like torch's SyncBatchNorm, but also on CPU. (N, C, …) → (N, C, …)."""
 
@@ -59,12 +81,12 @@ class GlobalBatchNorm(_BatchNorm):
             normalised: Tensor = super().forward(input)
             return normalised
         axes = [0, *range(2, input.dim())]
-        values = input.float()
-        count = collective.all_reduce(values.new_tensor(values.numel() / values.shape[1]))
-        mean = collective.all_reduce(values.sum(axes)) / count
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
+        count = _sum_over_workers(values.new_tensor(values.numel() / values.shape[1]))
+        mean = _sum_over_workers(values.sum(axes)) / count
         shape = (1, -1, *[1] * (input.dim() - 2))
         centred = values - mean.view(shape)
-        variance = collective.all_reduce(centred.square().sum(axes)) / count
+        variance = _sum_over_workers(centred.square().sum(axes)) / count
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -86,6 +108,8 @@ def share_batch_norm(module: nn.Module) -> None:
             shared = GlobalBatchNorm(
                 child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
             )
+            assert child.running_mean is not None
+            shared.to(child.running_mean)  # its device and number format
             shared.load_state_dict(child.state_dict())
             setattr(module, name, shared)
         else:

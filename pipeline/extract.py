@@ -238,6 +238,11 @@ def extract(
     return results
 
 
+def _without_restarts() -> dict[str, int]:
+    """On one machine a tower that dies is an error; on a cluster, whose nodes come and go, Ray starts it elsewhere."""
+    return {"max_restarts": 0}
+
+
 def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards: list[int]) -> Iterator[int]:
     """Compute shards under Ray; yield the faces of each as it is done."""
     import ray
@@ -271,7 +276,7 @@ def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards
         compute=ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=gpus / actors if gpus else 0,
-        max_restarts=-1 if settings.address else 0,  # a cluster's nodes come and go
+        ray_remote_args_fn=None if settings.address else _without_restarts,
     )
     try:
         for receipt in receipts.iter_rows():
