@@ -37,6 +37,11 @@ def load_checkpoint(folder: UPath, method: nn.Module, optimizer: torch.optim.Opt
         state.setdefault(int(parameter), {})[key] = value
     groups = [{**group, **_tuples(group)} for group in record.pop("optimizer_groups")]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        values = optimizer.state[parameter]
+        for name, value in values.items():
+            if value.shape == parameter.shape:  # fused optimisers take it for granted that memory is laid out alike
+                values[name] = torch.empty_like(parameter).copy_(value)
     return record
 
 

@@ -56,6 +56,7 @@ def new_training(name: str, manifest: Manifest, features: np.ndarray, seed: int 
         replace(method_type.recipe_type(), **{"batch_size": 16, "learning_rate": 1e-3, **recipe}),
         Inputs(features.shape[2]),
     )
+    method.to(memory_format=torch.channels_last)
     dataset = FaceDataset(manifest, PLAN, method.needs, 32, features)
     return Training(method, method, method.optimizer(), dataset, manifest.rows("train"), seed, CPU)
 

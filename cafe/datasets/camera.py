@@ -134,6 +134,7 @@ def _paint_strand(draw: ImageDraw.ImageDraw, person: Person, view: View, side: f
 def _paint_sunglasses(
     draw: ImageDraw.ImageDraw, person: Person, units: Mapping[int, float], view: View, rng: np.random.Generator
 ) -> None:
+    """Dark lenses where the person's glasses would sit, and a bar from ear to ear."""
     curves = trace(person, units)
     dark = round_colour(rng.integers(10, 60, 3))
     for side in SIDES:

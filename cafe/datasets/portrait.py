@@ -156,12 +156,13 @@ def _paint_head(on: Painter, p: Person) -> None:
 
 def _paint_mouth(on: Painter, p: Person) -> None:
     lips = mix_colours(p.skin, (168, 52, 58), 0.42)
+    outline = on.ink is not None and on.ink.fill
     on.fill("mouth_hole", (66, 20, 24), outline=False)
     on.fill("tongue", (168, 78, 82), outline=False)
     on.fill("teeth_lower", (212, 204, 192), outline=False)
     on.fill("teeth", (240, 234, 222), outline=False)
-    on.fill("lip_lower", mix_colours(lips, (255, 170, 160), 0.12), outline=on.ink is not None and on.ink.fill)
-    on.fill("lip_upper", mix_colours(lips, (90, 20, 30), 0.18), outline=on.ink is not None and on.ink.fill)
+    on.fill("lip_lower", mix_colours(lips, (255, 170, 160), 0.12), outline=outline)
+    on.fill("lip_upper", mix_colours(lips, (90, 20, 30), 0.18), outline=outline)
     edge = on.ink.colour if on.ink else mix_colours(lips, (40, 8, 12), 0.62)
     on.line("mouth_inner_top", edge, on.ink.width if on.ink else 0.022)
     on.line("mouth_inner_low", edge, on.ink.width if on.ink else 0.014)
@@ -209,7 +210,6 @@ def _paint_glasses(on: Painter, p: Person) -> None:
 def _press_folds(on: Painter, p: Person, au: Mapping[int, float], light: Light) -> None:
     """Shade sockets, nose, cheeks and the folds that age and action units press into the skin."""
     old = max(0.0, p.age - 0.3)
-    towards = light.direction[0]
     on.shade("neck_shadow", 0.62)
     on.shade("head", 1.0)
     on.shade("forehead", 1.1)
@@ -219,7 +219,7 @@ def _press_folds(on: Painter, p: Person, au: Mapping[int, float], light: Light) 
         on.shade(f"{side}_hollow", 0.93 - 0.1 * old)
         on.shade(f"{side}_socket", 0.88 - 0.07 * au[4])
         on.shade(f"{side}_inner_socket", 0.76 - 0.1 * au[4])
-        on.shade(f"{side}_nose_side", 0.86 - 0.16 * max(0.0, -s * towards))
+        on.shade(f"{side}_nose_side", 0.86 - 0.16 * max(0.0, -s * light.direction[0]))
         on.shade(f"{side}_cheek", 1.08 + 0.1 * au[6] + 0.05 * au[12])
         on.fold(f"{side}_fold", 0.10 + 0.45 * old + 0.34 * au[12] + 0.34 * max(au[9], au[10]) + 0.1 * au[20], 0.045)
         on.fold(f"{side}_wing", 0.34 + 0.3 * au[9], 0.035)
@@ -286,9 +286,9 @@ def _shade_soft(on: Painter, light: Light) -> Image.Image:
     shade = ImageChops.multiply(Image.fromarray(level).resize(on.fine.size, Image.Resampling.BICUBIC), fine)
     shade = shade.resize(on.flat.size, Image.Resampling.BILINEAR)
     ramp = np.arange(256) / 255 * GAIN
+    share = np.clip(ramp, 0, 1)
     bands = []
     for lit, shadow in zip(light.lit, light.shadow, strict=True):
-        share = np.clip(ramp, 0, 1)
         tinted = ramp * (shadow + (lit - shadow) * share) / GAIN * 255
         bands.append(shade.point(np.clip(tinted, 0, 255).round().astype(int).tolist()))
     lighted = ImageChops.multiply(on.flat, Image.merge("RGB", bands))

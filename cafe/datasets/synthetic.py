@@ -173,13 +173,12 @@ def list_samples(domain: str, faces: int) -> Iterator[tuple[str, int, int, int]]
 
     Raises `UserError` for an unknown domain or more faces than there are identities for.
     """
-    place = list(DOMAINS.values()).index(_find_domain(domain))
+    first = list(DOMAINS.values()).index(_find_domain(domain)) * IDENTITIES
     repeats = 1 if faces < 112 else 2
     people = max(4, round(faces / (repeats * len(EXPRESSIONS))))
     if people > IDENTITIES:
         most = IDENTITIES * 2 * len(EXPRESSIONS)
         raise UserError(f"Cannot make {faces} faces of one synthetic domain: choose at most {most}.")
-    first = place * IDENTITIES
     for person in range(people):
         split = "test" if person % 4 == 3 else "train"
         for expression in range(len(EXPRESSIONS)):
