@@ -132,7 +132,7 @@ def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) ->
     for seed in ("0", "1"):
         ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, ray=True)
     names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
-    output = ready.succeed("evaluate", names[0][:18], "--targets", "two", "--split", "all", ray=True)
+    output = ready.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "all", ray=True)
     assert "two@all" in output
     assert (
         len(Predictions.load(UPath(ready.workspace / "runs" / names[0] / "predictions" / "two@all.parquet")).labels)
