@@ -6,7 +6,6 @@ computed from the seed alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from cafe.images import UnreadableImageError, decode_image, read_bytes
 from cafe.manifest import Manifest
 from cafe.methods.method import Batch, Recipe
 from cafe.parallel import part_sizes, rank
+from cafe.randomness import random_generator
 from cafe.views import ViewPlan, normalise
 
 SMALLEST_BATCH = 8  # a shorter last batch is left out: its batch statistics would be noise
@@ -76,12 +76,6 @@ class FaceDataset(Dataset[Batch]):
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def random_generator(*key: object) -> np.random.Generator:
-    """Return a generator keyed by its arguments alone, e.g. (seed, "order", epoch)."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def epoch_order(rows: np.ndarray, labels: np.ndarray, recipe: Recipe, seed: int, epoch: int) -> list[np.ndarray]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cafe.loading import FaceDataset, epoch_order, own_part, random_generator
+from cafe.loading import FaceDataset, epoch_order, own_part
 from cafe.methods.method import Batch, Method
 from cafe.parallel import gather, rank, world_size
+from cafe.randomness import random_generator
 
 PREDICTION_BATCH = 64
 

@@ -6,7 +6,6 @@ training. Nothing else (worker, order, batch, machine, size of the picture) take
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.special import ndtri
+
+from cafe.randomness import random_generator
 
 VERSION = 1  # part of every cache key: raise it when a view of the same name would look different
 LEVELS = 2**16  # of the noise
@@ -103,8 +104,7 @@ def draw_view(policy: ViewPolicy, seed: int, sample_id: str, view: int) -> View:
     """Draw view number `view` of a sample, with a generator keyed by nothing but the three of them."""
     if view == 0:
         return View(None, 0.0, False, None)
-    key = hashlib.blake2b(f"{seed}/{view}/{sample_id}".encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    generator = random_generator(seed, view, sample_id)
     noise, flip, erase = generator.random(3) < (
         policy.noise_probability,
         policy.flip_probability,

@@ -5,7 +5,6 @@ Every sample is a pure function of (seed, domain, identity, expression, index): 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from cafe.datasets.folder import read_folder
 from cafe.datasets.portrait import Ink, Light, paint
 from cafe.errors import UserError, unknown
 from cafe.expressions import EXPRESSIONS
+from cafe.randomness import random_generator
 
 # Prototypes and their major variants as {action unit: relative intensity}, after EMFACS (Friesen & Ekman 1983) and the
 # table of the FACS Investigator's Guide (Ekman, Friesen & Hager 2002, p. 174). 64 is "eyes down".
@@ -135,8 +135,8 @@ def render(seed: int, domain: str, identity: int, expression: int, index: int) -
     the same person in every domain. Raises `UserError` for an unknown domain.
     """
     look = _find_domain(domain)
-    person = draw_person(_generator(seed, "person", identity))
-    rng = _generator(seed, domain, identity, expression, index)
+    person = draw_person(random_generator(seed, "person", identity))
+    rng = random_generator(seed, domain, identity, expression, index)
     size = int(rng.integers(look.size[0], look.size[1] + 1))
     canvas = int(np.clip(2 * size, 160, 320)) // 8 * 8
     units = draw_units(look, expression, rng)
@@ -164,7 +164,7 @@ def write(root: UPath | Path, domain: str, faces: int, seed: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     for split, identity, expression, index in samples:
         picture = render(seed, domain, identity, expression, index)
-        data = encode(picture, look, _generator(seed, domain, "file", identity, expression, index))
+        data = encode(picture, look, random_generator(seed, domain, "file", identity, expression, index))
         (folders[split, expression] / f"id{identity:04d}_{index:02d}{look.suffix}").write_bytes(data)
 
 
@@ -212,11 +212,6 @@ def _find_domain(name: str) -> Domain:
     if name not in DOMAINS:
         raise unknown("synthetic domain", name, DOMAINS)
     return DOMAINS[name]
-
-
-def _generator(*key: object) -> np.random.Generator:
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def _draw_view(look: Domain, canvas: int, rng: np.random.Generator) -> View:
