@@ -71,6 +71,8 @@ class FaceDataset(Dataset[Batch]):
             if "picture" in batch:
                 image = normalise(batch.pop("picture"), batch.pop("box"), self.plan.mean, self.plan.std)
                 batch["image"] = image.contiguous(memory_format=torch.channels_last)
+                if "flipped_image" in self.needs:  # the exact mirror, erased rectangle included
+                    batch["flipped_image"] = image.flip(3).contiguous(memory_format=torch.channels_last)
             yield batch
 
 
