@@ -69,6 +69,8 @@ class FaceDataset:
                 pixels, boxes = (part.to(device, non_blocking=True) for part in picture)
                 image = normalise(pixels, boxes, self.plan.mean, self.plan.std)
                 batch["image"] = image.contiguous(memory_format=torch.channels_last)
+                if "flipped_image" in self.needs:  # the exact mirror, erased rectangle included
+                    batch["flipped_image"] = image.flip(3).contiguous(memory_format=torch.channels_last)
             yield batch
 
 

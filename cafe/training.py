@@ -66,11 +66,14 @@ class Training:
         with autocast(self.device, self.precision):
             output = self.module(batch)
         whole = {name: gather(value.float(), total) for name, value in output.items()}
-        targets = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
-        losses = self.method.losses(whole, {**targets, "generator": torch.Generator().manual_seed(step_seed)})
+        targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
+        targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed)}
+        losses = self.method.losses(whole, targets)
         self.optimizer.zero_grad()
         (losses["total"] * world_size()).backward()
         self.optimizer.step()
+        with torch.no_grad():
+            self.method.after_step(whole, targets)
         correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
         return {name: float(value.detach()) * total for name, value in {**losses, "accuracy": correct}.items()}
 

@@ -97,7 +97,8 @@ class RunSpec:
         """Return the method with initial weights drawn from the seed."""
         method = find_method(self.method)
         torch.manual_seed(self.seed)
-        return method(method.recipe_type(**self.recipe), Inputs(self.width, self.network, init or self.init))
+        inputs = Inputs(self.width, self.network, init or self.init, self.image_size)
+        return method(method.recipe_type(**self.recipe), inputs)
 
     def load_model(self, path: UPath) -> Method:
         """Return the trained method of a run's folder."""

@@ -46,7 +46,7 @@ def new_training(name: str, manifest: Manifest, features: Embedder, seed: int = 
     torch.manual_seed(seed)
     method = method_type(
         replace(method_type.recipe_type(), **{"batch_size": 16, "learning_rate": 1e-3, **recipe}),
-        Inputs(features.tower.width),
+        Inputs(features.tower.width, image_size=32),
     )
     method.to(memory_format=torch.channels_last)
     dataset = FaceDataset(manifest, PLAN, method.needs, 32, features)
@@ -65,7 +65,11 @@ def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest,
         last = training.run_epoch(epoch)
     assert last["train/total"] < first["train/total"]
     assert last["learning_rate"] == pytest.approx(1e-3 * 0.9**2)
-    named = {"cafe": {"classification", "separation", "diverse"}}.get(name, set())
+    named = {
+        "cafe": {"classification", "separation", "diverse"},
+        "scn": {"classification", "rank", "relabelled"},
+        "eac": {"classification", "consistency"},
+    }.get(name, set())
     assert {f"train/{loss}" for loss in named | {"total", "accuracy"}} <= set(last)
     probabilities = predict(training.method, training.dataset, manifest.rows("test"), CPU)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
@@ -75,14 +79,17 @@ def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest,
 def test_a_resumed_training_is_the_uninterrupted_one(
     name: str, manifest: Manifest, features: Embedder, tmp_path: Path
 ) -> None:
-    whole = new_training(name, manifest, features)
+    recipe = {"relabel_epoch": 1, "relabel_margin": 0.0} if name == "scn" else {}
+    whole = new_training(name, manifest, features, **recipe)
     for epoch in (1, 2):
         whole.run_epoch(epoch)
-    first = new_training(name, manifest, features)
+    first = new_training(name, manifest, features, **recipe)
     first.run_epoch(1)
     save_checkpoint(UPath(tmp_path), first.method, first.optimizer, {"epoch": 1})
-    resumed = new_training(name, manifest, features, seed=0)
+    resumed = new_training(name, manifest, features, **recipe)
     assert load_checkpoint(UPath(tmp_path), resumed.method, resumed.optimizer) == {"epoch": 1}
+    if name == "scn":
+        assert len(resumed.method.state_dict()["labels._extra_state"]) > 0
     resumed.run_epoch(2)
     for key, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[key]), key
@@ -101,6 +108,17 @@ def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: E
     with torch.inference_mode():
         direct = load_backbone(tiny_tower)(batch["image"])[0]
     torch.testing.assert_close(direct, batch["features"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_flipped_image_is_the_exact_mirror_of_its_view_erased_rectangle_included(
+    manifest: Manifest,
+) -> None:
+    dataset = FaceDataset(manifest, PLAN, frozenset({"image", "flipped_image"}), 24)
+    (batch,) = dataset.load([np.arange(12)], 2, CPU)
+    assert torch.equal(batch["flipped_image"], batch["image"][..., torch.arange(23, -1, -1)])
+    erased = [(image == 0).all(0).sum().item() for image in batch["image"]]
+    assert max(erased) > 5
+    assert [(image == 0).all(0).sum().item() for image in batch["flipped_image"]] == erased
 
 
 def test_loader_processes_change_nothing(manifest: Manifest, features: Embedder) -> None:
