@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ from torch import Tensor, nn
 from upath import UPath
 
 
-def save_checkpoint(folder: UPath, method: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
-    """Write a training's state to a folder; `record` is kept as JSON beside the tensors."""
+def save_checkpoint(
+    folder: UPath,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    record: dict[str, Any],
+    selected: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a training's state to a folder: `record` as JSON beside the tensors, `selected` the best weights so far."""
     state = optimizer.state_dict()
     tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
+    tensors |= {f"selected.{name}": value for name, value in (selected or {}).items()}
     for parameter, values in state["state"].items():
         tensors |= {f"optimizer.{parameter}.{name}": value for name, value in values.items()}
     write_tensors(folder / "state.safetensors", tensors)
@@ -26,8 +34,10 @@ def save_checkpoint(folder: UPath, method: nn.Module, optimizer: torch.optim.Opt
     (folder / "state.json").write_bytes(json.dumps(about, indent=1).encode())
 
 
-def load_checkpoint(folder: UPath, method: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore a training's state from a folder and return its record."""
+def load_checkpoint(
+    folder: UPath, method: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore a training's state from a folder and return its record and the selected weights."""
     tensors = load_tensors((folder / "state.safetensors").read_bytes())
     record: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
     method.load_state_dict(_below(tensors, "method."))
@@ -42,7 +52,7 @@ def load_checkpoint(folder: UPath, method: nn.Module, optimizer: torch.optim.Opt
         for name, value in values.items():
             if value.shape == parameter.shape:  # fused optimisers take it for granted that memory is laid out alike
                 values[name] = torch.empty_like(parameter).copy_(value)
-    return record
+    return record, _below(tensors, "selected.")
 
 
 def write_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:

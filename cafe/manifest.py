@@ -52,20 +52,24 @@ class Face:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to."""
+    """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to.
+
+    `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend.
+    """
 
     name: str
     root: str
     table: pa.Table
+    kind: str = ""
 
     @classmethod
-    def from_faces(cls, name: str, root: str, faces: Iterable[Face]) -> Manifest:
+    def from_faces(cls, name: str, root: str, faces: Iterable[Face], kind: str = "") -> Manifest:
         """Sort by sample_id and check that no two faces share one."""
         rows = sorted(faces, key=lambda face: face.sample_id)
         for first, second in pairwise(rows):
             if first.sample_id == second.sample_id:
                 raise UserError(f"The sample {first.sample_id!r} is listed twice in {name!r}: keep one of its rows.")
-        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA))
+        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind)
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
@@ -76,11 +80,11 @@ class Manifest:
             table = table.select(SCHEMA.names).cast(SCHEMA)
         except (pa.ArrowInvalid, KeyError, TypeError):
             raise UserError(f"{path} is not a manifest: write it again with `cafe data index`.") from None
-        return cls(about["name"], about["root"], table)
+        return cls(about["name"], about["root"], table, about.get("kind", ""))
 
     def save(self, path: UPath) -> None:
         """Write the manifest as Parquet in one put."""
-        about = json.dumps({"name": self.name, "root": self.root, "expressions": EXPRESSIONS})
+        about = json.dumps({"name": self.name, "root": self.root, "kind": self.kind, "expressions": EXPRESSIONS})
         sink = pa.BufferOutputStream()
         pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": about}), sink)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,27 +133,43 @@ def _digest(table: pa.Table, columns: Sequence[str]) -> str:
 
 
 def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Face]:
-    """Give every face without a split `train` or `test`, stratified by label and repeatable everywhere.
-
-    Faces of one group (or, without a group, of identical content) stay together. Units are taken in the order of their
-    hash until a class has its share of test faces, so that adding files later moves hardly any other.
-    """
-    units: dict[str, list[int]] = {}
-    quota: Counter[int] = Counter()
-    for position, face in enumerate(faces):
-        if not face.split:
-            units.setdefault(f"group {face.group}" if face.group else f"image {face.digest}", []).append(position)
-            quota[face.label] += 1
-    quota = Counter({label: max(round(test_fraction * n), min(1, n - 1)) for label, n in quota.items()})
-
+    """Give every face without a split `train` or `test`, stratified by label and repeatable everywhere."""
+    without = [position for position, face in enumerate(faces) if not face.split]
+    units = [_unit(faces[position].group, faces[position].digest) for position in without]
     result = list(faces)
-    for name in sorted(units, key=lambda unit: hashlib.sha256(unit.encode()).digest()):
-        counts = Counter(faces[position].label for position in units[name])
-        # A group goes to test while at least half of it is still wanted there.
-        wanted = sum(min(n, quota[label]) for label, n in counts.items())
-        test = 2 * wanted >= counts.total()
-        for position in units[name]:
-            result[position] = replace(faces[position], split="test" if test else "train")
-        if test:
-            quota = Counter({label: max(0, n - counts[label]) for label, n in quota.items()})
+    test = hold_out(units, [faces[position].label for position in without], test_fraction)
+    for position, is_test in zip(without, test, strict=True):
+        result[position] = replace(faces[position], split="test" if is_test else "train")
     return result
+
+
+def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Part some rows of a manifest into those to keep and those held out, whole groups, stratified by label."""
+    groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
+    held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
+    return rows[~held], rows[held]
+
+
+def _unit(group: str | None, digest: str) -> str:
+    return f"group {group}" if group else f"image {digest}"
+
+
+def hold_out(units: Sequence[str], labels: Sequence[int], fraction: float) -> np.ndarray:
+    """Choose which samples to hold out, (n,) bool, by nothing but the names of their units.
+
+    Samples of one unit (a group or, without a group, identical content) stay together. Units are taken in the order of
+    their hash until a class has its share, so that adding samples later moves hardly any other.
+    """
+    members: dict[str, list[int]] = {}
+    for position, unit in enumerate(units):
+        members.setdefault(unit, []).append(position)
+    quota = Counter({label: max(round(fraction * n), min(1, n - 1)) for label, n in Counter(labels).items()})
+    held = np.zeros(len(units), bool)
+    for unit in sorted(members, key=lambda unit: hashlib.sha256(unit.encode()).digest()):
+        counts = Counter(labels[position] for position in members[unit])
+        # A group is held out while at least half of it is still wanted there.
+        wanted = sum(min(n, quota[label]) for label, n in counts.items())
+        if 2 * wanted >= counts.total():
+            held[members[unit]] = True
+            quota = Counter({label: max(0, n - counts[label]) for label, n in quota.items()})
+    return held

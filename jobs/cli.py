@@ -213,22 +213,29 @@ def evaluate(run: str, **values: Any) -> None:
 
 @main.command()
 @click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1.")
+@click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
 @click.option("--markdown", metavar="FILE", help="Write the table as Markdown too.")
 @click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
 @click.option("--experiment", default="cafe", show_default=True, help="MLflow experiment.")
-def compare(metric: str, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
+def compare(metric: str, per_class: str | None, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
     """Compare all runs: methods × targets, mean ± 95 % interval over seeds."""
-    from jobs.tables import comparison_tables
+    from jobs.tables import comparison_tables, method_table
+    from pipeline.compare import cells, class_cells, to_markdown
     from pipeline.compare import compare as compare_runs
-    from pipeline.compare import to_markdown
     from pipeline.tracking import Tracker
     from pipeline.workspace import locate
 
-    comparison = compare_runs(Tracker(_workspace(), mlflow_uri, experiment).runs(), metric)
-    for table in comparison_tables(comparison):
-        _print(table)
+    runs = Tracker(_workspace(), mlflow_uri, experiment).runs()
+    if per_class:
+        lines = class_cells(runs, per_class)
+        _print(method_table(lines))
+    else:
+        comparison = compare_runs(runs, metric)
+        lines = cells(comparison)
+        for table in comparison_tables(comparison):
+            _print(table)
     if markdown:
-        locate(markdown).write_bytes(to_markdown(comparison).encode())
+        locate(markdown).write_bytes(to_markdown(lines).encode())
         click.echo(f"Wrote {markdown}")
 
 

@@ -82,7 +82,19 @@ def scores_table(metrics: dict[str, float]) -> Table:
 
 def comparison_tables(comparison: Comparison) -> list[Table | str]:
     """Methods × targets, one block per source, and how to read it."""
-    header, *lines = cells(comparison)
+    note = (
+        "Percent, mean ± half-width of the 95 % t-interval over seeds. In brackets: the source itself, its own test split. "
+        "Unseen: mean over the targets not trained on; all: with the source, as published tables average."
+    )
+    lines = cells(comparison)
+    if any("†" in cell for line in lines for cell in line):
+        note += " †: the epoch was chosen on the source's test split, as published scripts do: not comparable."
+    return [method_table(lines), note]
+
+
+def method_table(lines: list[list[str]]) -> Table:
+    """A header and a line per method, one block per source."""
+    header, *lines = lines
     table = Table(
         *(
             Column(name, justify="left" if place < 2 else "right", no_wrap=place < 2)
@@ -91,8 +103,4 @@ def comparison_tables(comparison: Comparison) -> list[Table | str]:
     )
     for line, following in zip(lines, [*lines[1:], None], strict=True):
         table.add_row(*line, end_section=following is not None and following[0] != line[0])
-    note = (
-        "Percent, mean ± half-width of the 95 % t-interval over seeds. In brackets: the source itself, its own test split. "
-        "Unseen: mean over the targets not trained on; all: with the source, as published tables average."
-    )
-    return [table, note]
+    return table

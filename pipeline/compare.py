@@ -6,11 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from cafe.errors import UserError, unknown
+from cafe.expressions import EXPRESSIONS
 from cafe.metrics import Estimate, estimate
 from pipeline.tracking import TrackedRun
 
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1")
 SEED = "seed"
+PEEKING = "source_test"  # a selection that looks at faces the run is judged on: always said beside its numbers
 IDENTITY = ("source", "method", SEED)  # what a row shows anyway
 
 
@@ -45,23 +47,30 @@ def compare(runs: list[TrackedRun], metric: str = "accuracy") -> Comparison:
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     prefix, suffix = "target/", f"/{metric}"
-    judged = [run for run in runs if any(name.startswith(prefix) for name in run.metrics)]
-    if not judged:
-        raise UserError("No evaluated run to compare yet: train one with `cafe train --source NAME --method cafe`.")
+    groups = group_runs(runs)
     names = {
         name.removeprefix(prefix).removesuffix(suffix)
-        for run in judged
+        for members, _ in groups
+        for run in members
         for name in run.metrics
         if name.startswith(prefix) and name.endswith(suffix)
     }
     targets = sorted(name for name in names if "/" not in name and ":" not in name)
 
+    return Comparison(metric, targets, [_row(members, variant, targets, metric) for members, variant in groups])
+
+
+def group_runs(runs: list[TrackedRun]) -> list[tuple[list[TrackedRun], str]]:
+    """Return the evaluated runs that differ in nothing but their seed together, each group with its variant, in order."""
     groups: dict[str, list[TrackedRun]] = defaultdict(list)
-    for run in judged:
-        groups[run.tags["cafe.group"]].append(run)
+    for run in runs:
+        if any(name.startswith("target/") for name in run.metrics):
+            groups[run.tags["cafe.group"]].append(run)
+    if not groups:
+        raise UserError("No evaluated run to compare yet: train one with `cafe train --source NAME --method cafe`.")
     variants = name_variants([members[0].params for members in groups.values()])
-    rows = [_row(members, variant, targets, metric) for members, variant in zip(groups.values(), variants, strict=True)]
-    return Comparison(metric, targets, sorted(rows, key=lambda row: (row.source, row.method, row.variant)))
+    named = zip(groups.values(), variants, strict=True)
+    return sorted(named, key=lambda group: (group[0][0].params["source"], group[0][0].params["method"], group[1]))
 
 
 def _row(members: list[TrackedRun], variant: str, targets: list[str], metric: str) -> Row:
@@ -92,8 +101,10 @@ def name_variants(params: list[dict[str, str]]) -> list[str]:
     names = []
     for own in params:
         rivals = [other for other in params if all(other[key] == own[key] for key in ("source", "method"))]
-        keys = sorted(key for key in own if key not in IDENTITY and len({other.get(key) for other in rivals}) > 1)
-        names.append(", ".join(f"{key.removeprefix('recipe.')}={_brief(own[key])}" for key in keys))
+        keys = {key for key in own if key not in IDENTITY and len({other.get(key) for other in rivals}) > 1}
+        if own.get("selection") == PEEKING:
+            keys.add("selection")
+        names.append(", ".join(f"{key.removeprefix('recipe.')}={_brief(own[key])}" for key in sorted(keys)))
     return names
 
 
@@ -101,9 +112,9 @@ def _brief(value: str) -> str:
     return value if len(value) <= 24 else f"{value[:8]}…"
 
 
-def to_markdown(comparison: Comparison) -> str:
-    """Return the comparison as a Markdown table."""
-    header, *body = cells(comparison)
+def to_markdown(lines: list[list[str]]) -> str:
+    """Return a header and lines as a Markdown table."""
+    header, *body = lines
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -119,6 +130,27 @@ def cells(comparison: Comparison) -> list[list[str]]:
             for target, cell in row.targets.items()
         ]
         method = f"{row.method} ({row.variant})" if row.variant else row.method
-        means = (row.unseen, row.unseen_macro_f1, row.everything)
-        lines.append([row.source, method, str(row.seeds), *values, *map(str, means)])
+        values += map(str, (row.unseen, row.unseen_macro_f1, row.everything))
+        peeked = f"selection={PEEKING}" in row.variant
+        lines.append([row.source, method, str(row.seeds), *(f"{value} †" if peeked else value for value in values)])
+    return lines
+
+
+def class_cells(runs: list[TrackedRun], target: str) -> list[list[str]]:
+    """Return accuracy per expression on one target as text, like the supplement's Table 1; raise `UserError`.
+
+    A header and a line per method: seven recalls, overall accuracy and their mean.
+    """
+    judged = [run for run in runs if f"target/{target}/accuracy" in run.metrics]
+    if not judged:
+        names = {name.split("/")[1] for run in runs for name in run.metrics if name.startswith("target/")}
+        raise unknown("target", target, names)
+    columns = {**{name: f"recall/{name}" for name in EXPRESSIONS}, "overall": "accuracy", "mean": "mean_class_accuracy"}
+    lines = [["source", "method", "seeds", *columns]]
+    for members, variant in group_runs(judged):
+        params = members[0].params
+        method = f"{params['method']} ({variant})" if variant else params["method"]
+        metrics = [f"target/{target}/{name}" for name in columns.values()]
+        cells = [str(estimate([run.metrics[name] for run in members if name in run.metrics])) for name in metrics]
+        lines.append([params["source"], method, str(len(members)), *cells])
     return lines

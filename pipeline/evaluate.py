@@ -5,15 +5,23 @@ Targets are read here and nowhere else; training never sees one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from upath import UPath
 
-from cafe.figures import draw_confusion
+from cafe.expressions import EXPRESSIONS
+from cafe.figures import draw_confusion, draw_errors, draw_heat_maps, draw_masks, find_worst_mistakes
+from cafe.images import decode_image, read_bytes
+from cafe.loading import FaceDataset
 from cafe.manifest import Manifest
+from cafe.masks import heat_maps, mean_masks
+from cafe.methods.cafe import Cafe
+from cafe.methods.method import Method
 from cafe.metrics import Predictions, confusion, score
 from cafe.training import predict
 from pipeline import cluster
@@ -21,6 +29,9 @@ from pipeline.progress import Progress
 from pipeline.runs import RunSpec, Target
 from pipeline.tracking import Tracker
 from pipeline.workspace import Workspace, list_folder, locate
+
+MISTAKES = 24  # faces of the error gallery
+MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
 
 
 def predict_targets(
@@ -57,7 +68,7 @@ def predict_target(run: str, manifest: str, store: str | None, about: Any, split
     rows = target.rows(split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = spec.load_model(path).to(device).to(memory_format=torch.channels_last)
-    dataset = spec.dataset(target.manifest, target.features)
+    dataset = spec.dataset(target)
     predictions = Predictions(
         [target.manifest.sample_ids[row] for row in rows],
         target.manifest.labels[rows],
@@ -70,7 +81,40 @@ def predict_target(run: str, manifest: str, store: str | None, about: Any, split
             "without_features": str(len(target.manifest.rows(split)) - len(rows)),
         },
     )
-    predictions.save(path / "predictions" / f"{prediction_name(target.manifest.name, split)}.parquet")
+    name = prediction_name(target.manifest.name, split)
+    predictions.save(path / "predictions" / f"{name}.parquet")
+    for kind, figure in draw_figures(spec, method, dataset, rows, predictions, device):
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        (path / "figures" / kind).mkdir(parents=True, exist_ok=True)
+        (path / "figures" / kind / f"{name}.png").write_bytes(picture.getvalue())
+
+
+def draw_figures(
+    spec: RunSpec,
+    method: Method,
+    dataset: FaceDataset,
+    rows: np.ndarray,
+    predictions: Predictions,
+    device: torch.device,
+) -> Iterator[tuple[str, Figure]]:
+    """Yield by kind the pictures of a run on a target: confusion, errors, and for CAFE what its mask selects."""
+    title = f"{spec.method} trained on {spec.source}, judged on {predictions.about['target']}"
+    manifest = dataset.manifest
+    yield "confusion", draw_confusion(confusion(predictions), title)
+    mistakes = find_worst_mistakes(predictions, MISTAKES)
+    images = [decode_image(read_bytes(manifest.path(rows[position]))) for position in mistakes]
+    yield "errors", draw_errors(predictions, mistakes, images, f"{title}: the mistakes it was surest of")
+    if not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
+        return
+    seen = np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
+    yield "masks", draw_masks(mean_masks(method, dataset, seen, device), f"{title}: what the mask selects")
+    if "map" in method.needs:
+        shown = [int(seen[manifest.labels[seen] == label][0]) for label in np.unique(manifest.labels[seen])]
+        heats = heat_maps(method, dataset, np.array(shown), device)
+        names = [EXPRESSIONS[label].capitalize() for label in manifest.labels[shown]]
+        images = [decode_image(read_bytes(manifest.path(row))) for row in shown]
+        yield "heat_maps", draw_heat_maps(images, heats, names, f"{title}: where the mask is open")
 
 
 def prediction_name(target: str, split: str) -> str:
@@ -110,9 +154,10 @@ def log_results(run: UPath, tracker: Tracker) -> dict[str, float]:
     metrics = summarise(spec.source, {target: score(rows) for target, rows in predictions.items()})
     run_id = tracker.start(spec.name, spec.parameters(), spec.tags())
     tracker.log(run_id, {name.replace("@", ":"): value for name, value in metrics.items()})
-    for target, rows in predictions.items():
-        title = f"{spec.method} trained on {spec.source}, judged on {target}"
-        tracker.log_figure(run_id, draw_confusion(confusion(rows), title), f"confusion/{target}.png")
+    for target in predictions:
         tracker.log_file(run_id, run / "predictions" / f"{target}.parquet", "predictions")
+    for kind in list_folder(run / "figures"):
+        for picture in list_folder(kind):
+            tracker.log_file(run_id, picture, kind.name)
     tracker.finish(run_id)
     return metrics

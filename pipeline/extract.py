@@ -7,7 +7,6 @@ what has no receipt, and the store comes out byte for byte the same.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,16 +20,14 @@ import numpy as np
 import torch
 from upath import UPath
 
-from cafe import views
 from cafe.backbones import TowerFacts, absolute_name, load_backbone, parse_backbone, resolve_normalisation
 from cafe.embedding import Embedder
 from cafe.errors import IncompleteError, UserError
 from cafe.manifest import Manifest
-from cafe.views import POLICIES
 from pipeline import cluster
 from pipeline.progress import Progress
 from pipeline.settings import ExtractSettings
-from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows
+from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
 from pipeline.workspace import Workspace, locate, read_json, with_tuples, write_json
 
 Item = TypeVar("Item")
@@ -85,7 +82,9 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFa
     step = settings.shard_rows or default_shard_rows(
         len(manifest), settings.views, tower.width, map_shape, np.dtype(settings.dtype).itemsize
     )
-    return About(key, manifest.name, settings.backbone, len(manifest), tower.width, map_shape, step)
+    return About(
+        key, manifest.name, settings.backbone, len(manifest), tower.width, map_shape, step, settings.batch_size
+    )
 
 
 def know_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
@@ -104,11 +103,6 @@ def know_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
     return facts
 
 
-def describe_policy(name: str) -> dict[str, Any]:
-    """Return everything that makes a view policy what it is, as plain JSON values."""
-    return {"name": name, "version": views.VERSION, **json.loads(json.dumps(asdict(POLICIES[name])))}
-
-
 class ShardEmbedder:
     """A tower at work: shard number in, receipt out. Loaded once per actor, usable without Ray."""
 
@@ -116,14 +110,20 @@ class ShardEmbedder:
         self, store: str, about: About, manifest: str, settings: ExtractSettings, threads: int, device: str
     ) -> None:
         torch.set_num_threads(threads)
-        self.store, self.batch_size = FeatureStore(locate(store), about), settings.batch_size
+        self.store = FeatureStore(locate(store), about)
         tower = load_backbone(settings.backbone, settings.precision, settings.input_size)
         if tower.weights_digest != about.key.weights:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )
         self.embedder = Embedder(
-            tower, Manifest.load(locate(manifest)), about.key.view_plan, device, settings.maps, settings.dtype
+            tower,
+            Manifest.load(locate(manifest)),
+            about.key.view_plan,
+            device,
+            about.key.maps,
+            about.key.dtype,
+            about.batch_size,
         )
         decoders = settings.decode_threads or 0
         self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
@@ -133,8 +133,7 @@ class ShardEmbedder:
         """Embed one shard, write it and return {shard, rows}."""
         (shard,) = batch["shard"].tolist()
         rows, views = self.store.rows_of(shard), self.store.about.key.views
-        samples = list(product(rows, range(views)))
-        batches = [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
+        batches = self.embedder.batches(list(product(rows, range(views))))
 
         skipped: dict[int, str] = {}
         features: dict[str, list[np.ndarray]] = defaultdict(list)

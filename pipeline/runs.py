@@ -23,16 +23,20 @@ import numpy as np
 import torch
 from upath import UPath
 
+from cafe.backbones import load_backbone
 from cafe.checkpoints import read_tensors
+from cafe.embedding import Embedder
 from cafe.errors import UserError, unknown
 from cafe.loading import ARRAYS, FaceDataset
-from cafe.manifest import Manifest
+from cafe.manifest import Manifest, hold_out_rows
 from cafe.methods import find_method
 from cafe.methods.method import Inputs, Method
 from cafe.views import ViewPlan
 from pipeline.settings import StoreChoice
 from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace, read_json, with_tuples, write_json
+
+HELD_OUT = 0.1  # of the source's training faces, for `source_val`
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class RunSpec:
     features: FeatureKey | None  # of the source's store; None when the method needs none and there is none
     backbone: str | None  # as the user wrote it
     width: int | None
+    live: bool = False  # whether the tower runs while training; `features` then says how
     selection: str = "final"
     tag: str = ""
 
@@ -68,9 +73,9 @@ class RunSpec:
 
     def parameters(self) -> dict[str, Any]:
         """The run's MLflow parameters: flat, named as on the command line."""
-        names = ("source", "method", "seed", "network", "init", "image_size", "precision", "selection", "backbone")
+        names = "source method seed network init image_size precision live selection backbone"
         return {
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in names.split()},
             **{f"recipe.{name}": value for name, value in self.recipe.items()},
             **{f"views.{name}": value for name, value in asdict(self.views).items()},
             "store": self.features.digest if self.features else "none",
@@ -108,15 +113,27 @@ class RunSpec:
 
     @property
     def needs_features(self) -> bool:
-        """Whether the method reads frozen features."""
-        return "features" in find_method(self.method).needs
+        """Whether the method reads frozen features or maps."""
+        return not find_method(self.method).needs.isdisjoint(ARRAYS)
 
-    def dataset(self, manifest: Manifest, store: FeatureStore | None) -> FaceDataset:
-        """Return the faces of a manifest as the method needs them."""
+    def dataset(self, target: Target) -> FaceDataset:
+        """Return the faces of a target as the method needs them, with the features of its store."""
         needs = find_method(self.method).needs
         names = [ARRAYS[need] for need in needs if need in ARRAYS]
-        features = FeatureReader(store, names) if store and names else None
-        return FaceDataset(manifest, self.views, needs, self.image_size, features)
+        features = FeatureReader(target.features, names) if target.features and names else None
+        return FaceDataset(target.manifest, self.views, needs, self.image_size, features)
+
+    def live_dataset(self, source: Target, device: str) -> FaceDataset:
+        """Return the faces of the source with features of the tower run on the fly."""
+        assert self.features is not None
+        assert self.backbone is not None
+        assert source.about is not None
+        needs, key = find_method(self.method).needs, self.features
+        tower = load_backbone(self.backbone, key.precision, key.input_size)
+        embedder = Embedder(
+            tower, source.manifest, self.views, device, "map" in needs, key.dtype, source.about.batch_size
+        )
+        return FaceDataset(source.manifest, self.views, needs, self.image_size, embedder)
 
 
 def code_version() -> str:
@@ -150,9 +167,12 @@ class Target:
         return rows if self.features is None else rows[self.features.valid()[rows]]
 
 
-def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) -> tuple[UPath, About] | None:
+def choose_store(
+    workspace: Workspace, manifest: Manifest, choice: StoreChoice, method: type[Method]
+) -> tuple[UPath, About] | None:
     """Return the only store of a manifest that fits the choice, or None when it has no stores at all.
 
+    Of several, those that hold just what the method needs and its published views go first.
     Raises `UserError` when none or several fit, when the chosen one was made of other images, or is unfinished.
     """
     stores = find_stores(workspace.features, manifest.name)
@@ -175,6 +195,8 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) 
             f"The features of {manifest.name!r} were made of other images than its manifest lists now: "
             f"run `{extract_command(manifest.name, choice)}` again."
         )
+    current = [store for store in current if store[1].key.maps == ("map" in method.needs)] or current
+    current = [store for store in current if store[1].key.policy["name"] == method.policy] or current
     if len(current) > 1:
         raise UserError(
             f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views or --policy "
@@ -196,7 +218,9 @@ def choose_target(workspace: Workspace, name: str, spec: RunSpec) -> Target:
         finished = [store for store in stores if not FeatureStore(*store).pending()]
         return Target(manifest, *finished[0]) if finished else Target(manifest, None)
     assert spec.features is not None
-    differing = [(spec.features.differences(about.key, TARGET_MAY_DIFFER), path, about) for path, about in stores]
+    needs = find_method(spec.method).needs
+    ignored = [name for name in TARGET_MAY_DIFFER if name != "maps" or "map" not in needs]
+    differing = [(spec.features.differences(about.key, ignored), path, about) for path, about in stores]
     matching = [(path, about) for differences, path, about in differing if not differences]
     if matching:
         path, about = min(matching, key=lambda store: store[1].key.views)
@@ -205,9 +229,24 @@ def choose_target(workspace: Workspace, name: str, spec: RunSpec) -> Target:
     closest = min(differing, key=lambda entry: len(entry[0]), default=None)
     reason = f"its closest store differs in {', '.join(closest[0])}" if closest else "it has none"
     raise UserError(
-        f"No features of {name!r} match this run's tower ({reason}): run `cafe extract {name} --backbone {spec.backbone}`, "
+        f"No features of {name!r} match this run's tower ({reason}): run `cafe extract {name} --backbone {spec.backbone}"
+        f"{' --maps' if 'map' in needs else ''}`, "
         "or leave it out with --targets."
     )
+
+
+def choose_rows(source: Target, selection: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source's rows to train on and those on which the epoch is selected; no target is involved.
+
+    `source_val` takes the data set's own validation split or, without one, holds a tenth of the train split out.
+    """
+    train = source.rows("train")
+    if selection == "final":
+        return train, train[:0]
+    if selection == "source_test":
+        return train, source.rows("test")
+    val = source.rows("val")
+    return (train, val) if len(val) else hold_out_rows(source.manifest, train, HELD_OUT)
 
 
 def choose_targets(workspace: Workspace, wanted: str | None, spec: RunSpec) -> list[Target]:

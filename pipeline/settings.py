@@ -85,6 +85,13 @@ class TrainSettings(ClusterSettings, StoreChoice):
     )
     network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
     init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
+    live: bool = setting(
+        False, "Run the tower on a fresh view in every epoch, as published, instead of reading the store's views: slow."
+    )
+    selection: str = setting(
+        "final", "Whose weights are judged: the last epoch's, or the best on faces held out of the source.",
+        choices=("final", "source_val", "source_test"),
+    )  # fmt: skip
     image_size: int | None = setting(None, "Side of the image branch's input; default: the tower's input.", minimum=16)
     precision: str = setting("fp32", "Arithmetic of training (bf16: autocast).", choices=("fp32", "bf16"))
     targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")

@@ -24,9 +24,10 @@ import psutil
 import zarr
 from upath import UPath
 
+from cafe import views
 from cafe.errors import UserError
 from cafe.manifest import Manifest
-from cafe.views import ViewPlan
+from cafe.views import POLICIES, ViewPlan
 from pipeline.workspace import list_folder, read_json, write_json
 
 SHARD_BYTES = 4 * 2**20  # a shard object worth a request; see the engine measurements in the README
@@ -76,6 +77,11 @@ class FeatureKey:
         return [f"{name}: {_short(ours)} against {_short(theirs)}" for name, ours, theirs in pairs if ours != theirs]
 
 
+def describe_policy(name: str) -> dict[str, Any]:
+    """Return everything that makes a view policy what it is, as plain JSON values."""
+    return {"name": name, "version": views.VERSION, **json.loads(json.dumps(asdict(POLICIES[name])))}
+
+
 # What may differ between the store a method was trained on and the store of a target it is judged on: the faces, and how
 # they were augmented, since only the clean view 0 is judged.
 TARGET_MAY_DIFFER = ("images", "policy", "view_seed", "views", "maps")
@@ -92,6 +98,7 @@ class About:
     width: int
     map_shape: tuple[int, int, int] | None
     shard_rows: int
+    batch_size: int = 64  # of the tower's forward passes, to which all are filled up
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> About:

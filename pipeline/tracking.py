@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from matplotlib.figure import Figure
 from upath import UPath
 
 from cafe.errors import UserError
@@ -67,10 +66,6 @@ class Tracker:
     def logged_steps(self, run_id: str, metric: str) -> set[int]:
         """The steps a metric was already logged for."""
         return {point.step for point in self.client.get_metric_history(run_id, metric)}
-
-    def log_figure(self, run_id: str, figure: Figure, name: str) -> None:
-        """Keep a figure as an artifact."""
-        self.client.log_figure(run_id, figure, name)
 
     def log_file(self, run_id: str, path: UPath, folder: str) -> None:
         """Keep a copy of a file as an artifact."""

@@ -10,7 +10,7 @@ import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,18 +20,19 @@ from upath import UPath
 from cafe.backbones import NORMALISATIONS
 from cafe.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.errors import UserError
-from cafe.loading import SMALLEST_BATCH
+from cafe.loading import ARRAYS, SMALLEST_BATCH
 from cafe.manifest import Manifest
 from cafe.methods import find_method
-from cafe.methods.method import apply_overrides
+from cafe.methods.method import Method, apply_overrides
 from cafe.parallel import rank, share_batch_norm, world_size
-from cafe.training import Training
+from cafe.training import Selection, Training
 from cafe.views import ViewPlan
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
 from pipeline.progress import Bar, Progress, no_bar
-from pipeline.runs import RunSpec, Target, check_network, choose_store, choose_targets, is_finished
+from pipeline.runs import RunSpec, Target, check_network, choose_rows, choose_store, choose_targets, is_finished
 from pipeline.settings import TrainSettings
+from pipeline.store import About, describe_policy
 from pipeline.tracking import Tracker
 from pipeline.workspace import Workspace, check_name, list_folder, locate, read_json, write_json
 
@@ -60,24 +61,22 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     method = find_method(settings.method)
     manifest = workspace.load_manifest(settings.source)
     shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
-    recipe = apply_overrides(method.recipe_type(), [*settings.overrides, *shortcuts], settings.method)
+    published = method.published_recipe(manifest.kind)
+    recipe = apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
     check_network(settings.network, settings.init)
     if settings.tag:
         check_name(settings.tag)
     if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
-    chosen = choose_store(workspace, manifest, settings)
-    if chosen is None and "features" in method.needs:
-        raise UserError(
-            f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
-        )
+    live = settings.live
+    chosen = choose_store(workspace, manifest, replace(settings, policy=None) if live else settings, method)
+    _check_features(settings, chosen[1] if chosen else None)
     key = chosen[1].key if chosen else None
-    if key:
-        views = ViewPlan(key.policy["name"], key.view_seed, key.views, key.interpolation, *key.normalisation)
-    else:
-        mean, std = NORMALISATIONS["imagenet"]
-        views = ViewPlan("paper", 0, recipe.epochs + 1, "bilinear", mean, std)
+    if key and live:
+        key = replace(key, views=recipe.epochs + 1, policy=describe_policy(settings.policy or method.policy))
+    mean, std = NORMALISATIONS["imagenet"]
+    unstored = ViewPlan(method.policy, 0, recipe.epochs + 1, "bilinear", mean, std)
     spec = RunSpec(
         source=settings.source,
         source_digest=manifest.digest,
@@ -88,16 +87,39 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
         image_size=settings.image_size or (key.input_size if key else UNSTORED_SIZE),
         precision=settings.precision,
-        views=views,
+        views=key.view_plan if key else unstored,
         features=key,
         backbone=chosen[1].backbone_name if chosen else None,
-        width=chosen[1].width if chosen else None,
+        width=_input_width(method, chosen[1]) if chosen else None,
+        live=live,
+        selection=settings.selection,
         tag=settings.tag,
     )
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
-    if len(source.rows("train")) < SMALLEST_BATCH:
-        raise UserError(f"{settings.source!r} has {len(source.rows('train'))} training faces: at least 8 are needed.")
+    train, held_out = choose_rows(source, settings.selection)
+    if len(train) < SMALLEST_BATCH:
+        raise UserError(f"{settings.source!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
+    if settings.selection != "final" and not len(held_out):
+        raise UserError(f"{settings.source!r} has no faces for --selection {settings.selection}: use final.")
     return TrainPlan(workspace, settings, spec, source, choose_targets(workspace, settings.targets, spec))
+
+
+def _check_features(settings: TrainSettings, store: About | None) -> None:
+    needs = find_method(settings.method).needs
+    if settings.live and needs.isdisjoint(ARRAYS):
+        raise UserError(f"{settings.method} uses no frozen tower: leave out --live.")
+    if store is None and not needs.isdisjoint(ARRAYS):
+        raise UserError(
+            f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
+        )
+    if store and store.map_shape is None and "map" in needs:
+        raise UserError(
+            f"{settings.method} needs feature maps of {settings.source!r}: run `cafe extract {settings.source} --maps`."
+        )
+
+
+def _input_width(method: type[Method], store: About) -> int:
+    return store.map_shape[0] if store.map_shape and "map" in method.needs else store.width
 
 
 def train_and_judge(plan: TrainPlan, bar: Bar = no_bar) -> dict[str, float]:
@@ -195,6 +217,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
     store = config["store"]
     source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))
+    train, held_out = choose_rows(source, spec.selection)
+    selection = Selection(held_out)
     method = spec.build().to(device).to(memory_format=torch.channels_last)
     if world_size() > 1:
         share_batch_norm(method)
@@ -203,8 +227,8 @@ def train_worker(config: dict[str, Any]) -> None:
         method,
         module,
         method.optimizer(),
-        spec.dataset(source.manifest, source.features),
-        source.rows("train"),
+        spec.live_dataset(source, str(device)) if spec.live else spec.dataset(source),
+        train,
         spec.seed,
         device,
         spec.precision,
@@ -214,20 +238,23 @@ def train_worker(config: dict[str, Any]) -> None:
     done = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
-            done = load_checkpoint(UPath(folder), method, training.optimizer)["epoch"]
+            record, selection.weights = load_checkpoint(UPath(folder), method, training.optimizer)
+            done, selection.epoch, selection.accuracy = record["epoch"], record["selected"], record["accuracy"]
     metrics: dict[str, float] = {}
     for epoch in range(done + 1, spec.recipe["epochs"] + 1):
         metrics = training.run_epoch(epoch, _Notes(run, epoch))
         if rank() == 0:
+            metrics |= selection.judge(training, epoch)
             write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
         if epoch % config["checkpoint_every"] == 0 and epoch < spec.recipe["epochs"]:
             with TemporaryDirectory() as folder:
                 if rank() == 0:
-                    save_checkpoint(UPath(folder), method, training.optimizer, {"epoch": epoch})
+                    record = {"epoch": epoch, "selected": selection.epoch, "accuracy": selection.accuracy}
+                    save_checkpoint(UPath(folder), method, training.optimizer, record, selection.weights)
                 ray.train.report({"epoch": epoch}, checkpoint=Checkpoint(folder) if rank() == 0 else None)
     if rank() == 0:
-        write_tensors(run / "model.safetensors", method.state_dict())
-        write_json(run / "result.json", {"epochs": spec.recipe["epochs"], **metrics})
+        write_tensors(run / "model.safetensors", selection.result(training))
+        write_json(run / "result.json", {"epochs": spec.recipe["epochs"], "selected": selection.epoch, **metrics})
 
 
 class _Notes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cafe.errors import unknown
 from cafe.methods.cafe import Cafe
+from cafe.methods.cafe_map import CafeMap
 from cafe.methods.eac import Eac
 from cafe.methods.image_only import ImageOnly
 from cafe.methods.linear_probe import LinearProbe
@@ -13,6 +14,7 @@ from cafe.methods.scn import Scn
 
 METHODS: dict[str, type[Method]] = {
     "cafe": Cafe,
+    "cafe_map": CafeMap,
     "scn": Scn,
     "rul": Rul,
     "eac": Eac,

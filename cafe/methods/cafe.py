@@ -47,11 +47,18 @@ class Cafe(Method):
         self.branch = build_network(inputs.network, inputs.init)
         self.classifier = nn.Linear(inputs.width, CLASSES)
 
+    def mask_logits(self, batch: Batch) -> Tensor:
+        """Return the mask before its sigmoid, (N, C) as the frozen features."""
+        pooled = self.branch.pool(self.branch(batch["image"])).float()  # (N, width of the branch)
+        return resize_channels(pooled, batch["features"].shape[1])
+
+    def mask(self, batch: Batch) -> Tensor:
+        """Return the mask as the features are multiplied by it."""
+        return apply_mask(torch.ones(()), self.mask_logits(batch), self.recipe.mask)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7) and the masked features (N, C)."""
-        features = batch["features"]
-        mask_logits = self.branch.pool(self.branch(batch["image"]))  # (N, width of the branch)
-        masked = apply_mask(features, resize_channels(mask_logits.float(), features.shape[1]), self.recipe.mask)
+        masked = apply_mask(batch["features"], self.mask_logits(batch), self.recipe.mask)
         return {"logits": self.classifier(masked), "masked": masked}
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -69,7 +76,7 @@ def resize_channels(values: Tensor, width: int) -> Tensor:
 
 
 def apply_mask(features: Tensor, mask_logits: Tensor, mask: str) -> Tensor:
-    """Eq. 2, F~ = M * F, for (N, C) features and mask logits."""
+    """Eq. 2, F~ = M * F, for features and mask logits of one shape."""
     if mask == "none":
         return features + 0 * mask_logits  # the image branch stays in the graph, unused
     return features * (mask_logits.sigmoid() if mask == "sigmoid" else mask_logits)

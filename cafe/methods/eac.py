@@ -15,6 +15,7 @@ noisy ones it erases both separately).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,6 +39,7 @@ class Eac(Method):
     needs = frozenset({"image", "flipped_image"})
     policy = "eac"
     recipe_type = Recipe
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:

@@ -15,6 +15,7 @@ accuracy reported while training counts the labels of the data set, not those th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class Scn(Method):
     needs = frozenset({"image"})
     policy = "scn"
     recipe_type = Recipe
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:

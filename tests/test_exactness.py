@@ -1,0 +1,86 @@
+"""Training from the cache is the published training, which runs the tower on every view of every epoch: bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_faces
+from upath import UPath
+
+from cafe.backbones import load_backbone
+from cafe.datasets import DATASETS
+from cafe.datasets.files import index_files
+from cafe.embedding import Embedder
+from cafe.loading import FaceDataset, FeatureReader
+from cafe.manifest import Manifest
+from cafe.methods import METHODS
+from cafe.methods.method import Inputs
+from cafe.training import Training
+from pipeline.extract import ShardEmbedder, describe_store
+from pipeline.settings import ExtractSettings
+from pipeline.store import FeatureReader as StoreReader
+from pipeline.store import FeatureStore
+
+EPOCHS = 2
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("faces")
+    manifest = index_files("tiny", DATASETS["folder"](UPath(draw_faces(folder, per_class=20)))).manifest
+    manifest.save(UPath(folder / "tiny.parquet"))
+    return manifest
+
+
+def fill_store(folder: Path, manifest: Manifest, settings: ExtractSettings) -> FeatureStore:
+    about = describe_store(manifest, settings, load_backbone(settings.backbone).facts)
+    store = FeatureStore.create(UPath(folder), about, manifest)
+    embedder = ShardEmbedder(str(store.path), about, f"{manifest.root}/tiny.parquet", settings, threads=1, device="cpu")
+    for shard in store.pending():
+        embedder({"shard": np.array([shard])})
+    return store
+
+
+def train(name: str, manifest: Manifest, store: FeatureStore, features: FeatureReader) -> Training:
+    method_type = METHODS[name]
+    torch.manual_seed(0)
+    recipe = replace(method_type.recipe_type(), epochs=EPOCHS, batch_size=16, learning_rate=1e-3)
+    method = method_type(recipe, Inputs(store.about.width, image_size=32)).to(memory_format=torch.channels_last)
+    dataset = FaceDataset(manifest, store.about.key.view_plan, method.needs, 32, features)
+    training = Training(method, method, method.optimizer(), dataset, manifest.rows("train"), 0, CPU)
+    for epoch in range(1, EPOCHS + 1):
+        training.run_epoch(epoch)
+    return training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["cafe", "cafe_map", "linear_probe"])
+def test_training_from_the_cache_is_training_with_the_tower_on_the_fly(
+    name: str, dtype: str, manifest: Manifest, tiny_tower: str, tmp_path: Path
+) -> None:
+    settings = ExtractSettings(
+        backbone=tiny_tower, views=EPOCHS + 1, maps=True, dtype=dtype, batch_size=16, shard_rows=11
+    )
+    store = fill_store(tmp_path, manifest, settings)
+    live = Embedder(load_backbone(tiny_tower), manifest, store.about.key.view_plan, "cpu", True, dtype, batch_size=16)
+    cached = train(name, manifest, store, StoreReader(store, ("pooled", "map"))).method.state_dict()
+    fly = train(name, manifest, store, live).method.state_dict()
+    for key, value in cached.items():
+        assert torch.equal(value, fly[key]), key
+
+
+def test_shards_and_order_change_no_feature(manifest: Manifest, tiny_tower: str, tmp_path: Path) -> None:
+    settings = ExtractSettings(backbone=tiny_tower, views=3, dtype="float32", batch_size=16, shard_rows=60)
+    whole = fill_store(tmp_path / "whole", manifest, settings).array("pooled")[:]
+    small = replace(settings, shard_rows=7)
+    np.testing.assert_array_equal(fill_store(tmp_path / "small", manifest, small).array("pooled")[:], whole)
+    plan = fill_store(tmp_path / "whole", manifest, settings).about.key.view_plan
+    live = Embedder(load_backbone(tiny_tower), manifest, plan, "cpu", dtype="float32", batch_size=16)
+    rows = np.random.default_rng(0).permutation(len(manifest))
+    for view in (2, 0, 1):
+        np.testing.assert_array_equal(live.read(rows, view)["pooled"], whole[rows, view])
