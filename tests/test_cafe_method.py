@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cafe.methods import METHODS
 from cafe.methods.cafe import Recipe, apply_mask, cafe_losses, draw_kept_channels, pool_groups, resize_channels
+from cafe.methods.cafe_map import resize_map
+from cafe.methods.method import Inputs
 
 
 def test_each_group_gives_its_largest_channel_and_the_remainder_is_left_out() -> None:
@@ -49,6 +52,42 @@ def test_widths_that_differ_are_averaged_down_or_interpolated_up() -> None:
     assert resize_channels(values, 4).tolist() == values.tolist()
     assert resize_channels(values, 2).tolist() == [[2.0, 6.0]]
     assert resize_channels(values[:, :2], 4).tolist() == [[1.0, 1.5, 2.5, 3.0]]
+
+
+def test_maps_are_fitted_position_by_position() -> None:
+    values = torch.arange(16.0).reshape(1, 4, 2, 2)  # channel c at position p is 4 c + p
+    assert torch.equal(resize_map(values, (4, 2, 2)), values)
+    assert resize_map(values, (2, 2, 2))[0, :, 1, 0].tolist() == [4.0, 12.0]  # channels 0 and 1, 2 and 3 at position 2
+    assert resize_map(values, (4, 1, 1)).flatten().tolist() == [1.5, 5.5, 9.5, 13.5]
+    assert resize_map(values, (4, 4, 4)).shape == (1, 4, 4, 4)
+    torch.testing.assert_close(resize_map(values, (4, 4, 4)).mean((2, 3)), values.mean((2, 3)))
+
+
+def test_the_map_method_masks_every_position_before_it_averages() -> None:
+    torch.manual_seed(0)
+    method = METHODS["cafe_map"](Recipe(), Inputs(14)).eval()
+    batch = {"image": torch.rand(2, 3, 64, 64), "map": torch.rand(2, 14, 2, 2)}
+    mask = torch.stack([
+        torch.stack([resize_channels(position, 14) for position in spatial.flatten(1).T[:, None]], -1)[0].reshape(14, 2, 2)
+        for spatial in method.branch(batch["image"])
+    ]).sigmoid()  # fmt: skip
+    output = method(batch)
+    torch.testing.assert_close(method.mask(batch), mask)
+    torch.testing.assert_close(output["masked"], (mask * batch["map"]).mean(dim=(2, 3)))
+    torch.testing.assert_close(output["logits"], method.classifier(output["masked"]))
+
+
+@pytest.mark.parametrize("width", [512, 768, 1280, 20])
+@pytest.mark.parametrize("network", ["resnet18", "resnet50"])
+def test_any_tower_fits_any_image_branch(network: str, width: int) -> None:
+    """Widths that 7 does not divide, above and below the branch's 512 or 2048 channels."""
+    method = METHODS["cafe"](Recipe(), Inputs(width, network))
+    batch = {"image": torch.rand(2, 3, 32, 32), "features": torch.rand(2, width), "label": torch.tensor([0, 6])}
+    output = method(batch)
+    assert method.mask(batch).shape == output["masked"].shape == (2, width)
+    losses = method.losses(output, {**batch, "generator": torch.Generator().manual_seed(0)})
+    losses["total"].backward()
+    assert float(method.branch.trunk.conv1.weight.grad.abs().sum()) > 0
 
 
 @pytest.mark.parametrize(("mask", "expected"), [("sigmoid", 1.0), ("linear", 0.0), ("none", 2.0)])

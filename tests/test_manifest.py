@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from upath import UPath
 from cafe.datasets import DATASETS
 from cafe.datasets.files import Index, index_files
 from cafe.errors import UserError
-from cafe.manifest import Face, Manifest, assign_splits
+from cafe.manifest import Face, Manifest, assign_splits, hold_out_rows
 
 
 def index(kind: str, path: Path) -> Index:
@@ -178,6 +179,18 @@ def test_the_command_prints_counts_and_writes_the_manifest(tmp_path: Path, cafe:
     assert "tiny: 36 faces, read as EXPRESSION/image" in output
     assert "1 broken files, left out:\n  anger/zero.jpg: file is empty" in output
     assert "tiny" in cafe.succeed("data", "list")
+
+
+def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
+    faces = [
+        Face(f"{n:03d}", "x", n % 2, "train" if n < 80 else "test", f"g{n // 4}", 8, 8, str(n)) for n in range(100)
+    ]
+    manifest = Manifest.from_faces("m", "/x", faces)
+    kept, held = hold_out_rows(manifest, manifest.rows("train"), 0.1)
+    assert sorted([*kept, *held]) == list(range(80))
+    assert len(held) == 8
+    assert np.bincount(manifest.labels[held]).tolist() == [4, 4]
+    assert {row // 4 for row in kept}.isdisjoint(row // 4 for row in held)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from cafe.loading import FaceDataset, epoch_order
 from cafe.manifest import Manifest
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Recipe, apply_overrides
-from cafe.training import Training, predict
+from cafe.training import Selection, Training, predict
 from cafe.views import ViewPlan
 
 PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -93,6 +93,44 @@ def test_a_resumed_training_is_the_uninterrupted_one(
     resumed.run_epoch(2)
     for key, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[key]), key
+
+
+def test_the_best_epoch_on_held_out_faces_is_selected_and_survives_a_checkpoint(
+    manifest: Manifest, features: Embedder, tmp_path: Path
+) -> None:
+    training = new_training("linear_probe", manifest, features)
+    held_out = manifest.rows("test")
+    selection = Selection(held_out)
+    accuracies, states = [], []
+    for epoch in (1, 2, 3, 4):
+        training.run_epoch(epoch)
+        accuracies.append(selection.judge(training, epoch)["selection/accuracy"])
+        states.append(weights(training))
+        predicted = predict(training.method, training.dataset, held_out, CPU).argmax(axis=1)
+        assert accuracies[-1] == pytest.approx((predicted == manifest.labels[held_out]).mean())
+    best = int(np.argmax(accuracies))  # the first among equals
+    assert selection.epoch == best + 1
+    assert all(torch.equal(value, states[best][name]) for name, value in selection.result(training).items())
+
+    save_checkpoint(UPath(tmp_path), training.method, training.optimizer, {}, selection.weights)
+    _, selected = load_checkpoint(UPath(tmp_path), training.method, training.optimizer)
+    assert selected.keys() == states[best].keys()
+    assert all(torch.equal(value, states[best][name]) for name, value in selected.items())
+
+
+def test_without_selection_the_last_epoch_is_the_result(manifest: Manifest, features: Embedder) -> None:
+    training = new_training("linear_probe", manifest, features)
+    selection = Selection(manifest.rows("none"))
+    training.run_epoch(1)
+    assert selection.judge(training, 1) == {}
+    assert all(torch.equal(value, weights(training)[name]) for name, value in selection.result(training).items())
+
+
+def test_affectnet_has_its_own_published_recipe() -> None:
+    recipe = METHODS["cafe"].published_recipe("affectnet")
+    assert (recipe.learning_rate, recipe.gamma, recipe.epochs, recipe.sampler) == (1e-4, 0.8, 20, "balanced")
+    assert METHODS["cafe"].published_recipe("rafdb") == METHODS["cafe"].recipe_type()
+    assert METHODS["scn"].published_recipe("affectnet").learning_rate == 1e-3  # a rival keeps its own
 
 
 def test_another_seed_is_another_training(manifest: Manifest, features: Embedder) -> None:
