@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cafe.errors import UserError
-from cafe.images import UnreadableImageError, decode_image, read_bytes
+from cafe.images import UnreadableImageError
 from cafe.manifest import Manifest
 from cafe.methods.method import Batch, Recipe
 from cafe.parallel import part_sizes, rank
@@ -36,6 +36,7 @@ class FaceDataset(Dataset[Batch]):
     needs: frozenset[str]
     image_size: int
     features: np.ndarray | None = None
+    channels: str = "rgb"  # bgr only for targets of the protocol `paper`
 
     def __getitems__(self, samples: list[Sample]) -> Batch:
         """Return one batch: row, label, and of what is needed features (n, C), picture (n, S, S, 3) uint8, box (n, 4)."""
@@ -52,12 +53,12 @@ class FaceDataset(Dataset[Batch]):
         return batch
 
     def _picture(self, row: int, view: int) -> tuple[np.ndarray, tuple[int, ...]]:
-        path = self.manifest.path(row)
         try:
-            image = decode_image(read_bytes(path))
+            image = self.manifest.read_face(row, self.channels)
         except UnreadableImageError as error:
             raise UserError(
-                f"{path} is unreadable ({error}): mend it, or extract features once so that it is known and left out."
+                f"{self.manifest.path(row)} is unreadable ({error}): mend it, or extract features once so that it is "
+                "known and left out."
             ) from None
         return self.plan.render(image, self.manifest.sample_ids[row], view, self.image_size)
 

@@ -23,7 +23,7 @@ from upath import UPath
 from cafe import views
 from cafe.backbones import TowerFacts, absolute_name, load_backbone, parse_backbone, resolve_normalisation
 from cafe.errors import IncompleteError, UserError
-from cafe.images import UnreadableImageError, decode_image, read_bytes
+from cafe.images import UnreadableImageError
 from cafe.manifest import Manifest
 from cafe.views import POLICIES, draw_view, normalise
 from pipeline import cluster
@@ -78,6 +78,7 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFa
         views=settings.views,
         maps=settings.maps,
         dtype=settings.dtype,
+        channels=settings.channels,
     )
     map_shape = tower.map_shape if settings.maps else None
     step = settings.shard_rows or default_shard_rows(
@@ -164,7 +165,7 @@ class ShardEmbedder:
                 continue
             try:
                 if decoded is None or decoded[0] != row:
-                    decoded = (row, decode_image(read_bytes(self.manifest.path(row))))
+                    decoded = (row, self.manifest.read_face(row, self.settings.channels))
             except UnreadableImageError as error:
                 unreadable[row] = str(error)
                 continue

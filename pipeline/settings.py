@@ -44,6 +44,9 @@ class FeatureSettings:
     precision: str = setting("fp32", "Arithmetic of the whole tower.", choices=("fp32", "bf16", "fp16"))
     maps: bool = setting(False, "Store the tower's spatial feature maps too.")
     dtype: str = setting("float16", "Number format of the stored features.", choices=("float16", "float32"))
+    channels: str = setting(
+        "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper.", choices=("rgb", "bgr")
+    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ CHANGES = {
     "images": "c" * 64, "backbone": "timm:y", "weights": "d" * 64, "precision": "bf16", "input_size": 48,
     "interpolation": "bicubic", "normalisation": ((0.4, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "policy": {"name": "paper", "noise_variance": 31.0}, "view_seed": 1, "views": 4, "maps": False, "dtype": "float32",
+    "channels": "bgr",
 }  # fmt: skip
 ABOUT = About(KEY, "news", "timm:x", ROWS, WIDTH, (2, 2, 2), shard_rows=4)
 MANIFEST = Manifest.from_faces(
