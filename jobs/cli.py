@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cafe.errors import UserError, unknown
 from jobs.options import options
 from pipeline.settings import DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from cafe.datasets.files import Listing
 
 
 class Commands(click.Group):
@@ -81,7 +85,9 @@ def _progress(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], 
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(renderable)
+    Console(soft_wrap=False, highlight=False, markup=False, width=None if sys.stdout.isatty() else 120).print(
+        renderable
+    )
 
 
 @main.group(cls=Commands)
@@ -93,12 +99,17 @@ def data() -> None:
 @click.argument("kind")
 @click.argument("root")
 @click.option("--name", required=True, help="Name of the manifest in this workspace.")
-def index(kind: str, root: str, name: str) -> None:
-    """Index a data set, e.g. `cafe data index folder ~/faces/news --name news`.
+@click.option(
+    "--ferplus-rule", type=click.Choice(["majority", "argmax"]), help="How votes become a label; default: majority."
+)
+@click.option("--accept-counts", is_flag=True, help="Index a copy whose counts are not the published ones.")
+def index(kind: str, root: str, name: str, ferplus_rule: str | None, accept_counts: bool) -> None:
+    """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
 
     \b
     KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
     KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
+    KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is given out, in any wrapper folders
     """
     from cafe.datasets import DATASETS
     from cafe.datasets.files import index_files
@@ -107,16 +118,41 @@ def index(kind: str, root: str, name: str) -> None:
 
     if kind not in DATASETS:
         raise unknown("kind of data set", kind, DATASETS)
+    if ferplus_rule and kind != "ferplus":
+        raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
     check_name(name)
-    listing = DATASETS[kind](locate(root))
+    workspace = _workspace()
+    listing = DATASETS[kind](locate(root), **({"rule": ferplus_rule} if ferplus_rule else {}))
+    if not accept_counts:
+        _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
     with _progress("Reading") as progress:
         opened = iter(range(1, len(listing.files) + 1))
-        result = index_files(name, listing, lambda _: progress(next(opened), len(listing.files)))
-    path = _workspace().manifest_path(name)
-    result.manifest.save(path)
+        result = index_files(
+            name, listing, lambda _: progress(next(opened), len(listing.files)), workspace.image_path(name)
+        )
     for table in index_tables(result):
         _print(table)
+    _check_counts(listing, result.counts(), accept_counts, warn=True)
+    path = workspace.manifest_path(name)
+    result.manifest.save(path)
     click.echo(f"Wrote {path}")
+
+
+def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
+    """Print where a copy is not the published one, doubtful numbers only with `warn`; raise `UserError` for the others."""
+    from cafe.datasets.counts import count_differences
+    from jobs.tables import counts_tables
+
+    differences = count_differences(listing.expected, found)
+    certain = [difference for difference in differences if difference.certain]
+    for table in counts_tables(differences if warn else certain):
+        _print(table)
+    if certain and not accept:
+        packed = f"{listing.packed[0]} may still have to be unpacked; " if listing.packed else ""
+        raise UserError(
+            f"{listing.root} is not the complete {listing.kind} (differences in the table: {len(certain)}): {packed}"
+            "complete it, or index it as it is with --accept-counts."
+        )
 
 
 @data.command("synth")

@@ -6,6 +6,7 @@ import statistics
 
 from rich.table import Column, Table
 
+from cafe.datasets.counts import Difference
 from cafe.datasets.files import Index
 from cafe.expressions import EXPRESSIONS
 from cafe.manifest import SPLITS
@@ -36,15 +37,35 @@ def index_tables(index: Index) -> list[Table | str]:
     middle = f"{statistics.median_low(widths)}×{statistics.median_low(heights)}"
     size = f"sizes {min(widths)}×{min(heights)} to {max(widths)}×{max(heights)} pixels, median {middle}"
     ignored = f"; {index.ignored:,} other files ignored" if index.ignored else ""
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(index.dropped.items()))
+    left_out = [f"{index.dropped.total():,} with none of the seven labels, left out: {dropped}"] if dropped else []
+    title = f"{manifest.name}: {len(manifest):,} faces, read as {index.layout}"
     broken = [f"  {path}: {reason}" for path, reason in index.broken]
     duplicates = [f"  {' = '.join(group)}" for group in index.duplicates]
     return [
-        f"{manifest.name}: {len(manifest):,} faces, read as {index.layout}",
+        title,
         table,
         f"{size}{ignored}",
+        *left_out,
         _listed(f"{len(broken)} broken files, left out", broken),
         _listed(f"{len(duplicates)} groups of identical files", duplicates),
     ]
+
+
+def counts_tables(differences: list[Difference]) -> list[Table | str]:
+    """Where a copy differs from what is expected: a table of the numbers that are known, a line for each doubtful one."""
+    table = Table("expression", "split", *(Column(name, justify="right") for name in ("expected", "found")))
+    certain = [difference for difference in differences if difference.certain]
+    for row in certain:
+        table.add_row(row.expression, row.split, f"{row.expected:,}", f"{row.found:,}")
+    known: list[Table | str] = [table] if certain else []
+    known += [f"Expected: {source}." for source in dict.fromkeys(row.source for row in certain)]
+    doubtful = [
+        f"Warning: {row.split}, {row.expression}: {row.found:,} faces where {row.expected:,} are expected ({row.source})."
+        for row in differences
+        if not row.certain
+    ]
+    return [*known, *doubtful]
 
 
 def _listed(title: str, lines: list[str]) -> str:
