@@ -6,11 +6,13 @@ checkpoints load whatever wrapper or foreign classifier they carry, and what did
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision import models
@@ -64,6 +66,12 @@ class ImageBranch(nn.Module):
         """Return the last spatial map (N, C, h, w) of images (N, 3, H, W)."""
         features: Tensor = self.trunk(images)
         return features
+
+    def map_size(self, image_size: int) -> tuple[int, int]:
+        """Return (h, w) of the map of square images with a side of `image_size` pixels."""
+        shapes_only = copy.deepcopy(self.trunk).to("meta").eval()
+        height, width = shapes_only(torch.empty(1, 3, image_size, image_size, device="meta")).shape[2:]
+        return height, width
 
     def pool(self, features: Tensor) -> Tensor:
         """Return the global average (N, C) of a map (N, C, h, w)."""

@@ -101,6 +101,28 @@ class GlobalBatchNorm(_BatchNorm):
         return normalised.to(input.dtype)
 
 
+class GlobalDropout(nn.Dropout):
+    """Dropout with one mask for the whole batch, of which every worker uses its own part. (N, …) → (N, …).
+
+    The first worker's generator seeds the mask, so that one worker alone draws the same.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's signature
+        """Set values to zero and scale the others up while training; return the input otherwise."""
+        if not self.training or self.p == 0:
+            return input
+        about = torch.tensor([len(input), int(torch.randint(2**62, ()))], device=input.device)
+        workers = [about]
+        if world_size() > 1:
+            workers = [torch.empty_like(about) for _ in range(world_size())]
+            distributed.all_gather(workers, about)
+        sizes, seed = [int(size) for size, _ in workers], int(workers[0][1])
+        generator = torch.Generator(input.device).manual_seed(seed)
+        uniforms = torch.rand((sum(sizes), *input.shape[1:]), generator=generator, device=input.device)
+        start = sum(sizes[: rank()])
+        return input * (uniforms[start : start + len(input)] >= self.p) / (1 - self.p)
+
+
 def share_batch_norm(module: nn.Module) -> None:
     """Replace every batch norm of a module by one over all workers, with the same weights and names."""
     for name, child in module.named_children():

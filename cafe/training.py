@@ -48,9 +48,9 @@ class Training:
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
         order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch)
         view = self.dataset.plan.view_of(epoch)
-        samples = [[(int(row), view) for row in own_part(batch)] for batch in order]
+        parts = [own_part(batch) for batch in order]
         sums: dict[str, float] = defaultdict(float)
-        for step, batch in enumerate(self.dataset.load(samples, self.device, self.loader_workers)):
+        for step, batch in enumerate(self.dataset.load(parts, view, self.device, self.loader_workers)):
             for name, value in self._step(batch, len(order[step]), epoch, step).items():
                 sums[name] += value
             progress(step + 1, len(order))
@@ -66,11 +66,14 @@ class Training:
         with autocast(self.device, self.precision):
             output = self.module(batch)
         whole = {name: gather(value.float(), total) for name, value in output.items()}
-        targets = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
-        losses = self.method.losses(whole, {**targets, "generator": torch.Generator().manual_seed(step_seed)})
+        targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
+        targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed)}
+        losses = self.method.losses(whole, targets)
         self.optimizer.zero_grad()
         (losses["total"] * world_size()).backward()
         self.optimizer.step()
+        with torch.no_grad():
+            self.method.after_step(whole, targets)
         correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
         return {name: float(value.detach()) * total for name, value in {**losses, "accuracy": correct}.items()}
 
@@ -83,12 +86,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return class probabilities (n, 7) float32 of the clean views of some rows."""
     method.eval()
-    batches = [
-        [(int(row), 0) for row in rows[start : start + PREDICTION_BATCH]]
-        for start in range(0, len(rows), PREDICTION_BATCH)
-    ]
+    batches = np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))
     parts: list[Tensor] = []
     with torch.no_grad():
-        for batch in dataset.load(batches, device, 0):
+        for batch in dataset.load(batches, 0, device):
             parts.append(method(batch)["logits"].float().softmax(dim=1).cpu())
     return torch.cat(parts).numpy()

@@ -36,8 +36,20 @@ class ViewPolicy:
     erase_ratio: tuple[float, float] = (0.3, 3.3)  # height / width, log-uniform
 
 
+@dataclass(frozen=True)
+class ExclusivePolicy(ViewPolicy):
+    """A view has noise, or a flip, or neither, but never both. A class, so that the keys of other policies stay."""
+
+    exclusive: bool = True
+
+
 POLICIES = {
     "paper": ViewPolicy(noise_probability=0.5, flip_probability=0.5, erase_probability=0.5),  # CAFE, released script
+    # SCN and RUL, released scripts: half of the views have noise or a flip, each as often.
+    "scn": ExclusivePolicy(noise_probability=0.25, flip_probability=0.25, erase_probability=0.5),
+    "eac": ViewPolicy(
+        noise_probability=0.5, erase_probability=0.5
+    ),  # EAC, released script: it mirrors every view itself
     "clean": ViewPolicy(),
     "clean+flip": ViewPolicy(flip_probability=0.5),
 }
@@ -105,7 +117,10 @@ def draw_view(policy: ViewPolicy, seed: int, sample_id: str, view: int) -> View:
     if view == 0:
         return View(None, 0.0, False, None)
     generator = random_generator(seed, view, sample_id)
-    noise, flip, erase = generator.random(3) < (
+    uniforms = generator.random(3)
+    if isinstance(policy, ExclusivePolicy):  # one number decides on both: the flip's share lies behind the noise's
+        uniforms[1] = (uniforms[0] - policy.noise_probability) % 1
+    noise, flip, erase = uniforms < (
         policy.noise_probability,
         policy.flip_probability,
         policy.erase_probability,

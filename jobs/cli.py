@@ -85,9 +85,8 @@ def _progress(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], 
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=False, highlight=False, markup=False, width=None if sys.stdout.isatty() else 120).print(
-        renderable
-    )
+    width = None if sys.stdout.isatty() else 200
+    Console(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable)
 
 
 @main.group(cls=Commands)
@@ -218,9 +217,7 @@ def train(**values: Any) -> None:
     from pipeline.train import plan_training, train_and_judge
 
     plan = plan_training(_workspace(), TrainSettings(**values))
-    with _progress(plan.spec.name, "steps") as training, _progress("Judging", "targets") as judging:
-        metrics = train_and_judge(plan, training, judging)
-    _print(scores_table(metrics))
+    _print(scores_table(train_and_judge(plan, _progress)))
     click.echo(f"Run {plan.spec.name} in {plan.run}")
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+POLICIES = ("paper", "scn", "eac", "clean", "clean+flip")  # of cafe.views, which takes a second to import
+
 
 def setting(default: Any, about: str, **click: Any) -> Any:
     """A dataclass field with its help text and, where needed, what click must know (`choices`, `multiple`, …)."""
@@ -33,7 +35,7 @@ class FeatureSettings:
         "Frozen tower: clip-vit-b32, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:MODEL[@FILE].",
     )
     views: int = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", minimum=1)
-    policy: str = setting("paper", "How views are augmented.", choices=("paper", "clean", "clean+flip"))
+    policy: str = setting("paper", "How views are augmented.", choices=POLICIES)
     view_seed: int = setting(0, "Seed of the views (not of the training).")
     normalisation: str | None = setting(
         None, "Pixel statistics; default: the backbone's own, ImageNet's for clip-vit-b32 as published.",
@@ -70,7 +72,7 @@ class StoreChoice:
 
     backbone: str | None = setting(None, "Frozen tower of the features; default: that of the only store.")
     views: int | None = setting(None, "Views of the feature store; default: that of the only store.", minimum=1)
-    policy: str | None = setting(None, "View policy of the feature store.", choices=("paper", "clean", "clean+flip"))
+    policy: str | None = setting(None, "View policy of the feature store.", choices=POLICIES)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
     """Stage two: one method on one source, judged on the others."""
 
     source: str = setting("", "Manifest to train on.", required=True)
-    method: str = setting("cafe", "Method to train: cafe, linear_probe, image_only.")
+    method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.")
     seed: int = setting(0, "Seed of initial weights, order and dropped channels.")
     epochs: int | None = setting(None, "Passes over the source; default: the method's published recipe.", minimum=1)
     overrides: tuple[str, ...] = setting(

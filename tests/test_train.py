@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from conftest import Cafe, draw_faces
 from safetensors.torch import load_file
 from upath import UPath
 
+from cafe.manifest import Manifest
 from cafe.metrics import Predictions, score
 from pipeline.compare import compare, name_variants, to_markdown
 from pipeline.evaluate import summarise
@@ -157,8 +159,11 @@ def test_image_only_needs_no_features(ready: Cafe) -> None:
 
 def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None:
     """With a target's images gone, training still ends; judging is what fails."""
-    shutil.rmtree(ready.workspace.parent.parent / "two", ignore_errors=True)
-    ready.succeed(*TRAIN, "--method", "linear_probe", "--targets", "none", ray=True)
+    path = UPath(ready.workspace / "manifests" / "two.parquet")
+    replace(Manifest.load(path), root=str(ready.workspace / "gone")).save(path)
+    result = ready(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "one,two", ray=True)
+    assert result.exit_code == 2
+    assert "file not found" in result.output
     assert (only_run(ready) / "model.safetensors").exists()
 
 
@@ -166,7 +171,7 @@ def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None
     ("arguments", "message"),
     [
         (("--source", "ones"), "Unknown manifest 'ones'"),
-        (("--source", "one", "--method", "caffe"), "Unknown method 'caffe': choose cafe, image_only, linear_probe."),
+        (("--source", "one", "--method", "caffe"), "Unknown method 'caffe': choose cafe, "),
         (("--source", "one", "--views", "9"), "No features of 'one' fit --views 9 (there are: 3 views × 24 channels"),
         (("--source", "one", "--backbone", "clip-vit-b32"), "run `cafe extract one --backbone clip-vit-b32`"),
         (("--source", "one", "--set", "epoch=1"), "Unknown setting of cafe 'epoch'"),

@@ -16,14 +16,14 @@ from cafe.backbones import load_backbone
 from cafe.checkpoints import load_checkpoint, save_checkpoint
 from cafe.datasets import DATASETS
 from cafe.datasets.files import index_files
+from cafe.embedding import Embedder
 from cafe.errors import UserError
-from cafe.images import decode_image, read_bytes
 from cafe.loading import FaceDataset, epoch_order
 from cafe.manifest import Manifest
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Recipe, apply_overrides
 from cafe.training import Training, predict
-from cafe.views import ViewPlan, normalise
+from cafe.views import ViewPlan
 
 PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CPU = torch.device("cpu")
@@ -36,25 +36,17 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def features(manifest: Manifest, tiny_tower: str) -> np.ndarray:
-    """The tower run directly on every view, (N, 4, 24)."""
-    tower = load_backbone(tiny_tower)
-    views = []
-    for row, sample_id in enumerate(manifest.sample_ids):
-        image = decode_image(read_bytes(manifest.path(row)))
-        pictures, boxes = zip(*(PLAN.render(image, sample_id, view, 32) for view in range(4)), strict=True)
-        tensor = normalise(torch.from_numpy(np.stack(pictures)), torch.tensor(boxes), PLAN.mean, PLAN.std)
-        with torch.inference_mode():
-            views.append(tower(tensor)[0].numpy())
-    return np.stack(views)
+def features(manifest: Manifest, tiny_tower: str) -> Embedder:
+    """The tower run on the fly on every view."""
+    return Embedder(load_backbone(tiny_tower), manifest, PLAN, "cpu", maps=True, dtype="float32")
 
 
-def new_training(name: str, manifest: Manifest, features: np.ndarray, seed: int = 0, **recipe: object) -> Training:
+def new_training(name: str, manifest: Manifest, features: Embedder, seed: int = 0, **recipe: object) -> Training:
     method_type = METHODS[name]
     torch.manual_seed(seed)
     method = method_type(
         replace(method_type.recipe_type(), **{"batch_size": 16, "learning_rate": 1e-3, **recipe}),
-        Inputs(features.shape[2]),
+        Inputs(features.tower.width, image_size=32),
     )
     method.to(memory_format=torch.channels_last)
     dataset = FaceDataset(manifest, PLAN, method.needs, 32, features)
@@ -66,14 +58,18 @@ def weights(training: Training) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest, features: np.ndarray) -> None:
+def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest, features: Embedder) -> None:
     training = new_training(name, manifest, features)
     first = training.run_epoch(1)
     for epoch in (2, 3):
         last = training.run_epoch(epoch)
     assert last["train/total"] < first["train/total"]
     assert last["learning_rate"] == pytest.approx(1e-3 * 0.9**2)
-    named = {"cafe": {"classification", "separation", "diverse"}}.get(name, set())
+    named = {
+        "cafe": {"classification", "separation", "diverse"},
+        "scn": {"classification", "rank", "relabelled"},
+        "eac": {"classification", "consistency"},
+    }.get(name, set())
     assert {f"train/{loss}" for loss in named | {"total", "accuracy"}} <= set(last)
     probabilities = predict(training.method, training.dataset, manifest.rows("test"), CPU)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
@@ -81,40 +77,54 @@ def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest,
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_training_is_the_uninterrupted_one(
-    name: str, manifest: Manifest, features: np.ndarray, tmp_path: Path
+    name: str, manifest: Manifest, features: Embedder, tmp_path: Path
 ) -> None:
-    whole = new_training(name, manifest, features)
+    recipe = {"relabel_epoch": 1, "relabel_margin": 0.0} if name == "scn" else {}
+    whole = new_training(name, manifest, features, **recipe)
     for epoch in (1, 2):
         whole.run_epoch(epoch)
-    first = new_training(name, manifest, features)
+    first = new_training(name, manifest, features, **recipe)
     first.run_epoch(1)
     save_checkpoint(UPath(tmp_path), first.method, first.optimizer, {"epoch": 1})
-    resumed = new_training(name, manifest, features, seed=0)
+    resumed = new_training(name, manifest, features, **recipe)
     assert load_checkpoint(UPath(tmp_path), resumed.method, resumed.optimizer) == {"epoch": 1}
+    if name == "scn":
+        assert len(resumed.method.state_dict()["labels._extra_state"]) > 0
     resumed.run_epoch(2)
     for key, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[key]), key
 
 
-def test_another_seed_is_another_training(manifest: Manifest, features: np.ndarray) -> None:
+def test_another_seed_is_another_training(manifest: Manifest, features: Embedder) -> None:
     orders = [epoch_order(manifest.rows("train"), manifest.labels, Recipe(), seed, 1) for seed in (0, 0, 1)]
     assert all(np.array_equal(a, b) for a, b in zip(orders[0], orders[1], strict=True))
     assert not np.array_equal(orders[0][0], orders[2][0])
 
 
-def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: np.ndarray, tiny_tower: str) -> None:
+def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: Embedder, tiny_tower: str) -> None:
     """The tower run on the image branch's input gives the cached features."""
     dataset = FaceDataset(manifest, PLAN, frozenset({"image", "features"}), 32, features)
-    (batch,) = dataset.load([[(row, 2) for row in range(12)]], CPU, workers=0)
+    (batch,) = dataset.load([np.arange(12)], 2, CPU)
     with torch.inference_mode():
         direct = load_backbone(tiny_tower)(batch["image"])[0]
     torch.testing.assert_close(direct, batch["features"], rtol=1e-4, atol=1e-5)
 
 
-def test_loader_processes_change_nothing(manifest: Manifest, features: np.ndarray) -> None:
+def test_a_flipped_image_is_the_exact_mirror_of_its_view_erased_rectangle_included(
+    manifest: Manifest,
+) -> None:
+    dataset = FaceDataset(manifest, PLAN, frozenset({"image", "flipped_image"}), 24)
+    (batch,) = dataset.load([np.arange(12)], 2, CPU)
+    assert torch.equal(batch["flipped_image"], batch["image"][..., torch.arange(23, -1, -1)])
+    erased = [(image == 0).all(0).sum().item() for image in batch["image"]]
+    assert max(erased) > 5
+    assert [(image == 0).all(0).sum().item() for image in batch["flipped_image"]] == erased
+
+
+def test_loader_processes_change_nothing(manifest: Manifest, features: Embedder) -> None:
     dataset = FaceDataset(manifest, PLAN, frozenset({"image", "features"}), 24, features)
-    batches = [[(row, 1 + row % 3) for row in range(start, start + 10)] for start in (0, 10, 20)]
-    for alone, ahead in zip(dataset.load(batches, CPU, 0), dataset.load(batches, CPU, 2), strict=True):
+    batches = np.split(np.arange(30), 3)
+    for alone, ahead in zip(dataset.load(batches, 1, CPU, 0), dataset.load(batches, 1, CPU, 2), strict=True):
         assert all(torch.equal(alone[name], ahead[name]) for name in alone)
 
 

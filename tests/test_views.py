@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,46 @@ def test_probabilities_are_one_half_and_independent() -> None:
     assert np.abs(events.mean(axis=0) - 0.5).max() < 4 * 0.5 / np.sqrt(len(views))  # four standard errors
     correlations = np.corrcoef(events.T)[np.triu_indices(3, 1)]
     assert np.abs(correlations).max() < 4 / np.sqrt(len(views))
+
+
+def test_scn_adds_noise_to_a_quarter_flips_another_and_never_does_both() -> None:
+    views = [draw_view(POLICIES["scn"], 7, f"s{number}", 1 + number % 9) for number in range(4000)]
+    noise, flip, erase = np.array([(v.noise is not None, v.flip, v.erase is not None) for v in views]).T
+    assert not (noise & flip).any()
+    for events, probability in (
+        (noise, 0.25),
+        (flip, 0.25),
+        (erase, 0.5),
+        (noise & erase, 0.125),
+        (flip & erase, 0.125),
+    ):
+        assert abs(events.mean() - probability) < 4 * np.sqrt(probability * (1 - probability) / len(views))
+
+
+def test_eac_never_flips_a_view_by_chance() -> None:
+    views = [draw_view(POLICIES["eac"], 7, f"s{number}", 1 + number % 9) for number in range(1000)]
+    noise, flip, erase = np.array([(v.noise is not None, v.flip, v.erase is not None) for v in views]).T
+    assert not flip.any()
+    assert max(abs(noise.mean() - 0.5), abs(erase.mean() - 0.5)) < 4 * 0.5 / np.sqrt(len(views))
+
+
+def test_a_policy_is_described_in_every_cache_key_by_the_same_words_as_ever() -> None:
+    """One word more in the description of a policy and every feature store of it would have to be computed again."""
+    described = {
+        "noise_probability": 0.5,
+        "noise_variance": 30.0,
+        "flip_probability": 0.5,
+        "erase_probability": 0.5,
+        "erase_area": (0.02, 0.25),
+        "erase_ratio": (0.3, 3.3),
+    }
+    assert asdict(PAPER) == described
+    assert asdict(POLICIES["scn"]) == {
+        **described,
+        "noise_probability": 0.25,
+        "flip_probability": 0.25,
+        "exclusive": True,
+    }
 
 
 def test_noise_is_gaussian_of_variance_30_before_it_is_truncated() -> None:

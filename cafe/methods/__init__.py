@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from cafe.errors import unknown
 from cafe.methods.cafe import Cafe
+from cafe.methods.eac import Eac
 from cafe.methods.image_only import ImageOnly
 from cafe.methods.linear_probe import LinearProbe
 from cafe.methods.method import Method
+from cafe.methods.rul import Rul
+from cafe.methods.scn import Scn
 
 METHODS: dict[str, type[Method]] = {
     "cafe": Cafe,
+    "scn": Scn,
+    "rul": Rul,
+    "eac": Eac,
     "linear_probe": LinearProbe,
     "image_only": ImageOnly,
 }

@@ -33,12 +33,14 @@ class Inputs:
     width: int | None  # channels of the frozen features
     network: str = "resnet18"
     init: str = "scratch"
+    image_size: int = 224  # pixels, side of the image branch's input
 
 
 class Method(nn.Module):
     """A method of facial-expression recognition. A subclass cites its paper and states where it deviates from it."""
 
-    needs: ClassVar[frozenset[str]]  # what its batches hold: "image", "features"
+    needs: ClassVar[frozenset[str]]  # what its batches hold: "image", "flipped_image", "features"
+    policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.POLICIES`
     recipe_type: ClassVar[type[Recipe]] = Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
@@ -51,15 +53,26 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-        """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters."""
+        """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters.
+
+        A whole batch holds `label` (N,), `row` (N,) of the manifest, `epoch` and a seeded `generator`.
+        """
         total = nn.functional.cross_entropy(output["logits"], batch["label"])
         return {"total": total}
 
+    def after_step(self, output: dict[str, Tensor], batch: Batch) -> None:
+        """Do what is due after a training step, given the whole batch; what it keeps belongs into the state dict.
+
+        Every worker calls it with the same values, so that all of them keep the same state.
+        """
+
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of the recipe."""
-        return torch.optim.Adam(
-            self.parameters(), lr=self.recipe.learning_rate, weight_decay=self.recipe.weight_decay, fused=True
-        )
+        return torch.optim.Adam(self.parameter_groups(), weight_decay=self.recipe.weight_decay, fused=True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser trains, each group with its learning rate `lr`; the first group's is the one reported."""
+        return [{"params": list(self.parameters()), "lr": self.recipe.learning_rate}]
 
     def learning_rate_factor(self, epoch: int) -> float:
         """What the optimiser's learning rates are multiplied by in epoch 1, 2, …"""
@@ -99,6 +112,7 @@ def _check(recipe: Recipe, method: str) -> None:
 
 CHOICES = {
     "sampler": ("shuffle", "balanced"),
+    "relabel": ("all", "low", "none"),
     "mask": ("sigmoid", "linear", "none"),
     "diverse_form": ("mean", "sum"),
 }

@@ -1,0 +1,80 @@
+"""EAC: the network must look at the same places of a face and of its mirror image, with parts of both erased.
+
+"Learn From All: Erasing Attention Consistency for Noisy Label Facial Expression Recognition", ECCV 2022. Minimised are the
+cross-entropy of the erased view and, five times, the mean squared difference between its attention maps and those of its
+exact mirror image, mirrored back.
+
+The default image branch is the ResNet-18 of CAFE's table, for which the authors advise a learning rate of 2e-4; their own
+ResNet-50 is `--network resnet50 --set learning_rate=1e-4`.
+
+Deviations from the released script: that ResNet-50 is torchvision's, not the VGGFace2 one with its stride in the first
+convolution of a block; and the mirror image is always that of the erased view, as the script does for clean labels (for
+noisy ones it erases both separately).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cafe.expressions import EXPRESSIONS
+from cafe.methods import method
+from cafe.methods.method import Batch, Inputs, Method
+from cafe.networks import build_network
+
+
+@dataclass(frozen=True)
+class Recipe(method.Recipe):
+    """EAC's published settings; epochs, batch and optimiser are those that CAFE took over."""
+
+    consistency: float = 5.0  # λ, weight of the flip consistency; 0 switches it off
+
+
+class Eac(Method):
+    """An image branch whose class attention maps must be mirrored when the face is."""
+
+    needs = frozenset({"image", "flipped_image"})
+    policy = "eac"
+    recipe_type = Recipe
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        super().__init__(recipe, inputs)
+        self.branch = build_network(inputs.network, inputs.init)
+        self.classifier = nn.Linear(self.branch.width, len(EXPRESSIONS))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return logits (N, 7) and, while training, the attention (N, 7, h, w) of the view and of its mirror image."""
+        features = self.branch(batch["image"])
+        output = {"logits": self.classifier(self.branch.pool(features))}
+        if self.training:
+            # Two passes, so that batch norm sees view and mirror image apart (released script).
+            flipped = self.branch(batch["flipped_image"])
+            output["attention"] = attend(features, self.classifier.weight)
+            output["flipped_attention"] = attend(flipped, self.classifier.weight)
+        return output
+
+    def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Classification of the view + λ flip consistency."""
+        logits, attention = output["logits"].float(), output["attention"].float()
+        return eac_losses(logits, attention, output["flipped_attention"].float(), batch["label"], self.recipe)
+
+
+def attend(features: Tensor, weight: Tensor) -> Tensor:
+    """Return every class's attention map (N, 7, h, w): the map (N, C, h, w) weighed by its classifier weights (7, C).
+
+    The consistency shapes the features only: no gradient reaches the weights through the maps, and the bias is left out.
+    """
+    return functional.conv2d(features, weight.detach()[:, :, None, None])
+
+
+def eac_losses(
+    logits: Tensor, attention: Tensor, flipped_attention: Tensor, labels: Tensor, recipe: Recipe
+) -> dict[str, Tensor]:
+    """Return classification, consistency and total for logits (N, 7), attention maps (N, 7, h, w) and labels (N,)."""
+    classification = functional.cross_entropy(logits, labels)
+    consistency = functional.mse_loss(attention, flipped_attention.flip(3))
+    total = classification + recipe.consistency * consistency
+    return {"total": total, "classification": classification, "consistency": consistency}

@@ -1,0 +1,144 @@
+"""SCN: a learned weight per face, ranked within the batch, and doubtful labels replaced by the network's own.
+
+"Suppressing Uncertainties for Large-Scale Facial Expression Recognition", CVPR 2020 (Self-Cure Network). Where the paper and
+the released script differ, the script's form is the default:
+
+- batches of 64, not 1024, with the paper's margin of .15 between the groups all the same; the authors' notes advise .07 at
+  this size (`--set margin=0.07`);
+- every face may be relabelled, not only those of the low group (`--set relabel=low`);
+- both losses weigh 1 (the paper: shares that add up to 1); Adam keeps its own default learning rate of 1e-3.
+
+Deviations from the script: the image branch starts from what `--init` says for all methods alike (the script: ImageNet); the
+accuracy reported while training counts the labels of the data set, not those that replaced them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cafe.expressions import EXPRESSIONS
+from cafe.methods import method
+from cafe.methods.method import Batch, Inputs, Method
+from cafe.networks import build_network
+
+
+@dataclass(frozen=True)
+class Recipe(method.Recipe):
+    """SCN's published settings (released script)."""
+
+    epochs: int = 70
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    high_share: float = 0.7  # of a batch: the faces of the largest weights, the high group
+    margin: float = 0.15  # that the mean weights of the two groups should keep
+    rank: float = 1.0  # weight of the rank regularisation; 0 switches it off
+    relabel: str = "all"  # whom: "all" faces; "low", those of the low group, as the abstract says; "none"
+    relabel_margin: float = 0.2  # by which another class must be more probable than the label
+    relabel_epoch: int = 10  # the first epoch that relabels, counted from 1
+
+
+class Scn(Method):
+    """Self-attention importance weighting, rank regularisation and relabelling."""
+
+    needs = frozenset({"image"})
+    policy = "scn"
+    recipe_type = Recipe
+    recipe: Recipe
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        super().__init__(recipe, inputs)
+        self.branch = build_network(inputs.network, inputs.init)
+        self.head = WeightedHead(self.branch.width)
+        self.labels = Relabelling()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted logits (N, 7) and the weight of every face (N, 1)."""
+        weight, logits = self.head(self.branch.pool(self.branch(batch["image"])))
+        return {"logits": logits, "weight": weight}
+
+    def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Classification with the labels as they are now + rank regularisation; and the share of replaced labels."""
+        labels = self.labels(batch["row"], batch["label"])
+        losses = scn_losses(output["logits"].float(), output["weight"].float(), labels, self.recipe)
+        return {**losses, "relabelled": (labels != batch["label"]).float().mean()}
+
+    def after_step(self, output: dict[str, Tensor], batch: Batch) -> None:
+        """Relabel faces of the batch by the probabilities it was just trained with."""
+        if self.recipe.relabel == "none" or batch["epoch"] < self.recipe.relabel_epoch:
+            return
+        labels = self.labels(batch["row"], batch["label"])
+        changed = relabel(output["logits"].float(), labels, self.recipe.relabel_margin)
+        if self.recipe.relabel == "low":
+            changed = torch.where(find_low_group(output["weight"], self.recipe.high_share), changed, labels)
+        self.labels.replace(batch["row"][changed != labels], changed[changed != labels])
+
+
+class WeightedHead(nn.Module):
+    """A weight between 0 and 1 per face, learned from its features, scales its logits."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(width, len(EXPRESSIONS))
+        self.attention = nn.Linear(width, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights (N, 1) and weighted logits (N, 7) of features (N, C)."""
+        weight = self.attention(features).sigmoid()
+        return weight, weight * self.classifier(features)  # the bias is scaled too (released script)
+
+
+class Relabelling(nn.Module):
+    """The labels that replaced the data set's, by manifest row.
+
+    They are part of the state dict as rows and labels (K, 2), so that a checkpoint holds them and a method that is built
+    to predict need not know how many faces it was trained on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replaced: dict[int, int] = {}
+
+    def forward(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return the labels (N,) of some rows as they are now, given those of the data set."""
+        pairs = zip(rows.tolist(), labels.tolist(), strict=True)
+        return labels.new_tensor([self.replaced.get(row, label) for row, label in pairs])
+
+    def replace(self, rows: Tensor, labels: Tensor) -> None:
+        """Replace the labels (n,) of some rows; of a row that comes twice the last one counts."""
+        self.replaced.update(zip(rows.tolist(), labels.tolist(), strict=True))
+
+    def get_extra_state(self) -> Tensor:
+        """Return the state as torch's state dict takes it, (K, 2)."""
+        return torch.tensor(sorted(self.replaced.items()), dtype=torch.int64).reshape(-1, 2)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the state."""
+        self.replaced = dict(state.tolist())
+
+
+def find_low_group(weight: Tensor, high_share: float) -> Tensor:
+    """Return which faces (N,) are not among the `high_share` of a batch with the largest weights (N, 1)."""
+    high = min(max(int(high_share * len(weight)), 1), len(weight) - 1)  # rounded down (released script); none is empty
+    low = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    low[weight[:, 0].topk(high).indices] = False
+    return low
+
+
+def scn_losses(logits: Tensor, weight: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, Tensor]:
+    """Return classification, rank regularisation and total for weighted logits (N, 7), weights (N, 1), labels (N,)."""
+    low = find_low_group(weight, recipe.high_share)
+    classification = functional.cross_entropy(logits, labels)
+    rank = (recipe.margin - (weight[~low].mean() - weight[low].mean())).clamp(min=0)
+    return {"total": classification + recipe.rank * rank, "classification": classification, "rank": rank}
+
+
+def relabel(logits: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the labels (N,), replaced by the most probable class where it is more probable by over `margin`."""
+    probabilities = logits.softmax(dim=1)
+    largest, predicted = probabilities.max(dim=1)
+    own = probabilities.gather(1, labels[:, None])[:, 0]
+    return torch.where(largest - own > margin, predicted, labels)
