@@ -111,7 +111,11 @@ class Manifest:
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
         path: str = self.table["path"][row].as_py()
-        return UPath(self.root) / path
+        return self._folder / path
+
+    @cached_property
+    def _folder(self) -> UPath:
+        return UPath(self.root)
 
     def read_face(self, row: int, channels: str = "rgb") -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8, cut out of its picture when the row has a box.
