@@ -12,7 +12,7 @@ import click
 
 from cafe.errors import UserError, unknown
 from jobs.options import options
-from pipeline.settings import DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
+from pipeline.settings import PROTOCOLS, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
     from cafe.datasets.files import Listing
@@ -216,8 +216,9 @@ def train(**values: Any) -> None:
     from jobs.tables import scores_table
     from pipeline.train import plan_training, train_and_judge
 
-    plan = plan_training(_workspace(), TrainSettings(**values))
-    _print(scores_table(train_and_judge(plan, _progress)))
+    settings = TrainSettings(**values)
+    plan = plan_training(_workspace(), settings)
+    _print(scores_table(train_and_judge(plan, _progress), settings.protocol))
     click.echo(f"Run {plan.spec.name} in {plan.run}")
 
 
@@ -239,27 +240,31 @@ def evaluate(run: str, **values: Any) -> None:
     path = workspace.run_path(workspace.find_run(run))
     if not is_finished(path):
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
-    targets = choose_targets(workspace, settings.targets, RunSpec.load(path))
+    spec = RunSpec.load(path)
+    targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
     tracker = Tracker(workspace, settings.mlflow_uri, settings.experiment)
     with cluster.connect(settings), _progress("Judging", "targets") as progress:
-        predict_targets(path, workspace, targets, settings.split, settings.use_gpu, progress)
-    _print(scores_table(log_results(path, tracker)))
+        predict_targets(path, workspace, targets, settings.use_gpu, progress)
+    _print(scores_table(log_results(path, tracker), settings.protocol))
 
 
 @main.command()
 @click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1.")
+@click.option(
+    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
+)
 @click.option("--markdown", metavar="FILE", help="Write the table as Markdown too.")
 @click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
 @click.option("--experiment", default="cafe", show_default=True, help="MLflow experiment.")
-def compare(metric: str, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
-    """Compare all runs: methods × targets, mean ± 95 % interval over seeds."""
+def compare(metric: str, protocol: str, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
+    """Compare all runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds."""
     from jobs.tables import comparison_tables
     from pipeline.compare import compare as compare_runs
     from pipeline.compare import to_markdown
     from pipeline.tracking import Tracker
     from pipeline.workspace import locate
 
-    comparison = compare_runs(Tracker(_workspace(), mlflow_uri, experiment).runs(), metric)
+    comparison = compare_runs(Tracker(_workspace(), mlflow_uri, experiment).runs(), metric, protocol)
     for table in comparison_tables(comparison):
         _print(table)
     if markdown:

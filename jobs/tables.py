@@ -10,7 +10,8 @@ from cafe.datasets.counts import Difference
 from cafe.datasets.files import Index
 from cafe.expressions import EXPRESSIONS
 from cafe.manifest import SPLITS
-from pipeline.compare import Comparison, cells
+from cafe.protocols import find_protocol
+from pipeline.compare import Comparison, cells, describe_protocol
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
@@ -86,8 +87,10 @@ def manifests_table(workspace: Workspace) -> Table | str:
     return table
 
 
-def scores_table(metrics: dict[str, float]) -> Table:
-    """One run's numbers, in percent: a line per target and the mean over the unseen ones."""
+def scores_table(metrics: dict[str, float], protocol: str = "clean") -> Table:
+    """One run's numbers by one protocol, in percent: a line per target and the mean over the unseen ones."""
+    prefix = find_protocol(protocol).prefix
+    metrics = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     table = Table(
         "target", *(Column(name, justify="right") for name in ("accuracy", "mean-class accuracy", "macro-F1"))
     )
@@ -116,4 +119,8 @@ def comparison_tables(comparison: Comparison) -> list[Table | str]:
         "Percent, mean ± half-width of the 95 % t-interval over seeds. In brackets: the source itself, its own test split. "
         "Unseen: mean over the targets not trained on; all: with the source, as published tables average."
     )
-    return [table, note]
+    others = [
+        f"Some of these runs were also judged by --protocol {name}, in a table of its own."
+        for name in comparison.others
+    ]
+    return [table, note, describe_protocol(comparison), *others]

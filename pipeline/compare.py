@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cafe.errors import UserError, unknown
 from cafe.metrics import Estimate, estimate
+from cafe.protocols import PROTOCOLS, find_protocol
 from pipeline.tracking import TrackedRun
 
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1")
@@ -35,19 +36,26 @@ class Comparison:
     metric: str
     targets: list[str]
     rows: list[Row] = field(default_factory=list)
+    protocol: str = "clean"
+    others: tuple[str, ...] = ()  # further protocols by which some of the runs were judged; they need their own tables
 
 
-def compare(runs: list[TrackedRun], metric: str = "accuracy") -> Comparison:
-    """Group the evaluated runs that differ in nothing but their seed and estimate every cell; raise `UserError`.
+def compare(runs: list[TrackedRun], metric: str = "accuracy", protocol: str = "clean") -> Comparison:
+    """Group the runs judged by a protocol that differ in nothing but their seed and estimate every cell; raise `UserError`.
 
     A mean over targets is left empty when a row was not judged on all targets of its table.
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
-    prefix, suffix = "target/", f"/{metric}"
-    judged = [run for run in runs if any(name.startswith(prefix) for name in run.metrics)]
+    judged = select(runs, protocol)
+    if not judged and (there := [name for name in PROTOCOLS if select(runs, name)]):
+        raise UserError(
+            f"No run was judged by the protocol {protocol!r} yet, only by {', '.join(there)}: "
+            f"run `cafe evaluate RUN --protocol {protocol}` first."
+        )
     if not judged:
         raise UserError("No evaluated run to compare yet: train one with `cafe train --source NAME --method cafe`.")
+    prefix, suffix = "target/", f"/{metric}"
     names = {
         name.removeprefix(prefix).removesuffix(suffix)
         for run in judged
@@ -61,7 +69,24 @@ def compare(runs: list[TrackedRun], metric: str = "accuracy") -> Comparison:
         groups[run.tags["cafe.group"]].append(run)
     variants = name_variants([members[0].params for members in groups.values()])
     rows = [_row(members, variant, targets, metric) for members, variant in zip(groups.values(), variants, strict=True)]
-    return Comparison(metric, targets, sorted(rows, key=lambda row: (row.source, row.method, row.variant)))
+    rows.sort(key=lambda row: (row.source, row.method, row.variant))
+    others = tuple(name for name in PROTOCOLS if name != protocol and select(runs, name))
+    return Comparison(metric, targets, rows, protocol, others)
+
+
+def select(runs: list[TrackedRun], protocol: str) -> list[TrackedRun]:
+    """Return the runs judged by a protocol, with its metrics alone."""
+    prefix = find_protocol(protocol).prefix
+    own = [
+        replace(
+            run,
+            metrics={
+                name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)
+            },
+        )
+        for run in runs
+    ]
+    return [run for run in own if any(name.startswith("target/") for name in run.metrics)]
 
 
 def _row(members: list[TrackedRun], variant: str, targets: list[str], metric: str) -> Row:
@@ -105,7 +130,12 @@ def to_markdown(comparison: Comparison) -> str:
     """Return the comparison as a Markdown table."""
     header, *body = cells(comparison)
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{describe_protocol(comparison)}\n"
+
+
+def describe_protocol(comparison: Comparison) -> str:
+    """Say how the targets of a table were judged: numbers of two protocols are not comparable."""
+    return f"Protocol {comparison.protocol}: {find_protocol(comparison.protocol).about}"
 
 
 def cells(comparison: Comparison) -> list[list[str]]:

@@ -15,6 +15,7 @@ from upath import UPath
 from cafe.figures import draw_confusion
 from cafe.manifest import Manifest
 from cafe.metrics import Predictions, confusion, score
+from cafe.protocols import PROTOCOLS, find_protocol
 from cafe.training import predict
 from pipeline import cluster
 from pipeline.progress import Progress
@@ -24,9 +25,9 @@ from pipeline.workspace import Workspace, list_folder, locate
 
 
 def predict_targets(
-    run: UPath, workspace: Workspace, targets: list[Target], split: str, use_gpu: bool | None, progress: Progress
+    run: UPath, workspace: Workspace, targets: list[Target], use_gpu: bool | None, progress: Progress
 ) -> None:
-    """Predict a split of each target on the connected cluster; `progress(done, total)` counts targets.
+    """Predict the judged split of each target on the connected cluster; `progress(done, total)` counts targets.
 
     Predictions that are there already are made again.
     """
@@ -38,7 +39,8 @@ def predict_targets(
     for target in targets:
         store = str(target.store) if target.store else None
         manifest = str(workspace.manifest_path(target.manifest.name))
-        waiting.append(task.remote(str(run), manifest, store, target.about, split))
+        how = (target.protocol, target.split, target.title)
+        waiting.append(task.remote(str(run), manifest, store, target.about, how))
     while waiting:
         progress(len(targets) - len(waiting), len(targets))
         done, waiting = ray.wait(waiting)
@@ -49,15 +51,15 @@ def predict_targets(
     progress(len(targets), len(targets))
 
 
-def predict_target(run: str, manifest: str, store: str | None, about: Any, split: str) -> None:
-    """Predict a split of one target and write it to the run's folder; the part that runs on a worker."""
+def predict_target(run: str, manifest: str, store: str | None, about: Any, how: tuple[str, str, str]) -> None:
+    """Predict the judged split of one target and write it to the run's folder; the part that runs on a worker."""
     path = locate(run)
     spec = RunSpec.load(path)
-    target = Target(Manifest.load(locate(manifest)), locate(store) if store else None, about)
-    rows = target.rows(split)
+    target = Target(Manifest.load(locate(manifest)), locate(store) if store else None, about, *how)
+    rows = target.rows(target.split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = spec.load_model(path).to(device).to(memory_format=torch.channels_last)
-    dataset = spec.dataset(target.manifest, target.features)
+    dataset = spec.dataset(target.manifest, target.features, target.channels)
     predictions = Predictions(
         [target.manifest.sample_ids[row] for row in rows],
         target.manifest.labels[rows],
@@ -65,28 +67,28 @@ def predict_target(run: str, manifest: str, store: str | None, about: Any, split
         {
             "run": spec.name,
             "target": target.manifest.name,
-            "split": split,
+            "protocol": target.protocol,
+            "split": target.split,
+            "channels": target.channels,
+            "kind": target.manifest.kind,
             "manifest": target.manifest.digest,
-            "without_features": str(len(target.manifest.rows(split)) - len(rows)),
+            "without_features": str(len(target.manifest.rows(target.split)) - len(rows)),
         },
     )
-    predictions.save(path / "predictions" / f"{prediction_name(target.manifest.name, split)}.parquet")
+    predictions.save(target.predictions_path(path))
 
 
-def prediction_name(target: str, split: str) -> str:
-    """Return how a target is called in files and metrics: by its name, with the split when it is not the test split."""
-    return target if split == "test" else f"{target}@{split}"
-
-
-def load_predictions(run: UPath) -> dict[str, Predictions]:
-    """Return all predictions of a run by target."""
-    return {path.stem: Predictions.load(path) for path in list_folder(run / "predictions")}
+def load_predictions(run: UPath, protocol: str = "clean") -> dict[str, Predictions]:
+    """Return all predictions of a run by one protocol, by target."""
+    folder = run / "predictions" / find_protocol(protocol).prefix
+    return {path.stem: Predictions.load(path) for path in list_folder(folder) if path.suffix == ".parquet"}
 
 
 def summarise(source: str, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return flat metrics from {target: {metric: value}}: every target's, and the means over targets.
 
-    `unseen/` averages the test splits of all targets but the source; `all/` includes it, as published tables do.
+    `unseen/` averages all targets but the source, `all/` includes it, as published tables do; both leave out what was judged
+    on another split than the protocol's, as `target@split`.
     """
     flat = {f"target/{target}/{name}": value for target, values in scores.items() for name, value in values.items()}
     tests = [target for target in scores if "@" not in target]
@@ -98,21 +100,34 @@ def summarise(source: str, scores: Mapping[str, Mapping[str, float]]) -> dict[st
 
 
 def is_judged(run: UPath, target: Target) -> bool:
-    """Whether there are predictions of a run for the target's test split as its manifest lists it now."""
-    path = run / "predictions" / f"{target.manifest.name}.parquet"
-    return path.exists() and Predictions.load(path).about["manifest"] == target.manifest.digest
+    """Whether there are predictions of a run for the target's judged split as its manifest lists it now."""
+    path = target.predictions_path(run)
+    if not path.exists():
+        return False
+    about = Predictions.load(path).about
+    return (about["manifest"], about["split"]) == (target.manifest.digest, target.split)
 
 
 def log_results(run: UPath, tracker: Tracker) -> dict[str, float]:
-    """Compute every metric and figure of a run from its predictions and log them to MLflow; return the metrics."""
+    """Compute every metric and figure of a run from its predictions and log them to MLflow; return the metrics.
+
+    Those of another protocol than `clean` have its name in front, and a tag tells by which protocols the run was judged.
+    """
     spec = RunSpec.load(run)
-    predictions = load_predictions(run)
-    metrics = summarise(spec.source, {target: score(rows) for target, rows in predictions.items()})
     run_id = tracker.start(spec.name, spec.parameters(), spec.tags())
+    metrics: dict[str, float] = {}
+    judged = {protocol: predictions for protocol in PROTOCOLS if (predictions := load_predictions(run, protocol))}
+    for protocol, predictions in judged.items():
+        prefix = find_protocol(protocol).prefix
+        scores = summarise(spec.source, {target: score(rows) for target, rows in predictions.items()})
+        metrics |= {f"{prefix}{name}": value for name, value in scores.items()}
+        for target, rows in predictions.items():
+            title = f"{spec.method} trained on {spec.source}, judged on {target} ({protocol})"
+            tracker.log_figure(run_id, draw_confusion(confusion(rows), title), f"confusion/{prefix}{target}.png")
+            tracker.log_file(
+                run_id, run / "predictions" / f"{prefix}{target}.parquet", f"predictions/{prefix}".rstrip("/")
+            )
     tracker.log(run_id, {name.replace("@", ":"): value for name, value in metrics.items()})
-    for target, rows in predictions.items():
-        title = f"{spec.method} trained on {spec.source}, judged on {target}"
-        tracker.log_figure(run_id, draw_confusion(confusion(rows), title), f"confusion/{target}.png")
-        tracker.log_file(run_id, run / "predictions" / f"{target}.parquet", "predictions")
+    tracker.tag(run_id, "cafe.protocols", ", ".join(judged))
     tracker.finish(run_id)
     return metrics

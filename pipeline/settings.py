@@ -10,6 +10,8 @@ from typing import Any
 
 POLICIES = ("paper", "scn", "eac", "clean", "clean+flip")  # of cafe.views, which takes a second to import
 
+PROTOCOLS = ("clean", "paper")  # of cafe.protocols
+
 
 def setting(default: Any, about: str, **click: Any) -> Any:
     """A dataclass field with its help text and, where needed, what click must know (`choices`, `multiple`, …)."""
@@ -91,6 +93,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
     image_size: int | None = setting(None, "Side of the image branch's input; default: the tower's input.", minimum=16)
     precision: str = setting("fp32", "Arithmetic of training (bf16: autocast).", choices=("fp32", "bf16"))
     targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
+    protocol: str = setting("clean", "How targets are judged; training does not depend on it.", choices=PROTOCOLS)
     num_workers: int = setting(1, "Training workers (DDP); the result does not depend on it.", minimum=1)
     use_gpu: bool | None = setting(
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
@@ -107,7 +110,12 @@ class EvaluateSettings(ClusterSettings):
     """One run against any number of targets."""
 
     targets: str | None = setting(None, "Manifests to judge on, comma-separated; default: all of the workspace.")
-    split: str = setting("test", "Faces to judge on.", choices=("test", "val", "train", "all"))
+    protocol: str = setting(
+        "clean", "How targets are judged: clean, or paper as the released readers do.", choices=PROTOCOLS
+    )
+    split: str | None = setting(
+        None, "Faces to judge on; default: those the protocol names.", choices=("test", "val", "train", "all")
+    )
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str = setting("cafe", "MLflow experiment.")

@@ -93,11 +93,14 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         backbone=chosen[1].backbone_name if chosen else None,
         width=chosen[1].width if chosen else None,
         tag=settings.tag,
+        source_kind=manifest.kind,
     )
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
     if len(source.rows("train")) < SMALLEST_BATCH:
         raise UserError(f"{settings.source!r} has {len(source.rows('train'))} training faces: at least 8 are needed.")
-    return TrainPlan(workspace, settings, spec, source, choose_targets(workspace, settings.targets, spec))
+    return TrainPlan(
+        workspace, settings, spec, source, choose_targets(workspace, settings.targets, spec, settings.protocol)
+    )
 
 
 def train_and_judge(plan: TrainPlan, bar: Bar = no_bar) -> dict[str, float]:
@@ -112,7 +115,7 @@ def train_and_judge(plan: TrainPlan, bar: Bar = no_bar) -> dict[str, float]:
                 train(plan, tracker, progress)
         if remaining:
             with bar("Judging", "targets") as progress:
-                predict_targets(plan.run, plan.workspace, remaining, "test", settings.use_gpu, progress)
+                predict_targets(plan.run, plan.workspace, remaining, settings.use_gpu, progress)
     return log_results(plan.run, tracker)
 
 
