@@ -318,6 +318,22 @@ def test_the_built_in_counts_add_up_to_the_published_totals(
     assert tuple(sum(split.counts) for split in expected) == totals
 
 
+@pytest.mark.parametrize(
+    ("title", "expected"), [("RAF-DB", RAFDB), ("FERPlus", FERPLUS), ("AffectNet", AFFECTNET), ("MMA", MMA)]
+)
+def test_the_documented_tables_are_the_built_in_counts(title: str, expected: tuple[Expected, ...]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
+    section = text[text.index(f"## {title}") :].split("\n## ")[0]
+    lines = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in section.splitlines()]
+    table = {line[0]: line[1:] for line in lines if len(line) > 2}
+    splits = table["expression"]
+    for split in expected:
+        column = splits.index(split.split)
+        assert table["all"][column] == str(sum(split.counts))
+        if len(split.counts) == len(EXPRESSIONS):
+            assert [table[name][column] for name in EXPRESSIONS] == [str(count) for count in split.counts]
+
+
 def test_counts_differ_certainly_doubtfully_or_by_a_whole_split() -> None:
     expected = (
         Expected("train", (3, 0, 0, 0, 0, 0, 5), "counted"),
