@@ -79,11 +79,12 @@ def manifests_table(workspace: Workspace) -> Table | str:
     names = workspace.manifest_names()
     if not names:
         return f"No manifest in {workspace.root} yet: make one with `cafe data index folder ROOT --name NAME`."
-    table = Table("manifest", "faces", "train", "test", "features", title=str(workspace.root))
+    table = Table("manifest", "kind", "faces", *SPLITS, "features", title=str(workspace.root))
     for name in names:
         manifest = workspace.load_manifest(name)
         stores = "\n".join(about.describe() for _, about in find_stores(workspace.features, name)) or "none"
-        table.add_row(name, f"{len(manifest):,}", *(f"{len(manifest.rows(s)):,}" for s in ("train", "test")), stores)
+        sizes = (f"{len(manifest.rows(split)):,}" for split in SPLITS)
+        table.add_row(name, manifest.kind, f"{len(manifest):,}", *sizes, stores)
     return table
 
 
