@@ -179,6 +179,6 @@ def list_by_folder(tree: Tree, splits: Mapping[str, str], wanted: str) -> tuple[
         bases.add("/".join(folders[:outermost]))
     if not files:
         raise tree.lack(wanted, "give the folder that holds it")
-    base = tree.choose(bases, wanted)
+    base = tree.choose(bases, "the data set")
     inside = [replace(file, path=relative(file.path, base)) for file in files]
     return tree.below(base), inside, dropped
