@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cafe.backbones import FrozenBackbone
 from cafe.errors import UserError
-from cafe.images import UnreadableImageError, decode_image, read_bytes
+from cafe.images import UnreadableImageError
 from cafe.manifest import Manifest
 from cafe.views import ViewPlan, normalise
 
@@ -46,9 +46,10 @@ class Embedder:
         maps: bool = False,
         dtype: str = "float16",
         batch_size: int = 64,
+        channels: str = "rgb",
     ) -> None:
         self.tower = tower.to(device).to(memory_format=torch.channels_last)  # convolutions are 1.6 × faster
-        self.manifest, self.plan, self.device = manifest, plan, device
+        self.manifest, self.plan, self.device, self.channels = manifest, plan, device, channels
         self.maps, self.dtype, self.batch_size = maps, np.dtype(dtype), batch_size
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
@@ -67,7 +68,7 @@ class Embedder:
                 continue
             try:
                 if decoded is None or decoded[0] != row:
-                    decoded = (row, decode_image(read_bytes(self.manifest.path(row))))
+                    decoded = (row, self.manifest.read_face(row, self.channels))
             except UnreadableImageError as error:
                 unreadable[row] = str(error)
                 continue

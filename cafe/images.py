@@ -16,6 +16,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
 
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the upright picture
+
 
 class UnreadableImageError(Exception):
     """An image that cannot be used, with the reason as its message."""
@@ -57,6 +59,15 @@ def decode_image(data: bytes) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
             raise UnreadableImageError(f"damaged image: {error}") from None
+
+
+def clip_box(box: Box, width: int, height: int) -> Box:
+    """Return the part of a face's box that lies in a picture of that size; raise `UnreadableImageError` when none does."""
+    left, top = max(0, box[0]), max(0, box[1])
+    right, bottom = min(width, box[0] + box[2]), min(height, box[1] + box[3])
+    if right <= left or bottom <= top:
+        raise UnreadableImageError(f"its face box {box} lies outside the {width}×{height} pixels")
+    return left, top, right - left, bottom - top
 
 
 def _open(data: bytes) -> Image.Image:

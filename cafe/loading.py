@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cafe.errors import UserError
-from cafe.images import UnreadableImageError, decode_image, read_bytes
+from cafe.images import UnreadableImageError
 from cafe.manifest import Manifest
 from cafe.methods.method import Batch, Recipe
 from cafe.parallel import part_sizes, rank
@@ -44,6 +44,7 @@ class FaceDataset:
     needs: frozenset[str]
     image_size: int
     features: FeatureReader | None = None
+    channels: str = "rgb"  # bgr only for targets of the protocol `paper`
 
     def load(self, batches: Sequence[np.ndarray], view: int, device: torch.device, workers: int = 0) -> Iterator[Batch]:
         """Yield batches of rows in one view, in order, on a device: row and label (n,), and what the method needs.
@@ -87,12 +88,12 @@ class _Pictures(Dataset[Any]):
 
     def _render(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
         faces = self.faces
-        path = faces.manifest.path(row)
         try:
-            image = decode_image(read_bytes(path))
+            image = faces.manifest.read_face(row, faces.channels)
         except UnreadableImageError as error:
             raise UserError(
-                f"{path} is unreadable ({error}): mend it, or extract features once so that it is known and left out."
+                f"{faces.manifest.path(row)} is unreadable ({error}): mend it, or extract features once so that it is "
+                "known and left out."
             ) from None
         return faces.plan.render(image, faces.manifest.sample_ids[row], self.view, faces.image_size)
 

@@ -20,6 +20,7 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.expressions import EXPRESSIONS
+from cafe.images import Box, clip_box, decode_image, read_bytes
 
 SPLITS = ("train", "val", "test")
 SCHEMA = pa.schema(
@@ -29,9 +30,10 @@ SCHEMA = pa.schema(
         ("label", pa.int8()),  # index into EXPRESSIONS
         ("split", pa.string()),
         ("group", pa.string()),  # identity, film or session that must not be split; may be null
-        ("width", pa.int32()),
+        ("width", pa.int32()),  # of the face: of its box when it has one
         ("height", pa.int32()),
         ("digest", pa.string()),  # SHA-256 of the file
+        ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
     ]
 )
 
@@ -48,6 +50,7 @@ class Face:
     width: int
     height: int
     digest: str
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Manifest:
         try:
             table = pq.read_table(pa.BufferReader(path.read_bytes()))
             about = json.loads(table.schema.metadata[b"cafe.manifest"])
+            if "box" not in table.column_names:  # written before faces could have one
+                table = table.append_column(SCHEMA.field("box"), pa.nulls(len(table), SCHEMA.field("box").type))
             table = table.select(SCHEMA.names).cast(SCHEMA)
         except (pa.ArrowInvalid, KeyError, TypeError):
             raise UserError(f"{path} is not a manifest: write it again with `cafe data index`.") from None
@@ -106,7 +111,22 @@ class Manifest:
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
         path: str = self.table["path"][row].as_py()
-        return UPath(self.root) / path
+        return self._folder / path
+
+    @cached_property
+    def _folder(self) -> UPath:
+        return UPath(self.root)
+
+    def read_face(self, row: int, channels: str = "rgb") -> np.ndarray:
+        """Return the pixels of a face (H, W, 3) uint8, cut out of its picture when the row has a box.
+
+        `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`.
+        """
+        image = decode_image(read_bytes(self.path(row)))
+        if box := self.table["box"][row].as_py():
+            left, top, width, height = clip_box(box, image.shape[1], image.shape[0])
+            image = image[top : top + height, left : left + width]
+        return image if channels == "rgb" else image[..., ::-1]
 
     def rows(self, split: str) -> np.ndarray:
         """The row numbers of a split, or of `all`, in manifest order."""
@@ -117,12 +137,17 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Names everything but where the files lie: samples, labels, splits, groups and contents."""
-        return _digest(self.table, ["sample_id", "label", "split", "group", "digest"])
+        return _digest(self.table, ["sample_id", "label", "split", "group", *self._content])
 
     @property
     def image_digest(self) -> str:
         """Names the images alone: what a frozen feature depends on."""
-        return _digest(self.table, ["sample_id", "digest"])
+        return _digest(self.table, ["sample_id", *self._content])
+
+    @property
+    def _content(self) -> list[str]:
+        """The columns that say what is seen; without any box they are what they were before there were boxes."""
+        return ["digest"] if self.table["box"].null_count == len(self) else ["digest", "box"]
 
 
 def _digest(table: pa.Table, columns: Sequence[str]) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cafe.errors import UserError, unknown
 from jobs.options import options
-from pipeline.settings import DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
+from pipeline.settings import PROTOCOLS, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from cafe.datasets.files import Listing
 
 
 class Commands(click.Group):
@@ -81,7 +85,8 @@ def _progress(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], 
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(renderable)
+    width = None if sys.stdout.isatty() else 200
+    Console(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable)
 
 
 @main.group(cls=Commands)
@@ -93,12 +98,17 @@ def data() -> None:
 @click.argument("kind")
 @click.argument("root")
 @click.option("--name", required=True, help="Name of the manifest in this workspace.")
-def index(kind: str, root: str, name: str) -> None:
-    """Index a data set, e.g. `cafe data index folder ~/faces/news --name news`.
+@click.option(
+    "--ferplus-rule", type=click.Choice(["majority", "argmax"]), help="How votes become a label; default: majority."
+)
+@click.option("--accept-counts", is_flag=True, help="Index a copy whose counts are not the published ones.")
+def index(kind: str, root: str, name: str, ferplus_rule: str | None, accept_counts: bool) -> None:
+    """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
 
     \b
     KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
     KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
+    KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is given out, in any wrapper folders
     """
     from cafe.datasets import DATASETS
     from cafe.datasets.files import index_files
@@ -107,16 +117,41 @@ def index(kind: str, root: str, name: str) -> None:
 
     if kind not in DATASETS:
         raise unknown("kind of data set", kind, DATASETS)
+    if ferplus_rule and kind != "ferplus":
+        raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
     check_name(name)
-    listing = DATASETS[kind](locate(root))
+    workspace = _workspace()
+    listing = DATASETS[kind](locate(root), **({"rule": ferplus_rule} if ferplus_rule else {}))
+    if not accept_counts:
+        _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
     with _progress("Reading") as progress:
         opened = iter(range(1, len(listing.files) + 1))
-        result = index_files(name, listing, lambda _: progress(next(opened), len(listing.files)))
-    path = _workspace().manifest_path(name)
-    result.manifest.save(path)
+        result = index_files(
+            name, listing, lambda _: progress(next(opened), len(listing.files)), workspace.image_path(name)
+        )
     for table in index_tables(result):
         _print(table)
+    _check_counts(listing, result.counts(), accept_counts, warn=True)
+    path = workspace.manifest_path(name)
+    result.manifest.save(path)
     click.echo(f"Wrote {path}")
+
+
+def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
+    """Print where a copy is not the published one, doubtful numbers only with `warn`; raise `UserError` for the others."""
+    from cafe.datasets.counts import count_differences
+    from jobs.tables import counts_tables
+
+    differences = count_differences(listing.expected, found)
+    certain = [difference for difference in differences if difference.certain]
+    for table in counts_tables(differences if warn else certain):
+        _print(table)
+    if certain and not accept:
+        packed = f"{listing.packed[0]} may still have to be unpacked; " if listing.packed else ""
+        raise UserError(
+            f"{listing.root} is not the complete {listing.kind} (differences in the table: {len(certain)}): {packed}"
+            "complete it, or index it as it is with --accept-counts."
+        )
 
 
 @data.command("synth")
@@ -181,8 +216,9 @@ def train(**values: Any) -> None:
     from jobs.tables import scores_table
     from pipeline.train import plan_training, train_and_judge
 
-    plan = plan_training(_workspace(), TrainSettings(**values))
-    _print(scores_table(train_and_judge(plan, _progress)))
+    settings = TrainSettings(**values)
+    plan = plan_training(_workspace(), settings)
+    _print(scores_table(train_and_judge(plan, _progress), settings.protocol))
     click.echo(f"Run {plan.spec.name} in {plan.run}")
 
 
@@ -204,38 +240,44 @@ def evaluate(run: str, **values: Any) -> None:
     path = workspace.run_path(workspace.find_run(run))
     if not is_finished(path):
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
-    targets = choose_targets(workspace, settings.targets, RunSpec.load(path))
+    spec = RunSpec.load(path)
+    targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
     tracker = Tracker(workspace, settings.mlflow_uri, settings.experiment)
     with cluster.connect(settings), _progress("Judging", "targets") as progress:
-        predict_targets(path, workspace, targets, settings.split, settings.use_gpu, progress)
-    _print(scores_table(log_results(path, tracker)))
+        predict_targets(path, workspace, targets, settings.use_gpu, progress)
+    _print(scores_table(log_results(path, tracker), settings.protocol))
 
 
 @main.command()
 @click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1.")
 @click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
+@click.option(
+    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
+)
 @click.option("--markdown", metavar="FILE", help="Write the table as Markdown too.")
 @click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
 @click.option("--experiment", default="cafe", show_default=True, help="MLflow experiment.")
-def compare(metric: str, per_class: str | None, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
-    """Compare all runs: methods × targets, mean ± 95 % interval over seeds."""
+def compare(
+    metric: str, per_class: str | None, protocol: str, markdown: str | None, mlflow_uri: str | None, experiment: str
+) -> None:
+    """Compare all runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds."""
     from jobs.tables import comparison_tables, method_table
-    from pipeline.compare import cells, class_cells, to_markdown
+    from pipeline.compare import cells, class_cells, describe_protocol, to_markdown
     from pipeline.compare import compare as compare_runs
     from pipeline.tracking import Tracker
     from pipeline.workspace import locate
 
     runs = Tracker(_workspace(), mlflow_uri, experiment).runs()
     if per_class:
-        lines = class_cells(runs, per_class)
+        lines = class_cells(runs, per_class, protocol)
         _print(method_table(lines))
     else:
-        comparison = compare_runs(runs, metric)
+        comparison = compare_runs(runs, metric, protocol)
         lines = cells(comparison)
         for table in comparison_tables(comparison):
             _print(table)
     if markdown:
-        locate(markdown).write_bytes(to_markdown(lines).encode())
+        locate(markdown).write_bytes(f"{to_markdown(lines)}\n{describe_protocol(protocol)}\n".encode())
         click.echo(f"Wrote {markdown}")
 
 

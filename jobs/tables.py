@@ -6,10 +6,12 @@ import statistics
 
 from rich.table import Column, Table
 
+from cafe.datasets.counts import Difference
 from cafe.datasets.files import Index
 from cafe.expressions import EXPRESSIONS
 from cafe.manifest import SPLITS
-from pipeline.compare import Comparison, cells
+from cafe.protocols import find_protocol
+from pipeline.compare import Comparison, cells, describe_protocol
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
@@ -36,15 +38,35 @@ def index_tables(index: Index) -> list[Table | str]:
     middle = f"{statistics.median_low(widths)}×{statistics.median_low(heights)}"
     size = f"sizes {min(widths)}×{min(heights)} to {max(widths)}×{max(heights)} pixels, median {middle}"
     ignored = f"; {index.ignored:,} other files ignored" if index.ignored else ""
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(index.dropped.items()))
+    left_out = [f"{index.dropped.total():,} with none of the seven labels, left out: {dropped}"] if dropped else []
+    title = f"{manifest.name}: {len(manifest):,} faces, read as {index.layout}"
     broken = [f"  {path}: {reason}" for path, reason in index.broken]
     duplicates = [f"  {' = '.join(group)}" for group in index.duplicates]
     return [
-        f"{manifest.name}: {len(manifest):,} faces, read as {index.layout}",
+        title,
         table,
         f"{size}{ignored}",
+        *left_out,
         _listed(f"{len(broken)} broken files, left out", broken),
         _listed(f"{len(duplicates)} groups of identical files", duplicates),
     ]
+
+
+def counts_tables(differences: list[Difference]) -> list[Table | str]:
+    """Where a copy differs from what is expected: a table of the numbers that are known, a line for each doubtful one."""
+    table = Table("expression", "split", *(Column(name, justify="right") for name in ("expected", "found")))
+    certain = [difference for difference in differences if difference.certain]
+    for row in certain:
+        table.add_row(row.expression, row.split, f"{row.expected:,}", f"{row.found:,}")
+    known: list[Table | str] = [table] if certain else []
+    known += [f"Expected: {source}." for source in dict.fromkeys(row.source for row in certain)]
+    doubtful = [
+        f"Warning: {row.split}, {row.expression}: {row.found:,} faces where {row.expected:,} are expected ({row.source})."
+        for row in differences
+        if not row.certain
+    ]
+    return [*known, *doubtful]
 
 
 def _listed(title: str, lines: list[str]) -> str:
@@ -57,16 +79,19 @@ def manifests_table(workspace: Workspace) -> Table | str:
     names = workspace.manifest_names()
     if not names:
         return f"No manifest in {workspace.root} yet: make one with `cafe data index folder ROOT --name NAME`."
-    table = Table("manifest", "faces", "train", "test", "features", title=str(workspace.root))
+    table = Table("manifest", "kind", "faces", *SPLITS, "features", title=str(workspace.root))
     for name in names:
         manifest = workspace.load_manifest(name)
         stores = "\n".join(about.describe() for _, about in find_stores(workspace.features, name)) or "none"
-        table.add_row(name, f"{len(manifest):,}", *(f"{len(manifest.rows(s)):,}" for s in ("train", "test")), stores)
+        sizes = (f"{len(manifest.rows(split)):,}" for split in SPLITS)
+        table.add_row(name, manifest.kind, f"{len(manifest):,}", *sizes, stores)
     return table
 
 
-def scores_table(metrics: dict[str, float]) -> Table:
-    """One run's numbers, in percent: a line per target and the mean over the unseen ones."""
+def scores_table(metrics: dict[str, float], protocol: str = "clean") -> Table:
+    """One run's numbers by one protocol, in percent: a line per target and the mean over the unseen ones."""
+    prefix = find_protocol(protocol).prefix
+    metrics = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
     table = Table(
         "target", *(Column(name, justify="right") for name in ("accuracy", "mean-class accuracy", "macro-F1"))
     )
@@ -89,7 +114,10 @@ def comparison_tables(comparison: Comparison) -> list[Table | str]:
     lines = cells(comparison)
     if any("†" in cell for line in lines for cell in line):
         note += " †: the epoch was chosen on the source's test split, as published scripts do: not comparable."
-    return [method_table(lines), note]
+    others = [
+        f"Some of these runs were also judged by --protocol {name}: see its own table." for name in comparison.others
+    ]
+    return [method_table(lines), note, describe_protocol(comparison.protocol), *others]
 
 
 def method_table(lines: list[list[str]]) -> Table:

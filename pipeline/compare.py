@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cafe.errors import UserError, unknown
 from cafe.expressions import EXPRESSIONS
 from cafe.metrics import Estimate, estimate
+from cafe.protocols import PROTOCOLS, find_protocol
 from pipeline.tracking import TrackedRun
 
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1")
@@ -37,17 +38,20 @@ class Comparison:
     metric: str
     targets: list[str]
     rows: list[Row] = field(default_factory=list)
+    protocol: str = "clean"
+    others: tuple[str, ...] = ()  # further protocols by which some of the runs were judged; they need their own tables
 
 
-def compare(runs: list[TrackedRun], metric: str = "accuracy") -> Comparison:
-    """Group the evaluated runs that differ in nothing but their seed and estimate every cell; raise `UserError`.
+def compare(runs: list[TrackedRun], metric: str = "accuracy", protocol: str = "clean") -> Comparison:
+    """Group the runs judged by a protocol that differ in nothing but their seed and estimate every cell; raise `UserError`.
 
     A mean over targets is left empty when a row was not judged on all targets of its table.
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
+    judged = select(runs, protocol)
+    groups = group_runs(judged)
     prefix, suffix = "target/", f"/{metric}"
-    groups = group_runs(runs)
     names = {
         name.removeprefix(prefix).removesuffix(suffix)
         for members, _ in groups
@@ -57,20 +61,45 @@ def compare(runs: list[TrackedRun], metric: str = "accuracy") -> Comparison:
     }
     targets = sorted(name for name in names if "/" not in name and ":" not in name)
 
-    return Comparison(metric, targets, [_row(members, variant, targets, metric) for members, variant in groups])
+    rows = [_row(members, variant, targets, metric) for members, variant in groups]
+    others = tuple(name for name in PROTOCOLS if name != protocol and _judged(runs, name))
+    return Comparison(metric, targets, rows, protocol, others)
 
 
 def group_runs(runs: list[TrackedRun]) -> list[tuple[list[TrackedRun], str]]:
-    """Return the evaluated runs that differ in nothing but their seed together, each group with its variant, in order."""
+    """Return runs that differ in nothing but their seed together, each group with its variant, in order."""
     groups: dict[str, list[TrackedRun]] = defaultdict(list)
     for run in runs:
-        if any(name.startswith("target/") for name in run.metrics):
-            groups[run.tags["cafe.group"]].append(run)
-    if not groups:
-        raise UserError("No evaluated run to compare yet: train one with `cafe train --source NAME --method cafe`.")
+        groups[run.tags["cafe.group"]].append(run)
     variants = name_variants([members[0].params for members in groups.values()])
     named = zip(groups.values(), variants, strict=True)
     return sorted(named, key=lambda group: (group[0][0].params["source"], group[0][0].params["method"], group[1]))
+
+
+def select(runs: list[TrackedRun], protocol: str) -> list[TrackedRun]:
+    """Return the runs judged by a protocol, with its metrics alone; raise `UserError` when there are none."""
+    if judged := _judged(runs, protocol):
+        return judged
+    if there := [name for name in PROTOCOLS if _judged(runs, name)]:
+        raise UserError(
+            f"No run was judged by the protocol {protocol!r} yet, only by {', '.join(there)}: "
+            f"run `cafe evaluate RUN --protocol {protocol}` first."
+        )
+    raise UserError("No evaluated run to compare yet: train one with `cafe train --source NAME --method cafe`.")
+
+
+def _judged(runs: list[TrackedRun], protocol: str) -> list[TrackedRun]:
+    prefix = find_protocol(protocol).prefix
+    own = [
+        replace(
+            run,
+            metrics={
+                name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)
+            },
+        )
+        for run in runs
+    ]
+    return [run for run in own if any(name.startswith("target/") for name in run.metrics)]
 
 
 def _row(members: list[TrackedRun], variant: str, targets: list[str], metric: str) -> Row:
@@ -119,6 +148,11 @@ def to_markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def describe_protocol(protocol: str) -> str:
+    """Say how the targets of a table were judged: numbers of two protocols are not comparable."""
+    return f"Protocol {protocol}: {find_protocol(protocol).about}"
+
+
 def cells(comparison: Comparison) -> list[list[str]]:
     """Return the comparison as text: a header and a line per row, percent ± half-width of the 95 % t-interval."""
     metric = comparison.metric.replace("_", " ")
@@ -136,14 +170,15 @@ def cells(comparison: Comparison) -> list[list[str]]:
     return lines
 
 
-def class_cells(runs: list[TrackedRun], target: str) -> list[list[str]]:
+def class_cells(runs: list[TrackedRun], target: str, protocol: str = "clean") -> list[list[str]]:
     """Return accuracy per expression on one target as text, like the supplement's Table 1; raise `UserError`.
 
     A header and a line per method: seven recalls, overall accuracy and their mean.
     """
-    judged = [run for run in runs if f"target/{target}/accuracy" in run.metrics]
+    all_judged = select(runs, protocol)
+    judged = [run for run in all_judged if f"target/{target}/accuracy" in run.metrics]
     if not judged:
-        names = {name.split("/")[1] for run in runs for name in run.metrics if name.startswith("target/")}
+        names = {name.split("/")[1] for run in all_judged for name in run.metrics if name.startswith("target/")}
         raise unknown("target", target, names)
     columns = {**{name: f"recall/{name}" for name in EXPRESSIONS}, "overall": "accuracy", "mean": "mean_class_accuracy"}
     lines = [["source", "method", "seeds", *columns]]

@@ -16,13 +16,13 @@ from upath import UPath
 
 from cafe.expressions import EXPRESSIONS
 from cafe.figures import draw_confusion, draw_errors, draw_heat_maps, draw_masks, find_worst_mistakes
-from cafe.images import decode_image, read_bytes
 from cafe.loading import FaceDataset
 from cafe.manifest import Manifest
 from cafe.masks import heat_maps, mean_masks
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
 from cafe.metrics import Predictions, confusion, score
+from cafe.protocols import PROTOCOLS, find_protocol
 from cafe.training import predict
 from pipeline import cluster
 from pipeline.progress import Progress
@@ -35,9 +35,9 @@ MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
 
 
 def predict_targets(
-    run: UPath, workspace: Workspace, targets: list[Target], split: str, use_gpu: bool | None, progress: Progress
+    run: UPath, workspace: Workspace, targets: list[Target], use_gpu: bool | None, progress: Progress
 ) -> None:
-    """Predict a split of each target on the connected cluster; `progress(done, total)` counts targets.
+    """Predict the judged split of each target on the connected cluster; `progress(done, total)` counts targets.
 
     Predictions that are there already are made again.
     """
@@ -49,7 +49,8 @@ def predict_targets(
     for target in targets:
         store = str(target.store) if target.store else None
         manifest = str(workspace.manifest_path(target.manifest.name))
-        waiting.append(task.remote(str(run), manifest, store, target.about, split))
+        how = (target.protocol, target.split, target.title)
+        waiting.append(task.remote(str(run), manifest, store, target.about, how))
     while waiting:
         progress(len(targets) - len(waiting), len(targets))
         done, waiting = ray.wait(waiting)
@@ -60,12 +61,12 @@ def predict_targets(
     progress(len(targets), len(targets))
 
 
-def predict_target(run: str, manifest: str, store: str | None, about: Any, split: str) -> None:
-    """Predict a split of one target and write it to the run's folder; the part that runs on a worker."""
+def predict_target(run: str, manifest: str, store: str | None, about: Any, how: tuple[str, str, str]) -> None:
+    """Predict the judged split of one target and write it to the run's folder; the part that runs on a worker."""
     path = locate(run)
     spec = RunSpec.load(path)
-    target = Target(Manifest.load(locate(manifest)), locate(store) if store else None, about)
-    rows = target.rows(split)
+    target = Target(Manifest.load(locate(manifest)), locate(store) if store else None, about, *how)
+    rows = target.rows(target.split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = spec.load_model(path).to(device).to(memory_format=torch.channels_last)
     dataset = spec.dataset(target)
@@ -76,18 +77,22 @@ def predict_target(run: str, manifest: str, store: str | None, about: Any, split
         {
             "run": spec.name,
             "target": target.manifest.name,
-            "split": split,
+            "protocol": target.protocol,
+            "split": target.split,
+            "channels": target.channels,
+            "kind": target.manifest.kind,
             "manifest": target.manifest.digest,
-            "without_features": str(len(target.manifest.rows(split)) - len(rows)),
+            "without_features": str(len(target.manifest.rows(target.split)) - len(rows)),
         },
     )
-    name = prediction_name(target.manifest.name, split)
-    predictions.save(path / "predictions" / f"{name}.parquet")
+    place = target.predictions_path(path)
+    predictions.save(place)
     for kind, figure in draw_figures(spec, method, dataset, rows, predictions, device):
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
-        (path / "figures" / kind).mkdir(parents=True, exist_ok=True)
-        (path / "figures" / kind / f"{name}.png").write_bytes(picture.getvalue())
+        folder = path / "figures" / kind / find_protocol(target.protocol).prefix
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place.stem}.png").write_bytes(picture.getvalue())
 
 
 def draw_figures(
@@ -103,7 +108,7 @@ def draw_figures(
     manifest = dataset.manifest
     yield "confusion", draw_confusion(confusion(predictions), title)
     mistakes = find_worst_mistakes(predictions, MISTAKES)
-    images = [decode_image(read_bytes(manifest.path(rows[position]))) for position in mistakes]
+    images = [manifest.read_face(rows[position]) for position in mistakes]
     yield "errors", draw_errors(predictions, mistakes, images, f"{title}: the mistakes it was surest of")
     if not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
         return
@@ -113,24 +118,21 @@ def draw_figures(
         shown = [int(seen[manifest.labels[seen] == label][0]) for label in np.unique(manifest.labels[seen])]
         heats = heat_maps(method, dataset, np.array(shown), device)
         names = [EXPRESSIONS[label].capitalize() for label in manifest.labels[shown]]
-        images = [decode_image(read_bytes(manifest.path(row))) for row in shown]
+        images = [manifest.read_face(row) for row in shown]
         yield "heat_maps", draw_heat_maps(images, heats, names, f"{title}: where the mask is open")
 
 
-def prediction_name(target: str, split: str) -> str:
-    """Return how a target is called in files and metrics: by its name, with the split when it is not the test split."""
-    return target if split == "test" else f"{target}@{split}"
-
-
-def load_predictions(run: UPath) -> dict[str, Predictions]:
-    """Return all predictions of a run by target."""
-    return {path.stem: Predictions.load(path) for path in list_folder(run / "predictions")}
+def load_predictions(run: UPath, protocol: str = "clean") -> dict[str, Predictions]:
+    """Return all predictions of a run by one protocol, by target."""
+    folder = run / "predictions" / find_protocol(protocol).prefix
+    return {path.stem: Predictions.load(path) for path in list_folder(folder) if path.suffix == ".parquet"}
 
 
 def summarise(source: str, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return flat metrics from {target: {metric: value}}: every target's, and the means over targets.
 
-    `unseen/` averages the test splits of all targets but the source; `all/` includes it, as published tables do.
+    `unseen/` averages all targets but the source, `all/` includes it, as published tables do; both leave out what was judged
+    on another split than the protocol's, as `target@split`.
     """
     flat = {f"target/{target}/{name}": value for target, values in scores.items() for name, value in values.items()}
     tests = [target for target in scores if "@" not in target]
@@ -142,22 +144,35 @@ def summarise(source: str, scores: Mapping[str, Mapping[str, float]]) -> dict[st
 
 
 def is_judged(run: UPath, target: Target) -> bool:
-    """Whether there are predictions of a run for the target's test split as its manifest lists it now."""
-    path = run / "predictions" / f"{target.manifest.name}.parquet"
-    return path.exists() and Predictions.load(path).about["manifest"] == target.manifest.digest
+    """Whether there are predictions of a run for the target's judged split as its manifest lists it now."""
+    path = target.predictions_path(run)
+    if not path.exists():
+        return False
+    about = Predictions.load(path).about
+    return (about["manifest"], about["split"]) == (target.manifest.digest, target.split)
 
 
 def log_results(run: UPath, tracker: Tracker) -> dict[str, float]:
-    """Compute every metric and figure of a run from its predictions and log them to MLflow; return the metrics."""
+    """Compute every metric and figure of a run from its predictions and log them to MLflow; return the metrics.
+
+    Those of another protocol than `clean` have its name in front, and a tag tells by which protocols the run was judged.
+    """
     spec = RunSpec.load(run)
-    predictions = load_predictions(run)
-    metrics = summarise(spec.source, {target: score(rows) for target, rows in predictions.items()})
     run_id = tracker.start(spec.name, spec.parameters(), spec.tags())
+    metrics: dict[str, float] = {}
+    judged = {protocol: predictions for protocol in PROTOCOLS if (predictions := load_predictions(run, protocol))}
+    for protocol, predictions in judged.items():
+        prefix = find_protocol(protocol).prefix
+        scores = summarise(spec.source, {target: score(rows) for target, rows in predictions.items()})
+        metrics |= {f"{prefix}{name}": value for name, value in scores.items()}
+        for target in predictions:
+            tracker.log_file(
+                run_id, run / "predictions" / f"{prefix}{target}.parquet", f"predictions/{prefix}".rstrip("/")
+            )
     tracker.log(run_id, {name.replace("@", ":"): value for name, value in metrics.items()})
-    for target in predictions:
-        tracker.log_file(run_id, run / "predictions" / f"{target}.parquet", "predictions")
-    for kind in list_folder(run / "figures"):
-        for picture in list_folder(kind):
-            tracker.log_file(run_id, picture, kind.name)
+    tracker.tag(run_id, "cafe.protocols", ", ".join(judged))
+    figures = run / "figures"
+    for picture in sorted(figures.rglob("*.png")) if figures.exists() else ():
+        tracker.log_file(run_id, picture, str(picture.parent.relative_to(figures)))
     tracker.finish(run_id)
     return metrics

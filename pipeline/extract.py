@@ -7,6 +7,7 @@ what has no receipt, and the store comes out byte for byte the same.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -77,6 +78,7 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFa
         views=settings.views,
         maps=settings.maps,
         dtype=settings.dtype,
+        channels=settings.channels,
     )
     map_shape = tower.map_shape if settings.maps else None
     step = settings.shard_rows or default_shard_rows(
@@ -124,6 +126,7 @@ class ShardEmbedder:
             about.key.maps,
             about.key.dtype,
             about.batch_size,
+            about.key.channels,
         )
         decoders = settings.decode_threads or 0
         self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
@@ -203,12 +206,18 @@ def extract(
     return results
 
 
+def _without_restarts() -> dict[str, int]:
+    """On one machine a tower that dies is an error; on a cluster, whose nodes come and go, Ray starts it elsewhere."""
+    return {"max_restarts": 0}
+
+
 def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards: list[int]) -> Iterator[int]:
     """Compute shards under Ray; yield the faces of each as it is done."""
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayTaskError
+    from ray.util.annotations import RayDeprecationWarning
 
     gpus = cluster.count("GPU") if settings.num_gpus is None else settings.num_gpus
     cores = cluster.count("CPU")
@@ -229,14 +238,18 @@ def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    receipts = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map_batches(
-        ShardEmbedder,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        compute=ActorPoolStrategy(size=actors),
-        num_cpus=1,
-        num_gpus=gpus / actors if gpus else 0,
-    )
+    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # of the last argument, which has no successor yet
+        receipts = rows.map_batches(
+            ShardEmbedder,
+            fn_constructor_args=arguments,
+            batch_size=1,
+            compute=ActorPoolStrategy(size=actors),
+            num_cpus=1,
+            num_gpus=gpus / actors if gpus else 0,
+            ray_remote_args_fn=None if settings.address else _without_restarts,
+        )
     try:
         for receipt in receipts.iter_rows():
             yield receipt["rows"]

@@ -5,7 +5,7 @@ runs/METHOD-SOURCE-sSEED-HASH/
     epochs/0001.json         metrics of each epoch
     train/                   Ray Train's checkpoints: safetensors + JSON
     model.safetensors        the trained method, written last
-    predictions/TARGET.parquet
+    predictions/TARGET.parquet, and predictions/paper/TARGET.parquet by the protocol `paper`
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +28,10 @@ from cafe.checkpoints import read_tensors
 from cafe.embedding import Embedder
 from cafe.errors import UserError, unknown
 from cafe.loading import ARRAYS, FaceDataset
-from cafe.manifest import Manifest, hold_out_rows
+from cafe.manifest import SPLITS, Manifest, hold_out_rows
 from cafe.methods import find_method
 from cafe.methods.method import Inputs, Method
+from cafe.protocols import Protocol, find_protocol
 from cafe.views import ViewPlan
 from pipeline.settings import StoreChoice
 from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureReader, FeatureStore, find_stores
@@ -59,6 +60,7 @@ class RunSpec:
     live: bool = False  # whether the tower runs while training; `features` then says how
     selection: str = "final"
     tag: str = ""
+    source_kind: str = ""  # the data set the source is, whose training split must never be judged
 
     @property
     def name(self) -> str:
@@ -121,7 +123,7 @@ class RunSpec:
         needs = find_method(self.method).needs
         names = [ARRAYS[need] for need in needs if need in ARRAYS]
         features = FeatureReader(target.features, names) if target.features and names else None
-        return FaceDataset(target.manifest, self.views, needs, self.image_size, features)
+        return FaceDataset(target.manifest, self.views, needs, self.image_size, features, target.channels)
 
     def live_dataset(self, source: Target, device: str) -> FaceDataset:
         """Return the faces of the source with features of the tower run on the fly."""
@@ -150,11 +152,27 @@ def is_finished(run: UPath) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A data set to be judged on: its manifest and, when there is one, the store of the run's tower."""
+    """A data set to be judged on: its manifest and, when there is one, the store of the run's tower.
+
+    `protocol` and `split` say how it is judged, `title` what it is then called in files and metrics: by its name, with the
+    split when it is not the one of the protocol.
+    """
 
     manifest: Manifest
     store: UPath | None
     about: About | None = field(default=None, compare=False)
+    protocol: str = "clean"
+    split: str = "test"
+    title: str = ""
+
+    @property
+    def channels(self) -> str:
+        """The order of its colours."""
+        return find_protocol(self.protocol).channels(self.manifest.kind)
+
+    def predictions_path(self, run: UPath) -> UPath:
+        """Where a run's predictions for it are kept."""
+        return run / "predictions" / f"{find_protocol(self.protocol).prefix}{self.title}.parquet"
 
     @cached_property
     def features(self) -> FeatureStore | None:
@@ -206,9 +224,26 @@ def choose_store(
     return current[0]
 
 
-def choose_target(workspace: Workspace, name: str, spec: RunSpec) -> Target:
+def describe_target(manifest: Manifest, spec: RunSpec, protocol: Protocol, split: str | None = None) -> Target:
+    """Return a target, without a store, to be judged as the protocol says or on another split; raise `UserError`."""
+    judged = protocol.split(manifest, spec.source_kind)
+    chosen = split or judged
+    if chosen is None:
+        raise UserError(
+            f"The protocol {protocol.name!r} has no way to judge {manifest.name!r} ({protocol.about}): leave it out with "
+            f"--targets, or judge it apart with `cafe evaluate RUN --targets {manifest.name} --split SPLIT`."
+        )
+    if not len(manifest.rows(chosen)):
+        there = ", ".join(split for split in SPLITS if len(manifest.rows(split)))
+        raise UserError(f"{manifest.name!r} has no faces in the split {chosen!r}: choose {there}, or leave it out.")
+    title = manifest.name if chosen == judged else f"{manifest.name}@{chosen}"
+    return Target(manifest, None, protocol=protocol.name, split=chosen, title=title)
+
+
+def choose_target(workspace: Workspace, name: str, spec: RunSpec, protocol: Protocol, split: str | None) -> Target:
     """Return a target with the store that matches the run's tower; raise `UserError` when it needs one and has none."""
     manifest = workspace.load_manifest(name)
+    target = describe_target(manifest, spec, protocol, split)
     stores = [
         (path, about)
         for path, about in find_stores(workspace.features, name)
@@ -216,21 +251,22 @@ def choose_target(workspace: Workspace, name: str, spec: RunSpec) -> Target:
     ]
     if not spec.needs_features:  # any finished store tells which images are unreadable
         finished = [store for store in stores if not FeatureStore(*store).pending()]
-        return Target(manifest, *finished[0]) if finished else Target(manifest, None)
+        return replace(target, store=finished[0][0], about=finished[0][1]) if finished else target
     assert spec.features is not None
+    wanted = replace(spec.features, channels=target.channels)
     needs = find_method(spec.method).needs
     ignored = [name for name in TARGET_MAY_DIFFER if name != "maps" or "map" not in needs]
-    differing = [(spec.features.differences(about.key, ignored), path, about) for path, about in stores]
+    differing = [(wanted.differences(about.key, ignored), path, about) for path, about in stores]
     matching = [(path, about) for differences, path, about in differing if not differences]
     if matching:
         path, about = min(matching, key=lambda store: store[1].key.views)
         _check_finished(path, about)
-        return Target(manifest, path, about)
+        return replace(target, store=path, about=about)
     closest = min(differing, key=lambda entry: len(entry[0]), default=None)
     reason = f"its closest store differs in {', '.join(closest[0])}" if closest else "it has none"
     raise UserError(
         f"No features of {name!r} match this run's tower ({reason}): run `cafe extract {name} --backbone {spec.backbone}"
-        f"{' --maps' if 'map' in needs else ''}`, "
+        f"{' --maps' if 'map' in needs else ''}{' --channels bgr' if target.channels == 'bgr' else ''}`, "
         "or leave it out with --targets."
     )
 
@@ -249,14 +285,16 @@ def choose_rows(source: Target, selection: str) -> tuple[np.ndarray, np.ndarray]
     return (train, val) if len(val) else hold_out_rows(source.manifest, train, HELD_OUT)
 
 
-def choose_targets(workspace: Workspace, wanted: str | None, spec: RunSpec) -> list[Target]:
+def choose_targets(
+    workspace: Workspace, wanted: str | None, spec: RunSpec, protocol: str, split: str | None = None
+) -> list[Target]:
     """Return the targets of a comma-separated list, of all manifests when there is none, of nothing for `none`."""
     if wanted == "none":
         return []
     names = (
         workspace.manifest_names() if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
     )
-    return [choose_target(workspace, name, spec) for name in names]
+    return [choose_target(workspace, name, spec, find_protocol(protocol), split) for name in names]
 
 
 def extract_command(manifest: str, choice: StoreChoice) -> str:
@@ -283,7 +321,8 @@ def _hash(record: dict[str, Any]) -> str:
 def _fits(about: About, choice: StoreChoice) -> bool:
     backbone = choice.backbone in (None, about.backbone_name, about.backbone_name.partition("@")[0], about.key.backbone)
     views = choice.views in (None, about.key.views)
-    return backbone and views and choice.policy in (None, about.key.policy["name"])
+    policy = choice.policy in (None, about.key.policy["name"])
+    return backbone and views and policy and about.key.channels == "rgb"  # BGR is for targets alone
 
 
 def _options(choice: StoreChoice) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 POLICIES = ("paper", "scn", "eac", "clean", "clean+flip")  # of cafe.views, which takes a second to import
 
+PROTOCOLS = ("clean", "paper")  # of cafe.protocols
+
 
 def setting(default: Any, about: str, **click: Any) -> Any:
     """A dataclass field with its help text and, where needed, what click must know (`choices`, `multiple`, …)."""
@@ -46,6 +48,9 @@ class FeatureSettings:
     precision: str = setting("fp32", "Arithmetic of the whole tower.", choices=("fp32", "bf16", "fp16"))
     maps: bool = setting(False, "Store the tower's spatial feature maps too.")
     dtype: str = setting("float16", "Number format of the stored features.", choices=("float16", "float32"))
+    channels: str = setting(
+        "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper.", choices=("rgb", "bgr")
+    )
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
     image_size: int | None = setting(None, "Side of the image branch's input; default: the tower's input.", minimum=16)
     precision: str = setting("fp32", "Arithmetic of training (bf16: autocast).", choices=("fp32", "bf16"))
     targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
+    protocol: str = setting("clean", "How targets are judged; training does not depend on it.", choices=PROTOCOLS)
     num_workers: int = setting(1, "Training workers (DDP); the result does not depend on it.", minimum=1)
     use_gpu: bool | None = setting(
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
@@ -111,7 +117,12 @@ class EvaluateSettings(ClusterSettings):
     """One run against any number of targets."""
 
     targets: str | None = setting(None, "Manifests to judge on, comma-separated; default: all of the workspace.")
-    split: str = setting("test", "Faces to judge on.", choices=("test", "val", "train", "all"))
+    protocol: str = setting(
+        "clean", "How targets are judged: clean, or paper as the released readers do.", choices=PROTOCOLS
+    )
+    split: str | None = setting(
+        None, "Faces to judge on; default: those the protocol names.", choices=("test", "val", "train", "all")
+    )
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str = setting("cafe", "MLflow experiment.")

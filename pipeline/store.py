@@ -53,6 +53,7 @@ class FeatureKey:
     views: int
     maps: bool
     dtype: str
+    channels: str = "rgb"  # the order of the colours
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> FeatureKey:
@@ -63,7 +64,10 @@ class FeatureKey:
     @property
     def digest(self) -> str:
         """SHA-256 over all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        record = asdict(self)
+        if self.channels == "rgb":
+            del record["channels"]  # stores made before there was a choice keep their name
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     @property
     def view_plan(self) -> ViewPlan:
@@ -116,7 +120,8 @@ class About:
         """Say what the features are, in a few words."""
         maps = f" and {'×'.join(map(str, self.map_shape))} maps" if self.map_shape else ""
         plural = "s" if self.key.views > 1 else ""
-        return f"{self.key.views} view{plural} × {self.width} channels{maps} of {self.backbone_name}"
+        colours = ", colours in BGR order" if self.key.channels == "bgr" else ""
+        return f"{self.key.views} view{plural} × {self.width} channels{maps} of {self.backbone_name}{colours}"
 
 
 def default_shard_rows(rows: int, views: int, width: int, map_shape: tuple[int, int, int] | None, itemsize: int) -> int:

@@ -63,6 +63,10 @@ class Tracker:
         for name, value in metrics.items():
             self.client.log_metric(run_id, name, value, step=step)
 
+    def tag(self, run_id: str, name: str, value: str) -> None:
+        """Set a tag of a run."""
+        self.client.set_tag(run_id, name, value)
+
     def logged_steps(self, run_id: str, metric: str) -> set[int]:
         """The steps a metric was already logged for."""
         return {point.step for point in self.client.get_metric_history(run_id, metric)}

@@ -94,6 +94,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         live=live,
         selection=settings.selection,
         tag=settings.tag,
+        source_kind=manifest.kind,
     )
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
     train, held_out = choose_rows(source, settings.selection)
@@ -101,7 +102,8 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         raise UserError(f"{settings.source!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
     if settings.selection != "final" and not len(held_out):
         raise UserError(f"{settings.source!r} has no faces for --selection {settings.selection}: use final.")
-    return TrainPlan(workspace, settings, spec, source, choose_targets(workspace, settings.targets, spec))
+    targets = choose_targets(workspace, settings.targets, spec, settings.protocol)
+    return TrainPlan(workspace, settings, spec, source, targets)
 
 
 def _check_features(settings: TrainSettings, store: About | None) -> None:
@@ -134,7 +136,7 @@ def train_and_judge(plan: TrainPlan, bar: Bar = no_bar) -> dict[str, float]:
                 train(plan, tracker, progress)
         if remaining:
             with bar("Judging", "targets") as progress:
-                predict_targets(plan.run, plan.workspace, remaining, "test", settings.use_gpu, progress)
+                predict_targets(plan.run, plan.workspace, remaining, settings.use_gpu, progress)
     return log_results(plan.run, tracker)
 
 

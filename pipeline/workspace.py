@@ -55,6 +55,10 @@ class Workspace:
         """Where the manifest of that name is kept."""
         return self.root / "manifests" / f"{name}.parquet"
 
+    def image_path(self, name: str) -> UPath:
+        """Where the pictures of a manifest are kept that came as a table of pixels."""
+        return self.root / "images" / name
+
     def manifest_names(self) -> list[str]:
         """The manifests there are."""
         return [path.stem for path in list_folder(self.root / "manifests") if path.suffix == ".parquet"]

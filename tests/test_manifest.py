@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +168,33 @@ def test_a_manifest_survives_its_file_and_its_digest_names_labels(tmp_path: Path
     assert relabelled.image_digest == manifest.image_digest
 
 
+def test_digests_without_boxes_are_those_of_before_there_were_boxes_and_a_box_changes_both() -> None:
+    plain = Manifest.from_faces("x", "/data", [replace(face(n, n), split="train") for n in range(3)])
+    columns = {"sample_id": ["0/0.jpg", "1/1.jpg", "2/2.jpg"], "digest": ["0-0", "1-1", "2-2"]}
+    before = hashlib.sha256("".join(json.dumps([name, values]) for name, values in columns.items()).encode())
+    assert plain.image_digest == before.hexdigest()
+    faces = [replace(face(n, n), split="train", box=(0, 0, 4, 4) if n == 1 else None) for n in range(3)]
+    boxed = Manifest.from_faces("x", "/data", faces)
+    assert boxed.image_digest != plain.image_digest
+    assert boxed.digest != plain.digest
+    moved = Manifest.from_faces("x", "/data", [replace(f, box=f.box and (1, 0, 4, 4)) for f in faces])
+    assert moved.image_digest != boxed.image_digest
+
+
+def test_the_kind_and_the_boxes_survive_the_file_and_one_from_before_them_is_read(tmp_path: Path) -> None:
+    faces = [replace(face(n, n), split="val", box=(1, 2, 3, 4) if n else None) for n in range(2)]
+    path = UPath(tmp_path / "x.parquet")
+    Manifest.from_faces("x", "/data", faces, "sfew").save(path)
+    again = Manifest.load(path)
+    assert (again.kind, again.table["box"].to_pylist()) == ("sfew", [None, [1, 2, 3, 4]])
+
+    table = pq.read_table(path).drop_columns("box")
+    about = {"name": "x", "root": "/data", "expressions": []}
+    pq.write_table(table.replace_schema_metadata({"cafe.manifest": json.dumps(about)}), path)
+    old = Manifest.load(path)
+    assert (old.kind, old.table["box"].to_pylist()) == ("", [None, None])
+
+
 def test_a_file_that_is_no_manifest_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match="is not a manifest"):
@@ -196,7 +225,11 @@ def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("folders", ".", "--name", "x"), "Unknown kind of data set 'folders': choose folder, synthetic, table."),
+        (
+            ("folders", ".", "--name", "x"),
+            "Unknown kind of data set 'folders': choose affectnet, ferplus, folder, "
+            "mma, rafdb, sfew, synthetic, table.",
+        ),
         (("folder", "/no/such", "--name", "x"), "/no/such is not a folder"),
         (("folder", ".", "--name", "a/b"), "The name 'a/b' cannot be used"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ CHANGES = {
     "images": "c" * 64, "backbone": "timm:y", "weights": "d" * 64, "precision": "bf16", "input_size": 48,
     "interpolation": "bicubic", "normalisation": ((0.4, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "policy": {"name": "paper", "noise_variance": 31.0}, "view_seed": 1, "views": 4, "maps": False, "dtype": "float32",
+    "channels": "bgr",
 }  # fmt: skip
 ABOUT = About(KEY, "news", "timm:x", ROWS, WIDTH, (2, 2, 2), shard_rows=4)
 MANIFEST = Manifest.from_faces(
@@ -160,6 +163,12 @@ def test_every_field_of_the_key_names_another_store_and_is_named_when_it_differs
     other = replace(KEY, **{field: CHANGES[field]})
     assert other.digest != KEY.digest
     assert [difference.partition(":")[0] for difference in KEY.differences(other)] == [field]
+
+
+def test_a_store_of_rgb_features_keeps_the_name_it_had_before_the_order_of_colours_was_a_choice() -> None:
+    record = {name: value for name, value in asdict(KEY).items() if name != "channels"}
+    assert KEY.digest == hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    assert FeatureKey.from_record(json.loads(json.dumps(record))) == KEY
 
 
 def test_the_key_survives_its_json(tmp_path: Path) -> None:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from upath import UPath
-
+from cafe.datasets.affectnet import read_affectnet
+from cafe.datasets.ferplus import read_ferplus
 from cafe.datasets.files import Listing
 from cafe.datasets.folder import read_folder
+from cafe.datasets.mma import read_mma
+from cafe.datasets.rafdb import read_rafdb
+from cafe.datasets.sfew import read_sfew
 from cafe.datasets.synthetic import read_synthetic
 from cafe.datasets.table import read_table
 
-Reader = Callable[[UPath], Listing]
+Reader = Callable[..., Listing]  # of the root, and what else the set lets choose
 
 DATASETS: dict[str, Reader] = {
+    "affectnet": read_affectnet,
+    "ferplus": read_ferplus,  # rule: majority or argmax
     "folder": read_folder,  # ROOT[/SPLIT]/EXPRESSION/**/*.jpg
+    "mma": read_mma,
+    "rafdb": read_rafdb,
+    "sfew": read_sfew,
     "synthetic": read_synthetic,  # a domain drawn by `cafe data synth`
     "table": read_table,  # CSV or Parquet of path,label[,split,group]
 }

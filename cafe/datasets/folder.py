@@ -34,7 +34,7 @@ def read_folder(root: UPath) -> Listing:
         files.append(LabelledFile(path, parse_expression(second if split else first), split))
     folders = Counter(bool(file.split) for file in files)
     layout = "SPLIT/EXPRESSION/image" if folders[True] else "EXPRESSION/image"
-    return Listing(root, files, layout, ignored)
+    return Listing(root, files, layout, "folder", ignored)
 
 
 def list_files(root: UPath) -> list[str]:

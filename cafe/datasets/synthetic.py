@@ -195,7 +195,7 @@ def read_synthetic(root: UPath) -> Listing:
     """List what `write` drew of one domain; every face belongs to the group of its identity."""
     listing = read_folder(root)
     files = [replace(file, group=identity_of(file.path.rpartition("/")[2])) for file in listing.files]
-    return replace(listing, files=files)
+    return replace(listing, files=files, kind="synthetic")
 
 
 def draw_units(domain: Domain, expression: int, rng: np.random.Generator) -> dict[int, float]:

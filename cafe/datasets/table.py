@@ -37,7 +37,7 @@ def read_table(file: UPath) -> Listing:
             raise UserError(f"Row {number} of {file} points outside its folder ({row['path']}): move the table up.")
         split = parse_split(str(row["split"])) if row.get("split") else ""
         files.append(LabelledFile(path, parse_expression(str(row["label"])), split, row.get("group") or None))
-    return Listing(file.parent, files, f"table of {', '.join(table.column_names)}")
+    return Listing(file.parent, files, f"table of {', '.join(table.column_names)}", "table")
 
 
 def _load(file: UPath) -> pa.Table:

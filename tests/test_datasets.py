@@ -1,0 +1,497 @@
+"""Readers of the distributed data sets: every layout in miniature, row by row, and every mistake one sentence."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import miniatures
+import numpy as np
+import pytest
+from conftest import Cafe
+from miniatures import draw, ferplus_pixels
+from PIL import Image
+from upath import UPath
+
+from cafe.datasets import DATASETS
+from cafe.datasets.counts import AFFECTNET, FERPLUS, MMA, RAFDB, Expected, count_differences
+from cafe.datasets.ferplus import choose_majority, choose_most_voted
+from cafe.datasets.files import Index, index_files
+from cafe.expressions import EXPRESSIONS
+from cafe.manifest import Manifest
+
+Row = tuple[str, str, str]  # sample_id, expression, split
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and what it must be read as, by hand."""
+
+    kind: str
+    write: Callable[[Path], None]
+    layout: str
+    home: str  # the folder below the root that paths are relative to
+    rows: list[Row]
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    ignored: int = 0
+
+
+FERPLUS_TRUTH = [
+    ("FER2013Test/fer0000010.png", "surprise", "test"),
+    ("FER2013Train/fer0000000.png", "happiness", "train"),
+    ("FER2013Train/fer0000003.png", "fear", "train"),
+    ("FER2013Valid/fer0000006.png", "anger", "val"),
+]
+FERPLUS_DROPPED = {"undecided": 3, "NF": 2, "contempt": 1, "unknown": 1}
+MISSING_FER = ("FER2013Test/fer0000012.png", "file not found")
+DAMAGED_FER = "line 14 of {} has not 48×48 grey values"
+
+CASES = {
+    "rafdb official": Case(
+        "rafdb", miniatures.write_rafdb_official, "official RAF-DB", "RAF-DB/basic",
+        [
+            ("Image/aligned/test_0001_aligned.jpg", "neutral", "test"),
+            ("Image/aligned/test_0002_aligned.jpg", "disgust", "test"),
+            ("Image/aligned/test_0003_aligned.jpg", "anger", "test"),
+            ("Image/aligned/train_00001_aligned.jpg", "sadness", "train"),
+            ("Image/aligned/train_00002_aligned.jpg", "surprise", "train"),
+        ],
+        [
+            ("EmoLabel/list_patition_label.txt, line 3", "is not a file and a number of 1–7: 'train_00003.jpg 8'"),
+            ("train_00004_aligned.jpg", "file not found"),
+        ],
+        ignored=7,  # six originals and the aligned face of the corrupt row
+    ),
+    "rafdb shared": Case(
+        "rafdb", miniatures.write_rafdb_shared, "shared copy of RAF-DB", "archive",
+        [
+            ("DATASET/TRAIN/1/train_00002_aligned.jpg", "surprise", "train"),
+            ("DATASET/test/7/test_0001_aligned.jpg", "neutral", "test"),
+            ("DATASET/train/5/train_00001_aligned.jpg", "sadness", "train"),
+        ],
+        [
+            ("train/3/train_00003_aligned.jpg", "file not found in the folder of its label"),
+            ("train_labels.csv, line 5", "is not a file and a number of 1–7: 'broken'"),
+        ],
+        ignored=1,
+    ),
+    "ferplus png": Case(
+        "ferplus", miniatures.write_ferplus_png, "FERPlus: majority of the votes in fer2013new.csv, pictures in FER2013{",
+        "FERPlus-master/data", FERPLUS_TRUTH,
+        [MISSING_FER, ("FERPlus-master/fer2013new.csv, line 13", "has no known Usage or not ten votes")], FERPLUS_DROPPED,
+    ),
+    "ferplus label.csv": Case(
+        "ferplus", miniatures.write_ferplus_labels, "FERPlus: majority of the votes in FER2013{Train,Valid,Test}/label.csv",
+        "data", FERPLUS_TRUTH,
+        [MISSING_FER, ("data/FER2013Test/label.csv, line 3", "has no known Usage or not ten votes")],
+        {**FERPLUS_DROPPED, "NF": 1},
+    ),
+    "ferplus fer2013.csv": Case(
+        "ferplus", miniatures.write_ferplus_csv, "pictures in fer2013/fer2013.csv", "", FERPLUS_TRUTH,
+        [
+            (MISSING_FER[0], DAMAGED_FER.format("fer2013.csv")),
+            ("FERPlus/fer2013new.csv, line 13", "has no known Usage or not ten votes"),
+        ],
+        FERPLUS_DROPPED,
+    ),
+    "ferplus icml_face_data.csv": Case(
+        "ferplus", miniatures.write_ferplus_other_csv, "pictures in fer2013/icml_face_data.csv", "", FERPLUS_TRUTH,
+        [
+            (MISSING_FER[0], DAMAGED_FER.format("icml_face_data.csv")),
+            ("FERPlus/fer2013new.csv, line 13", "has no known Usage or not ten votes"),
+        ],
+        FERPLUS_DROPPED,
+    ),
+    "affectnet lists": Case(
+        "affectnet", miniatures.write_affectnet_lists, "AffectNet: training.csv, validation.csv, faces cut out", "AffectNet",
+        [
+            ("manually_annotated_images/1/a0.jpg", "neutral", "train"),
+            ("manually_annotated_images/1/a1.JPG", "happiness", "train"),
+            ("manually_annotated_images/22/b0.png", "sadness", "train"),
+            ("manually_annotated_images/3/c0.jpg", "anger", "val"),
+            ("manually_annotated_images/3/c1.jpg", "fear", "val"),
+        ],
+        [
+            ("Manually_Annotated_Images/22/none.jpg", "file not found"),
+            ("manually_annotated_images/22/b1.jpg", "its face box (41, 0, 20, 20) lies outside the 40×30 pixels"),
+            ("training.csv, line 7", "has no expression of 0–10: ''"),
+            ("training.csv, line 8", "has no face box"),
+        ],
+        {"contempt": 1, "no face": 1},
+    ),
+    "affectnet arrays": Case(
+        "affectnet", miniatures.write_affectnet_arrays, "AffectNet: {train_set,val_set}/images and annotations", "AffectNet",
+        [
+            ("train_set/images/0.jpg", "neutral", "train"),
+            ("train_set/images/1.jpg", "happiness", "train"),
+            ("train_set/images/3.jpg", "surprise", "train"),
+            ("val_set/images/0.jpg", "fear", "val"),
+            ("val_set/images/1.jpg", "disgust", "val"),
+        ],
+        [
+            (path, "its annotation ID_exp.npy is missing or holds no expression of 0–10")
+            for path in ("train_set/images/9.jpg", "val_set/images/2.jpg")
+        ],
+        {"contempt": 1},
+        ignored=2,
+    ),
+    "affectnet shared": Case(
+        "affectnet", miniatures.write_affectnet_shared, "shared copy of AffectNet", "archive (3)",
+        [
+            ("Test/Anger/image0000004.jpg", "anger", "test"),
+            ("Test/surprise/image0000006.jpg", "surprise", "test"),
+            ("Train/Happy/image0000002.jpg", "happiness", "train"),
+            ("Train/anger/image0000000.jpg", "anger", "train"),
+            ("Train/neutral/image0000003.jpg", "neutral", "train"),
+        ],
+        dropped={"contempt": 2},
+    ),
+    "sfew official": Case(
+        "sfew", miniatures.write_sfew_official, "official SFEW 2.0", "SFEW_2",
+        [
+            *(
+                (f"Train/Train_Aligned_Faces/{emotion}/AboutABoy_00015{n}280_00000001.png", expression, "train")
+                for n, (emotion, expression) in enumerate(
+                    (("Angry", "anger"), ("Disgust", "disgust"), ("Fear", "fear"), ("Happy", "happiness"),
+                     ("Neutral", "neutral"), ("Sad", "sadness"), ("Surprise", "surprise"))
+                )
+            ),
+            ("Val/Val_Aligned_Faces_new/Val_Aligned_Faces/Happy/Juno_1_2.png", "happiness", "val"),
+            ("Val/Val_Aligned_Faces_new/Val_Aligned_Faces/angry/Juno_3_4.PNG", "anger", "val"),
+        ],
+        dropped={"label withheld": 1}, ignored=1,
+    ),
+    "sfew shared": Case(
+        "sfew", miniatures.write_sfew_shared, "shared copy of SFEW 2.0", "sfew20",
+        [
+            ("sfew2.0_images/image_000000.png", "anger", "train"),
+            ("sfew2.0_images/image_000001.png", "happiness", "train"),
+            ("sfew2.0_images/image_000002.png", "surprise", "val"),
+            ("sfew2.0_images/image_000003.png", "neutral", "val"),
+        ],
+        [
+            ("sfew2.0_images/image_000009.png", "file not found"),
+            ("sfew_2.0_labels.csv, line 6",
+             "has no image_name, no emotion, or an original_split that is neither Train nor Val"),
+            ("sfew_2.0_labels.csv, line 8", "Unknown expression 'bored'"),
+        ],
+        ignored=1,
+    ),
+    "mma": Case(
+        "mma", miniatures.write_mma, "MMAFEDB", "MMAFEDB",
+        [
+            ("Test/fear/e.jpg", "fear", "test"),
+            ("Test/surprise/d.jpg", "surprise", "test"),
+            ("train/angry/a.jpg", "anger", "train"),
+            ("train/happy/b.jpg", "happiness", "train"),
+            ("valid/sad/c.jpg", "sadness", "val"),
+        ],
+        [("train/angry/empty.jpg", "file is empty")],
+    ),
+}  # fmt: skip
+
+
+def index(kind: str, root: Path, images: Path, **choices: str) -> Index:
+    return index_files("set", DATASETS[kind](UPath(root), **choices), images=UPath(images))
+
+
+def rows(manifest: Manifest) -> list[Row]:
+    return [(row["sample_id"], EXPRESSIONS[row["label"]], row["split"]) for row in manifest.table.to_pylist()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_is_read_row_by_row(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    case.write(tmp_path / "Sets and more")
+    result = index(case.kind, tmp_path / "Sets and more", tmp_path / "images")
+    assert rows(result.manifest) == case.rows
+    assert case.layout in result.layout
+    assert [path for path, _ in result.broken] == [path for path, _ in case.broken]
+    assert all(reason.startswith(begin) for (_, reason), (_, begin) in zip(result.broken, case.broken, strict=True))
+    assert result.dropped == case.dropped
+    assert result.ignored == case.ignored
+    assert result.manifest.kind == case.kind
+    if case.home:
+        assert result.manifest.root == str(tmp_path / "Sets and more" / case.home)
+    for row in range(len(result.manifest)):
+        height, width, _ = result.manifest.read_face(row).shape
+        recorded = result.manifest.table.slice(row, 1).to_pylist()[0]
+        assert (recorded["width"], recorded["height"]) == (width, height)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_object_store_is_read_like_a_disk(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    case.write(tmp_path / "disk")
+    store = UPath("memory://") / tmp_path.name
+    for path in (tmp_path / "disk").rglob("*"):
+        if path.is_file():
+            (store / path.relative_to(tmp_path / "disk").as_posix()).write_bytes(path.read_bytes())
+    result = index_files("set", DATASETS[case.kind](store), images=store / "images")
+    assert rows(result.manifest) == case.rows
+    assert result.manifest.read_face(0).dtype == np.uint8
+    assert result.manifest.digest == index(case.kind, tmp_path / "disk", tmp_path / "images").manifest.digest
+
+
+def test_the_pixels_of_a_table_become_the_pictures_and_the_users_folder_stays_as_it_is(tmp_path: Path) -> None:
+    miniatures.write_ferplus_csv(tmp_path / "set")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")}
+    manifest = index("ferplus", tmp_path / "set", tmp_path / "images").manifest
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set").rglob("*")} == before
+    assert manifest.root == str(tmp_path / "images")
+    for row, number in enumerate((10, 0, 3, 6)):
+        np.testing.assert_array_equal(manifest.read_face(row), np.repeat(ferplus_pixels(number)[..., None], 3, axis=2))
+    assert index("ferplus", tmp_path / "set", tmp_path / "elsewhere").manifest.digest == manifest.digest
+
+
+def test_the_argmax_rule_gives_other_labels_and_is_another_kind(tmp_path: Path) -> None:
+    miniatures.write_ferplus_png(tmp_path)
+    result = index("ferplus", tmp_path, tmp_path / "images", rule="argmax")
+    assert rows(result.manifest) == [
+        ("FER2013Test/fer0000009.png", "sadness", "test"),
+        ("FER2013Test/fer0000010.png", "surprise", "test"),
+        ("FER2013Train/fer0000000.png", "happiness", "train"),
+        ("FER2013Train/fer0000001.png", "neutral", "train"),
+        ("FER2013Train/fer0000003.png", "fear", "train"),
+        ("FER2013Train/fer0000005.png", "neutral", "train"),
+        ("FER2013Valid/fer0000006.png", "anger", "val"),
+        ("FER2013Valid/fer0000007.png", "neutral", "val"),
+        ("FER2013Valid/fer0000008.png", "disgust", "val"),
+    ]
+    assert (result.manifest.kind, result.dropped) == ("ferplus-argmax", {"NF": 1, "contempt": 1})
+
+
+@pytest.mark.parametrize(
+    ("votes", "majority", "most_voted"),
+    [
+        ((6, 4, 0, 0, 0, 0, 0, 0, 0, 0), 0, 0),
+        ((5, 5, 0, 0, 0, 0, 0, 0, 0, 0), None, 0),  # a tie has no majority
+        ((0, 5, 0, 5, 0, 0, 0, 0, 0, 0), None, 1),
+        ((5, 1, 1, 1, 1, 1, 0, 0, 0, 0), 0, 0),  # half of ten, but all of what is heard
+        ((5, 2, 1, 1, 1, 0, 0, 0, 0, 0), 0, 0),  # 5 of 7
+        ((4, 2, 2, 1, 1, 0, 0, 0, 0, 0), None, 0),  # 4 of 8 is not more than half
+        ((1, 1, 1, 1, 1, 1, 1, 1, 1, 1), None, 0),  # nobody is heard
+        ((0, 0, 0, 0, 0, 0, 0, 6, 4, 0), 7, 7),  # contempt
+        ((0, 0, 0, 0, 0, 0, 0, 5, 5, 0), None, 7),  # unknown counts against a majority
+        ((4, 0, 0, 0, 0, 0, 0, 0, 6, 0), 8, 0),
+        ((0, 0, 0, 0, 0, 2, 0, 0, 0, 8), 9, 5),
+        ((0, 0, 0, 0, 0, 0, 0, 0, 0, 10), 9, None),
+        ((0, 0, 0, 0, 0, 0, 2, 0, 1, 1), 6, 6),
+    ],
+)
+def test_votes_become_the_label_worked_out_by_hand(
+    votes: tuple[int, ...], majority: int | None, most_voted: int | None
+) -> None:
+    assert choose_majority(votes) == majority
+    assert choose_most_voted(votes) == most_voted
+
+
+def test_a_face_is_cut_out_by_its_box_and_its_colours_can_be_reversed(tmp_path: Path) -> None:
+    miniatures.write_affectnet_lists(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "AffectNet" / "manually_annotated_images" / "22" / "b0.png")
+    manifest = index("affectnet", tmp_path, tmp_path / "images").manifest
+    boxes = [(row["box"], row["width"], row["height"]) for row in manifest.table.to_pylist()]
+    assert boxes == [
+        ([10, 5, 20, 15], 20, 15),
+        ([0, 0, 16, 13], 16, 13),  # -4, -2 lies over the edge
+        ([30, 20, 10, 10], 10, 10),
+        ([1, 2, 3, 4], 3, 4),
+        ([0, 0, 40, 30], 40, 30),
+    ]
+    np.testing.assert_array_equal(manifest.read_face(2), pixels[20:30, 30:40])
+    np.testing.assert_array_equal(manifest.read_face(2, "bgr"), pixels[20:30, 30:40, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("expected", "totals"),
+    [(RAFDB, (12271, 3068)), (FERPLUS, (24941, 3186, 3137)), (AFFECTNET, (283901, 3500)), (MMA, (92968, 17356, 17356))],
+    ids=["rafdb", "ferplus", "affectnet", "mma"],
+)
+def test_the_built_in_counts_add_up_to_the_published_totals(
+    expected: tuple[Expected, ...], totals: tuple[int, ...]
+) -> None:
+    assert tuple(sum(split.counts) for split in expected) == totals
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"), [("RAF-DB", RAFDB), ("FERPlus", FERPLUS), ("AffectNet", AFFECTNET), ("MMA", MMA)]
+)
+def test_the_documented_tables_are_the_built_in_counts(title: str, expected: tuple[Expected, ...]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
+    section = text[text.index(f"## {title}") :].split("\n## ")[0]
+    lines = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in section.splitlines()]
+    table = {line[0]: line[1:] for line in lines if len(line) > 2}
+    splits = table["expression"]
+    for split in expected:
+        column = splits.index(split.split)
+        assert table["all"][column] == str(sum(split.counts))
+        if len(split.counts) == len(EXPRESSIONS):
+            assert [table[name][column] for name in EXPRESSIONS] == [str(count) for count in split.counts]
+
+
+def test_counts_differ_certainly_doubtfully_or_by_a_whole_split() -> None:
+    expected = (
+        Expected("train", (3, 0, 0, 0, 0, 0, 5), "counted"),
+        Expected("val", (7,), "a total"),
+        Expected("test", (4,), "a total", "unverified"),
+    )
+    same = Counter({("train", 0): 3, ("train", 6): 5, ("val", 2): 3, ("val", 3): 4, ("test", 1): 4})
+    assert count_differences(expected, same) == []
+    other = Counter({("train", 0): 3, ("train", 6): 4, ("train", 1): 1, ("val", 2): 8})
+    found = [(d.split, d.expression, d.expected, d.found, d.certain) for d in count_differences(expected, other)]
+    assert found == [
+        ("train", "fear", 0, 1, True),
+        ("train", "neutral", 5, 4, True),
+        ("val", "all", 7, 8, False),
+        ("test", "all", 4, 0, True),  # no vagueness explains a split that is not there
+    ]
+
+
+@pytest.fixture
+def cafe(tmp_path: Path) -> Cafe:
+    """The command line without Ray, which indexing never needs."""
+    return Cafe(tmp_path / "work", "")
+
+
+def test_a_copy_with_other_counts_is_refused_with_a_table_and_indexed_when_accepted(tmp_path: Path, cafe: Cafe) -> None:
+    miniatures.write_rafdb_official(tmp_path / "raf")
+    (tmp_path / "raf" / "RAF-DB" / "basic" / "Image" / "aligned.zip").touch()
+    command = ("data", "index", "rafdb", str(tmp_path / "raf"), "--name", "raf")
+    output = cafe.fail(*command)
+    lines = [line.replace("│", " ").split() for line in output.splitlines()]
+    assert ["happiness", "train", "4,772", "0"] in lines
+    assert ["anger", "test", "162", "1"] in lines
+    sentence = output.splitlines()[-1]
+    assert "is not the complete rafdb (differences in the table: 14)" in sentence
+    assert "Image/aligned.zip may still have to be unpacked" in sentence
+    assert "--accept-counts" in sentence
+    assert not (cafe.workspace / "manifests" / "raf.parquet").exists()
+    output = cafe.succeed(*command, "--accept-counts")
+    assert "raf: 5 faces, read as official RAF-DB" in output
+    assert ["happiness", "train", "4,772", "0"] in [line.replace("│", " ").split() for line in output.splitlines()]
+    manifest = Manifest.load(UPath(cafe.workspace / "manifests" / "raf.parquet"))
+    assert (len(manifest), manifest.kind) == (5, "rafdb")
+
+
+def test_doubtful_counts_only_warn(tmp_path: Path, cafe: Cafe) -> None:
+    miniatures.write_sfew_official(tmp_path / "sfew")
+    output = cafe.succeed("data", "index", "sfew", str(tmp_path / "sfew"), "--name", "sfew")
+    assert "Warning: train, all: 7 faces where 891 are expected" in output
+    assert "unverified" in output
+
+
+def test_ferplus_is_indexed_into_the_workspace_by_the_wanted_rule(tmp_path: Path, cafe: Cafe) -> None:
+    miniatures.write_ferplus_csv(tmp_path / "fer")
+    command = ("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--accept-counts")
+    output = cafe.succeed(*command, "--ferplus-rule", "argmax")
+    assert "2 with none of the seven labels, left out: 1 NF, 1 contempt" in output
+    manifest = Manifest.load(UPath(cafe.workspace / "manifests" / "fer.parquet"))
+    assert (len(manifest), manifest.kind, manifest.root) == (
+        9,
+        "ferplus-argmax",
+        str(cafe.workspace / "images" / "fer"),
+    )
+    assert "has no meaning for rafdb" in cafe.fail(
+        "data", "index", "rafdb", ".", "--name", "x", "--ferplus-rule", "argmax"
+    )
+
+
+def test_a_broken_picture_is_named_and_makes_the_counts_differ(tmp_path: Path, cafe: Cafe) -> None:
+    miniatures.write_rafdb_official(tmp_path)
+    (tmp_path / "RAF-DB" / "basic" / "Image" / "aligned" / "test_0001_aligned.jpg").write_bytes(b"\xff\xd8\xff garbage")
+    output = cafe.succeed("data", "index", "rafdb", str(tmp_path), "--name", "raf", "--accept-counts")
+    assert "Image/aligned/test_0001_aligned.jpg: not an image of a known format" in output
+    assert ["neutral", "test", "680", "0"] in [line.replace("│", " ").split() for line in output.splitlines()]
+
+
+def _remove(*names: str) -> Callable[[Path], None]:
+    def remove(root: Path) -> None:
+        for path in sorted(root.rglob("*")):
+            if path.name.casefold() in {name.casefold() for name in names}:
+                path.unlink()
+
+    return remove
+
+
+def _pack(name: str) -> Callable[[Path], None]:
+    """Put a folder's archive in its place."""
+
+    def pack(root: Path) -> None:
+        (folder,) = (path for path in root.rglob(name) if path.is_dir() and "__MACOSX" not in path.parts)
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        folder.rmdir()
+        folder.with_suffix(".zip").touch()
+
+    return pack
+
+
+def _copy_inside(name: str) -> Callable[[Path], None]:
+    def copy(root: Path) -> None:
+        (path,) = (path for path in root.rglob(name) if "compound" not in path.parts)
+        other = root / "copy" / path.relative_to(root)
+        other.parent.mkdir(parents=True)
+        other.write_bytes(path.read_bytes())
+
+    return copy
+
+
+def _cut_rows(name: str) -> Callable[[Path], None]:
+    def cut(root: Path) -> None:
+        (path,) = root.rglob(name)
+        path.write_bytes(b"\n".join(path.read_bytes().splitlines()[:-2]))
+
+    return cut
+
+
+def _number_folders(root: Path) -> None:
+    draw(root / "archive (3)" / "Train" / "3" / "x.jpg")
+
+
+def _drop_column(root: Path) -> None:
+    (path,) = root.rglob("fer2013new.csv")
+    path.write_bytes(path.read_bytes().replace(b"contempt,", b"scorn,"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("rafdb official", _pack("aligned"), "aligned.zip is still packed: unpack it where it lies."),
+        ("rafdb official", _remove("list_patition_label.txt"), "holds no label file of RAF-DB .*: give the folder `basic`"),
+        ("rafdb official", _copy_inside("list_patition_label.txt"), "holds the label file of RAF-DB more than once"),
+        ("rafdb shared", _remove("test_labels.csv"), "holds no test_labels.csv: put it back"),
+        ("ferplus png", _remove("fer2013new.csv"), r"holds no votes of FERPlus \(fer2013new.csv, or label.csv"),
+        ("ferplus png", _drop_column, "fer2013new.csv has no column 'contempt'"),
+        ("ferplus fer2013.csv", _remove("fer2013.csv"), "holds no pictures for fer2013new.csv: put fer2013.csv"),
+        ("ferplus fer2013.csv", _cut_rows("fer2013.csv"), "Row 11 of .*fer2013.csv is not that of fer2013new.csv"),
+        ("ferplus fer2013.csv", _cut_rows("fer2013new.csv"), "Row 11 of .*fer2013.csv is not that of fer2013new.csv"),
+        ("affectnet lists", _remove("validation.csv"), "holds no validation.csv: put it beside the other list"),
+        ("affectnet lists", _pack("manually_annotated_images"), "manually_annotated_images.zip is still packed"),
+        ("affectnet arrays", _pack("train_set"), "table: 14.*train_set.zip may still have to be unpacked"),
+        ("affectnet shared", _number_folders, "The folder archive .3./Train/3 of .* is numbered"),
+        ("sfew official", _pack("Train_Aligned_Faces"), "differences in the table: 1.*Aligned_Faces.zip may still have"),
+        ("sfew shared", _pack("sfew2.0_images"), "is still packed"),
+        ("mma", _copy_inside("b.jpg"), "holds the data set more than once"),
+    ],
+)  # fmt: skip
+def test_a_damaged_copy_is_one_sentence_with_the_remedy(
+    tmp_path: Path, cafe: Cafe, name: str, damage: Callable[[Path], None], message: str
+) -> None:
+    CASES[name].write(tmp_path / "set")
+    damage(tmp_path / "set")
+    sentence = cafe.fail("data", "index", CASES[name].kind, str(tmp_path / "set"), "--name", "x").splitlines()[-1]
+    assert re.search(message, sentence), sentence
+
+
+@pytest.mark.parametrize("kind", ["affectnet", "ferplus", "mma", "rafdb", "sfew"])
+def test_a_wrong_root_is_one_sentence_that_says_what_it_must_hold(tmp_path: Path, cafe: Cafe, kind: str) -> None:
+    assert "is not a folder" in cafe.fail("data", "index", kind, str(tmp_path / "none"), "--name", "x")
+    (tmp_path / "empty").mkdir()
+    message = cafe.fail("data", "index", kind, str(tmp_path / "empty"), "--name", "x")
+    assert f"{tmp_path / 'empty'} holds no " in message
+    assert message.count("\n") == 0

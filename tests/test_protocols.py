@@ -1,0 +1,251 @@
+"""Protocols: which faces are judged, in which colours, and that no table mixes two of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Cafe, draw_faces
+from PIL import Image
+from upath import UPath
+
+from cafe.checkpoints import write_tensors
+from cafe.datasets import DATASETS
+from cafe.datasets.files import index_files
+from cafe.errors import UserError
+from cafe.loading import FaceDataset
+from cafe.manifest import Face, Manifest
+from cafe.methods import find_method
+from cafe.metrics import Predictions
+from cafe.protocols import PROTOCOLS, find_protocol
+from cafe.views import ViewPlan
+from pipeline import settings
+from pipeline.evaluate import is_judged, load_predictions, log_results, predict_target
+from pipeline.extract import ShardEmbedder, describe_store, know_tower
+from pipeline.runs import RunSpec, choose_store, choose_target, choose_targets, describe_target
+from pipeline.settings import ExtractSettings, StoreChoice
+from pipeline.store import FeatureStore
+from pipeline.tracking import Tracker
+from pipeline.workspace import Workspace
+
+
+def manifest(kind: str, *splits: str) -> Manifest:
+    faces = [Face(f"{n}.png", f"{n}.png", n % 7, split, None, 8, 8, str(n)) for n, split in enumerate(splits)]
+    return Manifest.from_faces(f"a {kind}", "/data", faces, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "splits", "source", "clean", "paper", "colours"),
+    [
+        ("rafdb", ("train", "test"), "sfew", "test", "test", "rgb"),
+        ("ferplus", ("train", "val", "test"), "rafdb", "test", "test", "rgb"),
+        ("affectnet", ("train", "val"), "rafdb", "val", "val", "bgr"),
+        ("mma", ("train", "val", "test"), "rafdb", "test", "test", "bgr"),
+        ("sfew", ("train", "val"), "rafdb", "val", "train", "bgr"),
+        ("sfew", ("train", "val"), "sfew", "val", "val", "bgr"),  # never the faces it was trained on
+        ("sfew", ("train",), "sfew", None, None, "bgr"),
+        ("ferplus-argmax", ("train", "val", "test"), "rafdb", None, None, "rgb"),
+        ("folder", ("train", "test"), "folder", "test", "test", "rgb"),
+        ("", ("train", "val"), "", "val", "val", "rgb"),  # a manifest from before kinds were kept
+        ("folder", ("train",), "rafdb", None, None, "rgb"),
+    ],
+)
+def test_each_protocol_says_which_faces_are_judged_and_how(
+    kind: str, splits: tuple[str, ...], source: str, clean: str | None, paper: str | None, colours: str
+) -> None:
+    target = manifest(kind, *splits)
+    assert PROTOCOLS["clean"].split(target, source) == clean
+    assert PROTOCOLS["paper"].split(target, source) == paper
+    assert (PROTOCOLS["clean"].channels(kind), PROTOCOLS["paper"].channels(kind)) == ("rgb", colours)
+
+
+def test_the_command_line_offers_the_protocols_there_are() -> None:
+    assert set(settings.PROTOCOLS) == set(PROTOCOLS)
+    with pytest.raises(UserError, match=r"Unknown protocol 'papr': choose clean, paper\."):
+        find_protocol("papr")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Workspace:
+    """A source and two targets with features, one of them in both orders of the colours; made without Ray."""
+    root = tmp_path_factory.mktemp("protocols")
+    workspace = Workspace.at(str(root / "work"))
+    for seed, (name, kind) in enumerate((("raf", "rafdb"), ("stills", "sfew"), ("fer", "ferplus"))):
+        for number, split in enumerate(("train", "val" if kind == "sfew" else "test")):
+            draw_faces(root / name / split, per_class=4 + number, seed=2 * seed + number)
+        listing = replace(DATASETS["folder"](UPath(root / name)), kind=kind)
+        index_files(name, listing).manifest.save(workspace.manifest_path(name))
+        for channels in ("rgb", "bgr") if kind == "sfew" else ("rgb",):
+            extract(workspace, name, ExtractSettings(backbone=tiny_tower, channels=channels))
+    return workspace
+
+
+def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> FeatureStore:
+    """Fill a store as the actors of stage one do, in this process."""
+    faces = workspace.load_manifest(name)
+    about = describe_store(faces, chosen, know_tower(workspace, chosen))
+    store = FeatureStore.create(workspace.features / name, about, faces)
+    embedder = ShardEmbedder(str(store.path), about, str(workspace.manifest_path(name)), chosen, 1, "cpu")
+    for shard in store.pending():
+        embedder({"shard": np.array([shard])})
+    return store
+
+
+def make_run(workspace: Workspace, method: str = "linear_probe", source: str = "raf") -> tuple[UPath, RunSpec]:
+    """Write a run as training leaves it, with the weights it began with."""
+    faces = workspace.load_manifest(source)
+    chosen = choose_store(workspace, faces, StoreChoice())
+    assert chosen is not None
+    key = chosen[1].key
+    recipe = asdict(find_method(method).recipe_type())
+    spec = RunSpec(
+        source, faces.digest, method, recipe, 0, "resnet18", "scratch", 32, "fp32", key.view_plan, key,
+        chosen[1].backbone_name, chosen[1].width, source_kind=faces.kind,
+    )  # fmt: skip
+    run = workspace.run_path(spec.name)
+    spec.save(run)
+    write_tensors(run / "model.safetensors", spec.build().state_dict())
+    return run, spec
+
+
+def judge(
+    workspace: Workspace, run: UPath, spec: RunSpec, protocol: str, names: str | None = None, split: str | None = None
+) -> None:
+    for target in choose_targets(workspace, names, spec, protocol, split):
+        path = str(workspace.manifest_path(target.manifest.name))
+        how = (target.protocol, target.split, target.title)
+        predict_target(str(run), path, str(target.store), target.about, how)
+
+
+def test_a_target_gets_the_store_of_its_colours_and_a_source_always_rgb(workspace: Workspace) -> None:
+    _, spec = make_run(workspace)
+    for protocol, channels in (("clean", "rgb"), ("paper", "bgr")):
+        target = choose_target(workspace, "stills", spec, find_protocol(protocol), None)
+        assert target.about is not None
+        assert (target.about.key.channels, target.channels) == (channels, channels)
+    chosen = choose_store(workspace, workspace.load_manifest("stills"), StoreChoice())
+    assert chosen is not None
+    assert chosen[1].key.channels == "rgb"
+
+
+def test_missing_bgr_features_say_how_to_make_them(workspace: Workspace, tmp_path: Path) -> None:
+    _, spec = make_run(workspace)
+    named = workspace.load_manifest("fer")
+    other = replace(named, name="mixed", kind="mma")
+    other.save(workspace.manifest_path("mixed"))
+    with pytest.raises(UserError, match=r"No features of 'mixed' .*it has none.* --channels bgr`, or leave it out"):
+        choose_target(workspace, "mixed", spec, find_protocol("paper"), None)
+    workspace.manifest_path("mixed").unlink()
+
+
+def test_argmax_labels_are_judged_apart_or_not_at_all(workspace: Workspace) -> None:
+    _, spec = make_run(workspace)
+    target = replace(workspace.load_manifest("fer"), kind="ferplus-argmax")
+    with pytest.raises(UserError, match=r"has no way to judge 'fer' .*majority rule.*--split SPLIT"):
+        describe_target(target, spec, find_protocol("clean"))
+    apart = describe_target(target, spec, find_protocol("clean"), "test")
+    assert (apart.split, apart.title) == ("test", "fer@test")
+
+
+def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Workspace) -> None:
+    run, spec = make_run(workspace)
+    judge(workspace, run, spec, "clean")
+    tracker = Tracker(workspace, None, "cafe")
+    clean = log_results(run, tracker)
+    cafe = Cafe(Path(str(workspace.root)), "")
+    table = cafe.succeed("compare")
+    assert "Protocol clean: RGB; SFEW is judged on val" in table
+    assert "also judged" not in table
+    assert "No run was judged by the protocol 'paper' yet, only by clean" in cafe.fail("compare", "--protocol", "paper")
+
+    judge(workspace, run, spec, "paper")
+    judge(workspace, run, spec, "paper", "stills", "val")
+    with pytest.raises(UserError, match="'raf' has no faces in the split 'val': choose train, test, or leave it out"):
+        judge(workspace, run, spec, "paper", "raf", "val")
+    both = log_results(run, tracker)
+    assert {name: value for name, value in both.items() if not name.startswith("paper/")} == clean
+    predictions = {name: load_predictions(run, name) for name in PROTOCOLS}
+    assert set(predictions["clean"]) == {"raf", "stills", "fer"}
+    assert set(predictions["paper"]) == {"raf", "stills", "fer", "stills@val"}
+    told = {
+        (protocol, target): tuple(rows.about[name] for name in ("protocol", "split", "channels", "kind"))
+        for protocol in PROTOCOLS
+        for target, rows in predictions[protocol].items()
+    }
+    assert told["clean", "stills"] == ("clean", "val", "rgb", "sfew")
+    assert told["paper", "stills"] == ("paper", "train", "bgr", "sfew")
+    assert told["paper", "fer"] == ("paper", "test", "rgb", "ferplus")
+    assert len(predictions["clean"]["stills"].labels) == 15
+    assert len(predictions["paper"]["stills"].labels) == 12
+    unseen = np.mean([accuracy(predictions["paper"][target]) for target in ("stills", "fer")])
+    assert both["paper/unseen/accuracy"] == pytest.approx(unseen)
+
+    (logged,) = tracker.runs()
+    assert logged.tags["cafe.protocols"] == "clean, paper"
+    assert logged.metrics["paper/target/stills/accuracy"] == pytest.approx(accuracy(predictions["paper"]["stills"]))
+    assert logged.metrics["target/stills/accuracy"] == pytest.approx(accuracy(predictions["clean"]["stills"]))
+    for protocol, other in (("clean", "paper"), ("paper", "clean")):
+        table = cafe.succeed("compare", "--protocol", protocol, "--markdown", str(workspace.root / "table.md"))
+        assert f"{100 * accuracy(predictions[protocol]['stills']):.1f}" in table
+        assert f"also judged by --protocol {other}" in table
+        assert f"Protocol {protocol}: {PROTOCOLS[protocol].about}" in (workspace.root / "table.md").read_text()
+
+
+def accuracy(predictions: Predictions) -> float:
+    return float((predictions.predicted == predictions.labels).mean())
+
+
+def test_a_changed_split_is_judged_again(workspace: Workspace) -> None:
+    run, spec = make_run(workspace, "linear_probe", "fer")
+    judge(workspace, run, spec, "clean")
+    (target,) = choose_targets(workspace, "stills", spec, "clean")
+    assert is_judged(run, target)
+    assert not is_judged(run, replace(target, split="train"))
+    assert not is_judged(run, replace(target, protocol="paper"))
+
+
+def swap_pictures(faces: Manifest, root: Path) -> Manifest:
+    """Write every face of a manifest as a whole picture with its colours reversed."""
+    for row, sample in enumerate(faces.sample_ids):
+        path = root / sample
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(faces.read_face(row)[..., ::-1])).save(path, "PNG")  # under any suffix
+    table = faces.table.set_column(
+        faces.table.column_names.index("box"), "box", [[None] * len(faces)]
+    ).cast(faces.table.schema)  # fmt: skip
+    return replace(faces, root=str(root), table=table)
+
+
+def test_bgr_features_are_those_of_pictures_with_reversed_colours(
+    workspace: Workspace, tiny_tower: str, tmp_path: Path
+) -> None:
+    other = Workspace.at(str(tmp_path / "work"))
+    swap_pictures(workspace.load_manifest("stills"), tmp_path / "swapped").save(other.manifest_path("stills"))
+    expected = extract(other, "stills", ExtractSettings(backbone=tiny_tower)).array("pooled")[:]
+    stores = {
+        channels: extract(workspace, "stills", ExtractSettings(backbone=tiny_tower, channels=channels))
+        for channels in ("rgb", "bgr")
+    }
+    np.testing.assert_array_equal(stores["bgr"].array("pooled")[:], expected)
+    assert not np.allclose(stores["rgb"].array("pooled")[:], expected, atol=1e-3)
+
+
+def test_the_image_branch_sees_the_box_and_the_colours_the_tower_saw(workspace: Workspace, tmp_path: Path) -> None:
+    whole = workspace.load_manifest("stills")
+    boxes = [[row % 5, 3, 12, 15] for row in range(len(whole))]
+    boxed = replace(
+        whole,
+        table=whole.table.set_column(whole.table.column_names.index("box"), "box", [boxes]).cast(whole.table.schema),
+    )
+    plan = ViewPlan("paper", 0, 3, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    rows, device = [np.arange(6)], torch.device("cpu")
+    needs = frozenset({"image"})
+    (got,) = FaceDataset(boxed, plan, needs, 16, channels="bgr").load(rows, 1, device)
+    swapped = swap_pictures(boxed, tmp_path / "swapped")
+    (expected,) = FaceDataset(swapped, plan, needs, 16).load(rows, 1, device)
+    assert torch.equal(got["image"], expected["image"])
+    (uncut,) = FaceDataset(whole, plan, needs, 16, channels="bgr").load(rows, 1, device)
+    assert not torch.equal(got["image"], uncut["image"])
