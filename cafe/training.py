@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cafe.loading import FaceDataset, epoch_order, own_part
+from cafe.loading import FaceDataset, Sample, epoch_order, own_part
 from cafe.methods.method import Batch, Method
 from cafe.parallel import gather, rank, world_size
 from cafe.randomness import random_generator
@@ -83,15 +83,23 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> None:
+    """Fit a method that is not trained in epochs, with the clean views of some rows."""
+    method.eval()
+    with torch.no_grad():
+        method.fit(dataset.load(_clean_batches(rows), device, 0))
+
+
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return class probabilities (n, 7) float32 of the clean views of some rows."""
     method.eval()
-    batches = [
-        [(int(row), 0) for row in rows[start : start + PREDICTION_BATCH]]
-        for start in range(0, len(rows), PREDICTION_BATCH)
-    ]
     parts: list[Tensor] = []
     with torch.no_grad():
-        for batch in dataset.load(batches, device, 0):
+        for batch in dataset.load(_clean_batches(rows), device, 0):
             parts.append(method(batch)["logits"].float().softmax(dim=1).cpu())
     return torch.cat(parts).numpy()
+
+
+def _clean_batches(rows: np.ndarray) -> list[list[Sample]]:
+    samples = [(int(row), 0) for row in rows]
+    return [samples[start : start + PREDICTION_BATCH] for start in range(0, len(samples), PREDICTION_BATCH)]

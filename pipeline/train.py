@@ -24,9 +24,9 @@ from cafe.errors import UserError
 from cafe.loading import SMALLEST_BATCH
 from cafe.manifest import Manifest
 from cafe.methods import find_method
-from cafe.methods.method import apply_overrides
+from cafe.methods.method import Method, apply_overrides
 from cafe.parallel import rank, share_batch_norm, world_size
-from cafe.training import Training
+from cafe.training import Training, fit
 from cafe.views import ViewPlan
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
@@ -75,7 +75,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
     chosen = choose_store(workspace, manifest, settings)
-    if chosen is None and "features" in method.needs:
+    if chosen is None and method.needs & {"features", "tower"}:
         raise UserError(
             f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
         )
@@ -101,6 +101,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         width=chosen[1].width if chosen else None,
         tag=settings.tag,
     )
+    method.check(spec.inputs)
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
     if len(source.rows("train")) < SMALLEST_BATCH:
         raise UserError(f"{settings.source!r} has {len(source.rows('train'))} training faces: at least 8 are needed.")
@@ -201,6 +202,11 @@ def train_worker(config: dict[str, Any]) -> None:
     store = config["store"]
     source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))
     method = spec.build().to(device).to(memory_format=torch.channels_last)
+    if not method.trained:
+        if rank() == 0:
+            fit(method, spec.dataset(source.manifest, source.open_store(), views=[0]), source.rows("train"), device)
+            _save_result(run, method, {"epochs": 0})
+        return
     if world_size() > 1:
         share_batch_norm(method)
     module = ray.train.torch.prepare_model(method)
@@ -231,8 +237,13 @@ def train_worker(config: dict[str, Any]) -> None:
                     save_checkpoint(UPath(folder), method, training.optimizer, {"epoch": epoch})
                 ray.train.report({"epoch": epoch}, checkpoint=Checkpoint(folder) if rank() == 0 else None)
     if rank() == 0:
-        write_tensors(run / "model.safetensors", method.state_dict())
-        write_json(run / "result.json", {"epochs": spec.recipe["epochs"], **metrics})
+        _save_result(run, method, {"epochs": spec.recipe["epochs"], **metrics})
+
+
+def _save_result(run: UPath, method: Method, result: dict[str, Any]) -> None:
+    """Write a trained method; the record that it is finished comes last."""
+    write_tensors(run / "model.safetensors", method.state_dict())
+    write_json(run / "result.json", result)
 
 
 class _Notes:

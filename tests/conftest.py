@@ -19,6 +19,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from cafe.backbones import load_backbone
+from cafe.images import decode_image, read_bytes
+from cafe.manifest import Manifest
+from cafe.views import ViewPlan, normalise
+
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 torch.set_num_threads(1)
 
@@ -51,6 +56,20 @@ def draw_faces(root: Path, per_class: int = 12, size: int = 24, seed: int = 0, t
     return root
 
 
+def embed_faces(manifest: Manifest, plan: ViewPlan, tower: str) -> np.ndarray:
+    """Run a tower directly on every view of a plan, at its own input size: (N, views, C)."""
+    backbone = load_backbone(tower)
+    views = []
+    for row, sample_id in enumerate(manifest.sample_ids):
+        image = decode_image(read_bytes(manifest.path(row)))
+        rendered = (plan.render(image, sample_id, view, backbone.input_size) for view in range(plan.views))
+        pictures, boxes = zip(*rendered, strict=True)
+        tensor = normalise(torch.from_numpy(np.stack(pictures)), torch.tensor(boxes), plan.mean, plan.std)
+        with torch.inference_mode():
+            views.append(backbone(tensor)[0].numpy())
+    return np.stack(views)
+
+
 @pytest.fixture(scope="session")
 def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The name of a two-layer ViT of open_clip with random weights saved to a file, 32 px, 24 channels."""
@@ -61,7 +80,7 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
         "embed_dim": 24,
         "quick_gelu": True,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
     }
     (folder / "tiny-cafe-vit.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "tiny-cafe-vit.json")
