@@ -48,5 +48,10 @@ def embed_texts(name: str, texts: Sequence[str]) -> tuple[Tensor, float]:
                 "such as clip-vit-b32."
             ) from error
     with torch.no_grad():
-        embeddings = model.eval().encode_text(tokens)
+        try:
+            embeddings = model.eval().encode_text(tokens)
+        except IndexError as error:
+            raise UserError(
+                f"The text tower of '{name}' knows fewer words than open_clip's vocabulary for it: correct vocab_size."
+            ) from error
         return functional.normalize(embeddings.float(), dim=1), float(model.logit_scale.exp())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from cafe.methods.finetune import Finetune, find_blocks, find_trained
 from cafe.methods.method import Inputs, apply_overrides
 from cafe.methods.nearest_mean import NearestClassMean
 from cafe.methods.zero_shot import ZeroShot, write_prompts
+from cafe.text_towers import embed_texts
 from cafe.training import fit, predict
 from cafe.views import ViewPlan
 
@@ -113,6 +115,16 @@ def test_a_file_without_a_text_tower_is_one_sentence(tiny_tower: str, tmp_path: 
     method = ZeroShot(zero_shot.Recipe(), Inputs(24, backbone=f"{config}@{tmp_path / 'visual.pt'}"))
     with pytest.raises(UserError, match=r"The weights do not fit the backbone .* tensors missing"):
         method.fit([])
+
+
+def test_a_text_tower_with_another_vocabulary_is_one_sentence(tiny_tower: str, tmp_path: Path) -> None:
+    config = json.loads(Path(tiny_tower.partition("@")[0].removeprefix("open_clip:")).read_text())
+    config["text_cfg"]["vocab_size"] = 50
+    (tmp_path / "few-words.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "few-words.json")
+    torch.save(open_clip.create_model("few-words", load_weights=False).state_dict(), tmp_path / "few.pt")
+    with pytest.raises(UserError, match="knows fewer words than open_clip's vocabulary for it: correct vocab_size"):
+        embed_texts(f"open_clip:{tmp_path / 'few-words.json'}@{tmp_path / 'few.pt'}", ["a photo of a happy face."])
 
 
 @pytest.mark.parametrize("name", ["zero_shot", "nearest_class_mean"])
