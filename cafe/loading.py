@@ -1,14 +1,14 @@
 """Batches of faces: images decoded and augmented on the fly, joined to the features of the very same views.
 
-A sample is asked for as (row, view), so the order of an epoch, the view it uses and each worker's part are plain lists,
-computed from the seed alone.
+The order of an epoch, the view it uses and each worker's part are plain numbers, computed from the seed alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import repeat
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,56 +24,77 @@ from cafe.views import ViewPlan, normalise
 
 SMALLEST_BATCH = 8  # a shorter last batch is left out: its batch statistics would be noise
 
-Sample = tuple[int, int]  # manifest row, view
+
+ARRAYS = {"features": "pooled", "map": "map"}  # what a method may need → the store's array
+
+
+class FeatureReader(Protocol):
+    """Where frozen features come from: a store, or the tower itself."""
+
+    def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return pooled (n, C) and, where there are maps, map (n, C, H, W) of one view of some rows."""
 
 
 @dataclass(frozen=True)
-class FaceDataset(Dataset[Batch]):
-    """The faces of a manifest as a method needs them; `features` is (N, views, C), memory-mapped or in memory."""
+class FaceDataset:
+    """The faces of a manifest as a method needs them."""
 
     manifest: Manifest
     plan: ViewPlan
     needs: frozenset[str]
     image_size: int
-    features: np.ndarray | None = None
+    features: FeatureReader | None = None
 
-    def __getitems__(self, samples: list[Sample]) -> Batch:
-        """Return one batch: row, label, and of what is needed features (n, C), picture (n, S, S, 3) uint8, box (n, 4)."""
-        rows = np.array([row for row, _ in samples])
-        batch: Batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
-        if "features" in self.needs:
-            assert self.features is not None
-            values = self.features[rows, [view for _, view in samples]]
-            batch["features"] = torch.from_numpy(values.astype(np.float32))
+    def load(self, batches: Sequence[np.ndarray], view: int, device: torch.device, workers: int = 0) -> Iterator[Batch]:
+        """Yield batches of rows in one view, in order, on a device: row and label (n,), and what the method needs.
+
+        `image` is (n, 3, S, S), normalised on the device, `features` (n, C), `map` (n, C, H, W); `workers` processes decode
+        ahead.
+        """
+        pictures: Iterable[Any] = repeat(None)
         if "image" in self.needs:
-            pictures, boxes = zip(*(self._picture(row, view) for row, view in samples), strict=True)
-            batch["picture"] = torch.from_numpy(np.stack(pictures))
-            batch["box"] = torch.tensor(boxes)
-        return batch
+            samples = [batch.tolist() for batch in batches]
+            pinned = device.type == "cuda"
+            pictures = DataLoader(
+                _Pictures(self, view), batch_sampler=samples, collate_fn=_as_is, num_workers=workers, pin_memory=pinned
+            )
+        for rows, picture in zip(batches, pictures, strict=False):
+            batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
+            if self.features is not None:
+                arrays = self.features.read(rows, view)
+                for need in self.needs & ARRAYS.keys():
+                    batch[need] = torch.from_numpy(arrays[ARRAYS[need]].astype(np.float32))
+            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            if picture is not None:
+                pixels, boxes = (part.to(device, non_blocking=True) for part in picture)
+                image = normalise(pixels, boxes, self.plan.mean, self.plan.std)
+                batch["image"] = image.contiguous(memory_format=torch.channels_last)
+                if "flipped_image" in self.needs:  # the exact mirror, erased rectangle included
+                    batch["flipped_image"] = image.flip(3).contiguous(memory_format=torch.channels_last)
+            yield batch
 
-    def _picture(self, row: int, view: int) -> tuple[np.ndarray, tuple[int, ...]]:
-        path = self.manifest.path(row)
+
+@dataclass(frozen=True)
+class _Pictures(Dataset[Any]):
+    """What decoding processes work on: pictures (n, S, S, 3) uint8 and erased boxes (n, 4) of rows in one view."""
+
+    faces: FaceDataset
+    view: int
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures, boxes = zip(*(self._render(row) for row in rows), strict=True)
+        return torch.from_numpy(np.stack(pictures)), torch.tensor(boxes)
+
+    def _render(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        faces = self.faces
+        path = faces.manifest.path(row)
         try:
             image = decode_image(read_bytes(path))
         except UnreadableImageError as error:
             raise UserError(
                 f"{path} is unreadable ({error}): mend it, or extract features once so that it is known and left out."
             ) from None
-        return self.plan.render(image, self.manifest.sample_ids[row], view, self.image_size)
-
-    def load(self, batches: list[list[Sample]], device: torch.device, workers: int) -> Iterator[Batch]:
-        """Yield the batches in order on a device, with `image` (n, 3, S, S) normalised there; `workers` decode ahead."""
-        loader = DataLoader(
-            self, batch_sampler=batches, collate_fn=_as_is, num_workers=workers, pin_memory=device.type == "cuda"
-        )
-        for batch in loader:
-            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-            if "picture" in batch:
-                image = normalise(batch.pop("picture"), batch.pop("box"), self.plan.mean, self.plan.std)
-                batch["image"] = image.contiguous(memory_format=torch.channels_last)
-                if "flipped_image" in self.needs:  # the exact mirror, erased rectangle included
-                    batch["flipped_image"] = image.flip(3).contiguous(memory_format=torch.channels_last)
-            yield batch
+        return faces.plan.render(image, faces.manifest.sample_ids[row], self.view, faces.image_size)
 
 
 def _as_is(batch: Any) -> Any:

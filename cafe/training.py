@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cafe.loading import FaceDataset, Sample, epoch_order, own_part
+from cafe.loading import FaceDataset, epoch_order, own_part
 from cafe.methods.method import Batch, Method
 from cafe.parallel import gather, rank, world_size
 from cafe.randomness import random_generator
@@ -48,9 +48,9 @@ class Training:
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
         order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch)
         view = self.dataset.plan.view_of(epoch)
-        samples = [[(int(row), view) for row in own_part(batch)] for batch in order]
+        parts = [own_part(batch) for batch in order]
         sums: dict[str, float] = defaultdict(float)
-        for step, batch in enumerate(self.dataset.load(samples, self.device, self.loader_workers)):
+        for step, batch in enumerate(self.dataset.load(parts, view, self.device, self.loader_workers)):
             for name, value in self._step(batch, len(order[step]), epoch, step).items():
                 sums[name] += value
             progress(step + 1, len(order))
@@ -87,7 +87,7 @@ def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.de
     """Fit a method that is not trained in epochs, with the clean views of some rows."""
     method.eval()
     with torch.no_grad():
-        method.fit(dataset.load(_clean_batches(rows), device, 0))
+        method.fit(dataset.load(_split(rows), 0, device))
 
 
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
@@ -95,11 +95,10 @@ def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torc
     method.eval()
     parts: list[Tensor] = []
     with torch.no_grad():
-        for batch in dataset.load(_clean_batches(rows), device, 0):
+        for batch in dataset.load(_split(rows), 0, device):
             parts.append(method(batch)["logits"].float().softmax(dim=1).cpu())
     return torch.cat(parts).numpy()
 
 
-def _clean_batches(rows: np.ndarray) -> list[list[Sample]]:
-    samples = [(int(row), 0) for row in rows]
-    return [samples[start : start + PREDICTION_BATCH] for start in range(0, len(samples), PREDICTION_BATCH)]
+def _split(rows: np.ndarray) -> list[np.ndarray]:
+    return np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))

@@ -81,7 +81,7 @@ def _progress(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], 
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(renderable)
+    Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(renderable)
 
 
 @main.group(cls=Commands)
@@ -182,9 +182,7 @@ def train(**values: Any) -> None:
     from pipeline.train import plan_training, train_and_judge
 
     plan = plan_training(_workspace(), TrainSettings(**values))
-    with _progress(plan.spec.name, "steps") as training, _progress("Judging", "targets") as judging:
-        metrics = train_and_judge(plan, training, judging)
-    _print(scores_table(metrics))
+    _print(scores_table(train_and_judge(plan, _progress)))
     click.echo(f"Run {plan.spec.name} in {plan.run}")
 
 

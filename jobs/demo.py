@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import product
 
 from cafe.datasets.synthetic import DOMAINS
 from pipeline import cluster
 from pipeline.compare import Comparison, compare
 from pipeline.extract import extract
+from pipeline.progress import Bar, Progress
 from pipeline.settings import DemoSettings, ExtractSettings, TrainSettings
 from pipeline.synthesise import synthesise
 from pipeline.tracking import Tracker
@@ -19,8 +20,6 @@ from pipeline.workspace import Workspace
 
 METHODS = ("cafe", "linear_probe", "image_only")
 EXPERIMENT = "demo"
-Progress = Callable[[int, int], None]
-Bar = Callable[[str, str], AbstractContextManager[Progress]]
 
 NEXT_STEPS = """Next steps
   cafe -w {workspace} ui                                      the runs in MLflow, in your browser
@@ -56,8 +55,7 @@ def run_demo(workspace: Workspace, settings: DemoSettings, bar: Bar, say: Callab
             extract(workspace, source, ExtractSettings(**{**vars(features), "views": settings.views}), progress)
         for method, seed in product(METHODS, range(settings.seeds)):
             plan = plan_training(workspace, train_settings(settings, method, seed))
-            with step(f"Training {method}, seed {seed}", "steps") as training:
-                metrics = train_and_judge(plan, training)
+            metrics = train_and_judge(plan, step)
             say(f"{method}, seed {seed}: {100 * metrics['unseen/accuracy']:.1f} % on the unseen domains.")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items())
     say(f"Done in {sum(times.values()):.0f} s ({spent}).")

@@ -83,7 +83,12 @@ def scores_table(metrics: dict[str, float]) -> Table:
 def comparison_tables(comparison: Comparison) -> list[Table | str]:
     """Methods × targets, one block per source, and how to read it."""
     header, *lines = cells(comparison)
-    table = Table(*(Column(name, justify="left" if position < 2 else "right") for position, name in enumerate(header)))
+    table = Table(
+        *(
+            Column(name, justify="left" if place < 2 else "right", no_wrap=place < 2)
+            for place, name in enumerate(header)
+        )
+    )
     for line, following in zip(lines, [*lines[1:], None], strict=True):
         table.add_row(*line, end_section=following is not None and following[0] != line[0])
     note = (

@@ -5,7 +5,7 @@ Targets are read here and nowhere else; training never sees one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,10 @@ from cafe.manifest import Manifest
 from cafe.metrics import Predictions, confusion, score
 from cafe.training import predict
 from pipeline import cluster
+from pipeline.progress import Progress
 from pipeline.runs import RunSpec, Target
 from pipeline.tracking import Tracker
 from pipeline.workspace import Workspace, list_folder, locate
-
-Progress = Callable[[int, int], None]
 
 
 def predict_targets(
@@ -58,7 +57,7 @@ def predict_target(run: str, manifest: str, store: str | None, about: Any, split
     rows = target.rows(split)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = spec.load_model(path).to(device).to(memory_format=torch.channels_last)
-    dataset = spec.dataset(target.manifest, target.open_store(), views=[0])
+    dataset = spec.dataset(target.manifest, target.features)
     predictions = Predictions(
         [target.manifest.sample_ids[row] for row in rows],
         target.manifest.labels[rows],

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +23,12 @@ from upath import UPath
 
 from cafe import views
 from cafe.backbones import TowerFacts, absolute_name, load_backbone, parse_backbone, resolve_normalisation
+from cafe.embedding import Embedder
 from cafe.errors import IncompleteError, UserError
-from cafe.images import UnreadableImageError, decode_image, read_bytes
 from cafe.manifest import Manifest
-from cafe.views import POLICIES, draw_view, normalise
+from cafe.views import POLICIES
 from pipeline import cluster
+from pipeline.progress import Progress
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows
 from pipeline.workspace import Workspace, locate, read_json, with_tuples, write_json
@@ -114,14 +116,15 @@ class ShardEmbedder:
         self, store: str, about: About, manifest: str, settings: ExtractSettings, threads: int, device: str
     ) -> None:
         torch.set_num_threads(threads)
-        self.manifest, self.settings, self.device = Manifest.load(locate(manifest)), settings, device
-        self.store = FeatureStore(locate(store), about)
+        self.store, self.batch_size = FeatureStore(locate(store), about), settings.batch_size
         tower = load_backbone(settings.backbone, settings.precision, settings.input_size)
-        self.tower = tower.to(device).to(memory_format=torch.channels_last)  # convolutions are 1.6 × faster
-        if self.tower.weights_digest != about.key.weights:
+        if tower.weights_digest != about.key.weights:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )
+        self.embedder = Embedder(
+            tower, Manifest.load(locate(manifest)), about.key.view_plan, device, settings.maps, settings.dtype
+        )
         decoders = settings.decode_threads or 0
         self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
         self.ahead = 2 * decoders
@@ -129,59 +132,22 @@ class ShardEmbedder:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed one shard, write it and return {shard, rows}."""
         (shard,) = batch["shard"].tolist()
-        rows = self.store.rows_of(shard)
-        count = self.settings.views
-        samples = [(row, view) for row in rows for view in range(count)]
-        size = self.settings.batch_size
-        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        rows, views = self.store.rows_of(shard), self.store.about.key.views
+        samples = list(product(rows, range(views)))
+        batches = [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
 
         skipped: dict[int, str] = {}
-        features: dict[str, list[np.ndarray]] = {"pooled": [], "map": []}
-        for pictures, boxes, unreadable in prefetch(self.render, batches, self.pool, self.ahead):
-            skipped |= unreadable
-            for name, values in self.embed(pictures, boxes).items():
+        features: dict[str, list[np.ndarray]] = defaultdict(list)
+        for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
+            skipped |= rendered.unreadable
+            for name, values in self.embedder.embed(rendered).items():
                 features[name].append(values)
         arrays = {
-            name: np.concatenate(parts).reshape(len(rows), count, *parts[0].shape[1:])
+            name: np.concatenate(parts).reshape(len(rows), views, *parts[0].shape[1:])
             for name, parts in features.items()
-            if parts
         }
         self.store.write_shard(shard, arrays, skipped)
         return {"shard": [shard], "rows": [len(rows)]}
-
-    def render(self, samples: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Decode and augment (row, view) pairs: pictures (n, S, S, 3) uint8, erased boxes (n, 4), unreadable rows.
-
-        An unreadable image stays in the batch as black, so that its neighbours' features are the same with and without it.
-        """
-        side, policy = self.tower.input_size, POLICIES[self.settings.policy]
-        pictures = np.zeros((len(samples), side, side, 3), np.uint8)
-        boxes = np.zeros((len(samples), 4), np.int64)
-        unreadable: dict[int, str] = {}
-        decoded: tuple[int, np.ndarray] | None = None  # views of one face follow each other
-        for position, (row, number) in enumerate(samples):
-            if row in unreadable:
-                continue
-            try:
-                if decoded is None or decoded[0] != row:
-                    decoded = (row, decode_image(read_bytes(self.manifest.path(row))))
-            except UnreadableImageError as error:
-                unreadable[row] = str(error)
-                continue
-            view = draw_view(policy, self.settings.view_seed, self.manifest.sample_ids[row], number)
-            pictures[position] = view.render(decoded[1], side, self.settings.interpolation)
-            boxes[position] = view.box(side)
-        return pictures, boxes, unreadable
-
-    def embed(self, pictures: np.ndarray, boxes: np.ndarray) -> dict[str, np.ndarray]:
-        """Run the tower: pooled (n, C) float32 and, when asked for, map (n, C, H, W)."""
-        with torch.inference_mode():
-            tensor = torch.from_numpy(pictures).to(self.device)
-            images = normalise(tensor, torch.from_numpy(boxes), *self.store.about.key.normalisation)
-            images = images.contiguous(memory_format=torch.channels_last)
-            pooled, spatial = self.tower(images, with_map=self.settings.maps)
-        features = {"pooled": pooled.cpu().numpy()}
-        return features if spatial is None else {**features, "map": spatial.cpu().numpy()}
 
 
 def prefetch(
@@ -201,7 +167,7 @@ def prefetch(
 
 
 def extract(
-    workspace: Workspace, manifests: Sequence[Manifest], settings: ExtractSettings, progress: Callable[[int, int], None]
+    workspace: Workspace, manifests: Sequence[Manifest], settings: ExtractSettings, progress: Progress
 ) -> list[Extraction]:
     """Fill the feature store of each manifest and return what was done; finished ones cost no Ray.
 
@@ -238,11 +204,6 @@ def extract(
     return results
 
 
-def _without_restarts() -> dict[str, int]:
-    """On one machine a tower that dies is an error; on a cluster, whose nodes come and go, Ray starts it elsewhere."""
-    return {"max_restarts": 0}
-
-
 def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards: list[int]) -> Iterator[int]:
     """Compute shards under Ray; yield the faces of each as it is done."""
     import ray
@@ -276,7 +237,6 @@ def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards
         compute=ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=gpus / actors if gpus else 0,
-        ray_remote_args_fn=None if settings.address else _without_restarts,
     )
     try:
         for receipt in receipts.iter_rows():

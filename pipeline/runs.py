@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from upath import UPath
 
 from cafe.checkpoints import read_tensors
 from cafe.errors import UserError, unknown
-from cafe.loading import FaceDataset
+from cafe.loading import ARRAYS, FaceDataset
 from cafe.manifest import Manifest
 from cafe.methods import find_method
 from cafe.methods.method import Inputs, Method
 from cafe.views import ViewPlan
 from pipeline.settings import StoreChoice
-from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureStore, find_stores
+from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace, read_json, with_tuples, write_json
 
 
@@ -115,12 +115,12 @@ class RunSpec:
         """Whether the method reads frozen features."""
         return "features" in find_method(self.method).needs
 
-    def dataset(
-        self, manifest: Manifest, store: FeatureStore | None, views: Sequence[int] | None = None
-    ) -> FaceDataset:
-        """Return the faces of a manifest as the method needs them, with the features of some views (default: all)."""
-        features = store.load("pooled", views) if store and self.needs_features else None
-        return FaceDataset(manifest, self.views, find_method(self.method).needs, self.image_size, features)
+    def dataset(self, manifest: Manifest, store: FeatureStore | None) -> FaceDataset:
+        """Return the faces of a manifest as the method needs them."""
+        needs = find_method(self.method).needs
+        names = [ARRAYS[need] for need in needs if need in ARRAYS]
+        features = FeatureReader(store, names) if store and names else None
+        return FaceDataset(manifest, self.views, needs, self.image_size, features)
 
 
 def code_version() -> str:
@@ -143,15 +143,15 @@ class Target:
     store: UPath | None
     about: About | None = field(default=None, compare=False)
 
-    def open_store(self) -> FeatureStore | None:
-        """Open the target's feature store."""
+    @cached_property
+    def features(self) -> FeatureStore | None:
+        """The target's feature store, opened."""
         return FeatureStore(self.store, self.about) if self.store and self.about else None
 
     def rows(self, split: str) -> np.ndarray:
         """The rows of a split that have features; all of them without a store."""
         rows = self.manifest.rows(split)
-        store = self.open_store()
-        return rows if store is None else rows[store.valid()[rows]]
+        return rows if self.features is None else rows[self.features.valid()[rows]]
 
 
 def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) -> tuple[UPath, About] | None:
@@ -170,7 +170,7 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice) 
     there = "; ".join(f"{about.describe()}, {about.key.policy['name']}" for _, about in stores)
     if not fitting:
         raise UserError(
-            f"No features of {manifest.name!r} fit {_describe(choice)} (there are: {there}): "
+            f"No features of {manifest.name!r} fit {_options(choice)} (there are: {there}): "
             f"run `{extract_command(manifest.name, choice)}`."
         )
     current = [(path, about) for path, about in fitting if about.key.images == manifest.image_digest]
@@ -196,17 +196,16 @@ def choose_target(workspace: Workspace, name: str, spec: RunSpec) -> Target:
         for path, about in find_stores(workspace.features, name)
         if about.key.images == manifest.image_digest
     ]
-    if spec.features is None:
-        return Target(manifest, *stores[0]) if stores else Target(manifest, None)
+    if not spec.needs_features:  # any finished store tells which images are unreadable
+        finished = [store for store in stores if not FeatureStore(*store).pending()]
+        return Target(manifest, *finished[0]) if finished else Target(manifest, None)
+    assert spec.features is not None
     differing = [(spec.features.differences(about.key, TARGET_MAY_DIFFER), path, about) for path, about in stores]
     matching = [(path, about) for differences, path, about in differing if not differences]
     if matching:
         path, about = min(matching, key=lambda store: store[1].key.views)
-        if spec.needs_features:
-            _check_finished(path, about)
+        _check_finished(path, about)
         return Target(manifest, path, about)
-    if not spec.needs_features:
-        return Target(manifest, *stores[0]) if stores else Target(manifest, None)
     closest = min(differing, key=lambda entry: len(entry[0]), default=None)
     reason = f"its closest store differs in {', '.join(closest[0])}" if closest else "it has none"
     raise UserError(
@@ -227,8 +226,7 @@ def choose_targets(workspace: Workspace, wanted: str | None, spec: RunSpec) -> l
 
 def extract_command(manifest: str, choice: StoreChoice) -> str:
     """Return the command that makes the features a choice asks for."""
-    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy"))
-    return " ".join([f"cafe extract {manifest}", *(f"--{name} {value}" for name, value in asked if value)])
+    return f"cafe extract {manifest} {_options(choice)}".rstrip()
 
 
 def check_network(name: str, init: str) -> None:
@@ -253,9 +251,9 @@ def _fits(about: About, choice: StoreChoice) -> bool:
     return backbone and views and choice.policy in (None, about.key.policy["name"])
 
 
-def _describe(choice: StoreChoice) -> str:
+def _options(choice: StoreChoice) -> str:
     asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy"))
-    return ", ".join(f"--{name} {value}" for name, value in asked if value)
+    return " ".join(f"--{name} {value}" for name, value in asked if value)
 
 
 def _check_finished(path: UPath, about: About) -> None:

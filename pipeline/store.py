@@ -4,7 +4,7 @@ beside it. This is the only file that knows Zarr.
     features/MANIFEST/BACKBONE-vV-KEY/
         about.json         the key and the sizes
         store.zarr/        pooled (N, V, C), optional map (N, V, C, H, W), valid (N,), sample_id (N,), label (N,)
-        receipts/00000.json  rows, skipped samples and checksums of one shard, written last
+        receipts/00000.json  rows, skipped samples and checksums (of every view) of one shard, written last
 
 One task writes whole shard objects and nobody shares one, so a killed run loses unfinished shards and nothing else.
 """
@@ -26,6 +26,7 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.manifest import Manifest
+from cafe.views import ViewPlan
 from pipeline.workspace import list_folder, read_json, write_json
 
 SHARD_BYTES = 4 * 2**20  # a shard object worth a request; see the engine measurements in the README
@@ -62,6 +63,11 @@ class FeatureKey:
     def digest(self) -> str:
         """SHA-256 over all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def view_plan(self) -> ViewPlan:
+        """How the views behind these features are drawn."""
+        return ViewPlan(self.policy["name"], self.view_seed, self.views, self.interpolation, *self.normalisation)
 
     def differences(self, other: FeatureKey, ignore: Sequence[str] = ()) -> list[str]:
         """The fields in which two keys differ, as `field: ours against theirs`."""
@@ -185,7 +191,7 @@ class FeatureStore:
             if name in ARRAYS:
                 values[~valid] = np.nan
             array[rows.start : rows.stop] = values
-            checksums[name] = _checksum(values)
+            checksums[name] = _checksums(values)
         reasons = [{"row": row, "reason": reason} for row, reason in sorted(skipped.items())]
         write_json(self.receipt_path(shard), {"rows": len(rows), "skipped": reasons, "checksums": checksums})
 
@@ -210,21 +216,18 @@ class FeatureStore:
                 path.unlink(missing_ok=True)
 
     def _intact(self, shard: int) -> bool:
-        receipt = read_json(self.receipt_path(shard)) or {"checksums": {"pooled": ""}}
-        rows = self.rows_of(shard)
-        return all(
-            _checksum(np.asarray(self.array(name)[rows.start : rows.stop])) == checksum
-            for name, checksum in receipt["checksums"].items()
+        receipt, rows = read_json(self.receipt_path(shard)), self.rows_of(shard)
+        return receipt is not None and all(
+            _checksums(np.asarray(self.array(name)[rows.start : rows.stop])) == checksums
+            for name, checksums in receipt["checksums"].items()
         )
 
     def valid(self) -> np.ndarray:
         """Which rows have features, (N,) bool."""
         return np.asarray(self.array("valid")[:])
 
-    def load(
-        self, name: str = "pooled", views: Iterable[int] | None = None, memory_share: float = MEMORY_SHARE
-    ) -> np.ndarray:
-        """Return an array (N, views, …), checked against the receipts: in memory, or mapped from a scratch file if large.
+    def read_view(self, name: str, view: int, memory_share: float = MEMORY_SHARE) -> np.ndarray:
+        """Return one view of an array, (N, …), checked against the receipts: in memory, or a mapped scratch file if large.
 
         Raises `UserError` for an unfinished store or a shard that is not what was written.
         """
@@ -233,19 +236,37 @@ class FeatureStore:
                 f"The features in {self.path} lack {pending} of {self.shards} shards: run `cafe extract` again to finish."
             )
         array = self.array(name)
-        wanted = list(range(self.about.key.views)) if views is None else list(views)
-        shape = (array.shape[0], len(wanted), *array.shape[2:])
-        result = _allocate(shape, array.dtype, memory_share)
+        result = _allocate((array.shape[0], *array.shape[2:]), array.dtype, memory_share)
         for shard in range(self.shards):
             rows = self.rows_of(shard)
-            values = np.asarray(array[rows.start : rows.stop])
+            values = np.asarray(array[rows.start : rows.stop, view])
             receipt = read_json(self.receipt_path(shard))
-            if receipt is None or receipt["checksums"].get(name) != _checksum(values):
+            if receipt is None or [receipt["checksums"][name][view]] != _checksums(values[:, None]):
                 raise UserError(
                     f"Shard {shard} of {self.path} is not what was written: run `cafe extract` again with --verify."
                 )
-            result[rows.start : rows.stop] = values[:, wanted]
+            result[rows.start : rows.stop] = values
         return result
+
+
+class FeatureReader:
+    """The features of any rows of one view: a view is read when it is first asked for and kept while there is room.
+
+    An epoch uses one view, so maps far larger than the memory are read view by view, and mapped where even one is too large.
+    """
+
+    def __init__(self, store: FeatureStore, names: Iterable[str], memory_share: float = MEMORY_SHARE) -> None:
+        self.store, self.names, self.memory_share = store, tuple(names), memory_share
+        self.kept: dict[int, dict[str, np.ndarray]] = {}
+
+    def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return {array: (n, …)} of some rows, in the number format of the store."""
+        if view not in self.kept:
+            kept = sum(values.nbytes for arrays in self.kept.values() for values in arrays.values())
+            if kept > self.memory_share * psutil.virtual_memory().available:
+                self.kept.clear()
+            self.kept[view] = {name: self.store.read_view(name, view, self.memory_share) for name in self.names}
+        return {name: np.asarray(values[rows]) for name, values in self.kept[view].items()}
 
 
 def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, About]]:
@@ -262,8 +283,10 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float)
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
 
 
-def _checksum(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+def _checksums(values: np.ndarray) -> list[str]:
+    """Digest each view of (rows, V, …), so that one can be read, and trusted, without the others; (rows,) is one view."""
+    views = np.moveaxis(values, 1, 0) if values.ndim > 1 else [values]
+    return [hashlib.sha256(np.ascontiguousarray(view).tobytes()).hexdigest() for view in views]
 
 
 def _short(value: object) -> str:

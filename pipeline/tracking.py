@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -120,10 +121,11 @@ def serve(workspace: Workspace, port: int, announce: Callable[[str], None]) -> N
     database, artifacts = default_uri(workspace), (workspace.root / "artifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
     command += ["--default-artifact-root", artifacts, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this command ends, the server ends with it
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        announce(f"http://127.0.0.1:{port}")
         try:
+            announce(f"http://127.0.0.1:{port}")
             server.wait()
         except KeyboardInterrupt:
             server.terminate()

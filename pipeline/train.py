@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -30,17 +29,11 @@ from cafe.training import Training, fit
 from cafe.views import ViewPlan
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
+from pipeline.progress import Bar, Progress, no_bar
 from pipeline.runs import RunSpec, Target, check_network, choose_store, choose_targets, is_finished
 from pipeline.settings import TrainSettings
 from pipeline.tracking import Tracker
 from pipeline.workspace import Workspace, check_name, list_folder, locate, read_json, write_json
-
-Progress = Callable[[int, int], None]
-
-
-def _silent(done: int, total: int) -> None:
-    """Show no progress."""
-
 
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 UNSTORED_SIZE = 224  # pixels, where neither a store nor the user says otherwise: the published input
@@ -108,7 +101,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     return TrainPlan(workspace, settings, spec, source, choose_targets(workspace, settings.targets, spec))
 
 
-def train_and_judge(plan: TrainPlan, training: Progress = _silent, judging: Progress = _silent) -> dict[str, float]:
+def train_and_judge(plan: TrainPlan, bar: Bar = no_bar) -> dict[str, float]:
     """Train, then judge on every target not judged yet; return all metrics. A finished plan costs no Ray."""
     settings = plan.settings
     tracker = Tracker(plan.workspace, settings.mlflow_uri, settings.experiment)
@@ -116,13 +109,15 @@ def train_and_judge(plan: TrainPlan, training: Progress = _silent, judging: Prog
     remaining = [target for target in plan.targets if not (trained and is_judged(plan.run, target))]
     with nullcontext() if trained and not remaining else cluster.connect(settings):
         if not trained:
-            train(plan, tracker, training)
+            with bar(f"Training {plan.spec.name}", "steps") as progress:
+                train(plan, tracker, progress)
         if remaining:
-            predict_targets(plan.run, plan.workspace, remaining, "test", settings.use_gpu, judging)
+            with bar("Judging", "targets") as progress:
+                predict_targets(plan.run, plan.workspace, remaining, "test", settings.use_gpu, progress)
     return log_results(plan.run, tracker)
 
 
-def train(plan: TrainPlan, tracker: Tracker, progress: Progress = _silent) -> None:
+def train(plan: TrainPlan, tracker: Tracker, progress: Progress) -> None:
     """Train to the end; `progress(done, total)` counts steps.
 
     Everything is logged to MLflow as it happens. Interrupt it at any time: the same plan goes on from its last checkpoint.
@@ -204,7 +199,7 @@ def train_worker(config: dict[str, Any]) -> None:
     method = spec.build().to(device).to(memory_format=torch.channels_last)
     if not method.trained:
         if rank() == 0:
-            fit(method, spec.dataset(source.manifest, source.open_store(), views=[0]), source.rows("train"), device)
+            fit(method, spec.dataset(source.manifest, source.features), source.rows("train"), device)
             _save_result(run, method, {"epochs": 0})
         return
     if world_size() > 1:
@@ -214,7 +209,7 @@ def train_worker(config: dict[str, Any]) -> None:
         method,
         module,
         method.optimizer(),
-        spec.dataset(source.manifest, source.open_store()),
+        spec.dataset(source.manifest, source.features),
         source.rows("train"),
         spec.seed,
         device,

@@ -19,11 +19,6 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from cafe.backbones import load_backbone
-from cafe.images import decode_image, read_bytes
-from cafe.manifest import Manifest
-from cafe.views import ViewPlan, normalise
-
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 torch.set_num_threads(1)
 
@@ -54,20 +49,6 @@ def draw_faces(root: Path, per_class: int = 12, size: int = 24, seed: int = 0, t
             suffix = "png" if number % 2 else "jpg"
             Image.fromarray(pixels).save(root / expression / f"{number:03d}.{suffix}")
     return root
-
-
-def embed_faces(manifest: Manifest, plan: ViewPlan, tower: str) -> np.ndarray:
-    """Run a tower directly on every view of a plan, at its own input size: (N, views, C)."""
-    backbone = load_backbone(tower)
-    views = []
-    for row, sample_id in enumerate(manifest.sample_ids):
-        image = decode_image(read_bytes(manifest.path(row)))
-        rendered = (plan.render(image, sample_id, view, backbone.input_size) for view in range(plan.views))
-        pictures, boxes = zip(*rendered, strict=True)
-        tensor = normalise(torch.from_numpy(np.stack(pictures)), torch.tensor(boxes), plan.mean, plan.std)
-        with torch.inference_mode():
-            views.append(backbone(tensor)[0].numpy())
-    return np.stack(views)
 
 
 @pytest.fixture(scope="session")

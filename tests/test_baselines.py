@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import draw_faces, embed_faces
+from conftest import draw_faces
 from scipy.special import softmax
 from torch import nn
 from torch.nn import functional
@@ -18,10 +18,10 @@ from upath import UPath
 from cafe.backbones import load_backbone
 from cafe.datasets import DATASETS
 from cafe.datasets.files import index_files
+from cafe.embedding import Embedder
 from cafe.errors import UserError
 from cafe.expressions import EXPRESSIONS
 from cafe.loading import FaceDataset
-from cafe.manifest import Manifest
 from cafe.methods import METHODS, finetune, nearest_mean, zero_shot
 from cafe.methods.finetune import Finetune, find_blocks, find_trained
 from cafe.methods.method import Inputs, apply_overrides
@@ -38,21 +38,23 @@ PLAN = ViewPlan("paper", 0, 2, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> FaceDataset:
     folder = draw_faces(tmp_path_factory.mktemp("faces"), per_class=50)
-    manifest: Manifest = index_files("tiny", DATASETS["folder"](UPath(folder))).manifest
-    return FaceDataset(manifest, PLAN, frozenset({"features"}), 32, embed_faces(manifest, PLAN, tiny_tower))
+    manifest = index_files("tiny", DATASETS["folder"](UPath(folder))).manifest
+    features = Embedder(load_backbone(tiny_tower), manifest, PLAN, "cpu", maps=False, dtype="float32")
+    return FaceDataset(manifest, PLAN, frozenset({"features"}), 32, features)
 
 
 # --- nearest class mean ----------------------------------------------------------------------------------------------
 
 
 def test_the_nearest_mean_is_that_of_numpy_and_absent_classes_are_never_predicted(dataset: FaceDataset) -> None:
-    manifest, features = dataset.manifest, dataset.features
+    manifest = dataset.manifest
     train, test = manifest.rows("train"), manifest.rows("test")
     method = NearestClassMean(nearest_mean.Recipe(), Inputs(24))
     fit(method, dataset, train, CPU)
     probabilities = predict(method, dataset, test, CPU)
 
-    clean = features[:, 0] / np.linalg.norm(features[:, 0], axis=1, keepdims=True)
+    clean = dataset.features.read(manifest.rows("all"), 0)["pooled"]
+    clean /= np.linalg.norm(clean, axis=1, keepdims=True)
     present = np.unique(manifest.labels[train])
     means = np.stack([clean[train][manifest.labels[train] == label].mean(axis=0) for label in present])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
@@ -80,7 +82,7 @@ def test_zero_shot_is_what_open_clip_says_when_asked_directly(dataset: FaceDatas
     model = open_clip.create_model(Path(config).stem, load_weights=False).eval()
     model.load_state_dict(torch.load(file, weights_only=True))
     tokenizer = open_clip.get_tokenizer(Path(config).stem)
-    (batch,) = FaceDataset(dataset.manifest, PLAN, frozenset({"image"}), 32).load([[(row, 0) for row in rows]], CPU, 0)
+    (batch,) = FaceDataset(dataset.manifest, PLAN, frozenset({"image"}), 32).load([rows], 0, CPU)
     with torch.no_grad():
         images = model.encode_image(batch["image"], normalize=True)
         classes = []
@@ -187,7 +189,7 @@ def test_only_the_chosen_blocks_and_the_classifier_change(tiny_tower: str) -> No
 def test_fine_tuning_starts_from_the_frozen_features(dataset: FaceDataset, tiny_tower: str) -> None:
     method = Finetune(finetune.Recipe(), Inputs(24, image_size=32, backbone=tiny_tower))
     rows = dataset.manifest.rows("test")[:5]
-    (batch,) = FaceDataset(dataset.manifest, PLAN, method.needs, 32).load([[(row, 1) for row in rows]], CPU, 0)
+    (batch,) = FaceDataset(dataset.manifest, PLAN, method.needs, 32).load([rows], 1, CPU)
     with torch.no_grad():
-        expected = method.classifier(torch.from_numpy(dataset.features[rows, 1]))
+        expected = method.classifier(torch.from_numpy(dataset.features.read(rows, 1)["pooled"]))
         torch.testing.assert_close(method(batch)["logits"], expected, rtol=1e-4, atol=1e-5)

@@ -44,7 +44,7 @@ def test_features_are_what_the_library_gives_and_a_rerun_does_nothing(indexed: C
     output = indexed.succeed(*command, ray=True)
     assert "computed 2 of 2 shards; 3 views × 24 channels and 24×4×4 maps" in output
     store = open_store(indexed, "tiny")
-    pooled = store.load()
+    pooled = store.array("pooled")[:]
 
     config, _, weights = tiny_tower.removeprefix("open_clip:").partition("@")
     model = open_clip.create_model(Path(config).stem).eval()
@@ -141,8 +141,8 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(
     assert store.pending() == []  # everything computed was kept
     bad = list(store.array("sample_id")[:]).index("anger/truncated.jpg")
     assert store.valid().tolist() == [row != bad for row in range(17)]
-    assert np.isfinite(store.load()[store.valid()]).all()
-    assert np.isnan(store.load()[bad]).all()
+    assert np.isfinite(store.array("pooled")[:][store.valid()]).all()
+    assert np.isnan(store.array("pooled")[bad]).all()
     assert "1 unreadable images left out" in cafe.succeed(*command, "--max-skipped", "1")
 
 
@@ -231,6 +231,6 @@ def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Pa
     images = torch.stack([clean(Image.open(folder / s).convert("RGB")) for s in store.array("sample_id")[:]])
     with torch.no_grad():
         expected = model.encode_image(images).numpy()
-    error = np.abs(store.load()[:, 0] - expected).max() / np.abs(expected).max()
+    error = np.abs(store.read_view("pooled", 0) - expected).max() / np.abs(expected).max()
     assert error < 1e-3
     assert load_backbone(f"clip-vit-b32@{tmp_path / 'clip.pt'}").width == 512

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import embed_faces
 from upath import UPath
 
+from cafe.backbones import load_backbone
 from cafe.checkpoints import read_tensors, write_tensors
 from cafe.datasets import DATASETS
 from cafe.datasets.files import index_files
 from cafe.datasets.synthetic import DOMAINS, write
+from cafe.embedding import Embedder
 from cafe.loading import FaceDataset
 from cafe.manifest import Manifest
 from cafe.methods import METHODS
@@ -38,17 +39,17 @@ def domain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def features(domain: Manifest, tiny_tower: str) -> np.ndarray:
-    return embed_faces(domain, plan_for(METHODS["cafe"]), tiny_tower)
+def features(domain: Manifest, tiny_tower: str) -> Embedder:
+    return Embedder(load_backbone(tiny_tower), domain, plan_for(METHODS["cafe"]), "cpu", maps=False, dtype="float32")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_steps_and_the_same_predictions_from_its_file(
-    name: str, domain: Manifest, features: np.ndarray, tiny_tower: str, tmp_path: Path
+    name: str, domain: Manifest, features: Embedder, tmp_path: Path
 ) -> None:
     method_type = METHODS[name]
     recipe = replace(method_type.recipe_type(), batch_size=11)
-    inputs = Inputs(features.shape[2], image_size=SIZE, backbone=tiny_tower)
+    inputs = Inputs(features.tower.width, image_size=SIZE, backbone=features.tower.name)
     method_type.check(inputs)
     torch.manual_seed(0)
     method = method_type(recipe, inputs)

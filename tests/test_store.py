@@ -12,7 +12,7 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.manifest import Face, Manifest
-from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, find_stores
+from pipeline.store import About, FeatureKey, FeatureReader, FeatureStore, default_shard_rows, find_stores
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
 KEY = FeatureKey(
@@ -115,25 +115,36 @@ def test_loading_an_unfinished_store_says_how_to_finish_it(tmp_path: Path) -> No
     store = FeatureStore.create(UPath(tmp_path), ABOUT, MANIFEST)
     store.write_shard(0, features(0, store), {})
     with pytest.raises(UserError, match="lack 2 of 3 shards: run `cafe extract` again"):
-        store.load()
+        store.read_view("pooled", 0)
 
 
 def test_a_changed_byte_is_noticed_and_only_its_shard_computed_again(tmp_path: Path) -> None:
     store = filled(tmp_path)
     store.array("pooled")[8] = 1.0
     with pytest.raises(UserError, match=r"Shard 2 of .* is not what was written"):
-        store.load()
+        store.read_view("pooled", 0)
     assert store.discard_damaged() == [2]
     assert store.pending() == [2]
 
 
 @pytest.mark.parametrize("share", [0.4, 0.0], ids=["in memory", "mapped"])
-def test_loading_gives_the_features_of_the_wanted_views(tmp_path: Path, share: float) -> None:
+def test_reading_gives_the_rows_of_the_wanted_view(tmp_path: Path, share: float) -> None:
     store = filled(tmp_path)
-    everything = store.load("pooled", memory_share=share)
-    assert isinstance(everything, np.memmap) == (share == 0)
-    np.testing.assert_array_equal(everything, store.array("pooled")[:])
-    np.testing.assert_array_equal(store.load("map", [2, 0], share), store.array("map")[:][:, [2, 0]])
+    reader = FeatureReader(store, ("pooled", "map"), share)
+    rows = np.array([7, 0, 4])
+    for view in (2, 0, 2):
+        for name, values in reader.read(rows, view).items():
+            np.testing.assert_array_equal(values, store.array(name)[:][rows, view])
+    assert sorted(reader.kept) == ([0, 2] if share else [2])  # without room only the last view is kept
+    assert isinstance(reader.kept[2]["map"], np.memmap) == (share == 0)
+
+
+def test_a_view_is_trusted_without_reading_the_others(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    store.array("pooled")[8, 1] = 1.0
+    np.testing.assert_array_equal(store.read_view("pooled", 0), store.array("pooled")[:, 0])
+    with pytest.raises(UserError, match=r"Shard 2 of .* is not what was written"):
+        store.read_view("pooled", 1)
 
 
 def test_a_corrected_label_reaches_the_store_and_recomputes_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from conftest import Cafe, draw_faces
 from safetensors.torch import load_file
 from upath import UPath
 
+from cafe.manifest import Manifest
 from cafe.metrics import Predictions, score
 from pipeline.compare import compare, name_variants, to_markdown
 from pipeline.evaluate import summarise
@@ -169,8 +171,11 @@ def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str
 
 def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None:
     """With a target's images gone, training still ends; judging is what fails."""
-    shutil.rmtree(ready.workspace.parent.parent / "two", ignore_errors=True)
-    ready.succeed(*TRAIN, "--method", "linear_probe", "--targets", "none", ray=True)
+    path = UPath(ready.workspace / "manifests" / "two.parquet")
+    replace(Manifest.load(path), root=str(ready.workspace / "gone")).save(path)
+    result = ready(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "one,two", ray=True)
+    assert result.exit_code == 2
+    assert "file not found" in result.output
     assert (only_run(ready) / "model.safetensors").exists()
 
 

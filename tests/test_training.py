@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_faces, embed_faces
+from conftest import draw_faces
 from upath import UPath
 
 from cafe.backbones import load_backbone
 from cafe.checkpoints import load_checkpoint, save_checkpoint
 from cafe.datasets import DATASETS
 from cafe.datasets.files import index_files
+from cafe.embedding import Embedder
 from cafe.errors import UserError
 from cafe.loading import FaceDataset, epoch_order
 from cafe.manifest import Manifest
@@ -36,21 +37,21 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def features(manifest: Manifest, tiny_tower: str) -> np.ndarray:
-    """The tower run directly on every view, (N, 4, 24)."""
-    return embed_faces(manifest, PLAN, tiny_tower)
+def features(manifest: Manifest, tiny_tower: str) -> Embedder:
+    """The tower run on the fly on every view."""
+    return Embedder(load_backbone(tiny_tower), manifest, PLAN, "cpu", maps=True, dtype="float32")
 
 
-def new_training(name: str, manifest: Manifest, features: np.ndarray, tower: str, **recipe: object) -> Training:
+def new_training(name: str, manifest: Manifest, features: Embedder, seed: int = 0, **recipe: object) -> Training:
     method_type = METHODS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     method = method_type(
         replace(method_type.recipe_type(), **{"batch_size": 16, "learning_rate": 1e-3, **recipe}),
-        Inputs(features.shape[2], image_size=32, backbone=tower),
+        Inputs(features.tower.width, image_size=32, backbone=features.tower.name),
     )
     method.to(memory_format=torch.channels_last)
     dataset = FaceDataset(manifest, PLAN, method.needs, 32, features)
-    return Training(method, method, method.optimizer(), dataset, manifest.rows("train"), 0, CPU)
+    return Training(method, method, method.optimizer(), dataset, manifest.rows("train"), seed, CPU)
 
 
 def weights(training: Training) -> dict[str, torch.Tensor]:
@@ -58,10 +59,8 @@ def weights(training: Training) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_method_learns_and_names_its_losses(
-    name: str, manifest: Manifest, features: np.ndarray, tiny_tower: str
-) -> None:
-    training = new_training(name, manifest, features, tiny_tower)
+def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest, features: Embedder) -> None:
+    training = new_training(name, manifest, features)
     first = training.run_epoch(1)
     for epoch in (2, 3):
         last = training.run_epoch(epoch)
@@ -79,16 +78,16 @@ def test_every_method_learns_and_names_its_losses(
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_resumed_training_is_the_uninterrupted_one(
-    name: str, manifest: Manifest, features: np.ndarray, tiny_tower: str, tmp_path: Path
+    name: str, manifest: Manifest, features: Embedder, tmp_path: Path
 ) -> None:
     recipe = {"relabel_epoch": 1, "relabel_margin": 0.0} if name == "scn" else {}
-    whole = new_training(name, manifest, features, tiny_tower, **recipe)
+    whole = new_training(name, manifest, features, **recipe)
     for epoch in (1, 2):
         whole.run_epoch(epoch)
-    first = new_training(name, manifest, features, tiny_tower, **recipe)
+    first = new_training(name, manifest, features, **recipe)
     first.run_epoch(1)
     save_checkpoint(UPath(tmp_path), first.method, first.optimizer, {"epoch": 1})
-    resumed = new_training(name, manifest, features, tiny_tower, **recipe)
+    resumed = new_training(name, manifest, features, **recipe)
     assert load_checkpoint(UPath(tmp_path), resumed.method, resumed.optimizer) == {"epoch": 1}
     if name == "scn":
         assert len(resumed.method.state_dict()["labels._extra_state"]) > 0
@@ -97,36 +96,36 @@ def test_a_resumed_training_is_the_uninterrupted_one(
         assert torch.equal(value, weights(resumed)[key]), key
 
 
-def test_another_seed_is_another_training(manifest: Manifest, features: np.ndarray) -> None:
+def test_another_seed_is_another_training(manifest: Manifest, features: Embedder) -> None:
     orders = [epoch_order(manifest.rows("train"), manifest.labels, Recipe(), seed, 1) for seed in (0, 0, 1)]
     assert all(np.array_equal(a, b) for a, b in zip(orders[0], orders[1], strict=True))
     assert not np.array_equal(orders[0][0], orders[2][0])
 
 
-def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: np.ndarray, tiny_tower: str) -> None:
+def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: Embedder, tiny_tower: str) -> None:
     """The tower run on the image branch's input gives the cached features."""
     dataset = FaceDataset(manifest, PLAN, frozenset({"image", "features"}), 32, features)
-    (batch,) = dataset.load([[(row, 2) for row in range(12)]], CPU, workers=0)
+    (batch,) = dataset.load([np.arange(12)], 2, CPU)
     with torch.inference_mode():
         direct = load_backbone(tiny_tower)(batch["image"])[0]
     torch.testing.assert_close(direct, batch["features"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_flipped_image_is_the_exact_mirror_of_its_view_erased_rectangle_included(
-    manifest: Manifest, features: np.ndarray
+    manifest: Manifest,
 ) -> None:
     dataset = FaceDataset(manifest, PLAN, frozenset({"image", "flipped_image"}), 24)
-    (batch,) = dataset.load([[(row, 2) for row in range(12)]], CPU, workers=0)
+    (batch,) = dataset.load([np.arange(12)], 2, CPU)
     assert torch.equal(batch["flipped_image"], batch["image"][..., torch.arange(23, -1, -1)])
     erased = [(image == 0).all(0).sum().item() for image in batch["image"]]
     assert max(erased) > 5
     assert [(image == 0).all(0).sum().item() for image in batch["flipped_image"]] == erased
 
 
-def test_loader_processes_change_nothing(manifest: Manifest, features: np.ndarray) -> None:
+def test_loader_processes_change_nothing(manifest: Manifest, features: Embedder) -> None:
     dataset = FaceDataset(manifest, PLAN, frozenset({"image", "features"}), 24, features)
-    batches = [[(row, 1 + row % 3) for row in range(start, start + 10)] for start in (0, 10, 20)]
-    for alone, ahead in zip(dataset.load(batches, CPU, 0), dataset.load(batches, CPU, 2), strict=True):
+    batches = np.split(np.arange(30), 3)
+    for alone, ahead in zip(dataset.load(batches, 1, CPU, 0), dataset.load(batches, 1, CPU, 2), strict=True):
         assert all(torch.equal(alone[name], ahead[name]) for name in alone)
 
 
