@@ -181,9 +181,9 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     spec = parse_backbone(name)
-    tensors = read_state_dict(spec.file or _fetch(name, spec))
+    tensors = read_weights(name, spec)
     build = _build_open_clip if spec.library == "open_clip" else _build_timm
-    with _quiet():
+    with quiet():
         try:
             tower = build(name, spec, tensors, input_size)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
@@ -281,6 +281,11 @@ def _read_config(model: str) -> dict[str, Any]:
 # --- published weights -----------------------------------------------------------------------------------------------
 
 
+def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
+    """Return all tensors of a tower's weights file, fetched from the hub where no file is named."""
+    return read_state_dict(spec.file or _fetch(name, spec))
+
+
 def _fetch(name: str, spec: BackboneSpec) -> str:
     repository, revision, files = _locate(spec)
     by_file = f"'{spec.library}:{spec.model}@FILE'"
@@ -326,16 +331,23 @@ class _Tower:
     map_shape: tuple[int, int, int] | None
 
 
+def open_clip_name(spec: BackboneSpec) -> str:
+    """Return what open_clip calls a model, after making a configuration of the user's known to it."""
+    import open_clip
+
+    if not _is_config(spec.model):
+        return spec.model
+    _read_config(spec.model)  # the file may have changed since the name was parsed, or this is another process
+    open_clip.add_model_config(spec.model)
+    return Path(spec.model).stem
+
+
 def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Tower:
     import open_clip
     from open_clip.convert import convert_state_dict
     from open_clip.model import resize_pos_embed
 
-    model = spec.model
-    if _is_config(model):
-        _read_config(model)  # the file may have changed since the name was parsed, or this is another process
-        open_clip.add_model_config(model)
-        model = Path(model).stem
+    model = open_clip_name(spec)
     in_timm = bool(open_clip.get_model_config(model)["vision_cfg"].get("timm_model_name"))
     # Towers of open_clip's own are laid out without memory and take the file's tensors as they are, which saves two
     # seconds of random numbers; timm's hold buffers no file has. Nobody needs the text tower: it is kept minimal.
@@ -353,7 +365,7 @@ def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], 
     resize_pos_embed(tensors, whole)
     module = whole.visual
     visual = {key.removeprefix("visual."): tensor for key, tensor in tensors.items() if key.startswith("visual.")}
-    _load(name, module, visual, input_size)
+    load_tensors(name, module, visual, input_size)
     digest = digest_state_dict(module.state_dict())
     if in_timm and input_size is not None:
         module.set_input_size(input_size)
@@ -385,7 +397,9 @@ def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input
         tensors = convert(tensors, module)
     heads = module.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head.partition('.')[0]}." for head in ((heads,) if isinstance(heads, str) else heads))
-    _load(name, module, {key: t for key, t in tensors.items() if key in own or not key.startswith(heads)}, input_size)
+    load_tensors(
+        name, module, {key: t for key, t in tensors.items() if key in own or not key.startswith(heads)}, input_size
+    )
     digest = digest_state_dict(module.state_dict())
     resolve: Any = timm.data.resolve_model_data_config
     preprocessing = resolve(module)
@@ -407,7 +421,8 @@ def _rename_by_order(name: str, tensors: Mapping[str, Tensor], own: Mapping[str,
     return renamed
 
 
-def _load(name: str, module: nn.Module, tensors: Mapping[str, Tensor], input_size: int | None) -> None:
+def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor], input_size: int | None = None) -> None:
+    """Give a module its tensors; raise `UserError` unless they are exactly its own in name and shape."""
     own = module.state_dict()
     missing = [key for key in own if key not in tensors]
     unexpected = [key for key in tensors if key not in own]
@@ -429,7 +444,7 @@ def _probe(
     """Ask the tower, with one zero image, what it gives; a map counts only if its route gives the same features."""
     module = module.eval()
     image = torch.zeros(1, 3, input_size, input_size)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
         pooled = first_output(module(image))
         if pooled.ndim != 2:
             raise UserError(f"The backbone '{name}' gives no single vector per image: choose another model.")
@@ -455,7 +470,7 @@ def _triple(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the libraries' warnings and logs; they log to the root logger, which must not get a handler by that."""
     root, handler, level = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
     root.addHandler(handler)

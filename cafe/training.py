@@ -109,12 +109,22 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> None:
+    """Fit a method that is not trained in epochs, with the clean views of some rows."""
+    method.eval()
+    with torch.no_grad():
+        method.fit(dataset.load(_split(rows), 0, device))
+
+
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return class probabilities (n, 7) float32 of the clean views of some rows."""
     method.eval()
-    batches = np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))
     parts: list[Tensor] = []
     with torch.no_grad():
-        for batch in dataset.load(batches, 0, device):
+        for batch in dataset.load(_split(rows), 0, device):
             parts.append(method(batch)["logits"].float().softmax(dim=1).cpu())
     return torch.cat(parts).numpy()
+
+
+def _split(rows: np.ndarray) -> list[np.ndarray]:
+    return np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))

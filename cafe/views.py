@@ -47,9 +47,8 @@ POLICIES = {
     "paper": ViewPolicy(noise_probability=0.5, flip_probability=0.5, erase_probability=0.5),  # CAFE, released script
     # SCN and RUL, released scripts: half of the views have noise or a flip, each as often.
     "scn": ExclusivePolicy(noise_probability=0.25, flip_probability=0.25, erase_probability=0.5),
-    "eac": ViewPolicy(
-        noise_probability=0.5, erase_probability=0.5
-    ),  # EAC, released script: it mirrors every view itself
+    # EAC, released script: it mirrors every view itself, so none is flipped by chance.
+    "eac": ViewPolicy(noise_probability=0.5, erase_probability=0.5),
     "clean": ViewPolicy(),
     "clean+flip": ViewPolicy(flip_probability=0.5),
 }

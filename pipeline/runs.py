@@ -104,8 +104,12 @@ class RunSpec:
         """Return the method with initial weights drawn from the seed."""
         method = find_method(self.method)
         torch.manual_seed(self.seed)
-        inputs = Inputs(self.width, self.network, init or self.init, self.image_size)
-        return method(method.recipe_type(**self.recipe), inputs)
+        return method(method.recipe_type(**self.recipe), replace(self.inputs, init=init or self.init))
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the method is built for."""
+        return Inputs(self.width, self.network, self.init, self.image_size, self.backbone)
 
     def load_model(self, path: UPath) -> Method:
         """Return the trained method of a run's folder."""

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from upath import UPath
 
 from cafe.backbones import NORMALISATIONS
@@ -25,7 +26,7 @@ from cafe.manifest import Manifest
 from cafe.methods import find_method
 from cafe.methods.method import Method, apply_overrides
 from cafe.parallel import rank, share_batch_norm, world_size
-from cafe.training import Selection, Training
+from cafe.training import Selection, Training, fit
 from cafe.views import ViewPlan
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
@@ -96,6 +97,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         tag=settings.tag,
         source_kind=manifest.kind,
     )
+    method.check(spec.inputs)
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
     train, held_out = choose_rows(source, settings.selection)
     if len(train) < SMALLEST_BATCH:
@@ -108,9 +110,9 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
 
 def _check_features(settings: TrainSettings, store: About | None) -> None:
     needs = find_method(settings.method).needs
-    if settings.live and needs.isdisjoint(ARRAYS):
-        raise UserError(f"{settings.method} uses no frozen tower: leave out --live.")
-    if store is None and not needs.isdisjoint(ARRAYS):
+    if settings.live and (needs.isdisjoint(ARRAYS) or not find_method(settings.method).trained):
+        raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
+    if store is None and not needs.isdisjoint({*ARRAYS, "tower"}):
         raise UserError(
             f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
         )
@@ -222,6 +224,11 @@ def train_worker(config: dict[str, Any]) -> None:
     train, held_out = choose_rows(source, spec.selection)
     selection = Selection(held_out)
     method = spec.build().to(device).to(memory_format=torch.channels_last)
+    if not method.trained:
+        if rank() == 0:
+            fit(method, spec.dataset(source), train, device)
+            _save_result(run, method.state_dict(), {"epochs": 0})
+        return
     if world_size() > 1:
         share_batch_norm(method)
     module = ray.train.torch.prepare_model(method)
@@ -255,8 +262,14 @@ def train_worker(config: dict[str, Any]) -> None:
                     save_checkpoint(UPath(folder), method, training.optimizer, record, selection.weights)
                 ray.train.report({"epoch": epoch}, checkpoint=Checkpoint(folder) if rank() == 0 else None)
     if rank() == 0:
-        write_tensors(run / "model.safetensors", selection.result(training))
-        write_json(run / "result.json", {"epochs": spec.recipe["epochs"], "selected": selection.epoch, **metrics})
+        result = {"epochs": spec.recipe["epochs"], "selected": selection.epoch, **metrics}
+        _save_result(run, selection.result(training), result)
+
+
+def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
+    """Write a trained method; the record that it is finished comes last."""
+    write_tensors(run / "model.safetensors", weights)
+    write_json(run / "result.json", result)
 
 
 class _Notes:

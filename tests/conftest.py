@@ -61,7 +61,7 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
         "embed_dim": 24,
         "quick_gelu": True,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 1, "layers": 1},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
     }
     (folder / "tiny-cafe-vit.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "tiny-cafe-vit.json")

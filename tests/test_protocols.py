@@ -18,7 +18,7 @@ from cafe.datasets.files import index_files
 from cafe.errors import UserError
 from cafe.loading import FaceDataset
 from cafe.manifest import Face, Manifest
-from cafe.methods import find_method
+from cafe.methods import METHODS, find_method
 from cafe.metrics import Predictions
 from cafe.protocols import PROTOCOLS, find_protocol
 from cafe.views import ViewPlan
@@ -97,7 +97,7 @@ def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> Feature
 def make_run(workspace: Workspace, method: str = "linear_probe", source: str = "raf") -> tuple[UPath, RunSpec]:
     """Write a run as training leaves it, with the weights it began with."""
     faces = workspace.load_manifest(source)
-    chosen = choose_store(workspace, faces, StoreChoice())
+    chosen = choose_store(workspace, faces, StoreChoice(), METHODS[method])
     assert chosen is not None
     key = chosen[1].key
     recipe = asdict(find_method(method).recipe_type())

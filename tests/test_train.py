@@ -157,6 +157,18 @@ def test_image_only_needs_no_features(ready: Cafe) -> None:
     assert (only_run(ready) / "predictions" / "two.parquet").exists()
 
 
+@pytest.mark.parametrize("method", ["zero_shot", "nearest_class_mean"])
+def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str) -> None:
+    command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", "2")
+    ready.succeed(*command, ray=True)
+    run = only_run(ready)
+    assert json.loads((run / "result.json").read_text()) == {"epochs": 0}
+    (logged,) = tracked(ready)
+    expected = score(Predictions.load(run / "predictions" / "two.parquet"))["accuracy"]
+    assert logged.metrics["target/two/accuracy"] == pytest.approx(expected)
+    assert max(float(value.abs().max()) for value in model(run).values()) > 0.1
+
+
 def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None:
     """With a target's images gone, training still ends; judging is what fails."""
     path = UPath(ready.workspace / "manifests" / "two.parquet")

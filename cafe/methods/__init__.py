@@ -6,11 +6,14 @@ from cafe.errors import unknown
 from cafe.methods.cafe import Cafe
 from cafe.methods.cafe_map import CafeMap
 from cafe.methods.eac import Eac
+from cafe.methods.finetune import Finetune
 from cafe.methods.image_only import ImageOnly
 from cafe.methods.linear_probe import LinearProbe
 from cafe.methods.method import Method
+from cafe.methods.nearest_mean import NearestClassMean
 from cafe.methods.rul import Rul
 from cafe.methods.scn import Scn
+from cafe.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
     "cafe": Cafe,
@@ -19,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
     "rul": Rul,
     "eac": Eac,
     "linear_probe": LinearProbe,
+    "nearest_class_mean": NearestClassMean,
+    "zero_shot": ZeroShot,
+    "finetune": Finetune,
     "image_only": ImageOnly,
 }
 

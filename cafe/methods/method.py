@@ -34,12 +34,15 @@ class Inputs:
     network: str = "resnet18"
     init: str = "scratch"
     image_size: int = 224  # pixels, side of the image branch's input
+    backbone: str | None = None  # name of the tower the frozen features are of
 
 
 class Method(nn.Module):
     """A method of facial-expression recognition. A subclass cites its paper and states where it deviates from it."""
 
-    needs: ClassVar[frozenset[str]]  # what its batches hold: "image", "flipped_image", "features", "map"
+    # What a batch must hold: "image", "flipped_image", "features", "map"; or the "tower" of the features itself.
+    needs: ClassVar[frozenset[str]]
+    trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.POLICIES`
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
@@ -50,12 +53,21 @@ class Method(nn.Module):
     @classmethod
     def published_recipe(cls, kind: str) -> Recipe:
         """Return the published recipe for a source of some kind (`rafdb`, `affectnet`, …)."""
-        return cls.recipe_type(**cls.recipe_changes.get(kind, {}))
+        changes = cls.recipe_changes.get(kind, {}) if cls.trained else {}
+        return cls.recipe_type(**changes)
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__()
         self.recipe = recipe
         self.inputs = inputs
+
+    @classmethod
+    def check(cls, inputs: Inputs) -> None:
+        """Raise `UserError` when the method cannot be built for these inputs; asked before anything starts."""
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Learn from the clean views of the training faces at once, by a method that is not trained in epochs."""
+        raise NotImplementedError
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named outputs of which `logits` (N, 7) is required; runs inside DDP, on one worker's part of a batch."""
@@ -115,7 +127,12 @@ def _check(recipe: Recipe, method: str) -> None:
             raise unknown(f"{name} of {method}", value, allowed)
         if isinstance(value, int | float) and value < 0:
             raise UserError(f"The setting {name} of {method} cannot be negative, but is {value}.")
-    if recipe.epochs < 1 or recipe.batch_size < 2:
+    if type(recipe)().epochs == 0:
+        if recipe.epochs:
+            raise UserError(
+                f"{method} is not trained in epochs, so it cannot take {recipe.epochs} of them: leave them out."
+            )
+    elif recipe.epochs < 1 or recipe.batch_size < 2:
         raise UserError(f"{method} needs at least 1 epoch and batches of at least 2 faces.")
 
 

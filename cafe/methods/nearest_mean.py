@@ -1,0 +1,58 @@
+"""Nearest class mean: the expression whose training faces lie closest on average; one look at the features, no training.
+
+The rule of "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017, with all training faces as exemplars:
+features are L2-normalised, averaged for each class, normalised again, and compared by cosine, which ranks unit vectors as
+Euclidean distance does. Faces are taken in their clean view 0, so the augmentation plays no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cafe.expressions import EXPRESSIONS
+from cafe.methods import method
+from cafe.methods.method import Batch, Inputs, Method
+
+
+@dataclass(frozen=True)
+class Recipe(method.Recipe):
+    """Nothing is trained."""
+
+    epochs: int = 0
+    scale: float = 100.0  # of cosines to logits, as in CLIP: decides how sure predictions are, never which they are
+
+
+class NearestClassMean(Method):
+    """Cosines between the frozen features and the mean of every expression's."""
+
+    needs = frozenset({"features"})
+    trained = False
+    recipe_type = Recipe
+    recipe: Recipe
+    means: Tensor  # (7, C), unit vectors
+    absent: Tensor  # (7,), 0, or -inf for an expression without training faces, which is never predicted
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        super().__init__(recipe, inputs)
+        assert inputs.width is not None
+        self.register_buffer("means", torch.zeros(len(EXPRESSIONS), inputs.width))
+        self.register_buffer("absent", torch.zeros(len(EXPRESSIONS)))
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Average the features of every expression."""
+        sums = torch.zeros_like(self.means, dtype=torch.float64)
+        for batch in batches:
+            members = functional.one_hot(batch["label"], len(EXPRESSIONS)).double()  # (n, 7)
+            sums += members.T @ functional.normalize(batch["features"].double(), dim=1)
+        self.means.copy_(functional.normalize(sums, dim=1))
+        self.absent.masked_fill_(~sums.any(dim=1), -torch.inf)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return logits (N, 7)."""
+        cosines = functional.linear(functional.normalize(batch["features"], dim=1), self.means)
+        return {"logits": self.recipe.scale * cosines + self.absent}

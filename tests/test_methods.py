@@ -1,0 +1,86 @@
+"""Every method, on every synthetic domain: two steps, a file, and the same predictions from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from upath import UPath
+
+from cafe.backbones import load_backbone
+from cafe.checkpoints import read_tensors, write_tensors
+from cafe.datasets import DATASETS
+from cafe.datasets.files import index_files
+from cafe.datasets.synthetic import DOMAINS, write
+from cafe.embedding import Embedder
+from cafe.loading import FaceDataset
+from cafe.manifest import Manifest
+from cafe.methods import METHODS
+from cafe.methods.method import Inputs, Method
+from cafe.training import Training, fit, predict
+from cafe.views import POLICIES, ViewPlan
+
+CPU = torch.device("cpu")
+SIZE = 32  # pixels
+
+
+def plan_for(method: type[Method]) -> ViewPlan:
+    return ViewPlan(method.policy, 0, 2, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module", params=DOMAINS)
+def domain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("faces")
+    write(folder, request.param, 28)
+    return index_files(request.param, DATASETS["synthetic"](UPath(folder / request.param))).manifest
+
+
+@pytest.fixture(scope="module")
+def features(domain: Manifest, tiny_tower: str) -> Embedder:
+    return Embedder(load_backbone(tiny_tower), domain, plan_for(METHODS["cafe"]), "cpu", maps=False, dtype="float32")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_steps_and_the_same_predictions_from_its_file(
+    name: str, domain: Manifest, features: Embedder, tmp_path: Path
+) -> None:
+    method_type = METHODS[name]
+    recipe = replace(method_type.recipe_type(), batch_size=11)
+    inputs = Inputs(features.tower.width, image_size=SIZE, backbone=features.tower.name)
+    method_type.check(inputs)
+    torch.manual_seed(0)
+    method = method_type(recipe, inputs)
+    dataset = FaceDataset(domain, plan_for(method_type), method.needs, SIZE, features)
+    rows, test = domain.rows("train"), domain.rows("test")
+    steps: list[tuple[int, int]] = []
+    if method.trained:
+        before = {key: value.detach().clone() for key, value in method.named_parameters() if value.requires_grad}
+        training = Training(method, method, method.optimizer(), dataset, rows, 0, CPU)
+        metrics = training.run_epoch(1, lambda done, total: steps.append((done, total)))
+        assert steps == [(1, 2), (2, 2)]
+        assert all(np.isfinite(value) for value in metrics.values())
+        unmoved = [key for key, value in method.named_parameters() if key in before and torch.equal(value, before[key])]
+        assert unmoved == []
+    else:
+        fit(method, dataset, rows, CPU)
+    probabilities = predict(method, dataset, test, CPU)
+    assert probabilities.shape == (7, 7)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert np.ptp(probabilities, axis=1).min() > 0
+
+    write_tensors(UPath(tmp_path / "model.safetensors"), method.state_dict())
+    torch.manual_seed(1)
+    again = method_type(recipe, inputs)
+    again.load_state_dict(read_tensors(UPath(tmp_path / "model.safetensors")))
+    np.testing.assert_allclose(predict(again, dataset, test, CPU), probabilities, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_names_a_policy_and_is_in_the_table_of_methods(name: str) -> None:
+    assert METHODS[name].policy in POLICIES
+    table = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1
