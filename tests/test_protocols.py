@@ -126,7 +126,7 @@ def test_a_target_gets_the_store_of_its_colours_and_a_source_always_rgb(workspac
         target = choose_target(workspace, "stills", spec, find_protocol(protocol), None)
         assert target.about is not None
         assert (target.about.key.channels, target.channels) == (channels, channels)
-    chosen = choose_store(workspace, workspace.load_manifest("stills"), StoreChoice())
+    chosen = choose_store(workspace, workspace.load_manifest("stills"), StoreChoice(), METHODS["cafe"])
     assert chosen is not None
     assert chosen[1].key.channels == "rgb"
 
