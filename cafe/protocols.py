@@ -32,6 +32,11 @@ class Protocol:
         """Return the order of the colours of targets of a kind, `rgb` or `bgr`."""
         return "bgr" if kind in self.bgr else "rgb"
 
+    def judges_like(self, other: Protocol, kind: str) -> bool:
+        """Whether another protocol judges targets of a kind on the same split in the same colours."""
+        same_split = self.splits.get(kind, JUDGED) == other.splits.get(kind, JUDGED)
+        return same_split and self.channels(kind) == other.channels(kind)
+
     def split(self, target: Manifest, source_kind: str) -> str | None:
         """Return the split of a target that is judged, or None when it has none that may be.
 
