@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,9 +60,11 @@ class Tracker:
         return str(run.info.run_id)
 
     def log(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of a step."""
-        for name, value in metrics.items():
-            self.client.log_metric(run_id, name, value, step=step)
+        """Log metrics of a step, all in one transaction."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
 
     def tag(self, run_id: str, name: str, value: str) -> None:
         """Set a tag of a run."""
