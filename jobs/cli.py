@@ -251,34 +251,50 @@ def evaluate(run: str, **values: Any) -> None:
 @main.command()
 @click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1.")
 @click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
+@click.option("--versus", metavar="METHOD", help="Test the accuracy of every other method against this one.")
 @click.option(
     "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
 )
-@click.option("--markdown", metavar="FILE", help="Write the table as Markdown too.")
+@click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
+@click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
+@click.option("--csv", metavar="FILE", help="Write the numbers: a line per method, source and target.")
+@click.option("--html", metavar="FILE", help="Write one page with figures, to be read, mailed or printed.")
 @click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
 @click.option("--experiment", default="cafe", show_default=True, help="MLflow experiment.")
 def compare(
-    metric: str, per_class: str | None, protocol: str, markdown: str | None, mlflow_uri: str | None, experiment: str
+    metric: str,
+    per_class: str | None,
+    versus: str | None,
+    protocol: str,
+    mlflow_uri: str | None,
+    experiment: str,
+    **files: str | None,
 ) -> None:
-    """Compare all runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds."""
-    from jobs.tables import comparison_tables, method_table
-    from pipeline.compare import cells, class_cells, describe_protocol, to_markdown
-    from pipeline.compare import compare as compare_runs
+    """Compare all runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds.
+
+    \b
+    cafe compare --versus cafe --html comparison.html
+
+    Published numbers stand beside ours where a data set is judged as it was in the paper. --versus needs the predictions
+    of the runs, which are in the workspace they were made in.
+    """
+    from jobs.tables import report_tables
+    from pipeline.render import FORMATS
+    from pipeline.report import make_report
     from pipeline.tracking import Tracker
     from pipeline.workspace import locate
 
-    runs = Tracker(_workspace(), mlflow_uri, experiment).runs()
-    if per_class:
-        lines = class_cells(runs, per_class, protocol)
-        _print(method_table(lines))
-    else:
-        comparison = compare_runs(runs, metric, protocol)
-        lines = cells(comparison)
-        for table in comparison_tables(comparison):
-            _print(table)
-    if markdown:
-        locate(markdown).write_bytes(f"{to_markdown(lines)}\n{describe_protocol(protocol)}\n".encode())
-        click.echo(f"Wrote {markdown}")
+    workspace = _workspace()
+    runs = Tracker(workspace, mlflow_uri, experiment).runs()
+    report = make_report(workspace, runs, metric, protocol, per_class, versus)
+    for table in report_tables(report):
+        _print(table)
+    for name, file in files.items():
+        if file:
+            place = locate(file)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(FORMATS[name](report).encode())
+            click.echo(f"Wrote {file}")
 
 
 @main.command()
@@ -295,11 +311,12 @@ def ui(port: int) -> None:
 def demo(**values: Any) -> None:
     """Everything once on synthetic faces: draw, extract, train, judge, compare; under ten minutes on two cores."""
     from jobs.demo import NEXT_STEPS, run_demo
-    from jobs.tables import comparison_tables
+    from jobs.tables import report_tables
+    from pipeline.report import report_comparison
 
     workspace = _workspace()
     comparison = run_demo(workspace, DemoSettings(**values), _progress, click.echo)
-    for table in comparison_tables(comparison):
+    for table in report_tables(report_comparison(comparison)):
         _print(table)
     click.echo(NEXT_STEPS.format(workspace=click.get_current_context().obj))
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import statistics
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from cafe.datasets.counts import Difference
 from cafe.datasets.files import Index
 from cafe.expressions import EXPRESSIONS
 from cafe.manifest import SPLITS
 from cafe.protocols import find_protocol
-from pipeline.compare import Comparison, cells, describe_protocol
+from pipeline.report import Report
+from pipeline.sheets import BEST, SECOND
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
+STYLES = {BEST: "bold", SECOND: "underline", "": ""}
 LISTED = 10  # broken or duplicate files named before "and N more"
 
 
@@ -105,30 +108,17 @@ def scores_table(metrics: dict[str, float], protocol: str = "clean") -> Table:
     return table
 
 
-def comparison_tables(comparison: Comparison) -> list[Table | str]:
-    """Methods × targets, one block per source, and how to read it."""
-    note = (
-        "Percent, mean ± half-width of the 95 % t-interval over seeds. In brackets: the source itself, its own test split. "
-        "Unseen: mean over the targets not trained on; all: with the source, as published tables average."
-    )
-    lines = cells(comparison)
-    if any("†" in cell for line in lines for cell in line):
-        note += " †: the epoch was chosen on the source's test split, as published scripts do: not comparable."
-    others = [
-        f"Some of these runs were also judged by --protocol {name}: see its own table." for name in comparison.others
-    ]
-    return [method_table(lines), note, describe_protocol(comparison.protocol), *others]
-
-
-def method_table(lines: list[list[str]]) -> Table:
-    """A header and a line per method, one block per source."""
-    header, *lines = lines
-    table = Table(
-        *(
-            Column(name, justify="left" if place < 2 else "right", no_wrap=place < 2)
-            for place, name in enumerate(header)
-        )
-    )
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
-        table.add_row(*line, end_section=following is not None and following[0] != line[0])
-    return table
+def report_tables(report: Report) -> list[Table | str]:
+    """The sheets of a comparison with how to read them; the best is bold, the second underlined."""
+    tables: list[Table | str] = []
+    for sheet in report.sheets:
+        table = Table(title=sheet.title, title_justify="left", title_style="bold")
+        for place, name in enumerate(sheet.header):
+            word = place < sheet.words
+            table.add_column(name, justify="left" if word else "right", no_wrap=word)
+        for number, line in enumerate(sheet.lines):
+            last = number + 1 == len(sheet.lines)
+            cells = (Text(cell.text, STYLES[cell.mark]) for cell in line)
+            table.add_row(*cells, end_section=not last and sheet.starts_block(number + 1))
+        tables += [table, *sheet.notes]
+    return [*tables, *report.about]

@@ -18,17 +18,57 @@ IDENTITY = ("source", "method", SEED)  # what a row shows anyway
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method trained on one source, over its seeds: an estimate per target and the means over targets."""
+class Group:
+    """Runs that differ in nothing but their seed: one method trained on one source."""
 
-    source: str
-    method: str
+    runs: tuple[TrackedRun, ...]
     variant: str  # the settings in which it differs from the other rows of this method; empty when there are none
-    seeds: int
+
+    @property
+    def source(self) -> str:
+        """What it was trained on."""
+        return self.runs[0].params["source"]
+
+    @property
+    def method(self) -> str:
+        """Its method."""
+        return self.runs[0].params["method"]
+
+    @property
+    def label(self) -> str:
+        """What tells it apart from the others of its source."""
+        return f"{self.method} ({self.variant})" if self.variant else self.method
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds there are."""
+        return len({run.params[SEED] for run in self.runs})
+
+    @property
+    def peeked(self) -> bool:
+        """Whether its epoch was chosen on faces it is judged on."""
+        return self.runs[0].params.get("selection") == PEEKING
+
+    def over_seeds(self, metric: str) -> Estimate:
+        """Estimate a metric over the runs that have it."""
+        return estimate([run.metrics[metric] for run in self.runs if metric in run.metrics])
+
+
+@dataclass(frozen=True)
+class Row(Group):
+    """An estimate per target and the means over targets."""
+
     targets: dict[str, Estimate]
     unseen: Estimate
     everything: Estimate  # including the source, as published
     unseen_macro_f1: Estimate
+
+
+@dataclass(frozen=True)
+class ClassRow(Group):
+    """An estimate per expression on one target, then `overall` and `mean`."""
+
+    values: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -54,26 +94,42 @@ def compare(runs: list[TrackedRun], metric: str = "accuracy", protocol: str = "c
     prefix, suffix = "target/", f"/{metric}"
     names = {
         name.removeprefix(prefix).removesuffix(suffix)
-        for members, _ in groups
-        for run in members
+        for run in judged
         for name in run.metrics
         if name.startswith(prefix) and name.endswith(suffix)
     }
     targets = sorted(name for name in names if "/" not in name and ":" not in name)
-
-    rows = [_row(members, variant, targets, metric) for members, variant in groups]
+    rows = [_row(group, targets, metric) for group in groups]
     others = tuple(name for name in PROTOCOLS if name != protocol and _judged(runs, name))
     return Comparison(metric, targets, rows, protocol, others)
 
 
-def group_runs(runs: list[TrackedRun]) -> list[tuple[list[TrackedRun], str]]:
+def compare_classes(runs: list[TrackedRun], target: str, protocol: str = "clean") -> list[ClassRow]:
+    """Estimate accuracy per expression on one target, like the supplement's Table 1; raise `UserError`."""
+    all_judged = select(runs, protocol)
+    judged = [run for run in all_judged if f"target/{target}/accuracy" in run.metrics]
+    if not judged:
+        names = {name.split("/")[1] for run in all_judged for name in run.metrics if name.startswith("target/")}
+        raise unknown("target", target, names)
+    columns = {**{name: f"recall/{name}" for name in EXPRESSIONS}, "overall": "accuracy", "mean": "mean_class_accuracy"}
+    return [
+        ClassRow(
+            group.runs,
+            group.variant,
+            {name: group.over_seeds(f"target/{target}/{metric}") for name, metric in columns.items()},
+        )
+        for group in group_runs(judged)
+    ]
+
+
+def group_runs(runs: list[TrackedRun]) -> list[Group]:
     """Return runs that differ in nothing but their seed together, each group with its variant, in order."""
     groups: dict[str, list[TrackedRun]] = defaultdict(list)
     for run in runs:
         groups[run.tags["cafe.group"]].append(run)
     variants = name_variants([members[0].params for members in groups.values()])
-    named = zip(groups.values(), variants, strict=True)
-    return sorted(named, key=lambda group: (group[0][0].params["source"], group[0][0].params["method"], group[1]))
+    named = [Group(tuple(members), variant) for members, variant in zip(groups.values(), variants, strict=True)]
+    return sorted(named, key=lambda group: (group.source, group.method, group.variant))
 
 
 def select(runs: list[TrackedRun], protocol: str) -> list[TrackedRun]:
@@ -102,26 +158,19 @@ def _judged(runs: list[TrackedRun], protocol: str) -> list[TrackedRun]:
     return [run for run in own if any(name.startswith("target/") for name in run.metrics)]
 
 
-def _row(members: list[TrackedRun], variant: str, targets: list[str], metric: str) -> Row:
-    params = members[0].params
+def _row(group: Group, targets: list[str], metric: str) -> Row:
+    def over_targets(name: str, wanted: list[str]) -> Estimate:
+        complete = all(f"target/{target}/{metric}" in run.metrics for run in group.runs for target in wanted)
+        return group.over_seeds(name) if complete else estimate([])
 
-    def over_seeds(name: str) -> Estimate:
-        return estimate([run.metrics[name] for run in members if name in run.metrics])
-
-    def over_targets(group: str, name: str, wanted: list[str]) -> Estimate:
-        complete = all(f"target/{target}/{metric}" in run.metrics for run in members for target in wanted)
-        return over_seeds(f"{group}/{name}") if complete else estimate([])
-
-    unseen = [target for target in targets if target != params["source"]]
+    unseen = [target for target in targets if target != group.source]
     return Row(
-        params["source"],
-        params["method"],
-        variant,
-        len({run.params[SEED] for run in members}),
-        {target: over_seeds(f"target/{target}/{metric}") for target in targets},
-        over_targets("unseen", metric, unseen),
-        over_targets("all", metric, targets),
-        over_targets("unseen", "macro_f1", unseen),
+        group.runs,
+        group.variant,
+        {target: group.over_seeds(f"target/{target}/{metric}") for target in targets},
+        over_targets(f"unseen/{metric}", unseen),
+        over_targets(f"all/{metric}", targets),
+        over_targets("unseen/macro_f1", unseen),
     )
 
 
@@ -139,53 +188,3 @@ def name_variants(params: list[dict[str, str]]) -> list[str]:
 
 def _brief(value: str) -> str:
     return value if len(value) <= 24 else f"{value[:8]}…"
-
-
-def to_markdown(lines: list[list[str]]) -> str:
-    """Return a header and lines as a Markdown table."""
-    header, *body = lines
-    lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def describe_protocol(protocol: str) -> str:
-    """Say how the targets of a table were judged: numbers of two protocols are not comparable."""
-    return f"Protocol {protocol}: {find_protocol(protocol).about}"
-
-
-def cells(comparison: Comparison) -> list[list[str]]:
-    """Return the comparison as text: a header and a line per row, percent ± half-width of the 95 % t-interval."""
-    metric = comparison.metric.replace("_", " ")
-    header = ["source", "method", "seeds", *comparison.targets, f"unseen {metric}", "unseen macro-F1", f"all {metric}"]
-    lines = [header]
-    for row in comparison.rows:
-        values = [
-            f"({cell})" if target == row.source else str(cell)  # seen in training: not a measure of generalisation
-            for target, cell in row.targets.items()
-        ]
-        method = f"{row.method} ({row.variant})" if row.variant else row.method
-        values += map(str, (row.unseen, row.unseen_macro_f1, row.everything))
-        peeked = f"selection={PEEKING}" in row.variant
-        lines.append([row.source, method, str(row.seeds), *(f"{value} †" if peeked else value for value in values)])
-    return lines
-
-
-def class_cells(runs: list[TrackedRun], target: str, protocol: str = "clean") -> list[list[str]]:
-    """Return accuracy per expression on one target as text, like the supplement's Table 1; raise `UserError`.
-
-    A header and a line per method: seven recalls, overall accuracy and their mean.
-    """
-    all_judged = select(runs, protocol)
-    judged = [run for run in all_judged if f"target/{target}/accuracy" in run.metrics]
-    if not judged:
-        names = {name.split("/")[1] for run in all_judged for name in run.metrics if name.startswith("target/")}
-        raise unknown("target", target, names)
-    columns = {**{name: f"recall/{name}" for name in EXPRESSIONS}, "overall": "accuracy", "mean": "mean_class_accuracy"}
-    lines = [["source", "method", "seeds", *columns]]
-    for members, variant in group_runs(judged):
-        params = members[0].params
-        method = f"{params['method']} ({variant})" if variant else params["method"]
-        metrics = [f"target/{target}/{name}" for name in columns.values()]
-        cells = [str(estimate([run.metrics[name] for run in members if name in run.metrics])) for name in metrics]
-        lines.append([params["source"], method, str(len(members)), *cells])
-    return lines

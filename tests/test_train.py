@@ -20,7 +20,7 @@ from upath import UPath
 
 from cafe.manifest import Manifest
 from cafe.metrics import Predictions, score
-from pipeline.compare import cells, compare, name_variants, to_markdown
+from pipeline.compare import compare, name_variants
 from pipeline.evaluate import summarise
 from pipeline.tracking import TrackedRun, Tracker
 from pipeline.workspace import Workspace
@@ -148,7 +148,7 @@ def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) ->
     values = [run.metrics["target/two/accuracy"] for run in tracked(ready)]
     assert row.targets["two"].mean == pytest.approx(np.mean(values))
     assert row.unseen.mean == pytest.approx(np.mean([run.metrics["unseen/accuracy"] for run in tracked(ready)]))
-    assert (ready.workspace / "table.md").read_text() == to_markdown(cells(compare(tracked(ready))))
+    assert f"| one | linear_probe | 2 | ({row.targets['one']}) |" in (ready.workspace / "table.md").read_text()
 
 
 def test_image_only_needs_no_features(ready: Cafe) -> None:

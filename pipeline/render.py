@@ -1,0 +1,111 @@
+"""A report in the formats people use: Markdown, LaTeX, CSV, and one self-contained HTML page that prints well."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cafe.charts import to_svg
+from pipeline.report import Report
+from pipeline.sheets import BEST, SECOND, Cell, Sheet
+
+
+def to_markdown(report: Report) -> str:
+    """Return the tables with their notes as Markdown; the best bold, the second underlined."""
+    parts = [f"# {report.title}", *report.about]
+    for sheet in report.sheets:
+        rule = ["---"] * sheet.words + ["---:"] * (len(sheet.header) - sheet.words)
+        lines = [sheet.header, rule, *([_markdown_cell(cell) for cell in line] for line in sheet.lines)]
+        parts += [f"## {sheet.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines), *sheet.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = cell.text.replace("|", "\\|")
+    return {BEST: f"**{text}**", SECOND: f"<u>{text}</u>"}.get(cell.mark, text)
+
+
+def to_csv(report: Report) -> str:
+    """Return the records as CSV, a line per row and target; what is not known is empty."""
+    columns = dict.fromkeys(name for record in report.records for name in record)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    for record in report.records:
+        writer.writerow({name: "" if _is_nan(value) else value for name, value in record.items()})
+    return file.getvalue()
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def to_latex(report: Report) -> str:
+    """Return the tables as floats to include in a document that uses the packages booktabs and graphicx."""
+    parts = [f"% {report.title}. Needs \\usepackage{{booktabs,graphicx}}.", *(f"% {line}" for line in report.about)]
+    parts += [_latex_table(sheet, number) for number, sheet in enumerate(report.sheets)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _latex_table(sheet: Sheet, number: int) -> str:
+    columns = "l" * sheet.words + "r" * (len(sheet.header) - sheet.words)
+    lines = []
+    for place, line in enumerate(sheet.lines):
+        lines += ["\\midrule"] if sheet.starts_block(place) else []
+        lines.append(" & ".join(map(_latex_cell, line)) + " \\\\")
+    header = " & ".join(map(_escape_latex, sheet.header)) + " \\\\"
+    caption = _escape_latex(" ".join([f"{sheet.title}.", *sheet.notes]))
+    return "\n".join([
+        "\\begin{table}",
+        "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
+        f"\\caption{{{caption}}}",
+        f"\\label{{tab:comparison-{number + 1}}}",
+        "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%  only what is too wide shrinks",
+        f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
+        "\\toprule", header, "\\midrule", *lines, "\\bottomrule",
+        "\\end{tabular}}",
+        "\\end{table}",
+    ])  # fmt: skip
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = re.sub(r" ± ([\d.]+)", r"\\,{\\scriptsize$\\pm$\1}", _escape_latex(cell.text, plus_minus=" ± "))
+    return {BEST: f"\\textbf{{{text}}}", SECOND: f"\\underline{{{text}}}"}.get(cell.mark, text)
+
+
+LATEX = {
+    "\\": "\\textbackslash{}", "{": "\\{", "}": "\\}", "_": "\\_", "%": "\\%", "&": "\\&", "#": "\\#", "$": "\\$",
+    "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$",
+    "−": "$-$", "–": "--", "×": "$\\times$", "†": "\\textdagger{}", "…": "\\dots{}", "±": "$\\pm$",
+}  # fmt: skip
+
+
+def _escape_latex(text: str, plus_minus: str = "") -> str:
+    """Return text as LaTeX typesets it; a name in a script it lacks fonts for is the reader's to set up."""
+    return "".join(character if character in plus_minus else LATEX.get(character, character) for character in text)
+
+
+def to_html(report: Report) -> str:
+    """Return one page with figures and tables that needs nothing else: no script, no font, no picture from elsewhere."""
+    environment = Environment(
+        loader=PackageLoader("cafe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    figures = [
+        (drawing.caption, Markup(to_svg(drawing.draw(), f"figure{number}", drawing.caption)))  # noqa: S704  # our own
+        for number, drawing in enumerate(report.drawings)
+    ]
+    return environment.get_template("comparison.html").render(report=report, figures=figures)
+
+
+FORMATS: dict[str, Callable[[Report], str]] = {
+    "markdown": to_markdown,
+    "latex": to_latex,
+    "csv": to_csv,
+    "html": to_html,
+}

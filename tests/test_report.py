@@ -1,0 +1,471 @@
+"""The comparison as people get it: numbers, tests and marks, recomputed by hand from the predictions they come from."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cafe
+from upath import UPath
+
+from cafe.charts import INK, draw_ranks, find_ties, to_svg
+from cafe.errors import UserError
+from cafe.expressions import EXPRESSIONS
+from cafe.methods import METHODS
+from cafe.metrics import Predictions, estimate
+from cafe.protocols import PROTOCOLS
+from cafe.published import SETS
+from cafe.statistics import Ranking, holm, paired_bootstrap
+from cafe.views import ViewPlan
+from pipeline.evaluate import load_predictions, log_results
+from pipeline.render import to_csv, to_html, to_latex, to_markdown
+from pipeline.report import Report, make_report
+from pipeline.runs import RunSpec
+from pipeline.sheets import BEST, SECOND, Sheet
+from pipeline.tracking import Tracker
+from pipeline.workspace import Workspace
+
+PLAN = ViewPlan("paper", 0, 3, "bilinear", (0.5,) * 3, (0.5,) * 3)
+KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
+FACES = {"raf": 300, "fer": 250, "stills": 120, "mine": 200}
+
+
+def judged_run(
+    workspace: Workspace,
+    tracker: Tracker,
+    method: str,
+    source: str,
+    seed: int,
+    skill: float,
+    protocol: str = "clean",
+    selection: str = "final",
+    init: str = "file:msceleb.pth",
+    kinds: dict[str, str] = KINDS,
+    faces: dict[str, int] = FACES,
+    **recipe: object,
+) -> UPath:
+    """Write and log a run as training and judging leave it, right on a share of faces that grows with its skill."""
+    settings = asdict(METHODS[method].published_recipe(kinds[source])) | recipe
+    spec = RunSpec(
+        source, "digest", method, settings, seed, "resnet18", init, 224, "fp32", PLAN, None, "clip-vit-b32", 512,
+        selection=selection, source_kind=kinds[source],
+    )  # fmt: skip
+    run = workspace.run_path(spec.name)
+    spec.save(run)
+    for number, (target, count) in enumerate(faces.items()):
+        labels = np.arange(count) % 7
+        ease = np.random.default_rng(number).normal(size=count)  # hard faces are hard for every method and seed
+        noise = np.random.default_rng([number, seed, len(spec.name), *map(ord, method)]).normal(size=count)
+        right = ease + noise + skill + (1.0 if target == source else 0.0) > 0
+        predicted = np.where(right, labels, (labels + 1 + (np.arange(count) // 7) % 6) % 7)
+        about = {"run": spec.name, "target": target, "protocol": protocol, "kind": kinds[target], "manifest": "digest"}
+        ids = [f"{row:05d}.jpg" for row in range(count)]
+        place = run / "predictions" / PROTOCOLS[protocol].prefix / f"{target}.parquet"
+        Predictions(ids, labels, np.eye(7, dtype=np.float32)[predicted], about).save(place)
+    log_results(run, tracker)
+    return run
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Two sources × three methods × two seeds, judged on four targets, with predictions and MLflow's own store."""
+    workspace = Workspace.at(str(tmp_path_factory.mktemp("report") / "work"))
+    tracker = Tracker(workspace, None, "cafe")
+    for source in ("raf", "fer"):
+        for method, skill in (("cafe", 0.8), ("scn", 0.2), ("linear_probe", 0.75)):
+            for seed in range(2):
+                judged_run(workspace, tracker, method, source, seed, skill)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def report(workspace: Workspace) -> Report:
+    return make_report(workspace, Tracker(workspace, None, "cafe").runs(), versus="cafe")
+
+
+def sheet(report: Report, title: str) -> Sheet:
+    (found,) = [sheet for sheet in report.sheets if sheet.title == title]
+    return found
+
+
+def correct(workspace: Workspace, method: str, source: str, target: str) -> np.ndarray:
+    """Whether each seed was right on each face, read anew from the files: (seeds, faces)."""
+    runs = sorted(name for name in workspace.run_names() if name.startswith(f"{method}-{source}-s"))
+    predictions = [load_predictions(workspace.run_path(name))[target] for name in runs]
+    return np.array([run.predicted == run.labels for run in predictions])
+
+
+def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
+    workspace: Workspace, report: Report
+) -> None:
+    table = sheet(report, "Accuracy")
+    assert table.header == [
+        "source", "method", "seeds", "fer", "mine", "raf", "stills", "unseen accuracy", "unseen macro-F1", "all accuracy"
+    ]  # fmt: skip
+    assert [line[0].text for line in table.lines] == ["fer"] * 3 + ["raf"] * 3
+    means = {}
+    for line in table.lines:
+        source, method = line[0].text, line[1].text
+        seeds = {target: correct(workspace, method, source, target).mean(axis=1) for target in KINDS}
+        for cell, target in zip(line[3:7], table.header[3:7], strict=True):
+            expected = str(estimate(list(seeds[target])))
+            assert cell.text == (f"({expected})" if target == source else expected)
+        unseen = np.mean([seeds[target] for target in KINDS if target != source], axis=0)
+        assert line[7].text == str(estimate(list(unseen)))
+        assert line[9].text == str(estimate(list(np.mean(list(seeds.values()), axis=0))))
+        means[source, method] = float(unseen.mean())
+    for source in ("fer", "raf"):
+        order = sorted((method for which, method in means if which == source), key=lambda name: -means[source, name])
+        marks = {line[1].text: line[7].mark for line in table.lines if line[0].text == source}
+        assert [marks[name] for name in order] == [BEST, SECOND, ""]
+
+
+def test_each_method_has_its_matrix_of_sources_and_targets(report: Report) -> None:
+    matrix = sheet(report, "scn: every source on every target")
+    assert [line[0].text for line in matrix.lines] == ["fer", "raf"]
+    rows = [line for line in sheet(report, "Accuracy").lines if line[1].text == "scn"]
+    assert [[cell.text for cell in line[1:5]] for line in matrix.lines] == [[c.text for c in row[3:7]] for row in rows]
+
+
+def test_paired_tests_are_those_of_the_predictions_corrected_over_targets(workspace: Workspace, report: Report) -> None:
+    tests = sheet(report, "Against cafe")
+    lines = [line for line in tests.lines if (line[0].text, line[1].text) == ("raf", "scn")]
+    assert [line[2].text for line in lines] == ["fer", "mine", "(raf)", "stills", "mean of unseen"]
+    differences = {
+        target: correct(workspace, "scn", "raf", target).mean(axis=0)
+        - correct(workspace, "cafe", "raf", target).mean(axis=0)
+        for target in ("fer", "mine", "raf", "stills")
+    }
+    single = [paired_bootstrap([values]) for values in differences.values()]
+    for line, expected, adjusted in zip(lines, single, holm([test.p for test in single]), strict=False):
+        assert line[4].text == f"{100 * expected.mean:+.1f}".replace("-", "−")
+        assert line[5].text == f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f}".replace("-", "−")
+        assert line[6].text == (f"{expected.p:.3f}" if expected.p >= 0.001 else "<0.001")
+        assert line[7].text == (f"{adjusted:.3f}" if adjusted >= 0.001 else "<0.001")
+        assert line[8].text == "yes"
+    unseen = paired_bootstrap([differences[target] for target in ("fer", "mine", "stills")])
+    assert lines[-1][4].text == f"{100 * unseen.mean:+.1f}".replace("-", "−")
+    assert (lines[-1][3].text, lines[-1][7].text, lines[-1][4].mark) == ("570", "–", BEST)
+    assert {line[1].text for line in tests.lines} == {"scn", "linear_probe"}
+
+
+def test_published_numbers_stand_beside_what_was_judged_alike(workspace: Workspace, report: Report) -> None:
+    published = sheet(report, "Beside the published numbers")
+    assert {line[1].text for line in published.lines} == {"cafe", "scn"}  # of a linear probe nothing was published
+    (line,) = [line for line in published.lines if (line[0].text, line[1].text) == ("raf", "cafe")]
+    cells = dict(zip(published.header, line, strict=True))
+    ours = correct(workspace, "cafe", "raf", "fer").mean()
+    assert cells["fer"].text == f"{100 * ours - 73.16:+.1f} (73.2)".replace("-", "−")
+    assert cells["raf"].text.endswith("(88.7)")
+    assert (cells["mine"].text, cells["stills"].text) == (
+        "–",
+        "–",
+    )  # own faces; SFEW is read otherwise by this protocol
+    assert cells["unseen accuracy"].text == "–"  # not the five sets
+    assert not any("Not as published" in note for note in published.notes)
+
+
+def test_ranks_are_over_every_pair_of_source_and_unseen_target(workspace: Workspace, report: Report) -> None:
+    ranks = sheet(report, "Mean ranks")
+    assert "over 6 pairs" in ranks.notes[0]
+    methods = ("cafe", "linear_probe", "scn")
+    totals = dict.fromkeys(methods, 0.0)
+    for source in ("raf", "fer"):
+        for target in KINDS.keys() - {source}:
+            scores = {method: correct(workspace, method, source, target).mean() for method in methods}
+            for method, own in scores.items():
+                above, equal = (sum(map(test, scores.values())) for test in (own.__lt__, own.__eq__))
+                totals[method] += above + (equal + 1) / 2
+    shown = {line[0].text: float(line[1].text) for line in ranks.lines}
+    assert shown == pytest.approx({method: total / 6 for method, total in totals.items()}, abs=0.006)
+    assert [line[0].text for line in ranks.lines][-1] == "scn"
+
+
+def test_the_csv_holds_every_number_unrounded(workspace: Workspace, report: Report) -> None:
+    records = list(csv.DictReader(io.StringIO(to_csv(report))))
+    assert len(records) == 6 * (4 + 3)
+    cell = {(r["source"], r["method"], r["target"], r["metric"]): r for r in records}
+    record = cell["raf", "scn", "fer", "accuracy"]
+    ours, theirs = (correct(workspace, method, "raf", "fer") for method in ("scn", "cafe"))
+    assert float(record["mean"]) == pytest.approx(ours.mean())
+    assert float(record["half_width"]) == pytest.approx(estimate(list(ours.mean(axis=1))).half_width)
+    assert float(record["published"]) == pytest.approx(0.5837)
+    test = paired_bootstrap([ours.mean(axis=0) - theirs.mean(axis=0)])
+    assert (float(record["accuracy_difference"]), float(record["p"])) == pytest.approx((test.mean, test.p))
+    assert (record["versus"], record["role"], record["protocol"], record["seeds"]) == ("cafe", "unseen", "clean", "2")
+    assert cell["raf", "scn", "raf", "accuracy"]["role"] == "source"
+    assert cell["raf", "cafe", "fer", "accuracy"]["p"] == ""  # not tested against itself
+    assert cell["raf", "scn", "mean of unseen", "macro_f1"]["p"] == ""
+    assert float(cell["raf", "scn", "mean of unseen", "accuracy"]["p"]) < 0.05
+
+
+def test_markdown_shows_every_sheet_and_the_protocol(report: Report) -> None:
+    text = to_markdown(report)
+    for table in report.sheets:
+        assert f"## {table.title}\n" in text
+        for line in table.lines:
+            marked = [{BEST: f"**{c.text}**", SECOND: f"<u>{c.text}</u>"}.get(c.mark, c.text) for c in line]
+            assert f"| {' | '.join(marked)} |" in text
+    assert "Protocol clean: RGB; SFEW is judged on val" in text
+
+
+DOCUMENT = r"""\documentclass{article}
+\usepackage{booktabs,graphicx}
+\begin{document}
+\input{table}
+\end{document}
+"""
+
+
+def compile_latex(folder: Path, text: str) -> str:
+    """Return the log of pdflatex, which must succeed."""
+    if not shutil.which("pdflatex"):
+        pytest.skip("needs pdflatex, which is not installed")
+    (folder / "document.tex").write_text(DOCUMENT)
+    (folder / "table.tex").write_text(text)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stdout[-2000:]
+    return result.stdout
+
+
+def test_latex_compiles_and_fits_a_page(report: Report, tmp_path: Path) -> None:
+    text = to_latex(report)
+    assert "Overfull" not in compile_latex(tmp_path, text)
+    assert text.count("\\begin{tabular}") == text.count("\\bottomrule") == len(report.sheets)
+    assert "linear\\_probe" in text
+    (best,) = {
+        line[7].text for line in sheet(report, "Accuracy").lines if line[0].text == "raf" and line[7].mark == BEST
+    }
+    mean, half_width = best.split(" ± ")
+    assert f"\\textbf{{{mean}\\,{{\\scriptsize$\\pm${half_width}}}}}" in text
+
+
+def test_latex_survives_names_full_of_its_own_signs(tmp_path: Path) -> None:
+    from pipeline.sheets import Cell
+
+    nasty = r"a_b & 50% #1 ${x}$ ~^ \end{table} <|> − – × † …"
+    table = Sheet(nasty, 1, 1, ["x", "y"], [[Cell(nasty), Cell("1.0 ± 2.0 †", BEST)]], [nasty])
+    compile_latex(tmp_path, to_latex(Report(nasty, [nasty], [table], [], [])))
+
+
+class Page(HTMLParser):
+    """Reads a page as a browser would: its text, what it asks from elsewhere, and whether all elements are closed."""
+
+    VOID = ("meta", "link", "img", "br", "path", "use")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.asked: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.tags.add(tag)
+        self.asked += [known[name] or "" for name in ("src", "href", "xlink:href") if name in known]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open:
+            self.cells[-1] += data
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report: Report) -> None:
+    text = to_html(report)
+    page = Page(text)
+    assert page.open == []
+    assert page.cells == [cell.text for table in report.sheets for line in table.lines for cell in line]
+    assert all(link.startswith(("#", "data:")) for link in page.asked)
+    assert {link[1:] for link in page.asked if link.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert "script" not in page.tags
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert text.count("<svg") == len(report.drawings) == 6  # unseen means, three matrices, differences, ranks
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert INK not in text
+    assert text.count("currentColor") > 20
+
+
+def test_names_cannot_break_the_page() -> None:
+    ranking = Ranking((1.0, 2.0, 3.0), 10, 0.01, 1.05)
+    svg = to_svg(draw_ranks(["<b>", "&", '"'], ranking), "figure", '<script>"')
+    assert "<b>" not in svg
+    assert 'aria-label="&lt;script&gt;&quot;"' in svg
+    assert "&lt;b&gt;" in svg
+
+
+def test_bars_join_the_longest_stretches_that_cannot_be_told_apart() -> None:
+    assert find_ties((1.0, 1.5, 2.2, 4.0), 1.25) == [(0, 2)]
+    assert find_ties((1.0, 2.0, 3.0), 1.5) == [(0, 1), (1, 2)]
+    assert find_ties((1.0, 2.0, 3.0), 0.5) == []
+    assert find_ties((1.0, 2.0), math.nan) == []
+
+
+@pytest.fixture
+def fresh(workspace: Workspace, tmp_path: Path) -> tuple[Workspace, Tracker]:
+    """An empty workspace, and an experiment of its own in the database there is."""
+    return Workspace.at(str(tmp_path / "work")), Tracker(workspace, None, tmp_path.name)
+
+
+def test_predictions_are_joined_by_sample(fresh: tuple[Workspace, Tracker]) -> None:
+    """Other orders and left-out faces change nothing but the faces that are compared."""
+    workspace, tracker = fresh
+    runs = [judged_run(workspace, tracker, method, "raf", 0, skill) for method, skill in (("cafe", 0.5), ("scn", 0.0))]
+    path = runs[1] / "predictions" / "fer.parquet"
+    whole = Predictions.load(path)
+    kept = np.random.default_rng(0).permutation(len(whole.labels))[:-40]
+    ids = [whole.sample_ids[row] for row in kept]
+    Predictions(ids, whole.labels[kept], whole.probabilities[kept], whole.about).save(path)
+    tests = sheet(make_report(workspace, tracker.runs(), versus="cafe"), "Against cafe")
+    (line,) = [line for line in tests.lines if line[2].text == "fer"]
+    cafe = Predictions.load(runs[0] / "predictions" / "fer.parquet")
+    both = sorted(kept)
+    difference = (whole.predicted == whole.labels)[both].mean() - (cafe.predicted == cafe.labels)[both].mean()
+    assert (line[3].text, line[4].text) == ("210", f"{100 * difference:+.1f}".replace("-", "−"))
+    assert line[8].text == "–"  # a single seed cannot be mixed
+    assert "Tested on the faces all runs judged, without 40 of fer for scn from raf." in tests.notes
+
+    Predictions(ids, (whole.labels[kept] + 1) % 7, whole.probabilities[kept], whole.about).save(path)
+    with pytest.raises(UserError, match="judged on different faces or labels of 'fer': judge both again"):
+        make_report(workspace, tracker.runs(), versus="cafe")
+
+
+def test_what_versus_names_must_be_one_row_per_source(fresh: tuple[Workspace, Tracker]) -> None:
+    workspace, tracker = fresh
+    for mask in ("sigmoid", "none"):
+        judged_run(workspace, tracker, "cafe", "raf", 0, 0.5, mask=mask)
+    judged_run(workspace, tracker, "scn", "raf", 0, 0.5)
+    runs = tracker.runs()
+    with pytest.raises(
+        UserError, match=r"2 rows .* are 'cafe': choose one with --versus 'cafe \(mask=none\)', 'cafe \(mask"
+    ):
+        make_report(workspace, runs, versus="cafe")
+    with pytest.raises(
+        UserError, match=r"Unknown method 'caffe': choose cafe \(mask=none\), cafe \(mask=sigmoid\), scn\."
+    ):
+        make_report(workspace, runs, versus="caffe")
+    report = make_report(workspace, runs, versus="cafe (mask=sigmoid)")
+    tested = sheet(report, "Against cafe (mask=sigmoid)")
+    assert {line[1].text for line in tested.lines} == {"cafe (mask=none)", "scn"}
+    published = sheet(report, "Beside the published numbers")
+    assert "Not as published: mask=none (cafe from raf)." in published.notes
+
+
+def test_tests_need_the_predictions_and_say_so(fresh: tuple[Workspace, Tracker], tmp_path: Path) -> None:
+    workspace, tracker = fresh
+    for method in ("cafe", "scn"):
+        judged_run(workspace, tracker, method, "raf", 0, 0.5)
+    cafe = Cafe(tmp_path / "elsewhere", "")
+    command = ("compare", "--mlflow-uri", tracker.uri, "--experiment", tmp_path.name)
+    assert "Beside the published" not in cafe.succeed(*command)
+    message = cafe.fail(*command, "--versus", "cafe")
+    assert "Paired tests need the predictions of every run, and" in message
+    assert "give the workspace it was made in with -w, or leave --versus out." in message
+    assert "leave it or --per-class out" in cafe.fail(*command, "--versus", "cafe", "--per-class", "raf")
+
+
+def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: tuple[Workspace, Tracker]) -> None:
+    workspace, tracker = fresh
+    judged_run(workspace, tracker, "cafe", "raf", 0, 2.5, selection="source_test")
+    for method, skill in (("cafe", 0.5), ("scn", 0.0)):
+        judged_run(workspace, tracker, method, "raf", 0, skill)
+    report = make_report(workspace, tracker.runs(), versus="cafe")
+    peeked = "cafe (selection=source_test)"
+    lines = {line[1].text: line for line in sheet(report, "Accuracy").lines}
+    assert all(cell.text.endswith(" †") and not cell.mark for cell in lines[peeked][3:])
+    assert lines["cafe (selection=final)"][7].mark == BEST
+    assert lines["scn"][7].mark == SECOND
+    tests = sheet(report, "Against cafe (selection=final)")
+    assert {line[1].text for line in tests.lines} == {f"{peeked} †", "scn"}
+    assert any("†: the epoch was chosen on the source's test split" in note for note in tests.notes)
+    assert peeked not in [line[0].text for line in sheet(report, "Mean ranks").lines]
+    assert any(peeked in note for note in sheet(report, "Mean ranks").notes)
+    classes = make_report(workspace, tracker.runs(), per_class="fer").sheets[0]
+    assert {line[1].text for line in classes.lines if line[3].text.endswith("†")} == {peeked, f"{peeked} − published"}
+
+
+def test_all_five_sets_by_the_papers_protocol_have_its_means(fresh: tuple[Workspace, Tracker]) -> None:
+    workspace, tracker = fresh
+    kinds = {f"my-{kind}": kind for kind in SETS}
+    faces = dict.fromkeys(kinds, 70)
+    judged_run(workspace, tracker, "cafe", "my-rafdb", 0, 0.5, "paper", kinds=kinds, faces=faces)
+    judged_run(
+        workspace, tracker, "eac", "my-rafdb", 0, 0.5, "paper", init="scratch", kinds=kinds, faces=faces, epochs=2
+    )
+    report = make_report(workspace, tracker.runs(), protocol="paper")
+    published = sheet(report, "Beside the published numbers")
+    by_method = {line[1].text: dict(zip(published.header, line, strict=True)) for line in published.lines}
+    assert by_method["cafe"]["unseen accuracy"].text.endswith("(57.2)")
+    assert by_method["cafe"]["all accuracy"].text.endswith("(63.5)")
+    assert by_method["cafe"]["my-sfew"].text.endswith("(52.9)")
+    assert by_method["eac"]["my-sfew"].text.endswith("(22.2)")  # the table without a pre-trained image branch
+    assert "Not as published: epochs=2 (eac from my-rafdb)." in published.notes
+    macro = make_report(workspace, tracker.runs(), metric="macro_f1", protocol="paper")
+    assert "Beside the published numbers" not in [table.title for table in macro.sheets]
+
+
+def test_the_command_writes_every_format(workspace: Workspace, tmp_path: Path) -> None:
+    cafe = Cafe(Path(str(workspace.root)), "")
+    files = {name: tmp_path / "out" / f"table.{name}" for name in ("markdown", "latex", "csv", "html")}
+    options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    output = cafe.succeed("compare", "--versus", "linear_probe", *options)
+    assert "Against linear_probe" in output
+    runs = Tracker(workspace, None, "cafe").runs()
+    report = make_report(workspace, runs, versus="linear_probe")
+    expected = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv, "html": to_html}
+    for name, path in files.items():
+        assert path.read_text() == expected[name](report)  # and so the same bytes for the same runs
+        assert f"Wrote {path}" in output
+
+
+def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Workspace, tmp_path: Path) -> None:
+    report = make_report(workspace, Tracker(workspace, None, "cafe").runs(), per_class="fer")
+    (table,) = report.sheets
+    assert table.header[3:] == [*EXPRESSIONS, "overall", "mean"]
+    lines = {(line[0].text, line[1].text): line for line in table.lines}
+    assert set(lines) == {
+        *((source, method) for source in ("raf", "fer") for method in ("cafe", "scn", "linear_probe")),
+        *(("raf", f"{method} − published") for method in ("cafe", "scn")),
+    }  # trained on RAF-DB and judged on FERPlus is what was published
+    predictions = [
+        load_predictions(workspace.run_path(name))["fer"]
+        for name in workspace.run_names()
+        if name.startswith("scn-raf")
+    ]
+    recalls = [float((run.predicted == 1)[run.labels == 1].mean()) for run in predictions]
+    assert lines["raf", "scn"][4].text == str(estimate(recalls))
+    assert lines["raf", "scn − published"][4].text == f"{100 * np.mean(recalls) - 14.46:+.1f} (14.5)".replace("-", "−")
+    records = list(csv.DictReader(io.StringIO(to_csv(report))))
+    assert len(records) == 6 * 9
+    (fear,) = [r for r in records if (r["source"], r["method"], r["expression"]) == ("raf", "scn", "fear")]
+    assert float(fear["mean"]) == pytest.approx(np.mean(recalls))
+    assert float(fear["published"]) == pytest.approx(0.1446)
+    assert Page(to_html(report)).open == []
+    assert "Overfull" not in compile_latex(tmp_path, to_latex(report))
