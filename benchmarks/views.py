@@ -47,9 +47,10 @@ def main(
     others = [name for name in targets.split(",") if name != source]
     with cluster.connect(features):
         extract(place, [place.load_manifest(name) for name in others], features, lambda done, total: None)
+        # One store serves all: view v is the same however many others there are.
+        store = ExtractSettings(**{**vars(features), "views": max(views)})
+        extract(place, [place.load_manifest(source)], store, lambda done, total: None)
         for count in views:
-            store = ExtractSettings(**{**vars(features), "views": count})
-            extract(place, [place.load_manifest(source)], store, lambda done, total: None)
             for seed in range(seeds):
                 settings = TrainSettings(
                     source=source, method="cafe", seed=seed, backbone=backbone, views=count, epochs=epochs,

@@ -23,7 +23,9 @@ from cafe.manifest import Manifest
 from cafe.metrics import Predictions, score
 from pipeline.compare import cells, class_cells, compare, name_variants, to_markdown
 from pipeline.evaluate import summarise
+from pipeline.settings import TrainSettings
 from pipeline.tracking import TrackedRun, Tracker
+from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 
 TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=16", "--set", "learning_rate=0.001")
@@ -204,6 +206,14 @@ def test_a_target_of_another_tower_says_which_field_differs(ready: Cafe, tiny_to
     ready.succeed("extract", "two", "--backbone", tiny_tower, "--interpolation", "bicubic", ray=True)
     message = ready.fail("train", "--source", "one")
     assert "its closest store differs in interpolation: bilinear against bicubic" in message
+
+
+def test_fewer_views_are_taken_from_a_larger_store(ready: Cafe) -> None:
+    workspace = Workspace.at(str(ready.workspace))
+    specs = [plan_training(workspace, TrainSettings(source="one", views=views)).spec for views in (2, 3, None)]
+    assert [spec.views.views for spec in specs] == [2, 3, 3]
+    assert specs[0].features == specs[1].features == specs[2].features
+    assert [specs[0].views.view_of(epoch) for epoch in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_an_unfinished_store_or_run_says_how_to_finish_it(ready: Cafe) -> None:
