@@ -194,7 +194,7 @@ def choose_store(
 ) -> tuple[UPath, About] | None:
     """Return the only store of a manifest that fits the choice, or None when it has no stores at all.
 
-    Of several, those that hold just what the method needs, the fewest views that are enough, and its published views go first.
+    Of several, those go first that hold just what the method needs, the fewest views that are enough, its published policy.
     Raises `UserError` when none or several fit, when the chosen one was made of other images, or is unfinished.
     """
     stores = find_stores(workspace.features, manifest.name)
