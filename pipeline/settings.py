@@ -73,7 +73,7 @@ class StoreChoice:
     """Which of a data set's feature stores to use; needed only when there are several."""
 
     backbone: str | None = setting(None, "Frozen tower of the features; default: that of the only store.")
-    views: int | None = setting(None, "Views of the feature store; default: that of the only store.", minimum=1)
+    views: int | None = setting(None, "Views to use, of a feature store with as many or more; default: all.", minimum=1)
     policy: str | None = setting(None, "View policy of the feature store.", choices=POLICIES)
 
 

@@ -77,7 +77,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     if key and live:
         key = replace(key, views=recipe.epochs + 1, policy=describe_policy(settings.policy or method.policy))
     mean, std = NORMALISATIONS["imagenet"]
-    unstored = ViewPlan(method.policy, 0, recipe.epochs + 1, "bilinear", mean, std)
+    views = key.view_plan if key else ViewPlan(method.policy, 0, recipe.epochs + 1, "bilinear", mean, std)
     spec = RunSpec(
         source=settings.source,
         source_digest=manifest.digest,
@@ -88,7 +88,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
         image_size=settings.image_size or (key.input_size if key else UNSTORED_SIZE),
         precision=settings.precision,
-        views=key.view_plan if key else unstored,
+        views=replace(views, views=settings.views) if settings.views and not live else views,
         features=key,
         backbone=chosen[1].backbone_name if chosen else None,
         width=_input_width(method, chosen[1]) if chosen else None,
