@@ -142,6 +142,26 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
         click.echo(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
 
 
+@data.command("check")
+@click.argument("name")
+def check(name: str) -> None:
+    """Look at the pictures of a data set: `cafe data check news`.
+
+    Decodes every picture: sizes, brightness, grey share, unreadable and identical ones, as tables and as one HTML page
+    with a contact sheet for each expression.
+    """
+    from jobs.tables import check_tables
+    from pipeline.check import check as check_manifest
+
+    workspace = _workspace()
+    manifest = workspace.load_manifest(name)
+    with _progress("Looking") as progress:
+        result = check_manifest(workspace, manifest, progress)
+    for table in check_tables(result):
+        _print(table)
+    click.echo(f"Wrote {result.page}")
+
+
 @data.command("list")
 def list_data() -> None:
     """List the manifests of the workspace and the feature stores each of them has."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
@@ -12,6 +13,9 @@ from cafe.manifest import SPLITS
 from pipeline.compare import Comparison, cells
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.check import Check
 
 LISTED = 10  # broken or duplicate files named before "and N more"
 
@@ -50,6 +54,41 @@ def index_tables(index: Index) -> list[Table | str]:
 def _listed(title: str, lines: list[str]) -> str:
     more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
     return "\n".join([title + (":" if lines else ""), *lines[:LISTED], *more])
+
+
+def unreadable(broken: list[tuple[str, str]]) -> str:
+    """Name the files that could not be read, with the reason."""
+    return _listed(f"{len(broken)} unreadable files", [f"  {sample}: {reason}" for sample, reason in broken])
+
+
+def check_tables(check: Check) -> list[Table | str]:
+    """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
+    manifest, condition = check.condition.manifest, check.condition
+    table = Table(
+        *(Column(name, justify="left" if not position else "right") for position, name in enumerate(check.header))
+    )
+    for line in check.lines:
+        table.add_row(*line, end_section=line is check.lines[-2])
+    ids = manifest.sample_ids
+    broken = [(ids[row], reason) for row, reason in condition.broken.items()]
+    duplicates = [f"  {' = '.join(ids[row] for row in group)}" for group in condition.duplicates]
+    return [
+        f"{manifest.name}: {len(manifest):,} faces",
+        table,
+        _histogram("shorter side", check.sizes),
+        _histogram("brightness", check.brightness),
+        unreadable(broken),
+        _listed(f"{len(duplicates)} groups of identical pictures", duplicates),
+    ]
+
+
+def _histogram(title: str, counts: list[tuple[str, int]]) -> Table:
+    most = max(1, *(count for _, count in counts))
+    table = Table(title, Column("faces", justify="right"), "")
+    for name, count in counts:
+        if count:
+            table.add_row(name, f"{count:,}", "█" * max(1, round(30 * count / most)))
+    return table
 
 
 def manifests_table(workspace: Workspace) -> Table | str:
