@@ -162,6 +162,31 @@ def check(name: str) -> None:
     click.echo(f"Wrote {result.page}")
 
 
+@data.command("audit")
+@click.argument("source")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+def audit(source: str, targets: tuple[str, ...]) -> None:
+    """Find copies of a source's faces in targets: `cafe data audit ferplus mma`.
+
+    \b
+    Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
+    target the list of pairs, which `evaluate` and `compare` honour with --exclude-leaks, and a page to look at them.
+    """
+    from jobs.tables import audit_table, unreadable
+    from pipeline.audit import audit as audit_manifests
+    from pipeline.leaks import audit_path
+
+    workspace = _workspace()
+    manifests = [workspace.load_manifest(name) for name in (source, *targets)]
+    with _progress("Reading") as reading, _progress("Comparing") as comparing:
+        results = list(audit_manifests(workspace, manifests[0], manifests[1:], reading, comparing))
+    _print(audit_table(results))
+    for result in results:
+        if result.broken:
+            _print(unreadable(result.broken))
+        click.echo(f"Wrote {audit_path(workspace, source, result.target.name)} and .html")
+
+
 @data.command("list")
 def list_data() -> None:
     """List the manifests of the workspace and the feature stores each of them has."""
@@ -219,6 +244,7 @@ def evaluate(run: str, **values: Any) -> None:
     from jobs.tables import scores_table
     from pipeline import cluster
     from pipeline.evaluate import log_results, predict_targets
+    from pipeline.leaks import leak_free_scores, load_leaks
     from pipeline.runs import RunSpec, choose_targets, is_finished
     from pipeline.tracking import Tracker
 
@@ -226,19 +252,24 @@ def evaluate(run: str, **values: Any) -> None:
     path = workspace.run_path(workspace.find_run(run))
     if not is_finished(path):
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
-    targets = choose_targets(workspace, settings.targets, RunSpec.load(path))
+    spec = RunSpec.load(path)
+    targets = choose_targets(workspace, settings.targets, spec)
+    if settings.exclude_leaks:  # before Ray starts: a missing audit is a mistake of the user's
+        load_leaks(workspace, spec, {target.manifest.name: target.manifest.digest for target in targets})
     tracker = Tracker(workspace, settings.mlflow_uri, settings.experiment)
     with cluster.connect(settings), _progress("Judging", "targets") as progress:
         predict_targets(path, workspace, targets, settings.split, settings.use_gpu, progress)
-    _print(scores_table(log_results(path, tracker)))
+    leak_free = leak_free_scores(workspace, path) if settings.exclude_leaks else {}
+    _print(scores_table(log_results(path, tracker, leak_free)))
 
 
 @main.command()
 @click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1.")
+@click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
 @click.option("--markdown", metavar="FILE", help="Write the table as Markdown too.")
 @click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
 @click.option("--experiment", default="cafe", show_default=True, help="MLflow experiment.")
-def compare(metric: str, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
+def compare(metric: str, exclude_leaks: bool, markdown: str | None, mlflow_uri: str | None, experiment: str) -> None:
     """Compare all runs: methods × targets, mean ± 95 % interval over seeds."""
     from jobs.tables import comparison_tables
     from pipeline.compare import compare as compare_runs
@@ -246,7 +277,13 @@ def compare(metric: str, markdown: str | None, mlflow_uri: str | None, experimen
     from pipeline.tracking import Tracker
     from pipeline.workspace import locate
 
-    comparison = compare_runs(Tracker(_workspace(), mlflow_uri, experiment).runs(), metric)
+    workspace = _workspace()
+    runs = Tracker(workspace, mlflow_uri, experiment).runs()
+    if exclude_leaks:
+        from pipeline.leaks import add_leak_free
+
+        runs = add_leak_free(workspace, runs)
+    comparison = compare_runs(runs, metric, exclude_leaks)
     for table in comparison_tables(comparison):
         _print(table)
     if markdown:

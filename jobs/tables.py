@@ -14,7 +14,8 @@ from pipeline.compare import Comparison, cells
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they bring a search library along, which most commands need not load
+    from pipeline.audit import Audit
     from pipeline.check import Check
 
 LISTED = 10  # broken or duplicate files named before "and N more"
@@ -91,6 +92,23 @@ def _histogram(title: str, counts: list[tuple[str, int]]) -> Table:
     return table
 
 
+def audit_table(audits: list[Audit]) -> Table:
+    """Copies of a source's faces: a line per pair of splits."""
+    titles = ("source split", "target split", "target faces", "with a copy", "share", "pairs", "under another label")
+    table = Table(
+        "source", "target", *(Column(name, justify="left" if "split" in name else "right") for name in titles)
+    )
+    for audit in audits:
+        for pair in audit.splits:
+            numbers = (f"{number:,}" for number in (pair.faces, pair.copied, pair.pairs, pair.relabelled))
+            faces, copied, pairs, relabelled = numbers
+            share = f"{100 * pair.copied / pair.faces:.1f} %"
+            names = (audit.source.name, audit.target.name, pair.source_split, pair.target_split)
+            table.add_row(*names, faces, copied, share, pairs, relabelled)
+        table.add_section()
+    return table
+
+
 def manifests_table(workspace: Workspace) -> Table | str:
     """The manifests of a workspace and what features there are of each."""
     names = workspace.manifest_names()
@@ -105,17 +123,24 @@ def manifests_table(workspace: Workspace) -> Table | str:
 
 
 def scores_table(metrics: dict[str, float]) -> Table:
-    """One run's numbers, in percent: a line per target and the mean over the unseen ones."""
-    table = Table(
-        "target", *(Column(name, justify="right") for name in ("accuracy", "mean-class accuracy", "macro-F1"))
-    )
+    """One run's numbers, in percent: a line per target and the mean over the unseen ones; leak-free ones when there are."""
     names = ("accuracy", "mean_class_accuracy", "macro_f1")
+    titles = ["accuracy", "mean-class accuracy", "macro-F1"]
+    leak_free = any(name.startswith("leakfree/") for name in metrics)
+    titles += ["leak-free accuracy", "left out"] if leak_free else []
+    table = Table("target", *(Column(name, justify="right") for name in titles))
+
+    def percent(name: str) -> str:
+        return f"{100 * metrics[name]:.1f}" if name in metrics else "–"
+
     targets = sorted({name.split("/")[1] for name in metrics if name.startswith("target/")})
     for target in targets:
-        table.add_row(target, *(f"{100 * metrics[f'target/{target}/{name}']:.1f}" for name in names))
+        further = [percent(f"leakfree/{target}/accuracy"), f"{metrics.get(f'leakfree/{target}/left_out', 0):,.0f}"]
+        table.add_row(target, *(percent(f"target/{target}/{name}") for name in names), *further[: len(titles) - 3])
     if "unseen/accuracy" in metrics:
         table.add_section()
-        table.add_row("mean of unseen", *(f"{100 * metrics[f'unseen/{name}']:.1f}" for name in names))
+        further = [percent("leakfree_unseen/accuracy"), ""]
+        table.add_row("mean of unseen", *(percent(f"unseen/{name}") for name in names), *further[: len(titles) - 3])
     return table
 
 
@@ -129,4 +154,7 @@ def comparison_tables(comparison: Comparison) -> list[Table | str]:
         "Percent, mean ± half-width of the 95 % t-interval over seeds. In brackets: the source itself, its own test split. "
         "Unseen: mean over the targets not trained on; all: with the source, as published tables average."
     )
+    if comparison.leaking is not None:
+        note += " Leak-free: without the samples that are copies of the source's training faces, as `cafe data audit` found."
+        note += "" if comparison.leaking else " It found none."
     return [table, note]

@@ -26,6 +26,8 @@ class Row:
     unseen: Estimate
     everything: Estimate  # including the source, as published
     unseen_macro_f1: Estimate
+    leak_free: dict[str, Estimate] = field(default_factory=dict)  # without copies of the source's training faces
+    unseen_leak_free: Estimate = field(default_factory=lambda: estimate([]))
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class Comparison:
     metric: str
     targets: list[str]
     rows: list[Row] = field(default_factory=list)
+    leaking: list[str] | None = None  # the targets that share faces with a source; None when leaks were not looked at
 
 
-def compare(runs: list[TrackedRun], metric: str = "accuracy") -> Comparison:
+def compare(runs: list[TrackedRun], metric: str = "accuracy", leak_free: bool = False) -> Comparison:
     """Group the evaluated runs that differ in nothing but their seed and estimate every cell; raise `UserError`.
 
-    A mean over targets is left empty when a row was not judged on all targets of its table.
+    A mean over targets is left empty when a row was not judged on all targets of its table. With `leak_free` the
+    targets of which faces were left out (`leakfree/` metrics) have a second column.
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
@@ -61,7 +65,9 @@ def compare(runs: list[TrackedRun], metric: str = "accuracy") -> Comparison:
         groups[run.tags["cafe.group"]].append(run)
     variants = name_variants([members[0].params for members in groups.values()])
     rows = [_row(members, variant, targets, metric) for members, variant in zip(groups.values(), variants, strict=True)]
-    return Comparison(metric, targets, sorted(rows, key=lambda row: (row.source, row.method, row.variant)))
+    leaking = [name for name in targets if any(run.metrics.get(f"leakfree/{name}/left_out") for run in judged)]
+    ordered = sorted(rows, key=lambda row: (row.source, row.method, row.variant))
+    return Comparison(metric, targets, ordered, leaking if leak_free else None)
 
 
 def _row(members: list[TrackedRun], variant: str, targets: list[str], metric: str) -> Row:
@@ -70,8 +76,8 @@ def _row(members: list[TrackedRun], variant: str, targets: list[str], metric: st
     def over_seeds(name: str) -> Estimate:
         return estimate([run.metrics[name] for run in members if name in run.metrics])
 
-    def over_targets(group: str, name: str, wanted: list[str]) -> Estimate:
-        complete = all(f"target/{target}/{metric}" in run.metrics for run in members for target in wanted)
+    def over_targets(group: str, name: str, wanted: list[str], kind: str = "target") -> Estimate:
+        complete = all(f"{kind}/{target}/{metric}" in run.metrics for run in members for target in wanted)
         return over_seeds(f"{group}/{name}") if complete else estimate([])
 
     unseen = [target for target in targets if target != params["source"]]
@@ -84,6 +90,8 @@ def _row(members: list[TrackedRun], variant: str, targets: list[str], metric: st
         over_targets("unseen", metric, unseen),
         over_targets("all", metric, targets),
         over_targets("unseen", "macro_f1", unseen),
+        {target: over_seeds(f"leakfree/{target}/{metric}") for target in targets},
+        over_targets("leakfree_unseen", metric, unseen, "leakfree"),
     )
 
 
@@ -110,15 +118,22 @@ def to_markdown(comparison: Comparison) -> str:
 
 def cells(comparison: Comparison) -> list[list[str]]:
     """Return the comparison as text: a header and a line per row, percent ± half-width of the 95 % t-interval."""
-    metric = comparison.metric.replace("_", " ")
-    header = ["source", "method", "seeds", *comparison.targets, f"unseen {metric}", "unseen macro-F1", f"all {metric}"]
-    lines = [header]
+    metric, leaking = comparison.metric.replace("_", " "), comparison.leaking
+    header = ["source", "method", "seeds"]
+    for target in comparison.targets:
+        header += [target, f"{target} leak-free"] if leaking and target in leaking else [target]
+    header += [f"unseen {metric}", "unseen macro-F1", f"all {metric}"]
+    lines = [header if leaking is None else [*header, f"unseen {metric} leak-free"]]
     for row in comparison.rows:
-        values = [
-            f"({cell})" if target == row.source else str(cell)  # seen in training: not a measure of generalisation
-            for target, cell in row.targets.items()
-        ]
+        values = []
+        for target in comparison.targets:
+            shown = (
+                [row.targets[target], row.leak_free[target]] if leaking and target in leaking else [row.targets[target]]
+            )
+            # In brackets what was seen in training: not a measure of generalisation.
+            values += [f"({cell})" if target == row.source else str(cell) for cell in shown]
         method = f"{row.method} ({row.variant})" if row.variant else row.method
-        means = (row.unseen, row.unseen_macro_f1, row.everything)
+        means = [row.unseen, row.unseen_macro_f1, row.everything]
+        means += [] if leaking is None else [row.unseen_leak_free]
         lines.append([row.source, method, str(row.seeds), *values, *map(str, means)])
     return lines

@@ -104,11 +104,15 @@ def is_judged(run: UPath, target: Target) -> bool:
     return path.exists() and Predictions.load(path).about["manifest"] == target.manifest.digest
 
 
-def log_results(run: UPath, tracker: Tracker) -> dict[str, float]:
-    """Compute every metric and figure of a run from its predictions and log them to MLflow; return the metrics."""
+def log_results(run: UPath, tracker: Tracker, further: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Compute every metric and figure of a run from its predictions and log them to MLflow; return the metrics.
+
+    `further` metrics are logged with them.
+    """
     spec = RunSpec.load(run)
     predictions = load_predictions(run)
     metrics = summarise(spec.source, {target: score(rows) for target, rows in predictions.items()})
+    metrics |= further or {}
     run_id = tracker.start(spec.name, spec.parameters(), spec.tags())
     tracker.log(run_id, {name.replace("@", ":"): value for name, value in metrics.items()})
     for target, rows in predictions.items():

@@ -103,6 +103,7 @@ class EvaluateSettings(ClusterSettings):
 
     targets: str | None = setting(None, "Manifests to judge on, comma-separated; default: all of the workspace.")
     split: str = setting("test", "Faces to judge on.", choices=("test", "val", "train", "all"))
+    exclude_leaks: bool = setting(False, "Give the numbers without copies of the source's training faces too.")
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str = setting("cafe", "MLflow experiment.")
