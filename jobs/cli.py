@@ -177,6 +177,51 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
         click.echo(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
 
 
+@data.command("check")
+@click.argument("name")
+def check(name: str) -> None:
+    """Look at the pictures of a data set: `cafe data check news`.
+
+    Decodes every picture: sizes, brightness, grey share, unreadable and identical ones, as tables and as one HTML page
+    with a contact sheet for each expression.
+    """
+    from jobs.tables import check_tables
+    from pipeline.check import check as check_manifest
+
+    workspace = _workspace()
+    manifest = workspace.load_manifest(name)
+    with _progress("Looking") as progress:
+        result = check_manifest(workspace, manifest, progress)
+    for table in check_tables(result):
+        _print(table)
+    click.echo(f"Wrote {result.page}")
+
+
+@data.command("audit")
+@click.argument("source")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+def audit(source: str, targets: tuple[str, ...]) -> None:
+    """Find copies of a source's faces in targets: `cafe data audit ferplus mma`.
+
+    \b
+    Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
+    target the list of pairs, which `evaluate` and `compare` honour with --exclude-leaks, and a page to look at them.
+    """
+    from jobs.tables import audit_table, unreadable
+    from pipeline.audit import audit as audit_manifests
+    from pipeline.leaks import audit_path
+
+    workspace = _workspace()
+    manifests = [workspace.load_manifest(name) for name in (source, *targets)]
+    with _progress("Reading") as reading, _progress("Comparing") as comparing:
+        results = list(audit_manifests(workspace, manifests[0], manifests[1:], reading, comparing))
+    _print(audit_table(results))
+    for result in results:
+        if result.broken:
+            _print(unreadable(result.broken))
+        click.echo(f"Wrote {audit_path(workspace, source, result.target.name)} and .html")
+
+
 @data.command("list")
 def list_data() -> None:
     """List the manifests of the workspace and the feature stores each of them has."""
@@ -233,6 +278,7 @@ def evaluate(run: str, **values: Any) -> None:
     from jobs.tables import scores_table
     from pipeline import cluster
     from pipeline.evaluate import log_results, predict_targets
+    from pipeline.leaks import leak_free_scores, load_leaks
     from pipeline.runs import RunSpec, choose_targets, is_finished
     from pipeline.tracking import Tracker
 
@@ -242,10 +288,13 @@ def evaluate(run: str, **values: Any) -> None:
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
     spec = RunSpec.load(path)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
+    if settings.exclude_leaks:  # before Ray starts: a missing audit is a mistake of the user's
+        load_leaks(workspace, spec, {target.manifest.name: target.manifest.digest for target in targets})
     tracker = Tracker(workspace, settings.mlflow_uri, settings.experiment)
     with cluster.connect(settings), _progress("Judging", "targets") as progress:
         predict_targets(path, workspace, targets, settings.use_gpu, progress)
-    _print(scores_table(log_results(path, tracker), settings.protocol))
+    leak_free = leak_free_scores(workspace, path, settings.protocol) if settings.exclude_leaks else {}
+    _print(scores_table(log_results(path, tracker, leak_free), settings.protocol))
 
 
 @main.command()
@@ -255,6 +304,7 @@ def evaluate(run: str, **values: Any) -> None:
 @click.option(
     "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
 )
+@click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per method, source and target.")
@@ -266,6 +316,7 @@ def compare(
     per_class: str | None,
     versus: str | None,
     protocol: str,
+    exclude_leaks: bool,
     mlflow_uri: str | None,
     experiment: str,
     **files: str | None,
@@ -286,7 +337,11 @@ def compare(
 
     workspace = _workspace()
     runs = Tracker(workspace, mlflow_uri, experiment).runs()
-    report = make_report(workspace, runs, metric, protocol, per_class, versus)
+    if exclude_leaks:
+        from pipeline.leaks import add_leak_free
+
+        runs = add_leak_free(workspace, runs, protocol)
+    report = make_report(workspace, runs, metric, protocol, per_class, versus, exclude_leaks)
     for table in report_tables(report):
         _print(table)
     for name, file in files.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 from rich.text import Text
@@ -16,6 +17,10 @@ from pipeline.report import Report
 from pipeline.sheets import BEST, SECOND
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:  # they bring a search library along, which most commands need not load
+    from pipeline.audit import Audit
+    from pipeline.check import Check
 
 STYLES = {BEST: "bold", SECOND: "underline", "": ""}
 LISTED = 10  # broken or duplicate files named before "and N more"
@@ -77,6 +82,58 @@ def _listed(title: str, lines: list[str]) -> str:
     return "\n".join([title + (":" if lines else ""), *lines[:LISTED], *more])
 
 
+def unreadable(broken: list[tuple[str, str]]) -> str:
+    """Name the files that could not be read, with the reason."""
+    return _listed(f"{len(broken)} unreadable files", [f"  {sample}: {reason}" for sample, reason in broken])
+
+
+def check_tables(check: Check) -> list[Table | str]:
+    """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
+    manifest, condition = check.condition.manifest, check.condition
+    table = Table(
+        *(Column(name, justify="left" if not position else "right") for position, name in enumerate(check.header))
+    )
+    for line in check.lines:
+        table.add_row(*line, end_section=line is check.lines[-2])
+    ids = manifest.sample_ids
+    broken = [(ids[row], reason) for row, reason in condition.broken.items()]
+    duplicates = [f"  {' = '.join(ids[row] for row in group)}" for group in condition.duplicates]
+    return [
+        f"{manifest.name}: {len(manifest):,} faces",
+        table,
+        _histogram("shorter side", check.sizes),
+        _histogram("brightness", check.brightness),
+        unreadable(broken),
+        _listed(f"{len(duplicates)} groups of identical pictures", duplicates),
+    ]
+
+
+def _histogram(title: str, counts: list[tuple[str, int]]) -> Table:
+    most = max(1, *(count for _, count in counts))
+    table = Table(title, Column("faces", justify="right"), "")
+    for name, count in counts:
+        if count:
+            table.add_row(name, f"{count:,}", "█" * max(1, round(30 * count / most)))
+    return table
+
+
+def audit_table(audits: list[Audit]) -> Table:
+    """Copies of a source's faces: a line per pair of splits."""
+    titles = ("source split", "target split", "target faces", "with a copy", "share", "pairs", "under another label")
+    table = Table(
+        "source", "target", *(Column(name, justify="left" if "split" in name else "right") for name in titles)
+    )
+    for audit in audits:
+        for pair in audit.splits:
+            numbers = (f"{number:,}" for number in (pair.faces, pair.copied, pair.pairs, pair.relabelled))
+            faces, copied, pairs, relabelled = numbers
+            share = f"{100 * pair.copied / pair.faces:.1f} %"
+            names = (audit.source.name, audit.target.name, pair.source_split, pair.target_split)
+            table.add_row(*names, faces, copied, share, pairs, relabelled)
+        table.add_section()
+    return table
+
+
 def manifests_table(workspace: Workspace) -> Table | str:
     """The manifests of a workspace and what features there are of each."""
     names = workspace.manifest_names()
@@ -92,19 +149,29 @@ def manifests_table(workspace: Workspace) -> Table | str:
 
 
 def scores_table(metrics: dict[str, float], protocol: str = "clean") -> Table:
-    """One run's numbers by one protocol, in percent: a line per target and the mean over the unseen ones."""
+    """One run's numbers by one protocol, in percent: a line per target and the mean over the unseen ones.
+
+    Leak-free ones stand beside them when there are.
+    """
     prefix = find_protocol(protocol).prefix
     metrics = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-    table = Table(
-        "target", *(Column(name, justify="right") for name in ("accuracy", "mean-class accuracy", "macro-F1"))
-    )
     names = ("accuracy", "mean_class_accuracy", "macro_f1")
+    titles = ["accuracy", "mean-class accuracy", "macro-F1"]
+    leak_free = any(name.startswith("leakfree/") for name in metrics)
+    titles += ["leak-free accuracy", "left out"] if leak_free else []
+    table = Table("target", *(Column(name, justify="right") for name in titles))
+
+    def percent(name: str) -> str:
+        return f"{100 * metrics[name]:.1f}" if name in metrics else "–"
+
     targets = sorted({name.split("/")[1] for name in metrics if name.startswith("target/")})
     for target in targets:
-        table.add_row(target, *(f"{100 * metrics[f'target/{target}/{name}']:.1f}" for name in names))
+        further = [percent(f"leakfree/{target}/accuracy"), f"{metrics.get(f'leakfree/{target}/left_out', 0):,.0f}"]
+        table.add_row(target, *(percent(f"target/{target}/{name}") for name in names), *further[: len(titles) - 3])
     if "unseen/accuracy" in metrics:
         table.add_section()
-        table.add_row("mean of unseen", *(f"{100 * metrics[f'unseen/{name}']:.1f}" for name in names))
+        further = [percent("leakfree_unseen/accuracy"), ""]
+        table.add_row("mean of unseen", *(percent(f"unseen/{name}") for name in names), *further[: len(titles) - 3])
     return table
 
 

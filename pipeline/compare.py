@@ -62,6 +62,8 @@ class Row(Group):
     unseen: Estimate
     everything: Estimate  # including the source, as published
     unseen_macro_f1: Estimate
+    leak_free: dict[str, Estimate] = field(default_factory=dict)  # without copies of the source's training faces
+    unseen_leak_free: Estimate = field(default_factory=lambda: estimate([]))
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,16 @@ class Comparison:
     rows: list[Row] = field(default_factory=list)
     protocol: str = "clean"
     others: tuple[str, ...] = ()  # further protocols by which some of the runs were judged; they need their own tables
+    leaking: list[str] | None = None  # the targets that share faces with a source; None when leaks were not looked at
 
 
-def compare(runs: list[TrackedRun], metric: str = "accuracy", protocol: str = "clean") -> Comparison:
+def compare(
+    runs: list[TrackedRun], metric: str = "accuracy", protocol: str = "clean", leak_free: bool = False
+) -> Comparison:
     """Group the runs judged by a protocol that differ in nothing but their seed and estimate every cell; raise `UserError`.
 
-    A mean over targets is left empty when a row was not judged on all targets of its table.
+    A mean over targets is left empty when a row was not judged on all targets of its table. With `leak_free` the
+    targets of which faces were left out (`leakfree/` metrics) have a second column.
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
@@ -101,7 +107,8 @@ def compare(runs: list[TrackedRun], metric: str = "accuracy", protocol: str = "c
     targets = sorted(name for name in names if "/" not in name and ":" not in name)
     rows = [_row(group, targets, metric) for group in groups]
     others = tuple(name for name in PROTOCOLS if name != protocol and _judged(runs, name))
-    return Comparison(metric, targets, rows, protocol, others)
+    leaking = [name for name in targets if any(run.metrics.get(f"leakfree/{name}/left_out") for run in judged)]
+    return Comparison(metric, targets, rows, protocol, others, leaking if leak_free else None)
 
 
 def compare_classes(runs: list[TrackedRun], target: str, protocol: str = "clean") -> list[ClassRow]:
@@ -159,8 +166,8 @@ def _judged(runs: list[TrackedRun], protocol: str) -> list[TrackedRun]:
 
 
 def _row(group: Group, targets: list[str], metric: str) -> Row:
-    def over_targets(name: str, wanted: list[str]) -> Estimate:
-        complete = all(f"target/{target}/{metric}" in run.metrics for run in group.runs for target in wanted)
+    def over_targets(name: str, wanted: list[str], kind: str = "target") -> Estimate:
+        complete = all(f"{kind}/{target}/{metric}" in run.metrics for run in group.runs for target in wanted)
         return group.over_seeds(name) if complete else estimate([])
 
     unseen = [target for target in targets if target != group.source]
@@ -171,6 +178,8 @@ def _row(group: Group, targets: list[str], metric: str) -> Row:
         over_targets(f"unseen/{metric}", unseen),
         over_targets(f"all/{metric}", targets),
         over_targets("unseen/macro_f1", unseen),
+        {target: group.over_seeds(f"leakfree/{target}/{metric}") for target in targets},
+        over_targets(f"leakfree_unseen/{metric}", unseen, "leakfree"),
     )
 
 

@@ -152,14 +152,15 @@ def is_judged(run: UPath, target: Target) -> bool:
     return (about["manifest"], about["split"]) == (target.manifest.digest, target.split)
 
 
-def log_results(run: UPath, tracker: Tracker) -> dict[str, float]:
-    """Compute every metric and figure of a run from its predictions and log them to MLflow; return the metrics.
+def log_results(run: UPath, tracker: Tracker, further: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Compute every metric of a run from its predictions and log them to MLflow with its pictures; return the metrics.
 
     Those of another protocol than `clean` have its name in front, and a tag tells by which protocols the run was judged.
+    `further` metrics are logged with them.
     """
     spec = RunSpec.load(run)
     run_id = tracker.start(spec.name, spec.parameters(), spec.tags())
-    metrics: dict[str, float] = {}
+    metrics = dict(further or {})
     judged = {protocol: predictions for protocol in PROTOCOLS if (predictions := load_predictions(run, protocol))}
     for protocol, predictions in judged.items():
         prefix = find_protocol(protocol).prefix

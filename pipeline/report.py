@@ -64,6 +64,7 @@ def make_report(
     protocol: str = "clean",
     per_class: str | None = None,
     versus: str | None = None,
+    leak_free: bool = False,
 ) -> Report:
     """Compare runs, on all targets or by expression on one, with tests against one method; raise `UserError`."""
     if per_class and versus:
@@ -73,7 +74,7 @@ def make_report(
         return _report_classes(
             rows, per_class, protocol, find_published_class_rows(workspace, rows, per_class, protocol)
         )
-    comparison = compare(runs, metric, protocol)
+    comparison = compare(runs, metric, protocol, leak_free)
     tests = pair_rows(workspace, comparison, versus) if versus else []
     return _report(comparison, find_published_rows(workspace, comparison), tests, rank(comparison))
 

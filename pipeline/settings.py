@@ -123,6 +123,7 @@ class EvaluateSettings(ClusterSettings):
     split: str | None = setting(
         None, "Faces to judge on; default: those the protocol names.", choices=("test", "val", "train", "all")
     )
+    exclude_leaks: bool = setting(False, "Give the numbers without copies of the source's training faces too.")
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str = setting("cafe", "MLflow experiment.")

@@ -64,14 +64,29 @@ def mark_best(rows: Sequence[Group], columns: Sequence[Sequence[Estimate]]) -> l
 def main_sheet(comparison: Comparison) -> Sheet:
     """Methods × targets, one block per source, then the means over targets."""
     metric = comparison.metric.replace("_", " ")
-    header = ["source", "method", "seeds", *comparison.targets, f"unseen {metric}", "unseen macro-F1", f"all {metric}"]
+    leaking = comparison.leaking or []
+    shown = [  # title, target, whether leak-free
+        (f"{target} leak-free" if without else target, target, without)
+        for target in comparison.targets
+        for without in ([False, True] if target in leaking else [False])
+    ]
+    header = ["source", "method", "seeds", *(title for title, _, _ in shown)]
+    header += [f"unseen {metric}", "unseen macro-F1", f"all {metric}"]
+    header += [] if comparison.leaking is None else [f"unseen {metric} leak-free"]
     columns = [
-        [*row.targets.values(), row.unseen, row.unseen_macro_f1, row.everything] for row in comparison.rows
+        [
+            *((row.leak_free if without else row.targets)[target] for _, target, without in shown),
+            row.unseen,
+            row.unseen_macro_f1,
+            row.everything,
+            *([] if comparison.leaking is None else [row.unseen_leak_free]),
+        ]
+        for row in comparison.rows
     ]  # in the order of the header
     lines = []
     for row, estimates, marks in zip(comparison.rows, columns, mark_best(comparison.rows, columns), strict=True):
         texts = [str(estimate) for estimate in estimates]
-        for place, target in enumerate(comparison.targets):
+        for place, (_, target, _) in enumerate(shown):
             if target == row.source:  # seen in training: not a measure of generalisation
                 texts[place] = f"({texts[place]})"
         lines.append([*_head(row), *_peeked(row, texts, marks)])
@@ -79,8 +94,16 @@ def main_sheet(comparison: Comparison) -> Sheet:
         "Percent, mean ± half-width of the 95 % t-interval over seeds. In brackets: the source itself, its own test split. "
         "Unseen: mean over the targets not trained on; all: with the source, as published tables average.",
         *_footnotes(comparison.rows),
+        *_leaks(comparison.leaking),
     ]
     return Sheet(metric.capitalize(), 2, 1, header, lines, notes)
+
+
+def _leaks(leaking: list[str] | None) -> list[str]:
+    if leaking is None:
+        return []
+    note = "Leak-free: without the samples that are copies of the source's training faces, as `cafe data audit` found."
+    return [note if leaking else f"{note} It found none."]
 
 
 def _head(row: Group) -> list[Cell]:

@@ -1,0 +1,275 @@
+"""Copies of one picture among many faces, found although they were resized, compressed again, greyed or lightly cropped.
+
+Aligned faces all look alike, so a short perceptual hash proposes far too many pairs. Here an index of small grey signatures
+only proposes; every pair is then registered and compared pixel by pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import product
+
+import faiss
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+THUMBNAIL = 64  # side of the grey picture everything is computed from; the smallest faces of the field have 48 pixels
+SIGNATURE = 12  # side of a signature before it is reduced to COMPONENTS numbers
+COMPONENTS = 96
+MARGIN = 0.06  # a signature leaves out this share of each side, so that what a copy has lost is not looked for
+
+# How a copy may be framed against its original: zoomed and shifted, in shares of the side. Together with the signatures'
+# own tolerance this covers crops of up to 8 % on every side, of either picture.
+FRAMES = np.array([
+    (zoom + right, zoom - right, zoom + down, zoom - down)  # left, right, top, bottom
+    for zoom, right, down in product((-0.04, 0.0, 0.04), (-0.03, 0.0, 0.03), (-0.03, 0.0, 0.03))
+])  # fmt: skip
+
+NEIGHBOURS = 3  # nearest signatures per frame
+CANDIDATES = 24  # pairs per face that are compared at all
+MIN_COSINE = 0.75  # of signatures; 99 of 100 copies cropped by 8 % on every side have more
+
+# What a pair must pass to be compared more finely: {side in pixels: (steps of registration, least correlation)}.
+LEVELS = {16: (2, 0.9), 32: (2, 0.97), 64: (2, 0.985)}
+# Two people before a plain wall correlate well as wholes, and differ somewhere. So the verdict is by the least similar
+# part: nearly equal pictures of the same or of unrelated people stay below, 99.2 % of the copies above.
+MIN_SIMILARITY = 0.92
+PART = 16  # side of a part in pixels; parts overlap by half
+NOISE = 0.01  # variance of fine structure (the picture's is 1) below which a part counts as smooth, hence alike
+MIN_OVERLAP = 0.65  # share of the first picture that the second shows; below it there is too little to compare
+BATCH = 1024
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Copies: `first[i]` and `second[i]` are row numbers, `similarity[i]` is 0.92–1.
+
+    It is the correlation of the two pictures' least similar part once they are registered.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    similarity: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @classmethod
+    def concatenate(cls, parts: list[Pairs]) -> Pairs:
+        """Return all pairs of several."""
+        empty = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        return cls(*(np.concatenate([getattr(part, field.name) for part in (empty, *parts)]) for field in fields(cls)))
+
+
+def draw_thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """Return the grey (64, 64) uint8 thumbnail of an RGB picture (H, W, 3), squashed to a square."""
+    picture = Image.fromarray(pixels).convert("L")
+    return np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR))  # averages when it shrinks
+
+
+class CopyIndex:
+    """Finds the copies of faces among `thumbnails` (N, 64, 64): exact below 5,000 faces, by inverted lists above."""
+
+    def __init__(self, thumbnails: np.ndarray) -> None:
+        self.thumbnails = thumbnails
+        signatures = np.concatenate(
+            [_frame(thumbnails[part], np.zeros(4)) for part in _split(len(thumbnails))]
+        )  # (N, 144)
+        self.projection = _fit_projection(signatures)
+        self.index = _build(_reduce(signatures, self.projection))
+
+    def find(self, thumbnails: np.ndarray, progress: Progress = lambda done, total: None) -> Pairs:
+        """Return the pairs (row of the index, row of `thumbnails`) that show the same picture.
+
+        Of a face with more than three equal copies in the index, not all need be among them. `progress(done, total)`
+        counts faces.
+        """
+        found = []
+        for part in _split(len(thumbnails)):
+            progress(part.start, len(thumbnails))
+            batch = thumbnails[part]
+            first, second, frame = self._propose(batch)
+            for few in _split(len(first)):
+                one, two = first[few], second[few]
+                kept, similarity = _compare(self.thumbnails[one], batch[two], _starts()[frame[few]])
+                found.append(Pairs(one[kept], two[kept] + part.start, similarity))
+        progress(len(thumbnails), len(thumbnails))
+        return Pairs.concatenate(found)
+
+    def _propose(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return rows of the index, rows of the batch and the frames in which their signatures agree best."""
+        neighbours = min(NEIGHBOURS, len(self.thumbnails))
+        shape = (len(FRAMES), len(batch), neighbours)
+        cosines, rows = np.empty(shape, np.float32), np.empty(shape, np.int64)
+        for number, frame in enumerate(FRAMES):
+            cosines[number], rows[number] = self.index.search(
+                _reduce(_frame(batch, frame), self.projection), neighbours
+            )
+        frames, second = (axis.ravel() for axis in np.indices(shape)[:2])
+        cosine, first = cosines.ravel(), rows.ravel()
+        order = np.argsort(-cosine, kind="stable")
+        order = order[(cosine[order] >= MIN_COSINE) & (first[order] >= 0)]
+        _, best = np.unique(second[order] * len(self.thumbnails) + first[order], return_index=True)
+        order = order[np.sort(best)]  # each pair once, in its best frame, best pairs first
+        order = order[np.argsort(second[order], kind="stable")]
+        begin = np.searchsorted(second[order], second[order])
+        order = order[np.arange(len(order)) - begin < CANDIDATES]
+        return first[order], second[order], frames[order]
+
+
+def _frame(thumbnails: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Return the part of thumbnails (N, 64, 64) inside a frame as unit vectors (N, 144) without their mean brightness."""
+    left, right, top, bottom = MARGIN + frame
+    rows, columns = _average(top, 1 - bottom), _average(left, 1 - right)
+    signatures = (rows @ thumbnails.astype(np.float32) @ columns.T).reshape(len(thumbnails), -1)
+    return _normalise(signatures - signatures.mean(axis=1, keepdims=True))
+
+
+def _average(low: float, high: float) -> np.ndarray:
+    """Return the (12, 64) matrix that averages the pixels of [low, high] (shares of the side) in equal steps."""
+    edges, pixels = np.linspace(low, high, SIGNATURE + 1)[:, None] * THUMBNAIL, np.arange(THUMBNAIL)
+    weights = np.clip(np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels), 0, None)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
+
+
+def _fit_projection(signatures: np.ndarray) -> np.ndarray:
+    """Return a (144, 96) projection onto principal axes that damps what all faces share by half (λ^-¼).
+
+    With few faces to learn from it stays close to a rotation.
+    """
+    count, width = signatures.shape
+    moment = signatures.T @ signatures  # its trace is `count`: the signatures are unit vectors
+    moment = (moment + np.eye(width)) / (count + width)
+    values, axes = np.linalg.eigh(moment)
+    return np.asarray(axes[:, -COMPONENTS:] * values[-COMPONENTS:] ** -0.25, np.float32)
+
+
+def _reduce(signatures: np.ndarray, projection: np.ndarray) -> np.ndarray:
+    return _normalise(signatures @ projection)
+
+
+def _normalise(vectors: np.ndarray) -> np.ndarray:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6), np.float32)
+
+
+def _build(vectors: np.ndarray) -> faiss.Index:
+    count, width = vectors.shape
+    flat = faiss.IndexFlatIP(width)
+    if count < 5_000:
+        flat.add(vectors)
+        return flat
+    lists = min(count // 64, int(4 * count**0.5))
+    index = faiss.IndexIVFFlat(flat, width, lists, faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = 16
+    index.cp.max_points_per_centroid = 64  # more would only make the clustering longer
+    index.train(vectors)
+    index.add(vectors)
+    return index
+
+
+def _starts() -> torch.Tensor:
+    """Return for each frame where a point of the first picture lies in the second: x ↦ a·x + b, y ↦ c·y + d; (F, 4)."""
+    left, right, top, bottom = FRAMES.T
+    inside = 1 - 2 * MARGIN
+    across, down = (inside - left - right) / inside, (inside - top - bottom) / inside
+    shift = (MARGIN + left - across * MARGIN, MARGIN + top - down * MARGIN)
+    return torch.tensor(np.stack([across, shift[0], down, shift[1]], axis=1), dtype=torch.float32)
+
+
+def _split(count: int) -> Iterator[slice]:
+    return (slice(start, start + BATCH) for start in range(0, count, BATCH))
+
+
+def _compare(first: np.ndarray, second: np.ndarray, warp: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the pairs of thumbnails (P, 64, 64) that show one picture, and their similarity."""
+    kept = torch.arange(len(first))
+    for side, (steps, least) in LEVELS.items():
+        one, two = (_shrink(pictures[kept.numpy()], side) for pictures in (first, second))
+        warp = _register(one, two, warp, steps)
+        moved, seen = _sample(two[:, None], warp)
+        one, two = (_soften(_standardise(picture, seen)) for picture in (one, moved[:, 0]))
+        good = (_correlate(one, two, seen) >= least) & (seen.mean(dim=(1, 2)) >= MIN_OVERLAP)
+        kept, warp = kept[good], warp[good]
+    similarity = _correlate_parts(one[good], two[good], seen[good])
+    good = similarity >= MIN_SIMILARITY
+    return kept[good].numpy(), similarity[good].numpy()
+
+
+def _shrink(pictures: np.ndarray, side: int) -> torch.Tensor:
+    """Return pictures (P, side, side) of zero mean and unit deviation."""
+    average = torch.eye(side).repeat_interleave(THUMBNAIL // side, dim=1) * (side / THUMBNAIL)
+    small = average @ torch.from_numpy(pictures).float() @ average.T
+    return _standardise(small, torch.ones_like(small))
+
+
+def _register(one: torch.Tensor, two: torch.Tensor, warp: torch.Tensor, steps: int) -> torch.Tensor:
+    """Refine the warp that lays `two` on `one`, both (P, n, n), allowing for another gain and brightness.
+
+    Gauss-Newton on the squared difference (Lucas & Kanade 1981), zoom and shift along each axis.
+    """
+    side = one.shape[-1]
+    across, down = torch.zeros_like(two), torch.zeros_like(two)
+    across[:, :, 1:-1] = (two[:, :, 2:] - two[:, :, :-2]) * (side / 2)
+    down[:, 1:-1] = (two[:, 2:] - two[:, :-2]) * (side / 2)
+    layers, place = torch.stack([two, across, down], dim=1), (torch.arange(side) + 0.5) / side
+    lowest, highest = torch.tensor([0.65, -0.25, 0.65, -0.25]), torch.tensor([1.5, 0.25, 1.5, 0.25])
+    for _ in range(steps):
+        moved, seen = _sample(layers, warp)
+        picture, right, below = moved.unbind(1)
+        slopes = [right * place, right, below * place[:, None], below, picture, torch.ones_like(picture)]
+        slope = (torch.stack(slopes, dim=1) * seen[:, None]).flatten(2)  # (P, 6, n²)
+        normal = slope @ slope.mT
+        normal += torch.diag_embed(1e-4 * normal.diagonal(dim1=1, dim2=2) + 1e-3)  # blank pictures have no slope
+        solution = torch.linalg.solve(normal, slope @ (one * seen).flatten(1)[:, :, None])[:, :, 0]
+        gain = solution[:, 4:5].clamp(min=0.1)
+        warp = (warp + (solution[:, :4] / gain).clamp(-0.05, 0.05)).clamp(lowest, highest)
+    return warp
+
+
+def _sample(layers: torch.Tensor, warp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return layers (P, C, n, n) seen through the warp, and a mask (P, n, n) of what lies inside them."""
+    side = layers.shape[-1]
+    place = (torch.arange(side) + 0.5) / side
+    x, y = warp[:, 0:1] * place + warp[:, 1:2], warp[:, 2:3] * place + warp[:, 3:4]  # (P, n) each
+    shape = (-1, side, side)
+    grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], dim=3) * 2 - 1
+    moved = F.grid_sample(layers, grid, padding_mode="border", align_corners=False)
+    inside = ((x > 0) & (x < 1))[:, None, :] & ((y > 0) & (y < 1))[:, :, None]
+    return moved, inside.float()
+
+
+def _standardise(pictures: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return pictures (P, n, n) with zero mean and unit deviation where the mask is 1, and 0 elsewhere."""
+    count = mask.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    centred = (pictures - (pictures * mask).sum(dim=(1, 2), keepdim=True) / count) * mask
+    return centred / (centred.square().sum(dim=(1, 2), keepdim=True) / count).sqrt().clamp(min=1e-3)
+
+
+def _correlate(one: torch.Tensor, two: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the correlation (P,) of two pictures where the mask is 1; 0 for blank ones."""
+    one, two = _standardise(one, mask), _standardise(two, mask)
+    return (one * two).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1)
+
+
+def _correlate_parts(one: torch.Tensor, two: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the least correlation (P,) of a part of two pictures, of what is finer than a quarter of the side."""
+    one, two = ((picture - _soften(picture, 17)) * mask for picture in (one, two))
+    covariance, *variances = (_pool(values) + NOISE for values in (one * two, one.square(), two.square()))
+    return (covariance / (variances[0] * variances[1]).sqrt()).amin(dim=(1, 2))
+
+
+def _pool(values: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(values[:, None], PART, stride=PART // 2)[:, 0]
+
+
+def _soften(pictures: torch.Tensor, window: int = 3) -> torch.Tensor:
+    """Average each pixel with its neighbours, repeating the border: finer is what compression changes most."""
+    side = pictures.shape[-1]
+    near = np.clip(np.arange(side)[:, None] + np.arange(window) - window // 2, 0, side - 1)
+    average = torch.from_numpy((near[:, :, None] == np.arange(side)).mean(axis=1, dtype=np.float32))  # (n, n)
+    return average @ pictures @ average.T
