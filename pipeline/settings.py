@@ -72,9 +72,13 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
 class StoreChoice:
     """Which of a data set's feature stores to use; needed only when there are several."""
 
-    backbone: str | None = setting(None, "Frozen tower of the features; default: that of the only store.")
+    backbone: str | None = setting(
+        None,
+        "Frozen tower of the features; default: that of the only store; none: no tower, where a method needs none.",
+    )
     views: int | None = setting(None, "Views of the feature store; default: that of the only store.", minimum=1)
     policy: str | None = setting(None, "View policy of the feature store.", choices=POLICIES)
+    store: str | None = setting(None, "Folder name of the feature store, where nothing else tells two of them apart.")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
     use_gpu: bool | None = setting(
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
     )
+    threads: int | None = setting(None, "Threads of each worker; default: its share of the machine's cores.", minimum=1)
     loader_workers: int = setting(0, "Processes per worker that decode images ahead.", minimum=0)
     checkpoint_every: int = setting(1, "Epochs between checkpoints.", minimum=1)
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
