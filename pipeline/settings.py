@@ -134,6 +134,19 @@ class EvaluateSettings(ClusterSettings):
 
 
 @dataclass(frozen=True)
+class BenchmarkSettings(ClusterSettings):
+    """How a benchmark file is worked off; what is computed is in the file alone."""
+
+    dry_run: bool = setting(False, "Show the plan and what it costs, and do nothing.")
+    only: str | None = setting(None, "Only cells whose SOURCE/METHOD/SEED matches, e.g. 'rafdb/*' or '*/cafe*/s0'.")
+    parallel: int | None = setting(
+        None, "Cells at a time; default: one per GPU, or per core without, as far as the memory goes.", minimum=1
+    )
+    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
+    experiment: str | None = setting(None, "MLflow experiment; default: the name of the file.")
+
+
+@dataclass(frozen=True)
 class DemoSettings(ClusterSettings):
     """Everything once, small enough for a laptop: one source, five targets, three methods."""
 
