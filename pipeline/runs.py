@@ -194,7 +194,7 @@ def choose_store(
 ) -> tuple[UPath, About] | None:
     """Return the only store of a manifest that fits the choice, or None when it has no stores at all.
 
-    Of several, those that hold just what the method needs and its published views go first.
+    Of several, those go first that hold just what the method needs, the fewest views that are enough, its published policy.
     Raises `UserError` when none or several fit, when the chosen one was made of other images, or is unfinished.
     """
     stores = find_stores(workspace.features, manifest.name)
@@ -218,6 +218,9 @@ def choose_store(
             f"run `{extract_command(manifest.name, choice)}` again."
         )
     current = [store for store in current if store[1].key.maps == ("map" in method.needs)] or current
+    if choice.views:
+        fewest = min(about.key.views for _, about in current)
+        current = [store for store in current if store[1].key.views == fewest]
     current = [store for store in current if store[1].key.policy["name"] == method.policy] or current
     if len(current) > 1:
         raise UserError(
@@ -331,7 +334,7 @@ def _hash(record: dict[str, Any]) -> str:
 
 def _fits(about: About, choice: StoreChoice) -> bool:
     backbone = choice.backbone in (None, about.backbone_name, about.backbone_name.partition("@")[0], about.key.backbone)
-    views = choice.views in (None, about.key.views)
+    views = choice.views is None or choice.views <= about.key.views  # a view is the same in a store of more
     policy = choice.policy in (None, about.key.policy["name"])
     folder = choice.store in (None, about.folder)
     return backbone and views and policy and folder and about.key.channels == "rgb"  # BGR is for targets alone

@@ -76,7 +76,7 @@ class StoreChoice:
         None,
         "Frozen tower of the features; default: that of the only store; none: no tower, where a method needs none.",
     )
-    views: int | None = setting(None, "Views of the feature store; default: that of the only store.", minimum=1)
+    views: int | None = setting(None, "Views to use, of a feature store with as many or more; default: all.", minimum=1)
     policy: str | None = setting(None, "View policy of the feature store.", choices=POLICIES)
     store: str | None = setting(None, "Folder name of the feature store, where nothing else tells two of them apart.")
 

@@ -86,8 +86,8 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     if key and live:
         key = replace(key, views=recipe.epochs + 1, policy=describe_policy(settings.policy or method.policy))
     mean, std = NORMALISATIONS["imagenet"]
-    own_policy, own_views = (settings.policy, settings.views) if towerless else (None, None)
-    unstored = ViewPlan(own_policy or method.policy, 0, own_views or recipe.epochs + 1, "bilinear", mean, std)
+    policy = settings.policy or method.policy
+    views = key.view_plan if key else ViewPlan(policy, 0, recipe.epochs + 1, "bilinear", mean, std)
     spec = RunSpec(
         source=settings.source,
         source_digest=manifest.digest,
@@ -98,7 +98,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
         image_size=settings.image_size or (key.input_size if key else UNSTORED_SIZE),
         precision=settings.precision,
-        views=key.view_plan if key else unstored,
+        views=replace(views, views=settings.views) if settings.views and not live else views,
         features=key,
         backbone=chosen[1].backbone_name if chosen else None,
         width=_input_width(method, chosen[1]) if chosen else None,

@@ -86,7 +86,7 @@ def test_verify_computes_a_damaged_shard_again(indexed: Cafe, tiny_tower: str) -
     assert contents(store.path) == before
 
 
-def test_kill_minus_nine_loses_only_unfinished_shards(tmp_path: Path, tiny_tower: str) -> None:
+def test_kill_minus_nine_loses_only_unfinished_shards(tmp_path: Path, tiny_tower: str, ray_address: str) -> None:
     """The driver of a Ray of its own is killed as soon as a first shard is done."""
     work, faces = tmp_path / "work", draw_faces(tmp_path / "faces", per_class=80)
     program = [sys.executable, "-m", "jobs.cli", "--workspace", str(work)]
@@ -104,11 +104,10 @@ def test_kill_minus_nine_loses_only_unfinished_shards(tmp_path: Path, tiny_tower
     killed = open_store(Cafe(work, ""), "tiny")
     assert 0 < len(killed.pending()) < killed.shards
 
-    rerun = subprocess.run([*program, *command], check=True, capture_output=True, text=True)
-    assert f"of {killed.shards} shards" in rerun.stdout
-    assert f"computed {killed.shards} of" not in rerun.stdout
-    uninterrupted = [sys.executable, "-m", "jobs.cli", "--workspace", str(tmp_path / "whole"), *command]
-    subprocess.run(uninterrupted, check=True, capture_output=True)
+    rerun = Cafe(work, ray_address).succeed(*command, ray=True)
+    assert f"of {killed.shards} shards" in rerun
+    assert f"computed {killed.shards} of" not in rerun
+    Cafe(tmp_path / "whole", ray_address).succeed(*command, ray=True)
     assert contents(killed.path) == contents(open_store(Cafe(tmp_path / "whole", ""), "tiny").path)
 
 
@@ -195,7 +194,7 @@ def test_changed_weights_are_another_store(indexed: Cafe, tiny_tower: str, tmp_p
         (("extract", "tiny", "--backbone", "resnet"), "Unknown backbone 'resnet': choose clip-vit-b32, imagenet-lite0"),
         (("extract", "tiny", "--backbone", "open_clip:ViT-B-32@/no/file.pt"), "No weights file at '/no/file.pt'"),
         (("extract", "tiny", "--views", "0"), "0 is not in the range x>=1"),
-        (("extract", "tiny", "--policy", "strong"), "'strong' is not one of 'paper', 'clean', 'clean+flip'"),
+        (("extract", "tiny", "--policy", "strong"), "'strong' is not one of 'paper', 'scn'"),
     ],
 )
 def test_a_wrong_call_is_one_sentence_before_ray_starts(

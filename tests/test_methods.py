@@ -40,7 +40,7 @@ def domain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def features(domain: Manifest, tiny_tower: str) -> Embedder:
-    return Embedder(load_backbone(tiny_tower), domain, plan_for(METHODS["cafe"]), "cpu", maps=False, dtype="float32")
+    return Embedder(load_backbone(tiny_tower), domain, plan_for(METHODS["cafe"]), "cpu", maps=True, dtype="float32")
 
 
 @pytest.mark.parametrize("name", METHODS)

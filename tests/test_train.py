@@ -18,11 +18,14 @@ from conftest import Cafe, draw_faces
 from safetensors.torch import load_file
 from upath import UPath
 
+from cafe.errors import UserError
 from cafe.manifest import Manifest
 from cafe.metrics import Predictions, score
-from pipeline.compare import cells, compare, name_variants, to_markdown
+from pipeline.compare import cells, class_cells, compare, name_variants, to_markdown
 from pipeline.evaluate import summarise
+from pipeline.settings import TrainSettings
 from pipeline.tracking import TrackedRun, Tracker
+from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 
 TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=16", "--set", "learning_rate=0.001")
@@ -83,7 +86,8 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
     unseen = [score(predictions[target])["accuracy"] for target in ("two", "three")]
     assert logged.metrics["unseen/accuracy"] == pytest.approx(np.mean(unseen))
     artifacts = {str(path.relative_to(ready.workspace)) for path in (ready.workspace / "artifacts").rglob("*.*")}
-    assert any(path.endswith("confusion/two.png") for path in artifacts)
+    for kind in ("confusion", "errors", "masks"):
+        assert any(path.endswith(f"{kind}/two.png") for path in artifacts), kind
     assert any(path.endswith("predictions/three.parquet") for path in artifacts)
 
     one = model(run)
@@ -120,8 +124,8 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(ready
     driver.wait()
     assert not (only_run(ready) / "model.safetensors").exists()
 
-    subprocess.run([*program, str(ready.workspace), *command], check=True, capture_output=True)
-    subprocess.run([*program, str(tmp_path / "whole"), *command], check=True, capture_output=True)
+    ready.succeed(*command, ray=True)
+    Cafe(tmp_path / "whole", ready.address).succeed(*command, ray=True)
     resumed, whole = model(only_run(ready)), model(only_run(Cafe(tmp_path / "whole", "")))
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
@@ -148,7 +152,7 @@ def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) ->
     values = [run.metrics["target/two/accuracy"] for run in tracked(ready)]
     assert row.targets["two"].mean == pytest.approx(np.mean(values))
     assert row.unseen.mean == pytest.approx(np.mean([run.metrics["unseen/accuracy"] for run in tracked(ready)]))
-    assert (ready.workspace / "table.md").read_text() == to_markdown(cells(compare(tracked(ready))))
+    assert (ready.workspace / "table.md").read_text().startswith(to_markdown(cells(compare(tracked(ready)))))
 
 
 def test_image_only_needs_no_features(ready: Cafe) -> None:
@@ -206,6 +210,14 @@ def test_a_target_of_another_tower_says_which_field_differs(ready: Cafe, tiny_to
     assert "its closest store differs in interpolation: bilinear against bicubic" in message
 
 
+def test_fewer_views_are_taken_from_a_larger_store(ready: Cafe) -> None:
+    workspace = Workspace.at(str(ready.workspace))
+    specs = [plan_training(workspace, TrainSettings(source="one", views=views)).spec for views in (2, 3, None)]
+    assert [spec.views.views for spec in specs] == [2, 3, 3]
+    assert specs[0].features == specs[1].features == specs[2].features
+    assert [specs[0].views.view_of(epoch) for epoch in (1, 2, 3)] == [1, 1, 1]
+
+
 def test_an_unfinished_store_or_run_says_how_to_finish_it(ready: Cafe) -> None:
     receipt = next((ready.workspace / "features" / "one").rglob("receipts/00000.json"))
     receipt.unlink()
@@ -247,6 +259,35 @@ def test_a_row_without_all_targets_has_no_mean_over_them() -> None:
     partial = {"target/two/accuracy": 0.6, "unseen/accuracy": 0.6}
     rows = compare([run("cafe", {**full, **means}), run("linear_probe", partial)]).rows
     assert [str(row.unseen) for row in rows] == ["40.0", "–"]
+
+
+def test_accuracy_per_expression_is_averaged_over_seeds() -> None:
+    def run(seed: str, fear: float) -> TrackedRun:
+        metrics = {"target/two/recall/fear": fear, "target/two/accuracy": 0.5, "target/two/mean_class_accuracy": fear}
+        params = {"source": "one", "method": "cafe", "seed": seed}
+        return TrackedRun(seed, seed, params, metrics, {"cafe.group": "cafe"})
+
+    runs = [run("0", 0.2), run("1", 0.4)]
+    header, line = class_cells(runs, "two")
+    shown = dict(zip(header, line, strict=True))
+    assert (shown["seeds"], shown["surprise"], shown["overall"]) == ("2", "–", "50.0 ± 0.0")
+    assert shown["fear"] == shown["mean"] == "30.0 ± 127.1"  # t(.975, 1 degree of freedom) = 12.706, times .1
+    with pytest.raises(UserError, match="Unknown target 'three': choose two"):
+        class_cells(runs, "three")
+
+
+def test_numbers_of_a_run_that_chose_its_epoch_on_the_source_test_are_marked() -> None:
+    def run(selection: str) -> TrackedRun:
+        params = {"source": "one", "method": "cafe", "seed": "0", "selection": selection}
+        metrics = {"target/two/accuracy": 0.5, "unseen/accuracy": 0.5}
+        return TrackedRun(selection, selection, params, metrics, {"cafe.group": selection})
+
+    (line,) = cells(compare([run("source_test")]))[1:]
+    assert line[1] == "cafe (selection=source_test)"
+    assert all(cell.endswith("†") for cell in line[3:])
+    final, peeked = cells(compare([run("final"), run("source_test")]))[1:]
+    assert "†" not in "".join(final)
+    assert "†" in "".join(peeked)
 
 
 def test_compare_without_runs_is_one_sentence(ready: Cafe) -> None:
