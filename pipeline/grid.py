@@ -44,12 +44,14 @@ class Entry:
     method: str
     set: tuple[tuple[str, Any], ...] = ()  # changed settings of its recipe
     tower: str | None = None  # instead of the grid's towers
+    views: int | None = None  # instead of the grid's
     train: tuple[tuple[str, Any], ...] = ()  # changed settings of `cafe train`
 
     @property
     def label(self) -> str:
         """The method with what it changes, as a table shows it."""
-        changes = ", ".join(f"{key}={value}" for key, value in (*self.set, *self.train))
+        views = (("views", self.views),) if self.views else ()
+        changes = ", ".join(f"{key}={value}" for key, value in (*self.set, *self.train, *views))
         return f"{self.method} ({changes})" if changes else self.method
 
     @property
@@ -150,14 +152,12 @@ def parse_grid(name: str, content: Mapping[str, Any]) -> Grid:
         _names(content, "towers", name) if "towers" in content else Grid.towers,
         _names(content, "targets", name) if "targets" in content else sources,
         _typed(str, content.get("protocol", Grid.protocol), "protocol", name),
-        _typed(int, content["views"], "views", name) if "views" in content else None,
+        _views(content.get("views"), name),
         _checked(ExtractSettings, DECIDED_FEATURES, _table(content, "features", name), f"[features] in {name}"),
         changes,
         train,
     )
     find_protocol(grid.protocol)
-    if grid.views is not None and grid.views < 1:
-        raise UserError(f"The views of the benchmark {name} cannot be {grid.views}: give 1 or more, or leave them out.")
     listed = Counter((entry.label, entry.tower) for entry in grid.entries)
     for (label, _), count in listed.items():
         if count > 1:
@@ -176,11 +176,11 @@ def _entry(item: Any, where: str) -> Entry:
     method = _typed(str, own.pop("method"), "method", where)
     changes = _recipe_changes(own.pop("set", {}), where)
     tower = _typed(str, own.pop("tower"), "tower", where) if "tower" in own else None
+    here = f"the method {method} in {where}"
+    views = _views(own.pop("views", None), here)
     find_method(method)
-    train = _checked(
-        TrainSettings, DECIDED_TRAINING, own, f"the method {method} in {where}", ("method", "set", "tower")
-    )
-    return Entry(method, tuple(changes.items()), tower, tuple(train.items()))
+    train = _checked(TrainSettings, DECIDED_TRAINING, own, here, ("method", "set", "tower", "views"))
+    return Entry(method, tuple(changes.items()), tower, views, tuple(train.items()))
 
 
 def _checked(
@@ -233,6 +233,12 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
     if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
         raise UserError(f"seeds of {where} are how many, or a list of different ones, not {value!r}.")
     return tuple(seeds)
+
+
+def _views(value: Any, where: str) -> int | None:
+    if value is not None and _typed(int, value, "views", where) < 1:
+        raise UserError(f"views of {where} is at least 1, not {value}.")
+    return value if value is None else int(value)
 
 
 def _recipe_changes(value: Any, where: str) -> dict[str, Any]:

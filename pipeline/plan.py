@@ -32,6 +32,7 @@ RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
 
 StoreKey = tuple[str, ExtractSettings]
 Store = tuple[UPath, About]
+Shared = tuple[str, str, str, int | None]  # source, tower, policy, and views of maps that have their own number
 Made = Mapping[StoreKey, Store | str]  # stores of this session, or why there is none
 
 
@@ -233,17 +234,26 @@ class _Combination:
         return cls(manifest, entry, tower, settings, find_recipe(settings, manifest.kind).epochs)
 
     @property
-    def shared(self) -> tuple[str, str, str]:
-        """What methods have in common that share the source's store."""
+    def maps(self) -> bool:
+        """Whether it needs feature maps."""
+        return "map" in self.entry.kind.needs
+
+    @property
+    def shared(self) -> Shared:
+        """What methods have in common that share the source's store; maps are large, so their own views stay apart."""
         assert self.tower is not None
-        return self.source.name, self.tower, self.entry.kind.policy
+        return self.source.name, self.tower, self.entry.kind.policy, self.entry.views if self.maps else None
+
+    def views(self, grid: Grid) -> int:
+        """Return how many views it uses: by default one for every epoch and the clean one, as published."""
+        return self.entry.views or grid.views or self.epochs + 1
 
 
 class _Stores:
     """The stores of a grid: one per source, tower and policy, and one per target that no such store serves."""
 
     def __init__(self) -> None:
-        self.sources: dict[tuple[str, str, str], StorePlan] = {}
+        self.sources: dict[Shared, StorePlan] = {}
         self.targets: dict[tuple[str, str], StorePlan] = {}
 
     def of(self, one: _Combination, targets: Iterable[str]) -> tuple[StorePlan, ...]:
@@ -256,7 +266,7 @@ class _Stores:
 
 def _plan_stores(workspace: Workspace, grid: Grid, combinations: Sequence[_Combination], made: Made) -> _Stores:
     stores = _Stores()
-    sharing: dict[tuple[str, str, str], list[_Combination]] = {}
+    sharing: dict[Shared, list[_Combination]] = {}
     for one in combinations:
         if one.tower:
             sharing.setdefault(one.shared, []).append(one)
@@ -265,21 +275,21 @@ def _plan_stores(workspace: Workspace, grid: Grid, combinations: Sequence[_Combi
         settings = ExtractSettings(**{**grid.features, "backbone": absolute_name(tower), **changes})
         return _look_up(workspace, manifest, settings, made)
 
-    for (source, tower, policy), members in sharing.items():
-        views = grid.views or max(one.epochs for one in members) + 1
+    for shared, members in sharing.items():
+        source, tower, policy, _ = shared
+        views = max(one.views(grid) for one in members)
         changes = {"policy": policy} if views > 1 else {}
-        maps = any("map" in one.entry.kind.needs for one in members)
-        manifest = workspace.load_manifest(source)
-        stores.sources[source, tower, policy] = plan(manifest, tower, views=views, maps=maps, **changes)
+        maps = any(one.maps for one in members)
+        stores.sources[shared] = plan(workspace.load_manifest(source), tower, views=views, maps=maps, **changes)
 
     for tower in dict.fromkeys(one.tower for one in combinations if one.tower and one.entry.reads_features):
-        maps = any("map" in one.entry.kind.needs for one in combinations if one.tower == tower)
+        maps = any(one.maps for one in combinations if one.tower == tower)
         for target in grid.targets:
             manifest = workspace.load_manifest(target)
             channels = find_protocol(grid.protocol).channels(manifest.kind)
             fitting = [
                 store
-                for (source, its, _), store in stores.sources.items()
+                for (source, its, *_), store in stores.sources.items()
                 if (source, its, channels) == (target, tower, "rgb") and store.settings.maps >= maps
             ]
             own = fitting[0] if fitting else plan(manifest, tower, views=1, maps=maps, channels=channels)
@@ -288,12 +298,16 @@ def _plan_stores(workspace: Workspace, grid: Grid, combinations: Sequence[_Combi
 
 
 def _look_up(workspace: Workspace, manifest: Manifest, settings: ExtractSettings, made: Made) -> StorePlan:
-    """Return what there is of a store; without loading the tower, so it is told by what it says of itself."""
+    """Return what there is of a store; without loading the tower, so it is told by what it says of itself.
+
+    A store with more views, or with maps besides, serves as well.
+    """
     result = made.get((manifest.name, settings))
     if isinstance(result, str):
         return StorePlan(manifest, settings, pending=len(manifest), obstacle=result)
-    stores = [result] if result else find_stores(workspace.features, manifest.name)
-    found = [store for store in stores if result or _fits(store[1], manifest, settings)]
+    fitting = [store for store in find_stores(workspace.features, manifest.name) if _fits(store[1], manifest, settings)]
+    smallest = min((_size(about) for _, about in fitting), default=None)
+    found = [result] if result else [store for store in fitting if _size(store[1]) == smallest]
     if len(found) != 1:  # several differ in something only the tower can tell
         return StorePlan(manifest, settings, pending=len(manifest))
     path, about = found[0]
@@ -307,21 +321,24 @@ def _look_up(workspace: Workspace, manifest: Manifest, settings: ExtractSettings
 
 
 def _fits(about: About, manifest: Manifest, settings: ExtractSettings) -> bool:
-    key, clean = about.key, settings.views == 1
+    key = about.key
     wanted = {
         "images": manifest.image_digest,
         "precision": settings.precision,
         "interpolation": settings.interpolation,
-        "policy": describe_policy("clean" if clean else settings.policy),
-        "view_seed": 0 if clean else settings.view_seed,
-        "views": settings.views,
-        "maps": settings.maps,
         "dtype": settings.dtype,
         "channels": settings.channels,
         "input_size": settings.input_size or key.input_size,
         "normalisation": NORMALISATIONS.get(settings.normalisation or "", key.normalisation),
     }
-    return about.backbone_name == settings.backbone and all(getattr(key, name) == wanted[name] for name in wanted)
+    if settings.views > 1:  # the clean view is the same by every policy
+        wanted |= {"policy": describe_policy(settings.policy), "view_seed": settings.view_seed}
+    same = about.backbone_name == settings.backbone and all(getattr(key, name) == wanted[name] for name in wanted)
+    return same and key.views >= settings.views and key.maps >= settings.maps
+
+
+def _size(about: About) -> tuple[int, bool]:
+    return about.key.views, about.key.maps
 
 
 def _plan_line(workspace: Workspace, grid: Grid, one: _Combination, stores: _Stores) -> Line:
@@ -335,7 +352,7 @@ def _plan_line(workspace: Workspace, grid: Grid, one: _Combination, stores: _Sto
     try:
         check_network(one.settings.network, one.settings.init)
         if not obstacle and not any(store.pending for store in needed):
-            plan = plan_training(workspace, _choose(one.settings, needed, grid))
+            plan = plan_training(workspace, _choose(one, needed, grid))
     except UserError as error:
         obstacle = obstacle or str(error)
     several = len({other for _, _, other in grid.combinations() if other}) > 1
@@ -343,10 +360,11 @@ def _plan_line(workspace: Workspace, grid: Grid, one: _Combination, stores: _Sto
     return Line(one.source.name, one.entry, title, one.epochs, len(train), passes, needed, plan, obstacle)
 
 
-def _choose(settings: TrainSettings, stores: Sequence[StorePlan], grid: Grid) -> TrainSettings:
-    """Return settings that name the very store of the source, or the views that a method without a tower makes itself."""
+def _choose(one: _Combination, stores: Sequence[StorePlan], grid: Grid) -> TrainSettings:
+    """Return settings with the number of views and, where a tower is used, the very store of the source."""
+    settings = replace(one.settings, views=one.views(grid))
     if not stores:
-        return replace(settings, views=grid.views)
+        return settings
     assert stores[0].found is not None
     return replace(settings, backbone=None, store=stores[0].found[1].folder)
 

@@ -91,7 +91,8 @@ def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
         ({"seeds": 0}, "seeds of small are how many, or a list of different ones, not 0."),
         ({"seeds": [1, 1]}, "seeds of small are how many, or a list of different ones, not [1, 1]."),
         ({"views": "all"}, "views of small is a int, not 'all'."),
-        ({"views": 0}, "The views of the benchmark small cannot be 0"),
+        ({"views": 0}, "views of small is at least 1, not 0."),
+        ({"methods": [{"method": "cafe", "views": 0}]}, "views of the method cafe in small is at least 1, not 0."),
         ({"protocol": "papr"}, "Unknown protocol 'papr': choose clean, paper."),
         ({"features": {"policy": "scn"}}, "Unknown key of [features] in small 'policy': choose "),
         ({"features": {"precision": "fp8"}}, "Unknown precision of [features] in small 'fp8': choose bf16, fp16, fp32."),
@@ -218,6 +219,21 @@ def test_views_policy_and_maps_of_a_store_come_from_the_methods(workspace: Works
     assert few.settings.views == 3
 
 
+def test_a_store_with_more_views_serves_as_well(workspace: Workspace, small: Grid) -> None:
+    fill_all(workspace, small)
+    fewer = replace(small, entries=(replace(small.entries[1], views=2),))
+    cell = plan(workspace, fewer).cells[0]
+    assert cell.plan is not None
+    assert cell.plan.spec.features is not None
+    assert (cell.plan.spec.features.views, cell.plan.spec.views.views) == (4, 2)
+    swapped = replace(small, sources=("two",), targets=("one",), views=1)
+    assert not plan(workspace, swapped).missing_stores
+    more = replace(small, entries=(replace(small.entries[1], views=5),))
+    assert [(store.manifest.name, store.settings.views) for store in plan(workspace, more).missing_stores] == [
+        ("one", 5)
+    ]
+
+
 def test_targets_of_the_protocol_paper_get_a_store_of_their_colours(workspace: Workspace, small: Grid) -> None:
     stills = replace(workspace.load_manifest("two"), kind="mma")
     stills.save(workspace.manifest_path("two"))
@@ -244,7 +260,8 @@ def test_every_cell_gets_its_own_views_and_the_shared_store(workspace: Workspace
             assert (spec.features, spec.backbone, spec.views.policy, spec.views.views) == (None, None, "scn", 3)
         else:
             assert spec.features is not None
-            assert (spec.features.dtype, spec.views.policy, spec.views.views) == ("float16", "paper", 4)
+            assert (spec.features.dtype, spec.features.views, spec.views.policy) == ("float16", 4, "paper")
+            assert spec.views.views == (4 if "cafe" in name else 3)
     assert {spec.seed for spec in specs.values()} == {0, 1}
 
 
@@ -340,7 +357,9 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
         for manifest in manifests.values():
             epochs = entry.kind.published_recipe(manifest.kind).epochs
             published += 5 * (epochs * len(manifest.rows("train")) + targets)
-            stores += (epochs + 1) * len(manifest)  # each method of table 1 that reads features has a tower of its own
+            stores += (entry.views or epochs + 1) * len(
+                manifest
+            )  # each method of table 1 that reads features has a tower of its own
     assert f"{stores:,} passes fill {5 * len(readers)} feature stores" in output
     assert (
         f"would take {published:,} (epochs × training faces + judged faces, each cell for itself): the cache" in output
