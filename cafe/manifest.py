@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
@@ -132,14 +133,14 @@ class Manifest:
         """The row numbers of a split, or of `all`, in manifest order."""
         if split == "all":
             return np.arange(len(self))
-        return np.flatnonzero(np.asarray(self.table["split"].to_pylist()) == split)
+        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names everything but where the files lie: samples, labels, splits, groups and contents."""
         return _digest(self.table, ["sample_id", "label", "split", "group", *self._content])
 
-    @property
+    @cached_property
     def image_digest(self) -> str:
         """Names the images alone: what a frozen feature depends on."""
         return _digest(self.table, ["sample_id", *self._content])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cafe.errors import UserError
 from cafe.loading import FaceDataset, epoch_order, own_part
 from cafe.methods.method import Batch, Method
 from cafe.parallel import gather, rank, world_size
@@ -40,6 +42,7 @@ class Training:
         """Train epoch 1, 2, … and return mean losses by name, accuracy, learning rate and faces per second.
 
         The epoch depends on (seed, epoch) and the state at its start alone: a resumed training is the uninterrupted one.
+        Raises `UserError` when the training has diverged.
         """
         started = time.perf_counter()
         self.module.train()
@@ -56,6 +59,8 @@ class Training:
             progress(step + 1, len(order))
         faces = sum(map(len, order))
         metrics = {f"train/{name}": value / faces for name, value in sums.items()}
+        if not math.isfinite(metrics["train/total"]):
+            raise UserError(f"The loss is no number any more in epoch {epoch}: take a smaller learning rate.")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         metrics["faces_per_second"] = faces / (time.perf_counter() - started)
         return metrics

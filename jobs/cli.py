@@ -6,13 +6,21 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cafe.errors import UserError, unknown
+from cafe.errors import IncompleteError, UserError, unknown
 from jobs.options import options
-from pipeline.settings import PROTOCOLS, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
+from pipeline.settings import (
+    PROTOCOLS,
+    BenchmarkSettings,
+    DemoSettings,
+    EvaluateSettings,
+    ExtractSettings,
+    TrainSettings,
+)
 
 if TYPE_CHECKING:
     from cafe.datasets.files import Listing
@@ -47,6 +55,7 @@ def main(ctx: click.Context, workspace: str) -> None:
     cafe data index folder ~/faces/news --name news      # a manifest
     cafe extract news cinema --backbone imagenet-lite0   # frozen features, once
     cafe train --source news --method cafe --seed 0      # train, then judge on every other manifest
+    cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals
     """
     ctx.obj = workspace
@@ -295,6 +304,49 @@ def evaluate(run: str, **values: Any) -> None:
         predict_targets(path, workspace, targets, settings.use_gpu, progress)
     leak_free = leak_free_scores(workspace, path, settings.protocol) if settings.exclude_leaks else {}
     _print(scores_table(log_results(path, tracker, leak_free), settings.protocol))
+
+
+@main.command()
+@click.argument("file")
+@options(BenchmarkSettings)
+def benchmark(file: str, **values: Any) -> None:
+    """Train and judge a whole grid, sources × methods × seeds, e.g. `cafe benchmark quickstart.toml`.
+
+    FILE says what is in it; ablation.toml, quickstart.toml, table1.toml and table2.toml come with this package. Frozen
+    features are extracted once and shared, cells run side by side, one that fails stops no other. Interrupt it as you like:
+    the same command goes on where it was.
+    """
+    from jobs.tables import failures_table, plan_tables
+    from pipeline.benchmark import run_benchmark
+    from pipeline.grid import read_grid
+    from pipeline.plan import plan_benchmark
+
+    settings = BenchmarkSettings(**values)
+    plan = plan_benchmark(_workspace(), read_grid(_benchmark_file(file)), settings)
+    for table in plan_tables(plan):
+        _print(table)
+    if settings.dry_run:
+        return
+    outcomes = run_benchmark(plan, _progress, click.echo)
+    failed = sum(bool(outcome.failure) for outcome in outcomes)
+    if failed:
+        _print(failures_table(outcomes))
+        raise IncompleteError(
+            f"{failed} of {len(outcomes)} cells failed, all others are done: mend what the table says and give the same "
+            "command again."
+        )
+    click.echo(f"All {len(outcomes)} cells are done: cafe compare --experiment {settings.experiment or plan.grid.name}")
+
+
+def _benchmark_file(name: str) -> Path:
+    """Return a user's file or, where there is none of that name, the one that comes with this package."""
+    own, shipped = Path(name), Path(__file__).parent / "benchmarks"
+    if own.exists():
+        return own
+    if not (shipped / name).is_file():
+        names = ", ".join(sorted(path.name for path in shipped.glob("*.toml")))
+        raise UserError(f"There is no benchmark file {name!r}: give the path of one, or one of {names}.")
+    return shipped / name
 
 
 @main.command()

@@ -44,6 +44,13 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         ray.shutdown()
 
 
+def leave() -> None:
+    """Leave Ray at once, from whichever thread: what other threads wait for there ends with an error."""
+    import ray
+
+    ray.shutdown()
+
+
 def _check_answer(address: str) -> None:
     """Raise `UserError` at once when nothing listens at an address; Ray itself would try for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -73,8 +80,8 @@ def count(resource: str) -> int:
 
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the user's mistake among the causes of an error that crossed Ray, if there is one."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+    if error is None or isinstance(error, UserError):
+        return error
+    workers = getattr(error, "worker_failures", {}).values()  # of a training
+    causes = [getattr(error, "cause", None), getattr(error, "_base_exc", None), error.__cause__, *workers]
+    return next((found for cause in causes if (found := user_error(cause))), None)

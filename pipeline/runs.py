@@ -198,7 +198,7 @@ def choose_store(
     Raises `UserError` when none or several fit, when the chosen one was made of other images, or is unfinished.
     """
     stores = find_stores(workspace.features, manifest.name)
-    if not stores and (choice.backbone or choice.views or choice.policy):
+    if not stores and (choice.backbone or choice.views or choice.policy or choice.store):
         raise UserError(
             f"There are no features of {manifest.name!r} yet: run `{extract_command(manifest.name, choice)}`."
         )
@@ -251,14 +251,9 @@ def choose_target(workspace: Workspace, name: str, spec: RunSpec, protocol: Prot
     """Return a target with the store that matches the run's tower; raise `UserError` when it needs one and has none."""
     manifest = workspace.load_manifest(name)
     target = describe_target(manifest, spec, protocol, split)
-    stores = [
-        (path, about)
-        for path, about in find_stores(workspace.features, name)
-        if about.key.images == manifest.image_digest
-    ]
-    if not spec.needs_features:  # any finished store tells which images are unreadable
-        finished = [store for store in stores if not FeatureStore(*store).pending()]
-        return replace(target, store=finished[0][0], about=finished[0][1]) if finished else target
+    if not spec.needs_features:
+        return know_unreadable(workspace, target)
+    stores = _current_stores(workspace, manifest)
     assert spec.features is not None
     wanted = replace(spec.features, channels=target.channels)
     needs = find_method(spec.method).needs
@@ -276,6 +271,18 @@ def choose_target(workspace: Workspace, name: str, spec: RunSpec, protocol: Prot
         f"{' --maps' if 'map' in needs else ''}{' --channels bgr' if target.channels == 'bgr' else ''}`, "
         "or leave it out with --targets."
     )
+
+
+def know_unreadable(workspace: Workspace, target: Target) -> Target:
+    """Return a target whose features nobody reads with any finished store: it tells which images are unreadable."""
+    finished = (store for store in _current_stores(workspace, target.manifest) if not FeatureStore(*store).pending())
+    path, about = next(finished, (None, None))
+    return replace(target, store=path, about=about)
+
+
+def _current_stores(workspace: Workspace, manifest: Manifest) -> list[tuple[UPath, About]]:
+    stores = find_stores(workspace.features, manifest.name)
+    return [(path, about) for path, about in stores if about.key.images == manifest.image_digest]
 
 
 def choose_rows(source: Target, selection: str) -> tuple[np.ndarray, np.ndarray]:
@@ -306,7 +313,7 @@ def choose_targets(
 
 def extract_command(manifest: str, choice: StoreChoice) -> str:
     """Return the command that makes the features a choice asks for."""
-    return f"cafe extract {manifest} {_options(choice)}".rstrip()
+    return f"cafe extract {manifest} {_options(replace(choice, store=None))}".rstrip()
 
 
 def check_network(name: str, init: str) -> None:
@@ -329,11 +336,12 @@ def _fits(about: About, choice: StoreChoice) -> bool:
     backbone = choice.backbone in (None, about.backbone_name, about.backbone_name.partition("@")[0], about.key.backbone)
     views = choice.views is None or choice.views <= about.key.views  # a view is the same in a store of more
     policy = choice.policy in (None, about.key.policy["name"])
-    return backbone and views and policy and about.key.channels == "rgb"  # BGR is for targets alone
+    folder = choice.store in (None, about.folder)
+    return backbone and views and policy and folder and about.key.channels == "rgb"  # BGR is for targets alone
 
 
 def _options(choice: StoreChoice) -> str:
-    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy"))
+    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy", "store"))
     return " ".join(f"--{name} {value}" for name, value in asked if value)
 
 

@@ -72,9 +72,13 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
 class StoreChoice:
     """Which of a data set's feature stores to use; needed only when there are several."""
 
-    backbone: str | None = setting(None, "Frozen tower of the features; default: that of the only store.")
+    backbone: str | None = setting(
+        None,
+        "Frozen tower of the features; default: that of the only store; none: no tower, where a method needs none.",
+    )
     views: int | None = setting(None, "Views to use, of a feature store with as many or more; default: all.", minimum=1)
     policy: str | None = setting(None, "View policy of the feature store.", choices=POLICIES)
+    store: str | None = setting(None, "Folder name of the feature store, where nothing else tells two of them apart.")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
     use_gpu: bool | None = setting(
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
     )
+    threads: int | None = setting(None, "Threads of each worker; default: its share of the machine's cores.", minimum=1)
     loader_workers: int = setting(0, "Processes per worker that decode images ahead.", minimum=0)
     checkpoint_every: int = setting(1, "Epochs between checkpoints.", minimum=1)
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
@@ -127,6 +132,19 @@ class EvaluateSettings(ClusterSettings):
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str = setting("cafe", "MLflow experiment.")
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(ClusterSettings):
+    """How a benchmark file is worked off; what is computed is in the file alone."""
+
+    dry_run: bool = setting(False, "Show the plan and what it costs, and do nothing.")
+    only: str | None = setting(None, "Only cells whose SOURCE/METHOD/SEED matches, e.g. 'rafdb/*' or '*/cafe*/s0'.")
+    parallel: int | None = setting(
+        None, "Cells at a time; default: one per GPU, or per core without, as far as the memory goes.", minimum=1
+    )
+    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
+    experiment: str | None = setting(None, "MLflow experiment; default: the name of the file.")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,8 @@ from upath import UPath
 
 from cafe.errors import UserError
 from pipeline.workspace import Workspace
+
+PARENT = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Tracker:
 
     def __init__(self, workspace: Workspace, uri: str | None, experiment: str) -> None:
         self.uri = uri or default_uri(workspace)
+        self.parent: str | None = None
         with _quiet_mlflow() as mlflow:
             self.client = mlflow.MlflowClient(tracking_uri=self.uri)
             found = self.client.get_experiment_by_name(experiment)
@@ -48,13 +52,22 @@ class Tracker:
             else:
                 self.experiment_id = found.experiment_id
 
+    def below(self, parent: str) -> Tracker:
+        """Return this tracker for the runs of a benchmark, which MLflow shows below the run `parent`."""
+        child = copy(self)
+        child.parent = parent
+        return child
+
     def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
         """Return the MLflow id of the run of that name, created with its parameters when it is new."""
+        family = {PARENT: self.parent} if self.parent else {}
         found = self._search(f"attributes.run_name = '{name}'")
         if found:
             self.client.update_run(found[0].info.run_id, "RUNNING")
+            for key, value in family.items():
+                self.tag(found[0].info.run_id, key, value)
             return str(found[0].info.run_id)
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+        run = self.client.create_run(self.experiment_id, run_name=name, tags={**tags, **family})
         for key, value in params.items():
             self.client.log_param(run.info.run_id, key, value)
         return str(run.info.run_id)
@@ -80,6 +93,10 @@ class Tracker:
             copy = Path(temporary) / path.name
             copy.write_bytes(path.read_bytes())
             self.client.log_artifact(run_id, str(copy), folder)
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Keep a text as an artifact."""
+        self.client.log_text(run_id, text, name)
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""

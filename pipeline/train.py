@@ -24,14 +24,23 @@ from cafe.errors import UserError
 from cafe.loading import ARRAYS, SMALLEST_BATCH
 from cafe.manifest import Manifest
 from cafe.methods import find_method
-from cafe.methods.method import Method, apply_overrides
+from cafe.methods.method import Method, Recipe, apply_overrides
 from cafe.parallel import rank, share_batch_norm, world_size
 from cafe.training import Selection, Training, fit
 from cafe.views import ViewPlan
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
 from pipeline.progress import Bar, Progress, no_bar
-from pipeline.runs import RunSpec, Target, check_network, choose_rows, choose_store, choose_targets, is_finished
+from pipeline.runs import (
+    RunSpec,
+    Target,
+    check_network,
+    choose_rows,
+    choose_store,
+    choose_targets,
+    is_finished,
+    know_unreadable,
+)
 from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Tracker
@@ -61,9 +70,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     """Check every name, file and store and return what will be trained; raise `UserError`."""
     method = find_method(settings.method)
     manifest = workspace.load_manifest(settings.source)
-    shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
-    published = method.published_recipe(manifest.kind)
-    recipe = apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+    recipe = find_recipe(settings, manifest.kind)
     check_network(settings.network, settings.init)
     if settings.tag:
         check_name(settings.tag)
@@ -71,13 +78,16 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
     live = settings.live
-    chosen = choose_store(workspace, manifest, replace(settings, policy=None) if live else settings, method)
+    towerless = settings.backbone == "none"
+    choice = replace(settings, policy=None) if live else settings
+    chosen = None if towerless else choose_store(workspace, manifest, choice, method)
     _check_features(settings, chosen[1] if chosen else None)
     key = chosen[1].key if chosen else None
     if key and live:
         key = replace(key, views=recipe.epochs + 1, policy=describe_policy(settings.policy or method.policy))
     mean, std = NORMALISATIONS["imagenet"]
-    views = key.view_plan if key else ViewPlan(method.policy, 0, recipe.epochs + 1, "bilinear", mean, std)
+    policy = settings.policy or method.policy
+    views = key.view_plan if key else ViewPlan(policy, 0, recipe.epochs + 1, "bilinear", mean, std)
     spec = RunSpec(
         source=settings.source,
         source_digest=manifest.digest,
@@ -99,6 +109,8 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     )
     method.check(spec.inputs)
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
+    if towerless:
+        source = know_unreadable(workspace, source)
     train, held_out = choose_rows(source, settings.selection)
     if len(train) < SMALLEST_BATCH:
         raise UserError(f"{settings.source!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
@@ -108,8 +120,17 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     return TrainPlan(workspace, settings, spec, source, targets)
 
 
+def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
+    """Return the published recipe of the method for a kind of source with the changes asked for; raise `UserError`."""
+    shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
+    published = find_method(settings.method).published_recipe(kind)
+    return apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+
+
 def _check_features(settings: TrainSettings, store: About | None) -> None:
     needs = find_method(settings.method).needs
+    if settings.backbone == "none" and not needs.isdisjoint({*ARRAYS, "tower"}):
+        raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
     if settings.live and (needs.isdisjoint(ARRAYS) or not find_method(settings.method).trained):
         raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
     if store is None and not needs.isdisjoint({*ARRAYS, "tower"}):
@@ -126,10 +147,10 @@ def _input_width(method: type[Method], store: About) -> int:
     return store.map_shape[0] if store.map_shape and "map" in method.needs else store.width
 
 
-def train_and_judge(plan: TrainPlan, bar: Bar = no_bar) -> dict[str, float]:
+def train_and_judge(plan: TrainPlan, bar: Bar = no_bar, tracker: Tracker | None = None) -> dict[str, float]:
     """Train, then judge on every target not judged yet; return all metrics. A finished plan costs no Ray."""
     settings = plan.settings
-    tracker = Tracker(plan.workspace, settings.mlflow_uri, settings.experiment)
+    tracker = tracker or Tracker(plan.workspace, settings.mlflow_uri, settings.experiment)
     trained = is_finished(plan.run)
     remaining = [target for target in plan.targets if not (trained and is_judged(plan.run, target))]
     with nullcontext() if trained and not remaining else cluster.connect(settings):
@@ -193,6 +214,7 @@ def _fit(plan: TrainPlan) -> None:
             "run": str(plan.run),
             "manifest": str(plan.workspace.manifest_path(plan.spec.source)),
             "store": (str(plan.source.store), plan.source.about) if plan.source.store else None,
+            "threads": settings.threads,
             "loader_workers": settings.loader_workers,
             "checkpoint_every": settings.checkpoint_every,
         },
@@ -217,7 +239,8 @@ def train_worker(config: dict[str, Any]) -> None:
     spec = RunSpec.load(run)
     device = ray.train.torch.get_device()
     torch.backends.cudnn.deterministic = True
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size()))
+    cores = max(1, len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size())
+    torch.set_num_threads(min(cores, config["threads"] or cores))
 
     store = config["store"]
     source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))

@@ -67,12 +67,12 @@ class Workspace:
         """Load a manifest by name; raise `UserError` naming those there are and how to make one."""
         path = self.manifest_path(name)
         if not path.exists():
+            from cafe.datasets.synthetic import DOMAINS
+
             names = self.manifest_names()
             hint = f"choose {', '.join(names)}" if names else "this workspace has none yet"
-            raise UserError(
-                f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with "
-                f"`cafe data index folder ROOT --name {name}`."
-            )
+            command = "cafe data synth" if name in DOMAINS else f"cafe data index folder ROOT --name {name}"
+            raise UserError(f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with `{command}`.")
         return Manifest.load(path)
 
     def run_path(self, name: str) -> UPath:

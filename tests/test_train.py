@@ -194,6 +194,8 @@ def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None
         (("--source", "one", "--set", "epoch=1"), "Unknown setting of cafe 'epoch'"),
         (("--source", "one", "--network", "vgg"), "Unknown network 'vgg': choose mobilenet_v2, resnet18, resnet50."),
         (("--source", "one", "--init", "msceleb"), "Unknown initialisation 'msceleb'"),
+        (("--source", "one", "--backbone", "none"), "cafe needs a frozen tower: leave out --backbone none."),
+        (("--source", "one", "--store", "other"), "No features of 'one' fit --store other (there are: 3 views × 24"),
         (("--source", "one", "--targets", "two,four"), "Unknown manifest 'four'"),
         (("--source", "one", "--num-workers", "64"), "64 workers are too many for batches of 32"),
     ],

@@ -76,6 +76,12 @@ def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest,
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
 
 
+def test_a_diverged_training_is_one_sentence(manifest: Manifest, features: Embedder) -> None:
+    training = new_training("cafe", manifest, features, learning_rate=1e30)
+    with pytest.raises(UserError, match="The loss is no number any more in epoch 1: take a smaller learning rate"):
+        training.run_epoch(1)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_resumed_training_is_the_uninterrupted_one(
     name: str, manifest: Manifest, features: Embedder, tmp_path: Path

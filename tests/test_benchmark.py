@@ -1,0 +1,418 @@
+"""The grid: what a benchmark file means, what it costs, what is left to do, and that one bad cell costs no other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import miniatures
+import numpy as np
+import pytest
+import torch
+from conftest import Cafe, draw_faces
+from upath import UPath
+
+from cafe.checkpoints import write_tensors
+from cafe.datasets import DATASETS
+from cafe.datasets.files import index_files
+from cafe.errors import UserError
+from cafe.manifest import Manifest
+from cafe.methods import METHODS
+from cafe.training import Training
+from pipeline.benchmark import run_benchmark
+from pipeline.evaluate import log_results, predict_target
+from pipeline.extract import ShardEmbedder, describe_store, know_tower
+from pipeline.grid import DECIDED_FEATURES, DECIDED_TRAINING, Grid, parse_grid, read_grid
+from pipeline.plan import BenchmarkPlan, plan_benchmark
+from pipeline.progress import no_bar
+from pipeline.runs import choose_rows, is_finished
+from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
+from pipeline.store import FeatureStore, find_stores
+from pipeline.tracking import PARENT, Tracker
+from pipeline.train import TrainPlan
+from pipeline.workspace import Workspace, write_json
+
+BENCHMARKS = Path(__file__).parents[1] / "jobs" / "benchmarks"
+
+
+def grid_of(**content: Any) -> Grid:
+    return parse_grid("small", {"sources": ["one"], "methods": ["linear_probe"], **content})
+
+
+def test_a_file_is_sources_by_methods_by_towers_and_methods_without_a_tower_come_once() -> None:
+    grid = grid_of(
+        sources=["one", "two"],
+        methods=["scn", {"method": "cafe", "set": {"mask": "none"}}, {"method": "linear_probe", "tower": "timm:c"}],
+        towers=["timm:a", "timm:b"],
+        seeds=[3, 5],
+        train={"epochs": 4, "set": {"gamma": 1.0}},
+    )
+    found = [(source, entry.label, tower) for source, entry, tower in grid.combinations()]
+    assert found == [
+        (source, label, tower)
+        for source in ("one", "two")
+        for label, tower in (
+            ("scn", None),
+            ("cafe (mask=none)", "timm:a"),
+            ("cafe (mask=none)", "timm:b"),
+            ("linear_probe", "timm:c"),
+        )
+    ]
+    assert (grid.seeds, grid.targets, grid.views, grid.protocol) == ((3, 5), ("one", "two"), None, "clean")
+    settings = grid.train_settings(*next(line for line in grid.combinations() if line[2]))
+    assert (settings.overrides, settings.epochs, settings.backbone) == (("gamma=1.0", "mask=none"), 4, "timm:a")
+
+
+def test_shared_epochs_are_for_methods_that_have_epochs() -> None:
+    grid = grid_of(methods=["zero_shot", "cafe"], train={"epochs": 4}, features={"input_size": 64})
+    settings = [grid.train_settings(*line) for line in grid.combinations()]
+    assert [one.epochs for one in settings] == [None, 4]
+    assert [one.image_size for one in settings] == [64, 64]
+
+
+def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
+    assert grid_of(seeds=5).digest == grid_of(about="five of them", seeds=[0, 1, 2, 3, 4]).digest
+    assert grid_of(seeds=5).digest != grid_of(seeds=4).digest
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sorces": ["one"]}, "Unknown key of small 'sorces': choose about, features, methods, protocol, seeds, "),
+        ({"sources": []}, "The benchmark small has no sources: give a list of them."),
+        ({"sources": ["one", "one"]}, "sources of small must be different names, at least one"),
+        ({"methods": ["caffe"]}, "Unknown method 'caffe': choose cafe, "),
+        ({"methods": [["cafe"]]}, 'Cannot read the method ['),
+        ({"methods": [{"method": "cafe", "sets": {}}]}, "Unknown key of the method cafe in small 'sets': choose "),
+        ({"methods": ["cafe", "cafe"]}, "The method cafe is listed 2 times in small: keep one"),
+        ({"seeds": 0}, "seeds of small are how many, or a list of different ones, not 0."),
+        ({"seeds": [1, 1]}, "seeds of small are how many, or a list of different ones, not [1, 1]."),
+        ({"views": "all"}, "views of small is a int, not 'all'."),
+        ({"views": 0}, "views of small is at least 1, not 0."),
+        ({"methods": [{"method": "cafe", "views": 0}]}, "views of the method cafe in small is at least 1, not 0."),
+        ({"protocol": "papr"}, "Unknown protocol 'papr': choose clean, paper."),
+        ({"features": {"policy": "scn"}}, "Unknown key of [features] in small 'policy': choose "),
+        ({"features": {"precision": "fp8"}}, "Unknown precision of [features] in small 'fp8': choose bf16, fp16, fp32."),
+        ({"train": {"seed": 1}}, "Unknown key of [train] in small 'seed': choose checkpoint_every, "),
+        ({"train": {"epochs": 0}}, "epochs of [train] in small is at least 1, not 0."),
+        ({"train": {"epochs": True}}, "epochs of [train] in small is a int, not True."),
+        ({"train": {"set": {"mask": ["none"]}}}, "The setting mask of small is a number or a name, not ['none']."),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_file_is_one_sentence(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        grid_of(**content)
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("sources = one")
+    with pytest.raises(UserError, match=r"^bad\.toml is not TOML \(.*line 1.*\): mend it\.$"):
+        read_grid(tmp_path / "bad.toml")
+    with pytest.raises(UserError, match="No such file or directory"):
+        read_grid(tmp_path / "none.toml")
+
+
+def test_what_the_grid_decides_are_settings_there_are() -> None:
+    assert set(DECIDED_FEATURES) <= set(ExtractSettings.__dataclass_fields__)
+    assert set(DECIDED_TRAINING) <= set(TrainSettings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_file_is_read_or_names_the_method_that_is_not_there(path: Path) -> None:
+    if "ofer" not in METHODS and '"ofer"' in path.read_text():
+        with pytest.raises(UserError, match="Unknown method 'ofer': choose cafe, "):
+            read_grid(path)
+    else:
+        assert list(read_grid(path).combinations())
+
+
+# --- against a workspace ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of 36 and 24 faces, four fifths of them for training."""
+    root = tmp_path_factory.mktemp("faces")
+    for seed, (name, per_class) in enumerate((("one", 12), ("two", 8))):
+        draw_faces(root / name, per_class, seed=seed, tint=30 * seed)
+    return root
+
+
+@pytest.fixture
+def workspace(faces: Path, tmp_path: Path) -> Workspace:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    for name in ("one", "two"):
+        index_files(name, DATASETS["folder"](UPath(faces / name))).manifest.save(workspace.manifest_path(name))
+    return workspace
+
+
+@pytest.fixture
+def small(tiny_tower: str) -> Grid:
+    """Two methods that share one store and one that has no use for it."""
+    methods = ["linear_probe", {"method": "cafe", "epochs": 3}, "scn"]
+    train = {"epochs": 2, "image_size": 32, "set": {"batch_size": 16}}
+    return grid_of(methods=methods, targets=["one", "two"], seeds=2, towers=[tiny_tower], train=train)
+
+
+def plan(workspace: Workspace, grid: Grid, **settings: Any) -> BenchmarkPlan:
+    return plan_benchmark(workspace, grid, BenchmarkSettings(**settings))
+
+
+def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> None:
+    """Fill a store as the actors of stage one do, in this process."""
+    about = describe_store(manifest, settings, know_tower(workspace, settings))
+    store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
+    embedder = ShardEmbedder(str(store.path), about, str(workspace.manifest_path(manifest.name)), settings, 1, "cpu")
+    for shard in store.pending():
+        embedder({"shard": np.array([shard])})
+
+
+def fill_all(workspace: Workspace, grid: Grid) -> None:
+    for missing in plan(workspace, grid).missing_stores:
+        fill(workspace, missing.manifest, missing.settings)
+
+
+def train_here(run: TrainPlan) -> None:
+    """Train and judge a run as the workers do, in this process."""
+    run.spec.save(run.run)
+    method = run.spec.build().to(memory_format=torch.channels_last)
+    rows, _ = choose_rows(run.source, "final")
+    dataset, device = run.spec.dataset(run.source), torch.device("cpu")
+    training = Training(method, method, method.optimizer(), dataset, rows, run.spec.seed, device)
+    for epoch in range(1, run.spec.recipe["epochs"] + 1):
+        write_json(run.run / "epochs" / f"{epoch:04d}.json", training.run_epoch(epoch))
+    write_tensors(run.run / "model.safetensors", method.state_dict())
+    write_json(run.run / "result.json", {})
+    for target in run.targets:
+        manifest, store = run.workspace.manifest_path(target.manifest.name), str(target.store) if target.store else None
+        predict_target(str(run.run), str(manifest), store, target.about, (target.protocol, target.split, target.title))
+
+
+def test_stores_are_shared_and_the_passes_they_save_are_counted(workspace: Workspace, small: Grid) -> None:
+    planned = plan(workspace, small)
+    assert [cell.name for cell in planned.cells] == [
+        f"one/{method}/s{seed}" for seed in (0, 1) for method in ("linear_probe", "cafe (epochs=3)", "scn")
+    ]
+    assert [(store.manifest.name, store.settings.views, store.pending) for store in planned.stores] == [
+        ("one", 4, 36),  # one view for each of the three epochs of the longest method, and the clean one
+        ("two", 1, 24),
+    ]
+    train = {name: len(workspace.load_manifest(name).rows("train")) for name in ("one", "two")}
+    judged = 36 - train["one"] + 24 - train["two"]
+    assert planned.published_passes == 2 * (2 * train["one"] + judged) + 2 * (3 * train["one"] + judged)
+    assert planned.store_passes == 4 * 36 + 24
+    assert planned.work == 2 * train["one"] * (2 + 3 + 2)
+    assert [cell.plan is None for cell in planned.cells[:3]] == [True, True, False]
+    assert not any(cell.done or cell.line.obstacle for cell in planned.cells)
+
+
+def test_views_policy_and_maps_of_a_store_come_from_the_methods(workspace: Workspace, tiny_tower: str) -> None:
+    methods = ["nearest_class_mean", "zero_shot", "cafe_map"]
+    for count, expected in ((2, (1, "paper", False)), (3, (61, "paper", True))):
+        planned = plan(workspace, grid_of(methods=methods[:count], towers=[tiny_tower]))
+        (store,) = planned.stores
+        assert (store.settings.views, store.settings.policy, store.settings.maps) == expected
+    (few,) = plan(workspace, grid_of(towers=[tiny_tower], views=3)).stores
+    assert few.settings.views == 3
+
+
+def test_a_store_with_more_views_serves_as_well(workspace: Workspace, small: Grid) -> None:
+    fill_all(workspace, small)
+    fewer = replace(small, entries=(replace(small.entries[1], views=2),))
+    cell = plan(workspace, fewer).cells[0]
+    assert cell.plan is not None
+    assert cell.plan.spec.features is not None
+    assert (cell.plan.spec.features.views, cell.plan.spec.views.views) == (4, 2)
+    swapped = replace(small, sources=("two",), targets=("one",), views=1)
+    assert not plan(workspace, swapped).missing_stores
+    more = replace(small, entries=(replace(small.entries[1], views=5),))
+    assert [(store.manifest.name, store.settings.views) for store in plan(workspace, more).missing_stores] == [
+        ("one", 5)
+    ]
+
+
+def test_targets_of_the_protocol_paper_get_a_store_of_their_colours(workspace: Workspace, small: Grid) -> None:
+    stills = replace(workspace.load_manifest("two"), kind="mma")
+    stills.save(workspace.manifest_path("two"))
+    planned = plan(workspace, replace(small, sources=("one", "two"), protocol="paper"))
+    assert {(store.manifest.name, store.settings.views, store.settings.channels) for store in planned.stores} == {
+        ("one", 4, "rgb"),
+        ("two", 4, "rgb"),
+        ("two", 1, "bgr"),
+    }
+
+
+def test_every_cell_gets_its_own_views_and_the_shared_store(workspace: Workspace, small: Grid) -> None:
+    fill_all(workspace, small)
+    source = plan(workspace, small).stores[0]
+    # A store of other numbers, which `cafe train` could not tell from the grid's by tower, views and policy.
+    fill(workspace, source.manifest, replace(source.settings, dtype="float32"))
+    assert len(find_stores(workspace.features, "one")) == 2
+    planned = plan(workspace, small)
+    assert not planned.missing_stores
+    specs = {cell.name: cell.plan.spec for cell in planned.cells if cell.plan}
+    assert len({spec.name for spec in specs.values()}) == len(specs) == 6
+    for name, spec in specs.items():
+        if "scn" in name:  # as published: its own augmentation, a view per epoch, and no tower
+            assert (spec.features, spec.backbone, spec.views.policy, spec.views.views) == (None, None, "scn", 3)
+        else:
+            assert spec.features is not None
+            assert (spec.features.dtype, spec.features.views, spec.views.policy) == ("float16", 4, "paper")
+            assert spec.views.views == (4 if "cafe" in name else 3)
+    assert {spec.seed for spec in specs.values()} == {0, 1}
+
+
+def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspace, small: Grid) -> None:
+    fill_all(workspace, small)
+    first, second = plan(workspace, small).cells[:2]
+    assert first.plan is not None
+    assert second.plan is not None
+    train_here(first.plan)
+    write_json(second.plan.run / "epochs" / "0001.json", {"faces_per_second": 10.0})
+
+    planned = plan(workspace, small)
+    assert [cell.done for cell in planned.cells] == [True, *[False] * 5]
+    assert (planned.cells[1].worked, planned.cells[1].work) == (first.line.faces, 3 * first.line.faces)
+    assert planned.worked == 3 * first.line.faces
+    speed = planned.seconds_left(parallel=2)
+    assert speed is not None
+    assert plan(workspace, small).seconds_left(parallel=1) == pytest.approx(2 * speed)
+
+    third = plan(workspace, small).cells[3].plan
+    assert third is not None
+    train_here(third)
+    tracker = Tracker(workspace, None, "small")
+    log_results(third.run, tracker)  # as `cafe train --experiment small` leaves it, below no benchmark
+    finished = (first.plan, third)
+    before = {path: path.read_bytes() for run in finished for path in run.run.rglob("*") if path.is_file()}
+    said: list[str] = []
+    for _ in range(2):  # without Ray: once to log what is not logged yet, once for nothing at all
+        outcomes = run_benchmark(plan(workspace, small, only="*/linear_probe/*"), no_bar, said.append)
+        assert [outcome.cell.seed for outcome in outcomes] == [0, 1]
+    assert {path: path.read_bytes() for run in finished for path in run.run.rglob("*") if path.is_file()} == before
+    assert [line.partition(",")[0] for line in said] == ["2/2 one/linear_probe/s0: done"]
+
+    runs = {run.name: run for run in tracker.runs()}
+    parent, children = runs[f"small-{small.digest[:8]}"], [runs[run.spec.name] for run in finished]
+    unseen = [run.metrics["unseen/accuracy"] for run in children]
+    assert [run.tags[PARENT] for run in children] == [parent.run_id] * 2
+    assert [outcome.unseen for outcome in outcomes] == pytest.approx(unseen)
+    assert (parent.metrics["cells"], parent.metrics["cells_failed"]) == (2, 0)
+    assert parent.metrics["unseen_accuracy/one/linear_probe"] == pytest.approx(np.mean(unseen))
+    assert parent.params["seeds"] == "0, 1"
+
+
+def test_what_keeps_a_cell_from_running_is_said_in_the_plan(workspace: Workspace, small: Grid, tmp_path: Path) -> None:
+    entries = (replace(small.entries[0], train=(("init", f"file:{tmp_path / 'none.pth'}"),)), *small.entries[1:])
+    planned = plan(workspace, replace(small, entries=entries))
+    obstacles = {cell.line.obstacle for cell in planned.cells if cell.line.obstacle}
+    assert len(obstacles) == 1
+    assert "There is no file of initial weights" in obstacles.pop()
+    assert {cell.line.source for cell in planned.cells if not cell.line.obstacle} == {"one"}
+    with pytest.raises(UserError, match=r"No cell matches --only 'two/\*': they are called like 'one/linear_probe"):
+        plan(workspace, small, only="two/*")
+    with pytest.raises(UserError, match="Unknown manifest 'three'"):
+        plan(workspace, replace(small, targets=("three",)))
+    with pytest.raises(UserError, match="Unknown setting of linear_probe 'mask'"):
+        plan(workspace, grid_of(train={"set": {"mask": "none"}}))
+
+
+SETS: dict[str, Callable[[Path], None]] = {
+    "rafdb": miniatures.write_rafdb_official,
+    "ferplus": miniatures.write_ferplus_png,
+    "affectnet": miniatures.write_affectnet_lists,
+    "sfew": miniatures.write_sfew_official,
+    "mma": miniatures.write_mma,
+}
+
+
+def index_miniatures(workspace: Workspace, root: Path) -> None:
+    for name, write in SETS.items():
+        write(root / name)
+        index_files(name, DATASETS[name](UPath(root / name))).manifest.save(workspace.manifest_path(name))
+
+
+def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_path: Path) -> None:
+    cafe = Cafe(tmp_path / "work", "")
+    workspace = Workspace.at(str(cafe.workspace))
+    index_miniatures(workspace, tmp_path)
+    text = (BENCHMARKS / "table1.toml").read_text()
+    rivals = text if "ofer" in METHODS else re.sub(r"\{ method = \"ofer\".*\}", '"image_only"', text)
+    (tmp_path / "table1.toml").write_text(rivals)
+    output = " ".join(cafe.succeed("benchmark", str(tmp_path / "table1.toml"), "--dry-run").split())
+    assert "125 cells (5 sources × 5 methods × 5 seeds): 0 done, 0 begun, 125 to begin." in output
+    assert not (cafe.workspace / "features").exists()
+    assert not (cafe.workspace / "mlflow.db").exists()
+
+    grid = read_grid(tmp_path / "table1.toml")
+    published = stores = 0
+    manifests = {name: workspace.load_manifest(name) for name in SETS}
+    judged = {"rafdb": "test", "ferplus": "test", "affectnet": "val", "sfew": "val", "mma": "test"}
+    targets = sum(len(manifests[name].rows(split)) for name, split in judged.items())
+    readers = [entry for entry in grid.entries if entry.reads_features]
+    for entry in readers:
+        for manifest in manifests.values():
+            epochs = entry.kind.published_recipe(manifest.kind).epochs
+            published += 5 * (epochs * len(manifest.rows("train")) + targets)
+            stores += (entry.views or epochs + 1) * len(
+                manifest
+            )  # each method of table 1 that reads features has a tower of its own
+    assert f"{stores:,} passes fill {5 * len(readers)} feature stores" in output
+    assert (
+        f"would take {published:,} (epochs × training faces + judged faces, each cell for itself): the cache" in output
+    )
+    assert f"the cache saves {published - stores:,} passes ({(published - stores) / published:.1%})." in output
+
+
+def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
+    cafe = Cafe(tmp_path / "work", "")
+    missing = cafe.fail("benchmark", "quickstart.toml", "--dry-run")
+    assert "Unknown manifest 'studio'" in missing
+    assert "make it with `cafe data synth`" in missing
+    assert "There is no benchmark file 'table9.toml': give the path of one, or one of ablation.toml, " in cafe.fail(
+        "benchmark", "table9.toml"
+    )
+
+
+def test_a_failing_cell_is_reported_and_costs_no_other(
+    cafe: Cafe, faces: Path, tiny_tower: str, tmp_path: Path
+) -> None:
+    """One of two cells diverges; given again, the command leaves the good one alone and tries the other anew."""
+    for name in ("one", "two"):
+        cafe.succeed("data", "index", "folder", str(faces / name), "--name", name)
+    (tmp_path / "pair.toml").write_text(
+        f"""
+        sources = ["one"]
+        targets = ["one", "two"]
+        seeds = 1
+        towers = ["{tiny_tower}"]
+        methods = ["linear_probe", {{ method = "cafe", set = {{ learning_rate = 1e30 }} }}]
+        [train]
+        epochs = 2
+        image_size = 32
+        set = {{ batch_size = 16 }}
+        """
+    )
+    command = ("benchmark", str(tmp_path / "pair.toml"), "--parallel", "2")
+    result = cafe(*command, ray=True)
+    assert result.exit_code == 1, f"{result.output}\n{result.exception!r}"
+    output = " ".join(result.output.split())
+    assert "one/linear_probe/s0: done" in output
+    assert "The loss is no number any more in epoch" in output
+    assert "Error: 1 of 2 cells failed, all others are done" in output
+    runs = {path.name.partition("-")[0]: UPath(path) for path in (cafe.workspace / "runs").iterdir()}
+    assert (is_finished(runs["linear_probe"]), is_finished(runs["cafe"])) == (True, False)
+
+    workspace = Workspace.at(str(cafe.workspace))
+    tracked = {run.name: run for run in Tracker(workspace, None, "pair").runs()}
+    parent = next(run for run in tracked.values() if "cafe.benchmark" in run.tags)
+    assert {run.tags[PARENT] for run in tracked.values() if run is not parent} == {parent.run_id}
+    assert (parent.metrics["cells"], parent.metrics["cells_failed"]) == (2, 1)
+    good = {path: path.read_bytes() for path in runs["linear_probe"].rglob("*") if path.is_file()}
+    again = cafe(*command, ray=True)
+    assert again.exit_code == 1
+    assert "1 done" in " ".join(again.output.split())
+    assert {path: path.read_bytes() for path in runs["linear_probe"].rglob("*") if path.is_file()} == good
