@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -327,7 +328,12 @@ def benchmark(file: str, **values: Any) -> None:
         _print(table)
     if settings.dry_run:
         return
-    outcomes = run_benchmark(plan, _progress, click.echo)
+    try:
+        outcomes = run_benchmark(plan, _progress, click.echo)
+    except KeyboardInterrupt:
+        click.echo("Interrupted: the same command goes on where it was.", err=True)
+        sys.stdout.flush()
+        os._exit(130)  # a thread that still waits for the Ray just left must not keep the command alive
     failed = sum(bool(outcome.failure) for outcome in outcomes)
     if failed:
         _print(failures_table(outcomes))

@@ -217,14 +217,14 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
 
 
 def _training_cost(plan: BenchmarkPlan) -> str:
-    parallel = expect_parallel(plan.settings)
+    left, parallel = plan.work - plan.worked, expect_parallel(plan.settings)
     seconds = plan.seconds_left(parallel)
-    time = (
-        f"about {_duration(seconds)} with {parallel} cells at a time"
-        if seconds is not None
-        else "at a speed not known yet"
+    speed = "at a speed not known yet"
+    if seconds is not None:
+        speed = f"about {_duration(seconds)} with {_count(parallel, 'cell')} at a time"
+    return (
+        f"Training: {plan.work:,} faces × epochs, {f'{left:,} of them left, {speed}' if left else 'none of them left'}."
     )
-    return f"Training: {plan.work:,} faces × epochs, {plan.work - plan.worked:,} of them left, {time}."
 
 
 def _tower_cost(plan: BenchmarkPlan) -> str:

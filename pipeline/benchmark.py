@@ -101,7 +101,8 @@ def _run_cells(plan: BenchmarkPlan, tracker: Tracker, bar: Bar, say: Callable[[s
     parallel, threads = (1, 1) if idle else share_machine(plan)
     here = {"threads": threads, "address": plan.settings.address, "num_cpus": plan.settings.num_cpus}
     stopping = Event()
-    with _follow_cells(plan, bar) as bars, ThreadPoolExecutor(parallel) as pool:
+    with _follow_cells(plan, bar) as bars:
+        pool = ThreadPoolExecutor(parallel)
         futures: dict[Future[Outcome], Cell] = {
             pool.submit(_run_cell, cell, here, tracker, bars(cell), stopping): cell for cell in waiting
         }
@@ -109,11 +110,9 @@ def _run_cells(plan: BenchmarkPlan, tracker: Tracker, bar: Bar, say: Callable[[s
             for number, future in enumerate(as_completed(futures), start=len(outcomes) - len(waiting) + 1):
                 outcome = outcomes[futures[future]] = future.result()
                 say(f"{number}/{len(outcomes)} {describe(outcome)}")
-        except BaseException:
+        finally:  # when interrupted, no other cell begins, and nobody waits for those that run: leaving Ray ends them
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            cluster.leave()
-            raise
     return [outcome for outcome in outcomes.values() if outcome]
 
 
@@ -167,7 +166,7 @@ def describe(outcome: Outcome) -> str:
     """Say how a cell ended."""
     if outcome.failure:
         return f"{outcome.cell.name}: failed. {first_line(outcome.failure)}"
-    score = f", {100 * outcome.unseen:.1f} % on the unseen" if outcome.unseen is not None else ""
+    score = f", {100 * outcome.unseen:.1f} % on the unseen targets" if outcome.unseen is not None else ""
     return f"{outcome.cell.name}: done{score}"
 
 

@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # back-to-back reports otherwise wait 2 s each
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 
 
@@ -42,13 +43,6 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def leave() -> None:
-    """Leave Ray at once, from whichever thread: what other threads wait for there ends with an error."""
-    import ray
-
-    ray.shutdown()
 
 
 def _check_answer(address: str) -> None:
