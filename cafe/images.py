@@ -44,7 +44,10 @@ def read_size(data: bytes) -> tuple[int, int]:
     """Return (width, height) in pixels from the header alone; raise `UnreadableImageError`."""
     with _open(data) as image:
         width, height = image.size
-        swapped = image.getexif().get(ORIENTATION, 1) >= 5
+        try:
+            swapped = image.getexif().get(ORIENTATION, 1) >= 5
+        except (OSError, ValueError, SyntaxError, EOFError) as error:  # of a PNG the whole file is searched
+            raise UnreadableImageError(f"damaged image: {error}") from None
     return (height, width) if swapped else (width, height)
 
 

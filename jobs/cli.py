@@ -16,6 +16,7 @@ from cafe.errors import IncompleteError, UserError, unknown
 from jobs.options import options
 from pipeline.settings import (
     PROTOCOLS,
+    AlignSettings,
     BenchmarkSettings,
     DemoSettings,
     EvaluateSettings,
@@ -230,6 +231,30 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
         if result.broken:
             _print(unreadable(result.broken))
         click.echo(f"Wrote {audit_path(workspace, source, result.target.name)} and .html")
+
+
+@data.command("align")
+@click.argument("source")
+@options(AlignSettings)
+def align(source: str, **values: Any) -> None:
+    """Find, turn upright and crop the faces of raw photos: `cafe data align photos --name photos-aligned`.
+
+    \b
+    SOURCE is a manifest, whose labels, splits and sample ids the new one keeps, or a folder of unlabelled photos.
+    Photos without a usable face are left out, counted and named; alignment.parquet beside the crops lists every photo.
+    """
+    from jobs.tables import alignment_tables
+    from pipeline.align import align_photos, find_photos
+    from pipeline.workspace import check_name
+
+    settings, workspace = AlignSettings(**values), _workspace()
+    check_name(settings.name)
+    photos = find_photos(workspace, source)
+    with _progress("Aligning", "photos") as progress:
+        result = align_photos(workspace, photos, settings, progress)
+    for table in alignment_tables(result):
+        _print(table)
+    click.echo(f"Wrote {result.manifest or result.folder}")
 
 
 @data.command("list")

@@ -22,6 +22,7 @@ from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:  # they bring a search library along, which most commands need not load
+    from pipeline.align import Alignment
     from pipeline.audit import Audit
     from pipeline.check import Check
 
@@ -135,6 +136,22 @@ def audit_table(audits: list[Audit]) -> Table:
             table.add_row(*names, faces, copied, share, pairs, relabelled)
         table.add_section()
     return table
+
+
+def alignment_tables(alignment: Alignment) -> list[Table | str]:
+    """What became of the photos, by outcome, and the first ones that were left out."""
+    table = Table("outcome", Column("photos", justify="right"))
+    outcomes = alignment.outcomes()
+    for name, count in outcomes.items():
+        table.add_row(name, f"{count:,}")
+    table.add_section()
+    table.add_row("all", f"{outcomes.total():,}")
+    left_out = [f"  {sample}: {reason}" for sample, reason in alignment.left_out]
+    return [
+        table,
+        f"{alignment.crops:,} crops in {alignment.folder}",
+        _listed(f"{len(left_out)} photos left out", left_out),
+    ]
 
 
 def manifests_table(workspace: Workspace) -> Table | str:

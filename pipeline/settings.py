@@ -148,6 +148,18 @@ class BenchmarkSettings(ClusterSettings):
 
 
 @dataclass(frozen=True)
+class AlignSettings:
+    """Raw photos into upright face crops."""
+
+    name: str = setting("", "Name of the new manifest in this workspace.", required=True)
+    out: str | None = setting(None, "Folder or URI for the crops; default: aligned/NAME in the workspace.")
+    size: int = setting(224, "Side of a crop in pixels.", minimum=16)
+    faces: str = setting("largest", "Which faces of a photo to use.", choices=("largest", "all"))
+    smallest: int = setting(32, "Narrowest face to use, in pixels of the photo.", minimum=1)
+    confidence: float = setting(0.9, "Least confidence (0–1) at which something found counts as a face.")
+
+
+@dataclass(frozen=True)
 class DemoSettings(ClusterSettings):
     """Everything once, small enough for a laptop: one source, five targets, three methods."""
 

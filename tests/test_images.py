@@ -72,6 +72,13 @@ def test_a_rotated_photo_is_turned_upright() -> None:
     assert upright[8:].max() == 0
 
 
+def test_a_truncated_png_has_no_size_but_a_reason() -> None:
+    data = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(data, "PNG")
+    with pytest.raises(UnreadableImageError, match="damaged image"):
+        read_size(data.getvalue()[:3000])
+
+
 def test_a_truncated_jpeg_says_so() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     data = encode(Image.fromarray(noise), "JPEG")

@@ -1,0 +1,206 @@
+"""Alignment: where a crop puts the eyes, and what becomes of photos with several faces, tiny ones, none, or no pixels."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import Cafe, draw_faces
+from PIL import Image
+from upath import UPath
+
+from cafe.alignment import (
+    EYE_DISTANCE,
+    EYE_HEIGHT,
+    INSTALL,
+    Aligned,
+    Detection,
+    align_faces,
+    crop_face,
+    detect_faces,
+    find_detector,
+)
+from cafe.images import decode_image
+from cafe.manifest import Manifest
+
+MEADOW = (96, 120, 96)
+
+needs_detector = pytest.mark.skipif(
+    importlib.util.find_spec("facenet_pytorch") is None, reason=f"needs the face detector: {INSTALL}"
+)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Cafe:
+    """The command line in a fresh workspace, for commands that need no cluster."""
+    return Cafe(tmp_path / "work", address="")
+
+
+def portrait(real_faces: Path, number: int, side: int, turn: float = 0) -> Image.Image:
+    """A real face turned by degrees, on a plain ground."""
+    path = sorted((real_faces / "news" / "happiness").iterdir())[number]
+    picture = Image.fromarray(decode_image(path.read_bytes())).resize((side, side))
+    return picture.rotate(turn, Image.Resampling.BICUBIC, fillcolor=MEADOW)
+
+
+def photograph(*faces: tuple[Image.Image, int], size: tuple[int, int] = (900, 500)) -> np.ndarray:
+    """A photo with faces at some distance from the left."""
+    photo = Image.new("RGB", size, MEADOW)
+    for face, left in faces:
+        photo.paste(face, (left, 40))
+    return np.asarray(photo)
+
+
+@pytest.mark.parametrize("turn", [-50, 0, 20])
+@pytest.mark.parametrize("size", [64, 200])
+def test_a_crop_has_the_eyes_level_at_their_place(turn: float, size: int) -> None:
+    angle = np.radians(turn)
+    right, down = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    middle, distance = np.array([310.0, 190.0]), 84.0
+    eyes = np.array([middle - right * distance / 2, middle + right * distance / 2])
+    rows, columns = np.indices((400, 600)) + 0.5
+    photo = np.zeros((400, 600, 3), np.uint8)
+    for (x, y), channel in zip(eyes, (0, 2), strict=True):
+        photo[(columns - x) ** 2 + (rows - y) ** 2 < 36, channel] = 255  # a red dot and a blue one
+    crop = crop_face(photo, Detection((0, 0, 1, 1), eyes, middle + down * distance, 1.0), size)
+    assert crop.shape == (size, size, 3)
+    for channel, side in ((0, -1), (2, 1)):
+        y, x = (np.average(axis + 0.5, weights=crop[..., channel]) for axis in np.indices((size, size)))
+        assert x == pytest.approx(size * (0.5 + side * EYE_DISTANCE / 2), abs=0.1)
+        assert y == pytest.approx(size * EYE_HEIGHT, abs=0.1)
+
+
+def test_a_face_in_profile_is_not_enlarged_to_the_distance_of_its_eyes() -> None:
+    photo = np.zeros((200, 200, 3), np.uint8)
+    photo[90:110] = 255  # a band 20 pixels high
+    eyes = np.array([[96.0, 60.0], [104.0, 60.0]])  # eight pixels apart, while the mouth is 46.2 below: 40 × 1.155
+    crop = crop_face(photo, Detection((0, 0, 1, 1), eyes, np.array([100.0, 106.2]), 1.0), 100)
+    assert (crop[:, 50, 0] > 127).sum() == pytest.approx(20 * EYE_DISTANCE * 100 / 40, abs=1)
+
+
+def test_beyond_the_photo_its_border_is_repeated() -> None:
+    photo = np.full((50, 50, 3), 200, np.uint8)
+    eyes = np.array([[5.0, 5.0], [25.0, 5.0]])
+    assert (crop_face(photo, Detection((0, 0, 1, 1), eyes, np.array([15.0, 28.0]), 1.0), 80) == 200).all()
+
+
+@needs_detector
+@pytest.mark.parametrize("turn", [-25, 0, 25])
+def test_a_turned_face_is_found_and_its_crop_is_upright(real_faces: Path, turn: float) -> None:
+    [found] = align_faces([photograph((portrait(real_faces, 3, 300, turn), 200))], size=200)
+    assert (found.found, found.reason) == (1, "")
+    [[again]] = detect_faces([found.crops[0]])
+    (left, up), (right, low) = again.eyes / 200
+    assert (left + right) / 2 == pytest.approx(0.5, abs=0.03)
+    assert up == pytest.approx(EYE_HEIGHT, abs=0.04)
+    assert low == pytest.approx(EYE_HEIGHT, abs=0.04)
+    assert right - left == pytest.approx(EYE_DISTANCE, abs=0.05)
+
+
+@needs_detector
+def test_of_several_faces_the_largest_is_taken_or_all_and_tiny_ones_are_counted(real_faces: Path) -> None:
+    faces = (
+        (portrait(real_faces, 0, 150), 20),
+        (portrait(real_faces, 1, 320), 200),
+        (portrait(real_faces, 2, 44), 700),
+    )
+    photo = photograph(*faces)
+    [largest], [every] = align_faces([photo], smallest=40), align_faces([photo], smallest=40, every_face=True)
+    assert (largest.found, largest.tiny, len(largest.crops)) == (3, 1, 1)
+    assert 200 < largest.detections[0].eyes[0, 0] < 520
+    assert (every.found, every.tiny) == (3, 1)
+    assert [200 < face.eyes[0, 0] < 520 for face in every.detections] == [True, False]
+
+
+@needs_detector
+def test_a_photo_without_a_usable_face_says_why(real_faces: Path) -> None:
+    blank = np.full((300, 400, 3), 90, np.uint8)
+    small = photograph((portrait(real_faces, 2, 60), 100), size=(300, 200))
+    none, tiny, dot = align_faces([blank, small, blank[:1, :1]], smallest=64)
+    assert none == dot == Aligned([], [], 0, 0, "no face found")
+    assert (tiny.crops, tiny.found, tiny.tiny) == ([], 1, 1)
+    assert "pixels, at least 64 are needed" in tiny.reason
+
+
+@needs_detector
+def test_a_photo_gives_the_same_crop_alone_and_among_others(real_faces: Path) -> None:
+    photos = [photograph((portrait(real_faces, n, 200 + 20 * n), 100), size=(500 + 30 * n, 400)) for n in range(3)]
+    for photo, together in zip(photos, align_faces(photos), strict=True):
+        [alone] = align_faces([photo])
+        np.testing.assert_allclose(together.detections[0].eyes, alone.detections[0].eyes, atol=0.05)
+        assert np.abs(together.crops[0].astype(int) - alone.crops[0]).mean() < 0.5
+
+
+@needs_detector
+def test_a_manifest_keeps_its_labels_splits_and_sample_ids(real_faces: Path, tmp_path: Path, command: Cafe) -> None:
+    root = tmp_path / "photos"
+    for expression, number in (("happiness", 0), ("happiness", 1), ("anger", 2)):
+        for split in ("train", "test"):
+            (root / split / expression).mkdir(parents=True, exist_ok=True)
+            portrait(real_faces, number, 220).save(root / split / expression / f"{number}.png")
+    Image.new("RGB", (80, 80), MEADOW).save(root / "train" / "anger" / "meadow.jpg")
+    portrait(real_faces, 0, 220).save(root / "train" / "anger" / "torn.jpg")
+    whole = (root / "train" / "anger" / "torn.jpg").read_bytes()
+    (root / "train" / "anger" / "torn.jpg").write_bytes(whole[:3000])
+    command.succeed("data", "index", "folder", str(root), "--name", "raw")
+    output = command.succeed("data", "align", "raw", "--name", "upright", "--size", "96")
+    assert (
+        "2 photos left out:\n  train/anger/meadow.jpg: no face found\n  train/anger/torn.jpg: damaged image" in output
+    )
+    aligned, raw = (
+        Manifest.load(UPath(command.workspace / "manifests" / f"{name}.parquet")) for name in ("upright", "raw")
+    )
+    columns = ["sample_id", "label", "split", "group"]
+    kept = [row for row in raw.table.select(columns).to_pylist() if row["sample_id"].rsplit("/")[-1][0] in "012"]
+    assert aligned.table.select(columns).to_pylist() == kept
+    for row in range(len(aligned)):
+        assert decode_image(aligned.path(row).read_bytes()).shape == (96, 96, 3)
+    listed = pq.read_table(command.workspace / "aligned" / "upright" / "alignment.parquet").to_pylist()
+    assert {row["sample_id"] for row in listed} == set(raw.sample_ids)
+    assert sum(row["reason"] is not None for row in listed) == 2
+
+
+@needs_detector
+def test_a_folder_of_photos_becomes_crops_of_every_face(real_faces: Path, tmp_path: Path, command: Cafe) -> None:
+    (tmp_path / "photos" / "party").mkdir(parents=True)
+    photo = photograph((portrait(real_faces, 0, 200), 40), (portrait(real_faces, 1, 300), 400))
+    Image.fromarray(photo).save(tmp_path / "photos" / "party" / "two.jpg")
+    (tmp_path / "photos" / "notes.txt").write_text("no photo")
+    out = tmp_path / "crops"
+    command.succeed("data", "align", str(tmp_path / "photos"), "--name", "party", "--faces", "all", "--out", str(out))
+    assert sorted(path.name for path in (out / "party").iterdir()) == ["two.jpg", "two@2.jpg"]
+    assert not (command.workspace / "manifests").exists()  # nobody said what the faces show
+
+
+@needs_detector
+def test_no_usable_face_at_all_is_one_sentence(tmp_path: Path, command: Cafe) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (80, 80), MEADOW).save(tmp_path / "photos" / "a.jpg")
+    output = command.fail("data", "align", str(tmp_path / "photos"), "--name", "x")
+    assert "None of the 1 photos has a usable face (first: a.jpg: no face found)" in output
+    assert pq.read_table(command.workspace / "aligned" / "x" / "alignment.parquet").num_rows == 1
+
+
+def test_originals_are_never_overwritten(tmp_path: Path, command: Cafe) -> None:
+    root = draw_faces(tmp_path / "faces", per_class=2)
+    command.succeed("data", "index", "folder", str(root), "--name", "raw")
+    assert "'raw' would overwrite itself" in command.fail("data", "align", "raw", "--name", "raw")
+    assert "would overwrite the photos" in command.fail("data", "align", "raw", "--name", "x", "--out", str(root))
+    assert "Unknown manifest 'nowhere'" in command.fail("data", "align", "nowhere", "--name", "x")
+    (tmp_path / "empty").mkdir()
+    assert "There is no photo below" in command.fail("data", "align", str(tmp_path / "empty"), "--name", "x")
+
+
+def test_without_the_detector_the_remedy_is_named(
+    tmp_path: Path, command: Cafe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = draw_faces(tmp_path / "faces", per_class=1)
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)  # as if it were not installed
+    find_detector.cache_clear()
+    output = command.fail("data", "align", str(root), "--name", "x")
+    assert output == f"Error: Finding faces needs a detector that is not installed: run `{INSTALL}`."
+    assert not (command.workspace / "aligned").exists()
