@@ -42,31 +42,43 @@ class Point:
         return cls(name, estimate.mean, estimate.mean - half_width, estimate.mean + half_width, published)
 
 
-def draw_points(panels: Sequence[tuple[str, Sequence[Point]]], label: str, zero: bool = False) -> Figure:
-    """Draw values with intervals in percent, a panel below each other per title; `zero` marks where nothing differs."""
-    heights = [len(points) * LINE + 0.45 for _, points in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.35), layout="constrained")
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, (title, points) in zip(grid[:, 0], panels, strict=True):
-        places = np.arange(len(points))
-        values, lows, highs = (
-            100 * np.array([getattr(p, name) for p in points], float) for name in ("value", "low", "high")
-        )
-        axes.errorbar(
-            values, places, xerr=[values - lows, highs - values], fmt="o", color=ACCENT, markersize=5.5,
-            elinewidth=1.6, capsize=3,
-        )  # fmt: skip
-        published = 100 * np.array([point.published for point in points])
-        axes.plot(published, places, "D", color="none", markeredgecolor=INK, markersize=6, markeredgewidth=1.1)
-        axes.set_yticks(places, [point.name for point in points])
-        axes.set_ylim(len(points) - 0.5, -0.5)
-        axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
-        axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
-        if zero:
-            axes.axvline(0, color=INK, linewidth=1)
-        _ink(axes)
-    grid[-1, 0].set_xlabel(label, color=INK)
+def draw_points(points: Sequence[Point], label: str, limits: tuple[float, float], zero: bool = False) -> Figure:
+    """Draw values with their intervals in percent, a line each; `zero` marks where nothing differs.
+
+    `limits` are the ends of the axis in 0–1, the same for all figures that are to be compared.
+    """
+    figure = Figure(figsize=(WIDTH, len(points) * LINE + 0.6), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(points))
+    values, lows, highs = (100 * np.array([getattr(p, name) for p in points]) for name in ("value", "low", "high"))
+    axes.errorbar(
+        values,
+        places,
+        xerr=[values - lows, highs - values],
+        fmt="o",
+        color=ACCENT,
+        markersize=5.5,
+        elinewidth=1.6,
+        capsize=3,
+    )
+    published = 100 * np.array([point.published for point in points])
+    axes.plot(published, places, "D", color="none", markeredgecolor=INK, markersize=6, markeredgewidth=1.1)
+    axes.set_yticks(places, [point.name for point in points])
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    margin = 0.04 * (limits[1] - limits[0]) or 0.01
+    axes.set_xlim(100 * (limits[0] - margin), 100 * (limits[1] + margin))
+    axes.set_xlabel(label, color=INK)
+    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
+    if zero:
+        axes.axvline(0, color=INK, linewidth=1)
+    _ink(axes)
     return figure
+
+
+def find_limits(points: Sequence[Point]) -> tuple[float, float]:
+    """Return the smallest and the largest of what points show."""
+    shown = np.array([[point.low, point.high, point.published] for point in points])
+    return float(np.nanmin(shown)), float(np.nanmax(shown))
 
 
 def draw_heat_map(

@@ -15,6 +15,8 @@ from cafe.charts import to_svg
 from pipeline.report import Report
 from pipeline.sheets import BEST, SECOND, Cell, Sheet
 
+WIDE = 8  # columns of a table, more than which LaTeX sets across both columns of a page that has two
+
 
 def to_markdown(report: Report) -> str:
     """Return the tables with their notes as Markdown; the best bold, the second underlined."""
@@ -61,16 +63,17 @@ def _latex_table(sheet: Sheet, number: int) -> str:
         lines.append(" & ".join(map(_latex_cell, line)) + " \\\\")
     header = " & ".join(map(_escape_latex, sheet.header)) + " \\\\"
     caption = _escape_latex(" ".join([f"{sheet.title}.", *sheet.notes]))
+    table = "table*" if len(sheet.header) > WIDE else "table"
     return "\n".join([
-        "\\begin{table}",
-        "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
+        f"\\begin{{{table}}}",
+        "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}\\setlength{\\belowcaptionskip}{4pt}",
         f"\\caption{{{caption}}}",
         f"\\label{{tab:comparison-{number + 1}}}",
         "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%  only what is too wide shrinks",
         f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
         "\\toprule", header, "\\midrule", *lines, "\\bottomrule",
         "\\end{tabular}}",
-        "\\end{table}",
+        f"\\end{{{table}}}",
     ])  # fmt: skip
 
 
@@ -96,10 +99,10 @@ def to_html(report: Report) -> str:
     environment = Environment(
         loader=PackageLoader("cafe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    figures = [
-        (drawing.caption, Markup(to_svg(drawing.draw(), f"figure{number}", drawing.caption)))  # noqa: S704  # our own
-        for number, drawing in enumerate(report.drawings)
-    ]
+    figures: dict[str, list[tuple[str, Markup]]] = {sheet.title: [] for sheet in report.sheets}
+    for number, drawing in enumerate(report.drawings):
+        picture = Markup(to_svg(drawing.draw(), f"figure{number}", drawing.caption))  # noqa: S704  # our own
+        figures[drawing.sheet].append((drawing.caption, picture))
     return environment.get_template("comparison.html").render(report=report, figures=figures)
 
 

@@ -10,10 +10,11 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from cafe.charts import Point, draw_heat_map, draw_points, draw_ranks
+from cafe.charts import Point, draw_heat_map, draw_points, draw_ranks, find_limits
 from cafe.errors import UserError
 from cafe.metrics import Estimate
 from cafe.protocols import find_protocol
+from cafe.published import ACCURACY
 from pipeline.compare import ClassRow, Comparison, Group, compare, compare_classes
 from pipeline.sheets import (
     Sheet,
@@ -23,7 +24,7 @@ from pipeline.sheets import (
     matrix_sheets,
     published_sheet,
     ranks_sheet,
-    tests_sheet,
+    tests_sheets,
 )
 from pipeline.tracking import TrackedRun
 from pipeline.versus import (
@@ -32,6 +33,7 @@ from pipeline.versus import (
     Ranks,
     find_published_class_rows,
     find_published_rows,
+    is_elsewhere,
     pair_rows,
     rank,
 )
@@ -40,8 +42,9 @@ from pipeline.workspace import Workspace
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with its caption, drawn only when an output shows it."""
+    """A figure to a sheet, with its caption; drawn only when an output shows it."""
 
+    sheet: str  # the title of the sheet it belongs to
     caption: str
     draw: Callable[[], Figure]
 
@@ -76,7 +79,10 @@ def make_report(
         )
     comparison = compare(runs, metric, protocol, leak_free)
     tests = pair_rows(workspace, comparison, versus) if versus else []
-    return _report(comparison, find_published_rows(workspace, comparison), tests, rank(comparison))
+    report = _report(comparison, find_published_rows(workspace, comparison), tests, rank(comparison))
+    if any(is_elsewhere(workspace, row) for row in comparison.rows if row.method in ACCURACY):
+        report.about.append(f"Runs that are not in {workspace.root} have no published numbers beside them.")
+    return report
 
 
 def report_comparison(comparison: Comparison) -> Report:
@@ -87,16 +93,23 @@ def report_comparison(comparison: Comparison) -> Report:
 def _report(
     comparison: Comparison, published: Sequence[Published | None], tests: list[Paired], ranks: Ranks | None
 ) -> Report:
-    sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
-    sheets += [published_sheet(comparison, published)] if any(published) else []
-    sheets += [tests_sheet(tests)] if tests else []
-    sheets += [ranks_sheet(ranks, comparison)] if ranks else []
+    main = main_sheet(comparison)
+    sheets = [main, *matrix_sheets(comparison)]
+    drawings = [*_draw_means(main, comparison, published), *_draw_maps(main, comparison)]
+    if any(published):
+        sheets.append(published_sheet(comparison, published))
+    if tests:
+        sheets += (by_source := tests_sheets(tests))
+        drawings += _draw_tests(by_source, tests)
+    if ranks:
+        sheets.append(ranks_sheet(ranks, comparison))
+        drawings += _draw_ranks(sheets[-1], ranks)
     about = [describe_protocol(comparison.protocol)] + [
         f"Some of these runs were also judged by --protocol {name}: see its own table." for name in comparison.others
     ]
     title = "Trained on one data set, judged on all"
     records = list(_records(comparison, published, tests))
-    return Report(title, about, sheets, records, list(_drawings(comparison, published, tests, ranks)))
+    return Report(title, about, sheets, records, drawings)
 
 
 def describe_protocol(protocol: str) -> str:
@@ -104,50 +117,68 @@ def describe_protocol(protocol: str) -> str:
     return f"Protocol {protocol}: {find_protocol(protocol).about}"
 
 
-def _drawings(
-    comparison: Comparison, published: Sequence[Published | None], tests: list[Paired], ranks: Ranks | None
-) -> Iterator[Drawing]:
-    metric = comparison.metric.replace("_", " ")
-    panels: dict[str, list[Point]] = {}
+def _draw_means(main: Sheet, comparison: Comparison, published: Sequence[Published | None]) -> list[Drawing]:
+    sources: dict[str, list[Point]] = {}
     for row, numbers in zip(comparison.rows, published, strict=True):
         if not math.isnan(row.unseen.mean):
             name = f"{row.label} †" if row.peeked else row.label
             point = Point.of(name, row.unseen, numbers.unseen if numbers else math.nan)
-            panels.setdefault(f"trained on {row.source}", []).append(point)
-    if panels:
-        diamonds = (
-            " Diamonds: published." if any(not math.isnan(p.published) for ps in panels.values() for p in ps) else ""
+            sources.setdefault(row.source, []).append(point)
+    everything = [point for points in sources.values() for point in points]
+    diamonds = " Diamonds: published." if any(not math.isnan(point.published) for point in everything) else ""
+    metric = comparison.metric.replace("_", " ")
+    about = f"mean {metric} over the unseen targets with its 95 % t-interval over seeds.{diamonds}"
+    return [
+        Drawing(
+            main.title,
+            f"Trained on {source}: {about}",
+            partial(draw_points, points, "percent", find_limits(everything)),
         )
-        yield Drawing(
-            f"Mean {metric} over the unseen targets with its 95 % t-interval over seeds.{diamonds}",
-            partial(draw_points, list(panels.items()), "percent"),
-        )
-    maps = [(f"{label}: source × target", "source", rows) for label, rows in by_label(comparison)]
-    maps = maps or [(f"Trained on {comparison.rows[0].source}: method × target", "label", comparison.rows)]
+        for source, points in sources.items()
+    ]
+
+
+def _draw_maps(main: Sheet, comparison: Comparison) -> Iterator[Drawing]:
+    """A map of each method over sources and targets; with one source, a single one of methods and targets."""
+    metric = comparison.metric.replace("_", " ")
+    by_method = [(label, rows, [row.source for row in rows]) for label, rows in by_label(comparison)]
+    source = comparison.rows[0].source
+    across = "source × target" if by_method else "method × target"
+    maps = by_method or [(f"Trained on {source}", comparison.rows, [row.label for row in comparison.rows])]
     means = [estimate.mean for row in comparison.rows for estimate in row.targets.values()]
+    if np.isnan(means).all():  # nothing was judged on its protocol's split
+        return
     limits = (float(np.nanmin(means)), float(np.nanmax(means)))
-    for caption, name, rows in maps:
+    for name, rows, names in maps:
         values = np.array([[estimate.mean for estimate in row.targets.values()] for row in rows])
         seen = np.array([[target == row.source for target in comparison.targets] for row in rows])
-        names = [getattr(row, name) for row in rows]
         drawing = partial(draw_heat_map, names, comparison.targets, values, limits, seen)
-        yield Drawing(f"{caption}, {metric} in percent; in brackets the source itself.", drawing)
-    if tests:
-        differences: dict[str, list[Point]] = {}
-        for test in tests:
-            target = f"({test.target})" if test.seen else test.target or "mean of unseen"
-            title = f"{test.row.label} − {test.reference.label}, trained on {test.row.source}"
-            point = Point(target, test.difference.mean, test.difference.low, test.difference.high)
-            differences.setdefault(title, []).append(point)
-        yield Drawing(
-            "Accuracy less that of the reference, with its 95 % interval over faces; left of zero the reference is ahead.",
-            partial(draw_points, list(differences.items()), "percentage points", zero=True),
+        yield Drawing(main.title, f"{name}: {metric} of {across} in percent; in brackets the source itself.", drawing)
+
+
+def _draw_tests(sheets: list[Sheet], tests: list[Paired]) -> list[Drawing]:
+    titles = dict(zip(dict.fromkeys(test.row.source for test in tests), (sheet.title for sheet in sheets), strict=True))
+    pairs: dict[tuple[str, str], list[Point]] = {}
+    for test in tests:
+        target = f"({test.target})" if test.seen else test.target or "mean of unseen"
+        name = f"{test.row.label} against {test.reference.label}, trained on {test.row.source}"
+        point = Point(target, test.difference.mean, test.difference.low, test.difference.high)
+        pairs.setdefault((titles[test.row.source], name), []).append(point)
+    low, high = find_limits([point for points in pairs.values() for point in points])
+    return [
+        Drawing(
+            title,
+            f"{name}: difference of accuracy with its 95 % interval over faces; left of zero the reference is ahead.",
+            partial(draw_points, points, "percentage points", (min(low, 0.0), max(high, 0.0)), zero=True),
         )
-    if ranks and not math.isnan(ranks.ranking.p):
-        yield Drawing(
-            "Mean ranks over pairs of source and unseen target. A bar joins methods that cannot be told apart.",
-            partial(draw_ranks, ranks.labels, ranks.ranking),
-        )
+        for (title, name), points in pairs.items()
+    ]
+
+
+def _draw_ranks(sheet: Sheet, ranks: Ranks) -> list[Drawing]:
+    caption = "Mean ranks over pairs of source and unseen target. A bar joins methods that cannot be told apart."
+    drawing = Drawing(sheet.title, caption, partial(draw_ranks, ranks.labels, ranks.ranking))
+    return [] if math.isnan(ranks.ranking.p) else [drawing]
 
 
 def _records(
@@ -199,8 +230,11 @@ def _report_classes(rows: list[ClassRow], target: str, protocol: str, published:
         for name, estimate in row.values.items()
     ]
     values = np.array([[estimate.mean for estimate in row.values.values()] for row in rows])
+    seen = np.array([[row.source == target] * values.shape[1] for row in rows])
     labels = [f"{row.source}: {row.label}" for row in rows]
-    drawing = partial(draw_heat_map, labels, list(rows[0].values), values, (0.0, 1.0), np.zeros(values.shape, bool))
+    drawing = partial(draw_heat_map, labels, list(rows[0].values), values, (0.0, 1.0), seen)
     title = f"Every expression of {target}"
     sheets = [class_sheet(rows, target, published)]
-    return Report(title, [describe_protocol(protocol)], sheets, records, [Drawing(f"{title}, percent.", drawing)])
+    return Report(
+        title, [describe_protocol(protocol)], sheets, records, [Drawing(sheets[0].title, f"{title}, percent.", drawing)]
+    )

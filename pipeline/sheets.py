@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cafe.metrics import Estimate
@@ -121,15 +121,17 @@ def _footnotes(rows: Sequence[Group]) -> list[str]:
     return (marked if contest else []) + ([peeked] if any(row.peeked for row in rows) else [])
 
 
-def matrix_sheets(comparison: Comparison) -> Iterator[Sheet]:
+def matrix_sheets(comparison: Comparison) -> list[Sheet]:
     """A source × target matrix of each method, where there are several sources."""
+    sheets = []
     for label, rows in by_label(comparison):
         lines = []
         for row in rows:
             texts = [f"({cell})" if target == row.source else str(cell) for target, cell in row.targets.items()]
             lines.append([Cell(row.source), *_peeked(row, [*texts, str(row.unseen)], [""] * (len(texts) + 1))])
         header = ["source \\ target", *comparison.targets, "unseen"]
-        yield Sheet(f"{label}: every source on every target", 1, 0, header, lines, [])
+        sheets.append(Sheet(f"{label}: every source on every target", 1, 0, header, lines, []))
+    return sheets
 
 
 def by_label(comparison: Comparison) -> list[tuple[str, list[Row]]]:
@@ -169,38 +171,41 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
-def tests_sheet(tests: list[Paired]) -> Sheet:
-    """The paired tests, a line per method and target."""
-    header = ["source", "method", "target", "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
-    lines = [
-        [
-            *(Cell(text) for text in (test.row.source, f"{test.row.label}{' †' if test.peeked else ''}")),
-            Cell(f"({test.target})" if test.seen else test.target or "mean of unseen"),
-            Cell(f"{test.difference.samples:,}"),
-            Cell(points(test.difference.mean), BEST if _holds(test) else ""),
-            Cell(f"{points(test.difference.low)} to {points(test.difference.high)}"),
-            Cell(_p(test.difference.p)),
-            Cell(_p(test.adjusted_p) if test.target else "–"),
-            Cell("–" if test.apart is None else "yes" if test.apart else "no"),
-        ]
-        for test in tests
-    ]
-    notes = [
+def tests_sheets(tests: list[Paired]) -> list[Sheet]:
+    """The paired tests, a line per method and target and a sheet per source; the first says how to read them."""
+    about = [
         "Accuracy less that of the reference, in percentage points. Paired bootstrap over faces, each with all seeds of "
         "both methods: interval and p are about other faces, not about other seeds. p (Holm) is corrected over the targets "
         "of a method and source. Seeds apart: every seed of the one is ahead of every seed of the other. Bold: p (Holm), or "
-        "p for the mean, is below 0.05, and the seeds are not mixed.",
-        *_footnotes([test.row for test in tests if test.row.peeked]),
+        "p for the mean, is below 0.05, and the seeds are not mixed."
     ]
-    incomplete = {
-        f"{test.left_out:,} of {test.target} for {test.row.label} from {test.row.source}"
-        for test in tests
-        if test.left_out and test.target
-    }
-    if incomplete:
-        notes.append(f"Tested on the faces all runs judged, without {'; '.join(sorted(incomplete))}.")
-    labels = ", ".join(sorted({test.reference.label for test in tests}))
-    return Sheet(f"Against {labels}", 3, 2, header, lines, notes)
+    sheets: list[Sheet] = []
+    for source in dict.fromkeys(test.row.source for test in tests):
+        own = [test for test in tests if test.row.source == source]
+        title = f"Against {own[0].reference.label}, trained on {source}"
+        header = ["method", "target", "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
+        notes = [*([] if sheets else about), *_footnotes([test.row for test in own if test.row.peeked])]
+        incomplete = [
+            f"{test.left_out:,} of {test.target} ({test.row.label})" for test in own if test.left_out and test.target
+        ]
+        if incomplete:
+            notes.append(f"Tested on the faces all runs have judged, without {', '.join(incomplete)}.")
+        sheets.append(Sheet(title, 2, 1, header, [_test_line(test) for test in own], notes))
+    return sheets
+
+
+def _test_line(test: Paired) -> list[Cell]:
+    difference = test.difference
+    return [
+        Cell(f"{test.row.label} †" if test.peeked else test.row.label),
+        Cell(f"({test.target})" if test.seen else test.target or "mean of unseen"),
+        Cell(f"{difference.samples:,}"),
+        Cell(points(difference.mean), BEST if _holds(test) else ""),
+        Cell(f"{points(difference.low)} to {points(difference.high)}"),
+        Cell(_p(difference.p)),
+        Cell(_p(test.adjusted_p) if test.target else "–"),
+        Cell("–" if test.apart is None else "yes" if test.apart else "no"),
+    ]
 
 
 def _holds(test: Paired) -> bool:
@@ -237,14 +242,15 @@ def class_sheet(rows: list[ClassRow], target: str, published: list[dict[str, flo
     columns = [list(row.values.values()) for row in rows]
     lines = []
     for row, estimates, marks, numbers in zip(rows, columns, mark_best(rows, columns), published, strict=True):
-        lines.append([*_head(row), *_peeked(row, [str(estimate) for estimate in estimates], marks)])
+        texts = [f"({estimate})" if row.source == target else str(estimate) for estimate in estimates]
+        lines.append([*_head(row), *_peeked(row, texts, marks)])
         if numbers:
             texts = [_beside(estimate.mean, numbers[name]) for name, estimate in row.values.items()]
             head = [Cell(row.source), Cell(f"{row.label} − published"), Cell("")]
             lines.append([*head, *_peeked(row, texts, [""] * len(texts))])
     notes = [
         f"Recall per expression on {target} in percent, mean ± half-width of the 95 % t-interval over seeds; overall: "
-        "accuracy; mean: of the recalls.",
+        "accuracy; mean: of the recalls. In brackets: trained on the same data set.",
         *_footnotes(rows),
         *([f"Less the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
     ]

@@ -239,6 +239,11 @@ def find_kinds(workspace: Workspace, row: Group, protocol: str) -> dict[str, str
     return {"": record.get("source_kind", ""), **kinds}
 
 
+def is_elsewhere(workspace: Workspace, row: Group) -> bool:
+    """Whether a row's runs were made in another workspace: then it is not known of which data sets they are."""
+    return not (workspace.run_path(row.runs[0].name) / "run.json").exists()
+
+
 def find_differences(row: Group, source_kind: str) -> tuple[str, ...]:
     """Return the settings in which a row is not what was published, as `key=value`."""
     params, method = row.runs[0].params, METHODS.get(row.method)

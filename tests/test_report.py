@@ -137,9 +137,9 @@ def test_each_method_has_its_matrix_of_sources_and_targets(report: Report) -> No
 
 
 def test_paired_tests_are_those_of_the_predictions_corrected_over_targets(workspace: Workspace, report: Report) -> None:
-    tests = sheet(report, "Against cafe")
-    lines = [line for line in tests.lines if (line[0].text, line[1].text) == ("raf", "scn")]
-    assert [line[2].text for line in lines] == ["fer", "mine", "(raf)", "stills", "mean of unseen"]
+    tests = sheet(report, "Against cafe, trained on raf")
+    lines = [line for line in tests.lines if line[0].text == "scn"]
+    assert [line[1].text for line in lines] == ["fer", "mine", "(raf)", "stills", "mean of unseen"]
     differences = {
         target: correct(workspace, "scn", "raf", target).mean(axis=0)
         - correct(workspace, "cafe", "raf", target).mean(axis=0)
@@ -147,15 +147,15 @@ def test_paired_tests_are_those_of_the_predictions_corrected_over_targets(worksp
     }
     single = [paired_bootstrap([values]) for values in differences.values()]
     for line, expected, adjusted in zip(lines, single, holm([test.p for test in single]), strict=False):
-        assert line[4].text == f"{100 * expected.mean:+.1f}".replace("-", "−")
-        assert line[5].text == f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f}".replace("-", "−")
-        assert line[6].text == (f"{expected.p:.3f}" if expected.p >= 0.001 else "<0.001")
-        assert line[7].text == (f"{adjusted:.3f}" if adjusted >= 0.001 else "<0.001")
-        assert line[8].text == "yes"
+        assert line[3].text == f"{100 * expected.mean:+.1f}".replace("-", "−")
+        assert line[4].text == f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f}".replace("-", "−")
+        assert line[5].text == (f"{expected.p:.3f}" if expected.p >= 0.001 else "<0.001")
+        assert line[6].text == (f"{adjusted:.3f}" if adjusted >= 0.001 else "<0.001")
+        assert line[7].text == "yes"
     unseen = paired_bootstrap([differences[target] for target in ("fer", "mine", "stills")])
-    assert lines[-1][4].text == f"{100 * unseen.mean:+.1f}".replace("-", "−")
-    assert (lines[-1][3].text, lines[-1][7].text, lines[-1][4].mark) == ("570", "–", BEST)
-    assert {line[1].text for line in tests.lines} == {"scn", "linear_probe"}
+    assert lines[-1][3].text == f"{100 * unseen.mean:+.1f}".replace("-", "−")
+    assert (lines[-1][2].text, lines[-1][6].text, lines[-1][3].mark) == ("570", "–", BEST)
+    assert {line[0].text for line in tests.lines} == {"scn", "linear_probe"}
 
 
 def test_published_numbers_stand_beside_what_was_judged_alike(workspace: Workspace, report: Report) -> None:
@@ -306,7 +306,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report: Report) -> N
     assert len(page.ids) == len(set(page.ids))
     assert "script" not in page.tags
     assert not re.search(r"url\((?!#)|@import", text)
-    assert text.count("<svg") == len(report.drawings) == 6  # unseen means, three matrices, differences, ranks
+    assert text.count("<svg") == len(report.drawings) == 10  # means of 2 sources, 3 matrices, 4 pairs, ranks
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
     assert INK not in text
@@ -343,14 +343,14 @@ def test_predictions_are_joined_by_sample(fresh: tuple[Workspace, Tracker]) -> N
     kept = np.random.default_rng(0).permutation(len(whole.labels))[:-40]
     ids = [whole.sample_ids[row] for row in kept]
     Predictions(ids, whole.labels[kept], whole.probabilities[kept], whole.about).save(path)
-    tests = sheet(make_report(workspace, tracker.runs(), versus="cafe"), "Against cafe")
-    (line,) = [line for line in tests.lines if line[2].text == "fer"]
+    tests = sheet(make_report(workspace, tracker.runs(), versus="cafe"), "Against cafe, trained on raf")
+    (line,) = [line for line in tests.lines if line[1].text == "fer"]
     cafe = Predictions.load(runs[0] / "predictions" / "fer.parquet")
     both = sorted(kept)
     difference = (whole.predicted == whole.labels)[both].mean() - (cafe.predicted == cafe.labels)[both].mean()
-    assert (line[3].text, line[4].text) == ("210", f"{100 * difference:+.1f}".replace("-", "−"))
-    assert line[8].text == "–"  # a single seed cannot be mixed
-    assert "Tested on the faces all runs judged, without 40 of fer for scn from raf." in tests.notes
+    assert (line[2].text, line[3].text) == ("210", f"{100 * difference:+.1f}".replace("-", "−"))
+    assert line[7].text == "–"  # a single seed cannot be mixed
+    assert "Tested on the faces all runs have judged, without 40 of fer (scn)." in tests.notes
 
     Predictions(ids, (whole.labels[kept] + 1) % 7, whole.probabilities[kept], whole.about).save(path)
     with pytest.raises(UserError, match="judged on different faces or labels of 'fer': judge both again"):
@@ -372,8 +372,8 @@ def test_what_versus_names_must_be_one_row_per_source(fresh: tuple[Workspace, Tr
     ):
         make_report(workspace, runs, versus="caffe")
     report = make_report(workspace, runs, versus="cafe (mask=sigmoid)")
-    tested = sheet(report, "Against cafe (mask=sigmoid)")
-    assert {line[1].text for line in tested.lines} == {"cafe (mask=none)", "scn"}
+    tested = sheet(report, "Against cafe (mask=sigmoid), trained on raf")
+    assert {line[0].text for line in tested.lines} == {"cafe (mask=none)", "scn"}
     published = sheet(report, "Beside the published numbers")
     assert "Not as published: mask=none (cafe from raf)." in published.notes
 
@@ -384,7 +384,9 @@ def test_tests_need_the_predictions_and_say_so(fresh: tuple[Workspace, Tracker],
         judged_run(workspace, tracker, method, "raf", 0, 0.5)
     cafe = Cafe(tmp_path / "elsewhere", "")
     command = ("compare", "--mlflow-uri", tracker.uri, "--experiment", tmp_path.name)
-    assert "Beside the published" not in cafe.succeed(*command)
+    output = cafe.succeed(*command)
+    assert "Beside the published" not in output
+    assert "have no published numbers beside them" in output.replace("\n", " ")
     message = cafe.fail(*command, "--versus", "cafe")
     assert "Paired tests need the predictions of every run, and" in message
     assert "give the workspace it was made in with -w, or leave --versus out." in message
@@ -402,13 +404,25 @@ def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: tuple[Wo
     assert all(cell.text.endswith(" †") and not cell.mark for cell in lines[peeked][3:])
     assert lines["cafe (selection=final)"][7].mark == BEST
     assert lines["scn"][7].mark == SECOND
-    tests = sheet(report, "Against cafe (selection=final)")
-    assert {line[1].text for line in tests.lines} == {f"{peeked} †", "scn"}
+    tests = sheet(report, "Against cafe (selection=final), trained on raf")
+    assert {line[0].text for line in tests.lines} == {f"{peeked} †", "scn"}
     assert any("†: the epoch was chosen on the source's test split" in note for note in tests.notes)
     assert peeked not in [line[0].text for line in sheet(report, "Mean ranks").lines]
     assert any(peeked in note for note in sheet(report, "Mean ranks").notes)
     classes = make_report(workspace, tracker.runs(), per_class="fer").sheets[0]
     assert {line[1].text for line in classes.lines if line[3].text.endswith("†")} == {peeked, f"{peeked} − published"}
+
+
+def test_runs_judged_on_other_splits_alone_have_an_empty_table(fresh: tuple[Workspace, Tracker]) -> None:
+    workspace, tracker = fresh
+    judged_run(
+        workspace, tracker, "cafe", "raf", 0, 0.5, faces={"raf@train": 30}, kinds={**KINDS, "raf@train": "rafdb"}
+    )
+    report = make_report(workspace, tracker.runs(), versus="cafe")
+    assert report.sheets[0].header[3:] == ["unseen accuracy", "unseen macro-F1", "all accuracy"]
+    assert [cell.text for cell in report.sheets[0].lines[0][3:]] == ["–", "–", "–"]
+    assert report.drawings == []
+    assert Page(to_html(report)).open == []
 
 
 def test_all_five_sets_by_the_papers_protocol_have_its_means(fresh: tuple[Workspace, Tracker]) -> None:
@@ -436,7 +450,7 @@ def test_the_command_writes_every_format(workspace: Workspace, tmp_path: Path) -
     files = {name: tmp_path / "out" / f"table.{name}" for name in ("markdown", "latex", "csv", "html")}
     options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
     output = cafe.succeed("compare", "--versus", "linear_probe", *options)
-    assert "Against linear_probe" in output
+    assert "Against linear_probe, trained on raf" in output
     runs = Tracker(workspace, None, "cafe").runs()
     report = make_report(workspace, runs, versus="linear_probe")
     expected = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv, "html": to_html}
