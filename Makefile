@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/cafe demo
 
 test: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadgroup  # what needs Ray in one process, the rest in the other
+	$(BIN)/pytest -n 2  # what needs Ray in one process, the rest in the other
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

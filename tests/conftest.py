@@ -18,11 +18,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
+NEED_RAY = {"test_benchmark.py", "test_datasets.py", "test_extract.py", "test_manifest.py", "test_train.py"}
 COLOURS = {"happiness": (220, 180, 40), "sadness": (40, 60, 160), "anger": (200, 40, 40)}
 
 
@@ -30,12 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", default=str(SHARED / "golden"), help="folder of reference numbers (.npz)")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests that share the session's Ray in one process."""
-    for item in items:
-        if "ray_address" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+class RayTogether(LoadScopeScheduling):
+    """Keeps the files whose tests share the session's Ray in one process and spreads all other tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if Path(nodeid.partition("::")[0]).name in NEED_RAY else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> RayTogether:
+    return RayTogether(config, log)
 
 
 @pytest.fixture(scope="session")
