@@ -58,7 +58,8 @@ class OcclusionDetector(nn.Module):
 
     def flag(self, latents: Tensor) -> Tensor:
         """Return which patches (N, P) of latents (N, P, C) are occluded."""
-        return self(latents) > self.radius
+        flags: Tensor = self(latents) > self.radius
+        return flags
 
     def fit(self, load: Load, passes: int, quantile: float, learning_rate: float = 1e-3) -> None:
         """Learn from the latents (n, P, C) of training faces, all of whose patches count as normal.
