@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from cafe.parallel import gather, rank, world_size
 from cafe.randomness import random_generator
 
 PREDICTION_BATCH = 64
+PREPARATION_BATCH = 32  # smaller, since what is prepared takes a step with each
 
 
 @dataclass
@@ -121,6 +122,19 @@ def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.de
         method.fit(dataset.load(_split(rows), 0, device))
 
 
+def prepare(
+    method: Method, dataset: FaceDataset, rows: np.ndarray, seed: int, device: torch.device, loader_workers: int = 0
+) -> None:
+    """Let a method learn what it keeps fixed while it is trained, from the clean views of the training rows."""
+
+    def load(number: int) -> Iterator[Batch]:
+        order = random_generator(seed, "prepare", number).permutation(rows)
+        return dataset.load(_split(order, PREPARATION_BATCH), 0, device, loader_workers)
+
+    torch.manual_seed(int(random_generator(seed, "prepare").integers(2**62)))
+    method.prepare(load)
+
+
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return class probabilities (n, 7) float32 of the clean views of some rows."""
     method.eval()
@@ -131,5 +145,5 @@ def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torc
     return torch.cat(parts).numpy()
 
 
-def _split(rows: np.ndarray) -> list[np.ndarray]:
-    return np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))
+def _split(rows: np.ndarray, size: int = PREDICTION_BATCH) -> list[np.ndarray]:
+    return np.split(rows, range(size, len(rows), size))

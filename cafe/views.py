@@ -43,12 +43,23 @@ class ExclusivePolicy(ViewPolicy):
     exclusive: bool = True
 
 
+@dataclass(frozen=True)
+class TurningPolicy(ViewPolicy):
+    """A share of the views is turned about the middle and moved, both at once; what comes in from outside is black."""
+
+    turn_probability: float = 0.2
+    turn_degrees: float = 20.0  # at most, to either side
+    move: float = 32 / 224  # of the side, at most, in either direction
+
+
 POLICIES = {
     "paper": ViewPolicy(noise_probability=0.5, flip_probability=0.5, erase_probability=0.5),  # CAFE, released script
     # SCN and RUL, released scripts: half of the views have noise or a flip, each as often.
     "scn": ExclusivePolicy(noise_probability=0.25, flip_probability=0.25, erase_probability=0.5),
     # EAC, released script: it mirrors every view itself, so none is flipped by chance.
     "eac": ViewPolicy(noise_probability=0.5, erase_probability=0.5),
+    # OFER, released script: torchvision's RandomApply of a rotation and a padded crop.
+    "ofer": TurningPolicy(flip_probability=0.5, erase_probability=0.5),
     "clean": ViewPolicy(),
     "clean+flip": ViewPolicy(flip_probability=0.5),
 }
@@ -62,14 +73,16 @@ class View:
     variance: float
     flip: bool
     erase: tuple[float, float, float, float] | None  # top and left among the free places, height, width
+    turn: tuple[float, float, float] | None = None  # degrees, and how far it is moved down and right
 
     def render(self, image: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
-        """Return the view (size, size, 3) uint8 of an image (H, W, 3) uint8: noise, resize, flip (not yet erased)."""
+        """Return the view (size, size, 3) uint8 of an image (H, W, 3) uint8: noise, resize, flip, turn (not yet erased)."""
         if self.noise is not None:
             noise = gaussian_levels(self.variance).take(self.noise.integers(0, LEVELS, image.shape, np.uint16))
             image = np.clip(image + noise, 0, 255).astype(np.uint8)
         resized = np.asarray(Image.fromarray(image).resize((size, size), INTERPOLATIONS[interpolation]))
-        return resized[:, ::-1] if self.flip else resized
+        resized = resized[:, ::-1] if self.flip else resized
+        return resized if self.turn is None else turn_picture(resized, *self.turn)
 
     def box(self, size: int) -> tuple[int, int, int, int]:
         """Return the erased rectangle (top, left, height, width) in pixels; all zero when nothing is erased."""
@@ -125,7 +138,25 @@ def draw_view(policy: ViewPolicy, seed: int, sample_id: str, view: int) -> View:
         policy.erase_probability,
     )
     box = _draw_box(policy, generator.random((ERASE_ATTEMPTS, 4))) if erase else None
-    return View(generator if noise else None, policy.noise_variance, bool(flip), box)
+    turn = _draw_turn(policy, generator.random(4)) if isinstance(policy, TurningPolicy) else None
+    return View(generator if noise else None, policy.noise_variance, bool(flip), box, turn)
+
+
+def _draw_turn(policy: TurningPolicy, uniforms: np.ndarray) -> tuple[float, float, float] | None:
+    """Return an angle in degrees and how far to move down and right, in sides of the picture; None for most views."""
+    chance, angle, down, right = uniforms.tolist()
+    if chance >= policy.turn_probability:
+        return None
+    return policy.turn_degrees * (2 * angle - 1), policy.move * (2 * down - 1), policy.move * (2 * right - 1)
+
+
+def turn_picture(picture: np.ndarray, degrees: float, down: float, right: float) -> np.ndarray:
+    """Turn a picture (S, S, 3) uint8 counter-clockwise, as torchvision does, and move it; what comes in is black."""
+    size = len(picture)
+    turned = Image.fromarray(picture).rotate(degrees, Image.Resampling.NEAREST)
+    moved = Image.new("RGB", (size, size))
+    moved.paste(turned, (round(right * size), round(down * size)))
+    return np.asarray(moved)
 
 
 def _draw_box(policy: ViewPolicy, uniforms: np.ndarray) -> tuple[float, float, float, float] | None:

@@ -61,17 +61,23 @@ class RunSpec:
     selection: str = "final"
     tag: str = ""
     source_kind: str = ""  # the data set the source is, whose training split must never be judged
+    grid: tuple[int, int] | None = (
+        None  # of the maps the method reads; follows from the store, so it is no part of the name
+    )
 
     @property
     def name(self) -> str:
         """Readable first, unique last."""
         tag = f"-{self.tag}" if self.tag else ""
-        return f"{self.method}-{self.source}-s{self.seed}{tag}-{_hash(asdict(self))}"
+        return f"{self.method}-{self.source}-s{self.seed}{tag}-{_hash(self._decisive())}"
 
     @property
     def group(self) -> str:
         """Names what runs that differ in nothing but their seed have in common: they are averaged."""
-        return _hash({**asdict(self), "seed": None})
+        return _hash({**self._decisive(), "seed": None})
+
+    def _decisive(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "grid"}
 
     def parameters(self) -> dict[str, Any]:
         """The run's MLflow parameters: flat, named as on the command line."""
@@ -94,7 +100,8 @@ class RunSpec:
         record = read_json(path / "run.json")
         assert record is not None
         features = FeatureKey.from_record(record["features"]) if record["features"] else None
-        return cls(**{**record, "views": ViewPlan(**with_tuples(record["views"])), "features": features})
+        plan, grid = ViewPlan(**with_tuples(record["views"])), record.get("grid")
+        return cls(**{**record, "views": plan, "features": features, "grid": tuple(grid) if grid else None})
 
     def save(self, path: UPath) -> None:
         """Write the specification into a run's folder."""
@@ -109,7 +116,7 @@ class RunSpec:
     @property
     def inputs(self) -> Inputs:
         """What the method is built for."""
-        return Inputs(self.width, self.network, self.init, self.image_size, self.backbone)
+        return Inputs(self.width, self.network, self.init, self.image_size, self.backbone, self.grid)
 
     def load_model(self, path: UPath) -> Method:
         """Return the trained method of a run's folder."""

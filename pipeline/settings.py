@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-POLICIES = ("paper", "scn", "eac", "clean", "clean+flip")  # of cafe.views, which takes a second to import
+POLICIES = ("paper", "scn", "eac", "ofer", "clean", "clean+flip")  # of cafe.views, which takes a second to import
 
 PROTOCOLS = ("clean", "paper")  # of cafe.protocols
 

@@ -26,7 +26,7 @@ from cafe.manifest import Manifest
 from cafe.methods import find_method
 from cafe.methods.method import Method, Recipe, apply_overrides
 from cafe.parallel import rank, share_batch_norm, world_size
-from cafe.training import Selection, Training, fit
+from cafe.training import Selection, Training, fit, prepare
 from cafe.views import ViewPlan
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
@@ -106,6 +106,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         selection=settings.selection,
         tag=settings.tag,
         source_kind=manifest.kind,
+        grid=_input_grid(method, chosen[1]) if chosen else None,
     )
     method.check(spec.inputs)
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
@@ -145,6 +146,10 @@ def _check_features(settings: TrainSettings, store: About | None) -> None:
 
 def _input_width(method: type[Method], store: About) -> int:
     return store.map_shape[0] if store.map_shape and "map" in method.needs else store.width
+
+
+def _input_grid(method: type[Method], store: About) -> tuple[int, int] | None:
+    return store.map_shape[1:] if store.map_shape and "map" in method.needs else None
 
 
 def train_and_judge(plan: TrainPlan, bar: Bar = no_bar, tracker: Tracker | None = None) -> dict[str, float]:
@@ -252,14 +257,17 @@ def train_worker(config: dict[str, Any]) -> None:
             fit(method, spec.dataset(source), train, device)
             _save_result(run, method.state_dict(), {"epochs": 0})
         return
+    dataset = spec.live_dataset(source, str(device)) if spec.live else spec.dataset(source)
+    if rank() == 0 and ray.train.get_checkpoint() is None:
+        prepare(method, dataset, train, spec.seed, device, config["loader_workers"])
     if world_size() > 1:
         share_batch_norm(method)
-    module = ray.train.torch.prepare_model(method)
+    module = ray.train.torch.prepare_model(method)  # hands the first worker's state to the others
     training = Training(
         method,
         module,
         method.optimizer(),
-        spec.live_dataset(source, str(device)) if spec.live else spec.dataset(source),
+        dataset,
         train,
         spec.seed,
         device,

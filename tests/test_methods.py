@@ -20,11 +20,12 @@ from cafe.loading import FaceDataset
 from cafe.manifest import Manifest
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Method
-from cafe.training import Training, fit, predict
+from cafe.training import Training, fit, predict, prepare
 from cafe.views import POLICIES, ViewPlan
 
 CPU = torch.device("cpu")
 SIZE = 32  # pixels
+QUICK = {name: {"mae_epochs": 2} for name in ("ofer", "ofer_own")}
 
 
 def plan_for(method: type[Method]) -> ViewPlan:
@@ -48,8 +49,9 @@ def test_two_steps_and_the_same_predictions_from_its_file(
     name: str, domain: Manifest, features: Embedder, tmp_path: Path
 ) -> None:
     method_type = METHODS[name]
-    recipe = replace(method_type.recipe_type(), batch_size=11)
-    inputs = Inputs(features.tower.width, image_size=SIZE, backbone=features.tower.name)
+    recipe = replace(method_type.recipe_type(), batch_size=11, **QUICK.get(name, {}))
+    grid = features.tower.map_shape[1:] if features.tower.map_shape else None
+    inputs = Inputs(features.tower.width, image_size=SIZE, backbone=features.tower.name, grid=grid)
     method_type.check(inputs)
     torch.manual_seed(0)
     method = method_type(recipe, inputs)
@@ -57,6 +59,7 @@ def test_two_steps_and_the_same_predictions_from_its_file(
     rows, test = domain.rows("train"), domain.rows("test")
     steps: list[tuple[int, int]] = []
     if method.trained:
+        prepare(method, dataset, rows, 0, CPU)
         before = {key: value.detach().clone() for key, value in method.named_parameters() if value.requires_grad}
         training = Training(method, method, method.optimizer(), dataset, rows, 0, CPU)
         metrics = training.run_epoch(1, lambda done, total: steps.append((done, total)))

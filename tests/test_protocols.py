@@ -111,6 +111,14 @@ def make_run(workspace: Workspace, method: str = "linear_probe", source: str = "
     return run, spec
 
 
+def test_the_grid_of_the_maps_is_kept_but_is_no_part_of_a_runs_name(workspace: Workspace) -> None:
+    run, spec = make_run(workspace)
+    larger = replace(spec, grid=(4, 5))
+    assert (larger.name, larger.group) == (spec.name, spec.group)
+    larger.save(run)
+    assert RunSpec.load(run).inputs.grid == (4, 5)
+
+
 def judge(
     workspace: Workspace, run: UPath, spec: RunSpec, protocol: str, names: str | None = None, split: str | None = None
 ) -> None:

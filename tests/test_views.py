@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 from torchvision import transforms
+from torchvision.transforms import functional
 
-from cafe.views import POLICIES, ViewPlan, draw_view, normalise
+from cafe.views import POLICIES, ViewPlan, draw_view, normalise, turn_picture
 
 RECORDED = ((False, False, (7, 9, 165, 74)), [148, 117, 116])
 PAPER = POLICIES["paper"]
@@ -106,6 +107,35 @@ def test_eac_never_flips_a_view_by_chance() -> None:
     noise, flip, erase = np.array([(v.noise is not None, v.flip, v.erase is not None) for v in views]).T
     assert not flip.any()
     assert max(abs(noise.mean() - 0.5), abs(erase.mean() - 0.5)) < 4 * 0.5 / np.sqrt(len(views))
+
+
+def test_ofer_turns_and_moves_a_fifth_of_the_views_by_up_to_20_degrees_and_a_seventh() -> None:
+    views = [draw_view(POLICIES["ofer"], 7, f"s{number}", 1 + number % 9) for number in range(4000)]
+    events = np.array([(v.flip, v.erase is not None, v.turn is not None) for v in views])
+    errors = 4 * np.sqrt(np.array([0.25, 0.25, 0.16]) / len(views))  # four standard errors
+    assert (np.abs(events.mean(axis=0) - (0.5, 0.5, 0.2)) < errors).all()
+    assert not any(view.noise for view in views)
+    turns = np.array([view.turn for view in views if view.turn]) / (20, 1 / 7, 1 / 7)
+    for values in turns.T:
+        assert stats.kstest(values, stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert np.abs(np.corrcoef(turns.T)[np.triu_indices(3, 1)]).max() < 4 / np.sqrt(len(turns))
+
+
+@pytest.mark.parametrize(("degrees", "down", "right"), [(20.0, 0, 0), (-7.3, 0, 0), (0.0, 3, -4), (12.0, -2, 5)])
+def test_a_turned_view_is_what_torchvisions_rotation_and_padded_crop_make(
+    degrees: float, down: int, right: int
+) -> None:
+    picture = np.random.default_rng(1).integers(1, 256, (28, 28, 3), np.uint8)
+    padded = functional.pad(functional.rotate(Image.fromarray(picture), degrees), [8])
+    expected = functional.crop(padded, 8 - down, 8 - right, 28, 28)
+    np.testing.assert_array_equal(turn_picture(picture, degrees, down / 28, right / 28), np.asarray(expected))
+
+
+def test_a_view_is_turned_after_it_is_mirrored() -> None:
+    sample = next(f"s{n}" for n in range(99) if (v := draw_view(POLICIES["ofer"], 0, f"s{n}", 1)).turn and v.flip)
+    view = draw_view(POLICIES["ofer"], 0, sample, 1)
+    mirrored = np.asarray(Image.fromarray(IMAGE).resize((26, 26), Image.Resampling.BILINEAR))[:, ::-1]
+    np.testing.assert_array_equal(view.render(IMAGE, 26), turn_picture(mirrored, *view.turn))
 
 
 def test_a_policy_is_described_in_every_cache_key_by_the_same_words_as_ever() -> None:

@@ -19,6 +19,8 @@ from cafe.datasets.face import SIDES, Colour, Person, View, mirror, project, rou
 Pixels = NDArray[np.uint8]
 Tint = tuple[float, float, float]
 
+OCCLUDERS = ("hand", "strand", "sunglasses", "mask", "caption")
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -82,11 +84,36 @@ def occlude(
     picture: Image.Image, person: Person, units: Mapping[int, float], view: View, rng: np.random.Generator
 ) -> None:
     """Put one thing in front of the face: a hand, a strand of hair, sunglasses, a surgical mask or a caption."""
-    draw = ImageDraw.Draw(picture)
-    what = str(rng.choice(["hand", "strand", "sunglasses", "mask", "caption"], p=[0.34, 0.2, 0.12, 0.08, 0.26]))
+    what = str(rng.choice(OCCLUDERS, p=[0.34, 0.2, 0.12, 0.08, 0.26]))
     side = float(rng.choice([-1.0, 1.0]))
     if what == "strand" and person.hair_style in {"bald", "scarf"}:
         what = "hand"
+    _paint_occluder(picture, what, side, person, units, view, rng)
+
+
+def plant(pixels: Pixels, what: str, person: Person, view: View, seed: int) -> tuple[Pixels, NDArray[np.bool_]]:
+    """Put one of `OCCLUDERS` on a finished picture (H, W, 3) of anybody, where a face seen like `view` would be.
+
+    Returns the picture and where the thing lies (H, W).
+    """
+    painted = []
+    for ground in (pixels, np.zeros_like(pixels), np.full_like(pixels, 255)):
+        picture, rng = Image.fromarray(ground), np.random.default_rng(seed)
+        _paint_occluder(picture, what, float(rng.choice([-1.0, 1.0])), person, {}, view, rng)
+        painted.append(np.asarray(picture))
+    return painted[0], (painted[1] == painted[2]).all(axis=2)  # where the ground does not matter
+
+
+def _paint_occluder(
+    picture: Image.Image,
+    what: str,
+    side: float,
+    person: Person,
+    units: Mapping[int, float],
+    view: View,
+    rng: np.random.Generator,
+) -> None:
+    draw = ImageDraw.Draw(picture)
     if what == "hand":
         _paint_hand(draw, person, view, side, rng)
     elif what == "strand":

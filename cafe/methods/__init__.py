@@ -11,6 +11,7 @@ from cafe.methods.image_only import ImageOnly
 from cafe.methods.linear_probe import LinearProbe
 from cafe.methods.method import Method
 from cafe.methods.nearest_mean import NearestClassMean
+from cafe.methods.ofer import Ofer, OferOwn
 from cafe.methods.rul import Rul
 from cafe.methods.scn import Scn
 from cafe.methods.zero_shot import ZeroShot
@@ -21,6 +22,8 @@ METHODS: dict[str, type[Method]] = {
     "scn": Scn,
     "rul": Rul,
     "eac": Eac,
+    "ofer": Ofer,
+    "ofer_own": OferOwn,
     "linear_probe": LinearProbe,
     "nearest_class_mean": NearestClassMean,
     "zero_shot": ZeroShot,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -35,6 +35,7 @@ class Inputs:
     init: str = "scratch"
     image_size: int = 224  # pixels, side of the image branch's input
     backbone: str | None = None  # name of the tower the frozen features are of
+    grid: tuple[int, int] | None = None  # (H, W) of the maps, where the method needs them
 
 
 class Method(nn.Module):
@@ -68,6 +69,13 @@ class Method(nn.Module):
     def fit(self, batches: Iterable[Batch]) -> None:
         """Learn from the clean views of the training faces at once, by a method that is not trained in epochs."""
         raise NotImplementedError
+
+    def prepare(self, load: Callable[[int], Iterable[Batch]]) -> None:
+        """Learn, before the first epoch, what stays fixed while the method is trained, and keep it in the state dict.
+
+        `load(n)` gives the clean views of the training faces in the n-th random order. Only the first worker is asked, and
+        not again when a training is resumed.
+        """
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named outputs of which `logits` (N, 7) is required; runs inside DDP, on one worker's part of a batch."""
@@ -141,4 +149,5 @@ CHOICES = {
     "relabel": ("all", "low", "none"),
     "mask": ("sigmoid", "linear", "none"),
     "diverse_form": ("mean", "sum"),
+    "tokens": ("region", "top"),
 }
