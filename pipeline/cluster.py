@@ -23,12 +23,13 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
+LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
 
 
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[None]:
     """Start Ray here or join the cluster at `settings.address`, and leave it at the end; raise `UserError`."""
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT if settings.address else ENVIRONMENT | LOCAL).items():
         os.environ.setdefault(name, value)
     import ray
 

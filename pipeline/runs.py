@@ -61,9 +61,7 @@ class RunSpec:
     selection: str = "final"
     tag: str = ""
     source_kind: str = ""  # the data set the source is, whose training split must never be judged
-    grid: tuple[int, int] | None = (
-        None  # of the maps the method reads; follows from the store, so it is no part of the name
-    )
+    grid: tuple[int, int] | None = None  # (H, W) of the maps it reads: told by the store, so no part of the name
 
     @property
     def name(self) -> str:

@@ -6,27 +6,19 @@ is finished.
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from tempfile import TemporaryDirectory
-from typing import Any
 
-import torch
-from torch import Tensor
 from upath import UPath
 
 from cafe.backbones import NORMALISATIONS
-from cafe.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.errors import UserError
 from cafe.loading import ARRAYS, SMALLEST_BATCH
 from cafe.manifest import Manifest
 from cafe.methods import find_method
-from cafe.methods.method import Method, Recipe, apply_overrides
-from cafe.parallel import rank, share_batch_norm, world_size
-from cafe.training import Selection, Training, fit, prepare
+from cafe.methods.method import Recipe, apply_overrides
 from cafe.views import ViewPlan
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
@@ -44,9 +36,9 @@ from pipeline.runs import (
 from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Tracker
-from pipeline.workspace import Workspace, check_name, list_folder, locate, read_json, write_json
+from pipeline.worker import train_worker
+from pipeline.workspace import Workspace, check_name, list_folder, locate, read_json
 
-PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 UNSTORED_SIZE = 224  # pixels, where neither a store nor the user says otherwise: the published input
 
 
@@ -77,37 +69,11 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
-    live = settings.live
     towerless = settings.backbone == "none"
-    choice = replace(settings, policy=None) if live else settings
+    choice = replace(settings, policy=None) if settings.live else settings
     chosen = None if towerless else choose_store(workspace, manifest, choice, method)
     _check_features(settings, chosen[1] if chosen else None)
-    key = chosen[1].key if chosen else None
-    if key and live:
-        key = replace(key, views=recipe.epochs + 1, policy=describe_policy(settings.policy or method.policy))
-    mean, std = NORMALISATIONS["imagenet"]
-    policy = settings.policy or method.policy
-    views = key.view_plan if key else ViewPlan(policy, 0, recipe.epochs + 1, "bilinear", mean, std)
-    spec = RunSpec(
-        source=settings.source,
-        source_digest=manifest.digest,
-        method=settings.method,
-        recipe=asdict(recipe),
-        seed=settings.seed,
-        network=settings.network,
-        init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
-        image_size=settings.image_size or (key.input_size if key else UNSTORED_SIZE),
-        precision=settings.precision,
-        views=replace(views, views=settings.views) if settings.views and not live else views,
-        features=key,
-        backbone=chosen[1].backbone_name if chosen else None,
-        width=_input_width(method, chosen[1]) if chosen else None,
-        live=live,
-        selection=settings.selection,
-        tag=settings.tag,
-        source_kind=manifest.kind,
-        grid=_input_grid(method, chosen[1]) if chosen else None,
-    )
+    spec = _specify(settings, manifest, recipe, chosen[1] if chosen else None)
     method.check(spec.inputs)
     source = Target(manifest, *chosen) if chosen else Target(manifest, None)
     if towerless:
@@ -119,6 +85,38 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         raise UserError(f"{settings.source!r} has no faces for --selection {settings.selection}: use final.")
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol)
     return TrainPlan(workspace, settings, spec, source, targets)
+
+
+def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
+    """Return what names the run: the settings, with what they leave open taken from the store and the method."""
+    method = find_method(settings.method)
+    policy = settings.policy or method.policy
+    key = store.key if store else None
+    if key and settings.live:
+        key = replace(key, views=recipe.epochs + 1, policy=describe_policy(policy))
+    mean, std = NORMALISATIONS["imagenet"]
+    views = key.view_plan if key else ViewPlan(policy, 0, recipe.epochs + 1, "bilinear", mean, std)
+    shape = store.map_shape if store and "map" in method.needs else None
+    return RunSpec(
+        source=settings.source,
+        source_digest=manifest.digest,
+        method=settings.method,
+        recipe=asdict(recipe),
+        seed=settings.seed,
+        network=settings.network,
+        init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
+        image_size=settings.image_size or (key.input_size if key else UNSTORED_SIZE),
+        precision=settings.precision,
+        views=replace(views, views=settings.views) if settings.views and not settings.live else views,
+        features=key,
+        backbone=store.backbone_name if store else None,
+        width=shape[0] if shape else store.width if store else None,
+        grid=shape[1:] if shape else None,
+        live=settings.live,
+        selection=settings.selection,
+        tag=settings.tag,
+        source_kind=manifest.kind,
+    )
 
 
 def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
@@ -142,14 +140,6 @@ def _check_features(settings: TrainSettings, store: About | None) -> None:
         raise UserError(
             f"{settings.method} needs feature maps of {settings.source!r}: run `cafe extract {settings.source} --maps`."
         )
-
-
-def _input_width(method: type[Method], store: About) -> int:
-    return store.map_shape[0] if store.map_shape and "map" in method.needs else store.width
-
-
-def _input_grid(method: type[Method], store: About) -> tuple[int, int] | None:
-    return store.map_shape[1:] if store.map_shape and "map" in method.needs else None
 
 
 def train_and_judge(plan: TrainPlan, bar: Bar = no_bar, tracker: Tracker | None = None) -> dict[str, float]:
@@ -232,85 +222,3 @@ def _fit(plan: TrainPlan) -> None:
         ),
     )
     trainer.fit()
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """The loop of one Ray Train worker: restore, train epoch by epoch, checkpoint; the first worker writes the records."""
-    import ray.train
-    import ray.train.torch
-    from ray.train import Checkpoint
-
-    run = locate(config["run"])
-    spec = RunSpec.load(run)
-    device = ray.train.torch.get_device()
-    torch.backends.cudnn.deterministic = True
-    cores = max(1, len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size())
-    torch.set_num_threads(min(cores, config["threads"] or cores))
-
-    store = config["store"]
-    source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))
-    train, held_out = choose_rows(source, spec.selection)
-    selection = Selection(held_out)
-    method = spec.build().to(device).to(memory_format=torch.channels_last)
-    if not method.trained:
-        if rank() == 0:
-            fit(method, spec.dataset(source), train, device)
-            _save_result(run, method.state_dict(), {"epochs": 0})
-        return
-    dataset = spec.live_dataset(source, str(device)) if spec.live else spec.dataset(source)
-    if rank() == 0 and ray.train.get_checkpoint() is None:
-        prepare(method, dataset, train, spec.seed, device, config["loader_workers"])
-    if world_size() > 1:
-        share_batch_norm(method)
-    module = ray.train.torch.prepare_model(method)  # hands the first worker's state to the others
-    training = Training(
-        method,
-        module,
-        method.optimizer(),
-        dataset,
-        train,
-        spec.seed,
-        device,
-        spec.precision,
-        config["loader_workers"],
-    )
-
-    done = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            record, selection.weights = load_checkpoint(UPath(folder), method, training.optimizer)
-            done, selection.epoch, selection.accuracy = record["epoch"], record["selected"], record["accuracy"]
-    metrics: dict[str, float] = {}
-    for epoch in range(done + 1, spec.recipe["epochs"] + 1):
-        metrics = training.run_epoch(epoch, _Notes(run, epoch))
-        if rank() == 0:
-            metrics |= selection.judge(training, epoch)
-            write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
-        if epoch % config["checkpoint_every"] == 0 and epoch < spec.recipe["epochs"]:
-            with TemporaryDirectory() as folder:
-                if rank() == 0:
-                    record = {"epoch": epoch, "selected": selection.epoch, "accuracy": selection.accuracy}
-                    save_checkpoint(UPath(folder), method, training.optimizer, record, selection.weights)
-                ray.train.report({"epoch": epoch}, checkpoint=Checkpoint(folder) if rank() == 0 else None)
-    if rank() == 0:
-        result = {"epochs": spec.recipe["epochs"], "selected": selection.epoch, **metrics}
-        _save_result(run, selection.result(training), result)
-
-
-def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
-    """Write a trained method; the record that it is finished comes last."""
-    write_tensors(run / "model.safetensors", weights)
-    write_json(run / "result.json", result)
-
-
-class _Notes:
-    """Writes now and then how many faces were trained, for the progress bar of the driver."""
-
-    def __init__(self, run: UPath, epoch: int) -> None:
-        self.path, self.epoch, self.last = run / "progress.json", epoch, 0.0
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if rank() == 0 and (done == total or now - self.last > PROGRESS_SECONDS):
-            self.last = now
-            write_json(self.path, {"done": (self.epoch - 1) * total + done, "per_epoch": total})

@@ -21,6 +21,7 @@ from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per training
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"

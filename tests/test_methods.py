@@ -25,7 +25,7 @@ from cafe.views import POLICIES, ViewPlan
 
 CPU = torch.device("cpu")
 SIZE = 32  # pixels
-QUICK = {name: {"mae_epochs": 2} for name in ("ofer", "ofer_own")}
+QUICK = {name: {"mae_epochs": 2, "detector_epochs": 2} for name in ("ofer", "ofer_own")}
 
 
 def plan_for(method: type[Method]) -> ViewPlan:

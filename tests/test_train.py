@@ -162,9 +162,9 @@ def test_image_only_needs_no_features(ready: Cafe) -> None:
     assert (only_run(ready) / "predictions" / "two.parquet").exists()
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "nearest_class_mean"])
-def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str) -> None:
-    command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", "2")
+@pytest.mark.parametrize(("method", "workers"), [("zero_shot", "1"), ("nearest_class_mean", "2")])
+def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str, workers: str) -> None:
+    command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", workers)
     ready.succeed(*command, ray=True)
     run = only_run(ready)
     assert json.loads((run / "result.json").read_text()) == {"epochs": 0}

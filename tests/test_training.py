@@ -42,7 +42,7 @@ def features(manifest: Manifest, tiny_tower: str) -> Embedder:
     return Embedder(load_backbone(tiny_tower), manifest, PLAN, "cpu", maps=True, dtype="float32", batch_size=16)
 
 
-QUICK = {name: {"mae_epochs": 2, "quantile": 0.5} for name in ("ofer", "ofer_own")}
+QUICK = {name: {"mae_epochs": 2, "detector_epochs": 2, "quantile": 0.5} for name in ("ofer", "ofer_own")}
 
 
 def new_training(name: str, manifest: Manifest, features: Embedder, seed: int = 0, **recipe: object) -> Training:
