@@ -163,7 +163,6 @@ def run(settings: argparse.Namespace, scratch: Path) -> None:
         f"{settings.method}: prepared on {len(manifest.rows('train'))} faces in {time.perf_counter() - start:.0f} s, "
         f"{method.grid[0]} × {method.grid[1]} patches\n"
     )
-    torch.save(method.state_dict(), settings.output.with_suffix(".pt"))
     clean_parts = list(
         dataset_of(manifest).load(np.split(test, range(PREDICTION_BATCH, len(test), PREDICTION_BATCH)), 0, CPU)
     )

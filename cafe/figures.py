@@ -95,17 +95,20 @@ def draw_masks(masks: np.ndarray, title: str) -> Figure:
 
 
 def draw_heat_maps(images: list[np.ndarray], heats: np.ndarray, titles: list[str], title: str) -> Figure:
-    """Draw faces (H, W, 3) uint8, and below each how open the mask is over it, from heats (n, h, w)."""
-    figure = Figure(figsize=(1.6 * len(images), 3.9), layout="constrained")
+    """Draw faces (H, W, 3) uint8, and below each how open the mask is over it, from heats (n, h, w), on one scale."""
+    figure = Figure(figsize=(1.6 * len(images) + 0.8, 3.9), layout="constrained")
     figure.suptitle(title, fontsize=12)
     grid = figure.subplots(2, len(images), squeeze=False)
+    middle, spread = (heats.max() + heats.min()) / 2, max(heats.max() - heats.min(), 0.01)  # an even mask is no noise
     for column, (image, heat, name) in enumerate(zip(images, heats, titles, strict=True)):
         height, width = image.shape[:2]
         for axes in grid[:, column]:
             axes.imshow(image)
             axes.axis("off")
-        grid[1, column].imshow(
-            heat, cmap="inferno", alpha=0.55, extent=(0, width, height, 0), interpolation="bilinear"
-        )  # each face on its own scale: where its mask is most and least open
+        shades = grid[1, column].imshow(
+            heat, "plasma", alpha=0.5, extent=(0, width, height, 0), interpolation="bilinear",
+            vmin=middle - spread / 2, vmax=middle + spread / 2,
+        )  # fmt: skip
         grid[0, column].set_title(name, fontsize=9)
+    figure.colorbar(shades, ax=grid, pad=0.01, label="mean of the mask")
     return figure
