@@ -298,7 +298,9 @@ def train(**values: Any) -> None:
 
     settings = TrainSettings(**values)
     plan = plan_training(_workspace(), settings)
-    _print(scores_table(train_and_judge(plan, _progress), settings.protocol))
+    scores = train_and_judge(plan, _progress)
+    if plan.targets:
+        _print(scores_table(scores, settings.protocol))
     click.echo(f"Run {plan.spec.name} in {plan.run}")
 
 

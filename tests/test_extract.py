@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -84,31 +81,6 @@ def test_verify_computes_a_damaged_shard_again(indexed: Cafe, tiny_tower: str) -
     assert "nothing to do" in indexed.succeed(*command)
     assert "computed 1 of 4 shards" in indexed.succeed(*command, "--verify", ray=True)
     assert contents(store.path) == before
-
-
-def test_kill_minus_nine_loses_only_unfinished_shards(tmp_path: Path, tiny_tower: str, ray_address: str) -> None:
-    """The driver of a Ray of its own is killed as soon as a first shard is done."""
-    work, faces = tmp_path / "work", draw_faces(tmp_path / "faces", per_class=80)
-    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(work)]
-    subprocess.run([*program, "data", "index", "folder", str(faces), "--name", "tiny"], check=True, capture_output=True)
-    shutil.copytree(work, tmp_path / "whole")
-    command = ["extract", "tiny", "--backbone", tiny_tower, "--views", "8", "--shard-rows", "8", "--num-cpus", "1"]
-
-    driver = subprocess.Popen([*program, *command], start_new_session=True, stderr=subprocess.DEVNULL)
-    receipts = work / "features" / "tiny"
-    while not list(receipts.rglob("receipts/*.json")):
-        assert driver.poll() is None, "the driver ended before it could be killed"
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    killed = open_store(Cafe(work, ""), "tiny")
-    assert 0 < len(killed.pending()) < killed.shards
-
-    rerun = Cafe(work, ray_address).succeed(*command, ray=True)
-    assert f"of {killed.shards} shards" in rerun
-    assert f"computed {killed.shards} of" not in rerun
-    Cafe(tmp_path / "whole", ray_address).succeed(*command, ray=True)
-    assert contents(killed.path) == contents(open_store(Cafe(tmp_path / "whole", ""), "tiny").path)
 
 
 def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(

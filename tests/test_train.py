@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,32 +103,6 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
     again = json.loads((only_run(ready) / "epochs" / "0002.json").read_text())
     for name in ("train/total", "train/classification", "train/separation", "train/diverse"):
         assert again[name] == pytest.approx(epoch[name], rel=2e-3), name
-
-
-def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(ready: Cafe, tmp_path: Path) -> None:
-    """The driver of a Ray of its own is killed with -9 after its first checkpoint."""
-    shutil.copytree(ready.workspace, tmp_path / "whole")
-    command = [*TRAIN, "--method", "image_only", "--set", "epochs=6", "--image-size", "32", "--targets", "none"]
-    command.remove("--epochs")
-    command.remove("2")
-    program = [sys.executable, "-m", "jobs.cli", "--workspace"]
-    driver = subprocess.Popen([*program, str(ready.workspace), *command], start_new_session=True)
-    runs = ready.workspace / "runs"
-    while not list(runs.glob("*/train/checkpoint_*/state.json")):
-        assert driver.poll() is None, "the training ended before it could be killed"
-        time.sleep(0.02)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert not (only_run(ready) / "model.safetensors").exists()
-
-    ready.succeed(*command, ray=True)
-    Cafe(tmp_path / "whole", ready.address).succeed(*command, ray=True)
-    resumed, whole = model(only_run(ready)), model(only_run(Cafe(tmp_path / "whole", "")))
-    for name, value in whole.items():
-        assert torch.equal(resumed[name], value), name
-    (logged,) = tracked(ready)
-    tracker = Tracker(Workspace.at(str(ready.workspace)), None, "cafe")
-    assert tracker.logged_steps(logged.run_id, "train/total") == {1, 2, 3, 4, 5, 6}
 
 
 def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) -> None:

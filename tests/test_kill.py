@@ -1,0 +1,86 @@
+"""What `kill -9` of a driver loses: the shard or the epoch under way, and never the result.
+
+These tests start Ray themselves, since the driver of a Ray of its own is what is killed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cafe, draw_faces
+from safetensors.torch import load_file
+from upath import UPath
+
+from pipeline.store import FeatureStore, find_stores
+from pipeline.tracking import Tracker
+from pipeline.workspace import Workspace
+
+ALONE = ("--num-cpus", "1")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Cafe:
+    """A workspace with a manifest, and its copy in `whole`, where nothing is interrupted."""
+    cafe = Cafe(tmp_path / "work", "")
+    cafe.succeed("data", "index", "folder", str(draw_faces(tmp_path / "faces", per_class=80)), "--name", "tiny")
+    shutil.copytree(cafe.workspace, tmp_path / "whole")
+    return cafe
+
+
+@pytest.fixture
+def whole(work: Cafe) -> Cafe:
+    return Cafe(work.workspace.with_name("whole"), "")
+
+
+def kill_at(cafe: Cafe, command: tuple[str, ...], sign: str) -> None:
+    """Start a command in a process of its own and kill it with -9 as soon as a file like `sign` is there."""
+    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
+    driver = subprocess.Popen([*program, *command], start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(cafe.workspace.glob(sign)):
+        assert driver.poll() is None, "the command ended before it could be killed"
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+
+
+def test_an_extraction_loses_only_unfinished_shards(work: Cafe, whole: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "8", "--shard-rows", "8", *ALONE)
+    kill_at(work, command, "features/tiny/**/receipts/*.json")
+    ((path, about),) = find_stores(UPath(work.workspace / "features"), "tiny")
+    killed = FeatureStore(path, about)
+    assert 0 < len(killed.pending()) < killed.shards
+
+    rerun = work.succeed(*command)
+    assert f"of {killed.shards} shards" in rerun
+    assert f"computed {killed.shards} of" not in rerun
+    whole.succeed(*command)
+    features = [cafe.workspace / "features" for cafe in (work, whole)]
+    resumed, uninterrupted = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()} for root in features
+    )
+    assert resumed == uninterrupted
+
+
+def test_a_training_goes_on_from_its_checkpoint_to_the_same_weights(work: Cafe, whole: Cafe) -> None:
+    command = ("train", "--source", "tiny", "--method", "image_only", "--epochs", "6", "--image-size", "32")
+    command += ("--set", "batch_size=32", "--set", "learning_rate=0.001", "--targets", "none", *ALONE)
+    kill_at(work, command, "runs/*/train/checkpoint_*/state.json")
+    assert not list(work.workspace.glob("runs/*/model.safetensors"))
+
+    work.succeed(*command)
+    whole.succeed(*command)
+    resumed, uninterrupted = (
+        load_file(next(cafe.workspace.glob("runs/*/model.safetensors"))) for cafe in (work, whole)
+    )
+    for name, value in uninterrupted.items():
+        assert torch.equal(resumed[name], value), name
+    tracker = Tracker(Workspace.at(str(work.workspace)), None, "cafe")
+    (logged,) = tracker.runs()
+    assert tracker.logged_steps(logged.run_id, "train/total") == {1, 2, 3, 4, 5, 6}
