@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.backbones import BackboneSpec, load_tensors, open_clip_name, parse_backbone, quiet, read_weights
+from cafe.backbone_names import BackboneSpec, open_clip_name, parse_backbone, read_weights
+from cafe.backbones import load_tensors, quiet
 from cafe.errors import UserError
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from upath import UPath
 
-from cafe.backbones import TowerFacts, absolute_name, load_backbone, parse_backbone, resolve_normalisation
+from cafe.backbone_names import absolute_name, parse_backbone
+from cafe.backbones import TowerFacts, load_backbone, resolve_normalisation
 from cafe.embedding import Embedder
 from cafe.errors import IncompleteError, UserError
 from cafe.manifest import Manifest

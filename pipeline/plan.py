@@ -15,7 +15,8 @@ from typing import Any
 
 from upath import UPath
 
-from cafe.backbones import NORMALISATIONS, absolute_name
+from cafe.backbone_names import absolute_name
+from cafe.backbones import NORMALISATIONS
 from cafe.errors import UserError
 from cafe.manifest import Manifest
 from cafe.protocols import find_protocol

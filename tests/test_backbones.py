@@ -14,7 +14,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cafe.backbones import BACKBONES, NORMALISATIONS, load_backbone, parse_backbone, resolve_normalisation
+from cafe.backbone_names import BACKBONES, parse_backbone
+from cafe.backbones import NORMALISATIONS, load_backbone, resolve_normalisation
 from cafe.errors import UserError
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
@@ -159,7 +160,7 @@ def test_a_tower_without_a_known_map_says_so(tmp_path):
     torch.save(whole.state_dict(), tmp_path / "coca.pt")
     backbone = load_backbone(f"open_clip:{path}@{tmp_path / 'coca.pt'}")
     images = torch.randn(2, 3, 32, 32)
-    assert torch.allclose(backbone(images)[0], whole.encode_image(images), atol=1e-6)
+    assert torch.allclose(backbone(images)[0], whole.encode_image(images), atol=1e-5)
     assert backbone.map_shape is None
     with pytest.raises(UserError, match="has no known feature map"):
         backbone(images, with_map=True)

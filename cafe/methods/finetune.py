@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cafe.backbones import FrozenBackbone, load_backbone, parse_backbone
+from cafe.backbone_names import parse_backbone
+from cafe.backbones import FrozenBackbone, load_backbone
 from cafe.errors import UserError
 from cafe.expressions import EXPRESSIONS
 from cafe.methods import method
