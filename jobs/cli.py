@@ -440,10 +440,15 @@ def compare(
 @main.command()
 @click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
-    """Open MLflow's pages of this workspace in a browser: starts its server on loopback and prints the address."""
+    """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
     from pipeline.tracking import serve
 
-    serve(_workspace(), port, lambda address: click.echo(f"MLflow at {address} (stop with Ctrl-C)"))
+    def announce(address: str, runs: dict[str, str]) -> None:
+        click.echo(f"MLflow at {address} (stop with Ctrl-C)")
+        for experiment, link in runs.items():
+            click.echo(f"{experiment}: {link}")
+
+    serve(_workspace(), port, announce)
 
 
 @main.command()

@@ -129,8 +129,12 @@ def default_uri(workspace: Workspace) -> str:
     return f"sqlite:///{workspace.root}/mlflow.db"
 
 
-def serve(workspace: Workspace, port: int, announce: Callable[[str], None]) -> None:
-    """Run MLflow's server for a workspace on loopback until it is interrupted; raise `UserError` when the port is taken."""
+def serve(workspace: Workspace, port: int, announce: Callable[[str, dict[str, str]], None]) -> None:
+    """Run MLflow's server for a workspace on loopback until it is interrupted.
+
+    As soon as it answers, its address and that of every experiment's runs by name are announced; MLflow's own front page
+    leads to pages about language models. Raises `UserError` when the port is taken.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -138,16 +142,32 @@ def serve(workspace: Workspace, port: int, announce: Callable[[str], None]) -> N
         except OSError:
             raise UserError(f"Port {port} is taken: give another one with --port.") from None
     database, artifacts = default_uri(workspace), (workspace.root / "artifacts").as_uri()
+    address = f"http://127.0.0.1:{port}"
+    with _quiet_mlflow() as mlflow:
+        runs = {
+            found.name: f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
+            for found in mlflow.MlflowClient(tracking_uri=database).search_experiments()
+            if found.name != mlflow.entities.Experiment.DEFAULT_EXPERIMENT_NAME
+        }
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
     command += ["--default-artifact-root", artifacts, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this command ends, the server ends with it
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            announce(f"http://127.0.0.1:{port}")
+            while not _answers(port):
+                if server.poll() is not None:
+                    raise UserError(f"MLflow's server ended with exit code {server.returncode} before it answered.")
+                time.sleep(0.1)
+            announce(address, runs)
             server.wait()
         except KeyboardInterrupt:
             server.terminate()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager

@@ -1,0 +1,45 @@
+"""`cafe ui` serves the workspace's experiments on loopback and ends with the command."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+from conftest import Cafe
+
+from pipeline.tracking import Tracker
+from pipeline.workspace import Workspace
+
+
+def test_the_server_names_every_experiment_and_ends_with_the_command(tmp_path: Path) -> None:
+    tracker = Tracker(Workspace.at(str(tmp_path)), None, "grid")
+    tracker.log(tracker.start("cafe-one-s0", {"method": "cafe"}, {}), {"unseen/accuracy": 0.5})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        assert Cafe(tmp_path, "").fail("ui", "--port", str(port)) == (
+            f"Error: Port {port} is taken: give another one with --port."
+        )
+    command = [sys.executable, "-m", "jobs.cli", "--workspace", str(tmp_path), "ui", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = f"http://127.0.0.1:{port}"
+        assert server.stdout.readline() == f"MLflow at {address} (stop with Ctrl-C)\n"
+        runs = f"grid: {address}/#/experiments/{tracker.experiment_id}/runs?workflowType=machine_learning\n"
+        assert server.stdout.readline() == runs
+        request = Request(
+            f"{address}/api/2.0/mlflow/runs/search",
+            json.dumps({"experiment_ids": [tracker.experiment_id]}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urlopen(request) as answer:
+            (run,) = json.load(answer)["runs"]
+        assert run["info"]["run_name"] == "cafe-one-s0"
+        server.terminate()
+        assert server.wait(timeout=60) == 0
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
