@@ -81,7 +81,7 @@ def main(
     axes.set_xlabel("views in the cache")
     axes.set_ylabel("%")
     axes.set_title(f"CAFE trained on {source}: mean and 95 % t-interval of {seeds} seeds", fontsize=10)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(f"{out}.svg")
 
