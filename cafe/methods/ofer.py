@@ -11,7 +11,8 @@ The steps, and where they deviate from the paper [P] or the released code [C]:
    Latents are standardised by position and channel; [C] takes them raw. They are those of the augmented view that the CNN
    sees, mirrored and erased with it; [C] keeps one latent per face, of the reconstructed image.
 2. Detection: deep SVDD (`cafe.occlusion`). [P] trains on faces known to be free, of KDEF; here every patch of the
-   source's clean training views counts as normal; the radius is the 95 % quantile of their distances. Its layers are ours.
+   source's clean training views counts as normal; the radius is the 95 % quantile of their distances. Its layers are ours,
+   and so is the single pass over the faces (docs/methods.md shows what more would do).
 3. Reconstruction: a small MAE trained on the source. [P] takes one trained on ImageNet and refines its picture by a U-Net
    with self-assembly, perceptual, semantic and adversarial losses; here is no refinement. Nothing flagged, nothing changed.
    Both learn from clean views before the first epoch and stay frozen; [C] reads images reconstructed beforehand.
@@ -60,7 +61,7 @@ class Recipe(method.Recipe):
     step: int = 10  # … after every so many epochs
     tokens: str = "region"  # of the face's middle (released); "top": the half that is attended to most (paper)
     quantile: float = 0.95  # of the training patches' distances: the radius beyond which a patch is occluded
-    detector_epochs: int = 20
+    detector_epochs: int = 1  # more shrink the sphere onto the training faces, and flag the free patches of others
     mae_epochs: int = 50  # 0: flagged patches are not refilled
 
 
@@ -72,8 +73,8 @@ class Ofer(Method):
     recipe_type = Recipe
     # A large set teaches the frozen parts in fewer passes.
     recipe_changes: ClassVar = {
-        "affectnet": {"epochs": 20, "gamma": 0.1, "sampler": "balanced", "detector_epochs": 1, "mae_epochs": 3},
-        "mma": {"detector_epochs": 3, "mae_epochs": 10},
+        "affectnet": {"epochs": 20, "gamma": 0.1, "sampler": "balanced", "mae_epochs": 3},
+        "mma": {"mae_epochs": 10},
     }
     recipe: Recipe
 
