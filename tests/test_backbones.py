@@ -76,8 +76,8 @@ def test_open_clip_features_are_those_of_encode_image(name, towers):
         expected = model.encode_image(images)
         pooled, nothing = backbone(images)
         again, features = backbone(images, with_map=True)
-    assert torch.allclose(pooled, expected, atol=1e-5)
-    assert torch.allclose(again, expected, atol=1e-5)
+    assert torch.allclose(pooled, expected, atol=1e-6)
+    assert torch.allclose(again, expected, atol=1e-6)
     assert nothing is None
     assert backbone.width == 24
     assert features.shape[1:] == backbone.map_shape
@@ -92,8 +92,8 @@ def test_timm_features_are_those_of_the_model_without_classifier(name, timm_file
     images = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
         expected = direct(images)
-        assert torch.allclose(backbone(images)[0], expected, atol=1e-5)
-        assert torch.allclose(backbone(images, with_map=True)[0], expected, atol=1e-5)
+        assert torch.allclose(backbone(images)[0], expected, atol=1e-6)
+        assert torch.allclose(backbone(images, with_map=True)[0], expected, atol=1e-6)
     assert backbone.input_size == 160
     assert (backbone.mean, backbone.std) == (direct.pretrained_cfg["mean"], direct.pretrained_cfg["std"])
 
@@ -123,7 +123,7 @@ def test_the_map_of_an_open_clip_resnet_is_what_its_attention_pools(towers):
     backbone_name, model = towers["tiny_resnet"]
     pooled, features = load_backbone(backbone_name)(torch.randn(2, 3, 64, 64), with_map=True)
     assert features.shape == (2, 256, 2, 2)
-    assert torch.allclose(model.visual.attnpool(features), pooled, atol=1e-5)
+    assert torch.allclose(model.visual.attnpool(features), pooled, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
@@ -160,6 +160,7 @@ def test_a_tower_without_a_known_map_says_so(tmp_path):
     torch.save(whole.state_dict(), tmp_path / "coca.pt")
     backbone = load_backbone(f"open_clip:{path}@{tmp_path / 'coca.pt'}")
     images = torch.randn(2, 3, 32, 32)
+    # Weights are drawn anew every time; rounding up to 1.3e-6 was seen.
     assert torch.allclose(backbone(images)[0], whole.encode_image(images), atol=1e-5)
     assert backbone.map_shape is None
     with pytest.raises(UserError, match="has no known feature map"):
@@ -208,7 +209,7 @@ def test_another_input_size_gives_what_the_library_gives_at_that_size(size, towe
     direct = open_clip.create_model("tiny_vit", pretrained=file, force_image_size=size, require_pretrained=True).eval()
     backbone = load_backbone(backbone_name, input_size=size)
     images = torch.randn(2, 3, size, size)
-    assert torch.allclose(backbone(images)[0], direct.encode_image(images), atol=1e-5)
+    assert torch.allclose(backbone(images)[0], direct.encode_image(images), atol=1e-6)
     assert (backbone.input_size, backbone.map_shape) == (size, (24, size // 8, size // 8))
 
 

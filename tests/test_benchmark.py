@@ -372,15 +372,16 @@ def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
     missing = cafe.fail("benchmark", "quickstart.toml", "--dry-run")
     assert "Unknown manifest 'studio'" in missing
     assert "make it with `cafe data synth`" in missing
-    assert "There is no benchmark file 'table9.toml': give the path of one, or one of " in cafe.fail(
-        "benchmark", "table9.toml"
+    assert cafe.fail("benchmark", "table9.toml") == (
+        "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation-faces.toml, "
+        "ablation.toml, faces.toml, quickstart.toml, synthetic.toml, table1.toml, table2.toml."
     )
 
 
 def test_a_failing_cell_is_reported_and_costs_no_other(
     cafe: Cafe, faces: Path, tiny_tower: str, tmp_path: Path
 ) -> None:
-    """One of two cells diverges; given again, the command would leave the good one alone and try the other anew."""
+    """One of two cells diverges; given again, the command leaves the good one alone and tries the other anew."""
     for name in ("one", "two"):
         cafe.succeed("data", "index", "folder", str(faces / name), "--name", name)
     (tmp_path / "pair.toml").write_text(
@@ -412,5 +413,8 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
     parent = next(run for run in tracked.values() if "cafe.benchmark" in run.tags)
     assert {run.tags[PARENT] for run in tracked.values() if run is not parent} == {parent.run_id}
     assert (parent.metrics["cells"], parent.metrics["cells_failed"]) == (2, 1)
-    plan = " ".join(cafe.succeed(*command, "--dry-run").split())
-    assert "2 cells (1 source × 2 methods × 1 seed): 1 done, 0 begun, 1 to begin" in plan
+    good = {path: path.read_bytes() for path in runs["linear_probe"].rglob("*") if path.is_file()}
+    again = cafe(*command)
+    assert again.exit_code == 1
+    assert "1 done" in " ".join(again.output.split())
+    assert {path: path.read_bytes() for path in runs["linear_probe"].rglob("*") if path.is_file()} == good
