@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.copies import CopyIndex, draw_thumbnail
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.datasets.synthetic import DOMAINS, write
-from cafe.images import decode_image
-from cafe.manifest import Manifest
-from cafe.survey import read_face, survey
+from cafe.data import DATASETS
+from cafe.data.copies import CopyIndex, draw_thumbnail
+from cafe.data.images import decode_image
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.data.survey import read_face, survey
+from cafe.synthetic.domains import DOMAINS, write
 
 
 def main() -> None:

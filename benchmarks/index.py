@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.datasets.files import index_files
-from cafe.datasets.mma import read_mma
-from cafe.manifest import Manifest
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.data.mma import read_mma
 
 FOLDERS = [f"{split}/{name}" for split in ("train", "valid", "test") for name in ("angry", "happy", "neutral", "sad")]
 LINKS = 30_000  # of one file; file systems allow 65,000

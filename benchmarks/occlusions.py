@@ -22,22 +22,22 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from upath import UPath
 
-from cafe.backbones import load_backbone
-from cafe.datasets import DATASETS
-from cafe.datasets.camera import Pixels, plant
-from cafe.datasets.face import View, draw_person
-from cafe.datasets.files import index_files
-from cafe.datasets.synthetic import write
-from cafe.embedding import Embedder
-from cafe.expressions import EXPRESSIONS
-from cafe.loading import FaceDataset
-from cafe.manifest import Manifest
+from cafe.data import DATASETS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.learning.loading import FaceDataset
+from cafe.learning.training import PREDICTION_BATCH, prepare
+from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Batch, Inputs
 from cafe.methods.ofer import Ofer, Recipe
 from cafe.randomness import random_generator
-from cafe.training import PREDICTION_BATCH, prepare
-from cafe.views import ViewPlan
+from cafe.synthetic.camera import Pixels, plant
+from cafe.synthetic.domains import write
+from cafe.synthetic.face import View, draw_person
+from cafe.towers.building import load_backbone
+from cafe.towers.embedding import Embedder
 
 THINGS = ("sunglasses", "hand", "mask")
 CPU = torch.device("cpu")

@@ -22,17 +22,17 @@ from torch.nn import functional
 from torchvision import models, transforms
 from upath import UPath
 
-from cafe.backbones import FrozenBackbone, load_backbone
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.datasets.synthetic import write
-from cafe.embedding import Embedder
-from cafe.loading import FaceDataset, FeatureReader
-from cafe.manifest import Manifest
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.learning.loading import FaceDataset, FeatureReader
+from cafe.learning.training import Training
+from cafe.learning.views import ViewPlan
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.training import Training
-from cafe.views import ViewPlan
+from cafe.synthetic.domains import write
+from cafe.towers.building import FrozenBackbone, load_backbone
+from cafe.towers.embedding import Embedder
 from pipeline import cluster
 from pipeline.extract import extract
 from pipeline.settings import ExtractSettings

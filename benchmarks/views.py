@@ -15,7 +15,7 @@ from collections import defaultdict
 import click
 from matplotlib.figure import Figure
 
-from cafe.metrics import estimate
+from cafe.results.metrics import estimate
 from pipeline import cluster
 from pipeline.extract import extract
 from pipeline.settings import ExtractSettings, TrainSettings

@@ -25,7 +25,7 @@ from pipeline.settings import (
 )
 
 if TYPE_CHECKING:
-    from cafe.datasets.files import Listing
+    from cafe.data.indexing import Listing
 
 
 class Commands(click.Group):
@@ -121,8 +121,8 @@ def index(kind: str, root: str, name: str, ferplus_rule: str | None, accept_coun
     KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
     KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is given out, in any wrapper folders
     """
-    from cafe.datasets import DATASETS
-    from cafe.datasets.files import index_files
+    from cafe.data import DATASETS
+    from cafe.data.indexing import index_files
     from jobs.tables import index_tables
     from pipeline.workspace import check_name, locate
 
@@ -150,7 +150,7 @@ def index(kind: str, root: str, name: str, ferplus_rule: str | None, accept_coun
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
     """Print where a copy is not the published one, doubtful numbers only with `warn`; raise `UserError` for the others."""
-    from cafe.datasets.counts import count_differences
+    from cafe.data.counts import count_differences
     from jobs.tables import counts_tables
 
     differences = count_differences(listing.expected, found)
@@ -175,7 +175,7 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
     Five domains (studio, grey, film, web, drawing) show the seven expressions, built from facial action units; the people
     of a test split are never those of a train split.
     """
-    from cafe.datasets.synthetic import DOMAINS
+    from cafe.synthetic.domains import DOMAINS
     from pipeline.synthesise import synthesise
 
     for domain in domains:

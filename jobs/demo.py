@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 
-from cafe.datasets.synthetic import DOMAINS
+from cafe.synthetic.domains import DOMAINS
 from pipeline import cluster
 from pipeline.compare import Comparison, compare
 from pipeline.extract import extract

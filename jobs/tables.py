@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from rich.table import Column, Table
 from rich.text import Text
 
-from cafe.datasets.counts import Difference
-from cafe.datasets.files import Index
-from cafe.expressions import EXPRESSIONS
-from cafe.manifest import SPLITS
-from cafe.protocols import find_protocol
+from cafe.data.counts import Difference
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.indexing import Index
+from cafe.data.manifest import SPLITS
+from cafe.results.protocols import find_protocol
 from pipeline.benchmark import Outcome, first_line
 from pipeline.plan import BenchmarkPlan, expect_parallel
 from pipeline.report import Report

@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from upath import UPath
 
-from cafe.alignment import Aligned, align_faces
-from cafe.datasets.folder import list_files
+from cafe.data.alignment import Aligned, align_faces
+from cafe.data.folder import list_files
+from cafe.data.images import SUFFIXES, UnreadableImageError
+from cafe.data.manifest import Face, Manifest
+from cafe.data.survey import survey
 from cafe.errors import UserError
-from cafe.images import SUFFIXES, UnreadableImageError
-from cafe.manifest import Face, Manifest
-from cafe.survey import survey
 from pipeline.settings import AlignSettings
 from pipeline.workspace import Workspace, locate
 

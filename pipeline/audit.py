@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from cafe.copies import THUMBNAIL, CopyIndex, Pairs, draw_thumbnail
-from cafe.expressions import EXPRESSIONS
-from cafe.images import UnreadableImageError
-from cafe.manifest import SPLITS, Manifest
-from cafe.pages import embed, render
-from cafe.survey import survey
+from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, draw_thumbnail
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.images import UnreadableImageError
+from cafe.data.manifest import SPLITS, Manifest
+from cafe.data.survey import survey
+from cafe.report.pages import embed, render
 from pipeline.leaks import audit_path
 from pipeline.workspace import Workspace
 

@@ -17,7 +17,7 @@ from threading import Event
 from typing import Any
 
 from cafe.errors import UserError
-from cafe.protocols import find_protocol
+from cafe.results.protocols import find_protocol
 from pipeline import cluster
 from pipeline.extract import extract
 from pipeline.grid import Grid

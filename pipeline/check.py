@@ -8,11 +8,11 @@ from statistics import median
 
 from upath import UPath
 
-from cafe.expressions import EXPRESSIONS
-from cafe.images import UnreadableImageError
-from cafe.manifest import SPLITS, Manifest
-from cafe.pages import embed, render
-from cafe.survey import Condition, Look, check_pictures, survey
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.images import UnreadableImageError
+from cafe.data.manifest import SPLITS, Manifest
+from cafe.data.survey import Condition, Look, check_pictures, survey
+from cafe.report.pages import embed, render
 from pipeline.workspace import Workspace
 
 SIDES = (0, 32, 48, 64, 96, 128, 224, 384, 640)  # edges of the size histogram in pixels

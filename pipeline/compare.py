@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
-from cafe.expressions import EXPRESSIONS
-from cafe.metrics import Estimate, estimate
-from cafe.protocols import PROTOCOLS, find_protocol
+from cafe.results.metrics import Estimate, estimate
+from cafe.results.protocols import PROTOCOLS, find_protocol
 from pipeline.tracking import TrackedRun
 
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1")

@@ -14,16 +14,16 @@ import torch
 from matplotlib.figure import Figure
 from upath import UPath
 
-from cafe.expressions import EXPRESSIONS
-from cafe.figures import draw_confusion, draw_errors, draw_heat_maps, draw_masks, find_worst_mistakes
-from cafe.loading import FaceDataset
-from cafe.manifest import Manifest
-from cafe.masks import heat_maps, mean_masks
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.manifest import Manifest
+from cafe.learning.loading import FaceDataset
+from cafe.learning.masks import heat_maps, mean_masks
+from cafe.learning.training import predict
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
-from cafe.metrics import Predictions, confusion, score
-from cafe.protocols import PROTOCOLS, find_protocol
-from cafe.training import predict
+from cafe.report.figures import draw_confusion, draw_errors, draw_heat_maps, draw_masks, find_worst_mistakes
+from cafe.results.metrics import Predictions, confusion, score
+from cafe.results.protocols import PROTOCOLS, find_protocol
 from pipeline import cluster
 from pipeline.progress import Progress
 from pipeline.runs import RunSpec, Target

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from upath import UPath
 
-from cafe.backbone_names import absolute_name, parse_backbone
-from cafe.backbones import TowerFacts, load_backbone, resolve_normalisation
-from cafe.embedding import Embedder
+from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError
-from cafe.manifest import Manifest
+from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
+from cafe.towers.embedding import Embedder
+from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.progress import Progress
 from pipeline.settings import ExtractSettings

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cafe.errors import UserError, unknown
-from cafe.loading import ARRAYS
+from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
 from cafe.methods.method import Method
-from cafe.protocols import find_protocol
+from cafe.results.protocols import find_protocol
 from pipeline.settings import ExtractSettings, TrainSettings
 
 # What the grid itself decides for every store and every cell, so that a file cannot.

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.metrics import Predictions, score
-from cafe.protocols import find_protocol
+from cafe.results.metrics import Predictions, score
+from cafe.results.protocols import find_protocol
 from pipeline.evaluate import load_predictions
 from pipeline.runs import RunSpec
 from pipeline.tracking import TrackedRun

@@ -15,11 +15,11 @@ from typing import Any
 
 from upath import UPath
 
-from cafe.backbone_names import absolute_name
-from cafe.backbones import NORMALISATIONS
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.manifest import Manifest
-from cafe.protocols import find_protocol
+from cafe.results.protocols import find_protocol
+from cafe.towers.building import NORMALISATIONS
+from cafe.towers.names import absolute_name
 from pipeline.evaluate import is_judged
 from pipeline.extract import Extraction
 from pipeline.grid import Entry, Grid

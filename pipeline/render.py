@@ -11,7 +11,7 @@ from collections.abc import Callable
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cafe.charts import to_svg
+from cafe.report.charts import to_svg
 from pipeline.report import Report
 from pipeline.sheets import BEST, SECOND, Cell, Sheet
 
@@ -97,7 +97,11 @@ def _escape_latex(text: str, plus_minus: str = "") -> str:
 def to_html(report: Report) -> str:
     """Return one page with figures and tables that needs nothing else: no script, no font, no picture from elsewhere."""
     environment = Environment(
-        loader=PackageLoader("cafe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("cafe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     figures: dict[str, list[tuple[str, Markup]]] = {sheet.title: [] for sheet in report.sheets}
     for number, drawing in enumerate(report.drawings):

@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from cafe.charts import Point, draw_heat_map, draw_points, draw_ranks, find_limits
 from cafe.errors import UserError
-from cafe.metrics import Estimate
-from cafe.protocols import find_protocol
-from cafe.published import ACCURACY
+from cafe.report.charts import Point, draw_heat_map, draw_points, draw_ranks, find_limits
+from cafe.results.metrics import Estimate
+from cafe.results.protocols import find_protocol
+from cafe.results.published import ACCURACY
 from pipeline.compare import ClassRow, Comparison, Group, compare, compare_classes
 from pipeline.sheets import (
     Sheet,

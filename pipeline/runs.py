@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from upath import UPath
 
-from cafe.backbones import load_backbone
-from cafe.checkpoints import read_tensors
-from cafe.embedding import Embedder
+from cafe.data.manifest import SPLITS, Manifest, hold_out_rows
 from cafe.errors import UserError, unknown
-from cafe.loading import ARRAYS, FaceDataset
-from cafe.manifest import SPLITS, Manifest, hold_out_rows
+from cafe.learning.checkpoints import read_tensors
+from cafe.learning.loading import ARRAYS, FaceDataset
+from cafe.learning.views import ViewPlan
 from cafe.methods import find_method
 from cafe.methods.method import Inputs, Method
-from cafe.protocols import Protocol, find_protocol
-from cafe.views import ViewPlan
+from cafe.results.protocols import Protocol, find_protocol
+from cafe.towers.building import load_backbone
+from cafe.towers.embedding import Embedder
 from pipeline.settings import StoreChoice
 from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace, read_json, with_tuples, write_json
@@ -323,7 +323,7 @@ def extract_command(manifest: str, choice: StoreChoice) -> str:
 
 def check_network(name: str, init: str) -> None:
     """Raise `UserError` for an unknown image branch or initialisation."""
-    from cafe.networks import NETWORKS
+    from cafe.learning.networks import NETWORKS
 
     if name not in NETWORKS:
         raise unknown("network", name, NETWORKS)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cafe.metrics import Estimate
+from cafe.results.metrics import Estimate
 from pipeline.compare import ClassRow, Comparison, Group, Row
 from pipeline.versus import Paired, Published, Ranks
 

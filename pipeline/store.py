@@ -24,10 +24,10 @@ import psutil
 import zarr
 from upath import UPath
 
-from cafe import views
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.manifest import Manifest
-from cafe.views import POLICIES, ViewPlan
+from cafe.learning import views
+from cafe.learning.views import POLICIES, ViewPlan
 from pipeline.workspace import list_folder, read_json, write_json
 
 SHARD_BYTES = 4 * 2**20  # a shard object worth a request; see the engine measurements in the README

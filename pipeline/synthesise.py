@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.datasets.synthetic import write
-from cafe.manifest import Manifest
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.synthetic.domains import write
 from pipeline.workspace import Workspace
 
 

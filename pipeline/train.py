@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, replace
 
 from upath import UPath
 
-from cafe.backbones import NORMALISATIONS
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.loading import ARRAYS, SMALLEST_BATCH
-from cafe.manifest import Manifest
+from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
+from cafe.learning.views import ViewPlan
 from cafe.methods import find_method
 from cafe.methods.method import Recipe, apply_overrides
-from cafe.views import ViewPlan
+from cafe.towers.building import NORMALISATIONS
 from pipeline import cluster
 from pipeline.evaluate import is_judged, log_results, predict_targets
 from pipeline.progress import Bar, Progress, no_bar

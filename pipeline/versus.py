@@ -13,10 +13,10 @@ import numpy as np
 
 from cafe.errors import UserError, unknown
 from cafe.methods import METHODS
-from cafe.metrics import Predictions
-from cafe.protocols import find_protocol
-from cafe.published import ACCURACY, SETS, find_published, find_published_classes
-from cafe.statistics import Difference, Ranking, holm, paired_bootstrap, rank_methods
+from cafe.results.metrics import Predictions
+from cafe.results.protocols import find_protocol
+from cafe.results.published import ACCURACY, SETS, find_published, find_published_classes
+from cafe.results.statistics import Difference, Ranking, holm, paired_bootstrap, rank_methods
 from pipeline.compare import ClassRow, Comparison, Group, Row
 from pipeline.evaluate import load_predictions
 from pipeline.workspace import Workspace, read_json

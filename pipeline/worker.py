@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from upath import UPath
 
-from cafe.checkpoints import load_checkpoint, save_checkpoint, write_tensors
-from cafe.manifest import Manifest
-from cafe.parallel import rank, share_batch_norm, world_size
-from cafe.training import Selection, Training, fit, prepare
+from cafe.data.manifest import Manifest
+from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
+from cafe.learning.parallel import rank, share_batch_norm, world_size
+from cafe.learning.training import Selection, Training, fit, prepare
 from pipeline.runs import RunSpec, Target, choose_rows
 from pipeline.workspace import locate, write_json
 

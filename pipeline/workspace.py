@@ -13,8 +13,8 @@ from typing import Any
 
 from upath import UPath
 
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.manifest import Manifest
 
 
 def locate(location: str) -> UPath:
@@ -67,7 +67,7 @@ class Workspace:
         """Load a manifest by name; raise `UserError` naming those there are and how to make one."""
         path = self.manifest_path(name)
         if not path.exists():
-            from cafe.datasets.synthetic import DOMAINS
+            from cafe.synthetic.domains import DOMAINS
 
             names = self.manifest_names()
             hint = f"choose {', '.join(names)}" if names else "this workspace has none yet"

@@ -13,7 +13,7 @@ from conftest import Cafe, draw_faces
 from PIL import Image
 from upath import UPath
 
-from cafe.alignment import (
+from cafe.data.alignment import (
     EYE_DISTANCE,
     EYE_HEIGHT,
     INSTALL,
@@ -24,8 +24,8 @@ from cafe.alignment import (
     detect_faces,
     find_detector,
 )
-from cafe.images import decode_image
-from cafe.manifest import Manifest
+from cafe.data.images import decode_image
+from cafe.data.manifest import Manifest
 
 MEADOW = (96, 120, 96)
 

@@ -14,15 +14,15 @@ from conftest import Cafe
 from PIL import Image, ImageEnhance
 from upath import UPath
 
-from cafe.copies import CopyIndex, draw_thumbnail
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.datasets.synthetic import render, write
+from cafe.data import DATASETS
+from cafe.data.copies import CopyIndex, draw_thumbnail
+from cafe.data.images import decode_image
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.images import decode_image
-from cafe.manifest import Manifest
-from cafe.metrics import Predictions
-from cafe.views import ViewPlan
+from cafe.learning.views import ViewPlan
+from cafe.results.metrics import Predictions
+from cafe.synthetic.domains import render, write
 from pipeline.audit import audit
 from pipeline.compare import compare
 from pipeline.evaluate import log_results

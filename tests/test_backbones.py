@@ -14,9 +14,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cafe.backbone_names import BACKBONES, parse_backbone
-from cafe.backbones import NORMALISATIONS, load_backbone, resolve_normalisation
 from cafe.errors import UserError
+from cafe.towers.building import NORMALISATIONS, load_backbone, resolve_normalisation
+from cafe.towers.names import BACKBONES, parse_backbone
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 TINY_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}

@@ -15,21 +15,21 @@ from torch import nn
 from torch.nn import functional
 from upath import UPath
 
-from cafe.backbones import load_backbone
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.embedding import Embedder
+from cafe.data import DATASETS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.indexing import index_files
 from cafe.errors import UserError
-from cafe.expressions import EXPRESSIONS
-from cafe.loading import FaceDataset
+from cafe.learning.loading import FaceDataset
+from cafe.learning.training import fit, predict
+from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS, finetune, nearest_mean, zero_shot
 from cafe.methods.finetune import Finetune, find_blocks, find_trained
 from cafe.methods.method import Inputs, apply_overrides
 from cafe.methods.nearest_mean import NearestClassMean
 from cafe.methods.zero_shot import ZeroShot, write_prompts
-from cafe.text_towers import embed_texts
-from cafe.training import fit, predict
-from cafe.views import ViewPlan
+from cafe.towers.building import load_backbone
+from cafe.towers.embedding import Embedder
+from cafe.towers.text import embed_texts
 
 CPU = torch.device("cpu")
 PLAN = ViewPlan("paper", 0, 2, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -15,13 +15,13 @@ import torch
 from conftest import Cafe, draw_faces
 from upath import UPath
 
-from cafe.checkpoints import write_tensors
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.manifest import Manifest
+from cafe.learning.checkpoints import write_tensors
+from cafe.learning.training import Training
 from cafe.methods import METHODS
-from cafe.training import Training
 from pipeline.benchmark import run_benchmark
 from pipeline.evaluate import log_results, predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower

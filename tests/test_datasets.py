@@ -16,12 +16,12 @@ from miniatures import draw, ferplus_pixels
 from PIL import Image
 from upath import UPath
 
-from cafe.datasets import DATASETS
-from cafe.datasets.counts import AFFECTNET, FERPLUS, MMA, RAFDB, Expected, count_differences
-from cafe.datasets.ferplus import choose_majority, choose_most_voted
-from cafe.datasets.files import Index, index_files
-from cafe.expressions import EXPRESSIONS
-from cafe.manifest import Manifest
+from cafe.data import DATASETS
+from cafe.data.counts import AFFECTNET, FERPLUS, MMA, RAFDB, Expected, count_differences
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.ferplus import choose_majority, choose_most_voted
+from cafe.data.indexing import Index, index_files
+from cafe.data.manifest import Manifest
 
 Row = tuple[str, str, str]  # sample_id, expression, split
 

@@ -11,15 +11,15 @@ import torch
 from conftest import draw_faces
 from upath import UPath
 
-from cafe.backbones import load_backbone
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.embedding import Embedder
-from cafe.loading import FaceDataset, FeatureReader
-from cafe.manifest import Manifest
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.learning.loading import FaceDataset, FeatureReader
+from cafe.learning.training import Training
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
-from cafe.training import Training
+from cafe.towers.building import load_backbone
+from cafe.towers.embedding import Embedder
 from pipeline.extract import ShardEmbedder, describe_store
 from pipeline.settings import ExtractSettings
 from pipeline.store import FeatureReader as StoreReader

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cafe.data.expressions import EXPRESSIONS, parse_expression
 from cafe.errors import UserError
-from cafe.expressions import EXPRESSIONS, parse_expression
 
 
 def test_the_order_is_the_published_one() -> None:

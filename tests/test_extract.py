@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 from upath import UPath
 
-from cafe.backbones import load_backbone
+from cafe.towers.building import load_backbone
 from pipeline.extract import prefetch
 from pipeline.store import FeatureStore, find_stores
 

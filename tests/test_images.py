@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from cafe.images import UnreadableImageError, decode_image, read_bytes, read_size
+from cafe.data.images import UnreadableImageError, decode_image, read_bytes, read_size
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:

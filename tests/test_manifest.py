@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from upath import UPath
 
-from cafe.datasets import DATASETS
-from cafe.datasets.files import Index, index_files
+from cafe.data import DATASETS
+from cafe.data.indexing import Index, index_files
+from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows
 from cafe.errors import UserError
-from cafe.manifest import Face, Manifest, assign_splits, hold_out_rows
 
 
 def index(kind: str, path: Path) -> Index:

@@ -10,18 +10,18 @@ import pytest
 import torch
 from upath import UPath
 
-from cafe.backbones import load_backbone
-from cafe.checkpoints import read_tensors, write_tensors
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.datasets.synthetic import DOMAINS, write
-from cafe.embedding import Embedder
-from cafe.loading import FaceDataset
-from cafe.manifest import Manifest
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.learning.checkpoints import read_tensors, write_tensors
+from cafe.learning.loading import FaceDataset
+from cafe.learning.training import Training, fit, predict, prepare
+from cafe.learning.views import POLICIES, ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Method
-from cafe.training import Training, fit, predict, prepare
-from cafe.views import POLICIES, ViewPlan
+from cafe.synthetic.domains import DOMAINS, write
+from cafe.towers.building import load_backbone
+from cafe.towers.embedding import Embedder
 
 CPU = torch.device("cpu")
 SIZE = 32  # pixels

@@ -11,8 +11,8 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from upath import UPath
 
-from cafe.figures import draw_confusion
-from cafe.metrics import Estimate, Predictions, confusion, estimate, score
+from cafe.report.figures import draw_confusion
+from cafe.results.metrics import Estimate, Predictions, confusion, estimate, score
 
 
 def predictions(labels: list[int], predicted: list[int]) -> Predictions:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from cafe.errors import UserError
-from cafe.networks import NETWORKS, build_network
+from cafe.learning.networks import NETWORKS, build_network
 
 
 def torchvision_model(name, num_classes=1000):

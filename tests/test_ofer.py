@@ -9,16 +9,16 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from cafe.backbones import load_backbone
-from cafe.datasets.camera import plant
-from cafe.datasets.face import View, draw_person
-from cafe.datasets.synthetic import render
 from cafe.errors import UserError
+from cafe.learning.views import normalise
 from cafe.methods.method import Inputs
+from cafe.methods.occlusion import SMALLEST, MaskedAutoencoder, OcclusionDetector
 from cafe.methods.ofer import AttentionHead, Ofer, OferOwn, Recipe, find_region, keep_top_half, merge_heads
-from cafe.occlusion import SMALLEST, MaskedAutoencoder, OcclusionDetector
 from cafe.randomness import random_generator
-from cafe.views import normalise
+from cafe.synthetic.camera import plant
+from cafe.synthetic.domains import render
+from cafe.synthetic.face import View, draw_person
+from cafe.towers.building import load_backbone
 
 GREY = (0.5, 0.5, 0.5)
 

@@ -8,8 +8,8 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cafe.loading import own_part
-from cafe.parallel import gather, rank, share_batch_norm, world_size
+from cafe.learning.loading import own_part
+from cafe.learning.parallel import gather, rank, share_batch_norm, world_size
 
 TOTAL = 7  # odd: the workers' parts differ in size
 

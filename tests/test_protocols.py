@@ -12,16 +12,16 @@ from conftest import Cafe, draw_faces
 from PIL import Image
 from upath import UPath
 
-from cafe.checkpoints import write_tensors
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
-from cafe.loading import FaceDataset
-from cafe.manifest import Face, Manifest
+from cafe.learning.checkpoints import write_tensors
+from cafe.learning.loading import FaceDataset
+from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS, find_method
-from cafe.metrics import Predictions
-from cafe.protocols import PROTOCOLS, find_protocol
-from cafe.views import ViewPlan
+from cafe.results.metrics import Predictions
+from cafe.results.protocols import PROTOCOLS, find_protocol
 from pipeline import settings
 from pipeline.evaluate import is_judged, load_predictions, log_results, predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower

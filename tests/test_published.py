@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cafe.protocols import PROTOCOLS
-from cafe.published import ACCURACY, FROM_SCRATCH, PER_CLASS, SETS, find_published, find_published_classes
+from cafe.results.protocols import PROTOCOLS
+from cafe.results.published import ACCURACY, FROM_SCRATCH, PER_CLASS, SETS, find_published, find_published_classes
 
 
 def test_the_published_tables_have_the_published_means() -> None:

@@ -17,15 +17,15 @@ import pytest
 from conftest import Cafe
 from upath import UPath
 
-from cafe.charts import INK, draw_ranks, find_ties, to_svg
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.expressions import EXPRESSIONS
+from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
-from cafe.metrics import Predictions, estimate
-from cafe.protocols import PROTOCOLS
-from cafe.published import SETS
-from cafe.statistics import Ranking, holm, paired_bootstrap
-from cafe.views import ViewPlan
+from cafe.report.charts import INK, draw_ranks, find_ties, to_svg
+from cafe.results.metrics import Predictions, estimate
+from cafe.results.protocols import PROTOCOLS
+from cafe.results.published import SETS
+from cafe.results.statistics import Ranking, holm, paired_bootstrap
 from pipeline.evaluate import load_predictions, log_results
 from pipeline.render import to_csv, to_html, to_latex, to_markdown
 from pipeline.report import Report, make_report

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cafe.statistics import holm, paired_bootstrap, rank_methods
+from cafe.results.statistics import holm, paired_bootstrap, rank_methods
 
 
 def judge_faces(random: np.random.Generator, faces: int, seeds: int, skills: tuple[float, float]) -> list[np.ndarray]:

@@ -12,8 +12,8 @@ import pytest
 import zarr
 from upath import UPath
 
+from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
-from cafe.manifest import Face, Manifest
 from pipeline.store import About, FeatureKey, FeatureReader, FeatureStore, default_shard_rows, find_stores
 
 ROWS, VIEWS, WIDTH = 10, 3, 4

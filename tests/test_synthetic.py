@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from cafe.datasets.face import View, draw_person, project, trace
-from cafe.datasets.portrait import Light, paint
-from cafe.datasets.synthetic import DOMAINS, PROTOTYPES, identity_of, list_samples, render, write
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.synthetic import identity_of
 from cafe.errors import UserError
-from cafe.expressions import EXPRESSIONS
+from cafe.synthetic.domains import DOMAINS, PROTOTYPES, list_samples, render, write
+from cafe.synthetic.face import View, draw_person, project, trace
+from cafe.synthetic.portrait import Light, paint
 
 PERSON = draw_person(np.random.default_rng(0))
 FRONTAL = View(yaw=0.0, pitch=0.0, roll=0.0, scale=60.0, centre=(96.0, 96.0))
@@ -43,7 +44,7 @@ def test_a_face_is_the_same_in_any_order(domain: str) -> None:
 
 
 def test_another_process_renders_the_same_face() -> None:
-    code = "from cafe.datasets.synthetic import render; import sys; sys.stdout.buffer.write(render(1, 'web', 9, 2, 1))"
+    code = "from cafe.synthetic.domains import render; import sys; sys.stdout.buffer.write(render(1, 'web', 9, 2, 1))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert other == render(1, "web", 9, 2, 1).tobytes()
 

@@ -14,9 +14,9 @@ from conftest import Cafe, draw_faces
 from safetensors.torch import load_file
 from upath import UPath
 
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.manifest import Manifest
-from cafe.metrics import Predictions, score
+from cafe.results.metrics import Predictions, score
 from pipeline.compare import Comparison, compare, compare_classes, name_variants
 from pipeline.evaluate import summarise
 from pipeline.settings import TrainSettings

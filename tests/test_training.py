@@ -12,18 +12,18 @@ import torch
 from conftest import draw_faces
 from upath import UPath
 
-from cafe.backbones import load_backbone
-from cafe.checkpoints import load_checkpoint, save_checkpoint
-from cafe.datasets import DATASETS
-from cafe.datasets.files import index_files
-from cafe.embedding import Embedder
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.loading import FaceDataset, epoch_order
-from cafe.manifest import Manifest
+from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
+from cafe.learning.loading import FaceDataset, epoch_order
+from cafe.learning.training import Selection, Training, predict, prepare
+from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Recipe, apply_overrides
-from cafe.training import Selection, Training, predict, prepare
-from cafe.views import ViewPlan
+from cafe.towers.building import load_backbone
+from cafe.towers.embedding import Embedder
 
 PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CPU = torch.device("cpu")

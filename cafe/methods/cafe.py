@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.expressions import EXPRESSIONS
+from cafe.learning.networks import build_network
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
-from cafe.networks import build_network
 
 CLASSES = len(EXPRESSIONS)
 

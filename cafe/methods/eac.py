@@ -20,10 +20,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.learning.networks import build_network
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
-from cafe.networks import build_network
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cafe.backbone_names import parse_backbone
-from cafe.backbones import FrozenBackbone, load_backbone
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.expressions import EXPRESSIONS
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
+from cafe.towers.building import FrozenBackbone, load_backbone
+from cafe.towers.names import parse_backbone
 
 ROWS_OF_BLOCKS = ("transformer.resblocks", "blocks", "stages")  # what open_clip and timm call a tower's row of blocks
 LAYERS = tuple(f"layer{number}" for number in range(1, 5))  # and a residual network's

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cafe.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.learning.networks import build_network
 from cafe.methods.method import Batch, Inputs, Method, Recipe
-from cafe.networks import build_network
 
 
 class ImageOnly(Method):

@@ -44,7 +44,7 @@ class Method(nn.Module):
     # What a batch must hold: "image", "flipped_image", "features", "map"; or the "tower" of the features itself.
     needs: ClassVar[frozenset[str]]
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
-    policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.POLICIES`
+    policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.learning.views.POLICIES`
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
     recipe_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -10,7 +10,7 @@ The steps, and where they deviate from the paper [P] or the released code [C]:
    Any tower with a map will do. `ofer_own` takes the encoder of the small MAE of step 3 instead, and needs no tower.
    Latents are standardised by position and channel; [C] takes them raw. They are those of the augmented view that the CNN
    sees, mirrored and erased with it; [C] keeps one latent per face, of the reconstructed image.
-2. Detection: deep SVDD (`cafe.occlusion`). [P] trains on faces known to be free, of KDEF; here every patch of the
+2. Detection: deep SVDD (`cafe.methods.occlusion`). [P] trains on faces known to be free, of KDEF; here every patch of the
    source's clean training views counts as normal; the radius is the 95 % quantile of their distances. Its layers are ours,
    and so is the single pass over the faces (docs/methods.md shows what more would do).
 3. Reconstruction: a small MAE trained on the source. [P] takes one trained on ImageNet and refines its picture by a U-Net
@@ -38,12 +38,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.expressions import EXPRESSIONS
+from cafe.learning.networks import build_network
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
-from cafe.networks import build_network
-from cafe.occlusion import WIDTH, MaskedAutoencoder, OcclusionDetector
+from cafe.methods.occlusion import WIDTH, MaskedAutoencoder, OcclusionDetector
 
 HEADS = 4
 SQUEEZED = 16  # the channel gate's bottleneck: 512 → 32

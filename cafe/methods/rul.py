@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.learning.networks import build_network
+from cafe.learning.parallel import GlobalDropout
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
-from cafe.networks import build_network
-from cafe.parallel import GlobalDropout
 
 EMBEDDING = 64  # channels of the mean and of the variance (released script)
 EPSILON = 2e-5  # of the heads' batch norms (released script)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.learning.networks import build_network
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
-from cafe.networks import build_network
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
-from cafe.text_towers import embed_texts, find_text_tower
+from cafe.towers.text import embed_texts, find_text_tower
 
 TEMPLATES = (
     "a photo of a {} face.",

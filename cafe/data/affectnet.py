@@ -1,0 +1,136 @@
+"""AffectNet (Mollahosseini, Hasani and Mahoor, 2017), the manually annotated part, in three forms it is given out or shared.
+
+Its validation set is what everybody tests on, since the labels of the real test set were never published.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from upath import UPath
+
+from cafe.data.counts import AFFECTNET, Expected
+from cafe.data.expressions import EXPRESSIONS, parse_expression
+from cafe.data.images import Box, UnreadableImageError, read_bytes
+from cafe.data.indexing import LabelledFile, Listing, map_threads
+from cafe.data.layouts import Tree, list_by_folder, parse_number, read_records
+
+NUMBERS = (  # 0–10, from the authors' read-me
+    "neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no face",
+)  # fmt: skip
+LISTS = {"training.csv": "train", "validation.csv": "val"}
+PATH, EXPRESSION, BOX = "subDirectory_filePath", "expression", ("face_x", "face_y", "face_width", "face_height")
+COLUMNS = (PATH, *BOX, "facial_landmarks", EXPRESSION, "valence", "arousal")  # of a list without a header
+LISTED_IMAGE = re.compile(r"(?P<home>(?:.*/)?)Manually_Annotated_Images/.*", re.IGNORECASE)
+ARRAY_IMAGE = re.compile(r"(?P<home>(?:.*/)?)(?P<set>train|val)_set/images/(?P<id>[^/]+)\.[^./]+", re.IGNORECASE)
+SPLITS = {"train": "train", "valid": "val", "val": "val", "validation": "val", "test": "test"}
+
+Rejected = list[tuple[str, str]]
+
+
+def read_affectnet(root: UPath) -> Listing:
+    """List the faces of AffectNet that show one of the seven expressions.
+
+    lists: training.csv, validation.csv and Manually_Annotated_Images; a face is the box its row gives.
+    arrays: {train_set,val_set}/images/ID.jpg and annotations/ID_exp.npy; a face is a whole picture.
+    shared copy: {Train,Test}/EXPRESSION/*.jpg, by the names of the folders; a face is a whole picture.
+    """
+    tree = Tree.open(root)
+    if tree.find(*LISTS):
+        return _read_lists(tree)
+    if any(path.casefold().endswith("_exp.npy") for path in tree.files):
+        return _read_arrays(tree)
+    wanted = "training.csv of AffectNet, nor {train_set,val_set}/annotations, nor {Train,Test}/EXPRESSION"
+    tree, files, dropped = list_by_folder(tree, SPLITS, wanted)
+    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in AFFECTNET)
+    return _listing(tree, files, "shared copy of AffectNet: {Train,Test}/EXPRESSION", dropped, [], doubtful)
+
+
+def _read_lists(tree: Tree) -> Listing:
+    homes = {match["home"].rstrip("/") for path in tree.images if (match := LISTED_IMAGE.fullmatch(path))}
+    if not homes:
+        raise tree.lack("folder Manually_Annotated_Images with the pictures", "unpack it beside the lists")
+    pictures = tree.below(tree.choose(homes, "the folder Manually_Annotated_Images"))
+    files: list[LabelledFile] = []
+    dropped: Counter[str] = Counter()
+    rejected: Rejected = []
+    for name, split in LISTS.items():
+        table = tree.find_one(name)
+        if table is None:
+            raise tree.lack(name, "put it beside the other list")
+        for number, row in read_records(tree.root / table, (PATH, EXPRESSION, *BOX), COLUMNS):
+            file = f"Manually_Annotated_Images/{row[PATH.casefold()]}"
+            expression, box = _name_expression(row[EXPRESSION]), _parse_box(row)
+            if expression is None:
+                rejected.append((f"{name}, line {number}", f"has no expression of 0–10: {row[EXPRESSION]!r}"))
+            elif expression not in EXPRESSIONS:
+                dropped[expression] += 1
+            elif box is None:
+                rejected.append((f"{name}, line {number}", "has no face box"))
+            elif path := pictures.get(file):
+                files.append(LabelledFile(path, parse_expression(expression), split, box=box))
+            else:
+                rejected.append((file, "file not found"))
+    layout = "AffectNet: training.csv, validation.csv, faces cut out of Manually_Annotated_Images"
+    return _listing(pictures, files, layout, dropped, rejected, AFFECTNET)
+
+
+def _read_arrays(tree: Tree) -> Listing:
+    homes = {match["home"].rstrip("/") for path in tree.images if (match := ARRAY_IMAGE.fullmatch(path))}
+    if not homes:
+        raise tree.lack("pictures {train_set,val_set}/images/ID.jpg beside the annotations", "unpack them there")
+    tree = tree.below(tree.choose(homes, "the folders train_set and val_set"))
+    found = [match for path in tree.images if (match := ARRAY_IMAGE.fullmatch(path))]
+
+    def read_one(match: re.Match[str]) -> str | None:
+        annotation = tree.get(f"{match['set']}_set/annotations/{match['id']}_exp.npy")
+        return _read_expression(tree.root / annotation) if annotation else None
+
+    files: list[LabelledFile] = []
+    dropped: Counter[str] = Counter()
+    rejected: Rejected = []
+    for match, expression in zip(found, map_threads(read_one, found), strict=True):
+        if expression is None:
+            rejected.append((match[0], "its annotation ID_exp.npy is missing or holds no expression of 0–10"))
+        elif expression not in EXPRESSIONS:
+            dropped[expression] += 1
+        else:
+            files.append(LabelledFile(match[0], parse_expression(expression), match["set"].casefold()))
+    layout = "AffectNet: {train_set,val_set}/images and annotations"
+    return _listing(tree, files, layout, dropped, rejected, AFFECTNET)
+
+
+def _read_expression(annotation: UPath) -> str | None:
+    """Return the expression an array of one number holds, or of one text, as some releases have it."""
+    try:
+        return _name_expression(str(np.load(io.BytesIO(read_bytes(annotation)), allow_pickle=False).item()))
+    except (UnreadableImageError, ValueError, EOFError):
+        return None
+
+
+def _name_expression(text: str) -> str | None:
+    number = parse_number(text)
+    return NUMBERS[number] if number is not None and 0 <= number < len(NUMBERS) else None
+
+
+def _parse_box(row: dict[str, str]) -> Box | None:
+    left, top, width, height = (parse_number(row[column]) for column in BOX)
+    if left is None or top is None or not width or not height or width < 0 or height < 0:
+        return None
+    return left, top, width, height
+
+
+def _listing(
+    tree: Tree,
+    files: list[LabelledFile],
+    layout: str,
+    dropped: Counter[str],
+    rejected: Rejected,
+    expected: tuple[Expected, ...],
+) -> Listing:
+    ignored = max(0, len(tree.images) - len(files) - dropped.total())
+    return Listing(tree.root, files, layout, "affectnet", ignored, dropped, rejected, tree.packed, expected)

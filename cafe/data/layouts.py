@@ -1,0 +1,184 @@
+"""Finding a distributed data set in a folder: whatever it was wrapped in, spelled like or unpacked beside.
+
+A folder is listed once; from then on readers look files up by name, in any case, in memory, so that an object store is read
+like a disk.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+from upath import UPath
+
+from cafe.data.expressions import parse_expression
+from cafe.data.folder import list_files
+from cafe.data.images import SUFFIXES
+from cafe.data.indexing import LabelledFile
+from cafe.errors import UserError
+
+ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
+OTHER_EXPRESSIONS = frozenset({"contempt", "unknown", "nf", "none", "uncertain", "no-face"})  # not among the seven
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All files below a folder: `files` are sorted POSIX paths relative to `root`, no hidden ones, no __MACOSX."""
+
+    root: UPath
+    files: list[str]
+
+    @classmethod
+    def open(cls, root: UPath) -> Tree:
+        """List a folder; raise `UserError` when it is none."""
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder: give the one the data set was unpacked into.")
+        return cls(root, list_files(root))
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {path.casefold(): path for path in self.files}
+
+    @cached_property
+    def packed(self) -> list[str]:
+        """The archives that lie there."""
+        return [path for path in self.files if path.casefold().endswith(ARCHIVES)]
+
+    @cached_property
+    def images(self) -> list[str]:
+        """The files named like pictures."""
+        return [path for path in self.files if path[path.rfind(".") :].casefold() in SUFFIXES]
+
+    def get(self, path: str) -> str | None:
+        """Return the file of that path in any case, or None."""
+        return self._names.get(path.casefold())
+
+    def find(self, *names: str) -> list[str]:
+        """Return the files of one of these names, in any case, whatever folders they lie in."""
+        wanted = {name.casefold() for name in names}
+        return [path for path in self.files if path.rpartition("/")[2].casefold() in wanted]
+
+    def find_one(self, *names: str) -> str | None:
+        """Return the only file of one of these names, or None; raise `UserError` when there are several."""
+        return self.choose(self.find(*names), names[0]) if self.find(*names) else None
+
+    def choose(self, places: Iterable[str], what: str) -> str:
+        """Return the only one of some places; raise `UserError` naming two when the data set is there more than once."""
+        first, *others = sorted(set(places))
+        if others:
+            raise UserError(
+                f"{self.root} holds {what} more than once ({first or '.'} and {others[0]}): give the folder of one copy."
+            )
+        return first
+
+    def below(self, folder: str) -> Tree:
+        """Return the tree of a folder in it; of the whole of it when the name is empty."""
+        if not folder:
+            return self
+        inside = [relative(path, folder) for path in self.files if path.startswith(f"{folder}/")]
+        return Tree(self.root / folder, inside)
+
+    def lack(self, missing: str, remedy: str) -> UserError:
+        """Return the error for something that must be there; an archive that is still packed is the likelier remedy."""
+        if self.packed:
+            more = f" (as are {len(self.packed) - 1} more archives)" if len(self.packed) > 1 else ""
+            return UserError(
+                f"{self.root} holds no {missing}, but {self.packed[0]} is still packed{more}: unpack it where it lies."
+            )
+        return UserError(f"{self.root} holds no {missing}: {remedy}.")
+
+
+def folder_of(path: str) -> str:
+    """Return the folder a file lies in, empty at the top."""
+    return path.rpartition("/")[0]
+
+
+def relative(path: str, folder: str) -> str:
+    """Return a path as seen from a folder it lies in."""
+    return path.removeprefix(f"{folder}/") if folder else path
+
+
+def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, stripped cells) of every line that is not blank; a byte-order mark and CRLF play no part.
+
+    Raises `UserError` for a file that is no CSV.
+    """
+    with file.open("r", encoding="utf-8-sig", errors="replace", newline="") as stream:
+        lines = csv.reader(stream)
+        try:
+            for cells in lines:
+                if any(cells):
+                    yield lines.line_num, [cell.strip() for cell in cells]
+        except csv.Error as error:
+            raise UserError(f"Line {lines.line_num} of {file} is no CSV ({error}): unpack the file again.") from None
+
+
+def read_records(
+    file: UPath, columns: Sequence[str], header: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, {column in lower case: cell}) of a CSV; a short line has empty cells.
+
+    The first line names the columns, in any case; a file known to come without may give them as `header`. Raises
+    `UserError` naming the first of `columns` that is not there.
+    """
+    lines = read_csv(file)
+    number, first = next(lines, (0, []))
+    names = [name.casefold() for name in first]
+    wanted = [column.casefold() for column in columns]
+    if header and not set(wanted) & set(names):
+        names, lines = [name.casefold() for name in header], chain([(number, first)], lines)
+    for column, name in zip(columns, wanted, strict=True):
+        if name not in names:
+            raise UserError(f"{file} has no column {column!r} (found {', '.join(first)}): unpack the file again.")
+    for number, cells in lines:
+        yield number, dict(zip(names, cells + [""] * len(names), strict=False))
+
+
+def parse_number(text: str) -> int | None:
+    """Return a whole number, also of `3.0`, or None for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def list_by_folder(tree: Tree, splits: Mapping[str, str], wanted: str) -> tuple[Tree, list[LabelledFile], Counter[str]]:
+    """List the images of …/SPLIT/…/EXPRESSION/image, where `splits` maps the names of folders to our splits.
+
+    A split mapped to nothing has no labels. Returns the tree from the splits' common folder on, its labelled files, and the
+    faces left out by reason. Raises `UserError` when there are none, naming the `wanted` layout, when there are two copies,
+    and for a folder that is numbered: the same number means another class in another copy.
+    """
+    bases, files, dropped = set(), [], Counter[str]()
+    for path in tree.images:
+        folders = path.split("/")[:-1]
+        keys = [folder.casefold() for folder in folders]
+        innermost = max((position for position, key in enumerate(keys) if key in splits), default=None)
+        if innermost is None:
+            continue
+        split, expression = splits[keys[innermost]], folders[-1]
+        if not split:
+            dropped["label withheld"] += 1
+        elif innermost == len(folders) - 1:
+            continue  # a picture beside the expressions' folders shows none
+        elif keys[-1] in OTHER_EXPRESSIONS:
+            dropped[keys[-1]] += 1
+        elif expression.isdigit():
+            raise UserError(
+                f"The folder {'/'.join(folders)} of {tree.root} is numbered, which means another class in every copy: "
+                "rename it to its expression once you know it."
+            )
+        else:
+            files.append(LabelledFile(path, parse_expression(expression), split))
+        outermost = next(position for position, key in enumerate(keys) if key in {*splits, "train", "val", "test"})
+        bases.add("/".join(folders[:outermost]))
+    if not files:
+        raise tree.lack(wanted, "give the folder that holds it")
+    base = tree.choose(bases, "the data set")
+    inside = [replace(file, path=relative(file.path, base)) for file in files]
+    return tree.below(base), inside, dropped

@@ -1,0 +1,201 @@
+"""A manifest: one row per face of one data set, kept as a plain Parquet file.
+
+It fixes once what every later step relies on: which faces there are, their labels and their split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from upath import UPath
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.images import Box, clip_box, decode_image, read_bytes
+from cafe.errors import UserError
+
+SPLITS = ("train", "val", "test")
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),  # stable under moving the folder: the path below its root
+        ("path", pa.string()),  # relative to the root
+        ("label", pa.int8()),  # index into EXPRESSIONS
+        ("split", pa.string()),
+        ("group", pa.string()),  # identity, film or session that must not be split; may be null
+        ("width", pa.int32()),  # of the face: of its box when it has one
+        ("height", pa.int32()),
+        ("digest", pa.string()),  # SHA-256 of the file
+        ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Face:
+    """One row; `split` is empty until the data set gives one or `assign_splits` makes one."""
+
+    sample_id: str
+    path: str
+    label: int
+    split: str
+    group: str | None
+    width: int
+    height: int
+    digest: str
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to.
+
+    `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend.
+    """
+
+    name: str
+    root: str
+    table: pa.Table
+    kind: str = ""
+
+    @classmethod
+    def from_faces(cls, name: str, root: str, faces: Iterable[Face], kind: str = "") -> Manifest:
+        """Sort by sample_id and check that no two faces share one."""
+        rows = sorted(faces, key=lambda face: face.sample_id)
+        for first, second in pairwise(rows):
+            if first.sample_id == second.sample_id:
+                raise UserError(f"The sample {first.sample_id!r} is listed twice in {name!r}: keep one of its rows.")
+        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind)
+
+    @classmethod
+    def load(cls, path: UPath) -> Manifest:
+        """Read a manifest file; raise `UserError` when it is missing or not one."""
+        try:
+            table = pq.read_table(pa.BufferReader(path.read_bytes()))
+            about = json.loads(table.schema.metadata[b"cafe.manifest"])
+            if "box" not in table.column_names:  # written before faces could have one
+                table = table.append_column(SCHEMA.field("box"), pa.nulls(len(table), SCHEMA.field("box").type))
+            table = table.select(SCHEMA.names).cast(SCHEMA)
+        except (pa.ArrowInvalid, KeyError, TypeError):
+            raise UserError(f"{path} is not a manifest: write it again with `cafe data index`.") from None
+        return cls(about["name"], about["root"], table, about.get("kind", ""))
+
+    def save(self, path: UPath) -> None:
+        """Write the manifest as Parquet in one put."""
+        about = json.dumps({"name": self.name, "root": self.root, "kind": self.kind, "expressions": EXPRESSIONS})
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": about}), sink)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sink.getvalue().to_pybytes())
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def sample_ids(self) -> list[str]:
+        """The sample_id of every row."""
+        return [str(value) for value in self.table["sample_id"].to_pylist()]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of every row, (N,) int64."""
+        return np.asarray(self.table["label"].to_numpy(), dtype=np.int64)
+
+    def path(self, row: int) -> UPath:
+        """Where the image of a row lies."""
+        path: str = self.table["path"][row].as_py()
+        return self._folder / path
+
+    @cached_property
+    def _folder(self) -> UPath:
+        return UPath(self.root)
+
+    def read_face(self, row: int, channels: str = "rgb") -> np.ndarray:
+        """Return the pixels of a face (H, W, 3) uint8, cut out of its picture when the row has a box.
+
+        `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`.
+        """
+        image = decode_image(read_bytes(self.path(row)))
+        if box := self.table["box"][row].as_py():
+            left, top, width, height = clip_box(box, image.shape[1], image.shape[0])
+            image = image[top : top + height, left : left + width]
+        return image if channels == "rgb" else image[..., ::-1]
+
+    def rows(self, split: str) -> np.ndarray:
+        """The row numbers of a split, or of `all`, in manifest order."""
+        if split == "all":
+            return np.arange(len(self))
+        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy())
+
+    @cached_property
+    def digest(self) -> str:
+        """Names everything but where the files lie: samples, labels, splits, groups and contents."""
+        return _digest(self.table, ["sample_id", "label", "split", "group", *self._content])
+
+    @cached_property
+    def image_digest(self) -> str:
+        """Names the images alone: what a frozen feature depends on."""
+        return _digest(self.table, ["sample_id", *self._content])
+
+    @property
+    def _content(self) -> list[str]:
+        """The columns that say what is seen; without any box they are what they were before there were boxes."""
+        return ["digest"] if self.table["box"].null_count == len(self) else ["digest", "box"]
+
+
+def _digest(table: pa.Table, columns: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(json.dumps([column, table[column].to_pylist()]).encode())
+    return digest.hexdigest()
+
+
+def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Face]:
+    """Give every face without a split `train` or `test`, stratified by label and repeatable everywhere."""
+    without = [position for position, face in enumerate(faces) if not face.split]
+    units = [_unit(faces[position].group, faces[position].digest) for position in without]
+    result = list(faces)
+    test = hold_out(units, [faces[position].label for position in without], test_fraction)
+    for position, is_test in zip(without, test, strict=True):
+        result[position] = replace(faces[position], split="test" if is_test else "train")
+    return result
+
+
+def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Part some rows of a manifest into those to keep and those held out, whole groups, stratified by label."""
+    groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
+    held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
+    return rows[~held], rows[held]
+
+
+def _unit(group: str | None, digest: str) -> str:
+    return f"group {group}" if group else f"image {digest}"
+
+
+def hold_out(units: Sequence[str], labels: Sequence[int], fraction: float) -> np.ndarray:
+    """Choose which samples to hold out, (n,) bool, by nothing but the names of their units.
+
+    Samples of one unit (a group or, without a group, identical content) stay together. Units are taken in the order of
+    their hash until a class has its share, so that adding samples later moves hardly any other.
+    """
+    members: dict[str, list[int]] = {}
+    for position, unit in enumerate(units):
+        members.setdefault(unit, []).append(position)
+    quota = Counter({label: max(round(fraction * n), min(1, n - 1)) for label, n in Counter(labels).items()})
+    held = np.zeros(len(units), bool)
+    for unit in sorted(members, key=lambda unit: hashlib.sha256(unit.encode()).digest()):
+        counts = Counter(labels[position] for position in members[unit])
+        # A group is held out while at least half of it is still wanted there.
+        wanted = sum(min(n, quota[label]) for label, n in counts.items())
+        if 2 * wanted >= counts.total():
+            held[members[unit]] = True
+            quota = Counter({label: max(0, n - counts[label]) for label, n in quota.items()})
+    return held

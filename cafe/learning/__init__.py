@@ -1,0 +1,1 @@
+"""Learning: views, batches, the training loops, and the trainable image branches."""

@@ -1,0 +1,127 @@
+"""Batches of faces: images decoded and augmented on the fly, joined to the features of the very same views.
+
+The order of an epoch, the view it uses and each worker's part are plain numbers, computed from the seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cafe.data.images import UnreadableImageError
+from cafe.data.manifest import Manifest
+from cafe.errors import UserError
+from cafe.learning.parallel import part_sizes, rank
+from cafe.learning.views import ViewPlan, normalise
+from cafe.methods.method import Batch, Recipe
+from cafe.randomness import random_generator
+
+SMALLEST_BATCH = 8  # a shorter last batch is left out: its batch statistics would be noise
+
+
+ARRAYS = {"features": "pooled", "map": "map"}  # what a method may need → the store's array
+
+
+class FeatureReader(Protocol):
+    """Where frozen features come from: a store, or the tower itself."""
+
+    def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return pooled (n, C) and, where there are maps, map (n, C, H, W) of one view of some rows."""
+
+
+@dataclass(frozen=True)
+class FaceDataset:
+    """The faces of a manifest as a method needs them."""
+
+    manifest: Manifest
+    plan: ViewPlan
+    needs: frozenset[str]
+    image_size: int
+    features: FeatureReader | None = None
+    channels: str = "rgb"  # bgr only for targets of the protocol `paper`
+
+    def load(self, batches: Sequence[np.ndarray], view: int, device: torch.device, workers: int = 0) -> Iterator[Batch]:
+        """Yield batches of rows in one view, in order, on a device: row and label (n,), and what the method needs.
+
+        `image` is (n, 3, S, S), normalised on the device, `features` (n, C), `map` (n, C, H, W); `workers` processes decode
+        ahead.
+        """
+        pictures: Iterable[Any] = repeat(None)
+        if "image" in self.needs:
+            samples = [batch.tolist() for batch in batches]
+            pinned = device.type == "cuda"
+            pictures = DataLoader(
+                _Pictures(self, view), batch_sampler=samples, collate_fn=_as_is, num_workers=workers, pin_memory=pinned
+            )
+        for rows, picture in zip(batches, pictures, strict=False):
+            batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
+            if self.features is not None:
+                arrays = self.features.read(rows, view)
+                for need in self.needs & ARRAYS.keys():
+                    batch[need] = torch.from_numpy(arrays[ARRAYS[need]].astype(np.float32))
+            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            if picture is not None:
+                pixels, boxes = (part.to(device, non_blocking=True) for part in picture)
+                image = normalise(pixels, boxes, self.plan.mean, self.plan.std)
+                batch["image"] = image.contiguous(memory_format=torch.channels_last)
+                if "flipped_image" in self.needs:  # the exact mirror, erased rectangle included
+                    batch["flipped_image"] = image.flip(3).contiguous(memory_format=torch.channels_last)
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Pictures(Dataset[Any]):
+    """What decoding processes work on: pictures (n, S, S, 3) uint8 and erased boxes (n, 4) of rows in one view."""
+
+    faces: FaceDataset
+    view: int
+
+    def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures, boxes = zip(*(self._render(row) for row in rows), strict=True)
+        return torch.from_numpy(np.stack(pictures)), torch.tensor(boxes)
+
+    def _render(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        faces = self.faces
+        try:
+            image = faces.manifest.read_face(row, faces.channels)
+        except UnreadableImageError as error:
+            raise UserError(
+                f"{faces.manifest.path(row)} is unreadable ({error}): mend it, or extract features once so that it is "
+                "known and left out."
+            ) from None
+        return faces.plan.render(image, faces.manifest.sample_ids[row], self.view, faces.image_size)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def epoch_order(rows: np.ndarray, labels: np.ndarray, recipe: Recipe, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the batches of rows of a training epoch, the same for any number of workers.
+
+    `balanced` draws as many rows with replacement, each class equally often on average.
+    """
+    generator = random_generator(seed, "order", epoch)
+    if recipe.sampler == "balanced":
+        weights = 1 / np.bincount(labels[rows])[labels[rows]]
+        order = generator.choice(rows, size=len(rows), p=weights / weights.sum())
+    else:
+        order = generator.permutation(rows)
+    batches = np.split(order, range(recipe.batch_size, len(order), recipe.batch_size))
+    whole = [batch for batch in batches if len(batch) >= min(SMALLEST_BATCH, recipe.batch_size)]
+    if not whole:
+        raise UserError(f"{len(rows)} training faces are too few: at least {SMALLEST_BATCH} are needed.")
+    return whole
+
+
+def own_part(batch: np.ndarray) -> np.ndarray:
+    """Return this worker's consecutive part of a batch."""
+    sizes = part_sizes(len(batch))
+    start = sum(sizes[: rank()])
+    return batch[start : start + sizes[rank()]]

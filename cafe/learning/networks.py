@@ -1,0 +1,131 @@
+"""Trainable image branches: the small networks that learn the mask, and what they start from.
+
+A branch ends in its last spatial map, because methods differ in how they pool it; the widely used MS-Celeb-1M
+checkpoints load whatever wrapper or foreign classifier they carry, and what did not load is on record.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision import models
+
+from cafe.errors import UserError, unknown
+from cafe.towers.weights import read_state_dict
+
+LEAST_LOADED = 0.9  # below this share of its tensors a branch is not "pre-trained", it is another network
+
+
+@dataclass(frozen=True)
+class Network:
+    """An image branch: how torchvision builds it, its channels, and the layers that make its last spatial map."""
+
+    build: Callable[..., nn.Module]
+    weights: Any  # torchvision's enumeration member
+    width: int
+    layers: tuple[str, ...]
+
+
+RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+NETWORKS: dict[str, Network] = {
+    "resnet18": Network(models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1, 512, RESNET_LAYERS),
+    "resnet50": Network(models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1, 2048, RESNET_LAYERS),
+    "mobilenet_v2": Network(models.mobilenet_v2, models.MobileNet_V2_Weights.IMAGENET1K_V1, 1280, ("features",)),
+}
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What a branch took from its weights: names of tensors, in the branch's own names."""
+
+    source: str
+    loaded: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # absent from the file, or of another shape there
+    unexpected: tuple[str, ...] = ()  # in the file only, such as a foreign classifier
+
+
+class ImageBranch(nn.Module):
+    """A trainable network without its classifier: images in, last spatial map out."""
+
+    def __init__(self, name: str, trunk: nn.Module, width: int, init_report: InitReport) -> None:
+        super().__init__()
+        self.name = name
+        self.trunk = trunk
+        self.width = width
+        self.init_report = init_report
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the last spatial map (N, C, h, w) of images (N, 3, H, W)."""
+        features: Tensor = self.trunk(images)
+        return features
+
+    def map_size(self, image_size: int) -> tuple[int, int]:
+        """Return (h, w) of the map of square images with a side of `image_size` pixels."""
+        shapes_only = copy.deepcopy(self.trunk).to("meta").eval()
+        height, width = shapes_only(torch.empty(1, 3, image_size, image_size, device="meta")).shape[2:]
+        return height, width
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Return the global average (N, C) of a map (N, C, h, w)."""
+        return functional.adaptive_avg_pool2d(features, 1).flatten(1)
+
+
+def build_network(name: str, init: str = "scratch") -> ImageBranch:
+    """Build an image branch, started from `scratch`, from torchvision's `imagenet` weights or from `file:PATH`.
+
+    A file holds torchvision's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
+    ResNet-18 does. Raises UserError for an unknown name, unreachable weights, or weights that fit less than 90 %.
+    """
+    if name not in NETWORKS:
+        raise unknown("image branch", name, NETWORKS)
+    network = NETWORKS[name]
+    weights = _read_init(name, network, init)
+    model = network.build(weights=None)
+    trunk = nn.Sequential(OrderedDict((layer, model.get_submodule(layer)) for layer in network.layers))
+    report = InitReport(init) if weights is None else _load(trunk, weights, name, init)
+    return ImageBranch(name, trunk, network.width, report)
+
+
+def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] | None:
+    if init == "scratch":
+        return None
+    if init.startswith("file:"):
+        return read_state_dict(init.removeprefix("file:"))
+    if init != "imagenet":
+        raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
+    try:
+        tensors: Mapping[str, Tensor] = network.weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise UserError(
+            f"Cannot fetch the imagenet weights of '{name}' ({getattr(error, 'reason', error)}): "
+            f"download torchvision's file elsewhere and give it as 'file:PATH', or start from 'scratch'."
+        ) from error
+    return tensors
+
+
+def _load(trunk: nn.Module, weights: Mapping[str, Tensor], name: str, init: str) -> InitReport:
+    own = trunk.state_dict()
+    fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
+    # Batch counters carry no knowledge and older checkpoints lack them, so they do not count.
+    counted = [key for key in own if not key.endswith("num_batches_tracked")]
+    report = InitReport(
+        source=init,
+        loaded=tuple(key for key in counted if key in fitting),
+        missing=tuple(key for key in counted if key not in fitting),
+        unexpected=tuple(key for key in weights if key not in own),
+    )
+    if len(report.loaded) < LEAST_LOADED * len(counted):
+        raise UserError(
+            f"Only {len(report.loaded)} of the {len(counted)} tensors of '{name}' load from '{init}' "
+            f"(the first missing is '{report.missing[0]}'): give weights of torchvision's {name}."
+        )
+    trunk.load_state_dict(fitting, strict=False)
+    return report

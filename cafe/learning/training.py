@@ -1,0 +1,149 @@
+"""The plain-torch loops: one training epoch, and prediction. No cluster in sight; a worker of one calls the same code."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cafe.errors import UserError
+from cafe.learning.loading import FaceDataset, epoch_order, own_part
+from cafe.learning.parallel import gather, rank, world_size
+from cafe.methods.method import Batch, Method
+from cafe.randomness import random_generator
+
+PREDICTION_BATCH = 64
+PREPARATION_BATCH = 32  # smaller, since what is prepared takes a step with each
+
+
+@dataclass
+class Training:
+    """A method under training: `module` is the method, wrapped in DDP when there are several workers."""
+
+    method: Method
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    dataset: FaceDataset
+    rows: np.ndarray  # the source's training rows
+    seed: int
+    device: torch.device
+    precision: str = "fp32"
+    loader_workers: int = 0
+
+    def run_epoch(
+        self, epoch: int, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, float]:
+        """Train epoch 1, 2, … and return mean losses by name, accuracy, learning rate and faces per second.
+
+        The epoch depends on (seed, epoch) and the state at its start alone: a resumed training is the uninterrupted one.
+        Raises `UserError` when the training has diverged.
+        """
+        started = time.perf_counter()
+        self.module.train()
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
+        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch)
+        view = self.dataset.plan.view_of(epoch)
+        parts = [own_part(batch) for batch in order]
+        sums: dict[str, float] = defaultdict(float)
+        for step, batch in enumerate(self.dataset.load(parts, view, self.device, self.loader_workers)):
+            for name, value in self._step(batch, len(order[step]), epoch, step).items():
+                sums[name] += value
+            progress(step + 1, len(order))
+        faces = sum(map(len, order))
+        metrics = {f"train/{name}": value / faces for name, value in sums.items()}
+        if not math.isfinite(metrics["train/total"]):
+            raise UserError(f"The loss is no number any more in epoch {epoch}: take a smaller learning rate.")
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["faces_per_second"] = faces / (time.perf_counter() - started)
+        return metrics
+
+    def _step(self, batch: Batch, total: int, epoch: int, step: int) -> dict[str, float]:
+        step_seed = int(random_generator(self.seed, "step", epoch, step).integers(2**62))
+        torch.manual_seed(step_seed + rank())  # dropout
+        with autocast(self.device, self.precision):
+            output = self.module(batch)
+        whole = {name: gather(value.float(), total) for name, value in output.items()}
+        targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
+        targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed)}
+        losses = self.method.losses(whole, targets)
+        self.optimizer.zero_grad()
+        (losses["total"] * world_size()).backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.method.after_step(whole, targets)
+        correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
+        return {name: float(value.detach()) * total for name, value in {**losses, "accuracy": correct}.items()}
+
+
+@dataclass
+class Selection:
+    """Which epoch's weights are the result: the last one's, or the most accurate on held-out faces of the source."""
+
+    rows: np.ndarray  # empty: the last epoch's
+    epoch: int = 0
+    accuracy: float = -1.0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def judge(self, training: Training, epoch: int) -> dict[str, float]:
+        """Keep the weights of an epoch when they are the best so far, the first among equals; return the accuracy."""
+        if not len(self.rows):
+            return {}
+        probabilities = predict(training.method, training.dataset, self.rows, training.device)
+        labels = training.dataset.manifest.labels[self.rows]
+        accuracy = float((probabilities.argmax(axis=1) == labels).mean())
+        if accuracy > self.accuracy:
+            self.epoch, self.accuracy = epoch, accuracy
+            self.weights = {name: value.clone() for name, value in training.method.state_dict().items()}
+        return {"selection/accuracy": accuracy}
+
+    def result(self, training: Training) -> dict[str, Tensor]:
+        """Return the weights that are the result of the training."""
+        return self.weights or training.method.state_dict()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Return the context of a forward pass in `fp32` or, by autocast, `bf16`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> None:
+    """Fit a method that is not trained in epochs, with the clean views of some rows."""
+    method.eval()
+    with torch.no_grad():
+        method.fit(dataset.load(_split(rows), 0, device))
+
+
+def prepare(
+    method: Method, dataset: FaceDataset, rows: np.ndarray, seed: int, device: torch.device, loader_workers: int = 0
+) -> None:
+    """Let a method learn what it keeps fixed while it is trained, from the clean views of the training rows."""
+
+    def load(number: int) -> Iterator[Batch]:
+        order = random_generator(seed, "prepare", number).permutation(rows)
+        return dataset.load(_split(order, PREPARATION_BATCH), 0, device, loader_workers)
+
+    torch.manual_seed(int(random_generator(seed, "prepare").integers(2**62)))
+    method.prepare(load)
+
+
+def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """Return class probabilities (n, 7) float32 of the clean views of some rows."""
+    method.eval()
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for batch in dataset.load(_split(rows), 0, device):
+            parts.append(method(batch)["logits"].float().softmax(dim=1).cpu())
+    return torch.cat(parts).numpy()
+
+
+def _split(rows: np.ndarray, size: int = PREDICTION_BATCH) -> list[np.ndarray]:
+    return np.split(rows, range(size, len(rows), size))

@@ -1,0 +1,1 @@
+"""Reports: tables, charts, figures and pages."""

