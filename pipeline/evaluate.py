@@ -22,13 +22,14 @@ from cafe.learning.training import predict
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
 from cafe.report.figures import draw_confusion, draw_errors, draw_heat_maps, draw_masks, find_worst_mistakes
-from cafe.results.metrics import Predictions, confusion, score
+from cafe.results.metrics import confusion, score
+from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from pipeline import cluster
 from pipeline.progress import Progress
 from pipeline.runs import RunSpec, Target
 from pipeline.tracking import Tracker
-from pipeline.workspace import Workspace, list_folder, locate
+from pipeline.workspace import Workspace, locate
 
 MISTAKES = 24  # faces of the error gallery
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
@@ -84,6 +85,7 @@ def predict_target(run: str, manifest: str, store: str | None, about: Any, how: 
             "manifest": target.manifest.digest,
             "without_features": str(len(target.manifest.rows(target.split)) - len(rows)),
         },
+        target.manifest.table["group"].take(rows).to_pylist(),
     )
     place = target.predictions_path(path)
     predictions.save(place)
@@ -122,12 +124,6 @@ def draw_figures(
         yield "heat_maps", draw_heat_maps(images, heats, names, f"{title}: where the mask is open")
 
 
-def load_predictions(run: UPath, protocol: str = "clean") -> dict[str, Predictions]:
-    """Return all predictions of a run by one protocol, by target."""
-    folder = run / "predictions" / find_protocol(protocol).prefix
-    return {path.stem: Predictions.load(path) for path in list_folder(folder) if path.suffix == ".parquet"}
-
-
 def summarise(source: str, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return flat metrics from {target: {metric: value}}: every target's, and the means over targets.
 
@@ -148,7 +144,10 @@ def is_judged(run: UPath, target: Target) -> bool:
     path = target.predictions_path(run)
     if not path.exists():
         return False
-    about = Predictions.load(path).about
+    predictions = Predictions.load(path)
+    if predictions is None:
+        return False
+    about = predictions.about
     return (about["manifest"], about["split"]) == (target.manifest.digest, target.split)
 
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.results.metrics import Predictions, score
+from cafe.results.metrics import score
+from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import find_protocol
-from pipeline.evaluate import load_predictions
 from pipeline.runs import RunSpec
 from pipeline.tracking import TrackedRun
 from pipeline.workspace import Workspace

@@ -13,12 +13,11 @@ import numpy as np
 
 from cafe.errors import UserError, unknown
 from cafe.methods import METHODS
-from cafe.results.metrics import Predictions
+from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import find_protocol
 from cafe.results.published import ACCURACY, SETS, find_published, find_published_classes
 from cafe.results.statistics import Difference, Ranking, holm, paired_bootstrap, rank_methods
 from pipeline.compare import ClassRow, Comparison, Group, Row
-from pipeline.evaluate import load_predictions
 from pipeline.workspace import Workspace, read_json
 
 AS_PUBLISHED = {"network": "resnet18", "image_size": "224", "selection": "final"}  # the settings of all five methods

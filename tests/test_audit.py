@@ -21,7 +21,7 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.learning.views import ViewPlan
-from cafe.results.metrics import Predictions
+from cafe.results.predictions import Predictions
 from cafe.synthetic.domains import render, write
 from pipeline.audit import audit
 from pipeline.compare import compare

@@ -20,10 +20,10 @@ from cafe.learning.checkpoints import write_tensors
 from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS, find_method
-from cafe.results.metrics import Predictions
+from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from pipeline import settings
-from pipeline.evaluate import is_judged, load_predictions, log_results, predict_target
+from pipeline.evaluate import is_judged, log_results, predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower
 from pipeline.runs import RunSpec, choose_store, choose_target, choose_targets, describe_target
 from pipeline.settings import ExtractSettings, StoreChoice

@@ -22,11 +22,12 @@ from cafe.errors import UserError
 from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.report.charts import INK, draw_ranks, find_ties, to_svg
-from cafe.results.metrics import Predictions, estimate
+from cafe.results.metrics import estimate
+from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS
 from cafe.results.published import SETS
 from cafe.results.statistics import Ranking, holm, paired_bootstrap
-from pipeline.evaluate import load_predictions, log_results
+from pipeline.evaluate import log_results
 from pipeline.render import to_csv, to_html, to_latex, to_markdown
 from pipeline.report import Report, make_report
 from pipeline.runs import RunSpec

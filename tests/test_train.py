@@ -16,7 +16,8 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.results.metrics import Predictions, score
+from cafe.results.metrics import score
+from cafe.results.predictions import Predictions
 from pipeline.compare import Comparison, compare, compare_classes, name_variants
 from pipeline.evaluate import summarise
 from pipeline.settings import TrainSettings
