@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from cafe.errors import UserError, unknown
+from cafe.files import read_json
 from cafe.methods import METHODS
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import find_protocol
 from cafe.results.published import ACCURACY, SETS, find_published, find_published_classes
 from cafe.results.statistics import Difference, Ranking, holm, paired_bootstrap, rank_methods
 from pipeline.compare import ClassRow, Comparison, Group, Row
-from pipeline.workspace import Workspace, read_json
+from pipeline.workspace import Workspace
 
 AS_PUBLISHED = {"network": "resnet18", "image_size": "224", "selection": "final"}  # the settings of all five methods
 
