@@ -62,10 +62,11 @@ def evaluate(run: str, **values: Any) -> None:
 
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
+    from pipeline.leaks import leak_free_scores, load_leaks
+
     from jobs.tables import scores_table
     from pipeline import cluster
     from pipeline.evaluate import log_results, predict_targets
-    from pipeline.leaks import leak_free_scores, load_leaks
     from pipeline.runs import RunSpec, choose_targets, is_finished
     from pipeline.tracking import Tracker
 
@@ -136,9 +137,10 @@ def _benchmark_file(name: str) -> Path:
 @options(DemoSettings)
 def demo(**values: Any) -> None:
     """Everything once on synthetic faces: draw, extract, train, judge, compare; under ten minutes on two cores."""
+    from pipeline.report import report_comparison
+
     from jobs.demo import NEXT_STEPS, run_demo
     from jobs.tables import report_tables
-    from pipeline.report import report_comparison
 
     workspace = open_workspace()
     comparison = run_demo(workspace, DemoSettings(**values), progress_bar, click.echo)

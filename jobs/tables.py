@@ -7,7 +7,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
-from rich.text import Text
 
 from cafe.data.counts import Difference
 from cafe.data.expressions import EXPRESSIONS
@@ -16,8 +15,6 @@ from cafe.data.manifest import SPLITS
 from cafe.results.protocols import find_protocol
 from pipeline.benchmark import Outcome, first_line
 from pipeline.plan import BenchmarkPlan, expect_parallel
-from pipeline.report import Report
-from pipeline.sheets import BEST, SECOND
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
@@ -26,7 +23,6 @@ if TYPE_CHECKING:  # they bring a search library along, which most commands need
     from pipeline.audit import Audit
     from pipeline.check import Check
 
-STYLES = {BEST: "bold", SECOND: "underline", "": ""}
 LISTED = 10  # broken or duplicate files named before "and N more"
 
 
@@ -193,22 +189,6 @@ def scores_table(metrics: dict[str, float], protocol: str = "clean") -> Table:
         further = [percent("leakfree_unseen/accuracy"), ""]
         table.add_row("mean of unseen", *(percent(f"unseen/{name}") for name in names), *further[: len(titles) - 3])
     return table
-
-
-def report_tables(report: Report) -> list[Table | str]:
-    """The sheets of a comparison with how to read them; the best is bold, the second underlined."""
-    tables: list[Table | str] = []
-    for sheet in report.sheets:
-        table = Table(title=sheet.title, title_justify="left", title_style="bold")
-        for place, name in enumerate(sheet.header):
-            word = place < sheet.words
-            table.add_column(name, justify="left" if word else "right", no_wrap=word)
-        for number, line in enumerate(sheet.lines):
-            last = number + 1 == len(sheet.lines)
-            cells = (Text(cell.text, STYLES[cell.mark]) for cell in line)
-            table.add_row(*cells, end_section=not last and sheet.starts_block(number + 1))
-        tables += [table, *sheet.notes]
-    return [*tables, *report.about]
 
 
 def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
