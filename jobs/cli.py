@@ -10,7 +10,7 @@ import click
 from cafe.errors import UserError, unknown
 from jobs.options import options
 from jobs.terminal import Commands, open_workspace, progress_bar, show
-from pipeline.settings import PROTOCOLS, AlignSettings
+from pipeline.settings import AlignSettings
 
 if TYPE_CHECKING:
     from cafe.data.indexing import Listing
@@ -23,8 +23,9 @@ COMMANDS = {
     "evaluate": "jobs.runs:evaluate",
     "benchmark": "jobs.runs:benchmark",
     "demo": "jobs.runs:demo",
-    "compare": "jobs.cli:compare",
-    "ui": "jobs.cli:ui",
+    "compare": "jobs.results:compare",
+    "mlflow": "jobs.results:mlflow",
+    "ui": "jobs.results:ui",
 }
 
 
@@ -166,9 +167,9 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
     target the list of pairs, which `evaluate` and `compare` honour with --exclude-leaks, and a page to look at them.
     """
+    from cafe.results.leaks import audit_path
     from jobs.tables import audit_table, unreadable
     from pipeline.audit import audit as audit_manifests
-    from pipeline.leaks import audit_path
 
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in (source, *targets)]
@@ -178,7 +179,7 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     for result in results:
         if result.broken:
             show(unreadable(result.broken))
-        click.echo(f"Wrote {audit_path(workspace, source, result.target.name)} and .html")
+        click.echo(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
 
 
 @data.command("align")
@@ -211,75 +212,6 @@ def list_data() -> None:
     from jobs.tables import manifests_table
 
     show(manifests_table(open_workspace()))
-
-
-@main.command()
-@click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1.")
-@click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
-@click.option("--versus", metavar="METHOD", help="Test the accuracy of every other method against this one.")
-@click.option(
-    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
-)
-@click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
-@click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
-@click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
-@click.option("--csv", metavar="FILE", help="Write the numbers: a line per method, source and target.")
-@click.option("--html", metavar="FILE", help="Write one page with figures, to be read, mailed or printed.")
-@click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
-@click.option("--experiment", default="cafe", show_default=True, help="MLflow experiment.")
-def compare(
-    metric: str,
-    per_class: str | None,
-    versus: str | None,
-    protocol: str,
-    exclude_leaks: bool,
-    mlflow_uri: str | None,
-    experiment: str,
-    **files: str | None,
-) -> None:
-    """Compare all runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds.
-
-    \b
-    cafe compare --versus cafe --html comparison.html
-
-    Published numbers stand beside ours where a data set is judged as it was in the paper. --versus needs the predictions
-    of the runs, which are in the workspace they were made in.
-    """
-    from jobs.tables import report_tables
-    from pipeline.render import FORMATS
-    from pipeline.report import make_report
-    from pipeline.tracking import Tracker
-    from pipeline.workspace import locate
-
-    workspace = open_workspace()
-    runs = Tracker(workspace, mlflow_uri, experiment).runs()
-    if exclude_leaks:
-        from pipeline.leaks import add_leak_free
-
-        runs = add_leak_free(workspace, runs, protocol)
-    report = make_report(workspace, runs, metric, protocol, per_class, versus, exclude_leaks)
-    for table in report_tables(report):
-        show(table)
-    for name, file in files.items():
-        if file:
-            place = locate(file)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(FORMATS[name](report).encode())
-            click.echo(f"Wrote {file}")
-
-
-@main.command()
-@click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
-def ui(port: int) -> None:
-    """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
-    from pipeline.tracking import serve
-
-    def announce(address: str, runs: dict[str, str]) -> None:
-        click.echo(f"MLflow at {address} (stop with Ctrl-C)")
-        for experiment, link in runs.items():
-            click.echo(f"{experiment}: {link}")
-
-    serve(open_workspace(), port, announce)
 
 
 if __name__ == "__main__":

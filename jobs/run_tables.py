@@ -14,25 +14,27 @@ from pipeline.cells import Failures, first_line
 from pipeline.grid import BenchmarkPlan
 
 
-def scores_table(scores: pd.DataFrame) -> Table:
+def scores_table(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Table:
     """One run's scores by one protocol, in percent: a line per target and the mean over the unseen ones.
 
-    Where faces were left out, their number stands beside.
+    Leak-free accuracy stands beside, with the number of faces it leaves out, where it is asked for.
     """
     names = {"accuracy": "accuracy", "mean_class_accuracy": "mean-class accuracy", "macro_f1": "macro-F1"}
-    left_out = bool(scores["left_out"].any())
-    titles = [*names.values(), *(["left out"] if left_out else [])]
-    table = Table("target", *(Column(name, justify="right") for name in titles))
-
-    def percent(values: pd.Series) -> list[str]:
-        return ["–" if math.isnan(values[name]) else f"{100 * values[name]:.1f}" for name in names]
-
-    for _, row in scores.iterrows():
-        table.add_row(row["target"], *percent(row), *([f"{row['left_out']:,}"] if left_out else []))
+    further = [] if leak_free is None else ["leak-free accuracy", "left out"]
+    table = Table("target", *(Column(name, justify="right") for name in (*names.values(), *further)))
+    for place, (_, row) in enumerate(scores.iterrows()):
+        free = leak_free.iloc[place] if leak_free is not None else None
+        others = [] if free is None else [_percent(free["accuracy"]), f"{free['left_out']:,}"]
+        table.add_row(row["target"], *(_percent(row[name]) for name in names), *others)
+    free_means = [] if leak_free is None else [_percent(value) for value in average_unseen(leak_free)["accuracy"]]
     for _, means in average_unseen(scores).iterrows():
         table.add_section()
-        table.add_row("mean of unseen", *percent(means))
+        table.add_row("mean of unseen", *(_percent(means[name]) for name in names), *free_means)
     return table
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:

@@ -79,6 +79,7 @@ def evaluate(run: str, **values: Any) -> None:
 
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
+    from cafe.results.leaks import load_leaks
     from pipeline import cluster
     from pipeline.evaluate import predict_targets
     from pipeline.faces import choose_targets
@@ -92,6 +93,8 @@ def evaluate(run: str, **values: Any) -> None:
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
     spec = RunSpec.load(path)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
+    for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
+        load_leaks(workspace.root, spec.source, spec.source_digest, target.name, target.digest)
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     add_experiment(path, settings.experiment)
     judging = progress_bar("Judging", "targets")
@@ -121,7 +124,7 @@ def benchmark(file: str, **values: Any) -> None:
 def demo(faces: int, seeds: int, epochs: int, **cluster: Any) -> None:
     """Everything once on synthetic faces, in minutes: draw them, work off demo.toml, compare."""
     from cafe.synthetic.domains import DOMAINS
-    from jobs.cli import compare
+    from jobs.results import compare
     from pipeline.benchmark import read_benchmark
     from pipeline.synthesise import synthesise
 
@@ -177,11 +180,13 @@ def _check_mirror(mirror: Mirror) -> Mirror:
 
 
 def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
+    from cafe.results.leaks import leave_out_leaks
     from cafe.results.scores import read_runs, read_scores
     from jobs.run_tables import scores_table
 
-    scores = read_scores(read_runs([run]), workspace.manifest_names(), [protocol])
-    show(scores_table(scores))
+    runs, known = read_runs([run]), workspace.manifest_names()
+    leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
+    show(scores_table(read_scores(runs, known, [protocol]), leak_free))
 
 
 def _warn(mirror: Mirror) -> None:

@@ -6,14 +6,11 @@ import statistics
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
-from rich.text import Text
 
 from cafe.data.counts import Difference
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import Index
 from cafe.data.manifest import SPLITS
-from pipeline.report import Report
-from pipeline.sheets import BEST, SECOND
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
@@ -22,7 +19,6 @@ if TYPE_CHECKING:  # they bring a search library along, which most commands need
     from pipeline.audit import Audit
     from pipeline.check import Check
 
-STYLES = {BEST: "bold", SECOND: "underline", "": ""}
 LISTED = 10  # broken or duplicate files named before "and N more"
 
 
@@ -162,19 +158,3 @@ def manifests_table(workspace: Workspace) -> Table | str:
         sizes = (f"{len(manifest.rows(split)):,}" for split in SPLITS)
         table.add_row(name, manifest.kind, f"{len(manifest):,}", *sizes, stores)
     return table
-
-
-def report_tables(report: Report) -> list[Table | str]:
-    """The sheets of a comparison with how to read them; the best is bold, the second underlined."""
-    tables: list[Table | str] = []
-    for sheet in report.sheets:
-        table = Table(title=sheet.title, title_justify="left", title_style="bold")
-        for place, name in enumerate(sheet.header):
-            word = place < sheet.words
-            table.add_column(name, justify="left" if word else "right", no_wrap=word)
-        for number, line in enumerate(sheet.lines):
-            last = number + 1 == len(sheet.lines)
-            cells = (Text(cell.text, STYLES[cell.mark]) for cell in line)
-            table.add_row(*cells, end_section=not last and sheet.starts_block(number + 1))
-        tables += [table, *sheet.notes]
-    return [*tables, *report.about]

@@ -20,7 +20,7 @@ from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
 from cafe.data.survey import survey
 from cafe.report.pages import embed, render
-from pipeline.leaks import audit_path
+from cafe.results.leaks import audit_path
 from pipeline.workspace import Workspace
 
 SCHEMA = pa.schema(
@@ -90,7 +90,7 @@ def audit(
                 splits.append(_count(source, target, source_split, target_split, pairs))
                 found.append(pairs)
         result = Audit(source, target, Pairs.concatenate(found), splits, [*own_broken, *broken])
-        path = audit_path(workspace, source.name, target.name)
+        path = audit_path(workspace.root, source.name, target.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".html").write_bytes(draw_page(result))
         save(result, path)

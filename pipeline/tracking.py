@@ -99,15 +99,17 @@ def _digests(files: Mapping[str, UPath]) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
-def describe_benchmark(folder: UPath, status: str) -> Page:
+def describe_benchmark(folder: UPath, status: str | None) -> Page:
     """Return what MLflow shall show of a benchmark: its file, how many of its cells failed, and how each ended."""
     files = {path.name: path for path in list_folder(folder) if path.suffix == ".json"}
     cells = json.loads(files["cells.json"].read_bytes()) if "cells.json" in files else []
-    points = {("cells", 0): float(len(cells)), ("cells_failed", 0): float(sum(bool(cell["failure"]) for cell in cells))}
+    failed = sum(bool(cell["failure"]) for cell in cells)
+    points = {("cells", 0): float(len(cells)), ("cells_failed", 0): float(failed)}
     record = read_json(folder / "benchmark.json") or {}
     params = {
         name: value if isinstance(value, str | int | float) else json.dumps(value) for name, value in record.items()
     }
+    status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
     return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files, _digests(files))
 
 
@@ -166,9 +168,21 @@ class Mirror:
         for experiment, benchmark in run.experiments.items():
             self._show(experiment, describe_run(self.workspace, run, benchmark, status))
 
-    def update_benchmark(self, folder: UPath, experiment: str, status: str = "FINISHED") -> None:
+    def update_benchmark(self, folder: UPath, experiment: str, status: str | None = None) -> None:
         """Show a benchmark as its folder says, as the run above those of its cells."""
         self._show(experiment, describe_benchmark(folder, status))
+
+    def update_all(self) -> int:
+        """Show every run and benchmark of the workspace; return how many runs there are."""
+        folders = [self.workspace.run_path(name) for name in self.workspace.run_names()]
+        benchmarks = set()
+        for folder in folders:
+            self.update(folder)
+            run = read_run(folder)
+            benchmarks |= {(name, place) for place, name in run.experiments.items() if name} if run else set()
+        for name, experiment in sorted(benchmarks):
+            self.update_benchmark(self.workspace.root / "benchmarks" / name, experiment)
+        return len(folders)
 
     def _show(self, experiment: str, page: Page) -> None:
         """Bring the server to a page; what goes wrong there is remembered and never raised."""
@@ -413,6 +427,17 @@ class Tracker:
             token = page.token
             if not token:
                 return pages
+
+
+def adopt_run(workspace: Workspace, folder: UPath) -> bool:
+    """Copy a pulled run into the runs of a workspace; return whether it was not there yet."""
+    place = workspace.run_path(folder.name)
+    if (place / "run.json").exists():
+        return False
+    files = {str(path.relative_to(folder)): path for path in folder.glob("**/*") if path.is_file()}
+    for name in sorted(files, key=lambda name: name == "run.json"):  # last: from here on the run is there
+        write_file(place / name, files[name].read_bytes())
+    return True
 
 
 def default_uri(workspace: Workspace) -> str:

@@ -12,7 +12,8 @@ from scipy import special
 from cafe.data.expressions import EXPRESSIONS
 from cafe.results.predictions import Predictions
 
-METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "ece")
+TITLES = {"accuracy": "accuracy", "mean_class_accuracy": "mean-class accuracy", "macro_f1": "macro-F1", "ece": "ECE"}
+METRICS = tuple(TITLES)
 BINS = 15  # of confidence, as in Guo et al.
 
 

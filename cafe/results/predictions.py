@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ class Predictions:
     about: dict[str, str]
     groups: list[str | None] | None = None
 
-    @property
+    @cached_property
     def predicted(self) -> np.ndarray:
         """The most probable class of every face, (N,)."""
         return np.asarray(self.probabilities.argmax(axis=1))
@@ -64,24 +65,24 @@ class Predictions:
         write_file(path, sink.getvalue().to_pybytes())
 
     @classmethod
-    def load(cls, path: UPath) -> Predictions | None:
-        """Read what `save` wrote; None when the file is missing or damaged: then the target is not judged."""
+    def load(cls, path: UPath, named: bool = True) -> Predictions | None:
+        """Read what `save` wrote; None when the file is missing or damaged: then the target is not judged.
+
+        Without `named`, the ids and groups of the faces are left out, which takes most of the time.
+        """
+        columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
         try:
-            table = pq.read_table(pa.BufferReader(path.read_bytes()))
-            ids, labels, shares = (table[name].combine_chunks() for name in ("sample_id", "label", "probabilities"))
+            table = pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(columns, use_threads=False)
+            labels, shares = (table[name].combine_chunks() for name in columns[:2])
         except (FileNotFoundError, pa.ArrowInvalid, KeyError):
             return None
-        groups = (
-            table["group"].to_pylist()
-            if "group" in table.column_names and table["group"].null_count < len(table)
-            else None
-        )
+        grouped = named and "group" in table.column_names and table["group"].null_count < len(table)
         return cls(
-            ids.to_numpy(zero_copy_only=False).tolist(),
+            table["sample_id"].to_numpy().tolist() if named else [],
             labels.to_numpy().astype(np.int64),
             shares.flatten().to_numpy().reshape(-1, len(EXPRESSIONS)),
             {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
-            groups,
+            table["group"].to_numpy().tolist() if grouped else None,
         )
 
 
@@ -90,8 +91,8 @@ def predictions_path(run: UPath, target: str, protocol: str = "clean") -> UPath:
     return run / "predictions" / f"{find_protocol(protocol).prefix}{target}.parquet"
 
 
-def load_predictions(run: UPath, protocol: str = "clean") -> dict[str, Predictions]:
+def load_predictions(run: UPath, protocol: str = "clean", named: bool = True) -> dict[str, Predictions]:
     """Return all predictions of a run by one protocol, by target; damaged files are left out."""
     folder = run / "predictions" / find_protocol(protocol).prefix
-    loaded = {path.stem: Predictions.load(path) for path in list_folder(folder) if path.suffix == ".parquet"}
+    loaded = {path.stem: Predictions.load(path, named) for path in list_folder(folder) if path.suffix == ".parquet"}
     return {target: predictions for target, predictions in loaded.items() if predictions is not None}

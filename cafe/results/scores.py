@@ -127,7 +127,7 @@ def read_scores(
     records = []
     for run in runs:
         for protocol in protocols:
-            for target, predictions in load_predictions(run.folder, protocol).items():
+            for target, predictions in load_predictions(run.folder, protocol, named=leave_out is not None).items():
                 kept = leave_out(run, target, predictions) if leave_out else predictions
                 record = {**_identify(run, protocol, target, predictions, known), "faces": len(kept.labels)}
                 record["left_out"] = len(predictions.labels) - len(kept.labels)
