@@ -86,7 +86,7 @@ def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest,
 
 def test_a_diverged_training_is_one_sentence(manifest: Manifest, features: Embedder) -> None:
     training = new_training("cafe", manifest, features, learning_rate=1e30)
-    with pytest.raises(UserError, match="The loss is no number any more in epoch 1: take a smaller learning rate"):
+    with pytest.raises(UserError, match="The loss is NaN or infinite in epoch 1: take a smaller learning rate"):
         training.run_epoch(1)
 
 
@@ -143,7 +143,7 @@ def test_without_selection_the_last_epoch_is_the_result(manifest: Manifest, feat
 
 def test_affectnet_has_its_own_published_recipe() -> None:
     recipe = METHODS["cafe"].published_recipe("affectnet")
-    assert (recipe.learning_rate, recipe.gamma, recipe.epochs, recipe.sampler) == (1e-4, 0.8, 20, "balanced")
+    assert (recipe.learning_rate, recipe.gamma, recipe.epochs, recipe.prior) == (1e-4, 0.8, 20, "balanced")
     assert METHODS["cafe"].published_recipe("rafdb") == METHODS["cafe"].recipe_type()
     assert METHODS["scn"].published_recipe("affectnet").learning_rate == 1e-3  # a rival keeps its own
 
@@ -190,7 +190,7 @@ def test_an_epoch_shows_every_face_once() -> None:
 
 def test_the_balanced_sampler_shows_rare_classes_as_often() -> None:
     labels = np.array([0] * 900 + [1] * 60 + [2] * 40)
-    batches = epoch_order(np.arange(1000), labels, Recipe(sampler="balanced"), 0, 1)
+    batches = epoch_order(np.arange(1000), labels, Recipe(prior="balanced"), 0, 1)
     counts = Counter(labels[np.concatenate(batches)].tolist())
     assert sum(counts.values()) == 1000
     assert all(abs(count - 1000 / 3) < 4 * np.sqrt(1000 * 2 / 9) for count in counts.values())  # four standard errors

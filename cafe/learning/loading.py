@@ -108,7 +108,7 @@ def epoch_order(rows: np.ndarray, labels: np.ndarray, recipe: Recipe, seed: int,
     `balanced` draws as many rows with replacement, each class equally often on average.
     """
     generator = random_generator(seed, "order", epoch)
-    if recipe.sampler == "balanced":
+    if recipe.prior == "balanced":
         weights = 1 / np.bincount(labels[rows])[labels[rows]]
         order = generator.choice(rows, size=len(rows), p=weights / weights.sum())
     else:

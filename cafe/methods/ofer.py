@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,8 @@ class Recipe(method.Recipe):
     momentum: float = 0.9
     gamma: float = 0.1  # the learning rate is multiplied by it …
     step: int = 10  # … after every so many epochs
-    tokens: str = "region"  # of the face's middle (released); "top": the half that is attended to most (paper)
+    # "region": those of the face's middle (released); "top": the half that is attended to most (paper).
+    tokens: Literal["region", "top"] = "region"
     quantile: float = 0.95  # of the training patches' distances: the radius beyond which a patch is occluded
     detector_epochs: int = 1  # more shrink the sphere onto the training faces, and flag the free patches of others
     mae_epochs: int = 50  # 0: flagged patches are not refilled
@@ -73,7 +74,7 @@ class Ofer(Method):
     recipe_type = Recipe
     # A large set teaches the frozen parts in fewer passes.
     recipe_changes: ClassVar = {
-        "affectnet": {"epochs": 20, "gamma": 0.1, "sampler": "balanced", "mae_epochs": 3},
+        "affectnet": {"epochs": 20, "gamma": 0.1, "prior": "balanced", "mae_epochs": 3},
         "mma": {"mae_epochs": 10},
     }
     recipe: Recipe

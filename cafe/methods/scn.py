@@ -15,7 +15,7 @@ accuracy reported while training counts the labels of the data set, not those th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Recipe(method.Recipe):
     high_share: float = 0.7  # of a batch: the faces of the largest weights, the high group
     margin: float = 0.15  # that the mean weights of the two groups should keep
     rank: float = 1.0  # weight of the rank regularisation; 0 switches it off
-    relabel: str = "all"  # whom: "all" faces; "low", those of the low group, as the abstract says; "none"
+    relabel: Literal["all", "low", "none"] = "all"  # "low": faces of the low group alone, as the abstract says
     relabel_margin: float = 0.2  # by which another class must be more probable than the label
     relabel_epoch: int = 10  # the first epoch that relabels, counted from 1
 
@@ -48,7 +48,7 @@ class Scn(Method):
     needs = frozenset({"image"})
     policy = "scn"
     recipe_type = Recipe
-    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
