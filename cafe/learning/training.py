@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
@@ -61,11 +62,15 @@ class Training:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
-        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch)
-        view = self.dataset.plan.view_of(epoch)
+        normalised = any(isinstance(module, _BatchNorm) for module in self.method.modules())
+        smallest = 2 if normalised else 1  # a batch norm knows no deviation of a single face
+        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch, smallest)
+        clean = self.method.clean_features  # then every epoch has an image view of its own, whatever the store holds
+        view, frozen_view = (epoch, 0) if clean else (self.dataset.plan.view_of(epoch), None)
         parts = [own_part(batch) for batch in order]
+        batches = self.dataset.load(parts, view, self.device, self.loader_workers, frozen_view)
         sums: dict[str, Tensor | float] = defaultdict(float)
-        for step, batch in enumerate(self.dataset.load(parts, view, self.device, self.loader_workers)):
+        for step, batch in enumerate(batches):
             for name, value in self._step(batch, len(order[step]), epoch, step).items():
                 sums[name] += value
             progress(step + 1, len(order))

@@ -52,7 +52,7 @@ class Cafe(FeatureMethod):
 
     def build_mask(self) -> None:
         """Build what the mask is made by."""
-        self.branch = build_network(self.inputs.network, self.inputs.init)
+        self.branch = build_network(self.inputs.network, self.inputs.init, scratch="pytorch")
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the mask before its sigmoid, (N, C) as the frozen features."""

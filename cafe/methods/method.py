@@ -28,6 +28,10 @@ class Recipe:
     # learning via logit adjustment", Menon et al., ICLR 2021, Eq. 10 with τ = 1).
     prior: Literal["source", "balanced", "adjusted"] = "source"
 
+    # Settings that keep their ratio to another one when that one alone is changed: a point of the schedule to the epochs,
+    # the rate of a part to the learning rate.
+    follows: ClassVar[Mapping[str, str]] = {}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -48,6 +52,7 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]]
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.learning.views.POLICIES`
+    clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
     recipe_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -113,9 +118,12 @@ class Method(nn.Module):
 
 
 def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Recipe:
-    """Return the recipe with `KEY=VALUE` settings changed; raise `UserError` for an unknown key or an unfit value."""
+    """Return the recipe with `KEY=VALUE` settings changed; raise `UserError` for an unknown key or an unfit value.
+
+    What follows a changed setting keeps its ratio to it, unless it is changed itself.
+    """
     known = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    changes = {}
+    changes: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -127,6 +135,10 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Re
             changes[key] = kind(text)
         except ValueError:
             raise UserError(f"The setting {key} of {method} is a {kind.__name__}, not {text!r}.") from None
+    for follower, leader in recipe.follows.items():
+        if leader in changes and follower not in changes:
+            scaled = known[follower] * changes[leader] / known[leader]
+            changes[follower] = max(1, round(scaled)) if isinstance(known[follower], int) else float(f"{scaled:.12g}")
     changed = replace(recipe, **changes)
     _check(changed, method)
     return changed

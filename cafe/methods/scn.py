@@ -39,7 +39,9 @@ class Recipe(method.Recipe):
     rank: float = 1.0  # weight of the rank regularisation; 0 switches it off
     relabel: Literal["all", "low", "none"] = "all"  # "low": faces of the low group alone, as the abstract says
     relabel_margin: float = 0.2  # by which another class must be more probable than the label
-    relabel_epoch: int = 10  # the first epoch that relabels, counted from 1
+    relabel_after: int = 9  # epochs: the tenth is the first that relabels (released script)
+
+    follows: ClassVar = {"relabel_after": "epochs"}
 
 
 class Scn(Method):
@@ -55,6 +57,8 @@ class Scn(Method):
         super().__init__(recipe, inputs)
         self.branch = build_network(inputs.network, inputs.init)
         self.head = WeightedHead(self.branch.width)
+        if inputs.init == "scratch":
+            self.head.draw()
         self.labels = Relabelling()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -70,7 +74,7 @@ class Scn(Method):
 
     def after_step(self, output: dict[str, Tensor], batch: Batch) -> None:
         """Relabel faces of the batch by the probabilities it was just trained with."""
-        if self.recipe.relabel == "none" or batch["epoch"] < self.recipe.relabel_epoch:
+        if self.recipe.relabel == "none" or batch["epoch"] <= self.recipe.relabel_after:
             return
         labels = self.labels(batch["row"], batch["label"])
         changed = relabel(output["logits"].float(), labels, self.recipe.relabel_margin)
@@ -86,6 +90,12 @@ class WeightedHead(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(width, len(EXPRESSIONS))
         self.attention = nn.Linear(width, 1)
+
+    def draw(self) -> None:
+        """Draw the weights as the released script does without pre-training: uniform within 1 / √outputs, no bias."""
+        for layer in (self.classifier, self.attention):
+            nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights (N, 1) and weighted logits (N, 7) of features (N, C)."""
