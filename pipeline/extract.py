@@ -96,7 +96,7 @@ def know_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
     note = None
     if spec.file:
         content = hashlib.sha256(Path(spec.file).read_bytes()).hexdigest()
-        asked = f"{settings.backbone} {settings.input_size} {content}"
+        asked = f"2 {settings.backbone} {settings.input_size} {content}"
         note = workspace.root / "towers" / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
         if record := read_json(note):
             return TowerFacts(**with_tuples(record))
@@ -115,7 +115,7 @@ class ShardEmbedder:
         torch.set_num_threads(threads)
         self.store = FeatureStore(locate(store), about)
         tower = load_backbone(settings.backbone, settings.precision, settings.input_size)
-        if tower.weights_digest != about.key.weights:
+        if tower.facts.weights_digest != about.key.weights:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )

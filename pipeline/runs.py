@@ -33,6 +33,7 @@ from cafe.methods.method import Inputs, Method
 from cafe.results.protocols import Protocol, find_protocol
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
+from cafe.towers.names import absolute_name, short_name
 from pipeline.settings import StoreChoice
 from pipeline.store import TARGET_MAY_DIFFER, About, FeatureKey, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace, read_json, with_tuples, write_json
@@ -338,7 +339,8 @@ def _hash(record: dict[str, Any]) -> str:
 
 
 def _fits(about: About, choice: StoreChoice) -> bool:
-    backbone = choice.backbone in (None, about.backbone_name, about.backbone_name.partition("@")[0], about.key.backbone)
+    names = (about.backbone_name, short_name(about.backbone_name), about.key.backbone)
+    backbone = choice.backbone is None or absolute_name(choice.backbone) in names
     views = choice.views is None or choice.views <= about.key.views  # a view is the same in a store of more
     policy = choice.policy in (None, about.key.policy["name"])
     folder = choice.store in (None, about.folder)

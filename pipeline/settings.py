@@ -34,7 +34,8 @@ class FeatureSettings:
 
     backbone: str = setting(
         "clip-vit-b32",
-        "Frozen tower: clip-vit-b32, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:MODEL[@FILE].",
+        "Frozen tower: clip-vit-b32, face-resnet, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, "
+        "timm:MODEL[@FILE]; #LAYER/GRID behind it reads a layer, such as #stage3/3x3.",
     )
     views: int = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", minimum=1)
     policy: str = setting("paper", "How views are augmented.", choices=POLICIES)

@@ -28,6 +28,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.learning import views
 from cafe.learning.views import POLICIES, ViewPlan
+from cafe.towers.names import short_name
 from pipeline.workspace import list_folder, read_json, write_json
 
 SHARD_BYTES = 4 * 2**20  # a shard object worth a request; see the engine measurements in the README
@@ -113,7 +114,7 @@ class About:
     @property
     def folder(self) -> str:
         """The store's folder name: readable first, unique last."""
-        backbone = re.sub(r"[^A-Za-z0-9]+", "-", self.backbone_name.partition("@")[0]).strip("-").lower()
+        backbone = re.sub(r"[^A-Za-z0-9]+", "-", short_name(self.backbone_name)).strip("-").lower()
         return f"{backbone}-v{self.key.views}-{self.key.digest[:12]}"
 
     def describe(self) -> str:

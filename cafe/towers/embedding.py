@@ -58,7 +58,7 @@ class Embedder:
 
     def render(self, samples: Sequence[Sample]) -> Rendered:
         """Decode and augment the samples of one forward pass; an unreadable image is black there."""
-        side = self.tower.input_size
+        side = self.tower.facts.input_size
         pictures = np.zeros((len(samples), side, side, 3), np.uint8)
         boxes = np.zeros((len(samples), 4), np.int64)
         unreadable: dict[int, str] = {}
