@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cafe.errors import IncompleteError, UserError, unknown
+from cafe.errors import UserError, unknown
 from jobs.options import options
-from pipeline.settings import (
-    PROTOCOLS,
-    AlignSettings,
-    BenchmarkSettings,
-    DemoSettings,
-    EvaluateSettings,
-    ExtractSettings,
-    TrainSettings,
-)
+from jobs.terminal import Commands, open_workspace, progress_bar, show
+from pipeline.settings import PROTOCOLS, AlignSettings
 
 if TYPE_CHECKING:
     from cafe.data.indexing import Listing
 
-
-class Commands(click.Group):
-    """Lists commands in the order of the work and turns a `UserError` into its sentence and exit code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names as they were defined."""
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            sentence = click.ClickException(str(error))
-            sentence.exit_code = error.exit_code  # type: ignore[misc]  # click's own default is a class variable
-            raise sentence from None
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+COMMANDS = {
+    "data": "jobs.cli:data",
+    "extract": "jobs.runs:extract",
+    "train": "jobs.runs:train",
+    "evaluate": "jobs.runs:evaluate",
+    "benchmark": "jobs.runs:benchmark",
+    "demo": "jobs.runs:demo",
+    "compare": "jobs.cli:compare",
+    "ui": "jobs.cli:ui",
+}
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands, places=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.option("--workspace", "-w", default="work", show_default=True, help="Folder or URI that holds everything.")
 @click.version_option(package_name="cafe")
 @click.pass_context
@@ -61,43 +46,6 @@ def main(ctx: click.Context, workspace: str) -> None:
     cafe compare                                         # methods × targets, with intervals
     """
     ctx.obj = workspace
-
-
-def _workspace() -> Any:
-    from pipeline.workspace import Workspace
-
-    return Workspace.at(click.get_current_context().obj)
-
-
-@contextmanager
-def _progress(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], None]]:
-    """Show one bar with rate and time left on a terminal, and nothing elsewhere; yields `update(done, total)`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit} {{task.fields[rate]}}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, rate="")
-
-        def update(done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
-
-        yield update
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 200
-    Console(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable)
 
 
 @main.group(cls=Commands)
@@ -131,17 +79,17 @@ def index(kind: str, root: str, name: str, ferplus_rule: str | None, accept_coun
     if ferplus_rule and kind != "ferplus":
         raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
     check_name(name)
-    workspace = _workspace()
+    workspace = open_workspace()
     listing = DATASETS[kind](locate(root), **({"rule": ferplus_rule} if ferplus_rule else {}))
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
-    with _progress("Reading") as progress:
+    with progress_bar("Reading") as progress:
         opened = iter(range(1, len(listing.files) + 1))
         result = index_files(
             name, listing, lambda _: progress(next(opened), len(listing.files)), workspace.image_path(name)
         )
     for table in index_tables(result):
-        _print(table)
+        show(table)
     _check_counts(listing, result.counts(), accept_counts, warn=True)
     path = workspace.manifest_path(name)
     result.manifest.save(path)
@@ -156,7 +104,7 @@ def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: boo
     differences = count_differences(listing.expected, found)
     certain = [difference for difference in differences if difference.certain]
     for table in counts_tables(differences if warn else certain):
-        _print(table)
+        show(table)
     if certain and not accept:
         packed = f"{listing.packed[0]} may still have to be unpacked; " if listing.packed else ""
         raise UserError(
@@ -181,8 +129,8 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
     for domain in domains:
         if domain not in DOMAINS:
             raise unknown("synthetic domain", domain, DOMAINS)
-    workspace = _workspace()
-    with _progress("Drawing faces", "domains") as progress:
+    workspace = open_workspace()
+    with progress_bar("Drawing faces", "domains") as progress:
         manifests = synthesise(workspace, list(domains or DOMAINS), faces, seed, progress)
     for manifest in manifests:
         click.echo(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
@@ -199,12 +147,12 @@ def check(name: str) -> None:
     from jobs.tables import check_tables
     from pipeline.check import check as check_manifest
 
-    workspace = _workspace()
+    workspace = open_workspace()
     manifest = workspace.load_manifest(name)
-    with _progress("Looking") as progress:
+    with progress_bar("Looking") as progress:
         result = check_manifest(workspace, manifest, progress)
     for table in check_tables(result):
-        _print(table)
+        show(table)
     click.echo(f"Wrote {result.page}")
 
 
@@ -222,14 +170,14 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     from pipeline.audit import audit as audit_manifests
     from pipeline.leaks import audit_path
 
-    workspace = _workspace()
+    workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in (source, *targets)]
-    with _progress("Reading") as reading, _progress("Comparing") as comparing:
+    with progress_bar("Reading") as reading, progress_bar("Comparing") as comparing:
         results = list(audit_manifests(workspace, manifests[0], manifests[1:], reading, comparing))
-    _print(audit_table(results))
+    show(audit_table(results))
     for result in results:
         if result.broken:
-            _print(unreadable(result.broken))
+            show(unreadable(result.broken))
         click.echo(f"Wrote {audit_path(workspace, source, result.target.name)} and .html")
 
 
@@ -247,13 +195,13 @@ def align(source: str, **values: Any) -> None:
     from pipeline.align import align_photos, find_photos
     from pipeline.workspace import check_name
 
-    settings, workspace = AlignSettings(**values), _workspace()
+    settings, workspace = AlignSettings(**values), open_workspace()
     check_name(settings.name)
     photos = find_photos(workspace, source)
-    with _progress("Aligning", "photos") as progress:
+    with progress_bar("Aligning", "photos") as progress:
         result = align_photos(workspace, photos, settings, progress)
     for table in alignment_tables(result):
-        _print(table)
+        show(table)
     click.echo(f"Wrote {result.manifest or result.folder}")
 
 
@@ -262,124 +210,7 @@ def list_data() -> None:
     """List the manifests of the workspace and the feature stores each of them has."""
     from jobs.tables import manifests_table
 
-    _print(manifests_table(_workspace()))
-
-
-@main.command()
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@options(ExtractSettings)
-def extract(names: tuple[str, ...], **values: Any) -> None:
-    """Compute frozen features once, e.g. `cafe extract news --backbone imagenet-lite0 --views 5`.
-
-    Interrupt it as you like: the same command goes on where it was.
-    """
-    from pipeline.extract import extract as extract_features
-
-    workspace = _workspace()
-    manifests = [workspace.load_manifest(name) for name in names]
-    with _progress("Extracting") as progress:
-        results = extract_features(workspace, manifests, ExtractSettings(**values), progress)
-    for result in results:
-        click.echo(result.sentence())
-
-
-@main.command()
-@options(TrainSettings)
-def train(**values: Any) -> None:
-    """Train a method on one source and judge it on every other manifest.
-
-    \b
-    cafe train --source news --method cafe --seed 0 --epochs 20
-
-    Interrupt it as you like: the same command goes on from its last checkpoint.
-    """
-    from jobs.tables import scores_table
-    from pipeline.train import plan_training, train_and_judge
-
-    settings = TrainSettings(**values)
-    plan = plan_training(_workspace(), settings)
-    scores = train_and_judge(plan, _progress)
-    if plan.targets:
-        _print(scores_table(scores, settings.protocol))
-    click.echo(f"Run {plan.spec.name} in {plan.run}")
-
-
-@main.command()
-@click.argument("run")
-@options(EvaluateSettings)
-def evaluate(run: str, **values: Any) -> None:
-    """Judge a trained run on targets, e.g. `cafe evaluate cafe-news-s0 --targets cinema`.
-
-    RUN is the name of a run of this workspace or its unambiguous beginning.
-    """
-    from jobs.tables import scores_table
-    from pipeline import cluster
-    from pipeline.evaluate import log_results, predict_targets
-    from pipeline.leaks import leak_free_scores, load_leaks
-    from pipeline.runs import RunSpec, choose_targets, is_finished
-    from pipeline.tracking import Tracker
-
-    settings, workspace = EvaluateSettings(**values), _workspace()
-    path = workspace.run_path(workspace.find_run(run))
-    if not is_finished(path):
-        raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
-    spec = RunSpec.load(path)
-    targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
-    if settings.exclude_leaks:  # before Ray starts: a missing audit is a mistake of the user's
-        load_leaks(workspace, spec, {target.manifest.name: target.manifest.digest for target in targets})
-    tracker = Tracker(workspace, settings.mlflow_uri, settings.experiment)
-    with cluster.connect(settings), _progress("Judging", "targets") as progress:
-        predict_targets(path, workspace, targets, settings.use_gpu, progress)
-    leak_free = leak_free_scores(workspace, path, settings.protocol) if settings.exclude_leaks else {}
-    _print(scores_table(log_results(path, tracker, leak_free), settings.protocol))
-
-
-@main.command()
-@click.argument("file")
-@options(BenchmarkSettings)
-def benchmark(file: str, **values: Any) -> None:
-    """Train and judge a whole grid, sources × methods × seeds, e.g. `cafe benchmark quickstart.toml`.
-
-    FILE says what is in it; with this package come quickstart.toml, synthetic.toml, faces.toml, table1.toml, table2.toml,
-    ablation.toml and ablation-faces.toml. Frozen features are extracted once and shared, cells run side by side, one that
-    fails stops no other. Interrupt it as you like: the same command goes on where it was.
-    """
-    from jobs.tables import failures_table, plan_tables
-    from pipeline.benchmark import run_benchmark
-    from pipeline.grid import read_grid
-    from pipeline.plan import plan_benchmark
-
-    settings = BenchmarkSettings(**values)
-    plan = plan_benchmark(_workspace(), read_grid(_benchmark_file(file)), settings)
-    for table in plan_tables(plan):
-        _print(table)
-    if settings.dry_run:
-        return
-    try:
-        outcomes = run_benchmark(plan, _progress, click.echo)
-    except KeyboardInterrupt:
-        click.echo("Interrupted: the same command goes on where it was.", err=True)
-        sys.stdout.flush()
-        os._exit(130)  # a thread that still waits for the Ray just left must not keep the command alive
-    failed = sum(bool(outcome.failure) for outcome in outcomes)
-    if failed:
-        _print(failures_table(outcomes))
-        raise IncompleteError(
-            f"{failed} of {len(outcomes)} cells failed, all others are done: mend what the table says and give the same "
-            "command again."
-        )
-    click.echo(f"All {len(outcomes)} cells are done: cafe compare --experiment {settings.experiment or plan.grid.name}")
-
-
-def _benchmark_file(name: str) -> Path:
-    """Return a user's file or, where there is none of that name, the one that comes with this package."""
-    own, shipped = Path(name), Path(__file__).parent / "benchmarks"
-    if own.exists():
-        return own
-    if not (shipped / name).is_file():
-        names = ", ".join(sorted(path.name for path in shipped.glob("*.toml")))
-        raise UserError(f"There is no benchmark file {name!r}: give the path of one, or one of {names}.")
-    return shipped / name
+    show(manifests_table(open_workspace()))
 
 
 @main.command()
@@ -420,7 +251,7 @@ def compare(
     from pipeline.tracking import Tracker
     from pipeline.workspace import locate
 
-    workspace = _workspace()
+    workspace = open_workspace()
     runs = Tracker(workspace, mlflow_uri, experiment).runs()
     if exclude_leaks:
         from pipeline.leaks import add_leak_free
@@ -428,7 +259,7 @@ def compare(
         runs = add_leak_free(workspace, runs, protocol)
     report = make_report(workspace, runs, metric, protocol, per_class, versus, exclude_leaks)
     for table in report_tables(report):
-        _print(table)
+        show(table)
     for name, file in files.items():
         if file:
             place = locate(file)
@@ -448,22 +279,7 @@ def ui(port: int) -> None:
         for experiment, link in runs.items():
             click.echo(f"{experiment}: {link}")
 
-    serve(_workspace(), port, announce)
-
-
-@main.command()
-@options(DemoSettings)
-def demo(**values: Any) -> None:
-    """Everything once on synthetic faces: draw, extract, train, judge, compare; under ten minutes on two cores."""
-    from jobs.demo import NEXT_STEPS, run_demo
-    from jobs.tables import report_tables
-    from pipeline.report import report_comparison
-
-    workspace = _workspace()
-    comparison = run_demo(workspace, DemoSettings(**values), _progress, click.echo)
-    for table in report_tables(report_comparison(comparison)):
-        _print(table)
-    click.echo(NEXT_STEPS.format(workspace=click.get_current_context().obj))
+    serve(open_workspace(), port, announce)
 
 
 if __name__ == "__main__":
