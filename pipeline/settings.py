@@ -58,6 +58,9 @@ class FeatureSettings:
 class ExtractSettings(ClusterSettings, FeatureSettings):
     """Stage one: features of a manifest."""
 
+    layers: str | None = setting(
+        None, "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says."
+    )
     num_gpus: int | None = setting(None, "GPUs to use; default: all of the cluster.", minimum=0)
     num_actors: int | None = setting(None, "Towers at work; default: one per GPU, or one per core without.", minimum=1)
     decode_threads: int | None = setting(

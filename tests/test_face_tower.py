@@ -19,8 +19,7 @@ from cafe.learning.views import normalise
 from cafe.synthetic.domains import render
 from cafe.towers import names
 from cafe.towers.building import load_backbone
-from cafe.towers.layers import Layer
-from cafe.towers.names import BACKBONES, parse_backbone
+from cafe.towers.names import BACKBONES, Layer, parse_backbone
 
 CONVOLUTIONS = [(7, 3, 32)] + [(3, 32, 32)] * 6
 CONVOLUTIONS += [(3, 32, 64)] + [(3, 64, 64)] * 7

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cafe.errors import UserError, unknown
 from cafe.towers import face
 from cafe.towers.face import FaceResnet
-from cafe.towers.layers import FINAL, FaceReader, Layer, Reader, TimmReader, choose_open_clip_reader, read_layers
-from cafe.towers.names import BackboneSpec, open_clip_name, parse_backbone, read_weights, timm_name
-from cafe.towers.weights import digest_state_dict
+from cafe.towers.layers import FaceReader, Reader, TimmReader, choose_open_clip_reader, read_layers
+from cafe.towers.names import FINAL, BackboneSpec, Layer, open_clip_name, parse_backbone, timm_name
+from cafe.towers.weights import digest_state_dict, read_weights
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, RGB in 0–1
 
@@ -58,9 +58,39 @@ class FrozenBackbone(nn.Module):
         self.name, self.layer, self.precision = name, spec.layer, precision
         self.layers = (*built.reader.layers, FINAL)
         self._reader, self._spec = built.reader, spec
-        self.tower = built.module.eval().requires_grad_(False)
-        self.facts = _describe(name, spec, built)
-        self.tower.to(PRECISIONS[precision])
+        self.tower = built.module.to(PRECISIONS[precision]).eval().requires_grad_(False)
+        width, map_shape = self._measure(spec.layer, built.input_size)
+        self.facts = TowerFacts(
+            architecture=spec.architecture,
+            weights_digest=built.weights_digest,
+            width=width,
+            map_shape=map_shape,
+            input_size=built.input_size,
+            mean=_triple(built.mean),
+            std=_triple(built.std),
+            normalisation=spec.normalisation,
+        )
+
+    def describe(self, layer: Layer) -> TowerFacts:
+        """Return the facts of this tower read at another layer; raise UserError for one it has not."""
+        width, map_shape = self._measure(layer, self.facts.input_size)
+        architecture = replace(self._spec, layer=layer).architecture
+        return replace(self.facts, architecture=architecture, width=width, map_shape=map_shape)
+
+    def _measure(self, layer: Layer, input_size: int) -> tuple[int, tuple[int, int, int] | None]:
+        """Return width and map of a layer for one zero image; a map counts only if the same features come with it."""
+        if layer.name not in self.layers:
+            raise unknown(f"layer of '{self._spec.architecture.partition('#')[0]}'", layer.name, self.layers)
+        image = torch.zeros(1, 3, input_size, input_size)
+        with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
+            ((pooled, _),) = self.read(image, [layer])
+            if pooled.ndim != 2:
+                raise UserError(f"The backbone '{self.name}' gives no single vector per image: choose another model.")
+            ((again, features),) = self.read(image, [layer], with_map=True)
+        known = features is not None and again.shape == pooled.shape
+        if features is None or not (known and torch.allclose(again, pooled, atol=1e-4, rtol=1e-3)):
+            return pooled.shape[1], None
+        return pooled.shape[1], (features.shape[1], features.shape[2], features.shape[3])
 
     def forward(self, images: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return features (N, width) and, on request, the map (N, C, H, W) of normalised images (N, 3, S, S).
@@ -231,32 +261,6 @@ def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor], in
             f"unexpected, {len(misshapen)} of another shape, the first being '{first}'; {remedy}."
         )
     module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
-
-
-def _describe(name: str, spec: BackboneSpec, built: _Built) -> TowerFacts:
-    """Ask the tower, with one zero image, what it gives; a map counts only if the same features come with it."""
-    layer, reader = spec.layer, built.reader
-    if layer.name not in (*reader.layers, FINAL):
-        raise unknown(f"layer of '{name}'", layer.name, (*reader.layers, FINAL))
-    image = torch.zeros(1, 3, built.input_size, built.input_size)
-    with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
-        pooled, _ = read_layers(reader, built.module, image, [layer])[0]
-        if pooled.ndim != 2:
-            raise UserError(f"The backbone '{name}' gives no single vector per image: choose another model.")
-        again, features = read_layers(reader, built.module, image, [layer], with_map=True)[0]
-    shape = None
-    if features is not None and again.shape == pooled.shape and torch.allclose(again, pooled, atol=1e-4, rtol=1e-3):
-        shape = (features.shape[1], features.shape[2], features.shape[3])
-    return TowerFacts(
-        architecture=spec.architecture,
-        weights_digest=built.weights_digest,
-        width=pooled.shape[1],
-        map_shape=shape,
-        input_size=built.input_size,
-        mean=_triple(built.mean),
-        std=_triple(built.std),
-        normalisation=spec.normalisation,
-    )
 
 
 def _triple(values: Iterable[float]) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Layers: which part of a tower is read, to what grid its map is pooled, and how each kind of tower gives it.
+"""Layers: how each kind of tower gives the maps of its layers, and how they are pooled.
 
 The middle of a tower often knows more of expressions than its end, and where a feature stands on the face matters as much
 as which it is. A reader runs a tower no further than the last layer asked for.
@@ -6,58 +6,14 @@ as which it is. A reader runs a tower no further than the last layer asked for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional
 
 from cafe.errors import UserError
-
-FINAL = "final"  # the end of the tower: what its library calls its features
-WHOLE = "all"  # the grid of the map itself
-_LAYER = re.compile(r"(final|stage[1-9]\d*|block[1-9]\d*)(?:/(all|[1-9]\d*x[1-9]\d*))?")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of a tower and the grid its map is averaged to, `3x3`, `all`, or empty for the library's own pooling."""
-
-    name: str = FINAL
-    grid: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Layer:
-        """Return the layer written `LAYER` or `LAYER/GRID`; without a grid the map of a layer becomes its mean (1x1)."""
-        found = _LAYER.fullmatch(text)
-        if found is None:
-            raise UserError(
-                f"Cannot read the layer '{text}': write #LAYER/GRID behind the tower, such as #stage3/3x3 or #block8/all."
-            )
-        return cls(found[1], found[2] or ("" if found[1] == FINAL else "1x1"))
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.grid}" if self.grid else self.name
-
-    @property
-    def index(self) -> int | None:
-        """Its place among the layers before the end of the tower, from 0; None for the end."""
-        return None if self.name == FINAL else int(re.sub(r"\D", "", self.name)) - 1
-
-    def pool(self, features: Tensor) -> Tensor:
-        """Return a map (N, C, H, W) averaged to the grid and flattened: (N, C·h·w), channel by channel."""
-        if self.grid == WHOLE:
-            return features.flatten(1)
-        rows, columns = map(int, self.grid.split("x"))
-        if rows > features.shape[2] or columns > features.shape[3]:
-            there = "x".join(map(str, features.shape[2:]))
-            raise UserError(f"The map of the layer '{self.name}' is {there}: choose no finer grid than that, or 'all'.")
-        return functional.adaptive_avg_pool2d(features, (rows, columns)).flatten(1)
-
-
-END = Layer()
+from cafe.towers.names import WHOLE, Layer
 
 
 class Pass(NamedTuple):
@@ -232,14 +188,25 @@ def read_layers(
 def _take(layer: Layer, whole: Pass | None, maps: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
     if layer.index is not None:
         features = maps[layer.index].float()
-        return layer.pool(features), features
+        return pool_map(layer, features), features
     assert whole is not None
     final = None if whole.final is None else whole.final.float()
     if not layer.grid:
         return whole.pooled.float(), final
     if final is None:
         raise UserError(f"The end of this tower has no known map to pool to '{layer.grid}': write #final alone.")
-    return layer.pool(final), final
+    return pool_map(layer, final), final
+
+
+def pool_map(layer: Layer, features: Tensor) -> Tensor:
+    """Return a map (N, C, H, W) averaged to the layer's grid and flattened: (N, C·h·w), channel by channel."""
+    if layer.grid == WHOLE:
+        return features.flatten(1)
+    rows, columns = map(int, layer.grid.split("x"))
+    if rows > features.shape[2] or columns > features.shape[3]:
+        there = "x".join(map(str, features.shape[2:]))
+        raise UserError(f"The map of the layer '{layer.name}' is {there}: choose no finer grid than that, or 'all'.")
+    return functional.adaptive_avg_pool2d(features, (rows, columns)).flatten(1)
 
 
 def first_output(output: Any) -> Tensor:

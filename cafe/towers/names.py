@@ -7,20 +7,50 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cafe.errors import UserError, unknown
-from cafe.towers.face import read_face_weights
-from cafe.towers.layers import END, Layer
-from cafe.towers.weights import fetch_weights, read_state_dict
 
 PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE", "each with #LAYER/GRID")
+
+
+FINAL = "final"  # the layer at the end of a tower: what its library calls its features
+WHOLE = "all"  # the grid of the map itself
+_LAYER = re.compile(r"(final|stage[1-9]\d*|block[1-9]\d*)(?:/(all|[1-9]\d*x[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a tower and the grid its map is averaged to: `3x3`, `all`, or empty for the library's own pooling."""
+
+    name: str = FINAL
+    grid: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Layer:
+        """Return the layer written `LAYER` or `LAYER/GRID`; without a grid the map of a layer becomes its mean (1x1)."""
+        found = _LAYER.fullmatch(text)
+        if found is None:
+            raise UserError(
+                f"Cannot read the layer '{text}': write #LAYER/GRID behind the tower, such as #stage3/3x3 or #block8/all."
+            )
+        return cls(found[1], found[2] or ("" if found[1] == FINAL else "1x1"))
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.grid}" if self.grid else self.name
+
+    @property
+    def index(self) -> int | None:
+        """Its place among the layers before the end of the tower, from 0; None for the end."""
+        return None if self.name == FINAL else int(re.sub(r"\D", "", self.name)) - 1
+
+
+END = Layer()
 
 
 @dataclass(frozen=True)
@@ -116,13 +146,6 @@ def short_name(name: str) -> str:
     return f"{head}#{layer}" if layer else head
 
 
-def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
-    """Return all tensors of a tower's weights file, fetched from the hub where no file is named."""
-    if spec.library == "dlib":
-        return read_face_weights(str(spec.file))
-    return read_state_dict(spec.file or _fetch(name, spec))
-
-
 def open_clip_name(spec: BackboneSpec) -> str:
     """Return what open_clip calls a model, after making a configuration of the user's known to it."""
     import open_clip
@@ -216,33 +239,3 @@ def _read_config(model: str) -> dict[str, Any]:
     if (Path(open_clip.__file__).parent / "model_configs" / Path(model).name).exists():
         raise UserError(f"The open_clip configuration '{model}' has the name of a built-in model: rename the file.")
     return config
-
-
-def _fetch(name: str, spec: BackboneSpec) -> str:
-    repository, revision, files = _locate(spec)
-    by_file = f"'{spec.library}:{spec.model}@FILE'"
-    if not repository:
-        raise UserError(f"The weights of '{name}' are on no hub: get them from their authors and write {by_file}.")
-    try:
-        return fetch_weights(repository, revision, files)
-    except ConnectionError as error:
-        raise UserError(
-            f"Cannot fetch the weights of '{name}' from their hub ({error}): download them elsewhere and write "
-            f"{by_file}, or use 'imagenet-lite0', whose weights come with the installation."
-        ) from error
-
-
-def _locate(spec: BackboneSpec) -> tuple[str, str | None, list[str]]:
-    """Return repository, revision and the file names to look for, the safe format first."""
-    if spec.library == "open_clip":
-        import open_clip
-
-        location = open_clip.get_pretrained_cfg(spec.model, spec.tag).get("hf_hub", "")
-        repository, _, file = location.rpartition("/")
-        return repository, None, [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    import timm
-
-    config: Any = timm.get_pretrained_cfg(timm_name(spec))
-    repository, _, revision = (config.hf_hub_id or "").partition("@")
-    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return repository, revision or None, files

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from cafe.errors import UserError
 from cafe.towers.building import load_tensors, quiet
-from cafe.towers.layers import END
-from cafe.towers.names import BackboneSpec, open_clip_name, parse_backbone, read_weights
+from cafe.towers.names import END, BackboneSpec, open_clip_name, parse_backbone
+from cafe.towers.weights import read_weights
 
 
 def find_text_tower(name: str) -> BackboneSpec:
