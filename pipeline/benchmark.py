@@ -32,7 +32,7 @@ from cafe.methods.method import Method
 from pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
 
 # What the grid itself decides for every store and every cell, so that a file cannot.
-DECIDED_FEATURES = ("address", "num_cpus", "backbone", "views", "policy", "maps", "channels", "verify")
+DECIDED_FEATURES = ("address", "num_cpus", "backbone", "layers", "views", "policy", "maps", "channels", "verify")
 DECIDED_TRAINING = (
     "address", "num_cpus", "source", "method", "seed", "overrides", "backbone", "views", "policy", "store", "live",
     "targets", "protocol", "threads", "mlflow_uri", "experiment",

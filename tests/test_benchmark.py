@@ -172,7 +172,7 @@ def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) ->
     """Fill a store as the actors of stage one do, in this process."""
     about = describe_store(manifest, settings, know_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
-    embedder = ShardEmbedder(str(store.path), about, str(workspace.manifest_path(manifest.name)), settings, 1, "cpu")
+    embedder = ShardEmbedder({str(store.path): about}, str(workspace.manifest_path(manifest.name)), settings, 1, "cpu")
     for shard in store.pending():
         embedder({"shard": np.array([shard])})
 

@@ -52,7 +52,12 @@ def new_training(name: str, manifest: Manifest, features: Embedder, seed: int = 
         replace(
             method_type.recipe_type(), **{"batch_size": 16, "learning_rate": 1e-3, **QUICK.get(name, {}), **recipe}
         ),
-        Inputs(features.tower.width, image_size=32, backbone=features.tower.name, grid=features.tower.map_shape[1:]),
+        Inputs(
+            features.tower.facts.width,
+            image_size=32,
+            backbone=features.tower.name,
+            grid=features.tower.facts.map_shape[1:],
+        ),
     )
     method.to(memory_format=torch.channels_last)
     dataset = FaceDataset(manifest, PLAN, method.needs, 32, features)

@@ -53,7 +53,7 @@ class Finetune(Method):
         self.tower = load_backbone(inputs.backbone, input_size=inputs.image_size)
         for parameter in find_trained(self.tower, recipe.blocks):
             parameter.requires_grad_(True)
-        self.classifier = nn.Linear(self.tower.width, len(EXPRESSIONS))
+        self.classifier = nn.Linear(self.tower.facts.width, len(EXPRESSIONS))
 
     @classmethod
     def check(cls, inputs: Inputs) -> None:
@@ -102,7 +102,7 @@ def find_trained(tower: FrozenBackbone, blocks: int) -> list[nn.Parameter]:
     parameters = list(tower.requires_grad_(True).parameters())
     cut = row[-blocks].register_forward_pre_hook(_detach) if blocks else nullcontext()
     with cut:
-        features, _ = tower(torch.zeros(1, 3, tower.input_size, tower.input_size))
+        features, _ = tower(torch.zeros(1, 3, tower.facts.input_size, tower.facts.input_size))
     gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     tower.requires_grad_(False)
     return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
