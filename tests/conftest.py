@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,17 @@ def real_faces() -> Path:
     folder = SHARED / "faces"
     if not folder.is_dir():
         pytest.skip("needs the real faces in ../shared/faces, which are not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_ferplus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FERPlus as its repository distributes it, which this project does not ship."""
+    if not (SHARED / "ferplus.tar.xz").is_file():
+        pytest.skip("needs the real FERPlus in ../shared/ferplus.tar.xz, which is not there")
+    folder = tmp_path_factory.mktemp("ferplus")
+    with tarfile.open(SHARED / "ferplus.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
     return folder
 
 

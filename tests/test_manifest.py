@@ -19,7 +19,7 @@ from upath import UPath
 
 from cafe.data import DATASETS
 from cafe.data.indexing import Index, index_files
-from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows
+from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
 from cafe.errors import UserError
 
 
@@ -236,3 +236,17 @@ def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
 )
 def test_a_wrong_call_is_one_sentence(cafe: Cafe, arguments: tuple[str, ...], message: str) -> None:
     assert message in cafe.fail("data", "index", *arguments)
+
+
+def test_a_training_subset_keeps_the_proportions_and_the_other_splits() -> None:
+    faces = [
+        replace(face(n, label), split="train") for label, count in ((0, 60), (1, 30), (2, 9)) for n in range(count)
+    ]
+    faces += [replace(face(n, 1, digest="t"), sample_id=f"t{n}", split="test") for n in range(5)]
+    manifest = Manifest.from_faces("m", "/x", faces)
+    few, more = thin_training(manifest, 10), thin_training(manifest, 40)
+    assert np.bincount(few.labels[few.rows("train")]).tolist() == [6, 3, 1]
+    assert np.bincount(more.labels[more.rows("train")]).tolist() == [24, 12, 4]
+    assert set(few.sample_ids) < set(more.sample_ids)
+    assert len(few.rows("test")) == 5
+    assert thin_training(manifest, 1000).digest == manifest.digest

@@ -1,7 +1,8 @@
 """FERPlus (Barsoum et al., ICMI 2016): the pictures of FER2013 with ten votes each, as its repository lays them out.
 
 The votes are in fer2013new.csv, or in a label.csv beside the pictures; the 48×48 grey pictures are PNG files or the rows of
-fer2013.csv, in the order of fer2013new.csv. Which expression a face shows is decided from its votes by a rule.
+fer2013.csv, in the order of fer2013new.csv. Which expression a face shows is decided from its votes by a rule. The two kinds
+of files disagree in the votes for some 1,600 faces, so each has its own counts.
 """
 
 from __future__ import annotations
@@ -13,24 +14,66 @@ from dataclasses import dataclass
 import numpy as np
 from upath import UPath
 
-from cafe.data.counts import FERPLUS
+from cafe.data.counts import Expected, by_name
 from cafe.data.expressions import EXPRESSIONS, parse_expression
 from cafe.data.indexing import LabelledFile, Listing
-from cafe.data.layouts import Tree, folder_of, parse_number, read_csv, read_records
+from cafe.data.layouts import Tree, check_file_name, folder_of, parse_number, read_csv, read_records
 from cafe.errors import UserError, unknown
 
 CANDIDATES = (
     "neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt", "unknown", "NF",
 )  # fmt: skip
 EMOTIONS = 8  # of the candidates; the last two say that there is none, or no face
+NO_FACE = CANDIDATES.index("NF")
 FOLDERS = {  # Usage in the tables: the folder of the pictures and our split
     "training": ("FER2013Train", "train"),
     "publictest": ("FER2013Valid", "val"),
     "privatetest": ("FER2013Test", "test"),
 }
 VOTE_TABLE = "fer2013new.csv"
+LABEL_FILES = "FER2013{Train,Valid,Test}/label.csv"
 PIXEL_TABLES = ("fer2013.csv", "icml_face_data.csv")  # the same rows; the second has its columns in another order
 SIDE = 48
+
+# What the majority rule leaves of the distributed files, a picture that is listed twice counted once.
+BY_TABLE = "the votes in fer2013new.csv by the majority rule"
+BY_LABELS = "the votes in the three label.csv by the majority rule"
+EXPECTED = {
+    VOTE_TABLE: (
+        Expected(
+            "train",
+            by_name(surprise=3149, fear=532, disgust=119, happiness=7287, sadness=3013, anger=2099, neutral=8739),
+            BY_TABLE,
+        ),
+        Expected(
+            "val",
+            by_name(surprise=415, fear=62, disgust=24, happiness=865, sadness=351, anger=287, neutral=1182),
+            BY_TABLE,
+        ),
+        Expected(
+            "test",
+            by_name(surprise=396, fear=83, disgust=18, happiness=893, sadness=384, anger=273, neutral=1090),
+            BY_TABLE,
+        ),
+    ),
+    LABEL_FILES: (
+        Expected(
+            "train",
+            by_name(surprise=3136, fear=536, disgust=116, happiness=7284, sadness=3022, anger=2098, neutral=8733),
+            BY_LABELS,
+        ),
+        Expected(
+            "val",
+            by_name(surprise=411, fear=60, disgust=25, happiness=862, sadness=348, anger=289, neutral=1180),
+            BY_LABELS,
+        ),
+        Expected(
+            "test",
+            by_name(surprise=394, fear=86, disgust=16, happiness=892, sadness=382, anger=269, neutral=1083),
+            BY_LABELS,
+        ),
+    ),
+}
 
 Rejected = list[tuple[str, str]]
 
@@ -67,6 +110,15 @@ class _Row:
     def path(self) -> str:
         return f"{FOLDERS[self.usage][0]}/{self.file}"
 
+    @property
+    def usable(self) -> bool:
+        return self.usage in FOLDERS and bool(self.votes)
+
+    @property
+    def shows_no_face(self) -> bool:
+        """Whether everybody voted so; the table names no picture in 173 of these rows, and in one that of another row."""
+        return self.votes.index(max(self.votes)) == NO_FACE and sum(self.votes) == self.votes[NO_FACE]
+
 
 def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
     """List the faces of FERPlus labelled by a rule, `majority` as published or `argmax`.
@@ -77,7 +129,8 @@ def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
         raise unknown("rule for FERPlus", rule, RULES)
     tree = Tree.open(root)
     rows, source = _read_votes(tree)
-    labels, dropped, rejected = _label_rows(rows, RULES[rule])
+    spare, repeated = _find_repeated(rows, source)
+    labels, dropped, rejected = _label_rows(rows, spare, RULES[rule])
     names = {folder.casefold() for folder, _ in FOLDERS.values()}
     homes = {
         folder_of(folder) for folder in map(folder_of, tree.images) if folder.rpartition("/")[2].casefold() in names
@@ -93,9 +146,8 @@ def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
             "put fer2013.csv of the FER2013 challenge, or folders of PNG made from it, beside it",
         )
     layout = f"FERPlus: {rule} of the votes in {source}, pictures in {pictures}"
-    # Of argmax only eight-class totals are known, which tell nothing of seven classes.
-    kind, expected = ("ferplus", FERPLUS) if rule == "majority" else (f"ferplus-{rule}", ())
-    return Listing(tree.root, files, layout, kind, 0, dropped, rejected, tree.packed, expected)
+    kind, expected = ("ferplus", EXPECTED[source]) if rule == "majority" else (f"ferplus-{rule}", ())
+    return Listing(tree.root, files, layout, kind, 0, dropped, rejected, tree.packed, expected, repeated)
 
 
 def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
@@ -106,7 +158,7 @@ def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
             _Row(
                 f"{table}, line {number}",
                 row["usage"].casefold(),
-                row["image name"],
+                check_file_name(row["image name"], f"line {number} of {table}"),
                 _parse_votes([row[c] for c in columns]),
             )
             for number, row in read_records(tree.root / table, ("Usage", "Image name", *CANDIDATES))
@@ -117,7 +169,12 @@ def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
             if folder_of(table).rpartition("/")[2].casefold() == folder.casefold():
                 # name, "(0, 0, 48, 48)", ten votes; the box is missing where the repository's script wrote the file
                 rows += [
-                    _Row(f"{table}, line {number}", usage, cells[0], _parse_votes(cells[-len(CANDIDATES) :]))
+                    _Row(
+                        f"{table}, line {number}",
+                        usage,
+                        check_file_name(cells[0], f"line {number} of {table}"),
+                        _parse_votes(cells[-len(CANDIDATES) :]),
+                    )
                     for number, cells in read_csv(tree.root / table)
                 ]
     if not rows:
@@ -125,7 +182,7 @@ def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
             f"votes of FERPlus ({VOTE_TABLE}, or label.csv in FER2013Train, FER2013Valid and FER2013Test)",
             "give the folder of its repository; copies sorted into folders by expression are augmented and are not read",
         )
-    return rows, "FER2013{Train,Valid,Test}/label.csv"
+    return rows, LABEL_FILES
 
 
 def _parse_votes(cells: list[str]) -> list[int]:
@@ -133,15 +190,48 @@ def _parse_votes(cells: list[str]) -> list[int]:
     return votes if len(votes) == len(CANDIDATES) else []
 
 
+def _find_repeated(rows: list[_Row], source: str) -> tuple[set[int], list[str]]:
+    """Return the positions of rows whose picture another row stands for, and a line about each such picture.
+
+    Of rows with equal votes the last stands, as the repository's script overwrites the picture of the first; a row in
+    which nobody saw a face never does. Raises `UserError` naming all pictures listed with different votes.
+    """
+    places: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        if row.usable and row.file:
+            places.setdefault(row.path.casefold(), []).append(position)
+    spare: set[int] = set()
+    lines: list[str] = []
+    disputed: list[str] = []
+    for positions in places.values():
+        if len(positions) == 1:
+            continue
+        standing = [place for place in positions if not rows[place].shows_no_face] or positions
+        line = f"{rows[positions[0]].path} ({'; '.join(rows[place].where for place in positions)})"
+        (lines if len({tuple(rows[place].votes) for place in standing}) == 1 else disputed).append(line)
+        spare |= {*positions} - {standing[-1]}
+    if disputed:
+        raise UserError(
+            f"{source} lists {len(disputed)} pictures more than once with different votes, {', '.join(disputed)}: "
+            "keep one row of each."
+        )
+    return spare, lines
+
+
 def _label_rows(
-    rows: list[_Row], rule: Callable[[Sequence[int]], int | None]
+    rows: list[_Row], spare: set[int], rule: Callable[[Sequence[int]], int | None]
 ) -> tuple[dict[int, int], Counter[str], Rejected]:
-    """Return {position: label} of the rows that have one, how many have none by reason, and those that cannot be used."""
+    """Return {position: label} of the rows that have one, how many have none by reason, and those that cannot be used.
+
+    Spare rows, whose picture another row stands for, are passed over.
+    """
     labels: dict[int, int] = {}
     dropped: Counter[str] = Counter()
     rejected: Rejected = []
     for position, row in enumerate(rows):
-        if row.usage not in FOLDERS or not row.votes:
+        if position in spare:
+            continue
+        if not row.usable:
             rejected.append((row.where, "has no known Usage or not ten votes"))
         elif not row.file:
             dropped["NF"] += 1

@@ -43,7 +43,7 @@ class Listing:
     `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is. `ignored` counts
     files that are no faces of it, `dropped` faces that show none of the seven expressions, by reason; `rejected` names
     label rows that cannot be used (where, reason), and `packed` archives that lie there still packed. `expected` is what a
-    complete copy holds.
+    complete copy holds, and `repeated` names what was listed more than once and counts once.
     """
 
     root: UPath
@@ -55,6 +55,7 @@ class Listing:
     rejected: list[tuple[str, str]] = field(default_factory=list)
     packed: list[str] = field(default_factory=list)
     expected: tuple[Expected, ...] = ()
+    repeated: list[str] = field(default_factory=list)
 
     def counts(self) -> Counter[tuple[str, int]]:
         """Files per (split, label)."""
@@ -77,7 +78,8 @@ class LabelledFile:
 class Index:
     """A manifest and what was seen on the way: `broken` (path, reason) and `duplicates`, groups of equal files.
 
-    `dropped` counts the faces left out because they show none of the seven expressions, by reason.
+    `dropped` counts the faces left out because they show none of the seven expressions, by reason; `repeated` names what
+    was listed more than once and counts once.
     """
 
     manifest: Manifest
@@ -85,6 +87,7 @@ class Index:
     ignored: int
     broken: list[tuple[str, str]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    repeated: list[str] = field(default_factory=list)
 
     @property
     def duplicates(self) -> list[list[str]]:
@@ -94,6 +97,14 @@ class Index:
         for sample_id, digest, box in zip(self.manifest.sample_ids, *columns, strict=True):
             seen.setdefault(f"{digest} {box}", []).append(sample_id)
         return [group for group in seen.values() if len(group) > 1]
+
+    @property
+    def training_twins(self) -> Counter[str]:
+        """How many faces of each other split are also in the training split, byte for byte."""
+        columns = (self.manifest.table[name].to_pylist() for name in ("split", "digest", "box"))
+        faces = [(split, f"{digest} {box}") for split, digest, box in zip(*columns, strict=True)]
+        trained = {face for split, face in faces if split == "train"}
+        return Counter(split for split, face in faces if split != "train" and face in trained)
 
     def counts(self) -> Counter[tuple[str, int]]:
         """Faces per (split, label)."""
@@ -138,7 +149,7 @@ def index_files(
         reason = f" (first: {broken[0][0]}: {broken[0][1]})" if broken else ""
         raise UserError(f"No readable face image below {listing.root}{reason}: give the folder that holds the faces.")
     manifest = Manifest.from_faces(name, str(listing.root), assign_splits(faces), listing.kind)
-    return Index(manifest, listing.layout, listing.ignored, sorted(broken), listing.dropped)
+    return Index(manifest, listing.layout, listing.ignored, sorted(broken), listing.dropped, listing.repeated)
 
 
 def _open_all(listing: Listing) -> Iterator[Face | tuple[str, str]]:

@@ -102,6 +102,13 @@ def relative(path: str, folder: str) -> str:
     return path.removeprefix(f"{folder}/") if folder else path
 
 
+def check_file_name(name: str, where: str) -> str:
+    """Return a name from a table; raise `UserError` when it is a path, which could lead out of the data set's folder."""
+    if "/" in name or "\\" in name or name in (".", ".."):
+        raise UserError(f"The picture {name!r} of {where} lies in another folder: give the name of its file alone.")
+    return name
+
+
 def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, stripped cells) of every line that is not blank; a byte-order mark and CRLF play no part.
 

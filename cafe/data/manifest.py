@@ -176,6 +176,30 @@ def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tupl
     return rows[~held], rows[held]
 
 
+def thin_training(manifest: Manifest, faces: int) -> Manifest:
+    """Return a manifest with at most `faces` training faces, in the expressions' proportions; other splits stay whole.
+
+    Faces are taken in the order of the hash of their sample_id, the same everywhere.
+    """
+    rows = manifest.rows("train")
+    order = sorted(rows, key=lambda row: hashlib.sha256(manifest.sample_ids[row].encode()).digest())
+    left_out = set(rows)
+    for label, count in _share_out(Counter(manifest.labels[rows].tolist()), faces).items():
+        left_out -= set([row for row in order if manifest.labels[row] == label][:count])
+    return replace(manifest, table=manifest.table.take([row for row in range(len(manifest)) if row not in left_out]))
+
+
+def _share_out(counts: Counter[int], total: int) -> dict[int, int]:
+    """Return what each class gets of a total in proportion to its count, whole numbers by the largest remainder."""
+    total = min(total, counts.total())
+    exact = {label: total * count / counts.total() for label, count in counts.items()}
+    shares = {label: int(share) for label, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda label: (shares[label] - exact[label], label))
+    for label in by_remainder[: total - sum(shares.values())]:
+        shares[label] += 1
+    return shares
+
+
 def _unit(group: str | None, digest: str) -> str:
     return f"group {group}" if group else f"image {digest}"
 
