@@ -29,15 +29,14 @@ def data() -> None:
 @click.option(
     "--ferplus-rule", type=click.Choice(["majority", "argmax"]), help="How votes become a label; default: majority."
 )
+@click.option("--root", "pictures", help="Folder the paths of a table are relative to; default: that of the table.")
 @click.option("--accept-counts", is_flag=True, help="Index a copy whose counts are not the published ones.")
 @click.option(
     "--train-faces",
     type=click.IntRange(min=7),
     help="Keep this many training faces, in the expressions' proportions; other splits stay whole. Default: all.",
 )
-def index(
-    kind: str, root: str, name: str, ferplus_rule: str | None, accept_counts: bool, train_faces: int | None
-) -> None:
+def index(kind: str, root: str, name: str, accept_counts: bool, train_faces: int | None, **choices: str | None) -> None:
     """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
 
     \b
@@ -45,26 +44,18 @@ def index(
     KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
     KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is given out, in any wrapper folders
     """
-    from cafe.data import DATASETS
     from cafe.data.indexing import index_files
     from cafe.data.manifest import thin_training
     from jobs.data_tables import index_tables
-    from pipeline.workspace import check_name, locate
+    from pipeline.workspace import check_name
 
-    if kind not in DATASETS:
-        raise unknown("kind of data set", kind, DATASETS)
-    if ferplus_rule and kind != "ferplus":
-        raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
     check_name(name)
     workspace = open_workspace()
-    listing = DATASETS[kind](locate(root), **({"rule": ferplus_rule} if ferplus_rule else {}))
+    listing = _read(kind, root, **choices)
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
     with progress_bar("Reading") as progress:
-        opened = iter(range(1, len(listing.files) + 1))
-        result = index_files(
-            name, listing, lambda _: progress(next(opened), len(listing.files)), workspace.image_path(name)
-        )
+        result = index_files(name, listing, progress, workspace.image_path(name))
     counts, training = result.counts(), len(result.manifest.rows("train"))
     if train_faces:
         result = replace(result, manifest=thin_training(result.manifest, train_faces))
@@ -78,9 +69,25 @@ def index(
     click.echo(f"Wrote {path}")
 
 
+def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
+    """List a data set with the options that its kind knows; raise `UserError` for others."""
+    from cafe.data import DATASETS
+    from pipeline.workspace import locate
+
+    if kind not in DATASETS:
+        raise unknown("kind of data set", kind, DATASETS)
+    if ferplus_rule and kind != "ferplus":
+        raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
+    if pictures and kind != "table":
+        raise UserError(f"--root {pictures} has no meaning for {kind}: it is for table alone.")
+    choices: dict[str, Any] = {"rule": ferplus_rule} if ferplus_rule else {}
+    choices |= {"root": locate(pictures)} if pictures else {}
+    return DATASETS[kind](locate(root), **choices)
+
+
 def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
     """Print where a copy is not the published one, doubtful numbers only with `warn`; raise `UserError` for the others."""
-    from cafe.data.counts import count_differences
+    from cafe.data.indexing import count_differences
     from jobs.data_tables import counts_tables
 
     differences = count_differences(listing.expected, found)
@@ -111,9 +118,8 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
     for domain in domains:
         if domain not in DOMAINS:
             raise unknown("synthetic domain", domain, DOMAINS)
-    workspace = open_workspace()
     with progress_bar("Drawing faces", "domains") as progress:
-        manifests = synthesise(workspace, list(domains or DOMAINS), faces, seed, progress)
+        manifests = synthesise(open_workspace(), list(domains or DOMAINS), faces, seed, progress)
     for manifest in manifests:
         click.echo(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
+from cafe.errors import UserError
+
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per training
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
-NEED_RAY = {"test_benchmark.py", "test_datasets.py", "test_extract.py", "test_manifest.py", "test_train.py"}
+NEED_RAY = {"test_benchmark.py", "test_extract.py", "test_train.py"}
 COLOURS = {"happiness": (220, 180, 40), "sadness": (40, 60, 160), "anger": (200, 40, 40)}
 
 
@@ -131,6 +133,15 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for node in reversed(nodes):
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
+
+
+def complaint(function: Callable[..., object], *arguments: object) -> str:
+    """Call a function and return the sentence of the `UserError` it raises, or nothing; anything else is a bug."""
+    try:
+        function(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 class Cafe:

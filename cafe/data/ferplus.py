@@ -7,16 +7,14 @@ of files disagree in the votes for some 1,600 faces, so each has its own counts.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from upath import UPath
 
-from cafe.data.counts import Expected, by_name
 from cafe.data.expressions import EXPRESSIONS, parse_expression
-from cafe.data.indexing import LabelledFile, Listing
+from cafe.data.indexing import Expected, Listing
 from cafe.data.layouts import Tree, check_file_name, folder_of, parse_number, read_csv, read_records
 from cafe.errors import UserError, unknown
 
@@ -32,50 +30,26 @@ FOLDERS = {  # Usage in the tables: the folder of the pictures and our split
 }
 VOTE_TABLE = "fer2013new.csv"
 LABEL_FILES = "FER2013{Train,Valid,Test}/label.csv"
+PICTURE_FOLDERS = "FER2013{Train,Valid,Test}/*.png"
 PIXEL_TABLES = ("fer2013.csv", "icml_face_data.csv")  # the same rows; the second has its columns in another order
 SIDE = 48
 
-# What the majority rule leaves of the distributed files, a picture that is listed twice counted once.
+# What the majority rule leaves of the distributed files, a picture that is listed twice counted once:
+# surprise, fear, disgust, happiness, sadness, anger, neutral.
 BY_TABLE = "the votes in fer2013new.csv by the majority rule"
 BY_LABELS = "the votes in the three label.csv by the majority rule"
 EXPECTED = {
     VOTE_TABLE: (
-        Expected(
-            "train",
-            by_name(surprise=3149, fear=532, disgust=119, happiness=7287, sadness=3013, anger=2099, neutral=8739),
-            BY_TABLE,
-        ),
-        Expected(
-            "val",
-            by_name(surprise=415, fear=62, disgust=24, happiness=865, sadness=351, anger=287, neutral=1182),
-            BY_TABLE,
-        ),
-        Expected(
-            "test",
-            by_name(surprise=396, fear=83, disgust=18, happiness=893, sadness=384, anger=273, neutral=1090),
-            BY_TABLE,
-        ),
+        Expected("train", (3149, 532, 119, 7287, 3013, 2099, 8739), BY_TABLE),
+        Expected("val", (415, 62, 24, 865, 351, 287, 1182), BY_TABLE),
+        Expected("test", (396, 83, 18, 893, 384, 273, 1090), BY_TABLE),
     ),
     LABEL_FILES: (
-        Expected(
-            "train",
-            by_name(surprise=3136, fear=536, disgust=116, happiness=7284, sadness=3022, anger=2098, neutral=8733),
-            BY_LABELS,
-        ),
-        Expected(
-            "val",
-            by_name(surprise=411, fear=60, disgust=25, happiness=862, sadness=348, anger=289, neutral=1180),
-            BY_LABELS,
-        ),
-        Expected(
-            "test",
-            by_name(surprise=394, fear=86, disgust=16, happiness=892, sadness=382, anger=269, neutral=1083),
-            BY_LABELS,
-        ),
+        Expected("train", (3136, 536, 116, 7284, 3022, 2098, 8733), BY_LABELS),
+        Expected("val", (411, 60, 25, 862, 348, 289, 1180), BY_LABELS),
+        Expected("test", (394, 86, 16, 892, 382, 269, 1083), BY_LABELS),
     ),
 }
-
-Rejected = list[tuple[str, str]]
 
 
 def choose_majority(votes: Sequence[int]) -> int | None:
@@ -106,9 +80,20 @@ class _Row:
     file: str
     votes: list[int]
 
+    @classmethod
+    def parse(cls, where: str, usage: str, file: str, cells: list[str]) -> _Row:
+        """Return a row of a label file; raise `UserError` for a picture in another folder."""
+        votes = [number for number in map(parse_number, cells) if number is not None and number >= 0]
+        votes = votes if len(votes) == len(CANDIDATES) else []
+        return cls(where, usage.casefold(), check_file_name(file, where), votes)
+
     @property
     def path(self) -> str:
         return f"{FOLDERS[self.usage][0]}/{self.file}"
+
+    @property
+    def split(self) -> str:
+        return FOLDERS[self.usage][1]
 
     @property
     def usable(self) -> bool:
@@ -117,7 +102,7 @@ class _Row:
     @property
     def shows_no_face(self) -> bool:
         """Whether everybody voted so; the table names no picture in 173 of these rows, and in one that of another row."""
-        return self.votes.index(max(self.votes)) == NO_FACE and sum(self.votes) == self.votes[NO_FACE]
+        return sum(self.votes) == self.votes[NO_FACE] > 0
 
 
 def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
@@ -129,25 +114,23 @@ def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
         raise unknown("rule for FERPlus", rule, RULES)
     tree = Tree.open(root)
     rows, source = _read_votes(tree)
-    spare, repeated = _find_repeated(rows, source)
-    labels, dropped, rejected = _label_rows(rows, spare, RULES[rule])
-    names = {folder.casefold() for folder, _ in FOLDERS.values()}
-    homes = {
-        folder_of(folder) for folder in map(folder_of, tree.images) if folder.rpartition("/")[2].casefold() in names
-    }
-    if homes:
-        tree = tree.below(tree.choose(homes, "the folders FER2013Train, … of FERPlus"))
-        files, pictures = _find_pictures(tree, rows, labels, rejected), "FER2013{Train,Valid,Test}/*.png"
-    elif source == VOTE_TABLE and (table := tree.find_one(*PIXEL_TABLES)):
-        files, pictures = _read_pixels(tree.root / table, rows, labels, rejected), table
-    else:
-        raise tree.lack(
-            f"pictures for {source}",
-            "put fer2013.csv of the FER2013 challenge, or folders of PNG made from it, beside it",
-        )
-    layout = f"FERPlus: {rule} of the votes in {source}, pictures in {pictures}"
     kind, expected = ("ferplus", EXPECTED[source]) if rule == "majority" else (f"ferplus-{rule}", ())
-    return Listing(tree.root, files, layout, kind, 0, dropped, rejected, tree.packed, expected, repeated)
+    folders = {name.casefold() for name, _ in FOLDERS.values()}
+    homes = {folder_of(home) for home in map(folder_of, tree.images) if home.rpartition("/")[2].casefold() in folders}
+    if homes:
+        tree, pictures = tree.below(tree.choose(homes, "the folders FER2013Train, … of FERPlus")), PICTURE_FOLDERS
+    elif source == VOTE_TABLE and (tables := [name for name in PIXEL_TABLES if tree.find(name)]):
+        pictures = tree.choose(tree.find(tables[0]), tables[0])
+    else:
+        remedy = "put fer2013.csv of the FER2013 challenge, or folders of PNG made from it, beside it"
+        raise tree.lack(f"pictures for {source}", remedy)
+    found = tree.start(kind, f"FERPlus: {rule} of the votes in {source}, pictures in {pictures}", expected)
+    labels = _label_rows(rows, source, RULES[rule], found)
+    if homes:
+        _find_pictures(tree, rows, labels, found)
+    else:
+        _read_pixels(tree.root / pictures, rows, labels, found)
+    return found
 
 
 def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
@@ -155,12 +138,7 @@ def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
     if table := tree.find_one(VOTE_TABLE):
         columns = [name.casefold() for name in CANDIDATES]
         return [
-            _Row(
-                f"{table}, line {number}",
-                row["usage"].casefold(),
-                check_file_name(row["image name"], f"line {number} of {table}"),
-                _parse_votes([row[c] for c in columns]),
-            )
+            _Row.parse(f"{table}, line {number}", row["usage"], row["image name"], [row[name] for name in columns])
             for number, row in read_records(tree.root / table, ("Usage", "Image name", *CANDIDATES))
         ], VOTE_TABLE
     rows = []
@@ -169,12 +147,7 @@ def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
             if folder_of(table).rpartition("/")[2].casefold() == folder.casefold():
                 # name, "(0, 0, 48, 48)", ten votes; the box is missing where the repository's script wrote the file
                 rows += [
-                    _Row(
-                        f"{table}, line {number}",
-                        usage,
-                        check_file_name(cells[0], f"line {number} of {table}"),
-                        _parse_votes(cells[-len(CANDIDATES) :]),
-                    )
+                    _Row.parse(f"{table}, line {number}", usage, cells[0], cells[-len(CANDIDATES) :])
                     for number, cells in read_csv(tree.root / table)
                 ]
     if not rows:
@@ -183,11 +156,6 @@ def _read_votes(tree: Tree) -> tuple[list[_Row], str]:
             "give the folder of its repository; copies sorted into folders by expression are augmented and are not read",
         )
     return rows, LABEL_FILES
-
-
-def _parse_votes(cells: list[str]) -> list[int]:
-    votes = [number for number in map(parse_number, cells) if number is not None and number >= 0]
-    return votes if len(votes) == len(CANDIDATES) else []
 
 
 def _find_repeated(rows: list[_Row], source: str) -> tuple[set[int], list[str]]:
@@ -219,61 +187,53 @@ def _find_repeated(rows: list[_Row], source: str) -> tuple[set[int], list[str]]:
 
 
 def _label_rows(
-    rows: list[_Row], spare: set[int], rule: Callable[[Sequence[int]], int | None]
-) -> tuple[dict[int, int], Counter[str], Rejected]:
-    """Return {position: label} of the rows that have one, how many have none by reason, and those that cannot be used.
-
-    Spare rows, whose picture another row stands for, are passed over.
-    """
+    rows: list[_Row], source: str, rule: Callable[[Sequence[int]], int | None], found: Listing
+) -> dict[int, int]:
+    """Return {position: label} of the rows that have one; note all others in the listing."""
+    spare, found.repeated = _find_repeated(rows, source)
     labels: dict[int, int] = {}
-    dropped: Counter[str] = Counter()
-    rejected: Rejected = []
     for position, row in enumerate(rows):
         if position in spare:
             continue
         if not row.usable:
-            rejected.append((row.where, "has no known Usage or not ten votes"))
+            found.reject(row.where, "has no known Usage or not ten votes")
         elif not row.file:
-            dropped["NF"] += 1
+            found.dropped["NF"] += 1
         elif (chosen := rule(row.votes)) is None:
-            dropped["undecided"] += 1
+            found.dropped["undecided"] += 1
         elif CANDIDATES[chosen] in EXPRESSIONS:
             labels[position] = parse_expression(CANDIDATES[chosen])
         else:
-            dropped[CANDIDATES[chosen]] += 1
-    return labels, dropped, rejected
+            found.dropped[CANDIDATES[chosen]] += 1
+    return labels
 
 
-def _find_pictures(tree: Tree, rows: list[_Row], labels: dict[int, int], rejected: Rejected) -> list[LabelledFile]:
-    files = []
+def _find_pictures(tree: Tree, rows: list[_Row], labels: dict[int, int], found: Listing) -> None:
     for position, label in labels.items():
-        row = rows[position]
-        if path := tree.get(row.path):
-            files.append(LabelledFile(path, label, FOLDERS[row.usage][1]))
+        if path := tree.get(rows[position].path):
+            found.add(path, label, rows[position].split)
         else:
-            rejected.append((row.path, "file not found"))
-    return files
+            found.reject(rows[position].path, "file not found")
 
 
-def _read_pixels(table: UPath, rows: list[_Row], labels: dict[int, int], rejected: Rejected) -> list[LabelledFile]:
-    """Return the labelled rows of fer2013.csv; raise `UserError` when its rows are not those the votes were given for."""
-    files, count = [], 0
+def _read_pixels(table: UPath, rows: list[_Row], labels: dict[int, int], found: Listing) -> None:
+    """Add the labelled rows of fer2013.csv; raise `UserError` when its rows are not those the votes were given for."""
+    count = 0
     for position, (number, record) in enumerate(read_records(table, ("pixels", "Usage"))):
         count += 1
         if position >= len(rows) or record["usage"].casefold() != rows[position].usage:
             break
         if position in labels:
-            row = rows[position]
-            pixels = _parse_pixels(record["pixels"])
+            row, pixels = rows[position], _parse_pixels(record["pixels"])
             if pixels is None:
-                rejected.append((row.path, f"line {number} of {table.name} has not {SIDE}×{SIDE} grey values"))
+                found.reject(row.path, f"line {number} of {table.name} does not hold {SIDE}×{SIDE} grey values")
             else:
-                files.append(LabelledFile(row.path, labels[position], FOLDERS[row.usage][1], pixels=pixels))
+                found.add(row.path, labels[position], row.split, pixels=pixels)
     else:
         if count == len(rows):
-            return files
+            return
     raise UserError(
-        f"Row {min(count, len(rows))} of {table} is not that of {VOTE_TABLE}: both must have all rows in their order, "
+        f"Row {min(count, len(rows))} of {table} is not that of {VOTE_TABLE}: both must have all rows in the same order, "
         "so unpack the original files again."
     )
 
