@@ -23,14 +23,16 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError
+from cafe.files import read_json, write_json
 from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
 from cafe.towers.embedding import Embedder
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.progress import Progress
+from pipeline.records import check_record
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
-from pipeline.workspace import Workspace, locate, read_json, with_tuples, write_json
+from pipeline.workspace import Workspace, locate
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -99,7 +101,7 @@ def know_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
         asked = f"{settings.backbone} {settings.input_size} {content}"
         note = workspace.root / "towers" / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
         if record := read_json(note):
-            return TowerFacts(**with_tuples(record))
+            return check_record(record, TowerFacts, str(note))
     facts = load_backbone(settings.backbone, settings.precision, settings.input_size).facts
     if note:
         write_json(note, asdict(facts))

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from upath import UPath
 
-from cafe.data.manifest import Manifest
+from cafe.files import write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
-from pipeline.runs import RunSpec, Target, choose_rows
-from pipeline.workspace import locate, write_json
+from pipeline.faces import choose_rows
+from pipeline.models import build_method, make_dataset, make_live_dataset
+from pipeline.runs import RunSpec
+from pipeline.workspace import locate
 
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 
@@ -36,16 +38,15 @@ def train_worker(config: dict[str, Any]) -> None:
     cores = max(1, len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size())
     torch.set_num_threads(min(cores, config["threads"] or cores))
 
-    store = config["store"]
-    source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))
+    source = config["source"]
     rows, held_out = choose_rows(source, spec.selection)
-    method = spec.build().to(device).to(memory_format=torch.channels_last)
+    method = build_method(spec).to(device).to(memory_format=torch.channels_last)
     if not method.trained:
         if rank() == 0:
-            fit(method, spec.dataset(source), rows, device)
+            fit(method, make_dataset(spec, source), rows, device)
             _save_result(run, method.state_dict(), {"epochs": 0})
         return
-    dataset = spec.live_dataset(source, str(device)) if spec.live else spec.dataset(source)
+    dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source)
     loaders = config["loader_workers"]
     if rank() == 0 and ray.train.get_checkpoint() is None:
         prepare(method, dataset, rows, spec.seed, device, loaders)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cafe, draw_faces
+from pipeline.plan import BenchmarkPlan, plan_benchmark
 from upath import UPath
 
 from cafe.data import DATASETS
@@ -26,7 +27,6 @@ from pipeline.benchmark import run_benchmark
 from pipeline.evaluate import log_results, predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower
 from pipeline.grid import DECIDED_FEATURES, DECIDED_TRAINING, Grid, parse_grid, read_grid
-from pipeline.plan import BenchmarkPlan, plan_benchmark
 from pipeline.progress import no_bar
 from pipeline.runs import choose_rows, is_finished
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cafe, draw_faces
+from pipeline.compare import Comparison, compare, compare_classes, name_variants
+from pipeline.sheets import main_sheet
 from safetensors.torch import load_file
 from upath import UPath
 
@@ -18,10 +20,8 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.results.metrics import score
 from cafe.results.predictions import Predictions
-from pipeline.compare import Comparison, compare, compare_classes, name_variants
 from pipeline.evaluate import summarise
 from pipeline.settings import TrainSettings
-from pipeline.sheets import main_sheet
 from pipeline.tracking import TrackedRun, Tracker
 from pipeline.train import plan_training
 from pipeline.workspace import Workspace
