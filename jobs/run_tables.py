@@ -1,40 +1,14 @@
-"""Tables of the commands that compute: a run's scores, the plan of a benchmark, the cells that failed."""
+"""Tables of the commands that compute: the plan of a benchmark, and the cells that failed."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 
-import pandas as pd
 from rich.table import Column, Table
 
-from cafe.results.scores import average_unseen
 from pipeline.cells import Failures, first_line
 from pipeline.grid import BenchmarkPlan
-
-
-def scores_table(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Table:
-    """One run's scores by one protocol, in percent: a line per target and the mean over the unseen ones.
-
-    Leak-free accuracy stands beside, with the number of faces it leaves out, where it is asked for.
-    """
-    names = {"accuracy": "accuracy", "mean_class_accuracy": "mean-class accuracy", "macro_f1": "macro-F1"}
-    further = [] if leak_free is None else ["leak-free accuracy", "left out"]
-    table = Table("target", *(Column(name, justify="right") for name in (*names.values(), *further)))
-    for place, (_, row) in enumerate(scores.iterrows()):
-        free = leak_free.iloc[place] if leak_free is not None else None
-        others = [] if free is None else [_percent(free["accuracy"]), f"{free['left_out']:,}"]
-        table.add_row(row["target"], *(_percent(row[name]) for name in names), *others)
-    free_means = [] if leak_free is None else [_percent(value) for value in average_unseen(leak_free)["accuracy"]]
-    for _, means in average_unseen(scores).iterrows():
-        table.add_section()
-        table.add_row("mean of unseen", *(_percent(means[name]) for name in names), *free_means)
-    return table
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:

@@ -180,13 +180,16 @@ def _check_mirror(mirror: Mirror) -> Mirror:
 
 
 def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
+    from cafe.report.sheets import run_sheet
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.scores import read_runs, read_scores
-    from jobs.run_tables import scores_table
+    from jobs.results import sheet_tables
 
     runs, known = read_runs([run]), workspace.manifest_names()
+    scores = read_scores(runs, known, [protocol])
     leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
-    show(scores_table(read_scores(runs, known, [protocol]), leak_free))
+    for table in sheet_tables([run_sheet(scores, leak_free)]):
+        show(table)
 
 
 def _warn(mirror: Mirror) -> None:

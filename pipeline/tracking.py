@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -19,9 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from threading import RLock
 from typing import Any
 
@@ -37,8 +35,6 @@ from pipeline.workspace import Workspace
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the server was last brought to
-FILES = "files.json"  # an artifact: the SHA-256 of every other one
-PULLABLE = re.compile(r"run\.json|predictions/([a-z]+/)?[^/\\]+\.parquet")
 SLEEP = 60.0  # seconds until a server that was down is asked again
 
 
@@ -52,15 +48,15 @@ class Page:
     points: Mapping[tuple[str, int], float]  # by metric and step
     tags: Mapping[str, str]
     files: Mapping[str, UPath]  # by artifact
-    digests: Mapping[str, str]  # SHA-256 by artifact
     inputs: tuple[tuple[str, str, str], ...] = ()  # context, name and digest of each data set
     parent: str | None = None  # the benchmark it belongs to
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names all that is shown."""
         points = [[name, step, value] for (name, step), value in sorted(self.points.items())]
-        rest = [self.status, self.params, points, self.tags, self.digests, self.inputs, self.parent]
+        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
+        rest = [self.status, self.params, points, self.tags, files, self.inputs, self.parent]
         return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -87,16 +83,12 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
         tags["mlflow.source.git.commit"] = run.derived["code"]
     status = status or ended.get("status", "RUNNING")
     params = {**run.settings, **run.derived}
-    return Page(run.name, status, params, points, tags, files, _digests(files), tuple(sorted(inputs)), benchmark)
+    return Page(run.name, status, params, points, tags, files, tuple(sorted(inputs)), benchmark)
 
 
 def _artifact(path: Any) -> str:
     """Name a file of a run as an artifact: figures lie at the top, by their kind."""
     return str(path).removeprefix("figures/")
-
-
-def _digests(files: Mapping[str, UPath]) -> dict[str, str]:
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def describe_benchmark(folder: UPath, status: str | None) -> Page:
@@ -110,7 +102,7 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
         name: value if isinstance(value, str | int | float) else json.dumps(value) for name, value in record.items()
     }
     status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
-    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files, _digests(files))
+    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files)
 
 
 def name_metrics(scores: pd.DataFrame) -> dict[str, float]:
@@ -214,7 +206,7 @@ class Mirror:
     def pull(self, experiment: str) -> list[UPath]:
         """Copy the runs of an experiment into the workspace's cache and return their folders; raise `UserError`.
 
-        What the cache holds already, by digest, is not copied again; a run that was logged without its files is left out.
+        What the cache holds already, by digest, is not copied again; a run that is not mirrored completely is left out.
         """
         with quiet_mlflow() as mlflow:
             client = mlflow.MlflowClient(self.address)
@@ -222,32 +214,33 @@ class Mirror:
                 found = {place.name: place.experiment_id for place in client.search_experiments()}
                 if experiment not in found:
                     raise unknown("experiment", experiment, found.keys() - {"Default"})
-                runs = [run for run in list_runs(client, found[experiment]) if MIRRORED in run.data.tags]
-                return [folder for run in runs if (folder := self._pull_run(client, run, experiment))]
+                runs = [run for run in list_runs(client, found[experiment]) if "cafe.group" in run.data.tags]
+                return [self._pull_run(client, run, experiment) for run in runs if MIRRORED in run.data.tags]
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"MLflow at {self.address} cannot be read ({reason}): check --mlflow-uri.") from None
 
-    def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath | None:
-        """Copy a run's description and predictions, checking each digest; None for what is no run, or has no files."""
-        folder: UPath = self.workspace.root / "pulled" / run.data.tags[MIRRORED] / str(run.info.run_name)
-        if (folder / PULLED).exists():
-            return folder
-        with tempfile.TemporaryDirectory() as temporary:
-            digests = read_json(UPath(client.download_artifacts(run.info.run_id, FILES, temporary))) or {}
-            if "run.json" not in digests:
-                return None
-            for name in filter(PULLABLE.fullmatch, digests):
-                content = Path(client.download_artifacts(run.info.run_id, name, temporary)).read_bytes()
-                if hashlib.sha256(content).hexdigest() != digests[name]:
-                    raise UserError(
-                        f"{name} of the run {run.info.run_name!r} is damaged at {self.address}: run `cafe mlflow sync` in "
-                        "the workspace it was made in."
-                    )
-                write_file(folder / name, content)
-        write_json(folder / "experiments" / f"{experiment}.json", {"benchmark": None})
-        write_json(folder / PULLED, {"uri": self.address, "run_id": run.info.run_id})  # last: the copy is whole
+    def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
+        """Copy a run's description and predictions, unless the cache has them as they are."""
+        run_id, name = run.info.run_id, run.info.run_name
+        folder: UPath = self.workspace.root / "pulled" / run.data.tags[MIRRORED] / name
+        if not (folder / PULLED).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            there = {entry.path for entry in client.list_artifacts(run_id)}
+            with tempfile.TemporaryDirectory() as temporary:
+                for part in sorted(there & {"run.json", "predictions"}):
+                    client.download_artifacts(run_id, part, temporary)
+                copy_folder(UPath(temporary), folder)
+            write_json(folder / "experiments" / f"{experiment}.json", {"benchmark": None})
+            write_json(folder / PULLED, {"uri": self.address, "run_id": run_id})  # last: the copy is whole
         return folder
+
+
+def copy_folder(folder: UPath, place: UPath) -> None:
+    """Copy all files of a folder, a run's description last: from then on the run is there."""
+    files = {str(path.relative_to(folder)): path for path in folder.glob("**/*") if path.is_file()}
+    for name in sorted(files, key=lambda name: name == "run.json"):
+        write_file(place / name, files[name].read_bytes())
 
 
 def bring(client: Any, experiment: str, page: Page) -> None:
@@ -320,113 +313,11 @@ def log_inputs(client: Any, tracked: Any, page: Page) -> None:
 
 
 def log_files(client: Any, tracked: Any, page: Page) -> None:
-    """Keep copies of the files that are not there yet as artifacts, then the list of their digests."""
+    """Keep copies of the files as artifacts."""
     with tempfile.TemporaryDirectory() as temporary:
-        there: dict[str, Any] = {}
-        if MIRRORED in tracked.data.tags:
-            there = read_json(UPath(client.download_artifacts(tracked.info.run_id, FILES, temporary))) or {}
-        copies = Path(temporary) / "copies"
         for name, path in page.files.items():
-            if there.get(name) != page.digests[name]:
-                write_file(UPath(copies / name), path.read_bytes())
-        write_json(UPath(copies / FILES), dict(page.digests))
-        client.log_artifacts(tracked.info.run_id, str(copies))
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """A run as MLflow keeps it."""
-
-    run_id: str
-    name: str
-    params: dict[str, str]
-    metrics: dict[str, float]
-    tags: dict[str, str]
-
-
-class Tracker:
-    """An experiment on a tracking server; `uri` defaults to `mlflow.db` in the workspace."""
-
-    def __init__(self, workspace: Workspace, uri: str | None, experiment: str) -> None:
-        self.uri = uri or default_uri(workspace)
-        self.parent: str | None = None
-        with quiet_mlflow() as mlflow:
-            self.client = mlflow.MlflowClient(tracking_uri=self.uri)
-            found = self.client.get_experiment_by_name(experiment)
-            if found is None:
-                # A server chooses its own place for artifacts; the local database keeps them beside it.
-                place = None if uri else (workspace.root / "artifacts").as_uri()
-                self.experiment_id = self.client.create_experiment(experiment, artifact_location=place)
-            else:
-                self.experiment_id = found.experiment_id
-
-    def below(self, parent: str) -> Tracker:
-        """Return this tracker for the runs of a benchmark, which MLflow shows below the run `parent`."""
-        child = copy(self)
-        child.parent = parent
-        return child
-
-    def start(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> str:
-        """Return the MLflow id of the run of that name, created with its parameters when it is new."""
-        family = {PARENT: self.parent} if self.parent else {}
-        found = self._search(f"attributes.run_name = '{name}'")
-        if found:
-            self.client.update_run(found[0].info.run_id, "RUNNING")
-            for key, value in family.items():
-                self.tag(found[0].info.run_id, key, value)
-            return str(found[0].info.run_id)
-        run = self.client.create_run(self.experiment_id, run_name=name, tags={**tags, **family})
-        for key, value in params.items():
-            self.client.log_param(run.info.run_id, key, value)
-        return str(run.info.run_id)
-
-    def log(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics of a step, all in one transaction."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self.client.log_batch(run_id, [Metric(name, value, now, step) for name, value in metrics.items()])
-
-    def tag(self, run_id: str, name: str, value: str) -> None:
-        """Set a tag of a run."""
-        self.client.set_tag(run_id, name, value)
-
-    def logged_steps(self, run_id: str, metric: str) -> set[int]:
-        """The steps a metric was already logged for."""
-        return {point.step for point in self.client.get_metric_history(run_id, metric)}
-
-    def log_file(self, run_id: str, path: UPath, folder: str) -> None:
-        """Keep a copy of a file as an artifact."""
-        with tempfile.TemporaryDirectory() as temporary:
-            copy = Path(temporary) / path.name
-            copy.write_bytes(path.read_bytes())
-            self.client.log_artifact(run_id, str(copy), folder)
-
-    def log_text(self, run_id: str, text: str, name: str) -> None:
-        """Keep a text as an artifact."""
-        self.client.log_text(run_id, text, name)
-
-    def finish(self, run_id: str, status: str = "FINISHED") -> None:
-        """Close a run as FINISHED, FAILED or KILLED."""
-        self.client.set_terminated(run_id, status)
-
-    def runs(self) -> list[TrackedRun]:
-        """Every run of the experiment, oldest first."""
-        return [
-            TrackedRun(run.info.run_id, run.info.run_name, run.data.params, run.data.metrics, run.data.tags)
-            for run in self._search("")
-        ]
-
-    def _search(self, query: str) -> list[Any]:
-        pages, token = [], None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment_id], query, order_by=["attributes.start_time ASC"], page_token=token
-            )
-            pages += list(page)
-            token = page.token
-            if not token:
-                return pages
+            write_file(UPath(temporary) / name, path.read_bytes())
+        client.log_artifacts(tracked.info.run_id, temporary)
 
 
 def adopt_run(workspace: Workspace, folder: UPath) -> bool:
@@ -434,9 +325,7 @@ def adopt_run(workspace: Workspace, folder: UPath) -> bool:
     place = workspace.run_path(folder.name)
     if (place / "run.json").exists():
         return False
-    files = {str(path.relative_to(folder)): path for path in folder.glob("**/*") if path.is_file()}
-    for name in sorted(files, key=lambda name: name == "run.json"):  # last: from here on the run is there
-        write_file(place / name, files[name].read_bytes())
+    copy_folder(folder, place)
     return True
 
 

@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Cafe
 from PIL import Image, ImageEnhance
+from pipeline.compare import compare
+from pipeline.leaks import add_leak_free, leak_free_scores
+from pipeline.sheets import main_sheet
 from upath import UPath
 
 from cafe.data import DATASETS
@@ -24,11 +27,8 @@ from cafe.learning.views import ViewPlan
 from cafe.results.predictions import Predictions
 from cafe.synthetic.domains import render, write
 from pipeline.audit import audit
-from pipeline.compare import compare
 from pipeline.evaluate import log_results
-from pipeline.leaks import add_leak_free, leak_free_scores
 from pipeline.runs import RunSpec
-from pipeline.sheets import main_sheet
 from pipeline.tracking import Tracker
 from pipeline.workspace import Workspace
 

@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Cafe
+from pipeline.render import to_csv, to_html, to_latex, to_markdown
+from pipeline.report import Report, make_report
+from pipeline.sheets import BEST, SECOND, Sheet
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
@@ -28,10 +31,7 @@ from cafe.results.protocols import PROTOCOLS
 from cafe.results.published import SETS
 from cafe.results.statistics import Ranking, holm, paired_bootstrap
 from pipeline.evaluate import log_results
-from pipeline.render import to_csv, to_html, to_latex, to_markdown
-from pipeline.report import Report, make_report
 from pipeline.runs import RunSpec
-from pipeline.sheets import BEST, SECOND, Sheet
 from pipeline.tracking import Tracker
 from pipeline.workspace import Workspace
 

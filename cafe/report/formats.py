@@ -30,7 +30,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 def to_csv(report: Report) -> str:
     """Return the records as CSV, a line per row and target; what is not known is empty."""
-    return pd.DataFrame(list(list_records(report)), dtype=object).to_csv(index=False, lineterminator="\n")
+    return str(pd.DataFrame(list(list_records(report)), dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def to_latex(report: Report) -> str:

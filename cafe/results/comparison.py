@@ -108,7 +108,8 @@ def compare(
     rows = []
     for members, label in group_runs(run for run in runs if run.name in set(own["run"])):
         unseen = [target for target in targets if not table.is_seen(members, target)]
-        cells, seen = {}, set()
+        cells: dict[str, Estimate] = {}
+        seen: set[str] = set()
         for target in targets:
             beside = {target: table, f"{target} leak-free": without} if target in leaking else {target: table}
             cells |= {name: part.estimate(members, metric, [target]) for name, part in beside.items() if part}
