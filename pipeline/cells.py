@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Any
 
@@ -23,8 +24,9 @@ from pipeline.faces import Store
 from pipeline.grid import BenchmarkPlan, Cell, StoreName, plan_benchmark
 from pipeline.progress import Bar, Progress
 from pipeline.runs import note_status, read_status
+from pipeline.settings import TrainSettings
 from pipeline.tracking import Mirror
-from pipeline.train import train_and_judge
+from pipeline.train import start_worker, train_and_judge
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
 
@@ -91,18 +93,21 @@ def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Sto
 
 
 def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
-    """Run cells in threads: each follows a training of Ray's, so a thread costs next to nothing."""
+    """Run cells in threads, each of which follows what a worker of Ray's does, so that it costs next to nothing.
+
+    A worker trains one cell after another and keeps what they share; cells that ask for several workers share Ray Train.
+    """
     failures = {cell: cell.obstacle for cell in plan.cells if cell.obstacle}
     finished = [cell for cell in plan.runnable if cell.done]
     for cell in finished:
-        _run_cell(cell, {}, mirror, bar)  # nothing to do but to show it in MLflow, below this benchmark
+        _run_cell(cell, {}, mirror, bar, None)  # nothing to do but to show it in MLflow, below this benchmark
     waiting = [cell for cell in plan.runnable if not cell.done]
     parallel, threads = share_machine(plan) if waiting else (1, 1)
     here = {"threads": threads, "address": plan.settings.address, "num_cpus": plan.settings.num_cpus}
-    stopping = Event()
+    stopping, workers = Event(), _Workers(parallel, all(cell.settings.num_workers == 1 for cell in waiting))
 
     def run(cell: Cell, part: Bar) -> str:
-        return "interrupted" if stopping.is_set() else _run_cell(cell, here, mirror, part)
+        return "interrupted" if stopping.is_set() else _run_cell(cell, here, mirror, part, workers)
 
     with _follow_cells(plan, bar) as bars:
         pool = ThreadPoolExecutor(parallel)
@@ -121,11 +126,31 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
     return {cell: failures[cell] for cell in plan.cells if cell in failures}
 
 
-def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar) -> str:
+class _Workers:
+    """The workers that wait for a cell, at most one for each cell at a time; none where cells use Ray Train."""
+
+    def __init__(self, parallel: int, single: bool) -> None:
+        self.parallel, self.single, self.idle = parallel, single, SimpleQueue[Any]()
+
+    @contextmanager
+    def take(self, settings: TrainSettings) -> Iterator[Any]:
+        """Yield a worker, which goes back when its cell is done; one whose cell failed is left to end."""
+        try:
+            worker = self.idle.get_nowait()
+        except Empty:
+            worker = start_worker(settings, self.parallel) if self.single else None
+        yield worker
+        if worker:
+            self.idle.put(worker)
+
+
+def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, workers: _Workers | None) -> str:
     """Run a cell with the settings of this machine and return why it failed, or nothing."""
     assert cell.plan is not None
+    settings = replace(cell.plan.settings, **here)
     try:
-        train_and_judge(replace(cell.plan, settings=replace(cell.plan.settings, **here)), mirror, bar)
+        with workers.take(settings) if workers else nullcontext() as worker:
+            train_and_judge(replace(cell.plan, settings=settings), mirror, bar, worker)
     except Exception as error:  # one cell must never cost the others; its reason is kept and shown
         return _explain(error, cell.name)
     return ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,15 +35,17 @@ MISTAKES = 24  # faces of the error gallery
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
 
 
-def predict_targets(run: UPath, targets: list[Faces], use_gpu: bool | None, progress: Progress) -> None:
-    """Predict the judged split of each target on the connected cluster; `progress(done, total)` counts targets.
+def predict_targets(
+    run: UPath, targets: list[Faces], use_gpu: bool | None, progress: Progress, worker: Any = None
+) -> None:
+    """Predict the judged split of each target, side by side on the connected cluster or one by one by a worker.
 
-    Predictions that are there already are made again.
+    `progress(done, total)` counts targets. Predictions that are there already are made again.
     """
     import ray
 
     gpu = cluster.count("GPU") > 0 if use_gpu is None else use_gpu
-    task = ray.remote(predict_target).options(num_cpus=1, num_gpus=int(gpu))
+    task = worker.judge if worker else ray.remote(predict_target).options(num_cpus=1, num_gpus=int(gpu))
     waiting = [task.remote(str(run), target) for target in targets]
     while waiting:
         progress(len(targets) - len(waiting), len(targets))

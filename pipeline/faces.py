@@ -5,7 +5,7 @@ Which of a manifest's stores serves is decided here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,7 @@ from cafe.towers.names import absolute_name, short_name
 from pipeline.records import FORMAT
 from pipeline.runs import RunSpec
 from pipeline.settings import StoreChoice
-from pipeline.store import About, FeatureStore, find_stores
+from pipeline.store import About, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace
 
 HELD_OUT = 0.1  # of the source's training faces, for `source_val`
@@ -79,6 +79,16 @@ class Faces:
     def features(self) -> FeatureStore | None:
         """The feature store, opened."""
         return FeatureStore(self.store, self.about) if self.store and self.about else None
+
+    @cached_property
+    def _readers(self) -> dict[tuple[str, ...], FeatureReader]:
+        return {}
+
+    def reader(self, names: Sequence[str]) -> FeatureReader | None:
+        """Return what reads these arrays of the store; views it has read are kept with these faces."""
+        if self.features is None or not names:
+            return None
+        return self._readers.setdefault(tuple(sorted(names)), FeatureReader(self.features, sorted(names)))
 
     @property
     def channels(self) -> str:

@@ -88,12 +88,17 @@ class Cell:
         return "map" in self.entry.kind.needs
 
     @property
+    def own_views(self) -> int | None:
+        """How many views of the source it reads features of, where that is its own number."""
+        return 1 if self.entry.kind.clean_features else self.entry.views
+
+    @property
     def sharing(self) -> Sharing:
         """What it has in common with the cells that share its source's store.
 
-        Maps are large, so an entry's own number of their views stays apart.
+        Maps are large, so cells with their own number of views of them stay apart.
         """
-        return self.source.name, self.tower, self.entry.kind.policy, self.entry.views if self.maps else None
+        return self.source.name, self.tower, self.entry.kind.policy, self.own_views if self.maps else None
 
     @property
     def work(self) -> int:
@@ -242,7 +247,7 @@ class _Planner:
         stores: dict[Sharing, StorePlan] = {}
         for sharing in dict.fromkeys(cell.sharing for cell in cells if cell.tower):
             members = [cell for cell in cells if cell.tower and cell.sharing == sharing]
-            views = max(cell.settings.views or 1 for cell in members)
+            views = max(cell.own_views or cell.settings.views or 1 for cell in members)
             policy = {"policy": members[0].entry.kind.policy} if views > 1 else {}
             maps = any(cell.maps for cell in members)
             stores[sharing] = self.look_up(members[0].source, members[0].tower, views=views, maps=maps, **policy)

@@ -17,7 +17,6 @@ from cafe.towers.building import NORMALISATIONS, load_backbone
 from cafe.towers.embedding import Embedder
 from pipeline.faces import Faces
 from pipeline.runs import RunSpec
-from pipeline.store import FeatureReader
 
 PUBLISHED_SIZE = 224  # pixels: the input of every published method
 PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
@@ -51,8 +50,7 @@ def make_dataset(spec: RunSpec, faces: Faces) -> FaceDataset:
     """Return faces as the method needs them, with the features of their store."""
     needs = find_method(spec.method).needs
     names = [ARRAYS[need] for need in needs if need in ARRAYS]
-    features = FeatureReader(faces.features, names) if faces.features and names else None
-    return FaceDataset(faces.manifest, view_plan(spec), needs, spec.image_size, features, faces.channels)
+    return FaceDataset(faces.manifest, view_plan(spec), needs, spec.image_size, faces.reader(names), faces.channels)
 
 
 def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from upath import UPath
 
@@ -31,7 +32,7 @@ from pipeline.runs import RunSpec, add_experiment, is_finished, note_status
 from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Mirror
-from pipeline.worker import train_worker
+from pipeline.worker import Task, Worker, train_together
 from pipeline.workspace import Workspace, check_name, locate
 
 FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written
@@ -75,7 +76,9 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     # A tower is for the methods that need one. Any other learns as published, unless a store is asked for.
     needs_tower = not method.needs.isdisjoint({*ARRAYS, "tower"})
     towerless = settings.backbone == "none" or not (needs_tower or settings.backbone or settings.store)
-    choice = replace(settings, policy=None) if settings.live else settings
+    # What reads features of the clean view alone augments its images by itself, whatever the store holds.
+    choice = replace(settings, policy=None) if settings.live or method.clean_features else settings
+    choice = replace(choice, views=None) if method.clean_features else choice
     store = None if towerless else choose_store(workspace, manifest, choice, method)
     _check_features(settings, store[1] if store else None)
 
@@ -148,7 +151,8 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
     if key and settings.live:
         key = replace(key, views=recipe.epochs + 1, policy=describe_policy(policy))
     mean, std = key.normalisation if key else NORMALISATIONS["imagenet"]
-    views = key.views if key else recipe.epochs + 1
+    own = key is None or method.clean_features  # views of its own: one for every epoch and the clean one
+    views = recipe.epochs + 1 if key is None or own or settings.live else settings.views or key.views
     shape = store.map_shape if store and "map" in method.needs else None
     return RunSpec(
         source=settings.source,
@@ -162,9 +166,9 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
         init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
         image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
         precision=settings.precision,
-        policy=key.policy["name"] if key else policy,
-        view_seed=key.view_seed if key else 0,
-        views=settings.views if settings.views and not settings.live else views,
+        policy=policy if key is None or own else key.policy["name"],
+        view_seed=0 if key is None or own else key.view_seed,
+        views=settings.views if settings.views and key is None else views,
         interpolation=key.interpolation if key else "bilinear",
         mean=tuple(mean),
         std=tuple(std),
@@ -178,10 +182,10 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
     )
 
 
-def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar) -> None:
-    """Train, then judge on every target not judged yet; a plan that is done costs no Ray.
+def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: Any = None) -> None:
+    """Train, then judge on every target not judged yet, with a worker that runs already or one of its own.
 
-    Interrupt it at any time: the same plan goes on from its last checkpoint.
+    A plan that is done costs no Ray. Interrupt it at any time: the same plan goes on from its last checkpoint.
     """
     plan.spec.save(plan.run, list(find_deviations(plan.spec)))
     add_experiment(plan.run, plan.settings.experiment, plan.benchmark)
@@ -190,12 +194,14 @@ def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar) -> None:
         mirror.update(plan.run)
         return
     with keep_status(plan.run, mirror), cluster.connect(plan.settings):
+        if plan.settings.num_workers == 1:
+            worker = worker or start_worker(plan.settings)
         if not is_finished(plan.run):
             with bar(f"Training {plan.spec.name}", "steps") as progress:
-                _train(plan, mirror, progress)
+                _train(plan, mirror, progress, worker)
         if remaining := plan.remaining:
             with bar("Judging", "targets") as progress:
-                predict_targets(plan.run, remaining, plan.settings.use_gpu, progress)
+                predict_targets(plan.run, remaining, plan.settings.use_gpu, progress, worker)
 
 
 @contextmanager
@@ -214,20 +220,45 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
         mirror.update(run)
 
 
-def _train(plan: TrainPlan, mirror: Mirror, progress: Progress) -> None:
+def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
+    """Start a worker that trains one run after another, with its share of the machine where several run at a time."""
+    import ray
+
+    cores, gpus = cluster.count("CPU"), cluster.count("GPU")
+    gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
+    retries = 3 if settings.address else 0  # a cluster's nodes come and go
+    return (
+        ray.remote(Worker)
+        .options(
+            num_cpus=min(1, cores / parallel),
+            num_gpus=min(1, gpus / parallel) if gpu else 0,
+            max_restarts=retries,
+            max_task_retries=retries,
+        )
+        .remote()
+    )
+
+
+def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any) -> None:
+    settings = plan.settings
+    task = Task(str(plan.run), plan.source, settings.threads, settings.loader_workers, settings.checkpoint_every)
     background = ThreadPoolExecutor(1)
     try:
-        _follow(plan, background.submit(_fit, plan), mirror, progress)
+        if worker is None:
+            outcome: Future[Any] = background.submit(_train_together, task, settings)
+        else:
+            outcome = worker.train.remote(task).future()
+        _follow(plan, outcome, mirror, progress)
     finally:
         background.shutdown(wait=False)  # when interrupted, leaving Ray ends the training
 
 
-def _follow(plan: TrainPlan, outcome: Future[None], mirror: Mirror, progress: Progress) -> None:
+def _follow(plan: TrainPlan, outcome: Future[Any], mirror: Mirror, progress: Progress) -> None:
     """Show the run's own records in MLflow and in the progress bar until the training ends."""
-    epochs, mirrored = plan.spec.recipe["epochs"], -1
+    epochs, mirrored = plan.spec.recipe["epochs"], 0
     while not outcome.done():
         trained = len(list_folder(plan.run / "epochs"))
-        if trained != mirrored:
+        if trained > mirrored:
             mirror.update(plan.run)
             mirrored = trained
         if note := read_json(plan.run / "progress.json"):
@@ -237,27 +268,20 @@ def _follow(plan: TrainPlan, outcome: Future[None], mirror: Mirror, progress: Pr
         raise cluster.user_error(error) or error
 
 
-def _fit(plan: TrainPlan) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+def _train_together(task: Task, settings: TrainSettings) -> None:
+    """Train with several workers of Ray Train, which share every batch."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    settings = plan.settings
     gpu = cluster.count("GPU") >= settings.num_workers if settings.use_gpu is None else settings.use_gpu
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "run": str(plan.run),
-            "source": plan.source,
-            "threads": settings.threads,
-            "loader_workers": settings.loader_workers,
-            "checkpoint_every": settings.checkpoint_every,
-        },
+        train_together,
+        train_loop_config={"task": task},
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=gpu),
         run_config=RunConfig(
             name="train",
-            storage_path=str(plan.run),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=3 if settings.address else 0),  # a cluster's nodes come and go
+            storage_path=task.run,
+            failure_config=FailureConfig(max_failures=3 if settings.address else 0),
         ),
     )
     trainer.fit()

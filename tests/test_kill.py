@@ -79,7 +79,7 @@ def test_an_extraction_loses_only_unfinished_shards(work: Cafe, whole: Cafe, tin
 def test_a_training_goes_on_from_its_checkpoint_to_the_same_weights(work: Cafe, whole: Cafe) -> None:
     command = ("train", "--source", "tiny", "--method", "image_only", "--epochs", "6", "--image-size", "32")
     command += ("--set", "batch_size=32", "--set", "learning_rate=0.001", "--targets", "none", *ALONE)
-    kill_at(work, command, "runs/*/train/checkpoint_*/state.json")
+    kill_at(work, command, "runs/*/checkpoints/*/state.json")
     assert not list(work.workspace.glob("runs/*/model.safetensors"))
 
     work.succeed(*command)
