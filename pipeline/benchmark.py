@@ -22,7 +22,7 @@ from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
 from cafe.errors import UserError, unknown
@@ -32,7 +32,7 @@ from cafe.methods.method import Method
 from pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
 
 # What the grid itself decides for every store and every cell, so that a file cannot.
-DECIDED_FEATURES = ("address", "num_cpus", "backbone", "views", "policy", "maps", "channels", "verify")
+DECIDED_FEATURES = ("address", "num_cpus", "backbone", "layers", "views", "policy", "maps", "channels", "verify")
 DECIDED_TRAINING = (
     "address", "num_cpus", "source", "method", "seed", "overrides", "backbone", "views", "policy", "store", "live",
     "targets", "protocol", "threads", "mlflow_uri", "experiment",
@@ -212,10 +212,10 @@ def check(kind: type[Checked], values: Mapping[str, Any], where: str, more: Coll
     `more` names keys that are allowed besides.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
-    key, value = str(first["loc"][0]), first["input"]
+    key, value = " of ".join(str(part) for part in reversed(first["loc"]) if isinstance(part, str)), first["input"]
     context, problem = first.get("ctx", {}), first["type"]
     if problem in ("extra_forbidden", "unexpected_keyword_argument"):
         known = get_type_hints(kind) if not issubclass(kind, BaseModel) else kind.model_fields

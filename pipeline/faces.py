@@ -20,6 +20,7 @@ from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.results.predictions import predictions_path
 from cafe.results.protocols import Protocol, find_protocol
+from cafe.towers.names import absolute_name, short_name
 from pipeline.records import FORMAT
 from pipeline.runs import RunSpec
 from pipeline.settings import StoreChoice
@@ -134,7 +135,8 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice, 
     known = {"folder": choice.store, "policy_name": choice.policy}
     # Features in BGR order are for targets alone.
     wanted = {"channels": "rgb", **{name: value for name, value in known.items() if value}}
-    named = [store for store in stores if choice.backbone in (None, *_names(store[1]))]
+    backbone = absolute_name(choice.backbone) if choice.backbone else None
+    named = [store for store in stores if backbone in (None, *_names(store[1]))]
     there = "; ".join(f"{about.describe()}, {about.key.policy['name']}" for _, about in stores)
     fitting = fitting_stores(named, Wanted(wanted, choice.views or 1))
     if not fitting:
@@ -238,7 +240,7 @@ def _matching_store(workspace: Workspace, manifest: Manifest, spec: RunSpec, cha
 
 def _names(about: About) -> tuple[str, ...]:
     """All that a user may call a store's tower: with and without the file of its weights."""
-    return about.backbone_name, about.backbone_name.partition("@")[0], about.key.backbone
+    return about.backbone_name, short_name(about.backbone_name), about.key.backbone
 
 
 def _options(choice: StoreChoice) -> str:

@@ -42,7 +42,8 @@ class FeatureSettings:
 
     backbone: str = setting(
         "clip-vit-b32",
-        "Frozen tower: clip-vit-b32, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, timm:MODEL[@FILE].",
+        "Frozen tower: clip-vit-b32, face-resnet, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, "
+        "timm:MODEL[@FILE]; #LAYER/GRID behind it reads a layer, such as #stage3/3x3.",
     )
     views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.")
     policy: Policy = setting("paper", "How views are augmented.")
@@ -64,6 +65,9 @@ class FeatureSettings:
 class ExtractSettings(ClusterSettings, FeatureSettings):
     """Stage one: features of a manifest."""
 
+    layers: str | None = setting(
+        None, "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says."
+    )
     num_gpus: Number | None = setting(None, "GPUs to use; default: all of the cluster.")
     num_actors: Count | None = setting(None, "Towers at work; default: one per GPU, or one per core without.")
     decode_threads: Number | None = setting(

@@ -103,7 +103,9 @@ class About:
     @property
     def folder(self) -> str:
         """The store's folder name: readable first, unique last."""
-        backbone = re.sub(r"[^A-Za-z0-9]+", "-", self.backbone_name.partition("@")[0]).strip("-").lower()
+        from cafe.towers.names import short_name
+
+        backbone = re.sub(r"[^A-Za-z0-9]+", "-", short_name(self.backbone_name)).strip("-").lower()
         return f"{backbone}-v{self.key.views}-{self.key.digest[:12]}"
 
     def describe(self) -> str:

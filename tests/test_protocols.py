@@ -88,7 +88,7 @@ def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> Feature
     faces = workspace.load_manifest(name)
     about = describe_store(faces, chosen, know_tower(workspace, chosen))
     store = FeatureStore.create(workspace.features / name, about, faces)
-    embedder = ShardEmbedder(str(store.path), about, str(workspace.manifest_path(name)), chosen, 1, "cpu")
+    embedder = ShardEmbedder({str(store.path): about}, str(workspace.manifest_path(name)), chosen, 1, "cpu")
     for shard in store.pending():
         embedder({"shard": np.array([shard])})
     return store

@@ -24,8 +24,8 @@ class CafeMap(Cafe):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7) and the masked features, averaged over positions (N, C)."""
-        masked = apply_mask(batch["map"], self.mask_logits(batch), self.recipe.mask).mean(dim=(2, 3))
-        return {"logits": self.classifier(masked), "masked": masked}
+        masked = apply_mask(self.read(batch), self.mask_logits(batch), self.recipe.mask).mean(dim=(2, 3))
+        return {"logits": self.classify(masked), "masked": masked}
 
 
 def resize_map(values: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -39,7 +39,7 @@ class Eac(Method):
     needs = frozenset({"image", "flipped_image"})
     policy = "eac"
     recipe_type = Recipe
-    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:

@@ -39,6 +39,8 @@ class Recipe(method.Recipe):
     classifier_learning_rate: float = 2e-3
     dropout: float = 0.4
 
+    follows: ClassVar = {"classifier_learning_rate": "learning_rate"}
+
 
 class Rul(Method):
     """Two heads on the last map give a face's mean and variance; training classifies mixtures, prediction the mean."""
@@ -46,12 +48,12 @@ class Rul(Method):
     needs = frozenset({"image"})
     policy = "scn"
     recipe_type = Recipe
-    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        self.branch = build_network(inputs.network, inputs.init)
+        self.branch = build_network(inputs.network, inputs.init, scratch="pytorch")
         height, width = self.branch.map_size(inputs.image_size)
         self.mean, self.log_variance = (
             build_head(self.branch.width, height * width, recipe.dropout) for _ in ("mean", "log_variance")

@@ -1,15 +1,13 @@
-"""Tables for the terminal, drawn with rich."""
+"""Tables of `cafe data` for the terminal, drawn with rich."""
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
-from cafe.data.counts import Difference
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.indexing import Index
+from cafe.data.indexing import Difference, Index
 from cafe.data.manifest import SPLITS
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
@@ -19,41 +17,47 @@ if TYPE_CHECKING:  # they bring a search library along, which most commands need
     from pipeline.audit import Audit
     from pipeline.check import Check
 
-LISTED = 10  # broken or duplicate files named before "and N more"
+LISTED = 10  # files named before "and N more"
 
 
 def index_tables(index: Index) -> list[Table | str]:
-    """Class counts per split, sizes, broken and duplicate files of a fresh manifest."""
-    manifest, counts = index.manifest, index.counts()
-    splits = [split for split in SPLITS if any(counts[split, label] for label in range(len(EXPRESSIONS)))]
-    table = Table()
-    table.add_column("expression")
-    for split in splits:
-        table.add_column(split, justify="right")
-    table.add_column("all", justify="right")
+    """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
+    manifest, listing, counts = index.manifest, index.listing, index.counts()
+    splits = [split for split in SPLITS if len(manifest.rows(split))]
+    table = Table("expression", *(Column(name, justify="right") for name in (*splits, "all")))
     for label, name in enumerate(EXPRESSIONS):
         numbers = [counts[split, label] for split in splits]
-        table.add_row(name, *(f"{n:,}" for n in (*numbers, sum(numbers))))
-    table.add_section()
-    totals = [sum(counts[split, label] for label in range(len(EXPRESSIONS))) for split in splits]
-    table.add_row("all", *(f"{n:,}" for n in (*totals, sum(totals))))
+        table.add_row(name, *(f"{n:,}" for n in (*numbers, sum(numbers))), end_section=name == EXPRESSIONS[-1])
+    table.add_row("all", *(f"{len(manifest.rows(split)):,}" for split in (*splits, "all")))
 
-    widths, heights = (manifest.table[side].to_pylist() for side in ("width", "height"))
-    middle = f"{statistics.median_low(widths)}×{statistics.median_low(heights)}"
-    size = f"sizes {min(widths)}×{min(heights)} to {max(widths)}×{max(heights)} pixels, median {middle}"
-    ignored = f"; {index.ignored:,} other files ignored" if index.ignored else ""
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(index.dropped.items()))
-    left_out = [f"{index.dropped.total():,} with none of the seven labels, left out: {dropped}"] if dropped else []
-    title = f"{manifest.name}: {len(manifest):,} faces, read as {index.layout}"
-    broken = [f"  {path}: {reason}" for path, reason in index.broken]
-    duplicates = [f"  {' = '.join(group)}" for group in index.duplicates]
+    widths, heights = (sorted(manifest.table[side].to_pylist()) for side in ("width", "height"))
+    smallest, middle, largest = (f"{widths[n]}×{heights[n]}" for n in (0, (len(widths) - 1) // 2, -1))
+    ignored = f"; {listing.ignored:,} other files ignored" if listing.ignored else ""
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(listing.dropped.items()))
+    left_out = f"{listing.dropped.total():,} with none of the seven labels, left out: {dropped}"
+    repeated, duplicates = listing.repeated, [" = ".join(group) for group in index.duplicates]
     return [
-        title,
+        f"{manifest.name}: {len(manifest):,} faces, read as {listing.layout}",
         table,
-        f"{size}{ignored}",
-        *left_out,
-        _listed(f"{len(broken)} broken files, left out", broken),
-        _listed(f"{len(duplicates)} groups of identical files", duplicates),
+        f"sizes {smallest} to {largest} pixels, median {middle}{ignored}",
+        *([left_out] if dropped else []),
+        _list_some(
+            f"{len(index.broken)} broken files, left out", [f"{path}: {reason}" for path, reason in index.broken]
+        ),
+        *([_list_some(f"{len(repeated)} listed more than once, counted once", repeated)] if repeated else []),
+        _list_some(f"{len(duplicates)} groups of identical files", duplicates),
+        *_warn_of_twins(index),
+    ]
+
+
+def _warn_of_twins(index: Index) -> list[str]:
+    manifest, twins = index.manifest, index.training_twins
+    if not twins:
+        return []
+    shares = " and ".join(f"{twins[split]:,} of {len(manifest.rows(split)):,} {split} faces" for split in sorted(twins))
+    return [
+        f"{shares} are also in the training split, byte for byte: find them and other copies with "
+        f"`cafe data audit {manifest.name}`, then leave them out of the results with --exclude-leaks."
     ]
 
 
@@ -73,34 +77,30 @@ def counts_tables(differences: list[Difference]) -> list[Table | str]:
     return [*known, *doubtful]
 
 
-def _listed(title: str, lines: list[str]) -> str:
+def _list_some(title: str, lines: list[str]) -> str:
     more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return "\n".join([title + (":" if lines else ""), *lines[:LISTED], *more])
+    return "\n".join([title + (":" if lines else ""), *(f"  {line}" for line in lines[:LISTED]), *more])
 
 
 def unreadable(broken: list[tuple[str, str]]) -> str:
     """Name the files that could not be read, with the reason."""
-    return _listed(f"{len(broken)} unreadable files", [f"  {sample}: {reason}" for sample, reason in broken])
+    return _list_some(f"{len(broken)} unreadable files", [f"{sample}: {reason}" for sample, reason in broken])
 
 
 def check_tables(check: Check) -> list[Table | str]:
     """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
-    manifest, condition = check.condition.manifest, check.condition
-    table = Table(
-        *(Column(name, justify="left" if not position else "right") for position, name in enumerate(check.header))
-    )
-    for line in check.lines:
-        table.add_row(*line, end_section=line is check.lines[-2])
-    ids = manifest.sample_ids
-    broken = [(ids[row], reason) for row, reason in condition.broken.items()]
-    duplicates = [f"  {' = '.join(ids[row] for row in group)}" for group in condition.duplicates]
+    header, lines = check.summary()
+    table = Table(header[0], *(Column(name, justify="right") for name in header[1:]))
+    for line in lines:
+        table.add_row(*line, end_section=line is lines[-2])
+    duplicates = [" = ".join(group["sample_id"]) for group in check.duplicates]
     return [
-        f"{manifest.name}: {len(manifest):,} faces",
+        f"{check.manifest.name}: {len(check.manifest):,} faces",
         table,
         _histogram("shorter side", check.sizes),
         _histogram("brightness", check.brightness),
-        unreadable(broken),
-        _listed(f"{len(duplicates)} groups of identical pictures", duplicates),
+        unreadable(check.broken),
+        _list_some(f"{len(duplicates)} groups of identical pictures", duplicates),
     ]
 
 
@@ -138,11 +138,11 @@ def alignment_tables(alignment: Alignment) -> list[Table | str]:
         table.add_row(name, f"{count:,}")
     table.add_section()
     table.add_row("all", f"{outcomes.total():,}")
-    left_out = [f"  {sample}: {reason}" for sample, reason in alignment.left_out]
+    left_out = [f"{sample}: {reason}" for sample, reason in alignment.left_out]
     return [
         table,
         f"{alignment.crops:,} crops in {alignment.folder}",
-        _listed(f"{len(left_out)} photos left out", left_out),
+        _list_some(f"{len(left_out)} photos left out", left_out),
     ]
 
 
