@@ -201,7 +201,13 @@ def choose_target(
     else:
         store = _matching_store(workspace, manifest, spec, protocol.channels(manifest.kind))
     title = name if chosen == judged else f"{name}@{chosen}"
-    return Faces.of(workspace, manifest, store, protocol=protocol.name, split=chosen, title=title)
+    faces = Faces.of(workspace, manifest, store, protocol=protocol.name, split=chosen, title=title)
+    if not len(faces.rows(chosen)):
+        raise UserError(
+            f"No face of {name!r} in the split {chosen!r} is readable: see why with `cafe data check {name}`, or leave it "
+            "out with --targets."
+        )
+    return faces
 
 
 def choose_targets(

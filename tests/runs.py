@@ -20,7 +20,6 @@ def write_run(
     source: str = "raf",
     seed: int = 0,
     source_kind: str = "rafdb",
-    source_digest: str = "digest of raf",
     experiments: dict[str, str | None] | None = None,
     not_as_published: tuple[str, ...] = (),
     **settings: Any,
@@ -34,7 +33,7 @@ def write_run(
     folder = workspace.run_path(f"{method}-{source}-s{seed}-{group}")
     record = {
         "version": VERSION, "name": folder.name, "group": group, "source": source, "source_kind": source_kind,
-        "source_digest": source_digest, "method": method, "seed": seed, "selection": chosen["selection"],
+        "source_digest": f"digest of {source}", "method": method, "seed": seed, "selection": chosen["selection"],
         "settings": {**chosen, "seed": seed}, "derived": {"width": 512, "store": "0a1b2c3d"},
         "not_as_published": list(not_as_published), "spec": {},
     }  # fmt: skip
