@@ -20,7 +20,7 @@ from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset, epoch_order, own_part
 from cafe.learning.parallel import gather, rank, world_size
 from cafe.methods.features import FeatureMethod, Standardisation
-from cafe.methods.method import Batch, Method
+from cafe.methods.method import Batch, Method, widen
 from cafe.randomness import random_generator
 
 PREDICTION_BATCH = 64
@@ -87,7 +87,7 @@ class Training:
         torch.manual_seed(step_seed + rank())  # dropout
         with autocast(self.device, self.precision):
             output = self.module(batch)
-        whole = {name: gather(value.float(), total) for name, value in output.items()}
+        whole = {name: gather(widen(value), total) for name, value in output.items()}
         targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
         targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed), "log_prior": self.log_prior}
         correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
