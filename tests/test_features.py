@@ -215,11 +215,11 @@ def test_the_separation_head_classifies_by_the_largest_channel_of_each_group() -
 
 
 def test_the_hidden_layer_of_the_mlp() -> None:
-    method, features = build("mlp", hidden=3), torch.rand(5, WIDTH)
+    method, features = build("mlp"), torch.rand(5, WIDTH)
     first, _, last = method.classifier
     hidden = (features @ first.weight.T + first.bias).clamp(min=0)
     torch.testing.assert_close(method({"features": features})["logits"], hidden @ last.weight.T + last.bias)
-    assert hidden.shape == (5, 3)
+    assert hidden.shape == (5, 512)
 
 
 @pytest.mark.parametrize("name", ["cafe_vector", "cafe_self", "mlp", "linear_probe"])

@@ -267,6 +267,17 @@ def test_a_patch_flagged_on_the_clean_face_is_repainted_where_the_mirrored_image
     assert torch.equal(image[0, :, 16:], batch["image"][0, :, 16:])
 
 
+def test_attention_to_a_mirrored_image_is_attention_to_the_other_side_of_the_clean_face() -> None:
+    method, attention = new_method(tokens="top"), torch.rand(3, 2, 2)
+    mirrored = torch.tensor([[-1.0, 0, 0], [0, 1, 0]]).expand(3, -1, -1)
+    torch.testing.assert_close(method.locate(attention, {"placement": mirrored}), attention.flip(2))
+    lower = torch.tensor([[1.0, 0, 0], [0, 1, 0.5]]).expand(
+        3, -1, -1
+    )  # the image shows what lies a quarter further down
+    located = method.locate(torch.arange(16.0).reshape(1, 4, 4).expand(3, -1, -1), {"placement": lower})
+    torch.testing.assert_close(located[:, 1:], torch.arange(12.0).reshape(1, 3, 4).expand(3, -1, -1))
+
+
 def test_without_a_fitted_detector_or_a_painter_faces_pass_through() -> None:
     batch = batch_of(2)
     assert torch.equal(new_method().restore(batch)[0], batch["image"])

@@ -20,7 +20,7 @@ from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset, epoch_order, own_part
 from cafe.learning.parallel import gather, rank, world_size
 from cafe.methods.features import FeatureMethod, Standardisation
-from cafe.methods.method import Batch, Method
+from cafe.methods.method import Batch, Method, widen
 from cafe.randomness import random_generator
 
 PREDICTION_BATCH = 64
@@ -62,11 +62,12 @@ class Training:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
-        normalised = any(isinstance(module, _BatchNorm) for module in self.method.modules())
-        smallest = 2 if normalised else 1  # a batch norm knows no deviation of a single face
+        # A batch norm knows no deviation of a single face.
+        smallest = 2 if any(isinstance(module, _BatchNorm) for module in self.method.modules()) else 1
         order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch, smallest)
-        clean = self.method.clean_features  # then every epoch has an image view of its own, whatever the store holds
-        view, frozen_view = (epoch, 0) if clean else (self.dataset.plan.view_of(epoch), None)
+        view, frozen_view = self.dataset.plan.view_of(epoch), None
+        if self.method.clean_features:  # a new picture in every epoch, however few views are stored
+            view, frozen_view = epoch, 0
         parts = [own_part(batch) for batch in order]
         batches = self.dataset.load(parts, view, self.device, self.loader_workers, frozen_view)
         sums: dict[str, Tensor | float] = defaultdict(float)
@@ -84,10 +85,12 @@ class Training:
 
     def _step(self, batch: Batch, total: int, epoch: int, step: int) -> dict[str, Tensor]:
         step_seed = int(random_generator(self.seed, "step", epoch, step).integers(2**62))
-        torch.manual_seed(step_seed + rank())  # dropout
+        # For dropout. `torch.manual_seed` seeds CUDA too and, where there is none, formats a traceback instead.
+        seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+        seed(step_seed + rank())
         with autocast(self.device, self.precision):
             output = self.module(batch)
-        whole = {name: gather(value.float(), total) for name, value in output.items()}
+        whole = {name: gather(widen(value), total) for name, value in output.items()}
         targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
         targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed), "log_prior": self.log_prior}
         correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()

@@ -18,7 +18,7 @@ from cafe.errors import UserError
 from cafe.learning.networks import build_network
 from cafe.methods import features
 from cafe.methods.features import FeatureMethod
-from cafe.methods.method import Batch, Inputs
+from cafe.methods.method import Batch, Inputs, widen
 
 CLASSES = len(EXPRESSIONS)
 
@@ -56,7 +56,7 @@ class Cafe(FeatureMethod):
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the mask before its sigmoid, (N, C) as the frozen features."""
-        pooled = self.branch.pool(self.branch(batch["image"])).float()  # (N, width of the branch)
+        pooled = widen(self.branch.pool(self.branch(batch["image"])))  # (N, width of the branch)
         return resize_channels(pooled, self.width)
 
     def mask(self, batch: Batch) -> Tensor:
@@ -75,9 +75,9 @@ class Cafe(FeatureMethod):
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Eq. 9: classification + λ separation + β diverse."""
-        masked, labels = output["masked"].float(), batch["label"]
+        masked, labels = output["masked"], batch["label"]
         keep = draw_kept_channels(masked.shape[1], self.recipe.dropped, batch["generator"]).to(masked.device)
-        return cafe_losses(output["logits"].float(), masked, labels, keep, self.recipe, batch["log_prior"])
+        return cafe_losses(output["logits"], masked, labels, keep, self.recipe, batch["log_prior"])
 
 
 def resize_channels(values: Tensor, width: int) -> Tensor:

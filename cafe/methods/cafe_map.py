@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.methods.cafe import Cafe, apply_mask, resize_channels
-from cafe.methods.method import Batch
+from cafe.methods.method import Batch, widen
 
 
 class CafeMap(Cafe):
@@ -20,7 +20,7 @@ class CafeMap(Cafe):
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the mask before its sigmoid, (N, C, H, W) as the tower's map."""
-        return resize_map(self.branch(batch["image"]).float(), batch["map"].shape[1:])
+        return resize_map(widen(self.branch(batch["image"])), batch["map"].shape[1:])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7) and the masked features, averaged over positions (N, C)."""

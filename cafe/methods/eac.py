@@ -60,8 +60,8 @@ class Eac(Method):
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Classification of the view + λ flip consistency."""
-        logits, attention = output["logits"].float(), output["attention"].float()
-        return eac_losses(logits, attention, output["flipped_attention"].float(), batch["label"], self.recipe)
+        attention, flipped = output["attention"], output["flipped_attention"]
+        return eac_losses(output["logits"], attention, flipped, batch["label"], self.recipe)
 
 
 def attend(features: Tensor, weight: Tensor) -> Tensor:

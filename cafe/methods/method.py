@@ -117,6 +117,11 @@ class Method(nn.Module):
         return float(self.recipe.gamma ** (epoch - 1))
 
 
+def widen(values: Tensor) -> Tensor:
+    """Return values of half precision, as autocast gives them, in float32 and others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Recipe:
     """Return the recipe with `KEY=VALUE` settings changed; raise `UserError` for an unknown key or an unfit value.
 

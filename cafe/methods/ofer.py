@@ -31,7 +31,7 @@ keeps the best epoch on the test set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -139,10 +139,15 @@ class Ofer(Method):
 
     def find_hidden(self, flagged: Tensor, batch: Batch) -> Tensor:
         """Return which pixels (N, S, S) of the images are erased or show flagged patches (N, h, w) of the clean face."""
-        image, placement = batch["image"], batch["placement"]
-        places = functional.affine_grid(placement, [len(image), 1, *image.shape[2:]], align_corners=False)
-        shown = functional.grid_sample(flagged[:, None].float(), places, mode="nearest", align_corners=False) > 0
-        return (shown | find_erased(image))[:, 0]
+        image = batch["image"]
+        shown = move(flagged.float(), batch["placement"], image.shape[2:], "nearest") > 0
+        return shown | find_erased(image)[:, 0]
+
+    def locate(self, attention: Tensor, batch: Batch) -> Tensor:
+        """Return attention (N, h, w) to places of the images as attention to places of the clean face."""
+        turn, shift = batch["placement"].split([2, 1], dim=2)
+        back = torch.linalg.inv(turn)
+        return move(attention, torch.cat([back, -back @ shift], dim=2), attention.shape[1:], "bilinear")
 
     def restore_latents(self, latents: Tensor, flagged: Tensor, refilled: Tensor) -> Tensor:
         """Return standardised latents (N, P, C) with those of flagged patches (N, P) at their position's mean, 0."""
@@ -157,8 +162,8 @@ class Ofer(Method):
         if self.recipe.tokens == "region":
             latents = latents[:, self.region]
         else:
-            attention = torch.stack([attention for _, attention in seen]).mean(dim=0).detach()
-            latents = keep_top_half(latents, attention, self.grid)
+            attention = torch.stack([attention for _, attention in seen]).mean(dim=0).detach().float()
+            latents = keep_top_half(latents, self.locate(attention, batch), self.grid)
         read = self.latent(latents.flatten(1))
         return {
             "logits": self.classifier(torch.cat([attended, read], dim=1)),
@@ -201,6 +206,10 @@ class OferOwn(Ofer):
         """Return the flagged patches (N, h, w): they are those of the augmented image, what is erased among them."""
         return flagged
 
+    def locate(self, attention: Tensor, batch: Batch) -> Tensor:
+        """Return the attention (N, h, w) as it is: the latents are those of the augmented image."""
+        return attention
+
     def restore_latents(self, latents: Tensor, flagged: Tensor, refilled: Tensor) -> Tensor:
         """Return the standardised latents (N, P, 128) of the refilled faces."""
         return self.detector.standardise(self.mae.encode(refilled))
@@ -241,6 +250,12 @@ class AttentionHead(nn.Module):
         return (gated * attention[:, None]).mean(dim=(2, 3)), attention
 
 
+def move(values: Tensor, placement: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Return (N, H, W) that shows at every place the values (N, h, w) at the place where an affine map (N, 2, 3) leads."""
+    places = functional.affine_grid(placement, [len(values), 1, *size], align_corners=False)
+    return functional.grid_sample(values[:, None], places, mode=mode, align_corners=False)[:, 0]
+
+
 def find_erased(images: Tensor) -> Tensor:
     """Return which pixels (N, 1, S, S) of images are erased: exactly 0 in all colours, which no grey level becomes."""
     return (images == 0).all(dim=1, keepdim=True)
@@ -268,6 +283,6 @@ def find_region(grid: tuple[int, int]) -> list[int]:
 
 def keep_top_half(latents: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return latents (N, P, C) with all but the half, rounded up, of largest attention (N, h, w) set to zero."""
-    fitted = functional.interpolate(attention[:, None].float(), size=grid, mode="bilinear").flatten(1)  # (N, P)
+    fitted = functional.interpolate(attention[:, None], size=grid, mode="bilinear").flatten(1)  # (N, P)
     kept = fitted.topk((fitted.shape[1] + 1) // 2, dim=1).indices
     return latents * torch.zeros_like(fitted).scatter(1, kept, 1.0)[..., None]

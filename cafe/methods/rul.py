@@ -25,7 +25,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.learning.networks import build_network
 from cafe.learning.parallel import GlobalDropout
 from cafe.methods import method
-from cafe.methods.method import Batch, Inputs, Method
+from cafe.methods.method import Batch, Inputs, Method, widen
 
 EMBEDDING = 64  # channels of the mean and of the variance (released script)
 EPSILON = 2e-5  # of the heads' batch norms (released script)
@@ -65,13 +65,13 @@ class Rul(Method):
         features = self.branch(batch["image"])
         output = {"logits": self.classifier(self.mean(features))}
         if self.training:
-            output["uncertainty"] = measure_uncertainty(self.log_variance(features).float())
+            output["uncertainty"] = measure_uncertainty(widen(self.log_variance(features)))
         return output
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Mix every face with a random other one of the batch and ask for both labels."""
         partner = torch.randperm(len(batch["label"]), generator=batch["generator"]).to(batch["label"].device)
-        mixed = mix(output["logits"].float(), output["uncertainty"], partner)
+        mixed = mix(output["logits"], output["uncertainty"], partner)
         return {"total": add_up_loss(mixed, batch["label"], partner)}
 
     def parameter_groups(self) -> list[dict[str, Any]]:

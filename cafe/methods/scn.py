@@ -69,7 +69,7 @@ class Scn(Method):
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Classification with the labels as they are now + rank regularisation; and the share of replaced labels."""
         labels = self.labels(batch["row"], batch["label"])
-        losses = scn_losses(output["logits"].float(), output["weight"].float(), labels, self.recipe)
+        losses = scn_losses(output["logits"], output["weight"], labels, self.recipe)
         return {**losses, "relabelled": (labels != batch["label"]).float().mean()}
 
     def after_step(self, output: dict[str, Tensor], batch: Batch) -> None:
@@ -77,7 +77,7 @@ class Scn(Method):
         if self.recipe.relabel == "none" or batch["epoch"] <= self.recipe.relabel_after:
             return
         labels = self.labels(batch["row"], batch["label"])
-        changed = relabel(output["logits"].float(), labels, self.recipe.relabel_margin)
+        changed = relabel(output["logits"], labels, self.recipe.relabel_margin)
         if self.recipe.relabel == "low":
             changed = torch.where(find_low_group(output["weight"], self.recipe.high_share), changed, labels)
         self.labels.replace(batch["row"][changed != labels], changed[changed != labels])
