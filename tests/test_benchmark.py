@@ -368,9 +368,7 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
         for manifest in manifests.values():
             epochs = entry.kind.published_recipe(manifest.kind).epochs
             published += 5 * (epochs * len(manifest.rows("train")) + targets)
-            stores += (entry.views or epochs + 1) * len(
-                manifest
-            )  # each method of table 1 that reads features has a tower of its own
+            stores += (1 if entry.kind.clean_features else epochs + 1) * len(manifest)  # each has a tower of its own
     assert f"{stores:,} passes fill {5 * len(readers)} feature stores" in output
     assert (
         f"would take {published:,} (epochs × training faces + judged faces, each cell for itself): the cache" in output
