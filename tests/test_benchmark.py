@@ -38,6 +38,7 @@ from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
 from pipeline.store import FeatureStore, find_stores
 from pipeline.tracking import PARENT, Mirror
 from pipeline.train import TrainPlan
+from pipeline.worker import Task, Worker
 from pipeline.workspace import Workspace
 
 BENCHMARKS = Path(__file__).parents[1] / "jobs" / "benchmarks"
@@ -312,6 +313,21 @@ def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspa
 def tracked(workspace: Workspace, experiment: str) -> list[Any]:
     client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")
     return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
+
+
+def test_a_worker_that_trained_other_runs_gives_the_same_weights(workspace: Workspace, small: Benchmark) -> None:
+    fill_all(workspace, small)
+    plans = [cell.plan for cell in plan(workspace, small).cells[:3] if cell.plan]
+    alone = {}
+    for run in plans:
+        train_here(run)
+        alone[run.run] = (run.run / "model.safetensors").read_bytes()
+        (run.run / "model.safetensors").unlink()
+    worker = Worker()
+    for run in reversed(plans):
+        worker.train(Task(str(run.run), run.source, 1, 0, 1))
+    assert {run.run: (run.run / "model.safetensors").read_bytes() for run in plans} == alone
+    assert not list((plans[0].run / "checkpoints").iterdir())
 
 
 def test_what_keeps_a_cell_from_running_is_said_in_the_plan(
