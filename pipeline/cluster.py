@@ -90,8 +90,10 @@ def wants_gpu(use_gpu: bool | None, least: int = 1) -> bool:
 
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the user's mistake among the causes of an error that crossed Ray, if there is one."""
-    if error is None or isinstance(error, UserError):
-        return error
+    if error is None:
+        return None
     workers = getattr(error, "worker_failures", {}).values()  # of a training
     causes = [getattr(error, "cause", None), getattr(error, "_base_exc", None), error.__cause__, *workers]
-    return next((found for cause in causes if (found := user_error(cause))), None)
+    found = next((mistake for cause in causes if (mistake := user_error(cause))), None)
+    # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
+    return found or (error if isinstance(error, UserError) else None)

@@ -146,6 +146,7 @@ def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None
     result = ready(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "one,two", ray=True)
     assert result.exit_code == 2
     assert "file not found" in result.output
+    assert "Traceback" not in result.output
     assert (only_run(ready) / "model.safetensors").exists()
     status = json.loads((only_run(ready) / "status.json").read_text())
     assert (status["status"], "file not found" in status["reason"]) == ("FAILED", True)
@@ -266,4 +267,4 @@ def test_a_tracking_server_that_is_down_stops_no_training(ready: Cafe) -> None:
 
 
 def test_compare_without_runs_is_one_sentence(ready: Cafe) -> None:
-    assert "No evaluated run to compare yet" in ready.fail("compare")
+    assert "No run was judged yet" in ready.fail("compare")
