@@ -47,10 +47,6 @@ def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Fa
                 plan = plan_benchmark(plan.workspace, plan.benchmark, plan.settings, filled)
             failures = _run_cells(plan, mirror, bar, say)
     except BaseException:
-        for cell in plan.cells:
-            if cell.plan and read_status(cell.plan.run) == "RUNNING":
-                note_status(cell.plan.run, "KILLED", "interrupted")
-                mirror.update(cell.plan.run)
         mirror.update_benchmark(plan.folder, plan.experiment, "KILLED")
         raise
     _write_outcomes(plan, failures)
@@ -120,10 +116,21 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
                 say(
                     f"{number}/{len(plan.cells)} {cell.name}: {f'failed. {first_line(failure)}' if failure else 'done'}"
                 )
+        except BaseException:
+            _note_killed(waiting, mirror)
+            raise
         finally:  # when interrupted, no other cell begins, and nobody waits for those that run: leaving Ray ends them
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
     return {cell: failures[cell] for cell in plan.cells if cell in failures}
+
+
+def _note_killed(cells: list[Cell], mirror: Mirror) -> None:
+    runs = [cell.plan.run for cell in cells if cell.plan and read_status(cell.plan.run) == "RUNNING"]
+    for run in runs:
+        note_status(run, "KILLED", "interrupted")
+    for run in runs:
+        mirror.update(run)
 
 
 class _Workers:

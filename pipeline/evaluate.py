@@ -44,8 +44,8 @@ def predict_targets(
     """
     import ray
 
-    gpu = cluster.count("GPU") > 0 if use_gpu is None else use_gpu
-    task = worker.judge if worker else ray.remote(predict_target).options(num_cpus=1, num_gpus=int(gpu))
+    alone = ray.remote(predict_target).options(num_cpus=1, num_gpus=int(cluster.wants_gpu(use_gpu)))
+    task = worker.judge if worker else alone
     waiting = [task.remote(str(run), target) for target in targets]
     while waiting:
         progress(len(targets) - len(waiting), len(targets))
@@ -62,7 +62,7 @@ def predict_target(run: str, target: Faces) -> None:
     path = locate(run)
     spec = RunSpec.load(path)
     rows, manifest = target.rows(target.split), target.manifest
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(cluster.device())
     method = load_method(spec, path).to(device).to(memory_format=torch.channels_last)
     dataset = make_dataset(spec, target)
     predictions = Predictions(

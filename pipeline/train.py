@@ -24,11 +24,11 @@ from cafe.methods.method import Recipe, apply_overrides
 from cafe.towers.building import NORMALISATIONS
 from pipeline import cluster
 from pipeline.evaluate import is_judged, predict_targets
-from pipeline.faces import Faces, any_store, choose_rows, choose_store, choose_targets
+from pipeline.faces import Faces, Store, any_store, choose_rows, choose_store, choose_targets
 from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
 from pipeline.progress import Bar, Progress, no_bar
 from pipeline.records import changed_fields
-from pipeline.runs import RunSpec, add_experiment, is_finished, note_status
+from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Mirror
@@ -72,22 +72,28 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     manifest = workspace.load_manifest(settings.source)
     recipe = find_recipe(settings, manifest.kind)
     _check_names(settings, recipe)
-
-    # A tower is for the methods that need one. Any other learns as published, unless a store is asked for.
-    needs_tower = not method.needs.isdisjoint({*ARRAYS, "tower"})
-    towerless = settings.backbone == "none" or not (needs_tower or settings.backbone or settings.store)
-    # What reads features of the clean view alone augments its images by itself, whatever the store holds.
-    choice = replace(settings, policy=None) if settings.live or method.clean_features else settings
-    choice = replace(choice, views=None) if method.clean_features else choice
-    store = None if towerless else choose_store(workspace, manifest, choice, method)
+    store = _choose_features(workspace, manifest, settings)
     _check_features(settings, store[1] if store else None)
-
     spec = _specify(settings, manifest, recipe, store[1] if store else None)
     method.check(find_inputs(spec))
     source = Faces.of(workspace, manifest, store or any_store(workspace, manifest))
     _check_faces(source, settings)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol)
     return TrainPlan(workspace, settings, spec, source, targets)
+
+
+def _choose_features(workspace: Workspace, manifest: Manifest, settings: TrainSettings) -> Store | None:
+    """Return the source's store for a method that needs a tower; any other learns as published unless told otherwise."""
+    method = find_method(settings.method)
+    needs_tower = not method.needs.isdisjoint({*ARRAYS, "tower"})
+    if settings.backbone == "none" or not (needs_tower or settings.backbone or settings.store):
+        return None
+    choice = settings
+    if method.clean_features:  # it augments its images by itself, whatever the store holds
+        choice = replace(settings, policy=None, views=None)
+    elif settings.live:
+        choice = replace(settings, policy=None)
+    return choose_store(workspace, manifest, choice, method)
 
 
 def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
@@ -211,7 +217,7 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt)
+        killed = isinstance(error, KeyboardInterrupt) or read_status(run) == "KILLED"
         note_status(run, "KILLED" if killed else "FAILED", "interrupted" if killed else str(error))
         raise
     else:
@@ -224,19 +230,11 @@ def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
     """Start a worker that trains one run after another, with its share of the machine where several run at a time."""
     import ray
 
-    cores, gpus = cluster.count("CPU"), cluster.count("GPU")
-    gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
+    gpus = min(1, cluster.count("GPU") / parallel) if cluster.wants_gpu(settings.use_gpu) else 0
+    resources = {"num_cpus": min(1, cluster.count("CPU") / parallel), "num_gpus": gpus}
     retries = 3 if settings.address else 0  # a cluster's nodes come and go
-    return (
-        ray.remote(Worker)
-        .options(
-            num_cpus=min(1, cores / parallel),
-            num_gpus=min(1, gpus / parallel) if gpu else 0,
-            max_restarts=retries,
-            max_task_retries=retries,
-        )
-        .remote()
-    )
+    actor = ray.remote(Worker).options(**resources, max_restarts=retries, max_task_retries=retries)
+    return actor.remote()
 
 
 def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any) -> None:
@@ -273,7 +271,7 @@ def _train_together(task: Task, settings: TrainSettings) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    gpu = cluster.count("GPU") >= settings.num_workers if settings.use_gpu is None else settings.use_gpu
+    gpu = cluster.wants_gpu(settings.use_gpu, settings.num_workers)
     trainer = TorchTrainer(
         train_together,
         train_loop_config={"task": task},

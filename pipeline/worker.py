@@ -19,6 +19,7 @@ from cafe.files import list_folder, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
+from pipeline import cluster
 from pipeline.evaluate import predict_target
 from pipeline.faces import Faces, choose_rows
 from pipeline.models import build_method, make_dataset, make_live_dataset
@@ -50,8 +51,7 @@ class Worker:
         """Train a run to its end."""
         if task.source != self.source:
             self.source, self.targets = task.source, {}
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        train_run(task, self.source, device)
+        train_run(task, self.source, torch.device(cluster.device()))
 
     def judge(self, run: str, target: Faces) -> None:
         """Predict one target of a run that is trained."""

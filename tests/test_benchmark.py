@@ -38,6 +38,7 @@ from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
 from pipeline.store import FeatureStore, find_stores
 from pipeline.tracking import PARENT, Mirror
 from pipeline.train import TrainPlan
+from pipeline.worker import Task, Worker
 from pipeline.workspace import Workspace
 
 BENCHMARKS = Path(__file__).parents[1] / "jobs" / "benchmarks"
@@ -314,6 +315,21 @@ def tracked(workspace: Workspace, experiment: str) -> list[Any]:
     return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
 
 
+def test_a_worker_that_trained_other_runs_gives_the_same_weights(workspace: Workspace, small: Benchmark) -> None:
+    fill_all(workspace, small)
+    plans = [cell.plan for cell in plan(workspace, small).cells[:3] if cell.plan]
+    alone = {}
+    for run in plans:
+        train_here(run)
+        alone[run.run] = (run.run / "model.safetensors").read_bytes()
+        (run.run / "model.safetensors").unlink()
+    worker = Worker()
+    for run in reversed(plans):
+        worker.train(Task(str(run.run), run.source, 1, 0, 1))
+    assert {run.run: (run.run / "model.safetensors").read_bytes() for run in plans} == alone
+    assert not list((plans[0].run / "checkpoints").iterdir())
+
+
 def test_what_keeps_a_cell_from_running_is_said_in_the_plan(
     workspace: Workspace, small: Benchmark, tmp_path: Path
 ) -> None:
@@ -368,9 +384,7 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
         for manifest in manifests.values():
             epochs = entry.kind.published_recipe(manifest.kind).epochs
             published += 5 * (epochs * len(manifest.rows("train")) + targets)
-            stores += (entry.views or epochs + 1) * len(
-                manifest
-            )  # each method of table 1 that reads features has a tower of its own
+            stores += (1 if entry.kind.clean_features else epochs + 1) * len(manifest)  # each has a tower of its own
     assert f"{stores:,} passes fill {5 * len(readers)} feature stores" in output
     assert (
         f"would take {published:,} (epochs × training faces + judged faces, each cell for itself): the cache" in output

@@ -209,6 +209,14 @@ def test_a_method_that_needs_no_features_learns_as_published_unless_told_otherwi
     assert (told.spec.policy, told.spec.views) == ("paper", 2)
 
 
+def test_ofer_reads_the_clean_view_of_any_store_and_augments_by_itself(ready: Cafe, tiny_tower: str) -> None:
+    ready.succeed("extract", "one", "--backbone", tiny_tower, "--maps", ray=True)
+    settings = TrainSettings(source="one", method="ofer", epochs=4, targets="none")
+    spec = plan_training(Workspace.at(str(ready.workspace)), settings).spec
+    assert spec.features is not None
+    assert (spec.features.views, spec.features.maps, spec.views, spec.policy) == (1, True, 5, "ofer")
+
+
 def test_what_is_not_as_published_is_written_into_the_run(ready: Cafe) -> None:
     workspace = Workspace.at(str(ready.workspace))
     settings = TrainSettings(source="one", method="scn", image_size=224)
