@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -120,14 +126,49 @@ def choose_runs(workspace: Workspace, experiment: str | None, mlflow_uri: str | 
 @click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
     """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
-    from pipeline.tracking import serve
+    from pipeline.tracking import default_uri, list_experiments
 
-    def announce(address: str, runs: dict[str, str]) -> None:
-        click.echo(f"MLflow at {address} (stop with Ctrl-C)")
-        for experiment, link in runs.items():
-            click.echo(f"{experiment}: {link}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise UserError(f"Port {port} is taken: give another one with --port.") from None
+    workspace, address = open_workspace(), f"http://127.0.0.1:{port}"
+    experiments = list_experiments(workspace)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        default_uri(workspace),
+        "--workers",
+        "1",
+    ]
+    command += ["--default-artifact-root", (workspace.root / "artifacts").as_uri()]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this command ends, the server ends with it
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _await_answer(server, port)
+            click.echo(f"MLflow at {address} (stop with Ctrl-C)")
+            for name, number in experiments.items():  # MLflow's own front page leads to pages about language models
+                click.echo(f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning")
+            server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
 
-    serve(open_workspace(), port, announce)
+
+def _await_answer(server: subprocess.Popen[bytes], port: int) -> None:
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if server.poll() is not None:
+            raise UserError(f"MLflow's server ended with exit code {server.returncode} before it answered.")
+        time.sleep(0.1)
 
 
 @click.group(cls=Commands)

@@ -10,31 +10,27 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import RLock
 from typing import Any
 
-import pandas as pd
 from upath import UPath
 
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder, read_json, write_file, write_json
-from cafe.results.metrics import METRICS
-from cafe.results.protocols import PROTOCOLS, find_protocol
-from cafe.results.scores import PULLED, SOURCE, Run, average_all, average_unseen, read_run, read_scores
-from pipeline.workspace import Workspace
+from cafe.results.protocols import PROTOCOLS
+from cafe.results.scores import PULLED, SOURCE, Run, flatten_scores, read_run, read_scores
+from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the server was last brought to
+UNNAMED = "Default"  # the experiment every server has
+LONGEST = 6000  # characters of a parameter that MLflow takes
 SLEEP = 60.0  # seconds until a server that was down is asked again
 
 
@@ -70,25 +66,21 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
         for path in list_folder(run.folder / "epochs")
         for name, value in (read_json(path) or {}).items()
     }
-    points |= {(name, 0): value for name, value in name_metrics(scores).items()}
+    points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
     judged = [name for name in PROTOCOLS if (scores["protocol"] == name).any()]
     inputs = {("training", run.source, run.source_digest)}
     inputs |= {("evaluation", row.target, row.manifest) for row in scores.itertuples() if row.relation != SOURCE}
     files = {"run.json": run.folder / "run.json"}
     for folder in ("predictions", "figures"):
         paths = (path for path in (run.folder / folder).glob("**/*") if path.suffix in (".parquet", ".png"))
-        files |= {_artifact(path.relative_to(run.folder)): path for path in sorted(paths)}
+        # Figures lie at the top, by their kind.
+        files |= {str(path.relative_to(run.folder)).removeprefix("figures/"): path for path in sorted(paths)}
     tags = {"cafe.group": run.group, "cafe.protocols": ", ".join(judged), "cafe.reason": reason}
     if "code" in run.derived:
         tags["mlflow.source.git.commit"] = run.derived["code"]
     status = status or ended.get("status", "RUNNING")
     params = {**run.settings, **run.derived}
     return Page(run.name, status, params, points, tags, files, tuple(sorted(inputs)), benchmark)
-
-
-def _artifact(path: Any) -> str:
-    """Name a file of a run as an artifact: figures lie at the top, by their kind."""
-    return str(path).removeprefix("figures/")
 
 
 def describe_benchmark(folder: UPath, status: str | None) -> Page:
@@ -103,23 +95,6 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
     }
     status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
     return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files)
-
-
-def name_metrics(scores: pd.DataFrame) -> dict[str, float]:
-    """Return one run's scores by the names of MLflow's metrics: target/TARGET/METRIC, unseen/METRIC and all/METRIC.
-
-    Those of another protocol than `clean` have its name in front, and `target@split` becomes `target:split`.
-    """
-    named: dict[str, float] = {}
-    for record in scores.to_dict("records"):
-        prefix = f"{find_protocol(record['protocol']).prefix}target/{record['target'].replace('@', ':')}"
-        values = {name: value for name, value in record.items() if name in METRICS or name.startswith("recall/")}
-        named |= {f"{prefix}/{name}": value for name, value in values.items() if not pd.isna(value)}
-    for group, means in (("unseen", average_unseen(scores)), ("all", average_all(scores))):
-        for (_, protocol), values in means.iterrows():
-            prefix = f"{find_protocol(protocol).prefix}{group}"
-            named |= {f"{prefix}/{name}": float(value) for name, value in values.items() if not pd.isna(value)}
-    return named
 
 
 @dataclass
@@ -149,16 +124,16 @@ class Mirror:
             f"reached; nothing is lost: bring it up to date with `cafe mlflow sync{option}`."
         )
 
-    def update(self, folder: UPath, status: str | None = None) -> None:
-        """Show a run as its folder says, in each of its experiments; do nothing when nothing changed.
+    def update(self, folder: UPath, status: str | None = None) -> Run | None:
+        """Show a run as its folder says, in each of its experiments, and return it; do nothing when nothing changed.
 
         `status` is RUNNING, FINISHED, FAILED or KILLED, and by default that of the folder.
         """
         run = read_run(folder)
-        if run is None:
-            return
-        for experiment, benchmark in run.experiments.items():
+        for experiment, benchmark in run.experiments.items() if run else ():
+            assert run
             self._show(experiment, describe_run(self.workspace, run, benchmark, status))
+        return run
 
     def update_benchmark(self, folder: UPath, experiment: str, status: str | None = None) -> None:
         """Show a benchmark as its folder says, as the run above those of its cells."""
@@ -167,11 +142,10 @@ class Mirror:
     def update_all(self) -> int:
         """Show every run and benchmark of the workspace; return how many runs there are."""
         folders = [self.workspace.run_path(name) for name in self.workspace.run_names()]
-        benchmarks = set()
+        benchmarks: set[tuple[str, str]] = set()
         for folder in folders:
-            self.update(folder)
-            run = read_run(folder)
-            benchmarks |= {(name, place) for place, name in run.experiments.items() if name} if run else set()
+            if run := self.update(folder):
+                benchmarks |= {(name, experiment) for experiment, name in run.experiments.items() if name}
         for name, experiment in sorted(benchmarks):
             self.update_benchmark(self.workspace.root / "benchmarks" / name, experiment)
         return len(folders)
@@ -213,17 +187,18 @@ class Mirror:
             try:
                 found = {place.name: place.experiment_id for place in client.search_experiments()}
                 if experiment not in found:
-                    raise unknown("experiment", experiment, found.keys() - {"Default"})
-                runs = [run for run in list_runs(client, found[experiment]) if "cafe.group" in run.data.tags]
-                return [self._pull_run(client, run, experiment) for run in runs if MIRRORED in run.data.tags]
+                    raise unknown("experiment", experiment, found.keys() - {UNNAMED})
+                runs = client.search_runs([found[experiment]], max_results=50_000)
+                whole = [run for run in runs if {"cafe.group", MIRRORED} <= run.data.tags.keys()]
+                return [self._pull_run(client, run, check_name(experiment)) for run in whole]
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"MLflow at {self.address} cannot be read ({reason}): check --mlflow-uri.") from None
 
     def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
         """Copy a run's description and predictions, unless the cache has them as they are."""
-        run_id, name = run.info.run_id, run.info.run_name
-        folder: UPath = self.workspace.root / "pulled" / run.data.tags[MIRRORED] / name
+        run_id, names = run.info.run_id, (run.data.tags[MIRRORED], run.info.run_name)
+        folder = self.workspace.root.joinpath("pulled", *map(check_name, names))
         if not (folder / PULLED).exists():
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.path for entry in client.list_artifacts(run_id)}
@@ -266,16 +241,6 @@ def find_run(client: Any, experiment: str, name: str) -> Any:
     return found[0] if found else client.create_run(experiment, run_name=name)
 
 
-def list_runs(client: Any, experiment: str) -> list[Any]:
-    """Return every run of an experiment, oldest first."""
-    runs, page = [], client.search_runs([experiment], order_by=["attributes.start_time ASC"])
-    while True:
-        runs += list(page)
-        if not page.token:
-            return runs
-        page = client.search_runs([experiment], order_by=["attributes.start_time ASC"], page_token=page.token)
-
-
 def log(client: Any, tracked: Any, page: Page, tags: Mapping[str, str]) -> None:
     """Log the parameters, points of metrics and tags that are not there yet, in as few requests as MLflow takes."""
     from mlflow.entities import Metric, Param, RunTag
@@ -291,7 +256,7 @@ def log(client: Any, tracked: Any, page: Page, tags: Mapping[str, str]) -> None:
         for (name, step), value in page.points.items()
         if logged.get((name, step)) != value
     ]
-    params = [Param(name, str(value)) for name, value in page.params.items() if name not in data.params]
+    params = [Param(name, str(value)[:LONGEST]) for name, value in page.params.items() if name not in data.params]
     changed = [RunTag(name, value) for name, value in tags.items() if data.tags.get(name, "") != value]
     client.log_batch(run_id, points[:800], params, changed)
     for start in range(800, len(points), 800):
@@ -337,45 +302,11 @@ def default_uri(workspace: Workspace) -> str:
     return f"sqlite:///{workspace.root}/mlflow.db"
 
 
-def serve(workspace: Workspace, port: int, announce: Callable[[str, dict[str, str]], None]) -> None:
-    """Run MLflow's server for a workspace on loopback until it is interrupted.
-
-    As soon as it answers, its address and that of every experiment's runs by name are announced; MLflow's own front page
-    leads to pages about language models. Raises `UserError` when the port is taken.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise UserError(f"Port {port} is taken: give another one with --port.") from None
-    database, artifacts = default_uri(workspace), (workspace.root / "artifacts").as_uri()
-    address = f"http://127.0.0.1:{port}"
+def list_experiments(workspace: Workspace) -> dict[str, str]:
+    """Return the id of every experiment in a workspace's own database by its name."""
     with quiet_mlflow() as mlflow:
-        runs = {
-            found.name: f"{address}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning"
-            for found in mlflow.MlflowClient(tracking_uri=database).search_experiments()
-            if found.name != mlflow.entities.Experiment.DEFAULT_EXPERIMENT_NAME
-        }
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
-    command += ["--default-artifact-root", artifacts, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this command ends, the server ends with it
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            while not _answers(port):
-                if server.poll() is not None:
-                    raise UserError(f"MLflow's server ended with exit code {server.returncode} before it answered.")
-                time.sleep(0.1)
-            announce(address, runs)
-            server.wait()
-        except KeyboardInterrupt:
-            server.terminate()
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        found = mlflow.MlflowClient(default_uri(workspace)).search_experiments()
+        return {place.name: place.experiment_id for place in found if place.name != UNNAMED}
 
 
 @contextmanager
@@ -390,6 +321,8 @@ def quiet_mlflow() -> Iterator[Any]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
-    yield mlflow
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    try:
+        yield mlflow
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

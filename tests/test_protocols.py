@@ -23,7 +23,7 @@ from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
-from cafe.results.scores import read_runs, read_scores
+from cafe.results.scores import flatten_scores, read_runs, read_scores
 from pipeline import settings
 from pipeline.evaluate import is_judged, predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower
@@ -32,7 +32,7 @@ from pipeline.models import build_method, find_inputs
 from pipeline.runs import RunSpec, add_experiment
 from pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
 from pipeline.store import FeatureStore
-from pipeline.tracking import Mirror, default_uri, name_metrics
+from pipeline.tracking import Mirror, default_uri
 from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 
@@ -218,7 +218,7 @@ def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Worksp
 
 
 def metrics_of(run: UPath) -> dict[str, float]:
-    return name_metrics(read_scores(read_runs([run])))
+    return flatten_scores(read_scores(read_runs([run])))
 
 
 def accuracy(predictions: Predictions) -> float:

@@ -5,6 +5,7 @@ Comparisons, tests, tracked metrics and pages all read this table; leaving out f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from cafe.errors import UserError
 from cafe.files import list_folder, read_json
 from cafe.results.metrics import METRICS, score
 from cafe.results.predictions import Predictions, load_predictions
-from cafe.results.protocols import PROTOCOLS
+from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.published import SETS
 
 VERSION = 2  # of run.json
@@ -171,3 +172,18 @@ def average_all(scores: pd.DataFrame) -> pd.DataFrame:
 def _average(scores: pd.DataFrame) -> pd.DataFrame:
     # A target of which no face is left leaves no mean, instead of one over the other targets.
     return scores.groupby(["run", "protocol"], sort=False)[list(METRICS)].agg(lambda values: values.mean(skipna=False))
+
+
+def flatten_scores(scores: pd.DataFrame) -> dict[str, float]:
+    """Return one run's scores by flat names: target/TARGET/METRIC, unseen/METRIC and all/METRIC.
+
+    Those of another protocol than `clean` have its name in front, and `target@split` becomes `target:split`.
+    """
+    named: dict[str, float] = {}
+    for record in scores.to_dict("records"):
+        prefix = f"{find_protocol(record['protocol']).prefix}target/{record['target'].replace('@', ':')}"
+        named |= {f"{prefix}/{name}": record[name] for name in (*METRICS, *RECALLS)}
+    for group, means in (("unseen", average_unseen(scores)), ("all", average_all(scores))):
+        for (_, protocol), values in means.iterrows():
+            named |= {f"{find_protocol(protocol).prefix}{group}/{name}": values[name] for name in METRICS}
+    return {name: float(value) for name, value in named.items() if not math.isnan(value)}
