@@ -51,7 +51,7 @@ class Cafe(FeatureMethod):
             self.classifier = nn.Linear(self.width, CLASSES)
 
     def build_mask(self) -> None:
-        """Build what the mask is made by."""
+        """Build the part that computes the mask."""
         self.branch = build_network(self.inputs.network, self.inputs.init, scratch="pytorch")
 
     def mask_logits(self, batch: Batch) -> Tensor:

@@ -23,9 +23,9 @@ class Recipe:
     learning_rate: float = 2e-4  # Adam
     weight_decay: float = 1e-4
     gamma: float = 0.9  # the learning rate is multiplied by it after every epoch
-    # What is done about how often each expression occurs in the source. "balanced" draws faces by 1 / class count, with
-    # replacement; "adjusted" adds the logarithm of each expression's share to the logits, in the losses only ("Long-tail
-    # learning via logit adjustment", Menon et al., ICLR 2021, Eq. 10 with τ = 1).
+    # Which shares of the expressions training assumes. "source": the source's own; "balanced": faces are drawn by
+    # 1 / class count, with replacement; "adjusted": the logarithm of each share is added to the logits, in the losses only
+    # ("Long-tail learning via logit adjustment", Menon et al., ICLR 2021, Eq. 10 with τ = 1).
     prior: Literal["source", "balanced", "adjusted"] = "source"
 
     # Settings that keep their ratio to another one when that one alone is changed: a point of the schedule to the epochs,
@@ -48,7 +48,7 @@ class Inputs:
 class Method(nn.Module):
     """A method of facial-expression recognition. A subclass cites its paper and states where it deviates from it."""
 
-    # What a batch must hold: "image", "flipped_image", "features", "map"; or the "tower" of the features itself.
+    # What a batch must hold: "image", with it "flipped_image" and "placement"; "features", "map"; or the "tower" itself.
     needs: ClassVar[frozenset[str]]
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.learning.views.POLICIES`

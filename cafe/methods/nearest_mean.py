@@ -25,7 +25,7 @@ class Recipe(features.Recipe):
     """Nothing is trained."""
 
     epochs: int = 0
-    scale: float = 100.0  # of cosines to logits, as in CLIP: decides how sure predictions are, never which they are
+    scale: float = 100.0  # of cosines to logits, as in CLIP: sets how confident predictions are, not which they are
 
 
 class NearestClassMean(FeatureMethod):
