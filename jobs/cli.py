@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
     "data": "jobs.cli:data",
+    "tower": "jobs.towers:tower",
     "extract": "jobs.runs:extract",
     "train": "jobs.runs:train",
     "evaluate": "jobs.runs:evaluate",
