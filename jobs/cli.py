@@ -9,6 +9,7 @@ from jobs.terminal import Commands
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
     "data": "jobs.data:data",
+    "tower": "jobs.towers:tower",
     "extract": "jobs.runs:extract",
     "train": "jobs.runs:train",
     "evaluate": "jobs.runs:evaluate",

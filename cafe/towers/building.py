@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cafe.errors import UserError, unknown
 from cafe.towers import face
 from cafe.towers.face import FaceResnet
-from cafe.towers.layers import FaceReader, Reader, TimmReader, choose_open_clip_reader, read_layers
+from cafe.towers.layers import FACE_READER, Reader, choose_open_clip_reader, choose_timm_reader, read_layers
 from cafe.towers.names import FINAL, BackboneSpec, Layer, open_clip_name, parse_backbone, timm_name
 from cafe.towers.weights import digest_state_dict, read_weights
 
@@ -224,14 +224,14 @@ def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input
     if input_size is not None and hasattr(module, "set_input_size"):
         module.set_input_size((input_size, input_size))
     size = input_size or preprocessing["input_size"][-1]
-    return _Built(module, TimmReader(module), digest, size, preprocessing["mean"], preprocessing["std"])
+    return _Built(module, choose_timm_reader(module), digest, size, preprocessing["mean"], preprocessing["std"])
 
 
 def _build_face(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:
     module = FaceResnet()
     load_tensors(name, module, tensors)
     size = input_size or face.INPUT_SIZE
-    return _Built(module, FaceReader(), digest_state_dict(module.state_dict()), size, face.MEAN, face.STD)
+    return _Built(module, FACE_READER, digest_state_dict(module.state_dict()), size, face.MEAN, face.STD)
 
 
 BUILDERS = {"open_clip": _build_open_clip, "timm": _build_timm, "dlib": _build_face}

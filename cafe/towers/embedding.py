@@ -77,12 +77,10 @@ class Embedder:
             pictures[position], boxes[position] = self.plan.render(decoded[1], sample_id, view, side)
         return Rendered(pictures, boxes, unreadable)
 
-    def embed(self, rendered: Rendered) -> dict[str, np.ndarray]:
-        """Run the tower: pooled (n, C) and, when asked for, map (n, C, H, W), in the number format of the store."""
-        return self.embed_layers(rendered, [self.tower.layer])[0]
-
     def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
-        """Run the tower once; return what `embed` gives for each of several layers."""
+        """Run the tower once; return pooled (n, C) and, if asked for, map (n, C, H, W) of each layer, in the number format of
+        the store.
+        """
         count = len(rendered.pictures)
         missing = self.batch_size - count
         with torch.inference_mode():
@@ -102,10 +100,17 @@ class Embedder:
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return the features of one view of some rows; raise `UserError` for an unreadable image."""
+        return self.read_layers(rows, view, [self.tower.layer])[0]
+
+    def read_layers(self, rows: np.ndarray, view: int, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
+        """Return what `read` gives for each of several layers."""
         parts = []
         for batch in self.batches([(int(row), view) for row in rows]):
             rendered = self.render(batch)
             for row, reason in rendered.unreadable.items():
                 raise UserError(f"{self.manifest.path(row)} is unreadable ({reason}): mend it or leave it out.")
-            parts.append(self.embed(rendered))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            parts.append(self.embed_layers(rendered, layers))
+        return [
+            {name: np.concatenate([part[name] for part in layer]) for name in layer[0]}
+            for layer in zip(*parts, strict=True)
+        ]

@@ -6,13 +6,15 @@ as which it is. A reader runs a tower no further than the last layer asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional
 
 from cafe.errors import UserError
+from cafe.towers.face import STAGES, FaceResnet
 from cafe.towers.names import WHOLE, Layer
 
 
@@ -24,45 +26,41 @@ class Pass(NamedTuple):
     maps: Sequence[Tensor] = ()
 
 
+@dataclass(frozen=True)
 class Reader:
-    """How one kind of tower is read; this kind gives its pooled features and nothing else."""
+    """How one kind of tower is read: the names of its layers before its end, from the first, and two ways through it.
 
-    layers: tuple[str, ...] = ()  # before the end of the tower, from the first
+    `read(tower, images, indices)` gives the maps (N, C, H, W) of some layers, in order, and stops behind the last of them;
+    `finish(tower, images, indices)` runs the whole tower. Without layers it gives its pooled features and nothing else.
+    """
 
-    def read(self, tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-        """Return the maps (N, C, H, W) of some layers, in order, and stop behind the last of them."""
-        raise NotImplementedError
-
-    def finish(self, tower: Any, images: Tensor, indices: list[int]) -> Pass:
-        """Run the whole tower."""
-        return Pass(first_output(tower(images)))
+    layers: tuple[str, ...]
+    read: Callable[[Any, Tensor, list[int]], Sequence[Tensor]]
+    finish: Callable[[Any, Tensor, list[int]], Pass]
 
 
-class TimmReader(Reader):
-    """A tower of timm: its layers are the stages of a network that halves its map, the blocks of one that does not."""
+def choose_timm_reader(tower: Any) -> Reader:
+    """Return how timm's towers are read: by stage where the map is halved on its way, else by block."""
+    layers = list(getattr(tower, "feature_info", ())) if hasattr(tower, "forward_intermediates") else []
+    kind = "block" if len({layer["reduction"] for layer in layers}) == 1 else "stage"
+    return Reader(_number(kind, len(layers)), _read_timm, _finish_timm)
 
-    def __init__(self, tower: Any) -> None:
-        layers = list(getattr(tower, "feature_info", ())) if hasattr(tower, "forward_intermediates") else []
-        kind = "block" if len({layer["reduction"] for layer in layers}) == 1 else "stage"
-        self.layers = _number(kind, len(layers))
 
-    def read(self, tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-        """Return the maps of some layers."""
-        maps: list[Tensor] = tower.forward_intermediates(
-            images, indices=indices, stop_early=True, intermediates_only=True
-        )
-        return maps
+def _read_timm(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    maps: list[Tensor] = tower.forward_intermediates(images, indices, stop_early=True, intermediates_only=True)
+    return maps
 
-    def finish(self, tower: Any, images: Tensor, indices: list[int]) -> Pass:
-        """Run the whole tower; the map is None when its layout is not known."""
-        if indices:
-            features, maps = tower.forward_intermediates(images, indices=indices)
-        else:
-            features, maps = tower.forward_features(images), []
-        return Pass(tower.forward_head(features), _spread(tower, features), maps)
+
+def _finish_timm(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    if indices:
+        features, maps = tower.forward_intermediates(images, indices)
+    else:
+        features, maps = tower.forward_features(images), []
+    return Pass(tower.forward_head(features), _spread(tower, features), maps)
 
 
 def _spread(tower: Any, features: Any) -> Tensor | None:
+    """Return the map of what a tower of timm ends in; None when its layout is not known."""
     if not isinstance(features, Tensor):
         return None
     if features.ndim == 4:  # (N, C, h, w), or (N, h, w, C) where the model says so
@@ -75,95 +73,69 @@ def _spread(tower: Any, features: Any) -> Tensor | None:
     return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
 
 
-class WrappedTimmReader(TimmReader):
-    """A tower of timm inside open_clip."""
-
-    def __init__(self, tower: Any) -> None:
-        super().__init__(tower.trunk)
-
-    def read(self, tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-        """Return the maps of some layers."""
-        return super().read(tower.trunk, images, indices)
-
-    def finish(self, tower: Any, images: Tensor, indices: list[int]) -> Pass:
-        """Run the whole tower."""
-        whole = super().finish(tower.trunk, images, indices)
-        return whole._replace(pooled=tower.head(whole.pooled))
-
-
-class OpenClipResnetReader(Reader):
-    """A residual network of open_clip: the stem and four stages; the last is what its attention pools."""
-
-    layers = tuple(f"stage{number}" for number in range(1, 6))
-
-    def read(self, tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-        """Return the maps of some layers."""
-        maps: list[Tensor] = tower.forward_intermediates(images, indices=indices, intermediates_only=True)[
-            "image_intermediates"
-        ]
-        return maps
-
-    def finish(self, tower: Any, images: Tensor, indices: list[int]) -> Pass:
-        """Run the whole tower."""
-        last = len(self.layers) - 1
-        maps = dict(zip(wanted := sorted({*indices, last}), self.read(tower, images, wanted), strict=True))
-        return Pass(tower.attnpool(maps[last]), maps[last], [maps[index] for index in indices])
-
-
-class OpenClipVitReader(Reader):
-    """A vision transformer of open_clip: its blocks, whose map are the patch tokens."""
-
-    def __init__(self, tower: Any) -> None:
-        self.layers = _number("block", len(tower.transformer.resblocks))
-
-    def read(self, tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-        """Return the maps of some layers."""
-        maps: list[Tensor] = tower.forward_intermediates(
-            images, indices=indices, stop_early=True, intermediates_only=True
-        )["image_intermediates"]
-        return maps
-
-    def finish(self, tower: Any, images: Tensor, indices: list[int]) -> Pass:
-        """Run the whole tower; its map are the last tokens, taken into the space of the pooled features."""
-        last = len(self.layers) - 1
-        whole = tower.forward_intermediates(images, indices=sorted({*indices, last}))
-        maps: list[Tensor] = whole["image_intermediates"]
-        if tower.attn_pool is not None or tower.pool_type == "none":  # its pooled features are no mean of tokens
-            return Pass(whole["image_features"], None, maps[: len(indices)])
-        tokens = tower.ln_post(maps[-1].flatten(2).transpose(1, 2))  # (N, h * w, C)
-        if tower.proj is not None:
-            tokens = tokens @ tower.proj
-        final = tokens.transpose(1, 2).reshape(len(tokens), -1, *tower.grid_size)
-        return Pass(whole["image_features"], final, maps[: len(indices)])
-
-
-class FaceReader(Reader):
-    """dlib's face network: five stages; its end is the identity, whose map is that of the last stage."""
-
-    layers = tuple(f"stage{number}" for number in range(1, 6))
-
-    def read(self, tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-        """Return the maps of some layers."""
-        maps = tower.read_stages(images, indices[-1] + 1)
-        return [maps[index] for index in indices]
-
-    def finish(self, tower: Any, images: Tensor, indices: list[int]) -> Pass:
-        """Run the whole tower."""
-        maps = tower.read_stages(images, len(self.layers))
-        return Pass(tower.identify(maps[-1]), maps[-1], [maps[index] for index in indices])
-
-
 def choose_open_clip_reader(tower: Any) -> Reader:
-    """Return how a visual tower of open_clip is read."""
+    """Return how a visual tower of open_clip is read: a transformer by block, a residual network by its five stages."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
     if isinstance(tower, VisionTransformer):
-        return OpenClipVitReader(tower)
+        return Reader(_number("block", len(tower.transformer.resblocks)), _read_open_clip, _finish_vit)
     if isinstance(tower, ModifiedResNet):
-        return OpenClipResnetReader()
-    return WrappedTimmReader(tower) if isinstance(tower, TimmModel) else Reader()
+        return Reader(_number("stage", 5), _read_open_clip, _finish_resnet)
+    if isinstance(tower, TimmModel):
+        return Reader(choose_timm_reader(tower.trunk).layers, _read_trunk, _finish_trunk)
+    return Reader((), _read_open_clip, lambda tower, images, _: Pass(first_output(tower(images))))
+
+
+def _read_open_clip(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    read = tower.forward_intermediates(images, indices, stop_early=True, intermediates_only=True)
+    maps: list[Tensor] = read["image_intermediates"]
+    return maps
+
+
+def _finish_vit(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    """Run a transformer; the map of its end are the last patches, taken into the space of the pooled features."""
+    last = len(tower.transformer.resblocks) - 1
+    whole = tower.forward_intermediates(images, sorted({*indices, last}))
+    pooled, maps = whole["image_features"], whole["image_intermediates"]
+    if tower.attn_pool is not None or tower.pool_type == "none":  # its pooled features are no mean of patches
+        return Pass(pooled, None, maps[: len(indices)])
+    patches = tower.ln_post(maps[-1].flatten(2).transpose(1, 2))  # (N, h * w, C)
+    if tower.proj is not None:
+        patches = patches @ tower.proj
+    return Pass(pooled, patches.transpose(1, 2).reshape(len(patches), -1, *tower.grid_size), maps[: len(indices)])
+
+
+def _finish_resnet(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    *maps, last = _read_open_clip(tower, images, [0, 1, 2, 3, 4])
+    return Pass(tower.attnpool(last), last, [(*maps, last)[index] for index in indices])
+
+
+def _read_trunk(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    return _read_timm(tower.trunk, images, indices)
+
+
+def _finish_trunk(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    whole = _finish_timm(tower.trunk, images, indices)
+    return whole._replace(pooled=tower.head(whole.pooled))
+
+
+def _read_face(tower: FaceResnet, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    maps = tower.read_stages(images, indices[-1] + 1)
+    return [maps[index] for index in indices]
+
+
+def _finish_face(tower: FaceResnet, images: Tensor, indices: list[int]) -> Pass:
+    maps = tower.read_stages(images, len(tower.stages))
+    return Pass(tower.identify(maps[-1]), maps[-1], [maps[index] for index in indices])
+
+
+def _number(kind: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{kind}{number}" for number in range(1, count + 1))
+
+
+FACE_READER = Reader(_number("stage", len(STAGES)), _read_face, _finish_face)
 
 
 def read_layers(
@@ -213,7 +185,3 @@ def first_output(output: Any) -> Tensor:
     """Return the pooled features of a tower that may give tokens beside them."""
     pooled: Tensor = output[0] if isinstance(output, tuple) else output
     return pooled
-
-
-def _number(kind: str, count: int) -> tuple[str, ...]:
-    return tuple(f"{kind}{number}" for number in range(1, count + 1))
