@@ -141,14 +141,16 @@ def run(settings: argparse.Namespace, scratch: Path) -> None:
     order = np.argsort([int(Path(name).stem) for name in planted.sample_ids])  # row of the n-th planted face
 
     tower = load_backbone(settings.backbone, input_size=settings.input_size)
-    plan = ViewPlan("ofer", 0, 2, "bilinear", tower.mean, tower.std)
-    assert tower.map_shape is not None
+    plan = ViewPlan("ofer", 0, 2, "bilinear", tower.facts.mean, tower.facts.std)
+    assert tower.facts.map_shape is not None
     method_type = METHODS[settings.method]
     recipe = Recipe(
         mae_epochs=settings.mae_epochs, detector_epochs=settings.detector_epochs, quantile=settings.quantile
     )
     torch.manual_seed(0)
-    method = method_type(recipe, Inputs(tower.map_shape[0], image_size=settings.image_size, grid=tower.map_shape[1:]))
+    method = method_type(
+        recipe, Inputs(tower.facts.map_shape[0], image_size=settings.image_size, grid=tower.facts.map_shape[1:])
+    )
     assert isinstance(method, Ofer)
     method.eval()
 

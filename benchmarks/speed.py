@@ -76,8 +76,8 @@ def main(faces: int, backbone: str, input_size: int, image_size: int, repeats: i
         live = Embedder(tower, manifest, done.about.key.view_plan, "cpu", batch_size=BATCH)
         names = ("from the cache", "tower on the fly", "image branch alone")
         epochs: Sequence[Callable[[], float]] = (
-            lambda: rate_epoch(manifest, cached, done.about.key.view_plan, tower.width, image_size),
-            lambda: rate_epoch(manifest, live, done.about.key.view_plan, tower.width, image_size),
+            lambda: rate_epoch(manifest, cached, done.about.key.view_plan, tower.facts.width, image_size),
+            lambda: rate_epoch(manifest, live, done.about.key.view_plan, tower.facts.width, image_size),
             lambda: rate_bare_branch(manifest, image_size),
         )
         rates = [
@@ -102,7 +102,7 @@ def rate_bare_tower(manifest: Manifest, tower: FrozenBackbone, input_size: int) 
         [
             transforms.Resize((input_size, input_size)),
             transforms.ToTensor(),
-            transforms.Normalize(tower.mean, tower.std),
+            transforms.Normalize(tower.facts.mean, tower.facts.std),
         ]
     )
     tower.to(memory_format=torch.channels_last)

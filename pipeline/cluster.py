@@ -73,10 +73,27 @@ def count(resource: str) -> int:
     return int(ray.cluster_resources().get(resource, 0))
 
 
+def device() -> str:
+    """Return `cuda` in a worker that was given a GPU, else `cpu`: Ray leaves GPUs visible to those without any."""
+    import ray
+
+    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
+
+
+def wants_gpu(use_gpu: bool | None, least: int = 1) -> bool:
+    """Return whether to compute on GPUs: as asked for, else where there are enough; raise `UserError` for too few."""
+    there = count("GPU")
+    if use_gpu and there < least:
+        raise UserError(f"--gpu needs {least} GPUs and the cluster has {there}: use fewer workers, or --cpu.")
+    return there >= least if use_gpu is None else use_gpu
+
+
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the user's mistake among the causes of an error that crossed Ray, if there is one."""
-    if error is None or isinstance(error, UserError):
-        return error
+    if error is None:
+        return None
     workers = getattr(error, "worker_failures", {}).values()  # of a training
     causes = [getattr(error, "cause", None), getattr(error, "_base_exc", None), error.__cause__, *workers]
-    return next((found for cause in causes if (found := user_error(cause))), None)
+    found = next((mistake for cause in causes if (mistake := user_error(cause))), None)
+    # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
+    return found or (error if isinstance(error, UserError) else None)

@@ -23,14 +23,16 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError
+from cafe.files import read_json, write_json
 from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
 from cafe.towers.embedding import Embedder
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.progress import Progress
+from pipeline.records import check_record
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
-from pipeline.workspace import Workspace, locate, read_json, with_tuples, write_json
+from pipeline.workspace import Workspace, locate
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -91,31 +93,61 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFa
 
 
 def know_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
-    """Return the facts of a tower, remembered by the content of its weights file, so that a rerun need not load it."""
-    spec = parse_backbone(settings.backbone)
-    note = None
+    """Return the facts of the tower at the layer its name says."""
+    return know_layers(workspace, settings, [settings.backbone])[0]
+
+
+def know_layers(workspace: Workspace, settings: ExtractSettings, names: Sequence[str]) -> list[TowerFacts]:
+    """Return the facts of one tower at each layer, remembered by the content of its weights file.
+
+    So a rerun need not load the tower, which it does once, whatever the number of layers.
+    """
+    spec, notes = parse_backbone(names[0]), dict[str, UPath]()
     if spec.file:
         content = hashlib.sha256(Path(spec.file).read_bytes()).hexdigest()
-        asked = f"{settings.backbone} {settings.input_size} {content}"
-        note = workspace.root / "towers" / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
-        if record := read_json(note):
-            return TowerFacts(**with_tuples(record))
-    facts = load_backbone(settings.backbone, settings.precision, settings.input_size).facts
-    if note:
-        write_json(note, asdict(facts))
-    return facts
+        asked = {name: f"2 {name} {settings.input_size} {content}" for name in names}
+        notes = {
+            name: workspace.root / "towers" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+            for name, text in asked.items()
+        }
+    known = {
+        name: check_record(record, TowerFacts, str(note)) for name, note in notes.items() if (record := read_json(note))
+    }
+    if len(known) < len(names):
+        tower = load_backbone(names[0], settings.precision, settings.input_size)
+        for name in names:
+            known[name] = tower.describe(parse_backbone(name).layer)
+            if name in notes:
+                write_json(notes[name], asdict(known[name]))
+    return [known[name] for name in names]
+
+
+def name_layers(settings: ExtractSettings) -> list[str]:
+    """Return the tower's name with each of the layers asked for."""
+    if settings.layers is None:
+        return [absolute_name(settings.backbone)]
+    if "#" in settings.backbone:
+        raise UserError(f"Both --backbone {settings.backbone} and --layers {settings.layers} name layers: use one.")
+    layers = [layer.strip() for layer in settings.layers.split(",")]
+    return list(dict.fromkeys(absolute_name(f"{settings.backbone}#{layer}") for layer in layers))
 
 
 class ShardEmbedder:
-    """A tower at work: shard number in, receipt out. Loaded once per actor, usable without Ray."""
+    """A tower at work: shard number in, receipts out. Loaded once per actor, usable without Ray.
+
+    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}.
+    """
 
     def __init__(
-        self, store: str, about: About, manifest: str, settings: ExtractSettings, threads: int, device: str
+        self, stores: dict[str, About], manifest: str, settings: ExtractSettings, threads: int, device: str
     ) -> None:
         torch.set_num_threads(threads)
-        self.store = FeatureStore(locate(store), about)
-        tower = load_backbone(settings.backbone, settings.precision, settings.input_size)
-        if tower.weights_digest != about.key.weights:
+        self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
+        self.pending = [set(store.pending()) for store in self.stores]
+        self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
+        about = self.stores[0].about
+        tower = load_backbone(about.backbone_name, settings.precision, settings.input_size)
+        if tower.facts.weights_digest != about.key.weights:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )
@@ -134,22 +166,26 @@ class ShardEmbedder:
         self.ahead = 2 * decoders
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Embed one shard, write it and return {shard, rows}."""
+        """Embed one shard, write it to the stores that lack it and return {shard, rows}."""
         (shard,) = batch["shard"].tolist()
-        rows, views = self.store.rows_of(shard), self.store.about.key.views
+        lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
+        layers = [self.layers[number] for number in lacking]
+        rows, views = self.stores[0].rows_of(shard), self.stores[0].about.key.views
         batches = self.embedder.batches(list(product(rows, range(views))))
 
         skipped: dict[int, str] = {}
-        features: dict[str, list[np.ndarray]] = defaultdict(list)
+        features: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in lacking]
         for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
             skipped |= rendered.unreadable
-            for name, values in self.embedder.embed(rendered).items():
-                features[name].append(values)
-        arrays = {
-            name: np.concatenate(parts).reshape(len(rows), views, *parts[0].shape[1:])
-            for name, parts in features.items()
-        }
-        self.store.write_shard(shard, arrays, skipped)
+            for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
+                for name, values in read.items():
+                    parts[name].append(values)
+        for number, parts in zip(lacking, features, strict=True):
+            arrays = {
+                name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
+                for name, values in parts.items()
+            }
+            self.stores[number].write_shard(shard, arrays, skipped)
         return {"shard": [shard], "rows": [len(rows)]}
 
 
@@ -172,39 +208,65 @@ def prefetch(
 def extract(
     workspace: Workspace, manifests: Sequence[Manifest], settings: ExtractSettings, progress: Progress
 ) -> list[Extraction]:
-    """Fill the feature store of each manifest and return what was done; finished ones cost no Ray.
+    """Fill the feature stores of each manifest, one for each layer, and return what was done; finished ones cost no Ray.
 
     `progress(done, total)` counts faces of all manifests. Raises `IncompleteError` when more than `max_skipped` images of
     one are unreadable; what was computed is kept.
     """
-    settings = replace(settings, backbone=absolute_name(settings.backbone))
-    tower = know_tower(workspace, settings)
-    abouts = [describe_store(manifest, settings, tower) for manifest in manifests]
-    stores = [
-        FeatureStore.create(workspace.features / manifest.name, about, manifest)
-        for manifest, about in zip(manifests, abouts, strict=True)
-    ]
-    if settings.verify:
-        for store in stores:
-            store.discard_damaged()
-    pending = [store.pending() for store in stores]
-    total, done = sum(map(len, manifests)), 0
-    with cluster.connect(settings) if any(pending) else nullcontext():
-        for manifest, store, shards in zip(manifests, stores, pending, strict=True):
-            done += len(manifest) - sum(len(store.rows_of(shard)) for shard in shards)
-            path = str(workspace.manifest_path(manifest.name))
-            for rows in _embed(store, path, settings, shards) if shards else ():
+    names = name_layers(settings)
+    towers = dict(zip(names, know_layers(workspace, settings, names), strict=True))
+    passes = [step for manifest in manifests for step in _plan(workspace, manifest, settings, towers)]
+    total, done = sum(len(step.manifest) for step in passes), 0
+    with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
+        for step in passes:
+            done += len(step.manifest) - sum(len(step.stores[0].rows_of(shard)) for shard in step.shards)
+            path = str(workspace.manifest_path(step.manifest.name))
+            for rows in _embed(step, path, settings) if step.shards else ():
                 done += rows
                 progress(done, total)
-            store.sweep()
-    results = [
-        Extraction(store.path, store.about, store.shards, len(shards), store.skipped_paths(manifest))
-        for manifest, store, shards in zip(manifests, stores, pending, strict=True)
-    ]
+            for store in step.stores:
+                store.sweep()
+    results = [result for step in passes for result in step.results()]
     for result in results:
         if len(result.skipped) > settings.max_skipped:
             raise IncompleteError(result.complaint(settings.max_skipped))
     return results
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One manifest on its way through the tower, into stores that are cut into the same shards."""
+
+    manifest: Manifest
+    stores: list[FeatureStore]
+    pending: list[list[int]]  # the shards that each store lacks
+
+    @property
+    def shards(self) -> list[int]:
+        """The shards that any of the stores lacks."""
+        return sorted(set().union(*self.pending))
+
+    def results(self) -> list[Extraction]:
+        """Say what was done for each store."""
+        return [
+            Extraction(store.path, store.about, store.shards, len(pending), store.skipped_paths(self.manifest))
+            for store, pending in zip(self.stores, self.pending, strict=True)
+        ]
+
+
+def _plan(
+    workspace: Workspace, manifest: Manifest, settings: ExtractSettings, towers: dict[str, TowerFacts]
+) -> list[_Pass]:
+    """Make or open the stores of all layers; those cut alike share a pass, which all do that are made together."""
+    asked = [describe_store(manifest, replace(settings, backbone=name), tower) for name, tower in towers.items()]
+    step = min(about.shard_rows for about in asked)
+    alike: dict[int, list[FeatureStore]] = defaultdict(list)
+    for about in asked:
+        store = FeatureStore.create(workspace.features / manifest.name, replace(about, shard_rows=step), manifest)
+        if settings.verify:
+            store.discard_damaged()
+        alike[store.about.shard_rows].append(store)
+    return [_Pass(manifest, stores, [store.pending() for store in stores]) for stores in alike.values()]
 
 
 def _without_restarts() -> dict[str, int]:
@@ -212,7 +274,7 @@ def _without_restarts() -> dict[str, int]:
     return {"max_restarts": 0}
 
 
-def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards: list[int]) -> Iterator[int]:
+def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[int]:
     """Compute shards under Ray; yield the faces of each as it is done."""
     import ray
     import ray.data
@@ -220,6 +282,7 @@ def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards
     from ray.exceptions import RayTaskError
     from ray.util.annotations import RayDeprecationWarning
 
+    shards = step.shards
     gpus = cluster.count("GPU") if settings.num_gpus is None else settings.num_gpus
     cores = cluster.count("CPU")
     actors = min(settings.num_actors or gpus or cores, len(shards))
@@ -227,8 +290,7 @@ def _embed(store: FeatureStore, manifest: str, settings: ExtractSettings, shards
     # On a CPU the tower is the bottleneck, so decoding shares its thread; a GPU never waits for the decoders.
     decoders = settings.decode_threads if settings.decode_threads is not None else (share if gpus else 0)
     arguments = (
-        str(store.path),
-        store.about,
+        {str(store.path): store.about for store in step.stores},
         manifest,
         replace(settings, decode_threads=decoders),
         1 if gpus else share,

@@ -71,7 +71,7 @@ def timm_files(tmp_path_factory):
 def test_open_clip_features_are_those_of_encode_image(name, towers):
     backbone_name, model = towers[name]
     backbone = load_backbone(backbone_name)
-    images = torch.randn(2, 3, backbone.input_size, backbone.input_size)
+    images = torch.randn(2, 3, backbone.facts.input_size, backbone.facts.input_size)
     with torch.no_grad():
         expected = model.encode_image(images)
         pooled, nothing = backbone(images)
@@ -79,8 +79,8 @@ def test_open_clip_features_are_those_of_encode_image(name, towers):
     assert torch.allclose(pooled, expected, atol=1e-6)
     assert torch.allclose(again, expected, atol=1e-6)
     assert nothing is None
-    assert backbone.width == 24
-    assert features.shape[1:] == backbone.map_shape
+    assert backbone.facts.width == 24
+    assert features.shape[1:] == backbone.facts.map_shape
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -94,8 +94,8 @@ def test_timm_features_are_those_of_the_model_without_classifier(name, timm_file
         expected = direct(images)
         assert torch.allclose(backbone(images)[0], expected, atol=1e-6)
         assert torch.allclose(backbone(images, with_map=True)[0], expected, atol=1e-6)
-    assert backbone.input_size == 160
-    assert (backbone.mean, backbone.std) == (direct.pretrained_cfg["mean"], direct.pretrained_cfg["std"])
+    assert backbone.facts.input_size == 160
+    assert (backbone.facts.mean, backbone.facts.std) == (direct.pretrained_cfg["mean"], direct.pretrained_cfg["std"])
 
 
 def test_the_map_of_a_vit_is_its_patch_tokens_by_hand(towers):
@@ -162,31 +162,31 @@ def test_a_tower_without_a_known_map_says_so(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     # Weights are drawn anew every time; rounding up to 1.3e-6 was seen.
     assert torch.allclose(backbone(images)[0], whole.encode_image(images), atol=1e-5)
-    assert backbone.map_shape is None
+    assert backbone.facts.map_shape is None
     with pytest.raises(UserError, match="has no known feature map"):
         backbone(images, with_map=True)
 
 
 def test_the_digest_names_the_weights_and_not_the_file(towers, tmp_path):
     backbone_name, model = towers["tiny_vit"]
-    digest = load_backbone(backbone_name).weights_digest
+    digest = load_backbone(backbone_name).facts.weights_digest
     assert len(digest) == 64
-    assert load_backbone(backbone_name.replace(".pt", ".safetensors")).weights_digest == digest
+    assert load_backbone(backbone_name.replace(".pt", ".safetensors")).facts.weights_digest == digest
     state = {key: value.clone() for key, value in model.state_dict().items()}
     state["logit_scale"] += 1  # not of the visual tower
     torch.save(state, tmp_path / "other_text.pt")
     config = backbone_name.partition("@")[0]
-    assert load_backbone(f"{config}@{tmp_path / 'other_text.pt'}").weights_digest == digest
+    assert load_backbone(f"{config}@{tmp_path / 'other_text.pt'}").facts.weights_digest == digest
     state["visual.ln_post.bias"][5] += 1e-4
     torch.save(state, tmp_path / "other_visual.pt")
-    assert load_backbone(f"{config}@{tmp_path / 'other_visual.pt'}").weights_digest != digest
+    assert load_backbone(f"{config}@{tmp_path / 'other_visual.pt'}").facts.weights_digest != digest
 
 
 def test_the_precision_changes_the_tower_but_not_the_digest_nor_the_output_type(towers):
     exact, rounded = load_backbone(towers["tiny_vit"][0]), load_backbone(towers["tiny_vit"][0], precision="bf16")
     images = torch.randn(4, 3, 32, 32)
     assert next(rounded.tower.parameters()).dtype == torch.bfloat16
-    assert rounded.weights_digest == exact.weights_digest
+    assert rounded.facts.weights_digest == exact.facts.weights_digest
     for expected, got in zip(exact(images, with_map=True), rounded(images, with_map=True), strict=True):
         assert got.dtype == torch.float32
         assert not torch.equal(expected, got)
@@ -210,12 +210,12 @@ def test_another_input_size_gives_what_the_library_gives_at_that_size(size, towe
     backbone = load_backbone(backbone_name, input_size=size)
     images = torch.randn(2, 3, size, size)
     assert torch.allclose(backbone(images)[0], direct.encode_image(images), atol=1e-6)
-    assert (backbone.input_size, backbone.map_shape) == (size, (24, size // 8, size // 8))
+    assert (backbone.facts.input_size, backbone.facts.map_shape) == (size, (24, size // 8, size // 8))
 
 
 def test_a_timm_tower_takes_another_input_size(timm_files):
-    assert load_backbone(timm_files["test_vit"][0], input_size=64).map_shape[1:] == (4, 4)
-    assert load_backbone(timm_files["test_resnet"][0], input_size=64).map_shape[1:] == (2, 2)
+    assert load_backbone(timm_files["test_vit"][0], input_size=64).facts.map_shape[1:] == (4, 4)
+    assert load_backbone(timm_files["test_resnet"][0], input_size=64).facts.map_shape[1:] == (2, 2)
     with pytest.raises(UserError, match=r"cannot take input size 33 .*divisible"):
         load_backbone(timm_files["test_vit"][0], input_size=33)
 
@@ -229,7 +229,7 @@ def test_imagenet_lite0_sees_a_palace_and_a_daisy():
 
     backbone = load_backbone("imagenet-lite0")
     weights = torch.load(parse_backbone("imagenet-lite0").file, weights_only=True)
-    mean, std = resolve_normalisation(backbone)
+    mean, std = resolve_normalisation(backbone.facts)
     for photograph, label in (("china.jpg", 698), ("flower.jpg", 985)):
         image = torch.from_numpy(load_sample_image(photograph).copy()).permute(2, 0, 1) / 255
         image = normalize(center_crop(resize(image, [256], antialias=True), [224]), list(mean), list(std))
@@ -247,16 +247,16 @@ def test_imagenet_lite0_has_every_packaged_tensor_in_its_place():
     assert torch.equal(own["blocks.1.0.conv_pwl.weight"], weights["_blocks.1._project_conv.weight"])
     assert torch.equal(own["blocks.6.0.bn3.running_var"], weights["_blocks.15._bn2.running_var"])
     assert torch.equal(own["bn2.running_mean"], weights["_bn1.running_mean"])
-    assert (backbone.width, backbone.map_shape, backbone.input_size) == (1280, (1280, 7, 7), 224)
+    assert (backbone.facts.width, backbone.facts.map_shape, backbone.facts.input_size) == (1280, (1280, 7, 7), 224)
 
 
 def test_normalisation_is_the_tower_s_own_unless_the_name_or_the_user_says_otherwise(towers):
     backbone = load_backbone(towers["tiny_vit"][0])
-    assert resolve_normalisation(backbone) == NORMALISATIONS["clip"]
-    assert resolve_normalisation(backbone, "imagenet") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert resolve_normalisation(backbone.facts) == NORMALISATIONS["clip"]
+    assert resolve_normalisation(backbone.facts, "imagenet") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert BACKBONES["clip-vit-b32"].normalisation == "imagenet"  # as the released script feeds it
     with pytest.raises(UserError, match="Unknown normalisation 'none': choose clip, imagenet, tower"):
-        resolve_normalisation(backbone, "none")
+        resolve_normalisation(backbone.facts, "none")
 
 
 def test_the_libraries_stay_quiet(towers, capfd):

@@ -38,9 +38,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def fill_store(folder: Path, manifest: Manifest, settings: ExtractSettings) -> FeatureStore:
-    about = describe_store(manifest, settings, load_backbone(settings.backbone).facts)
+    tower = load_backbone(settings.backbone, input_size=settings.input_size)
+    about = describe_store(manifest, settings, tower.facts)
     store = FeatureStore.create(UPath(folder), about, manifest)
-    embedder = ShardEmbedder(str(store.path), about, f"{manifest.root}/tiny.parquet", settings, threads=1, device="cpu")
+    embedder = ShardEmbedder(
+        {str(store.path): about}, f"{manifest.root}/tiny.parquet", settings, threads=1, device="cpu"
+    )
     for shard in store.pending():
         embedder({"shard": np.array([shard])})
     return store
@@ -72,6 +75,51 @@ def test_training_from_the_cache_is_training_with_the_tower_on_the_fly(
     fly = train(name, manifest, store, live).method.state_dict()
     for key, value in cached.items():
         assert torch.equal(value, fly[key]), key
+
+
+@pytest.mark.parametrize("name", ["face-resnet", "face-resnet#stage2/all", "imagenet-lite0#stage4/3x3", "tiny#block1"])
+def test_a_layer_from_the_cache_is_the_layer_on_the_fly(
+    name: str, manifest: Manifest, tiny_tower: str, tmp_path: Path
+) -> None:
+    name = name.replace("tiny", tiny_tower)
+    size = None if name.startswith("open_clip") else 96
+    settings = ExtractSettings(backbone=name, input_size=size, views=2, batch_size=16, shard_rows=11, maps=True)
+    store = fill_store(tmp_path, manifest, settings)
+    tower = load_backbone(name, input_size=size)
+    live = Embedder(tower, manifest, store.about.key.view_plan, "cpu", True, batch_size=16)
+    rows = np.random.default_rng(0).permutation(len(manifest))[:30]
+    for view in (0, 1):
+        cached = StoreReader(store, ("pooled", "map")).read(rows, view)
+        for array, values in live.read(rows, view).items():
+            assert np.array_equal(cached[array], values), (array, view)
+    assert store.about.key.backbone == tower.facts.architecture
+
+
+def test_layers_of_one_pass_are_byte_for_byte_those_taken_one_by_one(
+    manifest: Manifest, tiny_tower: str, tmp_path: Path
+) -> None:
+    names = [f"{tiny_tower}#block1/2x2", tiny_tower, f"{tiny_tower}#block2/all"]
+    settings = ExtractSettings(backbone=tiny_tower, views=2, batch_size=16, shard_rows=11, maps=True)
+    alone = [fill_store(tmp_path / "alone", manifest, replace(settings, backbone=name)) for name in names]
+    together = [FeatureStore.create(UPath(tmp_path / "together"), store.about, manifest) for store in alone]
+
+    def embed(shards: list[int]) -> None:
+        stores = {str(store.path): store.about for store in together}
+        embedder = ShardEmbedder(stores, f"{manifest.root}/tiny.parquet", settings, threads=1, device="cpu")
+        for shard in shards:
+            embedder({"shard": np.array([shard])})
+
+    def contents(store: FeatureStore) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(store.path)): path.read_bytes() for path in store.path.rglob("*") if path.is_file()
+        }
+
+    embed([0, 1, 2])
+    together[1].receipt_path(2).unlink()  # as if killed between two stores of one shard
+    together[1].array("pooled")[22:33] = 0
+    embed([2, 3, 4, 5])
+    for store, expected in zip(together, alone, strict=True):
+        assert contents(store) == contents(expected)
 
 
 def test_shards_and_order_change_no_feature(manifest: Manifest, tiny_tower: str, tmp_path: Path) -> None:

@@ -26,6 +26,10 @@ def open_store(cafe: Cafe, manifest: str) -> FeatureStore:
     return FeatureStore(path, about)
 
 
+def open_stores(cafe: Cafe, manifest: str) -> list[FeatureStore]:
+    return [FeatureStore(*found) for found in find_stores(UPath(cafe.workspace / "features"), manifest)]
+
+
 def contents(folder: UPath) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -70,6 +74,35 @@ def test_resuming_gives_the_same_bytes_and_computes_only_what_is_missing(indexed
     store.array("pooled")[15:20] = 0  # as if killed in the middle of shard 1
     assert "computed 1 of 4 shards" in indexed.succeed(*command, ray=True)
     assert contents(store.path) == before
+
+
+def test_layers_of_one_pass_have_a_store_each(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--layers", "block1/2x2, final,block2")
+    output = indexed.succeed(*command, ray=True)
+    assert output.count("computed 2 of 2 shards") == 3
+    stores = {store.about.key.backbone.partition("#")[2]: store for store in open_stores(indexed, "tiny")}
+    assert {layer: store.about.width for layer, store in stores.items()} == {
+        "": 24,
+        "block1/2x2": 128,
+        "block2/1x1": 32,
+    }
+    assert all(np.isfinite(store.array("pooled")[:]).all() for store in stores.values())
+    assert indexed.succeed(*command).count("nothing to do") == 3
+    assert "nothing to do" in indexed.succeed("extract", "tiny", "--backbone", f"{tiny_tower}#block1/2x2")
+
+
+def test_what_is_wrong_with_layers_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone")
+    assert indexed.fail(*command, tiny_tower, "--layers", "block1,head").endswith(
+        "Cannot read the layer 'head': write #LAYER/GRID behind the tower, such as #stage3/3x3 or #block8/all."
+    )
+    assert "#block1 and --layers block2 name layers: use one." in indexed.fail(
+        *command, f"{tiny_tower}#block1", "--layers", "block2"
+    )
+    sentence = "Unknown layer of 'open_clip:tiny-cafe-vit' 'block9': choose block1, block2, final."
+    assert sentence in indexed.fail(*command, f"{tiny_tower}#block9/2x2")
+    assert "The map of the layer 'block1' is 4x4" in indexed.fail(*command, f"{tiny_tower}#block1/5x5")
+    assert "no finer grid" in indexed.fail(*command, tiny_tower, "--layers", "final,final/5x5")
 
 
 def test_verify_computes_a_damaged_shard_again(indexed: Cafe, tiny_tower: str) -> None:

@@ -6,10 +6,13 @@ import io
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from upath import UPath
 
@@ -119,3 +122,20 @@ def test_a_file_without_read_permission_gives_its_reason() -> None:
                 read_bytes(UPath(path))
         finally:
             os.seteuid(user)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP")),
+    place=st.integers(0, 2000),
+    values=st.binary(min_size=1, max_size=12),
+)
+def test_a_picture_with_other_bytes_is_read_or_says_why(kind: str, place: int, values: bytes) -> None:
+    sink = io.BytesIO()
+    Image.fromarray(np.arange(20 * 20 * 3, dtype=np.uint8).reshape(20, 20, 3)).save(sink, kind)
+    data = bytearray(sink.getvalue())
+    place %= len(data)
+    data[place : place + len(values)] = values
+    for read in (read_size, decode_image):
+        with suppress(UnreadableImageError):
+            read(bytes(data))

@@ -50,8 +50,8 @@ def test_two_steps_and_the_same_predictions_from_its_file(
 ) -> None:
     method_type = METHODS[name]
     recipe = replace(method_type.recipe_type(), batch_size=11, **QUICK.get(name, {}))
-    grid = features.tower.map_shape[1:] if features.tower.map_shape else None
-    inputs = Inputs(features.tower.width, image_size=SIZE, backbone=features.tower.name, grid=grid)
+    grid = features.tower.facts.map_shape[1:] if features.tower.facts.map_shape else None
+    inputs = Inputs(features.tower.facts.width, image_size=SIZE, backbone=features.tower.name, grid=grid)
     method_type.check(inputs)
     torch.manual_seed(0)
     method = method_type(recipe, inputs)

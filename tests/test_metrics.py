@@ -12,7 +12,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from upath import UPath
 
 from cafe.report.figures import draw_confusion
-from cafe.results.metrics import Estimate, Predictions, confusion, estimate, score
+from cafe.results.metrics import Estimate, confusion, estimate, score
+from cafe.results.predictions import Predictions
 
 
 def predictions(labels: list[int], predicted: list[int]) -> Predictions:
@@ -38,14 +39,37 @@ def test_scores_agree_with_scikit_learn_on_random_predictions() -> None:
     assert scores["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
 
 
+def test_the_calibration_error_of_a_worked_example() -> None:
+    """Two bins: confidence 0.9, of which half are right, and 0.4, of which all are."""
+    probabilities = np.array([[0.9, *[0.1 / 6] * 6]] * 4 + [[0.4, *[0.1] * 6]] * 2)
+    ids = [str(number) for number in range(6)]
+    scores = score(Predictions(ids, np.array([0, 0, 1, 1, 0, 0]), probabilities, {}))
+    assert scores["ece"] == pytest.approx((4 * abs(0.5 - 0.9) + 2 * abs(1 - 0.4)) / 6)
+
+
 def test_predictions_survive_their_file(tmp_path: Path) -> None:
     before = predictions([1, 2], [2, 2])
     before.save(UPath(tmp_path / "p" / "cinema.parquet"))
     after = Predictions.load(UPath(tmp_path / "p" / "cinema.parquet"))
+    assert after is not None
     assert after.sample_ids == before.sample_ids
     assert after.labels.tolist() == [1, 2]
     np.testing.assert_array_equal(after.probabilities, before.probabilities)
     assert after.about["target"] == "x"
+    assert after.groups is None
+    Predictions(before.sample_ids, before.labels, before.probabilities, {}, ["anna", None]).save(UPath(tmp_path / "x"))
+    grouped = Predictions.load(UPath(tmp_path / "x"))
+    assert grouped is not None
+    assert grouped.groups == ["anna", None]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "x"]  # nothing half written is left
+
+
+def test_a_damaged_file_holds_no_predictions(tmp_path: Path) -> None:
+    path = UPath(tmp_path / "cinema.parquet")
+    assert Predictions.load(path) is None
+    predictions([1, 2], [2, 2]).save(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    assert Predictions.load(path) is None
 
 
 def test_the_interval_is_students_t() -> None:

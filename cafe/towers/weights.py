@@ -17,6 +17,15 @@ import torch
 from torch import Tensor
 
 from cafe.errors import UserError
+from cafe.towers.face import read_face_weights
+from cafe.towers.names import BackboneSpec, timm_name
+
+
+def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
+    """Return all tensors of a tower's weights file, fetched from the hub where no file is named."""
+    if spec.library == "dlib":
+        return read_face_weights(str(spec.file))
+    return read_state_dict(spec.file or _fetch(name, spec))
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -63,6 +72,36 @@ def fetch_weights(repository: str, revision: str | None, files: list[str]) -> st
         except (OSError, HTTPError) as error:
             raise ConnectionError(_first_line(error)) from error
     raise ConnectionError(f"it has none of {', '.join(files)}") from reason
+
+
+def _fetch(name: str, spec: BackboneSpec) -> str:
+    repository, revision, files = _locate(spec)
+    by_file = f"'{spec.library}:{spec.model}@FILE'"
+    if not repository:
+        raise UserError(f"The weights of '{name}' are on no hub: get them from their authors and write {by_file}.")
+    try:
+        return fetch_weights(repository, revision, files)
+    except ConnectionError as error:
+        raise UserError(
+            f"Cannot fetch the weights of '{name}' from their hub ({error}): download them elsewhere and write "
+            f"{by_file}, or use 'imagenet-lite0', whose weights come with the installation."
+        ) from error
+
+
+def _locate(spec: BackboneSpec) -> tuple[str, str | None, list[str]]:
+    """Return repository, revision and the file names to look for, the safe format first."""
+    if spec.library == "open_clip":
+        import open_clip
+
+        location = open_clip.get_pretrained_cfg(spec.model, spec.tag).get("hf_hub", "")
+        repository, _, file = location.rpartition("/")
+        return repository, None, [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(timm_name(spec))
+    repository, _, revision = (config.hf_hub_id or "").partition("@")
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    return repository, revision or None, files
 
 
 def digest_state_dict(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,187 @@
+"""Layers: how each kind of tower gives the maps of its layers, and how they are pooled.
+
+The middle of a tower often knows more of expressions than its end, and where a feature stands on the face matters as much
+as which it is. A reader runs a tower no further than the last layer asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.nn import functional
+
+from cafe.errors import UserError
+from cafe.towers.face import STAGES, FaceResnet
+from cafe.towers.names import WHOLE, Layer
+
+
+class Pass(NamedTuple):
+    """What a pass through a whole tower gives: pooled (N, C), the map (N, C, H, W) if it is known, maps of layers."""
+
+    pooled: Tensor
+    final: Tensor | None = None
+    maps: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one kind of tower is read: the names of its layers before its end, from the first, and two ways through it.
+
+    `read(tower, images, indices)` gives the maps (N, C, H, W) of some layers, in order, and stops behind the last of them;
+    `finish(tower, images, indices)` runs the whole tower. Without layers it gives its pooled features and nothing else.
+    """
+
+    layers: tuple[str, ...]
+    read: Callable[[Any, Tensor, list[int]], Sequence[Tensor]]
+    finish: Callable[[Any, Tensor, list[int]], Pass]
+
+
+def choose_timm_reader(tower: Any) -> Reader:
+    """Return how timm's towers are read: by stage where the map is halved on its way, else by block."""
+    layers = list(getattr(tower, "feature_info", ())) if hasattr(tower, "forward_intermediates") else []
+    kind = "block" if len({layer["reduction"] for layer in layers}) == 1 else "stage"
+    return Reader(_number(kind, len(layers)), _read_timm, _finish_timm)
+
+
+def _read_timm(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    maps: list[Tensor] = tower.forward_intermediates(images, indices, stop_early=True, intermediates_only=True)
+    return maps
+
+
+def _finish_timm(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    if indices:
+        features, maps = tower.forward_intermediates(images, indices)
+    else:
+        features, maps = tower.forward_features(images), []
+    return Pass(tower.forward_head(features), _spread(tower, features), maps)
+
+
+def _spread(tower: Any, features: Any) -> Tensor | None:
+    """Return the map of what a tower of timm ends in; None when its layout is not known."""
+    if not isinstance(features, Tensor):
+        return None
+    if features.ndim == 4:  # (N, C, h, w), or (N, h, w, C) where the model says so
+        last = str(getattr(tower, "output_fmt", "NCHW")).endswith("NHWC")
+        return features.permute(0, 3, 1, 2) if last else features
+    grid = getattr(getattr(tower, "patch_embed", None), "grid_size", None)
+    patches = features[:, getattr(tower, "num_prefix_tokens", 0) :]  # (N, h * w, C)
+    if features.ndim != 3 or grid is None or patches.shape[1] != grid[0] * grid[1]:
+        return None
+    return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
+
+
+def choose_open_clip_reader(tower: Any) -> Reader:
+    """Return how a visual tower of open_clip is read: a transformer by block, a residual network by its five stages."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    if isinstance(tower, VisionTransformer):
+        return Reader(_number("block", len(tower.transformer.resblocks)), _read_open_clip, _finish_vit)
+    if isinstance(tower, ModifiedResNet):
+        return Reader(_number("stage", 5), _read_open_clip, _finish_resnet)
+    if isinstance(tower, TimmModel):
+        return Reader(choose_timm_reader(tower.trunk).layers, _read_trunk, _finish_trunk)
+    return Reader((), _read_open_clip, lambda tower, images, _: Pass(first_output(tower(images))))
+
+
+def _read_open_clip(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    read = tower.forward_intermediates(images, indices, stop_early=True, intermediates_only=True)
+    maps: list[Tensor] = read["image_intermediates"]
+    return maps
+
+
+def _finish_vit(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    """Run a transformer; the map of its end are the last patches, taken into the space of the pooled features."""
+    last = len(tower.transformer.resblocks) - 1
+    whole = tower.forward_intermediates(images, sorted({*indices, last}))
+    pooled, maps = whole["image_features"], whole["image_intermediates"]
+    if tower.attn_pool is not None or tower.pool_type == "none":  # its pooled features are no mean of patches
+        return Pass(pooled, None, maps[: len(indices)])
+    patches = tower.ln_post(maps[-1].flatten(2).transpose(1, 2))  # (N, h * w, C)
+    if tower.proj is not None:
+        patches = patches @ tower.proj
+    return Pass(pooled, patches.transpose(1, 2).reshape(len(patches), -1, *tower.grid_size), maps[: len(indices)])
+
+
+def _finish_resnet(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    *maps, last = _read_open_clip(tower, images, [0, 1, 2, 3, 4])
+    return Pass(tower.attnpool(last), last, [(*maps, last)[index] for index in indices])
+
+
+def _read_trunk(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    return _read_timm(tower.trunk, images, indices)
+
+
+def _finish_trunk(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+    whole = _finish_timm(tower.trunk, images, indices)
+    return whole._replace(pooled=tower.head(whole.pooled))
+
+
+def _read_face(tower: FaceResnet, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
+    maps = tower.read_stages(images, indices[-1] + 1)
+    return [maps[index] for index in indices]
+
+
+def _finish_face(tower: FaceResnet, images: Tensor, indices: list[int]) -> Pass:
+    maps = tower.read_stages(images, len(tower.stages))
+    return Pass(tower.identify(maps[-1]), maps[-1], [maps[index] for index in indices])
+
+
+def _number(kind: str, count: int) -> tuple[str, ...]:
+    return tuple(f"{kind}{number}" for number in range(1, count + 1))
+
+
+FACE_READER = Reader(_number("stage", len(STAGES)), _read_face, _finish_face)
+
+
+def read_layers(
+    reader: Reader, tower: Any, images: Tensor, layers: Sequence[Layer], with_map: bool = False
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return features (N, C) and map (N, C, H, W) of each layer in one pass; float32, pooled after that.
+
+    The map of the tower's end is None unless `with_map`, and where it is not known.
+    """
+    indices = sorted({layer.index for layer in layers if layer.index is not None})
+    ends = [layer for layer in layers if layer.index is None]
+    if not ends:
+        whole, maps = None, reader.read(tower, images, indices)
+    elif indices or with_map or any(layer.grid for layer in ends):
+        whole = reader.finish(tower, images, indices)
+        maps = whole.maps
+    else:
+        whole, maps = Pass(first_output(tower(images))), ()
+    return [_take(layer, whole, dict(zip(indices, maps, strict=True))) for layer in layers]
+
+
+def _take(layer: Layer, whole: Pass | None, maps: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+    if layer.index is not None:
+        features = maps[layer.index].float()
+        return pool_map(layer, features), features
+    assert whole is not None
+    final = None if whole.final is None else whole.final.float()
+    if not layer.grid:
+        return whole.pooled.float(), final
+    if final is None:
+        raise UserError(f"The end of this tower has no known map to pool to '{layer.grid}': write #final alone.")
+    return pool_map(layer, final), final
+
+
+def pool_map(layer: Layer, features: Tensor) -> Tensor:
+    """Return a map (N, C, H, W) averaged to the layer's grid and flattened: (N, C·h·w), channel by channel."""
+    if layer.grid == WHOLE:
+        return features.flatten(1)
+    rows, columns = map(int, layer.grid.split("x"))
+    if rows > features.shape[2] or columns > features.shape[3]:
+        there = "x".join(map(str, features.shape[2:]))
+        raise UserError(f"The map of the layer '{layer.name}' is {there}: choose no finer grid than that, or 'all'.")
+    return functional.adaptive_avg_pool2d(features, (rows, columns)).flatten(1)
+
+
+def first_output(output: Any) -> Tensor:
+    """Return the pooled features of a tower that may give tokens beside them."""
+    pooled: Tensor = output[0] if isinstance(output, tuple) else output
+    return pooled

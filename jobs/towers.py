@@ -1,0 +1,93 @@
+"""The commands about frozen towers: what their layers are and cost, and what they know of expressions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from jobs.terminal import Commands, open_workspace, progress_bar, show
+
+
+class _Towers(Commands):
+    """Takes `cafe tower NAME` for `cafe tower layers NAME`."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        known = args and (args[0] in self.commands or args[0].startswith("-"))
+        return super().resolve_command(ctx, args if known else ["layers", *args])
+
+
+@click.group(cls=_Towers)
+def tower() -> None:
+    """Frozen towers: their layers, and which of them knows expressions best.
+
+    \b
+    cafe tower face-resnet                                  # its layers, their maps and what they cost
+    cafe tower probe news --backbone face-resnet            # what they know, on faces held out of news
+    """
+
+
+@tower.command()
+@click.argument("backbone", metavar="TOWER")
+@click.option(
+    "--input-size", type=click.IntRange(min=16), help="Side of the input in pixels; default: the tower's own."
+)
+def layers(backbone: str, input_size: int | None) -> None:
+    """List the layers of a tower, e.g. `cafe tower face-resnet`, with their maps and what a face costs up to them."""
+    from rich.table import Table
+
+    from cafe.towers.building import load_backbone
+    from cafe.towers.names import END, FINAL, Layer
+    from cafe.towers.probe import time_layer
+
+    loaded = load_backbone(backbone, input_size=input_size)
+    facts = loaded.facts
+    table = Table("layer", "map", title=f"{backbone} at {facts.input_size} px: {loaded.layer}, {facts.width} channels")
+    for column in ("channels", "ms per face"):
+        table.add_column(column, justify="right")
+    for name in loaded.layers:
+        layer = END if name == FINAL else Layer(name, "1x1")
+        there = loaded.describe(layer)
+        shape = "×".join(map(str, there.map_shape)) if there.map_shape else "none"
+        table.add_row(name, shape, str(there.width), f"{1000 * time_layer(loaded, layer):.1f}")
+    show(table)
+
+
+@tower.command()
+@click.argument("source")
+@click.option(
+    "--backbone", "backbones", required=True, multiple=True, help="Tower to probe; may be given several times."
+)
+@click.option("--faces", default=3000, show_default=True, type=click.IntRange(min=20), help="Training faces to use.")
+@click.option(
+    "--input-size", type=click.IntRange(min=16), help="Side of the input in pixels; default: the tower's own."
+)
+def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int | None) -> None:
+    """Find the layer that knows expressions best, e.g. `cafe tower probe news --backbone face-resnet`.
+
+    A linear classifier is fitted on training faces of SOURCE and asked for others of them that were held out; no target
+    plays a part. The best line is what to write behind `cafe extract --backbone`.
+    """
+    import torch
+    from rich.table import Table
+
+    from cafe.towers.building import load_backbone
+    from cafe.towers.names import split_name
+    from cafe.towers.probe import choose_faces, probe_layers
+
+    manifest = open_workspace().load_manifest(source)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fitted, asked = choose_faces(manifest, faces)
+    answers = []
+    for name in backbones:
+        loaded = load_backbone(name, input_size=input_size)
+        with progress_bar(f"Probing {name}") as progress:
+            head = split_name(name)[0]
+            answers += [(head, answer) for answer in probe_layers(loaded, manifest, fitted, asked, device, progress)]
+    table = Table("backbone", title=f"{source}: fitted on {len(fitted):,} faces, asked for {len(asked):,} held out")
+    for column in ("channels", "accuracy %", "mean-class %"):
+        table.add_column(column, justify="right")
+    for head, answer in sorted(answers, key=lambda pair: -pair[1].accuracy):
+        accuracy = f"{100 * answer.accuracy:.1f} ± {100 * answer.error:.1f}"
+        table.add_row(f"{head}#{answer.layer}", str(answer.width), accuracy, f"{100 * answer.mean_class_accuracy:.1f}")
+    show(table)
