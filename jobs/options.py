@@ -33,7 +33,7 @@ def _option(field: Field[Any], hint: Any) -> Callable[[Command], Command]:
     if kind is bool:
         known |= {} if "/" in name else {"is_flag": True}
     elif about.get("multiple"):
-        known |= {"multiple": True, "metavar": "KEY=VALUE"}
+        known |= {"multiple": True, "metavar": about["metavar"]}
     else:
         known["type"] = _type(kind)
     return click.option(name, field.name, **known)

@@ -24,8 +24,8 @@ SHIPPED = Path(__file__).parent / "benchmarks"
 NEXT_STEPS = """Next steps
   cafe -w {workspace} ui                                      the runs in MLflow, in your browser
   cafe data index folder ~/faces/mine --name mine      your own faces: a folder per expression
-  cafe extract mine --backbone imagenet-lite0 --views 5
-  cafe train --source mine --method cafe --seed 0
+  cafe extract mine --backbone face-resnet --views 5
+  cafe train --source mine --method cafe --seed 0 --set features=standardised
   cafe extract mine --backbone clip-vit-b32 --views 61 the published tower (its weights come from the hub)"""
 
 
@@ -121,21 +121,52 @@ def benchmark(file: str, **values: Any) -> None:
 
 @click.command()
 @options(DemoSettings)
-def demo(faces: int, seeds: int, epochs: int, **cluster: Any) -> None:
-    """Everything once on synthetic faces, in minutes: draw them, work off demo.toml, compare."""
-    from cafe.synthetic.domains import DOMAINS
-    from jobs.results import compare
+def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster: Any) -> None:
+    """Everything once, in minutes, on drawn faces or your own: index, extract, train, judge, compare.
+
+    \b
+    cafe demo                                            # five domains of drawn faces
+    cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, judged on both
+    """
+    from cafe.report.report import conclude
+    from cafe.results.comparison import compare as compare_runs
+    from cafe.results.scores import read_scores
+    from jobs.results import choose_runs, compare
     from pipeline.benchmark import read_benchmark
-    from pipeline.synthesise import synthesise
 
     workspace, context = open_workspace(), click.get_current_context()
+    names = [_index_folder(workspace, folder) for folder in faces] or _draw_domains(workspace, drawn)
+    grid = read_benchmark(SHIPPED / "demo.toml")
+    sources = names[:1] if faces else grid.sources
+    train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
+    grid = replace(grid, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
+    _work_off(workspace, grid, BenchmarkSettings(**cluster))
+    context.invoke(compare, experiment=grid.name)
+    runs, _ = choose_runs(workspace, grid.name, None)
+    click.echo(conclude(compare_runs(runs, read_scores(runs, names), "accuracy", grid.protocol)))
+    click.echo(NEXT_STEPS.format(workspace=context.obj))
+
+
+def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
+    from cafe.synthetic.domains import DOMAINS
+    from pipeline.synthesise import synthesise
+
     with progress_bar("Drawing faces", "domains") as progress:
         synthesise(workspace, list(DOMAINS), faces, 0, progress)
-    grid = read_benchmark(SHIPPED / "demo.toml")
-    train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
-    _work_off(workspace, replace(grid, seeds=list(range(seeds)), train=train), BenchmarkSettings(**cluster))
-    context.invoke(compare, experiment=grid.name)
-    click.echo(NEXT_STEPS.format(workspace=context.obj))
+    return list(DOMAINS)
+
+
+def _index_folder(workspace: Workspace, folder: str) -> str:
+    """Index a folder of faces under its own name and return that."""
+    from cafe.data import DATASETS
+    from cafe.data.indexing import index_files
+    from pipeline.workspace import check_name, locate
+
+    root = locate(folder)
+    name = check_name(root.name)
+    with progress_bar(f"Reading {name}") as progress:
+        index_files(name, DATASETS["folder"](root), progress).manifest.save(workspace.manifest_path(name))
+    return name
 
 
 def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings) -> None:

@@ -6,6 +6,7 @@
     towers = ["clip-vit-b32"]                       # of the methods that use one
     [features]                                      # settings of `cafe extract`, by their names with underscores
     [train]                                         # settings of `cafe train` that all methods share
+    set = { features = "standardised" }             # of their recipes, for the methods that have such a setting
 
 Nothing but the file is looked at here: no workspace, no tower, no Ray.
 """
@@ -88,6 +89,11 @@ class Entry:
         return find_method(self.method)
 
     @property
+    def recipe_settings(self) -> frozenset[str]:
+        """The names of all settings of its recipe."""
+        return frozenset(setting.name for setting in fields(self.kind.recipe_type))
+
+    @property
     def reads_features(self) -> bool:
         """Whether a frozen tower's features are trained on and judged with."""
         return not self.kind.needs.isdisjoint(ARRAYS)
@@ -146,10 +152,11 @@ class Benchmark:
             shared.pop("epochs", None)  # meant for methods that have epochs
         own = {**shared, **entry.train}
         own.setdefault("image_size", self.features.get("input_size"))  # the same pictures for all of them
+        changes = {**{key: value for key, value in self.set.items() if key in entry.recipe_settings}, **entry.set}
         return TrainSettings(
             source=source,
             method=entry.method,
-            overrides=tuple(f"{key}={value}" for key, value in {**self.set, **entry.set}.items()),
+            overrides=tuple(f"{key}={value}" for key, value in changes.items()),
             backbone=tower or "none",
             targets=",".join(self.judged),
             protocol=self.protocol,
@@ -185,6 +192,9 @@ def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:
         "train": check_settings(TrainSettings, DECIDED_TRAINING, shared, f"[train] in {name}", ("set",)),
         "features": check_settings(ExtractSettings, DECIDED_FEATURES, features, f"[features] in {name}"),
     }, name)  # fmt: skip
+    settings = frozenset[str]().union(*(entry.recipe_settings for entry in entries))
+    for key in benchmark.set.keys() - settings:
+        raise unknown(f"setting of the methods in {name}", key, settings)
     for (label, _), count in Counter((entry.label, entry.tower) for entry in entries).items():
         if count > 1:
             raise UserError(

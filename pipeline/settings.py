@@ -101,7 +101,11 @@ class TrainSettings(ClusterSettings, StoreChoice):
     seed: int = setting(0, "Seed of initial weights, order and dropped channels.")
     epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
     overrides: tuple[str, ...] = setting(
-        (), "Change a setting of the method's recipe: KEY=VALUE, e.g. separation=0.", multiple=True, flag="--set"
+        (),
+        "Change a setting of the method's recipe: KEY=VALUE, e.g. separation=0.",
+        multiple=True,
+        flag="--set",
+        metavar="KEY=VALUE",
     )
     network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
     init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
@@ -169,8 +173,12 @@ class AlignSettings:
 
 @dataclass(frozen=True)
 class DemoSettings(ClusterSettings):
-    """The benchmark demo.toml, as large as wanted."""
+    """The benchmark demo.toml, on drawn faces or on folders of one's own."""
 
-    faces: Annotated[int, Ge(112)] = setting(500, "Faces to draw of each domain.")
-    seeds: Count = setting(2, "Seeds per method.")
+    faces: tuple[str, ...] = setting(
+        (), "Folder of your own faces, EXPRESSION/*.jpg, instead of drawn ones; the first is trained on. Repeatable.",
+        multiple=True, metavar="FOLDER",
+    )  # fmt: skip
+    drawn: Annotated[int, Ge(112)] = setting(500, "Faces to draw of each domain.")
+    seeds: Count = setting(3, "Seeds per method.")
     epochs: Count = setting(10, "Epochs of every training.")

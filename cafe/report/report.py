@@ -72,6 +72,30 @@ def make_report(
     return Report("Trained on one data set, judged on all", about, sheets, comparison, published, tests, ranks)
 
 
+def conclude(comparison: Comparison) -> str:
+    """Say in one sentence whether frozen features or pixels alone carry over better to the unseen targets, whoever wins.
+
+    Empty where there is nothing to compare.
+    """
+    judged = [row for row in comparison.rows if not math.isnan(row.unseen.mean)]
+    ahead = sorted(judged, key=lambda row: -row.unseen.mean)
+    frozen = next((row for row in ahead if row.runs[0].derived.get("store", "none") != "none"), None)
+    pixels = next((row for row in ahead if row.runs[0].derived.get("store", "none") == "none"), None)
+    if frozen is None or pixels is None:
+        return ""
+    difference = frozen.unseen.mean - pixels.unseen.mean
+    reach = sum(0 if math.isnan(row.unseen.half_width) else row.unseen.half_width for row in (frozen, pixels))
+    several = min(frozen.unseen.count, pixels.unseen.count) > 2
+    doubt = (
+        "the intervals are apart" if several and abs(difference) > reach else "too few seeds, or too little, to be sure"
+    )
+    winner = "Frozen features carry over better than pixels" if difference > 0 else "Pixels carry over no worse"
+    return (
+        f"{winner}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
+        f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % ({doubt})."
+    )
+
+
 def list_records(report: Report) -> Iterator[dict[str, object]]:
     """Yield what the CSV file holds, as fractions: one record per row and target or expression, then the row's means."""
     comparison, tested = report.comparison, {(id(test.row), test.target): test for test in report.tests}
