@@ -78,8 +78,8 @@ class Embedder:
         return Rendered(pictures, boxes, unreadable)
 
     def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
-        """Run the tower once; return pooled (n, C) and, if asked for, map (n, C, H, W) of each layer, in the number format of
-        the store.
+        """Run the tower once; return pooled (n, C) and, if asked for, map (n, C, H, W) of each layer, in the
+        number format of the store.
         """
         count = len(rendered.pictures)
         missing = self.batch_size - count
