@@ -23,7 +23,6 @@ from cafe.data.copies import CopyIndex, draw_thumbnail
 from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
-from cafe.data.survey import read_face, survey
 from cafe.synthetic.domains import DOMAINS, write
 
 
@@ -59,7 +58,7 @@ def load(folder: Path, seed: int, faces: int) -> list[Manifest]:
 
 def read(manifests: list[Manifest]) -> np.ndarray:
     """Return the thumbnails of all faces, (N, 64, 64)."""
-    rows = [survey(manifest, manifest.rows("all"), draw_thumbnail) for manifest in manifests]
+    rows = [manifest.survey(manifest.rows("all"), draw_thumbnail) for manifest in manifests]
     return np.stack([thumbnail for part in rows for _, thumbnail in part])
 
 
@@ -68,7 +67,8 @@ def plant(manifests: list[Manifest], count: int, crop: float) -> tuple[np.ndarra
     rng = np.random.default_rng(0)
     places = [(manifest, row) for manifest in manifests for row in range(len(manifest))]
     originals = np.sort(rng.choice(len(places), count, replace=False))
-    return originals, np.stack([draw_thumbnail(copy(read_face(*places[place]), crop, rng)) for place in originals])
+    faces = (manifest.read_face(row) for manifest, row in (places[place] for place in originals))
+    return originals, np.stack([draw_thumbnail(copy(pixels, crop, rng)) for pixels in faces])
 
 
 def copy(pixels: np.ndarray, crop: float, rng: np.random.Generator) -> np.ndarray:

@@ -16,9 +16,11 @@ import click
 from matplotlib.figure import Figure
 
 from cafe.results.metrics import estimate
+from cafe.results.scores import read_runs, read_scores
 from pipeline import cluster
 from pipeline.extract import extract
 from pipeline.settings import ExtractSettings, TrainSettings
+from pipeline.tracking import Mirror, name_metrics
 from pipeline.train import plan_training, train_and_judge
 from pipeline.workspace import Workspace, locate
 
@@ -57,7 +59,9 @@ def main(
                     overrides=(f"learning_rate={learning_rate}",), image_size=image_size, targets=targets,
                     experiment="views", checkpoint_every=epochs,
                 )  # fmt: skip
-                metrics = train_and_judge(plan_training(place, settings))
+                plan = plan_training(place, settings)
+                train_and_judge(plan, Mirror(place))
+                metrics = name_metrics(read_scores(read_runs([plan.run])))
                 runs[count].append(metrics)
                 click.echo(f"{source}, {count} views, seed {seed}: {100 * metrics['unseen/accuracy']:.1f} % unseen")
     curves = {

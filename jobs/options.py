@@ -1,11 +1,11 @@
-"""Click options generated from the settings' dataclasses: a setting is written once, with its default and its help."""
+"""Click options generated from the settings' dataclasses: a setting is written once, with its type, default and help."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable
 from dataclasses import Field, fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def options(settings: type[Any]) -> Callable[[Command], Command]:
     """Give a command one option per field of a settings dataclass; the command receives them as keyword arguments."""
-    hints = get_type_hints(settings)
+    hints = get_type_hints(settings, include_extras=True)
 
     def decorate(command: Command) -> Command:
         for field in reversed(fields(settings)):
@@ -26,21 +26,27 @@ def options(settings: type[Any]) -> Callable[[Command], Command]:
 
 def _option(field: Field[Any], hint: Any) -> Callable[[Command], Command]:
     about = field.metadata
-    kind = next((part for part in get_args(hint) if part is not types.NoneType), hint) if get_args(hint) else hint
     name = about.get("flag") or "--" + field.name.replace("_", "-")
     known: dict[str, Any] = {"help": about["help"], "show_default": field.default not in (None, "", (), False)}
-    if about.get("required"):
-        known["required"] = True
-    else:
-        known["default"] = field.default
-    if kind is bool and "/" not in name:
-        known["is_flag"] = True
+    known |= {"required": True} if about.get("required") else {"default": field.default}
+    kind = next((part for part in get_args(hint) if part is not types.NoneType), hint) if _optional(hint) else hint
+    if kind is bool:
+        known |= {} if "/" in name else {"is_flag": True}
     elif about.get("multiple"):
         known |= {"multiple": True, "metavar": "KEY=VALUE"}
-    elif "choices" in about:
-        known["type"] = click.Choice(about["choices"])
-    elif kind is int:
-        known["type"] = click.IntRange(min=about.get("minimum"))
-    elif kind is not bool:
-        known["type"] = kind
+    else:
+        known["type"] = _type(kind)
     return click.option(name, field.name, **known)
+
+
+def _optional(hint: Any) -> bool:
+    return types.NoneType in get_args(hint)
+
+
+def _type(kind: Any) -> Any:
+    """Return click's type for choices, for a whole number with a least value, or for a plain type."""
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    if get_origin(kind) is Annotated:
+        return click.IntRange(min=kind.__metadata__[0].ge)
+    return kind

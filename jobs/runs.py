@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cafe.errors import IncompleteError, UserError
 from jobs.options import options
-from jobs.terminal import open_workspace, progress_bar, show
+from jobs.terminal import interruptible, open_workspace, progress_bar, show
 from pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+    from pipeline.benchmark import Benchmark
+    from pipeline.tracking import Mirror
+    from pipeline.workspace import Workspace
+
+SHIPPED = Path(__file__).parent / "benchmarks"
+NEXT_STEPS = """Next steps
+  cafe -w {workspace} ui                                      the runs in MLflow, in your browser
+  cafe data index folder ~/faces/mine --name mine      your own faces: a folder per expression
+  cafe extract mine --backbone imagenet-lite0 --views 5
+  cafe train --source mine --method cafe --seed 0
+  cafe extract mine --backbone clip-vit-b32 --views 61 the published tower (its weights come from the hub)"""
 
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @options(ExtractSettings)
 def extract(names: tuple[str, ...], **values: Any) -> None:
-    """Compute frozen features once, e.g. `cafe extract news --backbone imagenet-lite0 --views 5`.
+    """Compute frozen features once: `cafe extract news --backbone imagenet-lite0 --views 5`.
 
     Interrupt it as you like: the same command goes on where it was.
     """
@@ -27,7 +41,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
 
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in names]
-    with progress_bar("Extracting") as progress:
+    with interruptible(), progress_bar("Extracting") as progress:
         results = extract_features(workspace, manifests, ExtractSettings(**values), progress)
     for result in results:
         click.echo(result.sentence())
@@ -43,31 +57,35 @@ def train(**values: Any) -> None:
 
     Interrupt it as you like: the same command goes on from its last checkpoint.
     """
-    from jobs.tables import scores_table
+    from pipeline.tracking import Mirror
     from pipeline.train import plan_training, train_and_judge
 
-    settings = TrainSettings(**values)
-    plan = plan_training(open_workspace(), settings)
-    scores = train_and_judge(plan, progress_bar)
+    settings, workspace = TrainSettings(**values), open_workspace()
+    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
+    plan = plan_training(workspace, settings)
+    with interruptible():
+        train_and_judge(plan, mirror, progress_bar)
     if plan.targets:
-        show(scores_table(scores, settings.protocol))
+        _show_scores(workspace, plan.run, settings.protocol)
     click.echo(f"Run {plan.spec.name} in {plan.run}")
+    _warn(mirror)
 
 
 @click.command()
 @click.argument("run")
 @options(EvaluateSettings)
 def evaluate(run: str, **values: Any) -> None:
-    """Judge a trained run on targets, e.g. `cafe evaluate cafe-news-s0 --targets cinema`.
+    """Judge a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
 
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
-    from jobs.tables import scores_table
+    from cafe.results.leaks import load_leaks
     from pipeline import cluster
-    from pipeline.evaluate import log_results, predict_targets
-    from pipeline.leaks import leak_free_scores, load_leaks
-    from pipeline.runs import RunSpec, choose_targets, is_finished
-    from pipeline.tracking import Tracker
+    from pipeline.evaluate import predict_targets
+    from pipeline.faces import choose_targets
+    from pipeline.runs import RunSpec, add_experiment, is_finished
+    from pipeline.tracking import Mirror
+    from pipeline.train import keep_status
 
     settings, workspace = EvaluateSettings(**values), open_workspace()
     path = workspace.run_path(workspace.find_run(run))
@@ -75,73 +93,105 @@ def evaluate(run: str, **values: Any) -> None:
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
     spec = RunSpec.load(path)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
-    if settings.exclude_leaks:  # before Ray starts: a missing audit is a mistake of the user's
-        load_leaks(workspace, spec, {target.manifest.name: target.manifest.digest for target in targets})
-    tracker = Tracker(workspace, settings.mlflow_uri, settings.experiment)
-    with cluster.connect(settings), progress_bar("Judging", "targets") as progress:
-        predict_targets(path, workspace, targets, settings.use_gpu, progress)
-    leak_free = leak_free_scores(workspace, path, settings.protocol) if settings.exclude_leaks else {}
-    show(scores_table(log_results(path, tracker, leak_free), settings.protocol))
+    for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
+        load_leaks(workspace.root, spec.source, spec.source_digest, target.name, target.digest)
+    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
+    add_experiment(path, settings.experiment)
+    judging = progress_bar("Judging", "targets")
+    with interruptible(), keep_status(path, mirror), cluster.connect(settings), judging as progress:
+        predict_targets(path, targets, settings.use_gpu, progress)
+    _show_scores(workspace, path, settings.protocol, settings.exclude_leaks)
+    _warn(mirror)
 
 
 @click.command()
 @click.argument("file")
 @options(BenchmarkSettings)
 def benchmark(file: str, **values: Any) -> None:
-    """Train and judge a whole grid, sources × methods × seeds, e.g. `cafe benchmark quickstart.toml`.
+    """Train and judge a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
 
-    FILE says what is in it; with this package come quickstart.toml, synthetic.toml, faces.toml, table1.toml, table2.toml,
-    ablation.toml and ablation-faces.toml. Frozen features are extracted once and shared, cells run side by side, one that
-    fails stops no other. Interrupt it as you like: the same command goes on where it was.
+    FILE says what is in it; with this package come quickstart.toml, demo.toml, synthetic.toml, faces.toml, table1.toml,
+    table2.toml, ablation.toml and ablation-faces.toml. Frozen features are extracted once and shared, cells run side by
+    side, one that fails stops no other. Interrupt it as you like: the same command goes on where it was.
     """
-    from jobs.tables import failures_table, plan_tables
-    from pipeline.benchmark import run_benchmark
-    from pipeline.grid import read_grid
-    from pipeline.plan import plan_benchmark
+    from pipeline.benchmark import read_benchmark
 
-    settings = BenchmarkSettings(**values)
-    plan = plan_benchmark(open_workspace(), read_grid(_benchmark_file(file)), settings)
-    for table in plan_tables(plan):
-        show(table)
-    if settings.dry_run:
-        return
-    try:
-        outcomes = run_benchmark(plan, progress_bar, click.echo)
-    except KeyboardInterrupt:
-        click.echo("Interrupted: the same command goes on where it was.", err=True)
-        sys.stdout.flush()
-        os._exit(130)  # a thread that still waits for the Ray just left must not keep the command alive
-    failed = sum(bool(outcome.failure) for outcome in outcomes)
-    if failed:
-        show(failures_table(outcomes))
-        raise IncompleteError(
-            f"{failed} of {len(outcomes)} cells failed, all others are done: mend what the table says and give the same "
-            "command again."
-        )
-    click.echo(f"All {len(outcomes)} cells are done: cafe compare --experiment {settings.experiment or plan.grid.name}")
-
-
-def _benchmark_file(name: str) -> Path:
-    """Return a user's file or, where there is none of that name, the one that comes with this package."""
-    own, shipped = Path(name), Path(__file__).parent / "benchmarks"
-    if own.exists():
-        return own
-    if not (shipped / name).is_file():
-        names = ", ".join(sorted(path.name for path in shipped.glob("*.toml")))
-        raise UserError(f"There is no benchmark file {name!r}: give the path of one, or one of {names}.")
-    return shipped / name
+    _work_off(open_workspace(), read_benchmark(_find_file(file)), BenchmarkSettings(**values))
 
 
 @click.command()
 @options(DemoSettings)
-def demo(**values: Any) -> None:
-    """Everything once on synthetic faces: draw, extract, train, judge, compare; under ten minutes on two cores."""
-    from jobs.demo import NEXT_STEPS, run_demo
-    from jobs.tables import report_tables
-    from pipeline.report import report_comparison
+def demo(faces: int, seeds: int, epochs: int, **cluster: Any) -> None:
+    """Everything once on synthetic faces, in minutes: draw them, work off demo.toml, compare."""
+    from cafe.synthetic.domains import DOMAINS
+    from jobs.results import compare
+    from pipeline.benchmark import read_benchmark
+    from pipeline.synthesise import synthesise
 
-    workspace = open_workspace()
-    comparison = run_demo(workspace, DemoSettings(**values), progress_bar, click.echo)
-    for table in report_tables(report_comparison(comparison)):
+    workspace, context = open_workspace(), click.get_current_context()
+    with progress_bar("Drawing faces", "domains") as progress:
+        synthesise(workspace, list(DOMAINS), faces, 0, progress)
+    grid = read_benchmark(SHIPPED / "demo.toml")
+    train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
+    _work_off(workspace, replace(grid, seeds=list(range(seeds)), train=train), BenchmarkSettings(**cluster))
+    context.invoke(compare, experiment=grid.name)
+    click.echo(NEXT_STEPS.format(workspace=context.obj))
+
+
+def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings) -> None:
+    """Show the plan of a benchmark and, unless it is a dry run, run all of its cells that are not done."""
+    from jobs.run_tables import failures_table, plan_tables
+    from pipeline.cells import run_benchmark
+    from pipeline.grid import plan_benchmark
+    from pipeline.tracking import Mirror
+
+    plan = plan_benchmark(workspace, grid, settings)
+    for table in plan_tables(plan):
         show(table)
-    click.echo(NEXT_STEPS.format(workspace=click.get_current_context().obj))
+    if settings.dry_run:
+        return
+    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
+    with interruptible():
+        failures = run_benchmark(plan, mirror, progress_bar, click.echo)
+    _warn(mirror)
+    if failures:
+        show(failures_table(failures))
+        raise IncompleteError(
+            f"{len(failures)} of {len(plan.cells)} cells failed, all others are done: mend what the table says and give the "
+            "same command again."
+        )
+    click.echo(f"All {len(plan.cells)} cells are done: cafe compare --experiment {plan.experiment}")
+
+
+def _find_file(name: str) -> Path:
+    """Return a user's file or, where there is none of that name, the one that comes with this package."""
+    if Path(name).exists():
+        return Path(name)
+    if not (SHIPPED / name).is_file():
+        names = ", ".join(sorted(path.name for path in SHIPPED.glob("*.toml")))
+        raise UserError(f"There is no benchmark file {name!r}: give the path of one, or one of {names}.")
+    return SHIPPED / name
+
+
+def _check_mirror(mirror: Mirror) -> Mirror:
+    """Return the mirror; raise `UserError` at once where the workspace cannot hold a database and no server is named."""
+    assert mirror.address
+    return mirror
+
+
+def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
+    from cafe.report.sheets import run_sheet
+    from cafe.results.leaks import leave_out_leaks
+    from cafe.results.scores import read_runs, read_scores
+    from jobs.results import sheet_tables
+
+    runs, known = read_runs([run]), workspace.manifest_names()
+    scores = read_scores(runs, known, [protocol])
+    leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
+    for table in sheet_tables([run_sheet(scores, leak_free)]):
+        show(table)
+
+
+def _warn(mirror: Mirror) -> None:
+    if mirror.warning:
+        click.echo(f"Warning: {mirror.warning}", err=True)

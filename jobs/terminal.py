@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,17 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
             bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
 
         yield update
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End the command at once when it is interrupted, saying how to go on; what still runs in threads ends with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Interrupted: the same command goes on where it was.", err=True)
+        sys.stdout.flush()
+        os._exit(130)  # a thread that still waits for the Ray just left must not keep the command alive
 
 
 def show(renderable: Any) -> None:

@@ -18,20 +18,10 @@ from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, draw_thumbnail
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
-from cafe.data.survey import survey
 from cafe.report.pages import embed, render
-from pipeline.leaks import audit_path
+from cafe.results.leaks import audit_path
 from pipeline.workspace import Workspace
 
-SCHEMA = pa.schema(
-    [
-        ("source_sample_id", pa.string()),
-        ("source_split", pa.string()),
-        ("target_sample_id", pa.string()),
-        ("target_split", pa.string()),
-        ("similarity", pa.float32()),  # correlation of the two pictures once registered, 0–1
-    ]
-)
 SHOWN = 60  # pairs on the page from the least similar ones, and as many from all others
 
 Progress = Callable[[int, int], None]
@@ -90,7 +80,7 @@ def audit(
                 splits.append(_count(source, target, source_split, target_split, pairs))
                 found.append(pairs)
         result = Audit(source, target, Pairs.concatenate(found), splits, [*own_broken, *broken])
-        path = audit_path(workspace, source.name, target.name)
+        path = audit_path(workspace.root, source.name, target.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".html").write_bytes(draw_page(result))
         save(result, path)
@@ -103,7 +93,7 @@ def read_thumbnails(manifest: Manifest, progress: Progress) -> tuple[dict[str, T
     pixels = np.empty((len(order), THUMBNAIL, THUMBNAIL), np.uint8)
     readable = np.ones(len(order), bool)
     broken = []
-    for place, (row, result) in enumerate(survey(manifest, order, draw_thumbnail, progress)):
+    for place, (row, result) in enumerate(manifest.survey(order, draw_thumbnail, progress)):
         if isinstance(result, UnreadableImageError):
             readable[place] = False
             broken.append((f"{manifest.name}: {manifest.sample_ids[row]}", str(result)))
@@ -121,25 +111,24 @@ def read_thumbnails(manifest: Manifest, progress: Progress) -> tuple[dict[str, T
 
 def _count(source: Manifest, target: Manifest, source_split: str, target_split: str, pairs: Pairs) -> SplitPair:
     relabelled = pairs.second[source.labels[pairs.first] != target.labels[pairs.second]]
-    copied = len(np.unique(pairs.second))
-    faces = len(target.rows(target_split))
-    return SplitPair(source_split, target_split, faces, copied, len(pairs), len(np.unique(relabelled)))
+    copied, copied_otherwise = len(np.unique(pairs.second)), len(np.unique(relabelled))
+    return SplitPair(source_split, target_split, len(target.rows(target_split)), copied, len(pairs), copied_otherwise)
 
 
 def save(result: Audit, path: UPath) -> None:
     """Write the pairs as Parquet, by target sample and most similar first; the digests say which manifests they hold of."""
     order = np.lexsort((result.pairs.first, -result.pairs.similarity, result.pairs.second))
-    first, second = result.pairs.first[order], result.pairs.second[order]
-    table = pa.table(
-        [
-            result.source.table["sample_id"].take(first),
-            result.source.table["split"].take(first),
-            result.target.table["sample_id"].take(second),
-            result.target.table["split"].take(second),
-            pa.array(result.pairs.similarity[order], pa.float32()),
-        ],
-        schema=SCHEMA,
+    source, target = (
+        result.source.table.take(result.pairs.first[order]),
+        result.target.table.take(result.pairs.second[order]),
     )
+    table = pa.table({
+        "source_sample_id": source["sample_id"],
+        "source_split": source["split"],
+        "target_sample_id": target["sample_id"],
+        "target_split": target["split"],
+        "similarity": pa.array(result.pairs.similarity[order], pa.float32()),  # of the two pictures once registered, 0–1
+    })  # fmt: skip
     about = {
         "source": result.source.name,
         "source_digest": result.source.digest,
@@ -154,33 +143,27 @@ def save(result: Audit, path: UPath) -> None:
 
 def draw_page(result: Audit) -> bytes:
     """Return the page of one audit: counts per pair of splits and pairs of pictures, the most doubtful first."""
-    order = np.argsort(result.pairs.similarity, kind="stable")
+    found = result.pairs
+    order = np.argsort(found.similarity, kind="stable")
     rest = order[SHOWN:]
     shown = [*order[:SHOWN], *rest[np.unique(np.linspace(0, len(rest) - 1, SHOWN).astype(int))]] if len(rest) else order
-    pairs = []
-    for number in shown:
-        first, second = int(result.pairs.first[number]), int(result.pairs.second[number])
-        pairs.append((
-            _face(result.source, first),
-            _face(result.target, second),
-            float(result.pairs.similarity[number]),
-        ))  # fmt: skip
-    within = result.source is result.target
+    within = f"Copies within {result.source.name}"
+    between = f"Copies of {result.source.name} in {result.target.name}"
     return render(
         "audit.html",
-        title=f"Copies within {result.source.name}"
-        if within
-        else f"Copies of {result.source.name} in {result.target.name}",
+        title=within if result.source is result.target else between,
         splits=result.splits,
-        pairs=pairs,
-        total=len(result.pairs),
-        copied=len(np.unique(result.pairs.second)),
+        pairs=[
+            (_face(result.source, found.first[n]), _face(result.target, found.second[n]), float(found.similarity[n]))
+            for n in shown
+        ],
+        total=len(found),
+        copied=len(np.unique(found.second)),
         broken=result.broken,
     )
 
 
 def _face(manifest: Manifest, row: int) -> dict[str, str]:
-    entry = manifest.table.slice(row, 1).to_pylist()[0]
-    label = EXPRESSIONS[entry["label"]]
-    picture = embed(manifest.read_face(row))
+    entry = manifest.table.slice(int(row), 1).to_pylist()[0]
+    label, picture = EXPRESSIONS[entry["label"]], embed(manifest.read_face(int(row)))
     return {"picture": picture, "id": entry["sample_id"], "split": entry["split"], "label": label}

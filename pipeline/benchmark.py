@@ -1,226 +1,248 @@
-"""The grid at work: the stores a benchmark lacks are filled, then its cells run, several at a time.
+"""A benchmark file: which sources, methods, seeds and towers make a grid, read from TOML and checked by pydantic.
 
-A cell is one training with its judging, the same run as `cafe train` makes. What is finished is left alone, so the same file
-goes on where it was interrupted; a cell that fails is reported at the end and stops no other.
+    sources = ["rafdb", "sfew"]                     # manifests to train on
+    methods = ["scn", { method = "cafe", set = { mask = "none" } }]
+    seeds = 5                                       # or a list of them
+    towers = ["clip-vit-b32"]                       # of the methods that use one
+    [features]                                      # settings of `cafe extract`, by their names with underscores
+    [train]                                         # settings of `cafe train` that all methods share
+
+Nothing but the file is looked at here: no workspace, no tower, no Ray.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from threading import Event
-from typing import Any
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, field, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from cafe.errors import UserError
-from cafe.results.protocols import find_protocol
-from pipeline import cluster
-from pipeline.extract import extract
-from pipeline.grid import Grid
-from pipeline.plan import BenchmarkPlan, Cell, Store, StoreKey, plan_benchmark
-from pipeline.progress import Bar, Progress
-from pipeline.runs import Target
-from pipeline.tracking import PARENT, TrackedRun, Tracker
-from pipeline.train import TrainPlan, train_and_judge
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic.dataclasses import dataclass
 
-CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
+from cafe.errors import UserError, unknown
+from cafe.learning.loading import ARRAYS
+from cafe.methods import find_method
+from cafe.methods.method import Method
+from pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
 
+# What the grid itself decides for every store and every cell, so that a file cannot.
+DECIDED_FEATURES = ("address", "num_cpus", "backbone", "layers", "views", "policy", "maps", "channels", "verify")
+DECIDED_TRAINING = (
+    "address", "num_cpus", "source", "method", "seed", "overrides", "backbone", "views", "policy", "store", "live",
+    "targets", "protocol", "threads", "mlflow_uri", "experiment",
+)  # fmt: skip
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a cell ended: with its mean accuracy over the unseen targets, where there are any, or with a reason."""
+STRICT = ConfigDict(extra="forbid", strict=True)
+KINDS = {"int": "a whole number", "string": "a text", "bool": "true or false", "list": "a list", "dict": "a table"}
 
-    cell: Cell
-    unseen: float | None = None
-    failure: str = ""
+Checked = TypeVar("Checked")
 
 
-def run_benchmark(plan: BenchmarkPlan, bar: Bar, say: Callable[[str], None]) -> list[Outcome]:
-    """Fill the missing stores, run every cell that is not done, and return how each of them ended.
+def _check_different(values: list[Any]) -> list[Any]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("different ones, at least one")
+    return values
 
-    One MLflow run stands for the benchmark, and the cells' runs lie below it. Interrupt it at any time.
-    """
-    grid, settings = plan.grid, plan.settings
-    tracker = Tracker(plan.workspace, settings.mlflow_uri, settings.experiment or grid.name)
-    parent = tracker.start(f"{grid.name}-{grid.digest[:8]}", _parameters(grid), {"cafe.benchmark": grid.name})
-    tracker.log_text(parent, json.dumps(asdict(grid), indent=1), "benchmark.json")
+
+def _check_plain(value: Any) -> Any:
+    if type(value) not in (int, float, str):  # True is no number here
+        raise ValueError("a number or a name")
+    return value
+
+
+Names = Annotated[list[str], AfterValidator(_check_different)]
+Seeds = Annotated[
+    list[Number],
+    BeforeValidator(lambda value: list(range(value)) if type(value) is int else value),
+    AfterValidator(_check_different),
+]
+Changes = dict[str, Annotated[Any, BeforeValidator(_check_plain)]]  # of a recipe
+
+
+@dataclass(frozen=True, config=STRICT)
+class Entry:
+    """A method of the grid with what it changes."""
+
+    method: str
+    set: Changes = field(default_factory=dict)
+    tower: str | None = None  # instead of the grid's towers
+    views: Count | None = None  # instead of the grid's
+    train: dict[str, Any] = field(default_factory=dict)  # changed settings of `cafe train`
+
+    @property
+    def label(self) -> str:
+        """The method with what it changes, as a table shows it."""
+        views = {"views": self.views} if self.views else {}
+        changes = ", ".join(f"{key}={value}" for key, value in {**self.set, **self.train, **views}.items())
+        return f"{self.method} ({changes})" if changes else self.method
+
+    @property
+    def kind(self) -> type[Method]:
+        """The method itself."""
+        return find_method(self.method)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether a frozen tower's features are trained on and judged with."""
+        return not self.kind.needs.isdisjoint(ARRAYS)
+
+    @property
+    def uses_tower(self) -> bool:
+        """Whether it needs to know a tower at all; without one it is the same for every tower."""
+        return self.reads_features or "tower" in self.kind.needs
+
+
+@dataclass(frozen=True, config=STRICT)
+class Benchmark:
+    """A benchmark file; the defaults are these."""
+
+    name: str
+    sources: Names
+    methods: list[Entry]
+    about: str = ""
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    towers: Names = field(default_factory=lambda: ["clip-vit-b32"])
+    targets: Names | None = None  # the sources, each judged on all of them
+    protocol: Protocol = "clean"
+    views: Count | None = None  # per face; one for every epoch and the clean one, as published
+    features: dict[str, Any] = field(default_factory=dict)
+    set: Changes = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Names what the file asks for; its comments and its explanation play no part."""
+        record = {**asdict(self), "about": "", "targets": self.judged}
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def title(self) -> str:
+        """What its folder and its run in MLflow are called."""
+        return f"{self.name}-{self.digest[:8]}"
+
+    @property
+    def judged(self) -> list[str]:
+        """The manifests to judge on."""
+        return self.targets or self.sources
+
+    def combinations(self) -> Iterator[tuple[str, Entry, str | None]]:
+        """Yield every (source, method, tower); the tower is None for a method that has no use for one."""
+        for source in self.sources:
+            for entry in self.methods:
+                towers: Sequence[str | None] = (entry.tower,) if entry.tower else self.towers
+                for tower in towers if entry.uses_tower else (None,):
+                    yield source, entry, tower
+
+    def train_settings(self, source: str, entry: Entry, tower: str | None) -> TrainSettings:
+        """Return the settings of `cafe train` for a combination; its seed, store and views are still open."""
+        shared = dict(self.train)
+        if not entry.kind.trained:
+            shared.pop("epochs", None)  # meant for methods that have epochs
+        own = {**shared, **entry.train}
+        own.setdefault("image_size", self.features.get("input_size"))  # the same pictures for all of them
+        return TrainSettings(
+            source=source,
+            method=entry.method,
+            overrides=tuple(f"{key}={value}" for key, value in {**self.set, **entry.set}.items()),
+            backbone=tower or "none",
+            targets=",".join(self.judged),
+            protocol=self.protocol,
+            experiment=self.name,
+            **own,
+        )
+
+
+def read_benchmark(path: Path) -> Benchmark:
+    """Read a benchmark file; raise `UserError` for what is not TOML, an unknown key or name, and a value of another type."""
     try:
-        with (
-            nullcontext() if all(cell.done or cell.line.obstacle for cell in plan.cells) else cluster.connect(settings)
-        ):
-            if plan.missing_stores:
-                made = _fill_stores(plan, bar, say)
-                plan = plan_benchmark(plan.workspace, grid, settings, made)
-            outcomes = _run_cells(plan, tracker.below(parent), bar, say)
-    except BaseException:
-        tracker.finish(parent, "KILLED")
-        raise
-    _log_outcomes(tracker, parent, plan, outcomes)
-    return outcomes
+        content = tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise UserError(f"Cannot read the benchmark file {str(path)!r} ({error.strerror}): check the path.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path.name} is not TOML ({error}): mend it.") from None
+    return parse_benchmark(path.stem, content)
 
 
-def share_machine(plan: BenchmarkPlan) -> tuple[int, int]:
-    """Return how many cells run at a time on the connected cluster, and the threads of each of their workers.
+def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:
+    """Return the benchmark of a parsed file; raise `UserError`."""
+    own = {key: value for key, value in content.items() if key not in ("features", "train", "methods")}
+    if not isinstance(content.get("methods"), list) or not content["methods"]:
+        raise UserError(f"The benchmark {name} has no methods: give a list of them.")
+    entries = [_parse_entry(item, name) for item in content["methods"]]
+    shared = _check_table(content.get("train", {}), f"[train] in {name}")
+    features = _check_table(content.get("features", {}), f"[features] in {name}")
+    benchmark = check(Benchmark, {
+        **own,
+        "name": name,
+        "methods": entries,
+        "set": shared.pop("set", {}),
+        "train": check_settings(TrainSettings, DECIDED_TRAINING, shared, f"[train] in {name}", ("set",)),
+        "features": check_settings(ExtractSettings, DECIDED_FEATURES, features, f"[features] in {name}"),
+    }, name)  # fmt: skip
+    for (label, _), count in Counter((entry.label, entry.tower) for entry in entries).items():
+        if count > 1:
+            raise UserError(
+                f"The method {label} is listed {count} times in {name}: keep one, or change a setting of it."
+            )
+    return benchmark
 
-    Cells know nothing of each other; that other numbers of threads add floats in another order is all that can differ.
+
+def _parse_entry(item: Any, name: str) -> Entry:
+    if isinstance(item, str):
+        item = {"method": item}
+    if not isinstance(item, dict) or not isinstance(item.get("method"), str):
+        raise UserError(f'Cannot read the method {item!r} of {name}: write "NAME" or {{ method = "NAME", … }}.')
+    where = f"the method {item['method']} in {name}"
+    find_method(item["method"])
+    named = [one.name for one in fields(Entry) if one.name != "train"]
+    own = {key: value for key, value in item.items() if key in named}
+    rest = {key: value for key, value in item.items() if key not in named}
+    return check(Entry, {**own, "train": check_settings(TrainSettings, DECIDED_TRAINING, rest, where, named)}, where)
+
+
+def check(kind: type[Checked], values: Mapping[str, Any], where: str, more: Collection[str] = ()) -> Checked:
+    """Return values as a dataclass or model of pydantic; raise `UserError` for the first that does not fit.
+
+    `more` names keys that are allowed besides.
     """
-    training = [cell.line.plan.settings for cell in plan.cells if cell.line.plan]
-    workers = max(settings.num_workers for settings in training)
-    cores = cluster.count("CPU")
-    gpus = 0 if all(settings.use_gpu is False for settings in training) else cluster.count("GPU")
-    slots = gpus or cores
-    memory = cluster.count("memory") // CELL_BYTES
-    parallel = plan.settings.parallel or max(1, min(slots // workers, memory))
-    return parallel, max(1, cores // (parallel * workers))
-
-
-def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Callable[[str], None]) -> dict[StoreKey, Store | str]:
-    made: dict[StoreKey, Store | str] = {}
-    for store in plan.missing_stores:
-        settings = replace(store.settings, address=plan.settings.address, num_cpus=plan.settings.num_cpus)
-        try:
-            with bar(f"Features of {store.manifest.name}", "faces") as progress:
-                (result,) = extract(plan.workspace, [store.manifest], settings, progress)
-            made[store.key] = result.store, result.about
-            say(result.sentence())
-        except Exception as error:  # the cells of other stores can still run; these say why they cannot
-            made[store.key] = _explain(error, f"the features of {store.manifest.name}")
-    return made
-
-
-def _run_cells(plan: BenchmarkPlan, tracker: Tracker, bar: Bar, say: Callable[[str], None]) -> list[Outcome]:
-    """Run cells in threads: each follows a training of Ray's, so a thread costs next to nothing."""
-    tracked = {run.name: run for run in tracker.runs()}
-    outcomes = {cell: _recall(cell, tracked, tracker) for cell in plan.cells}
-    waiting = [cell for cell, outcome in outcomes.items() if outcome is None]
-    idle = all(cell.done for cell in waiting)
-    parallel, threads = (1, 1) if idle else share_machine(plan)
-    here = {"threads": threads, "address": plan.settings.address, "num_cpus": plan.settings.num_cpus}
-    stopping = Event()
-    with _follow_cells(plan, bar) as bars:
-        pool = ThreadPoolExecutor(parallel)
-        futures: dict[Future[Outcome], Cell] = {
-            pool.submit(_run_cell, cell, here, tracker, bars(cell), stopping): cell for cell in waiting
-        }
-        try:
-            for number, future in enumerate(as_completed(futures), start=len(outcomes) - len(waiting) + 1):
-                outcome = outcomes[futures[future]] = future.result()
-                say(f"{number}/{len(outcomes)} {describe(outcome)}")
-        finally:  # when interrupted, no other cell begins, and nobody waits for those that run: leaving Ray ends them
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-    return [outcome for outcome in outcomes.values() if outcome]
-
-
-def _recall(cell: Cell, tracked: Mapping[str, TrackedRun], tracker: Tracker) -> Outcome | None:
-    """Return the outcome of a cell that needs no work: it cannot run, or it is done and logged."""
-    if cell.plan is None:
-        assert cell.line.obstacle
-        return Outcome(cell, failure=cell.line.obstacle)
-    run = tracked.get(cell.plan.spec.name)
-    if not cell.done or run is None or not all(_is_logged(run, target) for target in cell.plan.targets):
-        return None
-    if run.tags.get(PARENT) != tracker.parent:
-        tracker.tag(run.run_id, PARENT, str(tracker.parent))
-    return Outcome(cell, _unseen(cell.plan, run.metrics))
-
-
-def _is_logged(run: TrackedRun, target: Target) -> bool:
-    return f"{find_protocol(target.protocol).prefix}target/{target.title}/accuracy" in run.metrics
-
-
-def _run_cell(cell: Cell, here: Mapping[str, Any], tracker: Tracker, bar: Bar, stopping: Event) -> Outcome:
-    plan = cell.plan
-    assert plan is not None
-    if stopping.is_set():
-        return Outcome(cell, failure="interrupted")
     try:
-        own = replace(plan, settings=replace(plan.settings, **here))
-        return Outcome(cell, _unseen(plan, train_and_judge(own, bar, tracker)))
-    except Exception as error:  # one cell must never cost the others; its reason is kept and shown
-        return Outcome(cell, failure="interrupted" if stopping.is_set() else _explain(error, cell.name))
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+    key, value = " of ".join(str(part) for part in reversed(first["loc"]) if isinstance(part, str)), first["input"]
+    context, problem = first.get("ctx", {}), first["type"]
+    if problem in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = get_type_hints(kind) if not issubclass(kind, BaseModel) else kind.model_fields
+        raise unknown(f"key of {where}", key, {*known, *more} - {"name"})
+    if problem == "missing":
+        raise UserError(f"The benchmark {where} has no {key}: give a list of them.")
+    if problem == "literal_error":
+        raise unknown(f"{key} of {where}", value, re.findall(r"'([^']*)'", context["expected"]))
+    if problem == "greater_than_equal":
+        raise UserError(f"{key} of {where} is at least {context['ge']}, not {value!r}.")
+    wanted = str(context["error"]) if problem == "value_error" else KINDS.get(problem.removesuffix("_type"), problem)
+    raise UserError(f"{key} of {where} must be {wanted}, not {value!r}.")
 
 
-def _explain(error: Exception, what: str) -> str:
-    """Return a user's mistake as its sentence; anything else is a bug, whose traceback is logged."""
-    if isinstance(error, UserError):
-        return str(error)
-    logging.getLogger(__name__).error("A bug stopped %s", what, exc_info=error)
-    return f"{type(error).__name__}: {first_line(str(error).strip())}"
-
-
-def first_line(reason: str) -> str:
-    """Return a reason without the list that may follow it."""
-    return reason.partition("\n")[0]
-
-
-def _unseen(plan: TrainPlan, metrics: Mapping[str, float]) -> float | None:
-    return metrics.get(f"{find_protocol(plan.settings.protocol).prefix}unseen/accuracy")
-
-
-def describe(outcome: Outcome) -> str:
-    """Say how a cell ended."""
-    if outcome.failure:
-        return f"{outcome.cell.name}: failed. {first_line(outcome.failure)}"
-    score = f", {100 * outcome.unseen:.1f} % on the unseen targets" if outcome.unseen is not None else ""
-    return f"{outcome.cell.name}: done{score}"
-
-
-@contextmanager
-def _follow_cells(plan: BenchmarkPlan, bar: Bar) -> Iterator[Callable[[Cell], Bar]]:
-    """Show one bar of faces × epochs for all cells; yields what gives each cell its part of it."""
-    worked = {cell: cell.worked for cell in plan.cells if not cell.line.obstacle}
-    with bar(f"Training {len(worked)} cells", "faces") as progress:
-
-        def bars(cell: Cell) -> Bar:
-            @contextmanager
-            def part(title: str, unit: str) -> Iterator[Progress]:
-                def update(done: int, total: int) -> None:
-                    if unit == "steps" and total:
-                        worked[cell] = max(worked[cell], cell.work * done // total)
-                        progress(sum(worked.values()), plan.work)
-
-                yield update
-
-            return part
-
-        progress(plan.worked, plan.work)
-        yield bars
-
-
-def _parameters(grid: Grid) -> dict[str, Any]:
-    return {
-        "sources": ", ".join(grid.sources),
-        "methods": "; ".join(entry.label for entry in grid.entries),
-        "seeds": ", ".join(map(str, grid.seeds)),
-        "towers": ", ".join(grid.towers),
-        "targets": ", ".join(grid.targets),
-        "protocol": grid.protocol,
+def check_settings(
+    settings: type[Any], decided: Sequence[str], values: Mapping[str, Any], where: str, more: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return values of a settings dataclass's fields, less those that are decided, each as its type says."""
+    hints = get_type_hints(settings, include_extras=True)
+    free: dict[str, Any] = {
+        one.name: (hints[one.name], one.default) for one in fields(settings) if one.name not in decided
     }
+    model: type[BaseModel] = create_model(settings.__name__, __config__=STRICT, **free)
+    return check(model, values, where, more).model_dump(exclude_unset=True)
 
 
-def _log_outcomes(tracker: Tracker, parent: str, plan: BenchmarkPlan, outcomes: Sequence[Outcome]) -> None:
-    """Log what came of the benchmark with its own run: how many cells, each cell's end, the mean of every method."""
-    failed = sum(bool(outcome.failure) for outcome in outcomes)
-    scores: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        if outcome.unseen is not None:
-            name = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in outcome.cell.line.title)
-            scores.setdefault(f"unseen_accuracy/{outcome.cell.line.source}/{name}", []).append(outcome.unseen)
-    means = {name: statistics.fmean(values) for name, values in scores.items()}
-    tracker.log(parent, {"cells": len(outcomes), "cells_failed": failed, **means})
-    records = [
-        {
-            "cell": outcome.cell.name,
-            "run": outcome.cell.plan.spec.name if outcome.cell.plan else None,
-            "unseen_accuracy": outcome.unseen,
-            "failure": outcome.failure or None,
-        }
-        for outcome in outcomes
-    ]
-    tracker.log_text(parent, json.dumps(records, indent=1), "cells.json")
-    tracker.finish(parent, "FAILED" if failed else "FINISHED")
+def _check_table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a table, not {value!r}.")
+    return dict(value)

@@ -4,137 +4,168 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from hashlib import blake2b
+from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
-from cafe.data.survey import Condition, Look, check_pictures, survey
 from cafe.report.pages import embed, render
 from pipeline.workspace import Workspace
 
+GREY_SPREAD = 10  # levels between the channels that compression alone puts into a grey picture
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 SIDES = (0, 32, 48, 64, 96, 128, 224, 384, 640)  # edges of the size histogram in pixels
 BRIGHTNESS = tuple(range(0, 256, 32))
 PICTURES = 24  # per expression
 LISTED = 60  # broken files and groups of identical pictures on the page
 
 
+class Look(NamedTuple):
+    """What a picture is like: its size, mean luma (0–255), whether it is grey, and a digest of its pixels."""
+
+    width: int
+    height: int
+    brightness: float
+    grey: bool
+    pixels: str
+
+
+def look_at(pixels: np.ndarray) -> Look:
+    """Describe a picture (H, W, 3); it is grey when 95 of 100 pixels have nearly equal channels."""
+    height, width = pixels.shape[:2]
+    spread = pixels.max(axis=2) - pixels.min(axis=2)
+    digest = blake2b(pixels.tobytes(), digest_size=16, key=f"{width}×{height}".encode()).hexdigest()
+    brightness = float(pixels.reshape(-1, 3).mean(axis=0) @ LUMA)
+    return Look(width, height, brightness, bool(np.quantile(spread, 0.95) <= GREY_SPREAD), digest)
+
+
 @dataclass(frozen=True)
 class Check:
-    """What `check` found and where its page is."""
+    """The state of a data set's pictures.
 
-    condition: Condition
-    header: list[str]
-    lines: list[list[str]]
-    sizes: list[tuple[str, int]]
-    brightness: list[tuple[str, int]]
+    `faces` has a row per face in manifest order: sample_id, expression, split, and the fields of `Look`, empty where the
+    picture cannot be read. `broken` lists those as (sample_id, reason); the report is written to `page`.
+    """
+
+    manifest: Manifest
+    faces: pd.DataFrame
+    broken: list[tuple[str, str]]
     page: UPath
+
+    @property
+    def seen(self) -> pd.DataFrame:
+        """The faces that can be read."""
+        return self.faces.dropna(subset="pixels")
+
+    @property
+    def duplicates(self) -> list[pd.DataFrame]:
+        """Groups of faces with the same pixels, in manifest order."""
+        return [group for _, group in self.seen.groupby("pixels", sort=False) if len(group) > 1]
+
+    @property
+    def sizes(self) -> list[tuple[str, int]]:
+        """How many pictures have a shorter side in each range of pixels."""
+        return _count(self.seen[["width", "height"]].min(axis=1), SIDES, "")
+
+    @property
+    def brightness(self) -> list[tuple[str, int]]:
+        """How many pictures have a mean luma in each range."""
+        return _count(self.seen["brightness"], BRIGHTNESS, "255")
+
+    def summary(self) -> tuple[list[str], list[list[str]]]:
+        """Return a header and a line per expression and for all: faces per split, grey share, brightness, size, broken."""
+        splits = [split for split in SPLITS if split in set(self.faces["split"])]
+        lines = []
+        for name in (*EXPRESSIONS, "all"):
+            own = self.faces if name == "all" else self.faces[self.faces["expression"] == name]
+            seen = own.dropna(subset="pixels")
+            counts = [*((own["split"] == split).sum() for split in splits), len(own)]
+            lines.append([name, *(f"{count:,}" for count in counts), *_describe(seen), f"{len(own) - len(seen):,}"])
+        return ["expression", *splits, "faces", "grey", "brightness", "median size", "unreadable"], lines
 
 
 def check(workspace: Workspace, manifest: Manifest, progress: Callable[[int, int], None]) -> Check:
     """Decode every picture of a manifest and write reports/check-NAME.html; `progress(done, total)` counts pictures."""
-    condition = check_pictures(manifest, progress)
-    header, lines = summarise(condition)
-    sizes = _label(SIDES, condition.histogram(lambda look: min(look.width, look.height), SIDES), "")
-    brightness = _label(BRIGHTNESS, condition.histogram(lambda look: look.brightness, BRIGHTNESS), "255")
-    page = workspace.root / "reports" / f"check-{manifest.name}.html"
-    result = Check(condition, header, lines, sizes, brightness, page)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_bytes(_draw_page(result))
+    looks, broken = {}, []
+    for row, look in manifest.survey(manifest.rows("all"), look_at, progress):
+        if isinstance(look, UnreadableImageError):
+            broken.append((manifest.sample_ids[row], str(look)))
+        else:
+            looks[row] = look
+    names = {
+        "expression": [EXPRESSIONS[label] for label in manifest.labels],
+        "split": manifest.table["split"].to_pylist(),
+    }
+    faces = pd.DataFrame({"sample_id": manifest.sample_ids, **names})
+    faces = faces.join(pd.DataFrame.from_dict(looks, orient="index", columns=Look._fields))
+    result = Check(manifest, faces, broken, workspace.root / "reports" / f"check-{manifest.name}.html")
+    result.page.parent.mkdir(parents=True, exist_ok=True)
+    result.page.write_bytes(_draw_page(result))
     return result
 
 
-def summarise(condition: Condition) -> tuple[list[str], list[list[str]]]:
-    """Return a header and a line per expression and for all: faces per split, grey share, brightness, size, broken."""
-    manifest = condition.manifest
-    table = manifest.table["split"].to_pylist()
-    splits = [split for split in SPLITS if split in table]
-    lines = []
-    for label, name in [*enumerate(EXPRESSIONS), (None, "all")]:
-        rows = [row for row, own in enumerate(manifest.labels) if label is None or own == label]
-        looks = [condition.looks[row] for row in rows if row in condition.looks]
-        lines.append([
-            name,
-            *(f"{sum(table[row] == split for row in rows):,}" for split in splits),
-            f"{len(rows):,}",
-            *_describe(looks),
-            f"{len(rows) - len(looks):,}",
-        ])  # fmt: skip
-    return ["expression", *splits, "faces", "grey", "brightness", "median size", "unreadable"], lines
-
-
-def _describe(looks: list[Look]) -> tuple[str, str, str]:
-    if not looks:
+def _describe(seen: pd.DataFrame) -> tuple[str, str, str]:
+    if seen.empty:
         return "–", "–", "–"
-    grey = sum(look.grey for look in looks) / len(looks)
-    size = f"{median(look.width for look in looks):.0f}×{median(look.height for look in looks):.0f}"
-    return f"{100 * grey:.0f} %", f"{median(look.brightness for look in looks):.0f}", size
+    middle = seen[["brightness", "width", "height"]].median()
+    size = f"{middle['width']:.0f}×{middle['height']:.0f}"
+    return f"{100 * seen['grey'].astype(bool).mean():.0f} %", f"{middle['brightness']:.0f}", size
 
 
-def _label(edges: tuple[int, ...], counts: list[int], end: str) -> list[tuple[str, int]]:
-    ends = [str(edge - 1) for edge in edges[1:]] + [end]
-    return [
-        (f"{low}–{high}" if high else f"{low} or more", count)
-        for low, high, count in zip(edges, ends, counts, strict=True)
-    ]
+def _count(values: pd.Series[float], edges: tuple[int, ...], end: str) -> list[tuple[str, int]]:
+    """Return how many values lie in [edge, next edge), the last without an end, each with its name."""
+    counts, _ = np.histogram(values.to_numpy(float), [*edges, np.inf])
+    ends = [*(str(edge - 1) for edge in edges[1:]), end]
+    names = [f"{low}–{high}" if high else f"{low} or more" for low, high in zip(edges, ends, strict=True)]
+    return list(zip(names, counts.tolist(), strict=True))
 
 
 def _draw_page(check: Check) -> bytes:
-    condition, manifest = check.condition, check.condition.manifest
-    rows = manifest.table.select(["sample_id", "label", "split"]).to_pylist()
-    groups = condition.duplicates
-    shown = groups[:LISTED]
-    chosen = {
-        name: _spread([row for row in condition.looks if manifest.labels[row] == label])
-        for label, name in enumerate(EXPRESSIONS)
-    }
-    wanted = sorted({row for part in chosen.values() for row in part} | {group[0] for group in shown})
-    pictures = {
-        row: picture
-        for row, picture in survey(manifest, wanted, embed)
-        if not isinstance(picture, UnreadableImageError)
-    }
-
-    def differ(column: str) -> int:
-        return sum(len({rows[row][column] for row in group}) > 1 for group in groups)
-
-    members = [
-        [(rows[row]["sample_id"], EXPRESSIONS[rows[row]["label"]], rows[row]["split"]) for row in g] for g in shown
-    ]
-    grey = sum(look.grey for look in condition.looks.values()) / max(1, len(condition.looks))
+    manifest, seen, groups = check.manifest, check.seen, check.duplicates
+    header, lines = check.summary()
+    sheets = {name: _spread(seen.index[seen["expression"] == name]) for name in EXPRESSIONS}
+    wanted = sorted(
+        {*(row for rows in sheets.values() for row in rows), *(group.index[0] for group in groups[:LISTED])}
+    )
+    pictures = {row: picture for row, picture in manifest.survey(wanted, embed) if isinstance(picture, str)}
     return render(
         "check.html",
         title=f"{manifest.name}: {len(manifest):,} faces",
         root=manifest.root,
         tiles=[
-            (f"{len(condition.looks):,}", "readable pictures"),
-            (f"{len(condition.broken):,}", "unreadable"),
-            (f"{100 * grey:.0f} %", "grey"),
+            (f"{len(seen):,}", "readable pictures"),
+            (f"{len(check.broken):,}", "unreadable"),
+            (f"{100 * seen['grey'].sum() / max(1, len(seen)):.0f} %", "grey"),
             (f"{len(groups):,}", "repeated pictures"),
         ],
-        header=check.header,
-        lines=check.lines,
+        header=header,
+        lines=lines,
         sizes=check.sizes,
         brightness=check.brightness,
         sheets=[
-            (name, [(pictures[row], rows[row]["sample_id"]) for row in part if row in pictures])
-            for name, part in chosen.items()
-            if part
+            (name, [(pictures[row], manifest.sample_ids[row]) for row in rows if row in pictures])
+            for name, rows in sheets.items()
+            if rows
         ],
         duplicates=[
-            (pictures[group[0]], names) for group, names in zip(shown, members, strict=True) if group[0] in pictures
+            (pictures[group.index[0]], group[["sample_id", "expression", "split"]].itertuples(index=False))
+            for group in groups[:LISTED]
+            if group.index[0] in pictures
         ],
         duplicate_count=len(groups),
-        conflicts=differ("label"),
-        straddling=differ("split"),
-        broken=[(rows[row]["sample_id"], reason) for row, reason in list(condition.broken.items())[:LISTED]],
-        broken_count=len(condition.broken),
+        conflicts=sum(group["expression"].nunique() > 1 for group in groups),
+        straddling=sum(group["split"].nunique() > 1 for group in groups),
+        broken=check.broken[:LISTED],
+        broken_count=len(check.broken),
     )
 
 
-def _spread(rows: list[int]) -> list[int]:
+def _spread(rows: pd.Index[int]) -> list[int]:
     """Return up to 24 rows, evenly spaced."""
     step = max(1, len(rows) / PICTURES)
-    return [rows[int(position * step)] for position in range(min(PICTURES, len(rows)))]
+    return [int(rows[int(position * step)]) for position in range(min(PICTURES, len(rows)))]

@@ -23,14 +23,16 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError
+from cafe.files import read_json, write_json
 from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
 from cafe.towers.embedding import Embedder
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.progress import Progress
+from pipeline.records import check_record
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
-from pipeline.workspace import Workspace, locate, read_json, with_tuples, write_json
+from pipeline.workspace import Workspace, locate
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -108,7 +110,9 @@ def know_layers(workspace: Workspace, settings: ExtractSettings, names: Sequence
             name: workspace.root / "towers" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
             for name, text in asked.items()
         }
-    known = {name: TowerFacts(**with_tuples(record)) for name, note in notes.items() if (record := read_json(note))}
+    known = {
+        name: check_record(record, TowerFacts, str(note)) for name, note in notes.items() if (record := read_json(note))
+    }
     if len(known) < len(names):
         tower = load_backbone(names[0], settings.precision, settings.input_size)
         for name in names:

@@ -1,249 +1,338 @@
-"""A benchmark file: which sources, methods, seeds and towers make a grid, read from TOML into frozen dataclasses.
+"""The plan of a benchmark: what its file asks of this workspace, what is there already, and what the rest costs.
 
-    sources = ["rafdb", "sfew"]                     # manifests to train on
-    methods = ["scn", { method = "cafe", set = { mask = "none" } }]
-    seeds = 5                                       # or a list of them
-    towers = ["clip-vit-b32"]                       # of the methods that use one
-    [features]                                      # settings of `cafe extract`, by their names with underscores
-    [train]                                         # settings of `cafe train` that all methods share
-
-Nothing but the file is looked at here: no workspace, no tower, no Ray.
+Nothing is computed here and no tower is loaded, so it can be looked at before anything is started.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tomllib
-import types
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
 
-from cafe.errors import UserError, unknown
-from cafe.learning.loading import ARRAYS
-from cafe.methods import find_method
-from cafe.methods.method import Method
+from upath import UPath
+
+from cafe.data.manifest import Manifest
+from cafe.errors import UserError
+from cafe.files import list_folder, read_json
 from cafe.results.protocols import find_protocol
-from pipeline.settings import ExtractSettings, TrainSettings
+from cafe.towers.building import NORMALISATIONS
+from cafe.towers.names import absolute_name
+from pipeline.benchmark import Benchmark, Entry
+from pipeline.extract import Extraction
+from pipeline.faces import Faces, Store, Wanted, choose_rows, fitting_stores
+from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
+from pipeline.store import FeatureStore, describe_policy, find_stores
+from pipeline.train import TrainPlan, check_network, find_recipe, plan_training
+from pipeline.workspace import Workspace
 
-# What the grid itself decides for every store and every cell, so that a file cannot.
-DECIDED_FEATURES = ("address", "num_cpus", "backbone", "layers", "views", "policy", "maps", "channels", "verify")
-DECIDED_TRAINING = (
-    "address", "num_cpus", "source", "method", "seed", "overrides", "backbone", "views", "policy", "store", "live",
-    "targets", "protocol", "threads", "mlflow_uri", "experiment",
-)  # fmt: skip
+RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A method of the grid with what it changes: a line of the plan."""
-
-    method: str
-    set: tuple[tuple[str, Any], ...] = ()  # changed settings of its recipe
-    tower: str | None = None  # instead of the grid's towers
-    views: int | None = None  # instead of the grid's
-    train: tuple[tuple[str, Any], ...] = ()  # changed settings of `cafe train`
-
-    @property
-    def label(self) -> str:
-        """The method with what it changes, as a table shows it."""
-        views = (("views", self.views),) if self.views else ()
-        changes = ", ".join(f"{key}={value}" for key, value in (*self.set, *self.train, *views))
-        return f"{self.method} ({changes})" if changes else self.method
-
-    @property
-    def kind(self) -> type[Method]:
-        """The method itself."""
-        return find_method(self.method)
-
-    @property
-    def reads_features(self) -> bool:
-        """Whether a frozen tower's features are trained on and judged with."""
-        return not self.kind.needs.isdisjoint(ARRAYS)
-
-    @property
-    def uses_tower(self) -> bool:
-        """Whether it needs to know a tower at all; without one it is the same for every tower."""
-        return self.reads_features or "tower" in self.kind.needs
+StoreName = tuple[str, ExtractSettings]  # names a store before the weights of its tower are known
+Sharing = tuple[str, str | None, str, int | None]  # source, tower, policy, and an entry's own number of views of maps
+Filled = Mapping[StoreName, Store | str]  # stores of this session, or why there is none
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A benchmark file; the defaults are these."""
+class StorePlan:
+    """A feature store the grid needs, what there is of it, and why it cannot be used if it cannot."""
 
-    name: str
-    sources: tuple[str, ...]
-    entries: tuple[Entry, ...]
-    about: str = ""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    towers: tuple[str, ...] = ("clip-vit-b32",)
-    targets: tuple[str, ...] = ()  # the sources, each judged on all of them
-    protocol: str = "clean"
-    views: int | None = None  # per face; one for every epoch and the clean one, as published
-    features: Mapping[str, Any] = field(default_factory=dict)
-    set: Mapping[str, Any] = field(default_factory=dict)
-    train: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Manifest
+    settings: ExtractSettings
+    found: Store | None = None
+    pending: int = 0  # faces without features yet
+    obstacle: str = ""
 
     @property
-    def digest(self) -> str:
-        """Names what the file asks for; its comments and its explanation play no part."""
-        record = {**asdict(self), "about": ""}
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    def name(self) -> StoreName:
+        """Names the store."""
+        return self.manifest.name, self.settings
 
-    def combinations(self) -> Iterator[tuple[str, Entry, str | None]]:
-        """Yield every (source, method, tower); the tower is None for a method that has no use for one."""
-        for source in self.sources:
-            for entry in self.entries:
-                towers: Sequence[str | None] = (entry.tower,) if entry.tower else self.towers
-                for tower in towers if entry.uses_tower else (None,):
-                    yield source, entry, tower
+    @property
+    def passes(self) -> int:
+        """How often the tower runs to fill it."""
+        return len(self.manifest) * self.settings.views
 
-    def train_settings(self, source: str, entry: Entry, tower: str | None) -> TrainSettings:
-        """Return the settings of `cafe train` for a combination; its seed, store and views are still open."""
-        shared = dict(self.train)
-        if not entry.kind.trained:
-            shared.pop("epochs", None)  # meant for methods that have epochs
-        own = {**shared, **dict(entry.train)}
-        own.setdefault("image_size", self.features.get("input_size"))  # the same pictures for all of them
-        overrides = tuple(f"{key}={value}" for key, value in {**self.set, **dict(entry.set)}.items())
-        return TrainSettings(
-            source=source,
-            method=entry.method,
-            overrides=overrides,
-            backbone=tower or "none",
-            targets=",".join(self.targets),
-            protocol=self.protocol,
-            **own,
+    @property
+    def passes_left(self) -> int:
+        """How often it still has to run."""
+        return self.pending * self.settings.views
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of the grid: a method on a source with a tower and a seed."""
+
+    source: Manifest
+    entry: Entry
+    tower: str | None
+    settings: TrainSettings
+    title: str  # the method with what it changes and, where there are several, its tower
+    epochs: int
+    faces: int = 0  # that an epoch trains on
+    tower_passes: int = 0  # of training and judging as published, without a store
+    stores: tuple[StorePlan, ...] = ()
+    plan: TrainPlan | None = None  # None while features are missing
+    obstacle: str = ""  # why it cannot run
+
+    @property
+    def name(self) -> str:
+        """What `--only` is matched with."""
+        return f"{self.source.name}/{self.title}/s{self.settings.seed}"
+
+    @property
+    def maps(self) -> bool:
+        """Whether it needs feature maps."""
+        return "map" in self.entry.kind.needs
+
+    @property
+    def own_views(self) -> int | None:
+        """How many views of the source it reads features of, where that is its own number."""
+        return 1 if self.entry.kind.clean_features else self.entry.views
+
+    @property
+    def sharing(self) -> Sharing:
+        """What it has in common with the cells that share its source's store.
+
+        Maps are large, so cells with their own number of views of them stay apart.
+        """
+        return self.source.name, self.tower, self.entry.kind.policy, self.own_views if self.maps else None
+
+    @property
+    def work(self) -> int:
+        """Faces × epochs of its training; what is not trained in epochs looks at every face once."""
+        return self.faces * max(1, self.epochs)
+
+    @cached_property
+    def done(self) -> bool:
+        """Whether it is trained and judged on all targets."""
+        return self.plan is not None and self.plan.done
+
+    @cached_property
+    def records(self) -> list[UPath]:
+        """The records of the epochs that are trained."""
+        return list_folder(self.plan.run / "epochs") if self.plan else []
+
+    @property
+    def worked(self) -> int:
+        """How many faces × epochs are behind it."""
+        return self.work if self.done else min(self.work, self.faces * len(self.records))
+
+    def with_seed(self, seed: int) -> Cell:
+        """Return the cell of another seed."""
+        settings, plan = replace(self.settings, seed=seed), self.plan
+        if plan:
+            plan = replace(plan, settings=replace(plan.settings, seed=seed), spec=replace(plan.spec, seed=seed))
+        return replace(self, settings=settings, plan=plan)
+
+
+@dataclass(frozen=True)
+class BenchmarkPlan:
+    """A checked benchmark: its cells in the order they run, and the stores they share."""
+
+    benchmark: Benchmark
+    workspace: Workspace
+    settings: BenchmarkSettings
+    cells: tuple[Cell, ...]
+
+    @property
+    def experiment(self) -> str:
+        """The MLflow experiment of its runs."""
+        return self.settings.experiment or self.benchmark.name
+
+    @property
+    def folder(self) -> UPath:
+        """Where the benchmark and what became of its cells are written down."""
+        return self.workspace.root / "benchmarks" / self.benchmark.title
+
+    @property
+    def runnable(self) -> list[Cell]:
+        """The cells that nothing keeps from running."""
+        return [cell for cell in self.cells if not cell.obstacle]
+
+    @cached_property
+    def stores(self) -> tuple[StorePlan, ...]:
+        """The stores that cells need, each once."""
+        return tuple({store.name: store for cell in self.cells for store in cell.stores}.values())
+
+    @property
+    def missing_stores(self) -> list[StorePlan]:
+        """The stores to be filled before their cells can run."""
+        wanted = {store.name for cell in self.runnable for store in cell.stores}
+        return [store for store in self.stores if store.pending and store.name in wanted]
+
+    @property
+    def published_passes(self) -> int:
+        """Tower passes without stores: every cell runs the tower on every face of every epoch and on all its targets."""
+        return sum(cell.tower_passes for cell in self.cells)
+
+    @property
+    def store_passes(self) -> int:
+        """Tower passes with stores: every face once per view, whatever the number of methods and seeds."""
+        return sum(store.passes for store in self.stores)
+
+    @property
+    def work(self) -> int:
+        """Faces × epochs of all cells that can run."""
+        return sum(cell.work for cell in self.runnable)
+
+    @property
+    def worked(self) -> int:
+        """How many of them are behind."""
+        return sum(cell.worked for cell in self.runnable)
+
+    def seconds_left(self, parallel: int) -> float | None:
+        """Estimate the time of the training left from the speed of epochs already trained; None when there are none.
+
+        A method without any goes by the median of the others.
+        """
+        speeds: dict[str, list[float]] = {}
+        for cell in self.cells:
+            for record in map(read_json, cell.records[-RATE_EPOCHS:]):
+                if record and "faces_per_second" in record:
+                    speeds.setdefault(cell.title, []).append(record["faces_per_second"])
+        if not speeds:
+            return None
+        medians = {title: statistics.median(values) for title, values in speeds.items()}
+        usual = statistics.median(medians.values())
+        left = ((cell.work - cell.worked) / medians.get(cell.title, usual) for cell in self.runnable)
+        return sum(left) / parallel
+
+
+def plan_benchmark(
+    workspace: Workspace, benchmark: Benchmark, settings: BenchmarkSettings, filled: Filled | None = None
+) -> BenchmarkPlan:
+    """Look up what a benchmark asks for and how far it is; nothing is computed and no tower is loaded.
+
+    Raises `UserError` for what is wrong with the file; what only keeps some cells from running is their `obstacle`.
+    """
+    planner = _Planner(workspace.keeping_manifests(), benchmark, settings, filled or {})
+    drafts = [planner.draft(*combination) for combination in benchmark.combinations()]
+    sources = planner.plan_source_stores(drafts)
+    targets = planner.plan_target_stores(drafts, sources)
+    first = []
+    for cell in drafts:
+        stores = [sources[cell.sharing]] if cell.tower else []
+        stores += [targets[name, cell.tower] for name in benchmark.judged] if cell.entry.reads_features else []
+        first.append(planner.complete(cell, stores))
+    cells = [cell.with_seed(seed) for seed in benchmark.seeds for cell in first]  # all of the first seed come first
+    chosen = [cell for cell in cells if fnmatchcase(cell.name, settings.only or "*")]
+    if not chosen:
+        raise UserError(f"No cell matches --only {settings.only!r}: they are called like {cells[0].name!r}.")
+    return BenchmarkPlan(benchmark, planner.workspace, settings, tuple(chosen))
+
+
+@dataclass(frozen=True)
+class _Planner:
+    workspace: Workspace
+    benchmark: Benchmark
+    settings: BenchmarkSettings
+    filled: Filled
+
+    def draft(self, source: str, entry: Entry, tower: str | None) -> Cell:
+        """Return a cell before anything is known of its stores."""
+        manifest = self.workspace.load_manifest(source)
+        settings = self.benchmark.train_settings(source, entry, tower)
+        epochs = find_recipe(settings, manifest.kind).epochs
+        views = entry.views or self.benchmark.views or epochs + 1  # one for every epoch and the clean one, as published
+        settings = replace(settings, views=views, experiment=self.settings.experiment or self.benchmark.name)
+        several = len({other for _, _, other in self.benchmark.combinations() if other}) > 1
+        title = f"{entry.label} on {tower}" if several and tower else entry.label
+        return Cell(manifest, entry, tower, settings, title, epochs)
+
+    def plan_source_stores(self, cells: Sequence[Cell]) -> dict[Sharing, StorePlan]:
+        """Return one store per source, tower and policy, with the views and maps that any of its cells needs."""
+        stores: dict[Sharing, StorePlan] = {}
+        for sharing in dict.fromkeys(cell.sharing for cell in cells if cell.tower):
+            members = [cell for cell in cells if cell.tower and cell.sharing == sharing]
+            views = max(cell.own_views or cell.settings.views or 1 for cell in members)
+            policy = {"policy": members[0].entry.kind.policy} if views > 1 else {}
+            maps = any(cell.maps for cell in members)
+            stores[sharing] = self.look_up(members[0].source, members[0].tower, views=views, maps=maps, **policy)
+        return stores
+
+    def plan_target_stores(
+        self, cells: Sequence[Cell], sources: Mapping[Sharing, StorePlan]
+    ) -> dict[tuple[str, str | None], StorePlan]:
+        """Return for every target and tower the store of a source where one serves, else one of a single view."""
+        stores: dict[tuple[str, str | None], StorePlan] = {}
+        for tower in dict.fromkeys(cell.tower for cell in cells if cell.entry.reads_features):
+            maps = any(cell.maps for cell in cells if cell.tower == tower)
+            for target in self.benchmark.judged:
+                manifest = self.workspace.load_manifest(target)
+                channels = find_protocol(self.benchmark.protocol).channels(manifest.kind)
+                serving = (
+                    store
+                    for sharing, store in sources.items()
+                    if (*sharing[:2], channels) == (target, tower, "rgb") and store.settings.maps >= maps
+                )
+                own = {"views": 1, "maps": maps, "channels": channels}
+                stores[target, tower] = next(serving, None) or self.look_up(manifest, tower, **own)
+        return stores
+
+    def look_up(self, manifest: Manifest, tower: str | None, **changes: Any) -> StorePlan:
+        """Return what there is of a store; without loading the tower, so it is told by what it says of itself.
+
+        A store with more views, or with maps besides, serves as well.
+        """
+        settings = ExtractSettings(**{**self.benchmark.features, "backbone": absolute_name(str(tower)), **changes})
+        result = self.filled.get((manifest.name, settings))
+        if isinstance(result, str):
+            return StorePlan(manifest, settings, pending=len(manifest), obstacle=result)
+        fitting = fitting_stores(
+            find_stores(self.workspace.features, manifest.name), describe_wanted(manifest, settings)
         )
+        sizes = [(about.key.views, about.key.maps) for _, about in fitting]
+        found = [result] if result else fitting[: sizes.count(sizes[0])] if fitting else []
+        if len(found) != 1:  # several differ in something only the tower can tell
+            return StorePlan(manifest, settings, pending=len(manifest))
+        path, about = found[0]
+        store = FeatureStore(path, about)
+        pending = store.pending()
+        faces = sum(len(store.rows_of(shard)) for shard in pending)
+        skipped = [] if pending else store.skipped_paths(manifest)
+        extraction = Extraction(path, about, store.shards, 0, skipped)
+        complaint = extraction.complaint(settings.max_skipped) if len(skipped) > settings.max_skipped else ""
+        return StorePlan(manifest, settings, (path, about), faces, complaint)
+
+    def complete(self, cell: Cell, needed: Sequence[StorePlan]) -> Cell:
+        """Return a cell with the stores it needs, what it costs and, once they are filled, its checked training."""
+        manifests = [self.workspace.load_manifest(name) for name in self.benchmark.judged]
+        protocol = find_protocol(self.benchmark.protocol)
+        splits = [(target, protocol.split(target, cell.source.kind)) for target in manifests]
+        train, held_out = choose_rows(Faces.of(self.workspace, cell.source), cell.settings.selection)
+        seen = max(1, cell.epochs) * (len(train) + len(held_out))
+        seen += sum(len(target.rows(split)) for target, split in splits if split)
+        plan, obstacle = None, next((store.obstacle for store in needed if store.obstacle), "")
+        try:
+            check_network(cell.settings.network, cell.settings.init)
+            if not obstacle and not any(store.pending for store in needed):
+                plan = replace(self.plan_cell(cell, needed), benchmark=self.benchmark.title)
+        except UserError as error:
+            obstacle = obstacle or str(error)
+        passes = seen if cell.entry.reads_features else 0
+        return replace(cell, faces=len(train), tower_passes=passes, stores=tuple(needed), plan=plan, obstacle=obstacle)
+
+    def plan_cell(self, cell: Cell, stores: Sequence[StorePlan]) -> TrainPlan:
+        """Plan the training, where a tower is used with the very store of the source."""
+        settings = cell.settings
+        if stores:
+            assert stores[0].found is not None
+            settings = replace(settings, backbone=None, store=stores[0].found[1].folder)
+        return plan_training(self.workspace, settings)
 
 
-def read_grid(path: Path) -> Grid:
-    """Read a benchmark file; raise `UserError` for what is not TOML, an unknown key or name, and a value of another type."""
-    try:
-        text = path.read_bytes().decode()
-        content = tomllib.loads(text)
-    except OSError as error:
-        raise UserError(f"Cannot read the benchmark file {str(path)!r} ({error.strerror}): check the path.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path.name} is not TOML ({error}): mend it.") from None
-    return parse_grid(path.stem, content)
-
-
-def parse_grid(name: str, content: Mapping[str, Any]) -> Grid:
-    """Return the grid of a parsed file; raise `UserError`."""
-    allowed = ("about", "sources", "methods", "seeds", "towers", "targets", "protocol", "views", "features", "train")
-    _check_keys(content, allowed, name)
-    for key in ("sources", "methods"):
-        if not content.get(key):
-            raise UserError(f"The benchmark {name} has no {key}: give a list of them.")
-    sources = _names(content, "sources", name)
-    training = _table(content, "train", name)
-    changes = _recipe_changes(training.pop("set", {}), name)
-    train = _checked(TrainSettings, DECIDED_TRAINING, training, f"[train] in {name}")
-    grid = Grid(
-        name,
-        sources,
-        tuple(_entry(item, name) for item in _list(content, "methods", name)),
-        _typed(str, content.get("about", ""), "about", name),
-        _seeds(content.get("seeds", list(Grid.seeds)), name),
-        _names(content, "towers", name) if "towers" in content else Grid.towers,
-        _names(content, "targets", name) if "targets" in content else sources,
-        _typed(str, content.get("protocol", Grid.protocol), "protocol", name),
-        _views(content.get("views"), name),
-        _checked(ExtractSettings, DECIDED_FEATURES, _table(content, "features", name), f"[features] in {name}"),
-        changes,
-        train,
-    )
-    find_protocol(grid.protocol)
-    listed = Counter((entry.label, entry.tower) for entry in grid.entries)
-    for (label, _), count in listed.items():
-        if count > 1:
-            raise UserError(
-                f"The method {label} is listed {count} times in {name}: keep one, or change a setting of it."
-            )
-    return grid
-
-
-def _entry(item: Any, where: str) -> Entry:
-    if isinstance(item, str):
-        item = {"method": item}
-    if not isinstance(item, dict) or "method" not in item:
-        raise UserError(f'Cannot read the method {item!r} of {where}: write "NAME" or {{ method = "NAME", … }}.')
-    own = dict(item)
-    method = _typed(str, own.pop("method"), "method", where)
-    changes = _recipe_changes(own.pop("set", {}), where)
-    tower = _typed(str, own.pop("tower"), "tower", where) if "tower" in own else None
-    here = f"the method {method} in {where}"
-    views = _views(own.pop("views", None), here)
-    find_method(method)
-    train = _checked(TrainSettings, DECIDED_TRAINING, own, here, ("method", "set", "tower", "views"))
-    return Entry(method, tuple(changes.items()), tower, views, tuple(train.items()))
-
-
-def _checked(
-    settings: type[Any], decided: Sequence[str], values: Mapping[str, Any], where: str, more: Sequence[str] = ("set",)
-) -> dict[str, Any]:
-    """Return values for a settings dataclass, each of the type, range and choices its field has; raise `UserError`."""
-    known = {one.name: one for one in fields(settings) if one.name not in decided}
-    _check_keys(values, (*known, *(more if settings is TrainSettings else ())), where)
-    hints = get_type_hints(settings)
-    for key, value in values.items():
-        kinds = [part for part in get_args(hints[key]) or (hints[key],) if part is not types.NoneType]
-        _typed(kinds[0], value, key, where)
-        about = known[key].metadata
-        if value not in about.get("choices", (value,)):
-            raise unknown(f"{key} of {where}", value, about["choices"])
-        if "minimum" in about and value < about["minimum"]:
-            raise UserError(f"{key} of {where} is at least {about['minimum']}, not {value}.")
-    return dict(values)
-
-
-def _check_keys(values: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
-    for key in values:
-        if key not in allowed:
-            raise unknown(f"key of {where}", key, allowed)
-
-
-def _typed(kind: type, value: Any, key: str, where: str) -> Any:
-    if type(value) is not kind:  # True is no number here
-        raise UserError(f"{key} of {where} is a {kind.__name__}, not {value!r}.")
-    return value
-
-
-def _table(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    return dict(_typed(dict, content.get(key, {}), key, where))
-
-
-def _list(content: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    return list(_typed(list, content[key], key, where))
-
-
-def _names(content: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    names = [_typed(str, name, key, where) for name in _list(content, key, where)]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{key} of {where} must be different names, at least one, not {names}.")
-    return tuple(names)
-
-
-def _seeds(value: Any, where: str) -> tuple[int, ...]:
-    seeds = list(range(value)) if type(value) is int else _list({"seeds": value}, "seeds", where)
-    if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
-        raise UserError(f"seeds of {where} are how many, or a list of different ones, not {value!r}.")
-    return tuple(seeds)
-
-
-def _views(value: Any, where: str) -> int | None:
-    if value is not None and _typed(int, value, "views", where) < 1:
-        raise UserError(f"views of {where} is at least 1, not {value}.")
-    return value if value is None else int(value)
-
-
-def _recipe_changes(value: Any, where: str) -> dict[str, Any]:
-    changes = _typed(dict, value, "set", where)
-    for key, entry in changes.items():
-        if type(entry) not in (int, float, str):
-            raise UserError(f"The setting {key} of {where} is a number or a name, not {entry!r}.")
-    return dict(changes)
+def describe_wanted(manifest: Manifest, settings: ExtractSettings) -> Wanted:
+    """Return what a store must be to hold what `cafe extract` would make with these settings."""
+    names = ("precision", "interpolation", "dtype", "channels")
+    wanted: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    wanted |= {"images": manifest.image_digest, "backbone_name": settings.backbone}
+    if settings.input_size:
+        wanted["input_size"] = settings.input_size
+    if settings.normalisation in NORMALISATIONS:
+        wanted["normalisation"] = NORMALISATIONS[settings.normalisation]
+    if settings.views > 1:  # the clean view is the same by every policy
+        wanted |= {"policy": describe_policy(settings.policy), "view_seed": settings.view_seed}
+    return Wanted(wanted, settings.views, settings.maps)

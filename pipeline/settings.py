@@ -1,20 +1,28 @@
 """Every setting of every command with its default: frozen dataclasses, from which the command line is generated.
 
-Kept free of heavy imports so that `cafe --help` answers at once.
+What a setting may be stands in its type: `Literal` lists its choices, `Count` and `Number` have a least value. Kept free of
+heavy imports so that `cafe --help` answers at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-POLICIES = ("paper", "scn", "eac", "ofer", "clean", "clean+flip")  # of cafe.views, which takes a second to import
+from annotated_types import Ge
 
-PROTOCOLS = ("clean", "paper")  # of cafe.protocols
+Count = Annotated[int, Ge(1)]
+Number = Annotated[int, Ge(0)]
+Side = Annotated[int, Ge(16)]  # of a picture, in pixels
+
+# Of cafe.learning.views and cafe.results.protocols, which take a second to import.
+Policy = Literal["paper", "scn", "eac", "ofer", "clean", "clean+flip"]
+Protocol = Literal["clean", "paper"]
+PROTOCOLS = get_args(Protocol)
 
 
 def setting(default: Any, about: str, **click: Any) -> Any:
-    """A dataclass field with its help text and, where needed, what click must know (`choices`, `multiple`, …)."""
+    """A dataclass field with its help text and, where needed, its `flag` or that it is `required` or `multiple`."""
     return field(default=default, metadata={"help": about, **click})
 
 
@@ -37,20 +45,19 @@ class FeatureSettings:
         "Frozen tower: clip-vit-b32, face-resnet, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, "
         "timm:MODEL[@FILE]; #LAYER/GRID behind it reads a layer, such as #stage3/3x3.",
     )
-    views: int = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", minimum=1)
-    policy: str = setting("paper", "How views are augmented.", choices=POLICIES)
+    views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.")
+    policy: Policy = setting("paper", "How views are augmented.")
     view_seed: int = setting(0, "Seed of the views (not of the training).")
-    normalisation: str | None = setting(
-        None, "Pixel statistics; default: the backbone's own, ImageNet's for clip-vit-b32 as published.",
-        choices=("tower", "imagenet", "clip"),
-    )  # fmt: skip
-    interpolation: str = setting("bilinear", "How faces are resized.", choices=("bilinear", "bicubic"))
-    input_size: int | None = setting(None, "Side of the tower's input in pixels; default: the tower's own.", minimum=16)
-    precision: str = setting("fp32", "Arithmetic of the whole tower.", choices=("fp32", "bf16", "fp16"))
+    normalisation: Literal["tower", "imagenet", "clip"] | None = setting(
+        None, "Pixel statistics; default: the backbone's own, ImageNet's for clip-vit-b32 as published."
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
+    input_size: Side | None = setting(None, "Side of the tower's input in pixels; default: the tower's own.")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Arithmetic of the whole tower.")
     maps: bool = setting(False, "Store the tower's spatial feature maps too.")
-    dtype: str = setting("float16", "Number format of the stored features.", choices=("float16", "float32"))
-    channels: str = setting(
-        "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper.", choices=("rgb", "bgr")
+    dtype: Literal["float16", "float32"] = setting("float16", "Number format of the stored features.")
+    channels: Literal["rgb", "bgr"] = setting(
+        "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper."
     )
 
 
@@ -61,14 +68,14 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     layers: str | None = setting(
         None, "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says."
     )
-    num_gpus: int | None = setting(None, "GPUs to use; default: all of the cluster.", minimum=0)
-    num_actors: int | None = setting(None, "Towers at work; default: one per GPU, or one per core without.", minimum=1)
-    decode_threads: int | None = setting(
-        None, "Threads that decode ahead of each tower; default: the GPU's share of cores, none on CPU.", minimum=0
+    num_gpus: Number | None = setting(None, "GPUs to use; default: all of the cluster.")
+    num_actors: Count | None = setting(None, "Towers at work; default: one per GPU, or one per core without.")
+    decode_threads: Number | None = setting(
+        None, "Threads that decode ahead of each tower; default: the GPU's share of cores, none on CPU."
     )
-    batch_size: int = setting(64, "Views per forward pass of the tower.", minimum=1)
-    shard_rows: int | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.", minimum=1)
-    max_skipped: int = setting(0, "Unreadable images to put up with before the command fails.", minimum=0)
+    batch_size: Count = setting(64, "Views per forward pass of the tower.")
+    shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")
+    max_skipped: Number = setting(0, "Unreadable images to put up with before the command fails.")
     verify: bool = setting(False, "Read every finished shard back and compute those again whose checksum is wrong.")
 
 
@@ -80,8 +87,8 @@ class StoreChoice:
         None,
         "Frozen tower of the features; default: that of the only store; none: no tower, where a method needs none.",
     )
-    views: int | None = setting(None, "Views to use, of a feature store with as many or more; default: all.", minimum=1)
-    policy: str | None = setting(None, "View policy of the feature store.", choices=POLICIES)
+    views: Count | None = setting(None, "Views to use, of a feature store with as many or more; default: all.")
+    policy: Policy | None = setting(None, "View policy of the feature store.")
     store: str | None = setting(None, "Folder name of the feature store, where nothing else tells two of them apart.")
 
 
@@ -92,7 +99,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
     source: str = setting("", "Manifest to train on.", required=True)
     method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.")
     seed: int = setting(0, "Seed of initial weights, order and dropped channels.")
-    epochs: int | None = setting(None, "Passes over the source; default: the method's published recipe.", minimum=1)
+    epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
     overrides: tuple[str, ...] = setting(
         (), "Change a setting of the method's recipe: KEY=VALUE, e.g. separation=0.", multiple=True, flag="--set"
     )
@@ -101,21 +108,20 @@ class TrainSettings(ClusterSettings, StoreChoice):
     live: bool = setting(
         False, "Run the tower on a fresh view in every epoch, as published, instead of reading the store's views: slow."
     )
-    selection: str = setting(
-        "final", "Whose weights are judged: the last epoch's, or the best on faces held out of the source.",
-        choices=("final", "source_val", "source_test"),
-    )  # fmt: skip
-    image_size: int | None = setting(None, "Side of the image branch's input; default: the tower's input.", minimum=16)
-    precision: str = setting("fp32", "Arithmetic of training (bf16: autocast).", choices=("fp32", "bf16"))
+    selection: Literal["final", "source_val", "source_test"] = setting(
+        "final", "Whose weights are judged: the last epoch's, or the best on faces held out of the source."
+    )
+    image_size: Side | None = setting(None, "Side of the image branch's input; default: the tower's input.")
+    precision: Literal["fp32", "bf16"] = setting("fp32", "Arithmetic of training (bf16: autocast).")
     targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
-    protocol: str = setting("clean", "How targets are judged; training does not depend on it.", choices=PROTOCOLS)
-    num_workers: int = setting(1, "Training workers (DDP); the result does not depend on it.", minimum=1)
+    protocol: Protocol = setting("clean", "How targets are judged; training does not depend on it.")
+    num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")
     use_gpu: bool | None = setting(
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
     )
-    threads: int | None = setting(None, "Threads of each worker; default: its share of the machine's cores.", minimum=1)
-    loader_workers: int = setting(0, "Processes per worker that decode images ahead.", minimum=0)
-    checkpoint_every: int = setting(1, "Epochs between checkpoints.", minimum=1)
+    threads: Count | None = setting(None, "Threads of each worker; default: its share of the machine's cores.")
+    loader_workers: Number = setting(0, "Processes per worker that decode images ahead.")
+    checkpoint_every: Count = setting(1, "Epochs between checkpoints.")
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str = setting("cafe", "MLflow experiment.")
@@ -126,11 +132,9 @@ class EvaluateSettings(ClusterSettings):
     """One run against any number of targets."""
 
     targets: str | None = setting(None, "Manifests to judge on, comma-separated; default: all of the workspace.")
-    protocol: str = setting(
-        "clean", "How targets are judged: clean, or paper as the released readers do.", choices=PROTOCOLS
-    )
-    split: str | None = setting(
-        None, "Faces to judge on; default: those the protocol names.", choices=("test", "val", "train", "all")
+    protocol: Protocol = setting("clean", "How targets are judged: clean, or paper as the released readers do.")
+    split: Literal["test", "val", "train", "all"] | None = setting(
+        None, "Faces to judge on; default: those the protocol names."
     )
     exclude_leaks: bool = setting(False, "Give the numbers without copies of the source's training faces too.")
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
@@ -144,8 +148,8 @@ class BenchmarkSettings(ClusterSettings):
 
     dry_run: bool = setting(False, "Show the plan and what it costs, and do nothing.")
     only: str | None = setting(None, "Only cells whose SOURCE/METHOD/SEED matches, e.g. 'rafdb/*' or '*/cafe*/s0'.")
-    parallel: int | None = setting(
-        None, "Cells at a time; default: one per GPU, or per core without, as far as the memory goes.", minimum=1
+    parallel: Count | None = setting(
+        None, "Cells at a time; default: one per GPU, or per core without, as far as the memory goes."
     )
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str | None = setting(None, "MLflow experiment; default: the name of the file.")
@@ -157,23 +161,16 @@ class AlignSettings:
 
     name: str = setting("", "Name of the new manifest in this workspace.", required=True)
     out: str | None = setting(None, "Folder or URI for the crops; default: aligned/NAME in the workspace.")
-    size: int = setting(224, "Side of a crop in pixels.", minimum=16)
-    faces: str = setting("largest", "Which faces of a photo to use.", choices=("largest", "all"))
-    smallest: int = setting(32, "Narrowest face to use, in pixels of the photo.", minimum=1)
+    size: Side = setting(224, "Side of a crop in pixels.")
+    faces: Literal["largest", "all"] = setting("largest", "Which faces of a photo to use.")
+    smallest: Count = setting(32, "Narrowest face to use, in pixels of the photo.")
     confidence: float = setting(0.9, "Least confidence (0–1) at which something found counts as a face.")
 
 
 @dataclass(frozen=True)
 class DemoSettings(ClusterSettings):
-    """Everything once, small enough for a laptop: one source, five targets, three methods."""
+    """The benchmark demo.toml, as large as wanted."""
 
-    faces: int = setting(500, "Faces to draw of each domain.", minimum=112)
-    source: str = setting(
-        "studio", "Domain to train on.", choices=("studio", "grey", "film", "web", "drawing")
-    )  # fmt: skip
-    seeds: int = setting(2, "Seeds per method.", minimum=1)
-    epochs: int = setting(10, "Epochs of every training.", minimum=1)
-    views: int = setting(5, "Views per face of the source.", minimum=1)
-    backbone: str = setting("imagenet-lite0", "Frozen tower.")
-    input_size: int = setting(128, "Side of the tower's input in pixels.", minimum=32)
-    image_size: int = setting(64, "Side of the image branch's input in pixels.", minimum=32)
+    faces: Annotated[int, Ge(112)] = setting(500, "Faces to draw of each domain.")
+    seeds: Count = setting(2, "Seeds per method.")
+    epochs: Count = setting(10, "Epochs of every training.")

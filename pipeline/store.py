@@ -15,9 +15,9 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import psutil
@@ -26,12 +26,13 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.learning import views
-from cafe.learning.views import POLICIES, ViewPlan
-from cafe.towers.names import short_name
-from pipeline.workspace import list_folder, read_json, write_json
+from cafe.files import list_folder, read_json, write_json
+from pipeline.records import FORMAT, check_record, digest_changes
 
-SHARD_BYTES = 4 * 2**20  # a shard object worth a request; see the engine measurements in the README
+if TYPE_CHECKING:
+    from cafe.learning.views import ViewPlan
+
+SHARD_BYTES = 4 * 2**20  # a shard object worth a request
 MIN_SHARDS = 16  # so that a small data set still spreads over workers and loses little when killed
 MIN_SHARD_ROWS = 32
 MEMORY_SHARE = 0.4  # of the free memory a store may take before it is mapped from a scratch file
@@ -42,54 +43,42 @@ ARRAYS = ("pooled", "map")
 class FeatureKey:
     """Names everything that changes a feature, and nothing else; its digest names the store."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
+
     images: str  # digest of the samples and their bytes
     backbone: str  # library:MODEL
     weights: str  # digest of the tower's tensors
-    precision: str
     input_size: int
-    interpolation: str
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
     policy: dict[str, Any]
-    view_seed: int
-    views: int
-    maps: bool
-    dtype: str
+    precision: str = "fp32"
+    interpolation: str = "bilinear"
+    view_seed: int = 0
+    views: int = 1
+    maps: bool = False
+    dtype: str = "float16"
     channels: str = "rgb"  # the order of the colours
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> FeatureKey:
-        """Rebuild a key from its JSON."""
-        mean, std = record["normalisation"]
-        return cls(**{**record, "normalisation": (tuple(mean), tuple(std))})
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all fields."""
-        record = asdict(self)
-        if self.channels == "rgb":
-            del record["channels"]  # stores made before there was a choice keep their name
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over all fields that differ from their defaults."""
+        return digest_changes(self)
 
     @property
     def view_plan(self) -> ViewPlan:
         """How the views behind these features are drawn."""
-        return ViewPlan(self.policy["name"], self.view_seed, self.views, self.interpolation, *self.normalisation)
+        from cafe.learning.views import ViewPlan
 
-    def differences(self, other: FeatureKey, ignore: Sequence[str] = ()) -> list[str]:
-        """The fields in which two keys differ, as `field: ours against theirs`."""
-        names = [field.name for field in fields(self) if field.name not in ignore]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{name}: {_short(ours)} against {_short(theirs)}" for name, ours, theirs in pairs if ours != theirs]
+        return ViewPlan(self.policy["name"], self.view_seed, self.views, self.interpolation, *self.normalisation)
 
 
 def describe_policy(name: str) -> dict[str, Any]:
-    """Return everything that makes a view policy what it is, as plain JSON values."""
-    return {"name": name, "version": views.VERSION, **json.loads(json.dumps(asdict(POLICIES[name])))}
+    """Return what makes a view policy what it is, as plain JSON values: its name, and all that differs from no policy."""
+    from cafe.learning import views
 
-
-# What may differ between the store a method was trained on and the store of a target it is judged on: the faces, and how
-# they were augmented, since only the clean view 0 is judged.
-TARGET_MAY_DIFFER = ("images", "policy", "view_seed", "views", "maps")
+    plain = asdict(views.ViewPolicy())
+    changes = {key: value for key, value in asdict(views.POLICIES[name]).items() if plain.get(key) != value}
+    return {"name": name, "version": views.VERSION, **json.loads(json.dumps(changes))}
 
 
 @dataclass(frozen=True)
@@ -104,16 +93,18 @@ class About:
     map_shape: tuple[int, int, int] | None
     shard_rows: int
     batch_size: int = 64  # of the tower's forward passes, to which all are filled up
+    version: int = FORMAT
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> About:
-        """Rebuild the description from its JSON."""
-        shape = tuple(record["map_shape"]) if record["map_shape"] else None
-        return cls(**{**record, "key": FeatureKey.from_record(record["key"]), "map_shape": shape})
+    def from_record(cls, record: dict[str, Any], where: str) -> About:
+        """Rebuild the description from its JSON, of whatever format; raise `UserError` for what is none."""
+        return check_record({"version": 1, **record}, cls, where)
 
     @property
     def folder(self) -> str:
         """The store's folder name: readable first, unique last."""
+        from cafe.towers.names import short_name
+
         backbone = re.sub(r"[^A-Za-z0-9]+", "-", short_name(self.backbone_name)).strip("-").lower()
         return f"{backbone}-v{self.key.views}-{self.key.digest[:12]}"
 
@@ -122,7 +113,8 @@ class About:
         maps = f" and {'×'.join(map(str, self.map_shape))} maps" if self.map_shape else ""
         plural = "s" if self.key.views > 1 else ""
         colours = ", colours in BGR order" if self.key.channels == "bgr" else ""
-        return f"{self.key.views} view{plural} × {self.width} channels{maps} of {self.backbone_name}{colours}"
+        old = f", in the old format {self.version}" if self.version != FORMAT else ""
+        return f"{self.key.views} view{plural} × {self.width} channels{maps} of {self.backbone_name}{colours}{old}"
 
 
 def default_shard_rows(rows: int, views: int, width: int, map_shape: tuple[int, int, int] | None, itemsize: int) -> int:
@@ -150,7 +142,7 @@ class FeatureStore:
                 cls._create_arrays(path, about, manifest)
             write_json(path / "about.json", asdict(about))  # last: from here on the store exists
             return cls(path, about)
-        store = cls(path, About.from_record(record))
+        store = cls(path, About.from_record(record, str(path / "about.json")))
         if not np.array_equal(store.array("label")[:], manifest.labels):
             store.array("label")[:] = manifest.labels  # a corrected label changes no feature
         return store
@@ -285,7 +277,7 @@ class FeatureReader:
 def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, About]]:
     """Return the stores of a manifest and what they hold, without opening them."""
     found = [(path, read_json(path / "about.json")) for path in list_folder(features / manifest)]
-    return [(path, About.from_record(record)) for path, record in found if record]
+    return [(path, About.from_record(record, str(path / "about.json"))) for path, record in found if record]
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) -> np.ndarray:
@@ -300,8 +292,3 @@ def _checksums(values: np.ndarray) -> list[str]:
     """Digest each view of (rows, V, …), so that one can be read, and trusted, without the others; (rows,) is one view."""
     views = np.moveaxis(values, 1, 0) if values.ndim > 1 else [values]
     return [hashlib.sha256(np.ascontiguousarray(view).tobytes()).hexdigest() for view in views]
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "…"

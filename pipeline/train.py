@@ -1,45 +1,41 @@
 """Stage two: one method on one source, with Ray Train; judged afterwards on every target.
 
 The specification of a run names it, so the same command goes on where an interrupted one stopped and does nothing when it
-is finished.
+is finished. Everything is written to the run's folder, which MLflow mirrors.
 """
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.errors import UserError
+from cafe.errors import UserError, unknown
+from cafe.files import list_folder, read_json
 from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
-from cafe.learning.views import ViewPlan
+from cafe.learning.networks import NETWORKS
 from cafe.methods import find_method
 from cafe.methods.method import Recipe, apply_overrides
 from cafe.towers.building import NORMALISATIONS
 from pipeline import cluster
-from pipeline.evaluate import is_judged, log_results, predict_targets
+from pipeline.evaluate import is_judged, predict_targets
+from pipeline.faces import Faces, any_store, choose_rows, choose_store, choose_targets
+from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
 from pipeline.progress import Bar, Progress, no_bar
-from pipeline.runs import (
-    RunSpec,
-    Target,
-    check_network,
-    choose_rows,
-    choose_store,
-    choose_targets,
-    is_finished,
-    know_unreadable,
-)
+from pipeline.records import changed_fields
+from pipeline.runs import RunSpec, add_experiment, is_finished, note_status
 from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy
-from pipeline.tracking import Tracker
-from pipeline.worker import train_worker
-from pipeline.workspace import Workspace, check_name, list_folder, locate, read_json
+from pipeline.tracking import Mirror
+from pipeline.worker import Task, Worker, train_together
+from pipeline.workspace import Workspace, check_name, locate
 
-UNSTORED_SIZE = 224  # pixels, where neither a store nor the user says otherwise: the published input
+FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written
 
 
 @dataclass(frozen=True)
@@ -49,13 +45,25 @@ class TrainPlan:
     workspace: Workspace
     settings: TrainSettings
     spec: RunSpec
-    source: Target
-    targets: list[Target]
+    source: Faces
+    targets: list[Faces]
+    benchmark: str | None = None  # whose cell it is
 
     @property
     def run(self) -> UPath:
         """The folder of the run."""
         return self.workspace.run_path(self.spec.name)
+
+    @property
+    def remaining(self) -> list[Faces]:
+        """The targets that are not judged yet."""
+        trained = is_finished(self.run)
+        return [target for target in self.targets if not (trained and is_judged(self.run, target))]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return is_finished(self.run) and not self.remaining
 
 
 def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
@@ -63,60 +71,23 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     method = find_method(settings.method)
     manifest = workspace.load_manifest(settings.source)
     recipe = find_recipe(settings, manifest.kind)
-    check_network(settings.network, settings.init)
-    if settings.tag:
-        check_name(settings.tag)
-    if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
-        raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
+    _check_names(settings, recipe)
 
-    towerless = settings.backbone == "none"
-    choice = replace(settings, policy=None) if settings.live else settings
-    chosen = None if towerless else choose_store(workspace, manifest, choice, method)
-    _check_features(settings, chosen[1] if chosen else None)
-    spec = _specify(settings, manifest, recipe, chosen[1] if chosen else None)
-    method.check(spec.inputs)
-    source = Target(manifest, *chosen) if chosen else Target(manifest, None)
-    if towerless:
-        source = know_unreadable(workspace, source)
-    train, held_out = choose_rows(source, settings.selection)
-    if len(train) < SMALLEST_BATCH:
-        raise UserError(f"{settings.source!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
-    if settings.selection != "final" and not len(held_out):
-        raise UserError(f"{settings.source!r} has no faces for --selection {settings.selection}: use final.")
+    # A tower is for the methods that need one. Any other learns as published, unless a store is asked for.
+    needs_tower = not method.needs.isdisjoint({*ARRAYS, "tower"})
+    towerless = settings.backbone == "none" or not (needs_tower or settings.backbone or settings.store)
+    # What reads features of the clean view alone augments its images by itself, whatever the store holds.
+    choice = replace(settings, policy=None) if settings.live or method.clean_features else settings
+    choice = replace(choice, views=None) if method.clean_features else choice
+    store = None if towerless else choose_store(workspace, manifest, choice, method)
+    _check_features(settings, store[1] if store else None)
+
+    spec = _specify(settings, manifest, recipe, store[1] if store else None)
+    method.check(find_inputs(spec))
+    source = Faces.of(workspace, manifest, store or any_store(workspace, manifest))
+    _check_faces(source, settings)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol)
     return TrainPlan(workspace, settings, spec, source, targets)
-
-
-def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
-    """Return what names the run: the settings, with what they leave open taken from the store and the method."""
-    method = find_method(settings.method)
-    policy = settings.policy or method.policy
-    key = store.key if store else None
-    if key and settings.live:
-        key = replace(key, views=recipe.epochs + 1, policy=describe_policy(policy))
-    mean, std = NORMALISATIONS["imagenet"]
-    views = key.view_plan if key else ViewPlan(policy, 0, recipe.epochs + 1, "bilinear", mean, std)
-    shape = store.map_shape if store and "map" in method.needs else None
-    return RunSpec(
-        source=settings.source,
-        source_digest=manifest.digest,
-        method=settings.method,
-        recipe=asdict(recipe),
-        seed=settings.seed,
-        network=settings.network,
-        init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
-        image_size=settings.image_size or (key.input_size if key else UNSTORED_SIZE),
-        precision=settings.precision,
-        views=replace(views, views=settings.views) if settings.views and not settings.live else views,
-        features=key,
-        backbone=store.backbone_name if store else None,
-        width=shape[0] if shape else store.width if store else None,
-        grid=shape[1:] if shape else None,
-        live=settings.live,
-        selection=settings.selection,
-        tag=settings.tag,
-        source_kind=manifest.kind,
-    )
 
 
 def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
@@ -124,6 +95,25 @@ def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
     shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
     published = find_method(settings.method).published_recipe(kind)
     return apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+
+
+def check_network(name: str, init: str) -> None:
+    """Raise `UserError` for an unknown image branch or initialisation."""
+    if name not in NETWORKS:
+        raise unknown("network", name, NETWORKS)
+    if init not in ("scratch", "imagenet") and not init.startswith("file:"):
+        raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
+    if init.startswith("file:") and not UPath(init.removeprefix("file:")).is_file():
+        raise UserError(f"There is no file of initial weights at {init.removeprefix('file:')!r}: check the path.")
+
+
+def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
+    check_network(settings.network, settings.init)
+    check_name(settings.experiment)
+    if settings.tag:
+        check_name(settings.tag)
+    if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
+        raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
 
 def _check_features(settings: TrainSettings, store: About | None) -> None:
@@ -142,83 +132,156 @@ def _check_features(settings: TrainSettings, store: About | None) -> None:
         )
 
 
-def train_and_judge(plan: TrainPlan, bar: Bar = no_bar, tracker: Tracker | None = None) -> dict[str, float]:
-    """Train, then judge on every target not judged yet; return all metrics. A finished plan costs no Ray."""
-    settings = plan.settings
-    tracker = tracker or Tracker(plan.workspace, settings.mlflow_uri, settings.experiment)
-    trained = is_finished(plan.run)
-    remaining = [target for target in plan.targets if not (trained and is_judged(plan.run, target))]
-    with nullcontext() if trained and not remaining else cluster.connect(settings):
-        if not trained:
-            with bar(f"Training {plan.spec.name}", "steps") as progress:
-                train(plan, tracker, progress)
-        if remaining:
-            with bar("Judging", "targets") as progress:
-                predict_targets(plan.run, plan.workspace, remaining, settings.use_gpu, progress)
-    return log_results(plan.run, tracker)
+def _check_faces(source: Faces, settings: TrainSettings) -> None:
+    train, held_out = choose_rows(source, settings.selection)
+    if len(train) < SMALLEST_BATCH:
+        raise UserError(f"{source.name!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
+    if settings.selection != "final" and not len(held_out):
+        raise UserError(
+            f"{source.name!r} has no faces for --selection {settings.selection}: choose the epoch by source_val, or take "
+            "the last one with final."
+        )
 
 
-def train(plan: TrainPlan, tracker: Tracker, progress: Progress) -> None:
-    """Train to the end; `progress(done, total)` counts steps.
+def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
+    """Return what names the run: the settings, with what they leave open taken from the store and the method."""
+    method = find_method(settings.method)
+    policy = settings.policy or method.policy
+    key = store.key if store else None
+    if key and settings.live:
+        key = replace(key, views=recipe.epochs + 1, policy=describe_policy(policy))
+    mean, std = key.normalisation if key else NORMALISATIONS["imagenet"]
+    own = key is None or method.clean_features  # views of its own: one for every epoch and the clean one
+    views = recipe.epochs + 1 if key is None or own or settings.live else settings.views or key.views
+    shape = store.map_shape if store and "map" in method.needs else None
+    return RunSpec(
+        source=settings.source,
+        source_digest=manifest.digest,
+        source_kind=manifest.kind,
+        method=settings.method,
+        recipe=asdict(recipe),
+        recipe_changes=changed_fields(recipe),
+        seed=settings.seed,
+        network=settings.network,
+        init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
+        image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
+        precision=settings.precision,
+        policy=policy if key is None or own else key.policy["name"],
+        view_seed=0 if key is None or own else key.view_seed,
+        views=settings.views if settings.views and key is None else views,
+        interpolation=key.interpolation if key else "bilinear",
+        mean=tuple(mean),
+        std=tuple(std),
+        features=key,
+        backbone=store.backbone_name if store else None,
+        width=shape[0] if shape else store.width if store else None,
+        grid=shape[1:] if shape else None,
+        live=settings.live,
+        selection=settings.selection,
+        tag=settings.tag,
+    )
 
-    Everything is logged to MLflow as it happens. Interrupt it at any time: the same plan goes on from its last checkpoint.
+
+def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: Any = None) -> None:
+    """Train, then judge on every target not judged yet, with a worker that runs already or one of its own.
+
+    A plan that is done costs no Ray. Interrupt it at any time: the same plan goes on from its last checkpoint.
     """
-    plan.spec.save(plan.run)
-    run_id = tracker.start(plan.spec.name, plan.spec.parameters(), plan.spec.tags())
-    with cluster.connect(plan.settings), ThreadPoolExecutor(1) as background:
-        outcome = background.submit(_fit, plan)
-        try:
-            _follow(plan, outcome, tracker, run_id, progress)
-        except BaseException:
-            tracker.finish(run_id, "FAILED")
-            raise
-    tracker.finish(run_id)
+    plan.spec.save(plan.run, list(find_deviations(plan.spec)))
+    add_experiment(plan.run, plan.settings.experiment, plan.benchmark)
+    if plan.done:
+        note_status(plan.run, "FINISHED")
+        mirror.update(plan.run)
+        return
+    with keep_status(plan.run, mirror), cluster.connect(plan.settings):
+        if plan.settings.num_workers == 1:
+            worker = worker or start_worker(plan.settings)
+        if not is_finished(plan.run):
+            with bar(f"Training {plan.spec.name}", "steps") as progress:
+                _train(plan, mirror, progress, worker)
+        if remaining := plan.remaining:
+            with bar("Judging", "targets") as progress:
+                predict_targets(plan.run, remaining, plan.settings.use_gpu, progress, worker)
 
 
-def _follow(plan: TrainPlan, outcome: Future[None], tracker: Tracker, run_id: str, progress: Progress) -> None:
-    """Report the run's own records to MLflow and the progress bar until the training ends."""
-    logged = tracker.logged_steps(run_id, "learning_rate")
-    epochs = plan.spec.recipe["epochs"]
-    while True:
-        finished = outcome.done()
-        for path in list_folder(plan.run / "epochs"):
-            epoch, record = int(path.stem), read_json(path)
-            if epoch not in logged and record is not None:
-                tracker.log(run_id, record, step=epoch)
-                logged.add(epoch)
-        note = read_json(plan.run / "progress.json")
-        if note:
+@contextmanager
+def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
+    """Write into a run's folder that it is RUNNING and then how it ended, and mirror it."""
+    note_status(run, "RUNNING")
+    try:
+        yield
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        note_status(run, "KILLED" if killed else "FAILED", "interrupted" if killed else str(error))
+        raise
+    else:
+        note_status(run, "FINISHED")
+    finally:
+        mirror.update(run)
+
+
+def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
+    """Start a worker that trains one run after another, with its share of the machine where several run at a time."""
+    import ray
+
+    cores, gpus = cluster.count("CPU"), cluster.count("GPU")
+    gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
+    retries = 3 if settings.address else 0  # a cluster's nodes come and go
+    return (
+        ray.remote(Worker)
+        .options(
+            num_cpus=min(1, cores / parallel),
+            num_gpus=min(1, gpus / parallel) if gpu else 0,
+            max_restarts=retries,
+            max_task_retries=retries,
+        )
+        .remote()
+    )
+
+
+def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any) -> None:
+    settings = plan.settings
+    task = Task(str(plan.run), plan.source, settings.threads, settings.loader_workers, settings.checkpoint_every)
+    background = ThreadPoolExecutor(1)
+    try:
+        if worker is None:
+            outcome: Future[Any] = background.submit(_train_together, task, settings)
+        else:
+            outcome = worker.train.remote(task).future()
+        _follow(plan, outcome, mirror, progress)
+    finally:
+        background.shutdown(wait=False)  # when interrupted, leaving Ray ends the training
+
+
+def _follow(plan: TrainPlan, outcome: Future[Any], mirror: Mirror, progress: Progress) -> None:
+    """Show the run's own records in MLflow and in the progress bar until the training ends."""
+    epochs, mirrored = plan.spec.recipe["epochs"], 0
+    while not outcome.done():
+        trained = len(list_folder(plan.run / "epochs"))
+        if trained > mirrored:
+            mirror.update(plan.run)
+            mirrored = trained
+        if note := read_json(plan.run / "progress.json"):
             progress(note["done"], note["per_epoch"] * epochs)
-        if finished:
-            break
-        time.sleep(0.2)
-    error = outcome.exception()
-    if error:
+        wait([outcome], FOLLOW_SECONDS)
+    if error := outcome.exception():
         raise cluster.user_error(error) or error
 
 
-def _fit(plan: TrainPlan) -> None:
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+def _train_together(task: Task, settings: TrainSettings) -> None:
+    """Train with several workers of Ray Train, which share every batch."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    settings = plan.settings
     gpu = cluster.count("GPU") >= settings.num_workers if settings.use_gpu is None else settings.use_gpu
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "run": str(plan.run),
-            "manifest": str(plan.workspace.manifest_path(plan.spec.source)),
-            "store": (str(plan.source.store), plan.source.about) if plan.source.store else None,
-            "threads": settings.threads,
-            "loader_workers": settings.loader_workers,
-            "checkpoint_every": settings.checkpoint_every,
-        },
+        train_together,
+        train_loop_config={"task": task},
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=gpu),
         run_config=RunConfig(
             name="train",
-            storage_path=str(plan.run),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=3 if settings.address else 0),  # a cluster's nodes come and go
+            storage_path=task.run,
+            failure_config=FailureConfig(max_failures=3 if settings.address else 0),
         ),
     )
     trainer.fit()

@@ -1,86 +1,150 @@
-"""What a worker of Ray Train does: restore, train epoch by epoch, checkpoint; the first one writes the records.
+"""The part of a training that runs on a worker: restore, train epoch by epoch, checkpoint; the first one writes the records.
 
-It stands apart from the driver's part, so that workers import nothing they have no use for.
+One process can train and judge many runs, one after another; several processes share one training through Ray Train.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from upath import UPath
 
-from cafe.data.manifest import Manifest
+from cafe.files import list_folder, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
-from pipeline.runs import RunSpec, Target, choose_rows
-from pipeline.workspace import locate, write_json
+from pipeline.evaluate import predict_target
+from pipeline.faces import Faces, choose_rows
+from pipeline.models import build_method, make_dataset, make_live_dataset
+from pipeline.runs import RunSpec
+from pipeline.workspace import locate
 
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Train the run at `config["run"]` to its end, from its last checkpoint where there is one."""
+@dataclass(frozen=True)
+class Task:
+    """What a worker is to train, and with what: nothing of it but the run decides the result."""
+
+    run: str
+    source: Faces
+    threads: int | None  # None: the worker's share of the cores
+    loader_workers: int
+    checkpoint_every: int
+
+
+class Worker:
+    """Trains and judges runs one after another in one process, which keeps the faces of a source and of its targets."""
+
+    def __init__(self) -> None:
+        self.source: Faces | None = None
+        self.targets: dict[str, Faces] = {}
+
+    def train(self, task: Task) -> None:
+        """Train a run to its end."""
+        if task.source != self.source:
+            self.source, self.targets = task.source, {}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        train_run(task, self.source, device)
+
+    def judge(self, run: str, target: Faces) -> None:
+        """Predict one target of a run that is trained."""
+        predict_target(run, self.targets.setdefault(f"{target.place} {target.store} {target.title}", target))
+
+
+def train_together(config: dict[str, Task]) -> None:
+    """Train the run of `config["task"]` as one of several workers of Ray Train."""
     import ray.train
     import ray.train.torch
 
-    run = locate(config["run"])
-    spec = RunSpec.load(run)
+    task = config["task"]
+    cores = len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size()
     device = ray.train.torch.get_device()
-    torch.backends.cudnn.deterministic = True
-    cores = max(1, len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size())
-    torch.set_num_threads(min(cores, config["threads"] or cores))
+    # Preparing hands the first worker's state to the others.
+    train_run(task, task.source, device, ray.train.torch.prepare_model, max(1, cores))
 
-    store = config["store"]
-    source = Target(Manifest.load(locate(config["manifest"])), *((locate(store[0]), store[1]) if store else (None,)))
+
+def train_run(
+    task: Task,
+    source: Faces,
+    device: torch.device,
+    wrap: Callable[[nn.Module], nn.Module] = lambda method: method,
+    cores: int | None = None,
+) -> None:
+    """Train a run to its end, from its last checkpoint where there is one; `wrap` makes the module that is trained."""
+    run = locate(task.run)
+    spec = RunSpec.load(run)
+    torch.backends.cudnn.deterministic = True
+    cores = cores or len(os.sched_getaffinity(0))
+    torch.set_num_threads(min(cores, task.threads or cores))
+
     rows, held_out = choose_rows(source, spec.selection)
-    method = spec.build().to(device).to(memory_format=torch.channels_last)
+    method = build_method(spec).to(device).to(memory_format=torch.channels_last)
     if not method.trained:
         if rank() == 0:
-            fit(method, spec.dataset(source), rows, device)
+            fit(method, make_dataset(spec, source), rows, device)
             _save_result(run, method.state_dict(), {"epochs": 0})
         return
-    dataset = spec.live_dataset(source, str(device)) if spec.live else spec.dataset(source)
-    loaders = config["loader_workers"]
-    if rank() == 0 and ray.train.get_checkpoint() is None:
-        prepare(method, dataset, rows, spec.seed, device, loaders)
+    dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source)
+    checkpoint = find_checkpoint(run)
+    if rank() == 0 and checkpoint is None:
+        prepare(method, dataset, rows, spec.seed, device, task.loader_workers)
     if world_size() > 1:
         share_batch_norm(method)
-    module = ray.train.torch.prepare_model(method)  # hands the first worker's state to the others
-    optimizer = method.optimizer()
+    module, selection = wrap(method), Selection(held_out)
+    optimizer, loaders = method.optimizer(), task.loader_workers
     training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders)
-    _train(training, Selection(held_out), run, spec.recipe["epochs"], config["checkpoint_every"])
+    done = _restore(checkpoint, training, selection) if checkpoint else 0
+    _train(training, selection, run, range(done + 1, spec.recipe["epochs"] + 1), task.checkpoint_every)
 
 
-def _train(training: Training, selection: Selection, run: UPath, epochs: int, checkpoint_every: int) -> None:
-    import ray.train
-    from ray.train import Checkpoint
+def find_checkpoint(run: UPath) -> UPath | None:
+    """Return the folder of a run's last whole checkpoint, whose JSON is written last."""
+    folders = list_folder(run / "checkpoints")
+    return next((folder for folder in reversed(folders) if (folder / "state.json").exists()), None)
 
-    method, optimizer = training.method, training.optimizer
-    done = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            record, selection.weights = load_checkpoint(UPath(folder), method, optimizer)
-            done, selection.epoch, selection.accuracy = record["epoch"], record["selected"], record["accuracy"]
+
+def _restore(checkpoint: UPath, training: Training, selection: Selection) -> int:
+    """Bring a training to a checkpoint and return the epochs that are behind it."""
+    record, selection.weights = load_checkpoint(checkpoint, training.method, training.optimizer)
+    selection.epoch, selection.accuracy = record["selected"], record["accuracy"]
+    return int(record["epoch"])
+
+
+def _train(training: Training, selection: Selection, run: UPath, epochs: range, checkpoint_every: int) -> None:
     metrics: dict[str, float] = {}
-    for epoch in range(done + 1, epochs + 1):
+    for epoch in epochs:
         metrics = training.run_epoch(epoch, _Notes(run, epoch))
-        if rank() == 0:
-            metrics |= selection.judge(training, epoch)
-            write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
-        if epoch % checkpoint_every == 0 and epoch < epochs:
-            with TemporaryDirectory() as folder:
-                if rank() == 0:
-                    record = {"epoch": epoch, "selected": selection.epoch, "accuracy": selection.accuracy}
-                    save_checkpoint(UPath(folder), method, optimizer, record, selection.weights)
-                ray.train.report({"epoch": epoch}, checkpoint=Checkpoint(folder) if rank() == 0 else None)
+        if rank() > 0:
+            continue
+        metrics |= selection.judge(training, epoch)
+        write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
+        if epoch % checkpoint_every == 0 and epoch < epochs.stop - 1:
+            record = {"epoch": epoch, "selected": selection.epoch, "accuracy": selection.accuracy}
+            folder = run / "checkpoints" / f"{epoch:04d}"
+            save_checkpoint(folder, training.method, training.optimizer, record, selection.weights)
+            _remove_checkpoints(run, keep=folder)
     if rank() == 0:
-        _save_result(run, selection.result(training), {"epochs": epochs, "selected": selection.epoch, **metrics})
+        result = {"epochs": epochs.stop - 1, "selected": selection.epoch, **metrics}
+        _save_result(run, selection.result(training), result)
+        _remove_checkpoints(run)
+
+
+def _remove_checkpoints(run: UPath, keep: UPath | None = None) -> None:
+    for folder in list_folder(run / "checkpoints"):
+        if keep is None or folder.name != keep.name:
+            for path in sorted(
+                list_folder(folder), key=lambda path: path.name != "state.json"
+            ):  # no longer whole first
+                path.unlink()
+            if not folder.protocol:
+                folder.rmdir()
 
 
 def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any]) -> None:

@@ -6,15 +6,14 @@ nothing relies on renaming.
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
+from cafe.files import list_folder
 
 
 def locate(location: str) -> UPath:
@@ -32,14 +31,19 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Workspace:
-    """`manifests/`, `features/`, `runs/` and the MLflow database below one root."""
+    """`manifests/`, `features/`, `runs/`, `benchmarks/` and the MLflow database below one root."""
 
     root: UPath
+    manifests: dict[str, Manifest] | None = field(default=None, compare=False, repr=False)  # those read so far, if kept
 
     @classmethod
     def at(cls, location: str) -> Workspace:
         """Open the workspace at a folder or URI; nothing is created until something is written."""
         return cls(locate(location))
+
+    def keeping_manifests(self) -> Workspace:
+        """Return this workspace, which from now on reads every manifest only once."""
+        return self if self.manifests is not None else replace(self, manifests={})
 
     @property
     def local(self) -> bool:
@@ -65,15 +69,23 @@ class Workspace:
 
     def load_manifest(self, name: str) -> Manifest:
         """Load a manifest by name; raise `UserError` naming those there are and how to make one."""
+        if self.manifests is not None and name in self.manifests:
+            return self.manifests[name]
         path = self.manifest_path(name)
         if not path.exists():
-            from cafe.synthetic.domains import DOMAINS
+            raise self._no_manifest(name)
+        manifest = Manifest.load(path)
+        if self.manifests is not None:
+            self.manifests[name] = manifest
+        return manifest
 
-            names = self.manifest_names()
-            hint = f"choose {', '.join(names)}" if names else "this workspace has none yet"
-            command = "cafe data synth" if name in DOMAINS else f"cafe data index folder ROOT --name {name}"
-            raise UserError(f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with `{command}`.")
-        return Manifest.load(path)
+    def _no_manifest(self, name: str) -> UserError:
+        from cafe.synthetic.domains import DOMAINS
+
+        names = self.manifest_names()
+        hint = f"choose {', '.join(names)}" if names else "this workspace has none yet"
+        command = "cafe data synth" if name in DOMAINS else f"cafe data index folder ROOT --name {name}"
+        return UserError(f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with `{command}`.")
 
     def run_path(self, name: str) -> UPath:
         """The folder of a run."""
@@ -92,30 +104,3 @@ class Workspace:
         if len(found) == 1:
             return found[0]
         raise unknown("run", name, found or names)
-
-
-def list_folder(folder: UPath) -> list[UPath]:
-    """Return what a folder holds, sorted; nothing when it is not there."""
-    try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def read_json(path: UPath) -> dict[str, Any] | None:
-    """Return a JSON object, or None when the file is missing or was torn by a kill while it was written."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-
-
-def with_tuples(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object with its lists as tuples, as dataclasses hold them."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-
-
-def write_json(path: UPath, record: dict[str, Any]) -> None:
-    """Write a JSON object in one put, with the same bytes for the same content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False).encode())

@@ -9,8 +9,9 @@ import secrets
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
+from cafe.errors import UserError
+
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per training
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).parents[2] / "shared"
-NEED_RAY = {"test_benchmark.py", "test_datasets.py", "test_extract.py", "test_manifest.py", "test_train.py"}
+NEED_RAY = {"test_benchmark.py", "test_extract.py", "test_train.py"}
 COLOURS = {"happiness": (220, 180, 40), "sadness": (40, 60, 160), "anger": (200, 40, 40)}
 
 
@@ -50,6 +53,17 @@ def real_faces() -> Path:
     folder = SHARED / "faces"
     if not folder.is_dir():
         pytest.skip("needs the real faces in ../shared/faces, which are not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_ferplus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FERPlus as its repository distributes it, which this project does not ship."""
+    if not (SHARED / "ferplus.tar.xz").is_file():
+        pytest.skip("needs the real FERPlus in ../shared/ferplus.tar.xz, which is not there")
+    folder = tmp_path_factory.mktemp("ferplus")
+    with tarfile.open(SHARED / "ferplus.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
     return folder
 
 
@@ -119,6 +133,15 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     for node in reversed(nodes):
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
+
+
+def complaint(function: Callable[..., object], *arguments: object) -> str:
+    """Call a function and return the sentence of the `UserError` it raises, or nothing; anything else is a bug."""
+    try:
+        function(*arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 class Cafe:

@@ -75,14 +75,20 @@ FERPLUS_ROWS = (
     ),  # 5 of 10 is not more than half: undecided; argmax: sadness
     ("PrivateTest", "fer0000010.png", "0,0,6,0,0,0,5,0,0,0"),  # surprise: 6 of 11
     ("PrivateTest", "fer0000011.png", "9,0,0,0,0,0"),  # a corrupt row
+    ("Training", "fer0000003.png", "1,1,1,1,1,1,4,0,0,0"),  # listed before, with equal votes
+    ("PrivateTest", "fer0000010.png", "0,0,0,0,0,0,0,0,0,10"),  # the name of another picture where none belongs
     ("PrivateTest", "fer0000012.png", "0,0,0,0,0,10,0,0,0,0"),  # disgust, but its picture is missing or damaged
 )
 FERPLUS_HEADER = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
 FERPLUS_FOLDERS = {"Training": "FER2013Train", "PublicTest": "FER2013Valid", "PrivateTest": "FER2013Test"}
 
 
+FERPLUS_TWINS = {0: 10, 12: 3, 13: 10}  # rows that show the picture of another row
+
+
 def ferplus_pixels(row: int) -> np.ndarray:
-    """The picture of a row: every pixel another value, every row another picture."""
+    """The picture of a row: every pixel another value, every row another picture but for the twins."""
+    row = FERPLUS_TWINS.get(row, row)
     return ((np.arange(48 * 48) * (2 * row + 1) + row) % 256).astype(np.uint8).reshape(48, 48)
 
 
@@ -94,7 +100,7 @@ def write_ferplus_votes(root: Path) -> None:
 
 
 def write_ferplus_pictures(root: Path) -> None:
-    """The folders of PNG that the repository's script makes."""
+    """The folders of PNG that the repository's script makes; the surprised test face has a twin among the training faces."""
     for number, (usage, name, _) in enumerate(FERPLUS_ROWS[:-1]):
         if name:
             path = root / "data" / FERPLUS_FOLDERS[usage] / name

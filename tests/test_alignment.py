@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from cafe.data.alignment import (
 )
 from cafe.data.images import decode_image
 from cafe.data.manifest import Manifest
+from cafe.results.protocols import find_protocol
 
 MEADOW = (96, 120, 96)
 
@@ -136,7 +138,9 @@ def test_a_photo_gives_the_same_crop_alone_and_among_others(real_faces: Path) ->
 
 
 @needs_detector
-def test_a_manifest_keeps_its_labels_splits_and_sample_ids(real_faces: Path, tmp_path: Path, command: Cafe) -> None:
+def test_a_manifest_keeps_its_kind_labels_splits_and_sample_ids(
+    real_faces: Path, tmp_path: Path, command: Cafe
+) -> None:
     root = tmp_path / "photos"
     for expression, number in (("happiness", 0), ("happiness", 1), ("anger", 2)):
         for split in ("train", "test"):
@@ -147,6 +151,8 @@ def test_a_manifest_keeps_its_labels_splits_and_sample_ids(real_faces: Path, tmp
     whole = (root / "train" / "anger" / "torn.jpg").read_bytes()
     (root / "train" / "anger" / "torn.jpg").write_bytes(whole[:3000])
     command.succeed("data", "index", "folder", str(root), "--name", "raw")
+    manifest = UPath(command.workspace / "manifests" / "raw.parquet")
+    replace(Manifest.load(manifest), kind="sfew").save(manifest)
     output = command.succeed("data", "align", "raw", "--name", "upright", "--size", "96")
     assert (
         "2 photos left out:\n  train/anger/meadow.jpg: no face found\n  train/anger/torn.jpg: damaged image" in output
@@ -154,6 +160,8 @@ def test_a_manifest_keeps_its_labels_splits_and_sample_ids(real_faces: Path, tmp
     aligned, raw = (
         Manifest.load(UPath(command.workspace / "manifests" / f"{name}.parquet")) for name in ("upright", "raw")
     )
+    protocol = find_protocol("paper")
+    assert (aligned.kind, protocol.channels(aligned.kind), protocol.split(aligned, "sfew")) == ("sfew", "bgr", "test")
     columns = ["sample_id", "label", "split", "group"]
     kept = [row for row in raw.table.select(columns).to_pylist() if row["sample_id"].rsplit("/")[-1][0] in "012"]
     assert aligned.table.select(columns).to_pylist() == kept

@@ -20,16 +20,14 @@ from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.learning.views import ViewPlan
-from cafe.results.metrics import Predictions
+from cafe.report.sheets import main_sheet, run_sheet
+from cafe.results.comparison import compare
+from cafe.results.leaks import leave_out_leaks
+from cafe.results.predictions import Predictions
+from cafe.results.scores import average_unseen, read_runs, read_scores
 from cafe.synthetic.domains import render, write
 from pipeline.audit import audit
-from pipeline.compare import compare
-from pipeline.evaluate import log_results
-from pipeline.leaks import add_leak_free, leak_free_scores
 from pipeline.runs import RunSpec
-from pipeline.sheets import main_sheet
-from pipeline.tracking import Tracker
 from pipeline.workspace import Workspace
 
 Edit = Callable[[Image.Image], Image.Image]
@@ -176,12 +174,10 @@ def test_the_splits_of_the_source_are_compared_once_each_and_never_with_themselv
     ]
 
 
-def judge(workspace: Workspace, manifests: dict[str, Manifest], wrong: set[str]) -> RunSpec:
+def judge(workspace: Workspace, manifests: dict[str, Manifest], wrong: set[str]) -> UPath:
     """Write a run trained on `film` with its predictions for both sets: right but for the samples of `wrong`."""
-    plan = ViewPlan("paper", 0, 2, "bilinear", (0.0,) * 3, (1.0,) * 3)
-    spec = RunSpec(
-        "film", manifests["film"].digest, "image_only", {}, 0, "resnet18", "scratch", 64, "fp32", plan, None, None, None
-    )  # fmt: skip
+    film = manifests["film"]
+    spec = RunSpec("film", film.digest, "image_only", {}, {}, 64, "paper", 2, (0.0,) * 3, (1.0,) * 3)
     run = workspace.run_path(spec.name)
     spec.save(run)
     (run / "result.json").write_text("{}")
@@ -192,7 +188,7 @@ def judge(workspace: Workspace, manifests: dict[str, Manifest], wrong: set[str])
         said = np.where([sample in wrong for sample in samples], (labels + 1) % 7, labels)
         about = {"target": name, "split": "test", "manifest": manifest.digest}
         Predictions(samples, labels, np.eye(7)[said], about).save(run / "predictions" / f"{name}.parquet")
-    return spec
+    return run
 
 
 def test_leak_free_numbers_come_from_predictions_alone(
@@ -201,17 +197,19 @@ def test_leak_free_numbers_come_from_predictions_alone(
     workspace, manifests = sets
     command.succeed("data", "audit", "film", "web")
     shutil.rmtree(tmp_path / "faces")
-    spec = judge(workspace, manifests, wrong={"test/anger/seen.jpg", "test/fear/leak0.jpg"})
+    run = judge(workspace, manifests, wrong={"test/anger/seen.jpg", "test/fear/leak0.jpg"})
     tested = len(manifests["web"].rows("test"))
-    metrics = leak_free_scores(workspace, workspace.run_path(spec.name))
-    assert metrics["leakfree/web/left_out"] == 3  # the copy of a test face is no leak
-    assert metrics["leakfree/web/accuracy"] == pytest.approx(1 - 1 / (tested - 3))
-    assert metrics["leakfree_unseen/accuracy"] == metrics["leakfree/web/accuracy"]
-    assert metrics["leakfree/film/left_out"] == 0
+    runs = read_runs([run])
+    scores, leak_free = read_scores(runs), read_scores(runs, leave_out=leave_out_leaks(workspace.root))
+    without = leak_free.set_index("target")
+    assert without["left_out"].to_dict() == {"film": 0, "web": 3}  # the copy of a test face is no leak
+    assert without.loc["web", "accuracy"] == pytest.approx(1 - 1 / (tested - 3))
+    assert average_unseen(leak_free).iloc[0]["accuracy"] == without.loc["web", "accuracy"]
+    assert scores.set_index("target").loc["web", "accuracy"] == pytest.approx(1 - 2 / tested)
+    last = [cell.text for cell in run_sheet(scores, leak_free).lines[1]]
+    assert last[-2:] == [f"{100 * (1 - 1 / (tested - 3)):.1f}", "3"]
 
-    tracker = Tracker(workspace, None, "cafe")
-    assert log_results(workspace.run_path(spec.name), tracker)["target/web/accuracy"] == pytest.approx(1 - 2 / tested)
-    comparison = compare(add_leak_free(workspace, tracker.runs()), leak_free=True)
+    comparison = compare(runs, scores, "accuracy", "clean", leak_free)
     sheet = main_sheet(comparison)
     header, (row,) = sheet.header, sheet.lines
     shown = {name: cell.text for name, cell in zip(header, row, strict=True)}
@@ -231,19 +229,19 @@ def test_a_target_that_leaks_entirely_has_a_count_and_no_number(
     copy = index_files("copy", DATASETS["folder"](UPath(tmp_path / "faces" / "copy"))).manifest
     copy.save(workspace.manifest_path("copy"))
     command.succeed("data", "audit", "film", "copy")
-    spec = judge(workspace, {"film": manifests["film"], "copy": copy}, wrong=set())
-    metrics = leak_free_scores(workspace, workspace.run_path(spec.name))
-    assert metrics["leakfree/copy/left_out"] == len(copy)
-    assert "leakfree/copy/accuracy" not in metrics
-    assert "leakfree_unseen/accuracy" not in metrics
+    run = judge(workspace, {"film": manifests["film"], "copy": copy}, wrong=set())
+    scores = read_scores(read_runs([run]), leave_out=leave_out_leaks(workspace.root))
+    assert scores.set_index("target").loc["copy", "left_out"] == len(copy)
+    assert np.isnan(scores.set_index("target").loc["copy", "accuracy"])
+    assert np.isnan(average_unseen(scores).iloc[0]["accuracy"])
 
 
 def test_a_missing_or_stale_audit_is_one_sentence_before_ray_starts(
     sets: tuple[Workspace, dict[str, Manifest]], command: Cafe, tmp_path: Path
 ) -> None:
     workspace, manifests = sets
-    spec = judge(workspace, manifests, wrong=set())
-    wanted = ("evaluate", spec.name, "--exclude-leaks", "--targets", "web")
+    run = judge(workspace, manifests, wrong=set())
+    wanted = ("evaluate", run.name, "--exclude-leaks", "--targets", "web")
     assert "'web' was not audited against 'film' yet: run `cafe data audit film web`." in command.fail(*wanted)
     command.succeed("data", "audit", "film", "web")
     (tmp_path / "faces" / "web" / "test" / "fear" / "leak0.jpg").unlink()

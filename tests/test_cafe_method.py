@@ -85,7 +85,7 @@ def test_any_tower_fits_any_image_branch(network: str, width: int) -> None:
     batch = {"image": torch.rand(2, 3, 32, 32), "features": torch.rand(2, width), "label": torch.tensor([0, 6])}
     output = method(batch)
     assert method.mask(batch).shape == output["masked"].shape == (2, width)
-    losses = method.losses(output, {**batch, "generator": torch.Generator().manual_seed(0)})
+    losses = method.losses(output, {**batch, "generator": torch.Generator().manual_seed(0), "log_prior": 0})
     losses["total"].backward()
     assert float(method.branch.trunk.conv1.weight.grad.abs().sum()) > 0
 

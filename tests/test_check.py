@@ -13,7 +13,7 @@ from conftest import Cafe, draw_faces
 from PIL import Image
 
 from cafe.data.images import decode_image
-from cafe.data.survey import look_at
+from pipeline.check import look_at
 
 
 class Page(HTMLParser):
@@ -46,7 +46,7 @@ def test_a_picture_is_measured() -> None:
     assert look.brightness == pytest.approx(100)
     pixels[0] = (255, 0, 0)  # a tenth of it in colour
     assert not look_at(pixels).grey
-    assert look_at(pixels.reshape(20, 10, 3)).digest != look_at(pixels).digest
+    assert look_at(pixels.reshape(20, 10, 3)).pixels != look_at(pixels).pixels
 
 
 def test_the_state_of_a_data_set_is_counted_and_shown(tmp_path: Path, command: Cafe) -> None:

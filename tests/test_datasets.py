@@ -11,16 +11,17 @@ from pathlib import Path
 import miniatures
 import numpy as np
 import pytest
-from conftest import Cafe
+from conftest import Cafe, complaint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from miniatures import draw, ferplus_pixels
 from PIL import Image
 from upath import UPath
 
-from cafe.data import DATASETS
-from cafe.data.counts import AFFECTNET, FERPLUS, MMA, RAFDB, Expected, count_differences
+from cafe.data import DATASETS, affectnet, ferplus, mma, rafdb
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.ferplus import choose_majority, choose_most_voted
-from cafe.data.indexing import Index, index_files
+from cafe.data.ferplus import LABEL_FILES, VOTE_TABLE, choose_majority, choose_most_voted
+from cafe.data.indexing import Expected, Index, count_differences, index_files
 from cafe.data.manifest import Manifest
 
 Row = tuple[str, str, str]  # sample_id, expression, split
@@ -38,6 +39,7 @@ class Case:
     broken: list[tuple[str, str]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     ignored: int = 0
+    repeated: list[str] = field(default_factory=list)
 
 
 FERPLUS_TRUTH = [
@@ -48,7 +50,11 @@ FERPLUS_TRUTH = [
 ]
 FERPLUS_DROPPED = {"undecided": 3, "NF": 2, "contempt": 1, "unknown": 1}
 MISSING_FER = ("FER2013Test/fer0000012.png", "file not found")
-DAMAGED_FER = "line 14 of {} has not 48×48 grey values"
+REPEATED_FER = [
+    "FER2013Train/fer0000003.png ({0}fer2013new.csv, line 5; {0}fer2013new.csv, line 14)",
+    "FER2013Test/fer0000010.png ({0}fer2013new.csv, line 12; {0}fer2013new.csv, line 15)",
+]
+DAMAGED_FER = "line 16 of {} does not hold 48×48 grey values"
 
 CASES = {
     "rafdb official": Case(
@@ -83,12 +89,17 @@ CASES = {
         "ferplus", miniatures.write_ferplus_png, "FERPlus: majority of the votes in fer2013new.csv, pictures in FER2013{",
         "FERPlus-master/data", FERPLUS_TRUTH,
         [MISSING_FER, ("FERPlus-master/fer2013new.csv, line 13", "has no known Usage or not ten votes")], FERPLUS_DROPPED,
+        repeated=[line.format("FERPlus-master/") for line in REPEATED_FER],
     ),
     "ferplus label.csv": Case(
         "ferplus", miniatures.write_ferplus_labels, "FERPlus: majority of the votes in FER2013{Train,Valid,Test}/label.csv",
         "data", FERPLUS_TRUTH,
         [MISSING_FER, ("data/FER2013Test/label.csv, line 3", "has no known Usage or not ten votes")],
         {**FERPLUS_DROPPED, "NF": 1},
+        repeated=[
+            "FER2013Train/fer0000003.png (data/FER2013Train/label.csv, line 3; data/FER2013Train/label.csv, line 6)",
+            "FER2013Test/fer0000010.png (data/FER2013Test/label.csv, line 2; data/FER2013Test/label.csv, line 4)",
+        ],
     ),
     "ferplus fer2013.csv": Case(
         "ferplus", miniatures.write_ferplus_csv, "pictures in fer2013/fer2013.csv", "", FERPLUS_TRUTH,
@@ -97,6 +108,7 @@ CASES = {
             ("FERPlus/fer2013new.csv, line 13", "has no known Usage or not ten votes"),
         ],
         FERPLUS_DROPPED,
+        repeated=[line.format("FERPlus/") for line in REPEATED_FER],
     ),
     "ferplus icml_face_data.csv": Case(
         "ferplus", miniatures.write_ferplus_other_csv, "pictures in fer2013/icml_face_data.csv", "", FERPLUS_TRUTH,
@@ -105,6 +117,7 @@ CASES = {
             ("FERPlus/fer2013new.csv, line 13", "has no known Usage or not ten votes"),
         ],
         FERPLUS_DROPPED,
+        repeated=[line.format("FERPlus/") for line in REPEATED_FER],
     ),
     "affectnet lists": Case(
         "affectnet", miniatures.write_affectnet_lists, "AffectNet: training.csv, validation.csv, faces cut out", "AffectNet",
@@ -193,6 +206,16 @@ CASES = {
         [("train/angry/empty.jpg", "file is empty")],
     ),
 }  # fmt: skip
+TEXT_FILES = {
+    "rafdb official": "list_patition_label.txt",
+    "rafdb shared": "train_labels.csv",
+    "ferplus png": "fer2013new.csv",
+    "ferplus label.csv": "label.csv",
+    "ferplus fer2013.csv": "fer2013.csv",
+    "affectnet lists": "validation.csv",
+    "affectnet arrays": "1_exp.npy",
+    "sfew shared": "sfew_2.0_labels.csv",
+}
 
 
 def index(kind: str, root: Path, images: Path, **choices: str) -> Index:
@@ -209,11 +232,12 @@ def test_every_layout_is_read_row_by_row(tmp_path: Path, name: str) -> None:
     case.write(tmp_path / "Sets and more")
     result = index(case.kind, tmp_path / "Sets and more", tmp_path / "images")
     assert rows(result.manifest) == case.rows
-    assert case.layout in result.layout
+    assert case.layout in result.listing.layout
     assert [path for path, _ in result.broken] == [path for path, _ in case.broken]
     assert all(reason.startswith(begin) for (_, reason), (_, begin) in zip(result.broken, case.broken, strict=True))
-    assert result.dropped == case.dropped
-    assert result.ignored == case.ignored
+    assert result.listing.dropped == case.dropped
+    assert result.listing.ignored == case.ignored
+    assert result.listing.repeated == case.repeated
     assert result.manifest.kind == case.kind
     if case.home:
         assert result.manifest.root == str(tmp_path / "Sets and more" / case.home)
@@ -235,6 +259,22 @@ def test_an_object_store_is_read_like_a_disk(tmp_path: Path, name: str) -> None:
     assert rows(result.manifest) == case.rows
     assert result.manifest.read_face(0).dtype == np.uint8
     assert result.manifest.digest == index(case.kind, tmp_path / "disk", tmp_path / "images").manifest.digest
+
+
+def test_repeated_names_and_test_faces_in_the_training_split_are_reported(tmp_path: Path, cafe: Cafe) -> None:
+    miniatures.write_ferplus_png(tmp_path)
+    output = cafe.succeed("data", "index", "ferplus", str(tmp_path), "--name", "fer", "--accept-counts")
+    assert "2 listed more than once, counted once:\n  FER2013Train/fer0000003.png (" in output
+    assert "1 of 1 test faces are also in the training split" in output
+    assert "`cafe data audit fer`, then leave them out of the results with --exclude-leaks." in output
+
+
+@pytest.mark.parametrize(("name", "totals"), [("ferplus png", (24938, 3186, 3137)), ("label.csv", (24925, 3175, 3122))])
+def test_the_real_ferplus_is_complete(name: str, totals: tuple[int, ...], real_ferplus: Path) -> None:
+    listing = DATASETS["ferplus"](UPath(real_ferplus / "data" if name == "label.csv" else real_ferplus))
+    assert count_differences(listing.expected, listing.counts()) == []
+    splits = Counter(file.split for file in listing.files)
+    assert tuple(splits[split] for split in ("train", "val", "test")) == totals
 
 
 def test_the_pixels_of_a_table_become_the_pictures_and_the_users_folder_stays_as_it_is(tmp_path: Path) -> None:
@@ -262,7 +302,7 @@ def test_the_argmax_rule_gives_other_labels_and_is_another_kind(tmp_path: Path) 
         ("FER2013Valid/fer0000007.png", "neutral", "val"),
         ("FER2013Valid/fer0000008.png", "disgust", "val"),
     ]
-    assert (result.manifest.kind, result.dropped) == ("ferplus-argmax", {"NF": 1, "contempt": 1})
+    assert (result.manifest.kind, result.listing.dropped) == ("ferplus-argmax", {"NF": 1, "contempt": 1})
 
 
 @pytest.mark.parametrize(
@@ -309,8 +349,14 @@ def test_a_face_is_cut_out_by_its_box_and_its_colours_can_be_reversed(tmp_path: 
 
 @pytest.mark.parametrize(
     ("expected", "totals"),
-    [(RAFDB, (12271, 3068)), (FERPLUS, (24941, 3186, 3137)), (AFFECTNET, (283901, 3500)), (MMA, (92968, 17356, 17356))],
-    ids=["rafdb", "ferplus", "affectnet", "mma"],
+    [
+        (rafdb.EXPECTED, (12271, 3068)),
+        (ferplus.EXPECTED[VOTE_TABLE], (24941 - 3, 3186, 3137)),  # three training pictures are listed twice
+        (ferplus.EXPECTED[LABEL_FILES], (24925, 3175, 3122)),
+        (affectnet.EXPECTED, (283901, 3500)),
+        (mma.EXPECTED, (92968, 17356, 17356)),
+    ],
+    ids=["rafdb", "ferplus table", "ferplus labels", "affectnet", "mma"],
 )
 def test_the_built_in_counts_add_up_to_the_published_totals(
     expected: tuple[Expected, ...], totals: tuple[int, ...]
@@ -319,16 +365,23 @@ def test_the_built_in_counts_add_up_to_the_published_totals(
 
 
 @pytest.mark.parametrize(
-    ("title", "expected"), [("RAF-DB", RAFDB), ("FERPlus", FERPLUS), ("AffectNet", AFFECTNET), ("MMA", MMA)]
+    ("title", "layout", "expected"),
+    [
+        ("RAF-DB", "", rafdb.EXPECTED),
+        ("FERPlus", "", ferplus.EXPECTED[VOTE_TABLE]),
+        ("FERPlus", " (label.csv)", ferplus.EXPECTED[LABEL_FILES]),
+        ("AffectNet", "", affectnet.EXPECTED),
+        ("MMA", "", mma.EXPECTED),
+    ],
 )
-def test_the_documented_tables_are_the_built_in_counts(title: str, expected: tuple[Expected, ...]) -> None:
+def test_the_documented_tables_are_the_built_in_counts(title: str, layout: str, expected: tuple[Expected, ...]) -> None:
     text = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
     section = text[text.index(f"## {title}") :].split("\n## ")[0]
     lines = [[cell.strip().replace(",", "") for cell in line.strip("|").split("|")] for line in section.splitlines()]
     table = {line[0]: line[1:] for line in lines if len(line) > 2}
     splits = table["expression"]
     for split in expected:
-        column = splits.index(split.split)
+        column = splits.index(split.split + layout)
         assert table["all"][column] == str(sum(split.counts))
         if len(split.counts) == len(EXPRESSIONS):
             assert [table[name][column] for name in EXPRESSIONS] == [str(count) for count in split.counts]
@@ -453,6 +506,19 @@ def _number_folders(root: Path) -> None:
     draw(root / "archive (3)" / "Train" / "3" / "x.jpg")
 
 
+def _dispute_two(root: Path) -> None:
+    (path,) = root.rglob("fer2013new.csv")
+    path.write_bytes(
+        path.read_bytes()
+        + b"Training,fer0000000.png,0,2,8,0,0,0,0,0,0,0\r\nPublicTest,FER0000006.png,0,0,0,0,3,0,0,0,0,0\r\n"
+    )
+
+
+def _lead_out(root: Path) -> None:
+    (path,) = root.rglob("fer2013new.csv")
+    path.write_bytes(path.read_bytes() + b"Training,../../x.png,0,2,8,0,0,0,0,0,0,0\r\n")
+
+
 def _drop_column(root: Path) -> None:
     (path,) = root.rglob("fer2013new.csv")
     path.write_bytes(path.read_bytes().replace(b"contempt,", b"scorn,"))
@@ -461,15 +527,18 @@ def _drop_column(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("rafdb official", _pack("aligned"), "aligned.zip is still packed: unpack it where it lies."),
+        ("rafdb official", _pack("aligned"), "aligned.zip is still packed, so unpack it where it lies."),
         ("rafdb official", _remove("list_patition_label.txt"), "holds no label file of RAF-DB .*: give the folder `basic`"),
         ("rafdb official", _copy_inside("list_patition_label.txt"), "holds the label file of RAF-DB more than once"),
-        ("rafdb shared", _remove("test_labels.csv"), "holds no test_labels.csv: put it back"),
+        ("rafdb shared", _remove("test_labels.csv"), "holds no test_labels.csv: put it back, as"),
         ("ferplus png", _remove("fer2013new.csv"), r"holds no votes of FERPlus \(fer2013new.csv, or label.csv"),
+        ("ferplus png", _dispute_two, "lists 2 pictures more than once with different votes, FER2013Train/fer0000000.png .*l"
+         "ine 2; .*line 17.*, FER2013Valid/fer0000006.png .*line 8; .*line 18.*: keep one row of each"),
+        ("ferplus png", _lead_out, r"fer2013new.csv, line 17 names the picture '../../x.png' in another folder"),
         ("ferplus png", _drop_column, "fer2013new.csv has no column 'contempt'"),
         ("ferplus fer2013.csv", _remove("fer2013.csv"), "holds no pictures for fer2013new.csv: put fer2013.csv"),
-        ("ferplus fer2013.csv", _cut_rows("fer2013.csv"), "Row 11 of .*fer2013.csv is not that of fer2013new.csv"),
-        ("ferplus fer2013.csv", _cut_rows("fer2013new.csv"), "Row 11 of .*fer2013.csv is not that of fer2013new.csv"),
+        ("ferplus fer2013.csv", _cut_rows("fer2013.csv"), "Row 13 of .*fer2013.csv is not that of fer2013new.csv"),
+        ("ferplus fer2013.csv", _cut_rows("fer2013new.csv"), "Row 13 of .*fer2013.csv is not that of fer2013new.csv"),
         ("affectnet lists", _remove("validation.csv"), "holds no validation.csv: put it beside the other list"),
         ("affectnet lists", _pack("manually_annotated_images"), "manually_annotated_images.zip is still packed"),
         ("affectnet arrays", _pack("train_set"), "table: 14.*train_set.zip may still have to be unpacked"),
@@ -495,3 +564,28 @@ def test_a_wrong_root_is_one_sentence_that_says_what_it_must_hold(tmp_path: Path
     message = cafe.fail("data", "index", kind, str(tmp_path / "empty"), "--name", "x")
     assert f"{tmp_path / 'empty'} holds no " in message
     assert message.count("\n") == 0
+
+
+CELL = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        ("", "..", "../x.png", "/etc/passwd", "nan", "1e999", "=1+1", '"', "\0", "fer0000003.png", "anger", "3")
+    ),
+)
+ROWS = st.lists(st.lists(CELL, max_size=14), max_size=6)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=st.sampled_from(list(TEXT_FILES)), rows=ROWS, keep=st.booleans(), raw=st.binary(max_size=60))
+def test_label_files_of_any_content_are_read_or_one_sentence(
+    tmp_path: Path, name: str, rows: list[list[str]], keep: bool, raw: bytes
+) -> None:
+    case, file = CASES[name], TEXT_FILES[name]
+    root = tmp_path / name
+    if not root.exists():
+        case.write(root)
+        (root / "whole").write_bytes(next(root.rglob(file)).read_bytes())
+    path = next(root.rglob(file))
+    text = "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass")
+    path.write_bytes(((root / "whole").read_bytes() if keep else b"") + text + raw)
+    assert complaint(index, case.kind, root, tmp_path / "images")[-1:] in ("", ".")

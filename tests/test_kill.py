@@ -5,6 +5,7 @@ These tests start Ray themselves, since the driver of a Ray of its own is what i
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Cafe, draw_faces
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 from upath import UPath
 
 from pipeline.store import FeatureStore, find_stores
-from pipeline.tracking import Tracker
-from pipeline.workspace import Workspace
 
 ALONE = ("--num-cpus", "1")
 
@@ -39,13 +39,21 @@ def whole(work: Cafe) -> Cafe:
     return Cafe(work.workspace.with_name("whole"), "")
 
 
-def kill_at(cafe: Cafe, command: tuple[str, ...], sign: str) -> None:
-    """Start a command in a process of its own and kill it with -9 as soon as a file like `sign` is there."""
+def start(cafe: Cafe, command: tuple[str, ...], sign: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a command in a process of its own; return it, as soon as a file like `sign` is there, and its errors."""
     program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
-    driver = subprocess.Popen([*program, *command], start_new_session=True, stderr=subprocess.DEVNULL)
+    errors = cafe.workspace.parent / "errors.txt"
+    with errors.open("wb") as output:
+        driver = subprocess.Popen([*program, *command], start_new_session=True, stderr=output)
     while not list(cafe.workspace.glob(sign)):
-        assert driver.poll() is None, "the command ended before it could be killed"
+        assert driver.poll() is None, f"the command ended before it could be stopped: {errors.read_text()}"
         time.sleep(0.02)
+    return driver, errors
+
+
+def kill_at(cafe: Cafe, command: tuple[str, ...], sign: str) -> None:
+    """Kill a command with -9 as soon as a file like `sign` is there."""
+    driver, _ = start(cafe, command, sign)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
 
@@ -71,7 +79,7 @@ def test_an_extraction_loses_only_unfinished_shards(work: Cafe, whole: Cafe, tin
 def test_a_training_goes_on_from_its_checkpoint_to_the_same_weights(work: Cafe, whole: Cafe) -> None:
     command = ("train", "--source", "tiny", "--method", "image_only", "--epochs", "6", "--image-size", "32")
     command += ("--set", "batch_size=32", "--set", "learning_rate=0.001", "--targets", "none", *ALONE)
-    kill_at(work, command, "runs/*/train/checkpoint_*/state.json")
+    kill_at(work, command, "runs/*/checkpoints/*/state.json")
     assert not list(work.workspace.glob("runs/*/model.safetensors"))
 
     work.succeed(*command)
@@ -81,6 +89,19 @@ def test_a_training_goes_on_from_its_checkpoint_to_the_same_weights(work: Cafe, 
     )
     for name, value in uninterrupted.items():
         assert torch.equal(resumed[name], value), name
-    tracker = Tracker(Workspace.at(str(work.workspace)), None, "cafe")
-    (logged,) = tracker.runs()
-    assert tracker.logged_steps(logged.run_id, "train/total") == {1, 2, 3, 4, 5, 6}
+    client = MlflowClient(f"sqlite:///{work.workspace}/mlflow.db")
+    (logged,) = client.search_runs([client.get_experiment_by_name("cafe").experiment_id])
+    history = client.get_metric_history(logged.info.run_id, "train/total")
+    assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_interrupted_training_says_so_and_how_to_go_on(work: Cafe) -> None:
+    command = ("train", "--source", "tiny", "--method", "image_only", "--epochs", "60", "--image-size", "32")
+    driver, errors = start(work, (*command, "--targets", "none", *ALONE), "runs/*/epochs/0001.json")
+    driver.send_signal(signal.SIGINT)
+    interrupted = time.monotonic()
+    assert driver.wait(60) == 130
+    assert time.monotonic() - interrupted < 20  # on a crowded machine; 5 s on a quiet one
+    assert "Interrupted: the same command goes on where it was." in errors.read_text()
+    (status,) = work.workspace.glob("runs/*/status.json")
+    assert json.loads(status.read_text()) == {"status": "KILLED", "reason": "interrupted"}

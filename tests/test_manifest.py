@@ -7,20 +7,27 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Cafe, draw_faces
-from hypothesis import given
+from conftest import Cafe, complaint, draw_faces
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
 from cafe.data import DATASETS
 from cafe.data.indexing import Index, index_files
-from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows
+from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
 from cafe.errors import UserError
+
+
+@pytest.fixture
+def cafe(tmp_path: Path) -> Cafe:
+    """The command line without Ray, which indexing never needs."""
+    return Cafe(tmp_path / "work", "")
 
 
 def index(kind: str, path: Path) -> Index:
@@ -54,7 +61,7 @@ def test_a_given_split_is_kept(tmp_path: Path) -> None:
     draw_faces(tmp_path / "Train", per_class=2)
     draw_faces(tmp_path / "validation", per_class=3)
     result = index("folder", tmp_path)
-    assert result.layout == "SPLIT/EXPRESSION/image"
+    assert result.listing.layout == "SPLIT/EXPRESSION/image"
     assert (len(result.manifest.rows("train")), len(result.manifest.rows("val"))) == (6, 9)
 
 
@@ -71,7 +78,7 @@ def test_hidden_files_and_other_kinds_are_not_faces(tmp_path: Path) -> None:
     (tmp_path / "__MACOSX" / "anger" / "x.jpg").touch()
     (tmp_path / "anger" / "notes.txt").touch()
     result = index("folder", tmp_path)
-    assert (len(result.manifest), result.ignored, result.broken) == (6, 1, [])
+    assert (len(result.manifest), result.listing.ignored, result.broken) == (6, 1, [])
 
 
 def test_broken_files_are_named_and_duplicates_found(tmp_path: Path) -> None:
@@ -114,7 +121,12 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
         ("path,emotion\na,b", "no column 'label'"),
         ("path,label,age\na,anger,3", "unknown column 'age'"),
         ("path,label\n,anger", "Row 1 .* has no path"),
-        ("path,label\n../x.jpg,anger", "points outside its folder"),
+        ("path,label\n../x.jpg,anger", r"Row 1 .* has the path '../x.jpg': write it without '..', absolute or"),
+        ("path,label\na,anger,fear", "is neither a CSV nor a Parquet table"),
+        (
+            "path,label\na,anger\nb,fear\na,fear\n./b,sad\n",
+            r"lists 2 faces more than once .*, a \(rows 1, 3\), b \(rows 2, 4\)",
+        ),
         ("path,label\nx.jpg,3", "Unknown expression '3'"),
         ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
     ],
@@ -125,11 +137,44 @@ def test_a_bad_table_is_one_sentence(tmp_path: Path, text: str, message: str) ->
         index("table", tmp_path / "t.csv")
 
 
-def test_a_sample_listed_twice_is_an_error(tmp_path: Path) -> None:
+def test_a_row_listed_twice_counts_once_and_is_reported(tmp_path: Path, cafe: Cafe) -> None:
     draw_faces(tmp_path, per_class=1)
-    (tmp_path / "t.csv").write_text("path,label\nanger/000.jpg,anger\nanger/000.jpg,anger\n")
-    with pytest.raises(UserError, match=r"'anger/000.jpg' is listed twice"):
-        index("table", tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("path,label\nanger/000.jpg,anger\nsadness/000.jpg,sad\n./anger/000.jpg,Angry\n")
+    output = cafe.succeed("data", "index", "table", str(tmp_path / "t.csv"), "--name", "t")
+    assert "t: 2 faces" in output
+    assert "1 listed more than once, counted once:\n  anger/000.jpg (rows 1, 3)" in output
+
+
+def test_a_table_may_lie_elsewhere_and_have_absolute_paths(tmp_path: Path, cafe: Cafe) -> None:
+    faces, table = draw_faces(tmp_path / "sets" / "faces", per_class=2), tmp_path / "lists" / "t.csv"
+    table.parent.mkdir()
+    table.write_text(f"path,label\n{faces}/anger/000.jpg,anger\n{faces}/sadness/001.png,sad\n")
+    by_table = index("table", table).manifest
+    assert (by_table.root, by_table.sample_ids) == (str(faces), ["anger/000.jpg", "sadness/001.png"])
+    command = ("data", "index", "table", str(table), "--name", "t", "--root")
+    cafe.succeed(*command, str(tmp_path / "sets"))
+    manifest = Manifest.load(UPath(cafe.workspace / "manifests" / "t.parquet"))
+    assert (manifest.root, manifest.sample_ids[0]) == (str(tmp_path / "sets"), "faces/anger/000.jpg")
+    assert manifest.read_face(0).shape == (24, 24, 3)
+    assert "which is not in" in cafe.fail(*command, str(tmp_path / "lists"))
+    table.write_text("path,label\nanger/000.jpg,anger\n")
+    assert "t: 1 faces" in cafe.succeed(*command, str(faces))
+    assert "--root . has no meaning for folder" in cafe.fail(
+        "data", "index", "folder", ".", "--name", "x", "--root", "."
+    )
+
+
+def test_links_to_folders_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
+    draw_faces(tmp_path / "elsewhere", per_class=2)
+    (tmp_path / "set").mkdir()
+    for name in ("anger", "sadness"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "anger" / "loop").symlink_to(tmp_path / "set")
+    samples = index("folder", tmp_path / "set").manifest.sample_ids
+    assert [sample for sample in samples if "loop" not in sample] == [
+        "anger/000.jpg", "anger/001.png", "sadness/000.jpg", "sadness/001.png",
+    ]  # fmt: skip
+    assert all(sample.count("loop") < 2 for sample in samples)
 
 
 def test_splits_are_stratified_and_rare_classes_reach_both() -> None:
@@ -168,7 +213,7 @@ def test_a_manifest_survives_its_file_and_its_digest_names_labels(tmp_path: Path
     assert relabelled.image_digest == manifest.image_digest
 
 
-def test_digests_without_boxes_are_those_of_before_there_were_boxes_and_a_box_changes_both() -> None:
+def test_a_column_that_is_empty_changes_no_digest_and_a_box_changes_both() -> None:
     plain = Manifest.from_faces("x", "/data", [replace(face(n, n), split="train") for n in range(3)])
     columns = {"sample_id": ["0/0.jpg", "1/1.jpg", "2/2.jpg"], "digest": ["0-0", "1-1", "2-2"]}
     before = hashlib.sha256("".join(json.dumps([name, values]) for name, values in columns.items()).encode())
@@ -181,24 +226,73 @@ def test_digests_without_boxes_are_those_of_before_there_were_boxes_and_a_box_ch
     assert moved.image_digest != boxed.image_digest
 
 
-def test_the_kind_and_the_boxes_survive_the_file_and_one_from_before_them_is_read(tmp_path: Path) -> None:
+def test_the_kind_and_the_boxes_survive_the_file(tmp_path: Path) -> None:
     faces = [replace(face(n, n), split="val", box=(1, 2, 3, 4) if n else None) for n in range(2)]
     path = UPath(tmp_path / "x.parquet")
     Manifest.from_faces("x", "/data", faces, "sfew").save(path)
     again = Manifest.load(path)
     assert (again.kind, again.table["box"].to_pylist()) == ("sfew", [None, [1, 2, 3, 4]])
 
-    table = pq.read_table(path).drop_columns("box")
-    about = {"name": "x", "root": "/data", "expressions": []}
-    pq.write_table(table.replace_schema_metadata({"cafe.manifest": json.dumps(about)}), path)
-    old = Manifest.load(path)
-    assert (old.kind, old.table["box"].to_pylist()) == ("", [None, None])
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"header": {"version": None}}, "is not a manifest of version 2: write it again with `cafe data index`"),
+        ({"header": {"name": "../x"}}, "is not a manifest of version 2"),
+        ({"header": {"name": "y"}}, "holds the manifest 'y': name the file y.parquet"),
+        ({"header": {"expressions": ["anger", "fear"]}}, "orders the expressions in another way"),
+        ({"path": "../../etc/passwd"}, "is a damaged manifest .a path that leads out of its root"),
+        ({"path": "/etc/passwd"}, "a path that leads out of its root"),
+        ({"label": 7}, "an unknown label"),
+        ({"split": "dev"}, "an unknown split"),
+        ({"digest": None}, "empty cells in 'digest'"),
+        ({"sample_id": "1/1.jpg"}, "a sample listed twice"),
+    ],
+)
+def test_a_manifest_that_cannot_be_trusted_is_one_sentence(
+    tmp_path: Path, damage: dict[str, Any], message: str
+) -> None:
+    path = UPath(tmp_path / "x.parquet")
+    Manifest.from_faces("x", "/data", [replace(face(n, n), split="train") for n in range(3)]).save(path)
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[b"cafe.manifest"]) | damage.get("header", {})
+    rows = table.to_pylist()
+    rows[0] |= damage
+    table = pa.Table.from_pylist(rows, schema=table.schema)
+    pq.write_table(table.replace_schema_metadata({"cafe.manifest": json.dumps(header)}), path)
+    with pytest.raises(UserError, match=message):
+        Manifest.load(path)
 
 
-def test_a_file_that_is_no_manifest_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(UserError, match="is not a manifest"):
-        Manifest.load(UPath(tmp_path / "x.parquet"))
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(place=st.integers(0, 3000), values=st.binary(min_size=1, max_size=40), cut=st.booleans())
+def test_a_manifest_with_other_bytes_is_loaded_or_one_sentence(
+    tmp_path: Path, place: int, values: bytes, cut: bool
+) -> None:
+    path = UPath(tmp_path / "x.parquet")
+    Manifest.from_faces("x", "/data", [replace(face(n, n), split="train") for n in range(5)], "sfew").save(path)
+    data = bytearray(path.read_bytes())
+    place %= len(data)
+    data[place : None if cut else place + len(values)] = values
+    path.write_bytes(bytes(data))
+    sentence = complaint(Manifest.load, path)
+    assert not sentence or str(path) in sentence
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    header=st.sampled_from(("path,label", "path,label,split,group", "label,path\r", "\ufeffpath,label", "path", "")),
+    rows=st.lists(
+        st.lists(st.one_of(st.text(max_size=8), st.sampled_from(("a.png", "anger", "/x", "..", "\0"))), max_size=4)
+    ),
+    raw=st.binary(max_size=30),
+)
+def test_a_table_of_any_content_is_read_or_one_sentence(
+    tmp_path: Path, header: str, rows: list[list[str]], raw: bytes
+) -> None:
+    text = "\n".join([header, *(",".join(row) for row in rows)])
+    (tmp_path / "t.csv").write_bytes(text.encode("utf-8", "surrogatepass") + raw)
+    assert complaint(index, "table", tmp_path / "t.csv")[-1:] in ("", ".")
 
 
 def test_the_command_prints_counts_and_writes_the_manifest(tmp_path: Path, cafe: Cafe) -> None:
@@ -236,3 +330,17 @@ def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
 )
 def test_a_wrong_call_is_one_sentence(cafe: Cafe, arguments: tuple[str, ...], message: str) -> None:
     assert message in cafe.fail("data", "index", *arguments)
+
+
+def test_a_training_subset_keeps_the_proportions_and_the_other_splits() -> None:
+    faces = [
+        replace(face(n, label), split="train") for label, count in ((0, 60), (1, 30), (2, 9)) for n in range(count)
+    ]
+    faces += [replace(face(n, 1, digest="t"), sample_id=f"t{n}", split="test") for n in range(5)]
+    manifest = Manifest.from_faces("m", "/x", faces)
+    few, more = thin_training(manifest, 10), thin_training(manifest, 40)
+    assert np.bincount(few.labels[few.rows("train")]).tolist() == [6, 3, 1]
+    assert np.bincount(more.labels[more.rows("train")]).tolist() == [24, 12, 4]
+    assert set(few.sample_ids) < set(more.sample_ids)
+    assert len(few.rows("test")) == 5
+    assert thin_training(manifest, 1000).digest == manifest.digest

@@ -12,7 +12,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from upath import UPath
 
 from cafe.report.figures import draw_confusion
-from cafe.results.metrics import Estimate, Predictions, confusion, estimate, score
+from cafe.results.metrics import Estimate, confusion, estimate, score
+from cafe.results.predictions import Predictions
 
 
 def predictions(labels: list[int], predicted: list[int]) -> Predictions:

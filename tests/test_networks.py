@@ -9,6 +9,10 @@ from torchvision import models
 
 from cafe.errors import UserError
 from cafe.learning.networks import NETWORKS, build_network
+from cafe.methods import METHODS
+from cafe.methods.method import Inputs
+
+WAYS = ("torchvision", "pytorch")
 
 
 def torchvision_model(name, num_classes=1000):
@@ -34,7 +38,6 @@ def test_a_branch_pools_to_what_the_classifier_of_torchvision_reads(name, tmp_pa
         features = branch(images)
     assert features.shape == (2, branch.width, 2, 2)
     assert torch.allclose(branch.pool(features), read[0], atol=1e-6)
-    assert branch.init_report.missing == ()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -42,18 +45,47 @@ def test_every_parameter_of_a_branch_is_trained(name):
     branch = build_network(name)
     branch.pool(branch(torch.randn(2, 3, 32, 32))).square().sum().backward()
     assert all(parameter.grad is not None for parameter in branch.parameters())
-    assert branch.init_report.source == "scratch"
 
 
-def test_the_ms_celeb_layout_loads_and_its_classifier_is_reported(tmp_path):
+def test_scratch_is_drawn_as_torchvision_does_or_by_the_default_of_a_layer():
+    """ResNet-18's last convolution, 512 channels of 3 × 3: a normal of √(2 / 4608), or a uniform within 1 / √4608."""
+    torch.manual_seed(0)
+    normal, uniform = (build_network("resnet18", scratch=way).trunk.layer4[1].conv2.weight for way in WAYS)
+    assert normal.std().item() == pytest.approx((2 / 4608) ** 0.5, rel=0.01)
+    assert normal.abs().max() > 4 * normal.std()
+    assert uniform.abs().max().item() == pytest.approx(4608**-0.5, rel=1e-3)
+    assert uniform.std().item() == pytest.approx((1 / 3 / 4608) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("cafe", 1), ("cafe_map", 1), ("image_only", 1), ("rul", 1), ("scn", 0), ("eac", 0), ("ofer_own", 0)],
+)
+def test_each_method_draws_its_branch_as_its_released_script_does(name, way):
+    torch.manual_seed(0)
+    method = METHODS[name](METHODS[name].recipe_type(), Inputs(14, image_size=32))
+    deviation = method.branch.trunk.layer4[1].conv2.weight.std().item()
+    assert deviation == pytest.approx((((2, 1 / 3)[way]) / 4608) ** 0.5, rel=0.01)
+
+
+def test_scn_draws_its_linear_layers_by_their_outputs_only_without_weights(tmp_path):
+    torch.save(torchvision_model("resnet18").state_dict(), tmp_path / "weights.pth")
+    limits = {}
+    for init in ("scratch", f"file:{tmp_path / 'weights.pth'}"):
+        head = METHODS["scn"](METHODS["scn"].recipe_type(), Inputs(None, init=init)).head
+        limits[init[:4]] = [layer.weight.abs().max().item() for layer in (head.classifier, head.attention)]
+        assert head.classifier.bias.any().item() == (init != "scratch")
+    assert limits["scra"] == pytest.approx([7**-0.5, 1.0], rel=0.02)
+    assert limits["file"] == pytest.approx([512**-0.5] * 2, rel=0.02)
+
+
+def test_the_ms_celeb_layout_loads_without_its_classifier(tmp_path):
     model = torchvision_model("resnet18", num_classes=8)
     layout = {f"module.{key}": value for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
     torch.save({"iter": 5, "state_dict": layout}, tmp_path / "msceleb.pth")
     branch = build_network("resnet18", f"file:{tmp_path / 'msceleb.pth'}")
-    assert len(branch.init_report.loaded) == 100  # 20 convolutions, 20 batch norms of four tensors
-    assert branch.init_report.missing == ()
-    assert branch.init_report.unexpected == ("fc.weight", "fc.bias")
-    assert torch.equal(branch.trunk.layer4[1].bn2.running_var, model.layer4[1].bn2.running_var)
+    for name, value in branch.trunk.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_safetensors_and_pickled_weights_start_the_same_branch(tmp_path):
@@ -70,9 +102,9 @@ def test_a_tensor_of_another_shape_counts_as_missing(tmp_path):
     state = torchvision_model("resnet18").state_dict()
     state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
     torch.save(state, tmp_path / "weights.pth")
-    report = build_network("resnet18", f"file:{tmp_path / 'weights.pth'}").init_report
-    assert report.missing == ("conv1.weight",)
-    assert len(report.loaded) == 99
+    trunk = build_network("resnet18", f"file:{tmp_path / 'weights.pth'}").trunk
+    assert trunk.conv1.weight.shape == (64, 3, 7, 7)
+    assert torch.equal(trunk.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
 
 
 @pytest.mark.parametrize(("left", "fits"), [(90, True), (89, False)])
@@ -81,7 +113,8 @@ def test_ninety_percent_of_the_tensors_must_load(left, fits, tmp_path):
     counted = [key for key in state if not key.startswith("fc.") and not key.endswith("num_batches_tracked")]
     torch.save({key: state[key] for key in counted[100 - left :]}, tmp_path / "weights.pth")
     if fits:
-        assert len(build_network("resnet18", f"file:{tmp_path / 'weights.pth'}").init_report.loaded) == left
+        trunk = build_network("resnet18", f"file:{tmp_path / 'weights.pth'}").trunk
+        assert torch.equal(trunk.layer4[1].bn2.running_var, state["layer4.1.bn2.running_var"])
     else:
         with pytest.raises(UserError, match=r"Only 89 of the 100 tensors of 'resnet18' load .*'conv1.weight'"):
             build_network("resnet18", f"file:{tmp_path / 'weights.pth'}")
@@ -104,11 +137,10 @@ def test_a_wrong_name_is_answered_in_one_sentence(name, init, message):
 
 def test_unreachable_imagenet_weights_name_the_way_out():
     try:
-        branch = build_network("resnet18", "imagenet")
+        build_network("resnet18", "imagenet")
     except UserError as error:
         sentence = str(error)
     else:
-        assert branch.init_report.missing == ()
         pytest.skip("the weights can be fetched here, so the sentence cannot be seen")
     assert sentence.startswith("Cannot fetch the imagenet weights of 'resnet18' (")
     assert "'file:PATH'" in sentence

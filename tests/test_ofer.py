@@ -237,7 +237,8 @@ def batch_of(count: int) -> dict[str, Tensor]:
     image = torch.randn(count, 3, 32, 32, generator=generator)
     latents = draw_latents(count)
     latents[0, 1] += 30
-    return {"image": image, "map": latents.transpose(1, 2).unflatten(2, (2, 2))}
+    placement = torch.eye(2, 3).expand(count, -1, -1)
+    return {"image": image, "map": latents.transpose(1, 2).unflatten(2, (2, 2)), "placement": placement}
 
 
 def test_a_flagged_patch_is_repainted_and_its_latent_forgotten_but_what_was_erased_stays_erased() -> None:
@@ -253,6 +254,28 @@ def test_a_flagged_patch_is_repainted_and_its_latent_forgotten_but_what_was_eras
     assert latents[0, 1].abs().max() == 0
     torch.testing.assert_close(latents[1:], method.detector.standardise(method.read_latents(batch))[1:])
     assert method(batch)["occluded"].tolist() == [[0.25], [0.0], [0.0]]
+
+
+def test_a_patch_flagged_on_the_clean_face_is_repainted_where_the_mirrored_image_shows_it() -> None:
+    method, batch = new_method(), batch_of(2)
+    method.detector.load_state_dict(fitted_detector(draw_latents(400), quantile=1.0).state_dict())
+    batch["placement"] = torch.tensor([[-1.0, 0, 0], [0, 1, 0]]).expand(2, -1, -1)
+    image, _, flagged = method.restore(batch)
+    assert flagged[0].tolist() == [False, True, False, False]  # the upper right quarter
+    assert (image[0] != batch["image"][0])[:, :16, :16].float().mean() > 0.99
+    assert torch.equal(image[0, :, :, 16:], batch["image"][0, :, :, 16:])
+    assert torch.equal(image[0, :, 16:], batch["image"][0, :, 16:])
+
+
+def test_attention_to_a_mirrored_image_is_attention_to_the_other_side_of_the_clean_face() -> None:
+    method, attention = new_method(tokens="top"), torch.rand(3, 2, 2)
+    mirrored = torch.tensor([[-1.0, 0, 0], [0, 1, 0]]).expand(3, -1, -1)
+    torch.testing.assert_close(method.locate(attention, {"placement": mirrored}), attention.flip(2))
+    lower = torch.tensor([[1.0, 0, 0], [0, 1, 0.5]]).expand(
+        3, -1, -1
+    )  # the image shows what lies a quarter further down
+    located = method.locate(torch.arange(16.0).reshape(1, 4, 4).expand(3, -1, -1), {"placement": lower})
+    torch.testing.assert_close(located[:, 1:], torch.arange(12.0).reshape(1, 3, 4).expand(3, -1, -1))
 
 
 def test_without_a_fitted_detector_or_a_painter_faces_pass_through() -> None:

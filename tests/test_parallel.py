@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cafe.learning.loading import own_part
 from cafe.learning.parallel import gather, rank, share_batch_norm, world_size
 
-TOTAL = 7  # odd: the workers' parts differ in size
+TOTALS = (7, 1)  # odd: the workers' parts differ in size, and one of them is empty
 
 
 def build() -> nn.Sequential:
@@ -23,10 +24,11 @@ def build() -> nn.Sequential:
 def ranked_loss(logits: torch.Tensor) -> torch.Tensor:
     """A loss that no worker could compute from its own part: the gap between the upper and the lower half of a batch."""
     scores = logits.square().mean(dim=1).sort().values
-    return scores[TOTAL // 2 :].mean() - scores[: TOTAL // 2].mean()
+    half = len(scores) // 2
+    return scores[half:].mean() - scores[:half].sum() / max(half, 1)
 
 
-def step(store: str, number: int, workers: int, results: str) -> None:
+def step(store: str, number: int, workers: int, results: str, total: int) -> None:
     """One forward and backward pass of a worker; the first one saves gradients and running statistics."""
     torch.set_num_threads(1)
     if workers > 1:
@@ -35,9 +37,9 @@ def step(store: str, number: int, workers: int, results: str) -> None:
     if workers > 1:
         share_batch_norm(module)
     wrapped = DistributedDataParallel(module) if workers > 1 else module
-    images = torch.randn(TOTAL, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-    mine = own_part(torch.arange(TOTAL).numpy())
-    logits = gather(wrapped(images[mine]), TOTAL)
+    images = torch.randn(total, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    mine = own_part(torch.arange(total).numpy())
+    logits = gather(wrapped(images[mine]), total)
     (ranked_loss(logits) * world_size()).backward()
     if rank() == 0:
         gradients = {f"gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
@@ -46,13 +48,14 @@ def step(store: str, number: int, workers: int, results: str) -> None:
         distributed.destroy_process_group()
 
 
-def start(number: int, store: str, results: str) -> None:
-    step(store, number, 2, results)
+def start(number: int, store: str, results: str, total: int) -> None:
+    step(store, number, 2, results, total)
 
 
-def test_gradients_and_statistics_of_two_workers_are_those_of_one(tmp_path: Path) -> None:
-    step("", 0, 1, str(tmp_path / "one.pt"))
-    multiprocessing.spawn(start, (str(tmp_path / "store"), str(tmp_path / "two.pt")), nprocs=2)
+@pytest.mark.parametrize("total", TOTALS)
+def test_gradients_and_statistics_of_two_workers_are_those_of_one(total: int, tmp_path: Path) -> None:
+    step("", 0, 1, str(tmp_path / "one.pt"), total)
+    multiprocessing.spawn(start, (str(tmp_path / "store"), str(tmp_path / "two.pt"), total), nprocs=2)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():

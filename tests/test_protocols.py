@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import Cafe, draw_faces
+from mlflow import MlflowClient
 from PIL import Image
 from upath import UPath
 
@@ -19,16 +20,20 @@ from cafe.errors import UserError
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
-from cafe.methods import METHODS, find_method
-from cafe.results.metrics import Predictions
+from cafe.methods import METHODS
+from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
+from cafe.results.scores import read_runs, read_scores
 from pipeline import settings
-from pipeline.evaluate import is_judged, load_predictions, log_results, predict_target
+from pipeline.evaluate import is_judged, predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower
-from pipeline.runs import RunSpec, choose_store, choose_target, choose_targets, describe_target
-from pipeline.settings import ExtractSettings, StoreChoice
+from pipeline.faces import any_store, choose_store, choose_target, choose_targets
+from pipeline.models import build_method, find_inputs
+from pipeline.runs import RunSpec, add_experiment
+from pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
 from pipeline.store import FeatureStore
-from pipeline.tracking import Tracker
+from pipeline.tracking import Mirror, default_uri, name_metrics
+from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 
 
@@ -96,36 +101,26 @@ def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> Feature
 
 def make_run(workspace: Workspace, method: str = "linear_probe", source: str = "raf") -> tuple[UPath, RunSpec]:
     """Write a run as training leaves it, with the weights it began with."""
-    faces = workspace.load_manifest(source)
-    chosen = choose_store(workspace, faces, StoreChoice(), METHODS[method])
-    assert chosen is not None
-    key = chosen[1].key
-    recipe = asdict(find_method(method).recipe_type())
-    spec = RunSpec(
-        source, faces.digest, method, recipe, 0, "resnet18", "scratch", 32, "fp32", key.view_plan, key,
-        chosen[1].backbone_name, chosen[1].width, source_kind=faces.kind,
-    )  # fmt: skip
-    run = workspace.run_path(spec.name)
-    spec.save(run)
-    write_tensors(run / "model.safetensors", spec.build().state_dict())
-    return run, spec
+    plan = plan_training(workspace, TrainSettings(source=source, method=method, image_size=32, targets="none"))
+    plan.spec.save(plan.run)
+    add_experiment(plan.run, "cafe")
+    write_tensors(plan.run / "model.safetensors", build_method(plan.spec).state_dict())
+    return plan.run, plan.spec
 
 
-def test_the_grid_of_the_maps_is_kept_but_is_no_part_of_a_runs_name(workspace: Workspace) -> None:
-    run, spec = make_run(workspace)
+def test_the_grid_of_the_maps_is_kept_but_is_no_part_of_a_runs_name(workspace: Workspace, tmp_path: Path) -> None:
+    _, spec = make_run(workspace)
     larger = replace(spec, grid=(4, 5))
     assert (larger.name, larger.group) == (spec.name, spec.group)
-    larger.save(run)
-    assert RunSpec.load(run).inputs.grid == (4, 5)
+    larger.save(UPath(tmp_path))
+    assert find_inputs(RunSpec.load(UPath(tmp_path))).grid == (4, 5)
 
 
 def judge(
     workspace: Workspace, run: UPath, spec: RunSpec, protocol: str, names: str | None = None, split: str | None = None
 ) -> None:
     for target in choose_targets(workspace, names, spec, protocol, split):
-        path = str(workspace.manifest_path(target.manifest.name))
-        how = (target.protocol, target.split, target.title)
-        predict_target(str(run), path, str(target.store), target.about, how)
+        predict_target(str(run), target)
 
 
 def test_a_target_gets_the_store_of_its_colours_and_a_source_always_rgb(workspace: Workspace) -> None:
@@ -151,18 +146,36 @@ def test_missing_bgr_features_say_how_to_make_them(workspace: Workspace, tmp_pat
 
 def test_argmax_labels_are_judged_apart_or_not_at_all(workspace: Workspace) -> None:
     _, spec = make_run(workspace)
-    target = replace(workspace.load_manifest("fer"), kind="ferplus-argmax")
+    path, majority = workspace.manifest_path("fer"), workspace.load_manifest("fer")
+    replace(majority, kind="ferplus-argmax").save(path)
     with pytest.raises(UserError, match=r"has no way to judge 'fer' .*majority rule.*--split SPLIT"):
-        describe_target(target, spec, find_protocol("clean"))
-    apart = describe_target(target, spec, find_protocol("clean"), "test")
+        choose_target(workspace, "fer", spec, find_protocol("clean"))
+    apart = choose_target(workspace, "fer", spec, find_protocol("clean"), "test")
     assert (apart.split, apart.title) == ("test", "fer@test")
+    majority.save(path)
+
+
+def test_a_target_without_a_readable_face_is_one_sentence(workspace: Workspace, tmp_path: Path) -> None:
+    _, spec = make_run(workspace)
+    manifest = workspace.load_manifest("fer")
+    store = any_store(workspace, manifest)
+    assert store is not None
+    valid = FeatureStore(*store).array("valid")
+    before = valid[:]
+    valid[:] = np.zeros_like(before)
+    try:
+        with pytest.raises(
+            UserError, match="No face of 'fer' in the split 'test' is readable: see why with `cafe data"
+        ):
+            choose_target(workspace, "fer", spec, find_protocol("clean"))
+    finally:
+        valid[:] = before
 
 
 def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Workspace) -> None:
     run, spec = make_run(workspace)
     judge(workspace, run, spec, "clean")
-    tracker = Tracker(workspace, None, "cafe")
-    clean = log_results(run, tracker)
+    clean = metrics_of(run)
     cafe = Cafe(Path(str(workspace.root)), "")
     table = cafe.succeed("compare")
     assert "Protocol clean: RGB; SFEW is judged on val" in table
@@ -173,7 +186,7 @@ def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Worksp
     judge(workspace, run, spec, "paper", "stills", "val")
     with pytest.raises(UserError, match="'raf' has no faces in the split 'val': choose train, test, or leave it out"):
         judge(workspace, run, spec, "paper", "raf", "val")
-    both = log_results(run, tracker)
+    both = metrics_of(run)
     assert {name: value for name, value in both.items() if not name.startswith("paper/")} == clean
     predictions = {name: load_predictions(run, name) for name in PROTOCOLS}
     assert set(predictions["clean"]) == {"raf", "stills", "fer"}
@@ -191,15 +204,21 @@ def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Worksp
     unseen = np.mean([accuracy(predictions["paper"][target]) for target in ("stills", "fer")])
     assert both["paper/unseen/accuracy"] == pytest.approx(unseen)
 
-    (logged,) = tracker.runs()
-    assert logged.tags["cafe.protocols"] == "clean, paper"
-    assert logged.metrics["paper/target/stills/accuracy"] == pytest.approx(accuracy(predictions["paper"]["stills"]))
-    assert logged.metrics["target/stills/accuracy"] == pytest.approx(accuracy(predictions["clean"]["stills"]))
+    Mirror(workspace).update(run)
+    client = MlflowClient(default_uri(workspace))
+    (logged,) = client.search_runs([client.get_experiment_by_name("cafe").experiment_id])
+    assert logged.data.tags["cafe.protocols"] == "clean, paper"
+    logged_scores = [logged.data.metrics[f"{prefix}target/stills/accuracy"] for prefix in ("paper/", "")]
+    assert logged_scores == pytest.approx([accuracy(predictions[name]["stills"]) for name in ("paper", "clean")])
     for protocol, other in (("clean", "paper"), ("paper", "clean")):
         table = cafe.succeed("compare", "--protocol", protocol, "--markdown", str(workspace.root / "table.md"))
         assert f"{100 * accuracy(predictions[protocol]['stills']):.1f}" in table
         assert f"also judged by --protocol {other}" in table
         assert f"Protocol {protocol}: {PROTOCOLS[protocol].about}" in (workspace.root / "table.md").read_text()
+
+
+def metrics_of(run: UPath) -> dict[str, float]:
+    return name_metrics(read_scores(read_runs([run])))
 
 
 def accuracy(predictions: Predictions) -> float:

@@ -8,88 +8,77 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Cafe
+from runs import write_predictions, write_run
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.learning.views import ViewPlan
-from cafe.methods import METHODS
 from cafe.report.charts import INK, draw_ranks, find_ties, to_svg
-from cafe.results.metrics import Predictions, estimate
-from cafe.results.protocols import PROTOCOLS
+from cafe.report.drawings import list_drawings
+from cafe.report.formats import to_csv, to_html, to_latex, to_markdown
+from cafe.report.report import Report, make_report
+from cafe.report.sheets import BEST, SECOND, Cell, Sheet
+from cafe.results.metrics import estimate
+from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS
-from cafe.results.statistics import Ranking, holm, paired_bootstrap
-from pipeline.evaluate import load_predictions, log_results
-from pipeline.render import to_csv, to_html, to_latex, to_markdown
-from pipeline.report import Report, make_report
-from pipeline.runs import RunSpec
-from pipeline.sheets import BEST, SECOND, Sheet
-from pipeline.tracking import Tracker
+from cafe.results.scores import read_runs, read_scores
+from cafe.results.statistics import Ranking, grouped_test, holm, paired_bootstrap
 from pipeline.workspace import Workspace
 
-PLAN = ViewPlan("paper", 0, 3, "bilinear", (0.5,) * 3, (0.5,) * 3)
 KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
 FACES = {"raf": 300, "fer": 250, "stills": 120, "mine": 200}
 
 
 def judged_run(
     workspace: Workspace,
-    tracker: Tracker,
     method: str,
     source: str,
     seed: int,
     skill: float,
     protocol: str = "clean",
-    selection: str = "final",
-    init: str = "file:msceleb.pth",
     kinds: dict[str, str] = KINDS,
     faces: dict[str, int] = FACES,
-    **recipe: object,
+    **settings: Any,
 ) -> UPath:
-    """Write and log a run as training and judging leave it, right on a share of faces that grows with its skill."""
-    settings = asdict(METHODS[method].published_recipe(kinds[source])) | recipe
-    spec = RunSpec(
-        source, "digest", method, settings, seed, "resnet18", init, 224, "fp32", PLAN, None, "clip-vit-b32", 512,
-        selection=selection, source_kind=kinds[source],
-    )  # fmt: skip
-    run = workspace.run_path(spec.name)
-    spec.save(run)
+    """Write a run as training and judging leave it, right on a share of faces that grows with its skill."""
+    run = write_run(workspace, method, source, seed, kinds[source], **settings)
     for number, (target, count) in enumerate(faces.items()):
         labels = np.arange(count) % 7
         ease = np.random.default_rng(number).normal(size=count)  # hard faces are hard for every method and seed
-        noise = np.random.default_rng([number, seed, len(spec.name), *map(ord, method)]).normal(size=count)
+        noise = np.random.default_rng([number, seed, *map(ord, method)]).normal(size=count)
         right = ease + noise + skill + (1.0 if target == source else 0.0) > 0
         predicted = np.where(right, labels, (labels + 1 + (np.arange(count) // 7) % 6) % 7)
-        about = {"run": spec.name, "target": target, "protocol": protocol, "kind": kinds[target], "manifest": "digest"}
-        ids = [f"{row:05d}.jpg" for row in range(count)]
-        place = run / "predictions" / PROTOCOLS[protocol].prefix / f"{target}.parquet"
-        Predictions(ids, labels, np.eye(7, dtype=np.float32)[predicted], about).save(place)
-    log_results(run, tracker)
+        write_predictions(run, target, labels, predicted, protocol, kinds[target])
     return run
+
+
+def report_all(workspace: Workspace, **choice: Any) -> Report:
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    return make_report(runs, read_scores(runs, workspace.manifest_names()), **choice)
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Two sources × three methods × two seeds, judged on four targets, with predictions and MLflow's own store."""
+    """Two sources × three methods × three seeds, judged on four targets."""
     workspace = Workspace.at(str(tmp_path_factory.mktemp("report") / "work"))
-    tracker = Tracker(workspace, None, "cafe")
     for source in ("raf", "fer"):
         for method, skill in (("cafe", 0.8), ("scn", 0.2), ("linear_probe", 0.75)):
-            for seed in range(2):
-                judged_run(workspace, tracker, method, source, seed, skill)
+            for seed in range(3):
+                judged_run(workspace, method, source, seed, skill)
     return workspace
 
 
 @pytest.fixture(scope="module")
 def report(workspace: Workspace) -> Report:
-    return make_report(workspace, Tracker(workspace, None, "cafe").runs(), versus="cafe")
+    return report_all(workspace, versus="cafe")
 
 
 def sheet(report: Report, title: str) -> Sheet:
@@ -109,11 +98,13 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
 ) -> None:
     table = sheet(report, "Accuracy")
     assert table.header == [
-        "source", "method", "seeds", "fer", "mine", "raf", "stills", "unseen accuracy", "unseen macro-F1", "all accuracy"
+        "source", "method", "seeds", "fer", "mine", "raf", "stills",
+        "unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy",
     ]  # fmt: skip
-    assert [line[0].text for line in table.lines] == ["fer"] * 3 + ["raf"] * 3
-    means = {}
-    for line in table.lines:
+    assert [line[0].text for line in table.lines] == ["fer"] * 4 + ["raf"] * 4
+    means: dict[tuple[str, str], float] = {}
+    leads = {line[0].text: line for line in table.lines if line[1].text == "cafe less the best rival"}
+    for line in (line for line in table.lines if line is not leads[line[0].text]):
         source, method = line[0].text, line[1].text
         seeds = {target: correct(workspace, method, source, target).mean(axis=1) for target in KINDS}
         for cell, target in zip(line[3:7], table.header[3:7], strict=True):
@@ -121,12 +112,14 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
             assert cell.text == (f"({expected})" if target == source else expected)
         unseen = np.mean([seeds[target] for target in KINDS if target != source], axis=0)
         assert line[7].text == str(estimate(list(unseen)))
-        assert line[9].text == str(estimate(list(np.mean(list(seeds.values()), axis=0))))
+        assert line[10].text == str(estimate(list(np.mean(list(seeds.values()), axis=0))))
         means[source, method] = float(unseen.mean())
     for source in ("fer", "raf"):
         order = sorted((method for which, method in means if which == source), key=lambda name: -means[source, name])
         marks = {line[1].text: line[7].mark for line in table.lines if line[0].text == source}
-        assert [marks[name] for name in order] == [BEST, SECOND, ""]
+        assert [marks.get(name) for name in order] == [BEST, SECOND, ""]
+        lead = means[source, "cafe"] - max(means[source, "scn"], means[source, "linear_probe"])
+        assert leads[source][7].text == f"{100 * lead:+.1f}".replace("-", "−")
 
 
 def test_each_method_has_its_matrix_of_sources_and_targets(report: Report) -> None:
@@ -192,7 +185,7 @@ def test_ranks_are_over_every_pair_of_source_and_unseen_target(workspace: Worksp
 
 def test_the_csv_holds_every_number_unrounded(workspace: Workspace, report: Report) -> None:
     records = list(csv.DictReader(io.StringIO(to_csv(report))))
-    assert len(records) == 6 * (4 + 3)
+    assert len(records) == 6 * (4 + 4)
     cell = {(r["source"], r["method"], r["target"], r["metric"]): r for r in records}
     record = cell["raf", "scn", "fer", "accuracy"]
     ours, theirs = (correct(workspace, method, "raf", "fer") for method in ("scn", "cafe"))
@@ -201,7 +194,7 @@ def test_the_csv_holds_every_number_unrounded(workspace: Workspace, report: Repo
     assert float(record["published"]) == pytest.approx(0.5837)
     test = paired_bootstrap([ours.mean(axis=0) - theirs.mean(axis=0)])
     assert (float(record["accuracy_difference"]), float(record["p"])) == pytest.approx((test.mean, test.p))
-    assert (record["versus"], record["role"], record["protocol"], record["seeds"]) == ("cafe", "unseen", "clean", "2")
+    assert (record["versus"], record["role"], record["protocol"], record["seeds"]) == ("cafe", "unseen", "clean", "3")
     assert cell["raf", "scn", "raf", "accuracy"]["role"] == "source"
     assert cell["raf", "cafe", "fer", "accuracy"]["p"] == ""  # not tested against itself
     assert cell["raf", "scn", "mean of unseen", "macro_f1"]["p"] == ""
@@ -250,12 +243,10 @@ def test_latex_compiles_and_fits_a_page(report: Report, tmp_path: Path) -> None:
     assert f"\\textbf{{{mean}\\,{{\\scriptsize$\\pm${half_width}}}}}" in text
 
 
-def test_latex_survives_names_full_of_its_own_signs(tmp_path: Path) -> None:
-    from pipeline.sheets import Cell
-
+def test_latex_survives_names_full_of_its_own_signs(report: Report, tmp_path: Path) -> None:
     nasty = r"a_b & 50% #1 ${x}$ ~^ \end{table} <|> − – × † …"
     table = Sheet(nasty, 1, 1, ["x", "y"], [[Cell(nasty), Cell("1.0 ± 2.0 †", BEST)]], [nasty])
-    compile_latex(tmp_path, to_latex(Report(nasty, [nasty], [table], [], [])))
+    compile_latex(tmp_path, to_latex(replace(report, title=nasty, about=[nasty], sheets=[table])))
 
 
 class Page(HTMLParser):
@@ -306,7 +297,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(report: Report) -> N
     assert len(page.ids) == len(set(page.ids))
     assert "script" not in page.tags
     assert not re.search(r"url\((?!#)|@import", text)
-    assert text.count("<svg") == len(report.drawings) == 10  # means of 2 sources, 3 matrices, 4 pairs, ranks
+    assert text.count("<svg") == len(list_drawings(report)) == 10  # means of 2 sources, 3 matrices, 4 pairs, ranks
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
     assert INK not in text
@@ -329,23 +320,20 @@ def test_bars_join_the_longest_stretches_that_cannot_be_told_apart() -> None:
 
 
 @pytest.fixture
-def fresh(workspace: Workspace, tmp_path: Path) -> tuple[Workspace, Tracker]:
-    """An empty workspace, and an experiment of its own in the database there is."""
-    return Workspace.at(str(tmp_path / "work")), Tracker(workspace, None, tmp_path.name)
+def fresh(tmp_path: Path) -> Workspace:
+    return Workspace.at(str(tmp_path / "work"))
 
 
-def test_predictions_are_joined_by_sample(fresh: tuple[Workspace, Tracker]) -> None:
+def test_predictions_are_joined_by_sample(fresh: Workspace) -> None:
     """Other orders and left-out faces change nothing but the faces that are compared."""
-    workspace, tracker = fresh
-    runs = [judged_run(workspace, tracker, method, "raf", 0, skill) for method, skill in (("cafe", 0.5), ("scn", 0.0))]
+    runs = [judged_run(fresh, method, "raf", 0, skill) for method, skill in (("cafe", 0.5), ("scn", 0.0))]
     path = runs[1] / "predictions" / "fer.parquet"
-    whole = Predictions.load(path)
+    cafe, whole = (load_predictions(run)["fer"] for run in runs)
     kept = np.random.default_rng(0).permutation(len(whole.labels))[:-40]
     ids = [whole.sample_ids[row] for row in kept]
     Predictions(ids, whole.labels[kept], whole.probabilities[kept], whole.about).save(path)
-    tests = sheet(make_report(workspace, tracker.runs(), versus="cafe"), "Against cafe, trained on raf")
+    tests = sheet(report_all(fresh, versus="cafe"), "Against cafe, trained on raf")
     (line,) = [line for line in tests.lines if line[1].text == "fer"]
-    cafe = Predictions.load(runs[0] / "predictions" / "fer.parquet")
     both = sorted(kept)
     difference = (whole.predicted == whole.labels)[both].mean() - (cafe.predicted == cafe.labels)[both].mean()
     assert (line[2].text, line[3].text) == ("210", f"{100 * difference:+.1f}".replace("-", "−"))
@@ -354,51 +342,56 @@ def test_predictions_are_joined_by_sample(fresh: tuple[Workspace, Tracker]) -> N
 
     Predictions(ids, (whole.labels[kept] + 1) % 7, whole.probabilities[kept], whole.about).save(path)
     with pytest.raises(UserError, match="judged on different faces or labels of 'fer': judge both again"):
-        make_report(workspace, tracker.runs(), versus="cafe")
+        report_all(fresh, versus="cafe")
 
 
-def test_what_versus_names_must_be_one_row_per_source(fresh: tuple[Workspace, Tracker]) -> None:
-    workspace, tracker = fresh
+def test_faces_of_one_group_are_one_draw(fresh: Workspace) -> None:
+    labels, random = np.zeros(70, int), np.random.default_rng(0)
+    said = {method: random.integers(0, 2, 70) for method in ("cafe", "scn")}
+    people: list[str | None] = [f"person {number // 14}" for number in range(70)]
+    for method, predicted in said.items():
+        write_predictions(write_run(fresh, method), "fer", labels, predicted, groups=people)
+    tests = sheet(report_all(fresh, versus="cafe"), "Against cafe, trained on raf")
+    expected = grouped_test([(said["scn"] == 0) * 1.0 - (said["cafe"] == 0)], [np.arange(70) // 14])
+    assert expected.groups == 5
+    assert tests.lines[0][2].text == "70 in 5 groups"
+    assert tests.lines[0][4].text == f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f}".replace("-", "−")
+
+
+def test_what_versus_names_must_be_one_row_per_source(fresh: Workspace) -> None:
     for mask in ("sigmoid", "none"):
-        judged_run(workspace, tracker, "cafe", "raf", 0, 0.5, mask=mask)
-    judged_run(workspace, tracker, "scn", "raf", 0, 0.5)
-    runs = tracker.runs()
+        differing = () if mask == "sigmoid" else ("mask=none",)
+        judged_run(fresh, "cafe", "raf", 0, 0.5, not_as_published=differing, **{"recipe.mask": mask})
+    judged_run(fresh, "scn", "raf", 0, 0.5)
     with pytest.raises(
         UserError, match=r"2 rows .* are 'cafe': choose one with --versus 'cafe \(mask=none\)', 'cafe \(mask"
     ):
-        make_report(workspace, runs, versus="cafe")
+        report_all(fresh, versus="cafe")
     with pytest.raises(
         UserError, match=r"Unknown method 'caffe': choose cafe \(mask=none\), cafe \(mask=sigmoid\), scn\."
     ):
-        make_report(workspace, runs, versus="caffe")
-    report = make_report(workspace, runs, versus="cafe (mask=sigmoid)")
+        report_all(fresh, versus="caffe")
+    report = report_all(fresh, versus="cafe (mask=sigmoid)")
     tested = sheet(report, "Against cafe (mask=sigmoid), trained on raf")
     assert {line[0].text for line in tested.lines} == {"cafe (mask=none)", "scn"}
     published = sheet(report, "Beside the published numbers")
-    assert "Not as published: mask=none (cafe from raf)." in published.notes
+    assert "Not as published: mask=none (cafe (mask=none) from raf)." in published.notes
+    assert all(line[1].text != "cafe less the best rival" for line in report.sheets[0].lines)  # which CAFE?
 
 
-def test_tests_need_the_predictions_and_say_so(fresh: tuple[Workspace, Tracker], tmp_path: Path) -> None:
-    workspace, tracker = fresh
-    for method in ("cafe", "scn"):
-        judged_run(workspace, tracker, method, "raf", 0, 0.5)
-    cafe = Cafe(tmp_path / "elsewhere", "")
-    command = ("compare", "--mlflow-uri", tracker.uri, "--experiment", tmp_path.name)
-    output = cafe.succeed(*command)
-    assert "Beside the published" not in output
-    assert "have no published numbers beside them" in output.replace("\n", " ")
-    message = cafe.fail(*command, "--versus", "cafe")
-    assert "Paired tests need the predictions of every run, and" in message
-    assert "give the workspace it was made in with -w, or leave --versus out." in message
-    assert "leave it or --per-class out" in cafe.fail(*command, "--versus", "cafe", "--per-class", "raf")
+def test_a_tag_names_a_row_and_can_be_tested_against(fresh: Workspace) -> None:
+    for tag in ("", "long"):
+        judged_run(fresh, "cafe", "raf", 0, 0.5, tag=tag)
+    report = report_all(fresh, versus="long")
+    assert {line[1].text for line in report.sheets[0].lines} == {"cafe", "cafe (tag=long)"}
+    assert {line[0].text for line in sheet(report, "Against cafe (tag=long), trained on raf").lines} == {"cafe"}
 
 
-def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: tuple[Workspace, Tracker]) -> None:
-    workspace, tracker = fresh
-    judged_run(workspace, tracker, "cafe", "raf", 0, 2.5, selection="source_test")
+def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: Workspace) -> None:
+    judged_run(fresh, "cafe", "raf", 0, 2.5, selection="source_test")
     for method, skill in (("cafe", 0.5), ("scn", 0.0)):
-        judged_run(workspace, tracker, method, "raf", 0, skill)
-    report = make_report(workspace, tracker.runs(), versus="cafe")
+        judged_run(fresh, method, "raf", 0, skill)
+    report = report_all(fresh, versus="cafe")
     peeked = "cafe (selection=source_test)"
     lines = {line[1].text: line for line in sheet(report, "Accuracy").lines}
     assert all(cell.text.endswith(" †") and not cell.mark for cell in lines[peeked][3:])
@@ -409,39 +402,32 @@ def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: tuple[Wo
     assert any("†: the epoch was chosen on the source's test split" in note for note in tests.notes)
     assert peeked not in [line[0].text for line in sheet(report, "Mean ranks").lines]
     assert any(peeked in note for note in sheet(report, "Mean ranks").notes)
-    classes = make_report(workspace, tracker.runs(), per_class="fer").sheets[0]
+    classes = report_all(fresh, per_class="fer").sheets[0]
     assert {line[1].text for line in classes.lines if line[3].text.endswith("†")} == {peeked, f"{peeked} − published"}
 
 
-def test_runs_judged_on_other_splits_alone_have_an_empty_table(fresh: tuple[Workspace, Tracker]) -> None:
-    workspace, tracker = fresh
-    judged_run(
-        workspace, tracker, "cafe", "raf", 0, 0.5, faces={"raf@train": 30}, kinds={**KINDS, "raf@train": "rafdb"}
-    )
-    report = make_report(workspace, tracker.runs(), versus="cafe")
-    assert report.sheets[0].header[3:] == ["unseen accuracy", "unseen macro-F1", "all accuracy"]
-    assert [cell.text for cell in report.sheets[0].lines[0][3:]] == ["–", "–", "–"]
-    assert report.drawings == []
+def test_runs_judged_on_other_splits_alone_have_an_empty_table(fresh: Workspace) -> None:
+    judged_run(fresh, "cafe", "raf", 0, 0.5, faces={"raf@train": 30}, kinds={**KINDS, "raf@train": "rafdb"})
+    report = report_all(fresh, versus="cafe")
+    assert report.sheets[0].header[3:] == ["unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy"]
+    assert [cell.text for cell in report.sheets[0].lines[0][3:]] == ["–"] * 4
+    assert list_drawings(report) == []
     assert Page(to_html(report)).open == []
 
 
-def test_all_five_sets_by_the_papers_protocol_have_its_means(fresh: tuple[Workspace, Tracker]) -> None:
-    workspace, tracker = fresh
+def test_all_five_sets_by_the_papers_protocol_have_its_means(fresh: Workspace) -> None:
     kinds = {f"my-{kind}": kind for kind in SETS}
     faces = dict.fromkeys(kinds, 70)
-    judged_run(workspace, tracker, "cafe", "my-rafdb", 0, 0.5, "paper", kinds=kinds, faces=faces)
-    judged_run(
-        workspace, tracker, "eac", "my-rafdb", 0, 0.5, "paper", init="scratch", kinds=kinds, faces=faces, epochs=2
-    )
-    report = make_report(workspace, tracker.runs(), protocol="paper")
-    published = sheet(report, "Beside the published numbers")
+    judged_run(fresh, "cafe", "my-rafdb", 0, 0.5, "paper", kinds, faces)
+    judged_run(fresh, "eac", "my-rafdb", 0, 0.5, "paper", kinds, faces, init="scratch", not_as_published=("epochs=2",))
+    published = sheet(report_all(fresh, protocol="paper"), "Beside the published numbers")
     by_method = {line[1].text: dict(zip(published.header, line, strict=True)) for line in published.lines}
     assert by_method["cafe"]["unseen accuracy"].text.endswith("(57.2)")
     assert by_method["cafe"]["all accuracy"].text.endswith("(63.5)")
     assert by_method["cafe"]["my-sfew"].text.endswith("(52.9)")
     assert by_method["eac"]["my-sfew"].text.endswith("(22.2)")  # the table without a pre-trained image branch
     assert "Not as published: epochs=2 (eac from my-rafdb)." in published.notes
-    macro = make_report(workspace, tracker.runs(), metric="macro_f1", protocol="paper")
+    macro = report_all(fresh, metric="macro_f1", protocol="paper")
     assert "Beside the published numbers" not in [table.title for table in macro.sheets]
 
 
@@ -451,16 +437,16 @@ def test_the_command_writes_every_format(workspace: Workspace, tmp_path: Path) -
     options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
     output = cafe.succeed("compare", "--versus", "linear_probe", *options)
     assert "Against linear_probe, trained on raf" in output
-    runs = Tracker(workspace, None, "cafe").runs()
-    report = make_report(workspace, runs, versus="linear_probe")
+    report = report_all(workspace, versus="linear_probe")
     expected = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv, "html": to_html}
     for name, path in files.items():
         assert path.read_text() == expected[name](report)  # and so the same bytes for the same runs
         assert f"Wrote {path}" in output
+    assert "leave it or --per-class out" in cafe.fail("compare", "--versus", "cafe", "--per-class", "raf")
 
 
 def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Workspace, tmp_path: Path) -> None:
-    report = make_report(workspace, Tracker(workspace, None, "cafe").runs(), per_class="fer")
+    report = report_all(workspace, per_class="fer")
     (table,) = report.sheets
     assert table.header[3:] == [*EXPRESSIONS, "overall", "mean"]
     lines = {(line[0].text, line[1].text): line for line in table.lines}

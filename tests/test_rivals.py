@@ -63,7 +63,7 @@ def whole_batch(epoch: int) -> dict[str, object]:
 
 
 def test_relabelling_starts_in_its_epoch_and_builds_on_the_labels_as_they_are() -> None:
-    method, weight = new_scn(relabel_epoch=3), torch.rand(4, 1)
+    method, weight = new_scn(relabel_after=2), torch.rand(4, 1)
     method.after_step({"logits": certain([5, 1, 5, 0]), "weight": weight}, whole_batch(2))
     assert method.labels(ROWS, LABELS).tolist() == [1, 1, 2, 0]
     method.after_step({"logits": certain([5, 1, 5, 0]), "weight": weight}, whole_batch(3))
@@ -75,7 +75,7 @@ def test_relabelling_starts_in_its_epoch_and_builds_on_the_labels_as_they_are() 
 
 @pytest.mark.parametrize(("whom", "expected"), [("all", [5, 5, 5, 5]), ("low", [1, 5, 2, 5]), ("none", [1, 1, 2, 0])])
 def test_all_faces_or_those_of_the_low_group_or_none_are_relabelled(whom: str, expected: list[int]) -> None:
-    method = new_scn(relabel=whom, relabel_epoch=1, high_share=0.5)
+    method = new_scn(relabel=whom, relabel_after=0, high_share=0.5)
     method.after_step(
         {"logits": certain([5] * 4), "weight": torch.tensor([[0.9], [0.1], [0.8], [0.2]])}, whole_batch(1)
     )

@@ -21,7 +21,7 @@ def test_the_interval_is_scipys_paired_percentile_bootstrap() -> None:
     one, other = judge_faces(np.random.default_rng(2), 300, 3, (0.3, 0.0))
     result = paired_bootstrap([one - other])
     assert result.mean == pytest.approx(one.mean() - other.mean())
-    assert result.samples == 300
+    assert result.faces == 300
 
     def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
         return np.asarray(np.mean(a, axis=axis) - np.mean(b, axis=axis))
@@ -79,7 +79,7 @@ def test_pairing_finds_what_two_separate_intervals_hide() -> None:
 def test_targets_count_alike_whatever_their_size() -> None:
     small, large = np.ones(10), np.zeros(1000)
     assert paired_bootstrap([small, large]).mean == pytest.approx(0.5)
-    assert paired_bootstrap([small, large]).samples == 1010
+    assert paired_bootstrap([small, large]).faces == 1010
     noisy = np.tile([1.0, -1.0], 50)
     alone, beside = paired_bootstrap([noisy]), paired_bootstrap([noisy, np.zeros(1000)])
     assert beside.high - beside.low == pytest.approx((alone.high - alone.low) / 2, rel=0.05)

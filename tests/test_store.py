@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from upath import UPath
 
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
+from pipeline.faces import Wanted, fitting_stores
 from pipeline.store import About, FeatureKey, FeatureReader, FeatureStore, default_shard_rows, find_stores
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
@@ -162,13 +162,31 @@ def test_a_corrected_label_reaches_the_store_and_recomputes_nothing(tmp_path: Pa
 def test_every_field_of_the_key_names_another_store_and_is_named_when_it_differs(field: str) -> None:
     other = replace(KEY, **{field: CHANGES[field]})
     assert other.digest != KEY.digest
-    assert [difference.partition(":")[0] for difference in KEY.differences(other)] == [field]
+    wanted = Wanted(
+        {name: value for name, value in vars(KEY).items() if name not in ("views", "maps")}, VIEWS, maps=True
+    )
+    differences = wanted.differences(replace(ABOUT, key=other))
+    assert [difference.partition(":")[0] for difference in differences] == ([] if field == "views" else [field])
 
 
-def test_a_store_of_rgb_features_keeps_the_name_it_had_before_the_order_of_colours_was_a_choice() -> None:
-    record = {name: value for name, value in asdict(KEY).items() if name != "channels"}
-    assert KEY.digest == hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    assert FeatureKey.from_record(json.loads(json.dumps(record))) == KEY
+def test_a_field_added_later_renames_no_store() -> None:
+    @dataclass(frozen=True)
+    class LaterKey(FeatureKey):
+        sharpening: float = 0.0
+
+    assert LaterKey(**asdict(KEY)).digest == KEY.digest
+    assert LaterKey(**asdict(KEY), sharpening=0.5).digest != KEY.digest
+
+
+def test_a_store_of_an_older_format_is_listed_but_serves_nobody(tmp_path: Path) -> None:
+    store = filled(tmp_path / "news")
+    record = json.loads((store.path / "about.json").read_text())
+    del record["version"]
+    (store.path / "about.json").write_text(json.dumps(record))
+    ((path, about),) = find_stores(UPath(tmp_path), "news")
+    assert "in the old format 1" in about.describe()
+    assert fitting_stores([(path, about)], Wanted({})) == []
+    assert fitting_stores([(path, ABOUT)], Wanted({})) == [(path, ABOUT)]
 
 
 def test_the_key_survives_its_json(tmp_path: Path) -> None:

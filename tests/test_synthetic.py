@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from upath import UPath
 
+from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.synthetic import identity_of
 from cafe.errors import UserError
 from cafe.synthetic.domains import DOMAINS, PROTOTYPES, list_samples, render, write
 from cafe.synthetic.face import View, draw_person, project, trace
@@ -118,9 +118,12 @@ def test_a_written_png_is_the_rendered_face(tmp_path: Path) -> None:
     assert np.array_equal(stored, render(0, "drawing", first, EXPRESSIONS.index("fear"), 0))
 
 
-def test_the_identity_is_the_file_name_up_to_the_underscore() -> None:
-    assert identity_of("id0007_01.jpg") == "id0007"
-    assert identity_of("web/test/fear/id6003_00.jpg") == "id6003"
+def test_the_faces_of_one_person_are_a_group(tmp_path: Path) -> None:
+    write(tmp_path, "grey", 28)
+    groups = {
+        (file.path.rsplit("/")[-1][:6], file.group) for file in DATASETS["synthetic"](UPath(tmp_path / "grey")).files
+    }
+    assert groups == {(f"id{number}", f"id{number}") for number in range(2000, 2004)}
 
 
 def test_mouth_corners_rise_in_happiness_and_sink_in_sadness() -> None:

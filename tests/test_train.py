@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+import socket
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import Cafe, draw_faces
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.errors import UserError
-from cafe.results.metrics import Predictions, score
-from pipeline.compare import Comparison, compare, compare_classes, name_variants
-from pipeline.evaluate import summarise
+from cafe.results.metrics import score
+from cafe.results.predictions import load_predictions
+from pipeline.models import find_deviations, view_plan
+from pipeline.runs import RunSpec
 from pipeline.settings import TrainSettings
-from pipeline.sheets import main_sheet
-from pipeline.tracking import TrackedRun, Tracker
 from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 
@@ -56,8 +57,9 @@ def model(run: UPath) -> dict[str, torch.Tensor]:
     return load_file(str(run / "model.safetensors"))
 
 
-def tracked(cafe: Cafe) -> list[TrackedRun]:
-    return Tracker(Workspace.at(str(cafe.workspace)), None, "cafe").runs()
+def tracked(cafe: Cafe) -> list[Any]:
+    client = MlflowClient(f"sqlite:///{cafe.workspace}/mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name("cafe").experiment_id]))
 
 
 def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Cafe) -> None:
@@ -65,23 +67,24 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
     assert "mean of unseen" in output
     run = only_run(ready)
     (logged,) = tracked(ready)
-    assert logged.name == run.name
-    assert logged.params["method"] == "cafe"
-    assert logged.params["recipe.separation"] == "1.5"
-    assert len(logged.params["store"]) == len(logged.params["manifest"]) == 64
-    assert len(logged.tags["mlflow.source.git.commit"]) >= 7
+    assert (logged.info.run_name, logged.info.status) == (run.name, "FINISHED")
+    params, metrics = logged.data.params, logged.data.metrics
+    assert params["method"] == "cafe"
+    assert params["recipe.separation"] == "1.5"
+    assert len(params["store"]) == len(params["manifest"]) == 64
+    assert len(logged.data.tags["mlflow.source.git.commit"]) >= 7
     epoch = json.loads((run / "epochs" / "0002.json").read_text())
     assert {"train/total", "train/classification", "train/separation", "train/diverse"} <= set(epoch)
-    assert logged.metrics["train/total"] == pytest.approx(epoch["train/total"])
-    assert logged.metrics["learning_rate"] == pytest.approx(0.0009)
+    assert metrics["train/total"] == pytest.approx(epoch["train/total"])
+    assert metrics["learning_rate"] == pytest.approx(0.0009)
 
-    predictions = {path.stem: Predictions.load(path) for path in (run / "predictions").iterdir()}
+    predictions = load_predictions(run)
     assert set(predictions) == {"one", "two", "three"}
     for target, rows in predictions.items():
         for name, value in score(rows).items():
-            assert logged.metrics[f"target/{target}/{name}"] == pytest.approx(value)
+            assert metrics[f"target/{target}/{name}"] == pytest.approx(value)
     unseen = [score(predictions[target])["accuracy"] for target in ("two", "three")]
-    assert logged.metrics["unseen/accuracy"] == pytest.approx(np.mean(unseen))
+    assert metrics["unseen/accuracy"] == pytest.approx(np.mean(unseen))
     artifacts = {str(path.relative_to(ready.workspace)) for path in (ready.workspace / "artifacts").rglob("*.*")}
     for kind in ("confusion", "errors", "masks"):
         assert any(path.endswith(f"{kind}/two.png") for path in artifacts), kind
@@ -111,19 +114,11 @@ def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) ->
     names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
     output = ready.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "all", ray=True)
     assert "two@all" in output
-    assert (
-        len(Predictions.load(UPath(ready.workspace / "runs" / names[0] / "predictions" / "two@all.parquet")).labels)
-        == 48
-    )
+    assert len(load_predictions(UPath(ready.workspace / "runs" / names[0]))["two@all"].labels) == 48
 
-    table = ready.succeed("compare", "--markdown", str(ready.workspace / "table.md"))
-    assert "±" in table
-    row = compare(tracked(ready)).rows[0]
-    assert (row.method, row.source, row.seeds) == ("linear_probe", "one", 2)
-    values = [run.metrics["target/two/accuracy"] for run in tracked(ready)]
-    assert row.targets["two"].mean == pytest.approx(np.mean(values))
-    assert row.unseen.mean == pytest.approx(np.mean([run.metrics["unseen/accuracy"] for run in tracked(ready)]))
-    assert f"| one | linear_probe | 2 | ({row.targets['one']}) |" in (ready.workspace / "table.md").read_text()
+    table = ready.succeed("compare")
+    assert "linear_probe" in table
+    assert "two@all" not in table
 
 
 def test_image_only_needs_no_features(ready: Cafe) -> None:
@@ -139,8 +134,8 @@ def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str
     run = only_run(ready)
     assert json.loads((run / "result.json").read_text()) == {"epochs": 0}
     (logged,) = tracked(ready)
-    expected = score(Predictions.load(run / "predictions" / "two.parquet"))["accuracy"]
-    assert logged.metrics["target/two/accuracy"] == pytest.approx(expected)
+    expected = score(load_predictions(run)["two"])["accuracy"]
+    assert logged.data.metrics["target/two/accuracy"] == pytest.approx(expected)
     assert max(float(value.abs().max()) for value in model(run).values()) > 0.1
 
 
@@ -152,6 +147,9 @@ def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None
     assert result.exit_code == 2
     assert "file not found" in result.output
     assert (only_run(ready) / "model.safetensors").exists()
+    status = json.loads((only_run(ready) / "status.json").read_text())
+    assert (status["status"], "file not found" in status["reason"]) == ("FAILED", True)
+    assert tracked(ready)[0].info.status == "FAILED"
 
 
 @pytest.mark.parametrize(
@@ -184,9 +182,9 @@ def test_a_target_of_another_tower_says_which_field_differs(ready: Cafe, tiny_to
 def test_fewer_views_are_taken_from_a_larger_store(ready: Cafe) -> None:
     workspace = Workspace.at(str(ready.workspace))
     specs = [plan_training(workspace, TrainSettings(source="one", views=views)).spec for views in (2, 3, None)]
-    assert [spec.views.views for spec in specs] == [2, 3, 3]
+    assert [spec.views for spec in specs] == [2, 3, 3]
     assert specs[0].features == specs[1].features == specs[2].features
-    assert [specs[0].views.view_of(epoch) for epoch in (1, 2, 3)] == [1, 1, 1]
+    assert [view_plan(specs[0]).view_of(epoch) for epoch in (1, 2, 3)] == [1, 1, 1]
 
 
 def test_an_unfinished_store_or_run_says_how_to_finish_it(ready: Cafe) -> None:
@@ -202,66 +200,61 @@ def test_changed_images_ask_for_a_new_extraction(ready: Cafe, tmp_path: Path) ->
     assert "were made of other images than its manifest lists now" in ready.fail("train", "--source", "one")
 
 
-def test_the_means_over_targets_leave_out_the_source_and_other_splits() -> None:
-    scores = {
-        name: {"accuracy": value, "mean_class_accuracy": value, "macro_f1": value}
-        for name, value in (("one", 0.9), ("two", 0.4), ("three", 0.2), ("two@all", 0.0))
-    }
-    metrics = summarise("one", scores)
-    assert metrics["unseen/accuracy"] == pytest.approx(0.3)
-    assert metrics["all/accuracy"] == pytest.approx(0.5)
-    assert metrics["target/two@all/accuracy"] == 0
+def test_a_method_that_needs_no_features_learns_as_published_unless_told_otherwise(ready: Cafe) -> None:
+    workspace = Workspace.at(str(ready.workspace))
+    scn = TrainSettings(source="one", method="scn", epochs=4)
+    spec = plan_training(workspace, scn).spec
+    assert (spec.policy, spec.views, spec.mean, spec.features) == ("scn", 5, (0.485, 0.456, 0.406), None)
+    told = plan_training(workspace, replace(scn, backbone="open_clip:tiny-cafe-vit", views=2, policy="paper"))
+    assert (told.spec.policy, told.spec.views) == ("paper", 2)
 
 
-def test_rows_are_told_apart_by_the_settings_in_which_they_differ() -> None:
-    params = [
-        {"source": "one", "method": "cafe", "seed": "0", "recipe.mask": mask, "recipe.epochs": "2"}
-        for mask in ("sigmoid", "none")
-    ]
-    assert name_variants(params) == ["mask=sigmoid", "mask=none"]
+def test_what_is_not_as_published_is_written_into_the_run(ready: Cafe) -> None:
+    workspace = Workspace.at(str(ready.workspace))
+    settings = TrainSettings(source="one", method="scn", image_size=224)
+    assert list(find_deviations(plan_training(workspace, settings).spec)) == []
+    changed = replace(settings, views=2, network="resnet50", policy="paper", overrides=("relabel=none",))
+    deviations = list(find_deviations(plan_training(workspace, changed).spec))
+    assert deviations == ["relabel=none", "network=resnet50", "policy=paper", "views=2"]
 
 
-def test_a_row_without_all_targets_has_no_mean_over_them() -> None:
-    def run(name: str, metrics: dict[str, float]) -> TrackedRun:
-        return TrackedRun(name, name, {"source": "one", "method": name, "seed": "0"}, metrics, {"cafe.group": name})
+def test_a_field_added_later_renames_no_run(ready: Cafe) -> None:
+    @dataclass(frozen=True)
+    class LaterSpec(RunSpec):
+        warm_up: int = 0
 
-    full = {"target/one/accuracy": 0.9, "target/two/accuracy": 0.5, "target/three/accuracy": 0.3}
-    means = {"unseen/accuracy": 0.4, "unseen/macro_f1": 0.4, "all/accuracy": 0.5667}
-    partial = {"target/two/accuracy": 0.6, "unseen/accuracy": 0.6}
-    rows = compare([run("cafe", {**full, **means}), run("linear_probe", partial)]).rows
-    assert [str(row.unseen) for row in rows] == ["40.0", "–"]
-
-
-def test_accuracy_per_expression_is_averaged_over_seeds() -> None:
-    def run(seed: str, fear: float) -> TrackedRun:
-        metrics = {"target/two/recall/fear": fear, "target/two/accuracy": 0.5, "target/two/mean_class_accuracy": fear}
-        params = {"source": "one", "method": "cafe", "seed": seed}
-        return TrackedRun(seed, seed, params, metrics, {"cafe.group": "cafe"})
-
-    runs = [run("0", 0.2), run("1", 0.4)]
-    (row,) = compare_classes(runs, "two")
-    shown = {name: str(value) for name, value in row.values.items()}
-    assert (row.seeds, shown["surprise"], shown["overall"]) == (2, "–", "50.0 ± 0.0")
-    assert shown["fear"] == shown["mean"] == "30.0 ± 127.1"  # t(.975, 1 degree of freedom) = 12.706, times .1
-    with pytest.raises(UserError, match="Unknown target 'three': choose two"):
-        compare_classes(runs, "three")
+    spec = plan_training(Workspace.at(str(ready.workspace)), TrainSettings(source="one")).spec
+    assert LaterSpec(**vars(spec)).name == spec.name
+    assert replace(spec, recipe={**spec.recipe, "later": 1}).name == spec.name
+    assert replace(spec, seed=1).group == spec.group
+    assert replace(spec, precision="bf16").group != spec.group
 
 
-def test_numbers_of_a_run_that_chose_its_epoch_on_the_source_test_are_marked() -> None:
-    def run(selection: str) -> TrackedRun:
-        params = {"source": "one", "method": "cafe", "seed": "0", "selection": selection}
-        metrics = {"target/two/accuracy": 0.5, "unseen/accuracy": 0.5}
-        return TrackedRun(selection, selection, params, metrics, {"cafe.group": selection})
+def test_a_run_of_an_older_format_or_of_other_defaults_is_one_sentence(ready: Cafe) -> None:
+    plan = plan_training(Workspace.at(str(ready.workspace)), TrainSettings(source="one", targets="none"))
+    plan.spec.save(plan.run)
+    assert RunSpec.load(plan.run) == plan.spec
+    record = json.loads((plan.run / "run.json").read_text())
+    record["spec"]["recipe"]["gamma"] = 0.5  # the default of the version that began the run
+    (plan.run / "run.json").write_text(json.dumps(record))
+    assert "was begun with another recipe by another version of cafe" in ready.fail(
+        "train", "--source", "one", "--targets", "none"
+    )
+    (plan.run / "run.json").write_text(json.dumps({**record, "version": 1}))
+    (plan.run / "result.json").touch()
+    assert "is in the old format 1" in ready.fail("evaluate", plan.spec.name)
 
-    def texts(comparison: Comparison) -> list[list[str]]:
-        return [[cell.text for cell in line] for line in main_sheet(comparison).lines]
 
-    (line,) = texts(compare([run("source_test")]))
-    assert line[1] == "cafe (selection=source_test)"
-    assert all(cell.endswith("†") for cell in line[3:])
-    final, peeked = texts(compare([run("final"), run("source_test")]))
-    assert "†" not in "".join(final)
-    assert "†" in "".join(peeked)
+def test_a_tracking_server_that_is_down_stops_no_training(ready: Cafe) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    command = (*TRAIN, "--method", "linear_probe", "--targets", "two", "--mlflow-uri", address)
+    result = ready(*command, ray=True)
+    assert result.exit_code == 0, result.output
+    assert "Warning: MLflow at" in result.output
+    assert "cafe mlflow sync" in result.output
+    assert json.loads((only_run(ready) / "status.json").read_text()) == {"status": "FINISHED", "reason": ""}
 
 
 def test_compare_without_runs_is_one_sentence(ready: Cafe) -> None:

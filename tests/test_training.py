@@ -91,7 +91,7 @@ def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest,
 
 def test_a_diverged_training_is_one_sentence(manifest: Manifest, features: Embedder) -> None:
     training = new_training("cafe", manifest, features, learning_rate=1e30)
-    with pytest.raises(UserError, match="The loss is no number any more in epoch 1: take a smaller learning rate"):
+    with pytest.raises(UserError, match="The loss is NaN or infinite in epoch 1: take a smaller learning rate"):
         training.run_epoch(1)
 
 
@@ -99,7 +99,7 @@ def test_a_diverged_training_is_one_sentence(manifest: Manifest, features: Embed
 def test_a_resumed_training_is_the_uninterrupted_one(
     name: str, manifest: Manifest, features: Embedder, tmp_path: Path
 ) -> None:
-    recipe = {"relabel_epoch": 1, "relabel_margin": 0.0} if name == "scn" else {}
+    recipe = {"relabel_after": 0, "relabel_margin": 0.0} if name == "scn" else {}
     whole, first = (new_training(name, manifest, features, **recipe) for _ in range(2))
     for training in (whole, first):
         prepare(training.method, training.dataset, training.rows, 0, CPU)
@@ -148,9 +148,33 @@ def test_without_selection_the_last_epoch_is_the_result(manifest: Manifest, feat
 
 def test_affectnet_has_its_own_published_recipe() -> None:
     recipe = METHODS["cafe"].published_recipe("affectnet")
-    assert (recipe.learning_rate, recipe.gamma, recipe.epochs, recipe.sampler) == (1e-4, 0.8, 20, "balanced")
+    assert (recipe.learning_rate, recipe.gamma, recipe.epochs, recipe.prior) == (1e-4, 0.8, 20, "balanced")
     assert METHODS["cafe"].published_recipe("rafdb") == METHODS["cafe"].recipe_type()
     assert METHODS["scn"].published_recipe("affectnet").learning_rate == 1e-3  # a rival keeps its own
+    tuned = METHODS["finetune"].published_recipe("affectnet")
+    assert (tuned.learning_rate, tuned.classifier_learning_rate, tuned.epochs) == (1e-5, 1e-4, 20)
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "expected"),
+    [
+        ("scn", ["epochs=6"], {"relabel_after": 1}),
+        ("scn", ["epochs=35"], {"relabel_after": 4}),
+        ("scn", ["epochs=6", "relabel_after=3"], {"relabel_after": 3}),
+        ("scn", ["margin=0.07"], {"relabel_after": 9}),
+        ("ofer", ["epochs=6"], {"step": 1}),
+        ("ofer_own", ["epochs=120"], {"step": 20}),
+        ("rul", ["learning_rate=1e-3"], {"classifier_learning_rate": 1e-2}),
+        ("rul", ["learning_rate=1e-3", "classifier_learning_rate=5e-3"], {"classifier_learning_rate": 5e-3}),
+        ("rul", ["learning_rate=2e-4", "epochs=6"], {"classifier_learning_rate": 2e-3}),
+        ("finetune", ["learning_rate=1e-4"], {"classifier_learning_rate": 2e-3}),
+    ],
+)
+def test_schedules_and_rates_keep_their_published_ratio_unless_they_are_changed_themselves(
+    method: str, overrides: list[str], expected: dict[str, float]
+) -> None:
+    recipe = apply_overrides(METHODS[method].published_recipe("rafdb"), overrides, method)
+    assert {name: getattr(recipe, name) for name in expected} == expected
 
 
 def test_another_seed_is_another_training(manifest: Manifest, features: Embedder) -> None:
@@ -166,6 +190,26 @@ def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: E
     with torch.inference_mode():
         direct = load_backbone(tiny_tower)(batch["image"])[0]
     torch.testing.assert_close(direct, batch["features"], rtol=1e-4, atol=1e-5)
+
+
+def test_ofer_sees_a_new_picture_in_every_epoch_beside_the_latents_of_the_clean_one(
+    manifest: Manifest, features: Embedder
+) -> None:
+    """However few views the store has."""
+    training = new_training("ofer", manifest, features, mae_epochs=0)
+    training.dataset = replace(training.dataset, plan=replace(PLAN, policy="ofer", views=1))
+    training.rows = training.rows[:16]
+    seen: list[dict[str, torch.Tensor]] = []
+    training.module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    for epoch in (1, 2):
+        training.run_epoch(epoch)
+    first, second = seen
+    rows = first["row"].sort().values.numpy()
+    clean = torch.from_numpy(features.read(rows, 0)["map"])
+    for batch in (first, second):
+        torch.testing.assert_close(batch["map"][batch["row"].argsort()], clean, rtol=0, atol=0)
+    images = [batch["image"][batch["row"].argsort()] for batch in (first, second)]
+    assert [torch.equal(a, b) for a, b in zip(*images, strict=True)].count(True) < 8
 
 
 def test_a_flipped_image_is_the_exact_mirror_of_its_view_erased_rectangle_included(
@@ -189,13 +233,24 @@ def test_loader_processes_change_nothing(manifest: Manifest, features: Embedder)
 def test_an_epoch_shows_every_face_once() -> None:
     rows = np.arange(100, 200)
     batches = epoch_order(rows, np.zeros(200, int), Recipe(batch_size=32), 0, 1)
-    assert [len(batch) for batch in batches] == [32, 32, 32]  # the last 4 would be noise to batch norm
-    assert len(set(np.concatenate(batches))) == 96
+    assert [len(batch) for batch in batches] == [32, 32, 32, 4]  # the short one too (CAFE's script)
+    assert sorted(np.concatenate(batches)) == list(range(100, 200))
+
+
+def test_a_last_batch_of_one_face_is_left_out_where_a_batch_norm_would_see_it(
+    manifest: Manifest, features: Embedder
+) -> None:
+    steps = {}
+    for name in ("linear_probe", "scn"):
+        training = new_training(name, manifest, features)
+        training.rows = training.rows[:33]  # two batches of 16, and one face
+        training.run_epoch(1, lambda done, total, name=name: steps.update({name: total}))
+    assert steps == {"linear_probe": 3, "scn": 2}
 
 
 def test_the_balanced_sampler_shows_rare_classes_as_often() -> None:
     labels = np.array([0] * 900 + [1] * 60 + [2] * 40)
-    batches = epoch_order(np.arange(1000), labels, Recipe(sampler="balanced"), 0, 1)
+    batches = epoch_order(np.arange(1000), labels, Recipe(prior="balanced"), 0, 1)
     counts = Counter(labels[np.concatenate(batches)].tolist())
     assert sum(counts.values()) == 1000
     assert all(abs(count - 1000 / 3) < 4 * np.sqrt(1000 * 2 / 9) for count in counts.values())  # four standard errors

@@ -10,14 +10,17 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from conftest import Cafe
+from mlflow import MlflowClient
+from runs import write_run
 
-from pipeline.tracking import Tracker
+from pipeline.tracking import Mirror, default_uri
 from pipeline.workspace import Workspace
 
 
 def test_the_server_names_every_experiment_and_ends_with_the_command(tmp_path: Path) -> None:
-    tracker = Tracker(Workspace.at(str(tmp_path)), None, "grid")
-    tracker.log(tracker.start("cafe-one-s0", {"method": "cafe"}, {}), {"unseen/accuracy": 0.5})
+    workspace = Workspace.at(str(tmp_path))
+    Mirror(workspace).update(run := write_run(workspace, experiments={"grid": None}))
+    experiment = MlflowClient(default_uri(workspace)).get_experiment_by_name("grid").experiment_id
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,16 +32,16 @@ def test_the_server_names_every_experiment_and_ends_with_the_command(tmp_path: P
         assert server.stdout is not None
         address = f"http://127.0.0.1:{port}"
         assert server.stdout.readline() == f"MLflow at {address} (stop with Ctrl-C)\n"
-        runs = f"grid: {address}/#/experiments/{tracker.experiment_id}/runs?workflowType=machine_learning\n"
+        runs = f"grid: {address}/#/experiments/{experiment}/runs?workflowType=machine_learning\n"
         assert server.stdout.readline() == runs
         request = Request(
             f"{address}/api/2.0/mlflow/runs/search",
-            json.dumps({"experiment_ids": [tracker.experiment_id]}).encode(),
+            json.dumps({"experiment_ids": [experiment]}).encode(),
             {"Content-Type": "application/json"},
         )
         with urlopen(request) as answer:
-            (run,) = json.load(answer)["runs"]
-        assert run["info"]["run_name"] == "cafe-one-s0"
+            (shown,) = json.load(answer)["runs"]
+        assert shown["info"]["run_name"] == run.name
         server.terminate()
         assert server.wait(timeout=60) == 0
     with socket.socket() as probe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,23 +138,24 @@ def test_a_view_is_turned_after_it_is_mirrored() -> None:
     np.testing.assert_array_equal(view.render(IMAGE, 26), turn_picture(mirrored, *view.turn))
 
 
-def test_a_policy_is_described_in_every_cache_key_by_the_same_words_as_ever() -> None:
-    """One word more in the description of a policy and every feature store of it would have to be computed again."""
-    described = {
-        "noise_probability": 0.5,
-        "noise_variance": 30.0,
-        "flip_probability": 0.5,
-        "erase_probability": 0.5,
-        "erase_area": (0.02, 0.25),
-        "erase_ratio": (0.3, 3.3),
-    }
-    assert asdict(PAPER) == described
-    assert asdict(POLICIES["scn"]) == {
-        **described,
-        "noise_probability": 0.25,
-        "flip_probability": 0.25,
-        "exclusive": True,
-    }
+@pytest.mark.parametrize("policy", ["ofer", "paper", "clean"])
+def test_the_placement_of_a_view_leads_back_to_the_clean_picture(policy: str) -> None:
+    """A picture whose colours say where they stand, so that a view says which place of it every pixel shows."""
+    size = 64
+    down, across = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+    picture = np.stack([down * 4, across * 4, np.full_like(down, 255)], axis=2).astype(np.uint8)
+    plan = ViewPlan(policy, 0, 2, "bilinear", PLAN.mean, PLAN.std)
+    moved = 0
+    for sample in (f"s{number}" for number in range(40)):
+        view = plan.draw(sample, 1)
+        shown = torch.from_numpy(replace(view, noise=None).render(picture, size).copy())
+        places = torch.nn.functional.affine_grid(torch.tensor([view.placement()]), [1, 1, size, size], False)[0]
+        visible = shown[..., 2] == 255
+        found = torch.stack([shown[..., 1], shown[..., 0]], 2).double() / 4  # x, y in pixels of the clean picture
+        expected = ((places.double() + 1) * size - 1) / 2
+        assert (found - expected)[visible].abs().max() < 1.5
+        moved += view.turn is not None
+    assert (moved > 2) == (policy == "ofer")
 
 
 def test_noise_is_gaussian_of_variance_30_before_it_is_truncated() -> None:

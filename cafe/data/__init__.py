@@ -6,13 +6,11 @@ from collections.abc import Callable
 
 from cafe.data.affectnet import read_affectnet
 from cafe.data.ferplus import read_ferplus
-from cafe.data.folder import read_folder
+from cafe.data.folder import read_folder, read_synthetic, read_table
 from cafe.data.indexing import Listing
 from cafe.data.mma import read_mma
 from cafe.data.rafdb import read_rafdb
 from cafe.data.sfew import read_sfew
-from cafe.data.synthetic import read_synthetic
-from cafe.data.table import read_table
 
 Reader = Callable[..., Listing]  # of the root, and what else the set lets choose
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 from upath import UPath
 
-from cafe.data.counts import AFFECTNET, Expected
 from cafe.data.expressions import EXPRESSIONS, parse_expression
 from cafe.data.images import Box, UnreadableImageError, read_bytes
-from cafe.data.indexing import LabelledFile, Listing, map_threads
+from cafe.data.indexing import Expected, Listing, map_threads
 from cafe.data.layouts import Tree, list_by_folder, parse_number, read_records
 
 NUMBERS = (  # 0–10, from the authors' read-me
@@ -28,8 +26,10 @@ COLUMNS = (PATH, *BOX, "facial_landmarks", EXPRESSION, "valence", "arousal")  # 
 LISTED_IMAGE = re.compile(r"(?P<home>(?:.*/)?)Manually_Annotated_Images/.*", re.IGNORECASE)
 ARRAY_IMAGE = re.compile(r"(?P<home>(?:.*/)?)(?P<set>train|val)_set/images/(?P<id>[^/]+)\.[^./]+", re.IGNORECASE)
 SPLITS = {"train": "train", "valid": "val", "val": "val", "validation": "val", "test": "test"}
-
-Rejected = list[tuple[str, str]]
+EXPECTED = (  # surprise, fear, disgust, happiness, sadness, anger, neutral
+    Expected("train", (14090, 6378, 3803, 134415, 25459, 24882, 74874), "the manually annotated release"),
+    Expected("val", (500,) * len(EXPRESSIONS), "the manually annotated release"),
+)
 
 
 def read_affectnet(root: UPath) -> Listing:
@@ -44,10 +44,10 @@ def read_affectnet(root: UPath) -> Listing:
         return _read_lists(tree)
     if any(path.casefold().endswith("_exp.npy") for path in tree.files):
         return _read_arrays(tree)
+    layout = "shared copy of AffectNet: {Train,Test}/EXPRESSION"
     wanted = "training.csv of AffectNet, nor {train_set,val_set}/annotations, nor {Train,Test}/EXPRESSION"
-    tree, files, dropped = list_by_folder(tree, SPLITS, wanted)
-    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in AFFECTNET)
-    return _listing(tree, files, "shared copy of AffectNet: {Train,Test}/EXPRESSION", dropped, [], doubtful)
+    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in EXPECTED)
+    return list_by_folder(tree, SPLITS, "affectnet", layout, doubtful, wanted)
 
 
 def _read_lists(tree: Tree) -> Listing:
@@ -55,9 +55,8 @@ def _read_lists(tree: Tree) -> Listing:
     if not homes:
         raise tree.lack("folder Manually_Annotated_Images with the pictures", "unpack it beside the lists")
     pictures = tree.below(tree.choose(homes, "the folder Manually_Annotated_Images"))
-    files: list[LabelledFile] = []
-    dropped: Counter[str] = Counter()
-    rejected: Rejected = []
+    layout = "AffectNet: training.csv, validation.csv, faces cut out of Manually_Annotated_Images"
+    found = pictures.start("affectnet", layout, EXPECTED)
     for name, split in LISTS.items():
         table = tree.find_one(name)
         if table is None:
@@ -66,17 +65,16 @@ def _read_lists(tree: Tree) -> Listing:
             file = f"Manually_Annotated_Images/{row[PATH.casefold()]}"
             expression, box = _name_expression(row[EXPRESSION]), _parse_box(row)
             if expression is None:
-                rejected.append((f"{name}, line {number}", f"has no expression of 0–10: {row[EXPRESSION]!r}"))
+                found.reject(f"{name}, line {number}", f"has no expression of 0–10: {row[EXPRESSION]!r}")
             elif expression not in EXPRESSIONS:
-                dropped[expression] += 1
+                found.dropped[expression] += 1
             elif box is None:
-                rejected.append((f"{name}, line {number}", "has no face box"))
+                found.reject(f"{name}, line {number}", "has no face box")
             elif path := pictures.get(file):
-                files.append(LabelledFile(path, parse_expression(expression), split, box=box))
+                found.add(path, parse_expression(expression), split, box=box)
             else:
-                rejected.append((file, "file not found"))
-    layout = "AffectNet: training.csv, validation.csv, faces cut out of Manually_Annotated_Images"
-    return _listing(pictures, files, layout, dropped, rejected, AFFECTNET)
+                found.reject(file, "file not found")
+    return _count_ignored(found, pictures)
 
 
 def _read_arrays(tree: Tree) -> Listing:
@@ -84,30 +82,33 @@ def _read_arrays(tree: Tree) -> Listing:
     if not homes:
         raise tree.lack("pictures {train_set,val_set}/images/ID.jpg beside the annotations", "unpack them there")
     tree = tree.below(tree.choose(homes, "the folders train_set and val_set"))
-    found = [match for path in tree.images if (match := ARRAY_IMAGE.fullmatch(path))]
+    matches = [match for path in tree.images if (match := ARRAY_IMAGE.fullmatch(path))]
 
-    def read_one(match: re.Match[str]) -> str | None:
+    def read_annotation(match: re.Match[str]) -> str | None:
         annotation = tree.get(f"{match['set']}_set/annotations/{match['id']}_exp.npy")
         return _read_expression(tree.root / annotation) if annotation else None
 
-    files: list[LabelledFile] = []
-    dropped: Counter[str] = Counter()
-    rejected: Rejected = []
-    for match, expression in zip(found, map_threads(read_one, found), strict=True):
+    found = tree.start("affectnet", "AffectNet: {train_set,val_set}/images and annotations", EXPECTED)
+    for match, expression in zip(matches, map_threads(read_annotation, matches), strict=True):
         if expression is None:
-            rejected.append((match[0], "its annotation ID_exp.npy is missing or holds no expression of 0–10"))
+            found.reject(match[0], "its annotation ID_exp.npy is missing or holds no expression of 0–10")
         elif expression not in EXPRESSIONS:
-            dropped[expression] += 1
+            found.dropped[expression] += 1
         else:
-            files.append(LabelledFile(match[0], parse_expression(expression), match["set"].casefold()))
-    layout = "AffectNet: {train_set,val_set}/images and annotations"
-    return _listing(tree, files, layout, dropped, rejected, AFFECTNET)
+            found.add(match[0], parse_expression(expression), match["set"].casefold())
+    return _count_ignored(found, tree)
+
+
+def _count_ignored(found: Listing, pictures: Tree) -> Listing:
+    found.ignored = max(0, len(pictures.images) - len(found.files) - found.dropped.total())
+    return found
 
 
 def _read_expression(annotation: UPath) -> str | None:
     """Return the expression an array of one number holds, or of one text, as some releases have it."""
     try:
-        return _name_expression(str(np.load(io.BytesIO(read_bytes(annotation)), allow_pickle=False).item()))
+        array = np.lib.format.read_array(io.BytesIO(read_bytes(annotation)), allow_pickle=False)
+        return _name_expression(str(array.item()))
     except (UnreadableImageError, ValueError, EOFError):
         return None
 
@@ -122,15 +123,3 @@ def _parse_box(row: dict[str, str]) -> Box | None:
     if left is None or top is None or not width or not height or width < 0 or height < 0:
         return None
     return left, top, width, height
-
-
-def _listing(
-    tree: Tree,
-    files: list[LabelledFile],
-    layout: str,
-    dropped: Counter[str],
-    rejected: Rejected,
-    expected: tuple[Expected, ...],
-) -> Listing:
-    ignored = max(0, len(tree.images) - len(files) - dropped.total())
-    return Listing(tree.root, files, layout, "affectnet", ignored, dropped, rejected, tree.packed, expected)

@@ -1,44 +1,145 @@
-"""The plainest layout: ROOT/EXPRESSION/*.jpg, or ROOT/SPLIT/EXPRESSION/*.jpg when the set comes split.
-
-Deeper folders below an expression are read too; hidden files and the debris of archives are not.
-"""
+"""Sets of your own: a folder for each expression, a table of paths and labels, or a domain drawn by `cafe data synth`."""
 
 from __future__ import annotations
 
-from collections import Counter
+import posixpath
+from dataclasses import replace
 from pathlib import PurePosixPath
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 from upath import UPath
 
 from cafe.data.expressions import parse_expression
-from cafe.data.images import SUFFIXES
-from cafe.data.indexing import SPLIT_ALIASES, LabelledFile, Listing, parse_split
+from cafe.data.indexing import LabelledFile, Listing
+from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import SPLITS
 from cafe.errors import UserError
 
+COLUMNS = ("path", "label", "split", "group")
+SPLIT_ALIASES = {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
+
 
 def read_folder(root: UPath) -> Listing:
-    """List the images below `root`, each labelled by the folder it lies in.
+    """List ROOT/EXPRESSION/**/*.jpg, or ROOT/SPLIT/EXPRESSION/**/*.jpg when the set comes split.
 
     Raises `UserError` when `root` is no folder or a folder is named like no expression.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give the one that holds a folder for each expression.")
-    files, ignored = [], 0
+    found = Listing(root, "folder", "EXPRESSION/image")
     for path in list_files(root):
-        if PurePosixPath(path).suffix.lower() not in SUFFIXES or "/" not in path:
-            ignored += 1
+        if not is_image(path) or "/" not in path:
+            found.ignored += 1
             continue
         first, second = path.split("/")[:2]
         split = parse_split(first) if first.lower() in {*SPLITS, *SPLIT_ALIASES} else ""
-        files.append(LabelledFile(path, parse_expression(second if split else first), split))
-    folders = Counter(bool(file.split) for file in files)
-    layout = "SPLIT/EXPRESSION/image" if folders[True] else "EXPRESSION/image"
-    return Listing(root, files, layout, "folder", ignored)
+        found.add(path, parse_expression(second if split else first), split)
+    if any(file.split for file in found.files):
+        found.layout = "SPLIT/EXPRESSION/image"
+    return found
 
 
-def list_files(root: UPath) -> list[str]:
-    """Every file below a folder as a sorted POSIX path relative to it, in one listing; no hidden ones."""
-    base = root.path.rstrip("/") + "/"
-    found = (path.removeprefix(base) for path in root.fs.find(root.path))
-    return sorted(path for path in found if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
+def read_synthetic(root: UPath) -> Listing:
+    """List a drawn domain; every face belongs to the group of its identity, `id0007` of `id0007_01.jpg`."""
+    found = read_folder(root)
+    found.kind = "synthetic"
+    found.files = [replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in found.files]
+    return found
+
+
+def read_table(file: UPath, root: UPath | None = None) -> Listing:
+    """List the faces of a CSV or Parquet table of path,label[,split,group]; labels are names of expressions.
+
+    Paths are absolute, or relative to `root`, by default the folder of the table. Without a `root`, absolute paths make the
+    deepest folder that holds all pictures the root. A face listed twice with equal cells counts once. Raises `UserError` for
+    a missing column, an empty cell, an unknown label or split, a path that leads out of the root, and for faces that are
+    listed with different cells, all of them named.
+    """
+    columns, cells = _load(file)
+    if missing := [column for column in COLUMNS[:2] if column not in columns]:
+        raise UserError(
+            f"{file} has no column {missing[0]!r}: it needs path and label, and may have split and group "
+            f"(found {', '.join(columns)})."
+        )
+    if unknown := set(columns) - set(COLUMNS):
+        raise UserError(f"{file} has an unknown column {min(unknown)!r}: choose {', '.join(COLUMNS)}.")
+    rows = [_read_row(row, f"Row {number} of {file}") for number, row in enumerate(cells, start=1)]
+    root, rows = _place(rows, file, root)
+    found = Listing(root, "table", f"table of {', '.join(columns)}")
+    found.files, found.repeated = _merge_repeated(rows, file)
+    return found
+
+
+def _load(file: UPath) -> tuple[list[str], list[dict[str, object]]]:
+    """Return the columns and the rows of a table."""
+    if not file.is_file():
+        raise UserError(f"{file} is not a file: give a CSV or Parquet table with the columns path and label.")
+    data = pa.BufferReader(file.read_bytes())
+    try:
+        if file.suffix.lower() == ".parquet":
+            table = pa.parquet.read_table(data)
+        else:
+            text = pa.csv.ConvertOptions(column_types={column: pa.string() for column in COLUMNS})
+            table = pa.csv.read_csv(data, convert_options=text)
+        return table.column_names, table.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{file} is neither a CSV nor a Parquet table ({reason}): write it again.") from None
+
+
+def _read_row(row: dict[str, object], where: str) -> LabelledFile:
+    if row["path"] in (None, "") or row["label"] in (None, ""):
+        raise UserError(f"{where} has no path or no label: fill it in or remove the row.")
+    path = str(row["path"]).replace("\\", "/")
+    if ".." in path.split("/"):
+        raise UserError(f"{where} has the path {row['path']!r}: write it without '..', absolute or relative to --root.")
+    split = parse_split(str(row["split"])) if row.get("split") else ""
+    group = str(row["group"]) if row.get("group") else None
+    return LabelledFile(path, parse_expression(str(row["label"])), split, group)
+
+
+def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
+    """Return the root of the pictures and the rows with their paths below it."""
+    base = root or file.parent
+    paths = [PurePosixPath(base.path, row.path) for row in rows]  # an absolute path stays as it is
+    outside = [path for path in paths if not path.is_relative_to(base.path)]
+    if outside and root is None:
+        folder = posixpath.commonpath([str(path.parent) for path in paths])
+        base = UPath(folder, protocol=base.protocol, **base.storage_options)
+    elif outside:
+        raise UserError(
+            f"{file} lists {outside[0]}, which is not in {base}: give a --root that holds all its pictures."
+        )
+    inside = [str(path.relative_to(base.path)) for path in paths]
+    return base, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
+
+
+def _merge_repeated(rows: list[LabelledFile], file: UPath) -> tuple[list[LabelledFile], list[str]]:
+    """Return every face once and the paths of those listed more than once; raise `UserError` where the cells differ."""
+    places: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        places.setdefault(row.path, []).append(position)
+    repeated: list[str] = []
+    disputed: list[str] = []
+    for path, positions in places.items():
+        if len(positions) > 1:
+            line = f"{path} (rows {', '.join(str(position + 1) for position in positions)})"
+            same = all(rows[position] == rows[positions[0]] for position in positions)
+            (repeated if same else disputed).append(line)
+    if disputed:
+        raise UserError(
+            f"{file} lists {len(disputed)} faces more than once with different labels, splits or groups, "
+            f"{', '.join(disputed)}: keep one row of each."
+        )
+    return [rows[positions[0]] for positions in places.values()], repeated
+
+
+def parse_split(name: str) -> str:
+    """Return `train`, `val` or `test` for a split in any known spelling; raise `UserError`."""
+    key = name.strip().lower()
+    key = SPLIT_ALIASES.get(key, key)
+    if key not in SPLITS:
+        raise UserError(f"Unknown split {name!r}: choose {', '.join(SPLITS)}.")
+    return key

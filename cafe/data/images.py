@@ -6,7 +6,9 @@ Faces arrive as colour, grey, palette, CMYK or 16-bit files; all become 8-bit RG
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,6 +16,9 @@ from upath import UPath
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
+DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it claims to be
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
+)  # fmt: skip
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the upright picture
@@ -33,7 +38,7 @@ def read_bytes(path: UPath) -> bytes:
         raise UnreadableImageError("no permission to read the file") from None
     except IsADirectoryError:
         raise UnreadableImageError("is a folder") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
         raise UnreadableImageError(f"cannot be read: {error}") from None
     if not data:
         raise UnreadableImageError("file is empty")
@@ -46,7 +51,7 @@ def read_size(data: bytes) -> tuple[int, int]:
         width, height = image.size
         try:
             swapped = image.getexif().get(ORIENTATION, 1) >= 5
-        except (OSError, ValueError, SyntaxError, EOFError) as error:  # of a PNG the whole file is searched
+        except DAMAGED as error:  # of a PNG the whole file is searched
             raise UnreadableImageError(f"damaged image: {error}") from None
     return (height, width) if swapped else (width, height)
 
@@ -60,7 +65,7 @@ def decode_image(data: bytes) -> np.ndarray:
             if image.mode.startswith("I"):
                 return _from_16_bit(image)
             return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
+        except DAMAGED as error:
             raise UnreadableImageError(f"damaged image: {error}") from None
 
 
@@ -74,17 +79,25 @@ def clip_box(box: Box, width: int, height: int) -> Box:
 
 
 def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd EXIF blocks and of large images, which we judge ourselves
-        try:
-            image = Image.open(io.BytesIO(data))
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-            raise UnreadableImageError("not an image of a known format") from None
+    _silence_pillow()
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (*DAMAGED, Image.DecompressionBombError):
+        raise UnreadableImageError("not an image of a known format") from None
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
     if image.mode == "F":
         raise UnreadableImageError("floating-point pixels have no defined brightness")
     return image
+
+
+@cache
+def _silence_pillow() -> None:
+    """Ignore Pillow's warnings of odd EXIF blocks and large pictures, which we judge ourselves.
+
+    Once for the process: filters that come and go are not safe among threads.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _from_16_bit(image: Image.Image) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What every reader shares: a listing of labelled files, and the pass that opens each of them once.
+"""What every reader shares: a listing of labelled files, what a complete copy holds, and the pass that opens each file once.
 
 A reader only says which files there are and what they show; hashing, headers, broken files and splits happen here.
 """
@@ -10,55 +10,68 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.data.counts import Expected
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
-from cafe.data.manifest import SPLITS, Face, Manifest, assign_splits
+from cafe.data.manifest import READERS, Face, Manifest, assign_splits
 from cafe.errors import UserError
 
-READERS = 16  # threads
 AT_ONCE = 64  # files a thread takes at a time: 300,000 single tasks would cost more than they do
+TOTAL = "all"  # stands for the expression where only the sum of a split is known
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-SPLIT_ALIASES = {
-    "training": "train",
-    "testing": "test",
-    "valid": "val",
-    "validation": "val",
-}
+
+@dataclass(frozen=True)
+class Expected:
+    """What a split of a complete copy holds: faces per expression in the order of `EXPRESSIONS`, or their total alone.
+
+    `source` tells where the numbers come from; `doubt`, when there is one, why they may be wrong.
+    """
+
+    split: str
+    counts: tuple[int, ...]
+    source: str
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The labelled files a reader found.
+class Difference:
+    """A number of faces that is not the expected one; a certain difference means that the copy is another data set."""
 
-    `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is. `ignored` counts
-    files that are no faces of it, `dropped` faces that show none of the seven expressions, by reason; `rejected` names
-    label rows that cannot be used (where, reason), and `packed` archives that lie there still packed. `expected` is what a
-    complete copy holds.
+    split: str
+    expression: str
+    expected: int
+    found: int
+    certain: bool
+    source: str
+
+
+def count_differences(expected: Sequence[Expected], found: Counter[tuple[str, int]]) -> list[Difference]:
+    """Return where the faces found per (split, label) differ from what is expected.
+
+    A difference is certain where numbers are known per expression and nobody doubts them, or where a split is missing.
     """
-
-    root: UPath
-    files: list[LabelledFile]
-    layout: str
-    kind: str
-    ignored: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    packed: list[str] = field(default_factory=list)
-    expected: tuple[Expected, ...] = ()
-
-    def counts(self) -> Counter[tuple[str, int]]:
-        """Files per (split, label)."""
-        return Counter((file.split, file.label) for file in self.files)
+    differences = []
+    for split in expected:
+        known = len(split.counts) == len(EXPRESSIONS)
+        numbers = [found[split.split, label] for label in range(len(EXPRESSIONS))]
+        certain = (known and not split.doubt) or not any(numbers)
+        source = f"{split.source}; {split.doubt}" if split.doubt else split.source
+        names, numbers = (EXPRESSIONS, numbers) if known else ((TOTAL,), [sum(numbers)])
+        differences += [
+            Difference(split.split, name, wanted, number, certain, source)
+            for name, wanted, number in zip(names, split.counts, numbers, strict=True)
+            if number != wanted
+        ]
+    return differences
 
 
 @dataclass(frozen=True)
@@ -73,101 +86,117 @@ class LabelledFile:
     pixels: np.ndarray | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
-class Index:
-    """A manifest and what was seen on the way: `broken` (path, reason) and `duplicates`, groups of equal files.
+@dataclass
+class Listing:
+    """The labelled files a reader finds, filled in as it goes through them.
 
-    `dropped` counts the faces left out because they show none of the seven expressions, by reason.
+    `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is, `expected` what a
+    complete copy holds, `packed` which archives still lie there. `ignored` counts files that are no faces of the set,
+    `dropped` faces that show none of the seven expressions, by reason; `rejected` names rows of label files that cannot
+    be used (where, reason), `repeated` pictures that are listed more than once and count once.
     """
 
-    manifest: Manifest
+    root: UPath
+    kind: str
     layout: str
-    ignored: int
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    expected: tuple[Expected, ...] = ()
+    packed: list[str] = field(default_factory=list)
+    files: list[LabelledFile] = field(default_factory=list)
+    ignored: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+    def add(self, path: str, label: int, split: str = "", **more: Any) -> None:
+        """Add a face: its file below `root`, label and split, and further fields of `LabelledFile`."""
+        self.files.append(LabelledFile(path, label, split, **more))
+
+    def reject(self, where: str, reason: str) -> None:
+        """Note a row of a label file that cannot be used."""
+        self.rejected.append((where, reason))
+
+    def counts(self) -> Counter[tuple[str, int]]:
+        """Files per (split, label)."""
+        return Counter((file.split, file.label) for file in self.files)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A manifest, the listing it was made from, and every file or row that could not be used: `broken` (where, reason)."""
+
+    manifest: Manifest
+    listing: Listing
+    broken: list[tuple[str, str]]
 
     @property
     def duplicates(self) -> list[list[str]]:
         """Groups of samples whose files are byte for byte the same."""
-        seen: dict[str, list[str]] = {}
-        columns = (self.manifest.table[name].to_pylist() for name in ("digest", "box"))
-        for sample_id, digest, box in zip(self.manifest.sample_ids, *columns, strict=True):
-            seen.setdefault(f"{digest} {box}", []).append(sample_id)
-        return [group for group in seen.values() if len(group) > 1]
+        same: dict[str, list[str]] = {}
+        for sample_id, content in zip(self.manifest.sample_ids, self._contents, strict=True):
+            same.setdefault(content, []).append(sample_id)
+        return [group for group in same.values() if len(group) > 1]
+
+    @property
+    def training_twins(self) -> Counter[str]:
+        """How many faces of each other split are also in the training split, byte for byte."""
+        faces = list(zip(self.manifest.table["split"].to_pylist(), self._contents, strict=True))
+        trained = {content for split, content in faces if split == "train"}
+        return Counter(split for split, content in faces if split != "train" and content in trained)
+
+    @property
+    def _contents(self) -> list[str]:
+        digests, boxes = (self.manifest.table[name].to_pylist() for name in ("digest", "box"))
+        return [f"{digest} {box}" for digest, box in zip(digests, boxes, strict=True)]
 
     def counts(self) -> Counter[tuple[str, int]]:
         """Faces per (split, label)."""
-        splits = self.manifest.table["split"].to_pylist()
-        return Counter(zip(splits, self.manifest.labels.tolist(), strict=True))
-
-
-def parse_split(name: str) -> str:
-    """Return `train`, `val` or `test` for a split in any known spelling; raise `UserError`."""
-    key = name.strip().lower()
-    key = SPLIT_ALIASES.get(key, key)
-    if key not in SPLITS:
-        raise UserError(f"Unknown split {name!r}: choose {', '.join(SPLITS)}.")
-    return key
+        return Counter(zip(self.manifest.table["split"].to_pylist(), self.manifest.labels.tolist(), strict=True))
 
 
 def index_files(
     name: str,
     listing: Listing,
-    progress: Callable[[int], None] = lambda advance: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     images: UPath | None = None,
 ) -> Index:
     """Open every listed file once and return its manifest; a file that cannot be read is named, never fatal.
 
-    `progress` is called with the number of files opened since the last call. Faces that are pixels of a table are first
-    written as PNG below `images`, which is then the manifest's root.
+    `progress(done, total)` counts files. Faces that are pixels of a table are first written as PNG below `images`, which
+    is then the manifest's root. Raises `UserError` when not one file can be read.
     """
+    root = listing.root
     if any(file.pixels is not None for file in listing.files):
         assert images is not None
-        for folder in {(images / file.path).parent for file in listing.files}:
+        root = images
+        for folder in {(root / file.path).parent for file in listing.files}:
             folder.mkdir(parents=True, exist_ok=True)
-        listing = replace(listing, root=images)
-    faces: list[Face] = []
-    broken: list[tuple[str, str]] = list(listing.rejected)
-    for result in _open_all(listing):
-        progress(1)
+    faces, broken = [], list(listing.rejected)
+    for done, result in enumerate(map_threads(lambda file: _open(root, file), listing.files), start=1):
         if isinstance(result, Face):
             faces.append(result)
         else:
             broken.append(result)
+        progress(done, len(listing.files))
     if not faces:
         reason = f" (first: {broken[0][0]}: {broken[0][1]})" if broken else ""
-        raise UserError(f"No readable face image below {listing.root}{reason}: give the folder that holds the faces.")
-    manifest = Manifest.from_faces(name, str(listing.root), assign_splits(faces), listing.kind)
-    return Index(manifest, listing.layout, listing.ignored, sorted(broken), listing.dropped)
+        raise UserError(f"No readable face image below {root}{reason}: give the folder that holds the faces.")
+    manifest = Manifest.from_faces(name, str(root), assign_splits(faces), listing.kind)
+    return Index(manifest, listing, sorted(broken))
 
 
-def _open_all(listing: Listing) -> Iterator[Face | tuple[str, str]]:
-    def open_one(file: LabelledFile) -> Face | tuple[str, str]:
-        path = listing.root / file.path
-        box = file.box
-        try:
-            data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)
-            width, height = read_size(data)
-            if box:
-                box = clip_box(box, width, height)
-                width, height = box[2:]
-        except UnreadableImageError as error:
-            return file.path, str(error)
-        digest = hashlib.sha256(data).hexdigest()
-        return Face(file.path, file.path, file.label, file.split, file.group, width, height, digest, box)
-
-    yield from map_threads(open_one, listing.files)
-
-
-def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Yield `function(item)` in order, computed on threads that wait for the disk or the network."""
-
-    def map_some(start: int) -> list[Result]:
-        return [function(item) for item in items[start : start + AT_ONCE]]
-
-    with ThreadPoolExecutor(READERS) as pool:
-        for results in pool.map(map_some, range(0, len(items), AT_ONCE)):
-            yield from results
+def _open(root: UPath, file: LabelledFile) -> Face | tuple[str, str]:
+    """Return a face with its size and digest, or (path, reason) when its file cannot be read."""
+    path, box = root / file.path, file.box
+    try:
+        data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)
+        width, height = read_size(data)
+        if box:
+            box = clip_box(box, width, height)
+            width, height = box[2:]
+    except UnreadableImageError as error:
+        return file.path, str(error)
+    digest = hashlib.sha256(data).hexdigest()
+    return Face(file.path, file.path, file.label, file.split, file.group, width, height, digest, box)
 
 
 def _write_pixels(path: UPath, pixels: np.ndarray) -> bytes:
@@ -176,3 +205,14 @@ def _write_pixels(path: UPath, pixels: np.ndarray) -> bytes:
     Image.fromarray(pixels).save(sink, "PNG", compress_level=0)
     path.write_bytes(sink.getvalue())
     return sink.getvalue()
+
+
+def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield `function(item)` in order, computed on threads."""
+
+    def map_some(start: int) -> list[Result]:
+        return [function(item) for item in items[start : start + AT_ONCE]]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for results in pool.map(map_some, range(0, len(items), AT_ONCE)):
+            yield from results

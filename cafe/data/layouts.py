@@ -1,4 +1,4 @@
-"""Finding a distributed data set in a folder: whatever it was wrapped in, spelled like or unpacked beside.
+"""Find a distributed data set in a folder, whatever it is wrapped in, however it is spelled and whatever lies beside it.
 
 A folder is listed once; from then on readers look files up by name, in any case, in memory, so that an object store is read
 like a disk.
@@ -7,7 +7,7 @@ like a disk.
 from __future__ import annotations
 
 import csv
-from collections import Counter
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,13 +16,14 @@ from itertools import chain
 from upath import UPath
 
 from cafe.data.expressions import parse_expression
-from cafe.data.folder import list_files
 from cafe.data.images import SUFFIXES
-from cafe.data.indexing import LabelledFile
+from cafe.data.indexing import Expected, Listing
 from cafe.errors import UserError
 
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
-OTHER_EXPRESSIONS = frozenset({"contempt", "unknown", "nf", "none", "uncertain", "no-face"})  # not among the seven
+NOT_OURS = frozenset(
+    {"contempt", "unknown", "nf", "none", "uncertain", "no-face"}
+)  # labels besides the seven expressions
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Tree:
     @cached_property
     def images(self) -> list[str]:
         """The files named like pictures."""
-        return [path for path in self.files if path[path.rfind(".") :].casefold() in SUFFIXES]
+        return [path for path in self.files if is_image(path)]
 
     def get(self, path: str) -> str | None:
         """Return the file of that path in any case, or None."""
@@ -79,17 +80,51 @@ class Tree:
         """Return the tree of a folder in it; of the whole of it when the name is empty."""
         if not folder:
             return self
-        inside = [relative(path, folder) for path in self.files if path.startswith(f"{folder}/")]
-        return Tree(self.root / folder, inside)
+        return Tree(
+            self.root / folder, [relative(path, folder) for path in self.files if path.startswith(f"{folder}/")]
+        )
+
+    def start(self, kind: str, layout: str, expected: tuple[Expected, ...]) -> Listing:
+        """Return a listing of this tree that has no files yet."""
+        return Listing(self.root, kind, layout, expected, self.packed)
 
     def lack(self, missing: str, remedy: str) -> UserError:
-        """Return the error for something that must be there; an archive that is still packed is the likelier remedy."""
+        """Return the error for something that must be there; where an archive is still packed, that is the likely reason."""
         if self.packed:
             more = f" (as are {len(self.packed) - 1} more archives)" if len(self.packed) > 1 else ""
-            return UserError(
-                f"{self.root} holds no {missing}, but {self.packed[0]} is still packed{more}: unpack it where it lies."
-            )
+            remedy = f"{self.packed[0]} is still packed{more}, so unpack it where it lies"
         return UserError(f"{self.root} holds no {missing}: {remedy}.")
+
+
+def list_files(root: UPath) -> list[str]:
+    """Return every file below a folder as a sorted POSIX path relative to it; no hidden ones, no __MACOSX.
+
+    Links to folders are followed, but never back into a folder the path came through.
+    """
+    if root.protocol in ("", "file"):
+        return sorted(_walk(root.path, "", frozenset()))
+    base = root.path.rstrip("/") + "/"
+    found = (path.removeprefix(base) for path in root.fs.find(root.path))
+    return sorted(path for path in found if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
+
+
+def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {real})
+            else:
+                yield f"{prefix}{entry.name}"
+
+
+def is_image(path: str) -> bool:
+    """Return whether a file is named like a picture."""
+    return path[path.rfind(".") :].casefold() in SUFFIXES
 
 
 def folder_of(path: str) -> str:
@@ -100,6 +135,13 @@ def folder_of(path: str) -> str:
 def relative(path: str, folder: str) -> str:
     """Return a path as seen from a folder it lies in."""
     return path.removeprefix(f"{folder}/") if folder else path
+
+
+def check_file_name(name: str, where: str) -> str:
+    """Return a name from a table; raise `UserError` when it is a path, which could lead out of the data set's folder."""
+    if "/" in name or "\\" in name or name in (".", ".."):
+        raise UserError(f"{where} names the picture {name!r} in another folder: give the name of its file alone.")
+    return name
 
 
 def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
@@ -147,14 +189,16 @@ def parse_number(text: str) -> int | None:
     return int(number) if number.is_integer() else None
 
 
-def list_by_folder(tree: Tree, splits: Mapping[str, str], wanted: str) -> tuple[Tree, list[LabelledFile], Counter[str]]:
+def list_by_folder(
+    tree: Tree, splits: Mapping[str, str], kind: str, layout: str, expected: tuple[Expected, ...], wanted: str
+) -> Listing:
     """List the images of …/SPLIT/…/EXPRESSION/image, where `splits` maps the names of folders to our splits.
 
-    A split mapped to nothing has no labels. Returns the tree from the splits' common folder on, its labelled files, and the
-    faces left out by reason. Raises `UserError` when there are none, naming the `wanted` layout, when there are two copies,
-    and for a folder that is numbered: the same number means another class in another copy.
+    A split mapped to nothing has no labels. The listing's root is the splits' common folder. Raises `UserError` when there
+    are no images, naming the layout that is `wanted`, when there are two copies, and for a folder that is numbered: the
+    same number means another expression in another copy.
     """
-    bases, files, dropped = set(), [], Counter[str]()
+    found, bases = tree.start(kind, layout, expected), set()
     for path in tree.images:
         folders = path.split("/")[:-1]
         keys = [folder.casefold() for folder in folders]
@@ -163,22 +207,24 @@ def list_by_folder(tree: Tree, splits: Mapping[str, str], wanted: str) -> tuple[
             continue
         split, expression = splits[keys[innermost]], folders[-1]
         if not split:
-            dropped["label withheld"] += 1
+            found.dropped["label withheld"] += 1
         elif innermost == len(folders) - 1:
             continue  # a picture beside the expressions' folders shows none
-        elif keys[-1] in OTHER_EXPRESSIONS:
-            dropped[keys[-1]] += 1
+        elif keys[-1] in NOT_OURS:
+            found.dropped[keys[-1]] += 1
         elif expression.isdigit():
             raise UserError(
-                f"The folder {'/'.join(folders)} of {tree.root} is numbered, which means another class in every copy: "
-                "rename it to its expression once you know it."
+                f"The folder {'/'.join(folders)} of {tree.root} is numbered, which means another expression in every "
+                "copy: rename it to its expression once you know it."
             )
         else:
-            files.append(LabelledFile(path, parse_expression(expression), split))
+            found.add(path, parse_expression(expression), split)
         outermost = next(position for position, key in enumerate(keys) if key in {*splits, "train", "val", "test"})
         bases.add("/".join(folders[:outermost]))
-    if not files:
+    if not found.files:
         raise tree.lack(wanted, "give the folder that holds it")
     base = tree.choose(bases, "the data set")
-    inside = [replace(file, path=relative(file.path, base)) for file in files]
-    return tree.below(base), inside, dropped
+    found.root = tree.below(base).root
+    found.files = [replace(file, path=relative(file.path, base)) for file in found.files]
+    found.ignored = len(tree.below(base).images) - len(found.files) - found.dropped.total()
+    return found

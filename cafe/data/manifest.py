@@ -8,22 +8,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.images import Box, clip_box, decode_image, read_bytes
+from cafe.data.images import Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
 
 SPLITS = ("train", "val", "test")
+READERS = 16  # threads that wait for the disk or the network
+AHEAD = 2048  # pictures decoded ahead, so that memory does not grow with the data set
+
+Result = TypeVar("Result")
+
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),  # stable under moving the folder: the path below its root
@@ -37,6 +44,18 @@ SCHEMA = pa.schema(
         ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
     ]
 )
+REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a manifest: that of its file, of folders and of metrics
+
+
+class Header(BaseModel):
+    """What a manifest's file says besides its rows, as JSON in its Parquet metadata."""
+
+    version: Literal[2]
+    name: str = Field(pattern=f"^{NAME}$")
+    root: str
+    kind: str = ""
+    expressions: tuple[str, ...] = EXPRESSIONS
 
 
 @dataclass(frozen=True)
@@ -68,31 +87,38 @@ class Manifest:
 
     @classmethod
     def from_faces(cls, name: str, root: str, faces: Iterable[Face], kind: str = "") -> Manifest:
-        """Sort by sample_id and check that no two faces share one."""
+        """Sort by sample_id; raise `UserError` naming all that several faces share."""
         rows = sorted(faces, key=lambda face: face.sample_id)
-        for first, second in pairwise(rows):
-            if first.sample_id == second.sample_id:
-                raise UserError(f"The sample {first.sample_id!r} is listed twice in {name!r}: keep one of its rows.")
+        repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
+        if repeated:
+            raise UserError(
+                f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
+            )
         return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind)
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
-        """Read a manifest file; raise `UserError` when it is missing or not one."""
+        """Read a manifest file; raise `UserError` when it is none, is of another version or does not fit its own name."""
+        data = pa.BufferReader(path.read_bytes())
         try:
-            table = pq.read_table(pa.BufferReader(path.read_bytes()))
-            about = json.loads(table.schema.metadata[b"cafe.manifest"])
-            if "box" not in table.column_names:  # written before faces could have one
-                table = table.append_column(SCHEMA.field("box"), pa.nulls(len(table), SCHEMA.field("box").type))
+            table = pq.read_table(data)
+            header = Header.model_validate_json(table.schema.metadata[b"cafe.manifest"])
             table = table.select(SCHEMA.names).cast(SCHEMA)
-        except (pa.ArrowInvalid, KeyError, TypeError):
-            raise UserError(f"{path} is not a manifest: write it again with `cafe data index`.") from None
-        return cls(about["name"], about["root"], table, about.get("kind", ""))
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValidationError):
+            raise UserError(f"{path} is not a manifest of version 2: write it again with `cafe data index`.") from None
+        if f"{header.name}.parquet" != path.name:
+            raise UserError(f"{path} holds the manifest {header.name!r}: name the file {header.name}.parquet.")
+        if header.expressions != EXPRESSIONS:
+            raise UserError(f"{path} orders the expressions in another way: write it again with `cafe data index`.")
+        if fault := _find_fault(table):
+            raise UserError(f"{path} is a damaged manifest ({fault}): write it again with `cafe data index`.")
+        return cls(header.name, header.root, table, header.kind)
 
     def save(self, path: UPath) -> None:
         """Write the manifest as Parquet in one put."""
-        about = json.dumps({"name": self.name, "root": self.root, "kind": self.kind, "expressions": EXPRESSIONS})
+        header = Header(version=2, name=self.name, root=self.root, kind=self.kind)
         sink = pa.BufferOutputStream()
-        pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": about}), sink)
+        pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()}), sink)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(sink.getvalue().to_pybytes())
 
@@ -108,6 +134,30 @@ class Manifest:
     def labels(self) -> np.ndarray:
         """The label of every row, (N,) int64."""
         return np.asarray(self.table["label"].to_numpy(), dtype=np.int64)
+
+    def survey(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        look: Callable[[np.ndarray], Result],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Iterator[tuple[int, Result | UnreadableImageError]]:
+        """Yield (row, what `look` returns of its pixels) in order, with the error in place of an unreadable picture.
+
+        Pictures are decoded on threads; `progress(done, total)` counts them.
+        """
+
+        def look_at(row: int) -> Result | UnreadableImageError:
+            try:
+                return look(self.read_face(row))
+            except UnreadableImageError as error:
+                return error
+
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(rows), AHEAD):
+                part = [int(row) for row in rows[start : start + AHEAD]]
+                for done, result in enumerate(zip(part, pool.map(look_at, part), strict=True), start=start + 1):
+                    yield result
+                    progress(done, len(rows))
 
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
@@ -138,24 +188,34 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """Names everything but where the files lie: samples, labels, splits, groups and contents."""
-        return _digest(self.table, ["sample_id", "label", "split", "group", *self._content])
+        return _digest(self.table, ("sample_id", "label", "split", "group", "digest", "box"))
 
     @cached_property
     def image_digest(self) -> str:
         """Names the images alone: what a frozen feature depends on."""
-        return _digest(self.table, ["sample_id", *self._content])
-
-    @property
-    def _content(self) -> list[str]:
-        """The columns that say what is seen; without any box they are what they were before there were boxes."""
-        return ["digest"] if self.table["box"].null_count == len(self) else ["digest", "box"]
+        return _digest(self.table, ("sample_id", "digest", "box"))
 
 
 def _digest(table: pa.Table, columns: Sequence[str]) -> str:
+    """Hash the columns that say something: one that is empty in every row changes nothing, so that new ones can be added."""
     digest = hashlib.sha256()
     for column in columns:
-        digest.update(json.dumps([column, table[column].to_pylist()]).encode())
+        if table[column].null_count < len(table):
+            digest.update(json.dumps([column, table[column].to_pylist()]).encode())
     return digest.hexdigest()
+
+
+def _find_fault(table: pa.Table) -> str:
+    """Return what is wrong with the rows of a manifest's file, empty when nothing is."""
+    if empty := [name for name in REQUIRED if table[name].null_count]:
+        return f"empty cells in {empty[0]!r}"
+    if pc.any(pc.match_substring_regex(table["path"], r"(^|/)\.\.(/|$)|^/")).as_py():
+        return "a path that leads out of its root"
+    if pc.count_distinct(table["sample_id"]).as_py() < len(table):
+        return "a sample listed twice"
+    known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(EXPRESSIONS)), pa.int8())))
+    strange = [name for name, values in known if not pc.all(pc.is_in(table[name], values)).as_py()]
+    return f"an unknown {strange[0]}" if strange else ""
 
 
 def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Face]:
@@ -174,6 +234,30 @@ def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tupl
     groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
     held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
     return rows[~held], rows[held]
+
+
+def thin_training(manifest: Manifest, faces: int) -> Manifest:
+    """Return a manifest with at most `faces` training faces, in the expressions' proportions; other splits stay whole.
+
+    Faces are taken in the order of the hash of their sample_id, the same everywhere.
+    """
+    rows = manifest.rows("train")
+    order = sorted(rows, key=lambda row: hashlib.sha256(manifest.sample_ids[row].encode()).digest())
+    left_out = set(rows)
+    for label, count in _share_out(Counter(manifest.labels[rows].tolist()), faces).items():
+        left_out -= set([row for row in order if manifest.labels[row] == label][:count])
+    return replace(manifest, table=manifest.table.take([row for row in range(len(manifest)) if row not in left_out]))
+
+
+def _share_out(counts: Counter[int], total: int) -> dict[int, int]:
+    """Return what each class gets of a total in proportion to its count, whole numbers by the largest remainder."""
+    total = min(total, counts.total())
+    exact = {label: total * count / counts.total() for label, count in counts.items()}
+    shares = {label: int(share) for label, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda label: (shares[label] - exact[label], label))
+    for label in by_remainder[: total - sum(shares.values())]:
+        shares[label] += 1
+    return shares
 
 
 def _unit(group: str | None, digest: str) -> str:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from upath import UPath
 
-from cafe.data.counts import RAFDB
-from cafe.data.expressions import EXPRESSIONS, parse_expression
-from cafe.data.indexing import LabelledFile, Listing
+from cafe.data.expressions import parse_expression
+from cafe.data.indexing import Expected, Listing
 from cafe.data.layouts import Tree, folder_of, parse_number, read_csv, relative
 
 NUMBERS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")  # 1–7, from the authors' read-me
 LABEL_FILES = ("list_patition_label.txt", "list_partition_label.txt")  # spelled as the first by the authors
 SHARED_LABEL_FILES = ("train_labels.csv", "test_labels.csv")
+EXPECTED = (  # surprise, fear, disgust, happiness, sadness, anger, neutral
+    Expected("train", (1290, 281, 717, 4772, 1982, 705, 2524), "counted in the label file of the basic set"),
+    Expected("test", (329, 74, 160, 1185, 478, 162, 680), "counted in the label file of the basic set"),
+)
 
 
 def read_rafdb(root: UPath) -> Listing:
@@ -43,58 +46,50 @@ def _read_official(tree: Tree, labels: str) -> Listing:
     tree, labels = tree.below(folder), relative(labels, folder)
     aligned = {path.rpartition("/")[2].casefold(): path for path in tree.images if "_aligned." in path.casefold()}
     if not aligned:
-        raise tree.lack(
-            "aligned faces (Image/aligned/train_00001_aligned.jpg, …)", "unpack aligned.zip in its folder Image"
-        )
-    files, rejected = [], []
+        missing = "aligned faces (Image/aligned/train_00001_aligned.jpg, …)"
+        raise tree.lack(missing, "unpack aligned.zip in its folder Image")
+    found = tree.start("rafdb", "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned", EXPECTED)
     text = (tree.root / labels).read_bytes().decode("utf-8-sig", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
         name, label = [*line.split(), "", ""][:2]
-        expression, split = parse_label(label), name.casefold().partition("_")[0]
-        aligned_name = "_aligned.".join(name.rsplit(".", 1))
+        expression, split = _parse_label(label), name.casefold().partition("_")[0]
+        file = "_aligned.".join(name.rsplit(".", 1))
         if expression is None or split not in ("train", "test"):
             if name:
-                rejected.append((f"{labels}, line {number}", f"is not a file and a number of 1–7: {line.strip()!r}"))
-        elif path := aligned.get(aligned_name.casefold()):
-            files.append(LabelledFile(path, expression, split))
+                found.reject(f"{labels}, line {number}", f"is not a file and a number of 1–7: {line.strip()!r}")
+        elif path := aligned.get(file.casefold()):
+            found.add(path, expression, split)
         else:
-            rejected.append((aligned_name, "file not found"))
-    layout = "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned"
-    return _listing(tree, files, layout, rejected)
+            found.reject(file, "file not found")
+    found.ignored = len(tree.images) - len(found.files)
+    return found
 
 
 def _read_shared(tree: Tree) -> Listing:
     folders = {folder_of(path) for path in tree.find(*SHARED_LABEL_FILES)}
     tree = tree.below(tree.choose(folders, "the label files of RAF-DB"))
     images = {tuple(path.casefold().split("/")[-3:]): path for path in tree.images}
-    files, rejected = [], []
+    layout = "shared copy of RAF-DB: train_labels.csv, test_labels.csv, {train,test}/{1..7}"
+    found = tree.start("rafdb", layout, EXPECTED)
     for split in ("train", "test"):
         table = tree.get(f"{split}_labels.csv")
         if table is None:
-            raise tree.lack(f"{split}_labels.csv", "put it back: numbered folders alone do not tell the expression")
+            raise tree.lack(f"{split}_labels.csv", "put it back, as numbered folders alone do not tell the expression")
         for number, cells in read_csv(tree.root / table):
             name, label = [*cells, ""][:2]
-            expression = parse_label(label)
+            expression = _parse_label(label)
             if expression is None:
                 if number > 1:  # the first line is the header
-                    rejected.append(
-                        (f"{table}, line {number}", f"is not a file and a number of 1–7: {','.join(cells)!r}")
-                    )
+                    found.reject(f"{table}, line {number}", f"is not a file and a number of 1–7: {','.join(cells)!r}")
             elif path := images.get((split, str(expression + 1), name.casefold())):
-                files.append(LabelledFile(path, expression, split))
+                found.add(path, expression, split)
             else:
-                rejected.append((f"{split}/{label}/{name}", "file not found in the folder of its label"))
-    return _listing(
-        tree, files, "shared copy of RAF-DB: train_labels.csv, test_labels.csv, {train,test}/{1..7}", rejected
-    )
+                found.reject(f"{split}/{label}/{name}", "file not found in the folder of its label")
+    found.ignored = len(tree.images) - len(found.files)
+    return found
 
 
-def parse_label(text: str) -> int | None:
-    """Return our class of an RAF-DB number 1–7, or None."""
+def _parse_label(text: str) -> int | None:
+    """Return our label of an RAF-DB number 1–7, or None."""
     number = parse_number(text)
-    return parse_expression(NUMBERS[number - 1]) if number and 1 <= number <= len(EXPRESSIONS) else None
-
-
-def _listing(tree: Tree, files: list[LabelledFile], layout: str, rejected: list[tuple[str, str]]) -> Listing:
-    ignored = len(tree.images) - len(files)
-    return Listing(tree.root, files, layout, "rafdb", ignored, rejected=rejected, packed=tree.packed, expected=RAFDB)
+    return parse_expression(NUMBERS[number - 1]) if number and 1 <= number <= len(NUMBERS) else None

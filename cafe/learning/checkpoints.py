@@ -15,6 +15,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from upath import UPath
 
+from cafe.files import write_file
+
 
 def save_checkpoint(
     folder: UPath,
@@ -31,7 +33,7 @@ def save_checkpoint(
         tensors |= {f"optimizer.{parameter}.{name}": value for name, value in values.items()}
     write_tensors(folder / "state.safetensors", tensors)
     about = {**record, "optimizer_groups": state["param_groups"]}
-    (folder / "state.json").write_bytes(json.dumps(about, indent=1).encode())
+    write_file(folder / "state.json", json.dumps(about, indent=1).encode())
 
 
 def load_checkpoint(
@@ -58,8 +60,7 @@ def load_checkpoint(
 def write_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:
     """Write named tensors as one safetensors file."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(save_tensors(plain))
+    write_file(path, save_tensors(plain))
 
 
 def read_tensors(path: UPath) -> dict[str, Tensor]:

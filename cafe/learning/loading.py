@@ -22,9 +22,9 @@ from cafe.learning.views import ViewPlan, normalise
 from cafe.methods.method import Batch, Recipe
 from cafe.randomness import random_generator
 
-SMALLEST_BATCH = 8  # a shorter last batch is left out: its batch statistics would be noise
-
-
+SMALLEST_BATCH = (
+    8  # faces that a training needs, and that a batch has unless its recipe says otherwise or it is the last
+)
 ARRAYS = {"features": "pooled", "map": "map"}  # what a method may need → the store's array
 
 
@@ -46,11 +46,19 @@ class FaceDataset:
     features: FeatureReader | None = None
     channels: str = "rgb"  # bgr only for targets of the protocol `paper`
 
-    def load(self, batches: Sequence[np.ndarray], view: int, device: torch.device, workers: int = 0) -> Iterator[Batch]:
+    def load(
+        self,
+        batches: Sequence[np.ndarray],
+        view: int,
+        device: torch.device,
+        workers: int = 0,
+        frozen_view: int | None = None,
+    ) -> Iterator[Batch]:
         """Yield batches of rows in one view, in order, on a device: row and label (n,), and what the method needs.
 
-        `image` is (n, 3, S, S), normalised on the device, `features` (n, C), `map` (n, C, H, W); `workers` processes decode
-        ahead.
+        `image` is (n, 3, S, S), normalised on the device, `placement` (n, 2, 3) says which part of the clean picture it
+        shows, `features` is (n, C), `map` (n, C, H, W), both of `frozen_view` where that is another. `workers` processes
+        decode ahead. A batch may be empty, but not the first.
         """
         pictures: Iterable[Any] = repeat(None)
         if "image" in self.needs:
@@ -62,17 +70,25 @@ class FaceDataset:
         for rows, picture in zip(batches, pictures, strict=False):
             batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
             if self.features is not None:
-                arrays = self.features.read(rows, view)
-                for need in self.needs & ARRAYS.keys():
-                    batch[need] = torch.from_numpy(arrays[ARRAYS[need]].astype(np.float32))
+                if len(rows):
+                    arrays = self.features.read(rows, view if frozen_view is None else frozen_view)
+                batch |= {
+                    need: torch.from_numpy(arrays[ARRAYS[need]][: len(rows)]) for need in self.needs & ARRAYS.keys()
+                }
+            if picture is not None and "placement" in self.needs:
+                batch["placement"] = torch.tensor([self._place(row, view) for row in rows]).reshape(-1, 2, 3)
             batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            batch |= {need: batch[need].float() for need in self.needs & ARRAYS.keys()}  # half the bytes travel
             if picture is not None:
-                pixels, boxes = (part.to(device, non_blocking=True) for part in picture)
-                image = normalise(pixels, boxes, self.plan.mean, self.plan.std)
+                pixels, boxes = picture
+                image = normalise(pixels.to(device, non_blocking=True), boxes, self.plan.mean, self.plan.std)
                 batch["image"] = image.contiguous(memory_format=torch.channels_last)
                 if "flipped_image" in self.needs:  # the exact mirror, erased rectangle included
                     batch["flipped_image"] = image.flip(3).contiguous(memory_format=torch.channels_last)
             yield batch
+
+    def _place(self, row: int, view: int) -> list[list[float]]:
+        return self.plan.draw(self.manifest.sample_ids[row], view).placement()
 
 
 @dataclass(frozen=True)
@@ -83,8 +99,11 @@ class _Pictures(Dataset[Any]):
     view: int
 
     def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures, boxes = zip(*(self._render(row) for row in rows), strict=True)
-        return torch.from_numpy(np.stack(pictures)), torch.tensor(boxes)
+        size = self.faces.image_size
+        pictures, boxes = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros((len(rows), 4), np.int64)
+        for position, row in enumerate(rows):
+            pictures[position], boxes[position] = self._render(row)
+        return torch.from_numpy(pictures), torch.from_numpy(boxes)
 
     def _render(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
         faces = self.faces
@@ -102,22 +121,24 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def epoch_order(rows: np.ndarray, labels: np.ndarray, recipe: Recipe, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_order(
+    rows: np.ndarray, labels: np.ndarray, recipe: Recipe, seed: int, epoch: int, smallest: int = 1
+) -> list[np.ndarray]:
     """Return the batches of rows of a training epoch, the same for any number of workers.
 
-    `balanced` draws as many rows with replacement, each class equally often on average.
+    `balanced` draws as many rows with replacement, each class equally often on average. A last batch of fewer rows than
+    `smallest` is left out.
     """
+    if len(rows) < SMALLEST_BATCH:
+        raise UserError(f"{len(rows)} training faces are too few: at least {SMALLEST_BATCH} are needed.")
     generator = random_generator(seed, "order", epoch)
-    if recipe.sampler == "balanced":
+    if recipe.prior == "balanced":
         weights = 1 / np.bincount(labels[rows])[labels[rows]]
         order = generator.choice(rows, size=len(rows), p=weights / weights.sum())
     else:
         order = generator.permutation(rows)
     batches = np.split(order, range(recipe.batch_size, len(order), recipe.batch_size))
-    whole = [batch for batch in batches if len(batch) >= min(SMALLEST_BATCH, recipe.batch_size)]
-    if not whole:
-        raise UserError(f"{len(rows)} training faces are too few: at least {SMALLEST_BATCH} are needed.")
-    return whole
+    return batches[:-1] if len(batches[-1]) < smallest else batches
 
 
 def own_part(batch: np.ndarray) -> np.ndarray:

@@ -18,8 +18,7 @@ def mean_masks(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: tor
 
     A mask with positions (N, C, H, W) is averaged over them.
     """
-    width = method.classifier.in_features
-    sums, counts = np.zeros((len(EXPRESSIONS), width)), np.zeros(len(EXPRESSIONS))
+    sums, counts = np.zeros((len(EXPRESSIONS), method.width)), np.zeros(len(EXPRESSIONS))
     for masks, labels in _masks(method, dataset, rows, device):
         np.add.at(sums, labels, masks.reshape(*masks.shape[:2], -1).mean(axis=2))
         np.add.at(counts, labels, 1)

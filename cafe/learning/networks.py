@@ -1,7 +1,7 @@
 """Trainable image branches: the small networks that learn the mask, and what they start from.
 
-A branch ends in its last spatial map, because methods differ in how they pool it; the widely used MS-Celeb-1M
-checkpoints load whatever wrapper or foreign classifier they carry, and what did not load is on record.
+A branch ends in its last spatial map, because methods differ in how they pool it. The widely used MS-Celeb-1M checkpoints
+load whatever wrapper or foreign classifier they carry.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torchvision import models
 from cafe.errors import UserError, unknown
 from cafe.towers.weights import read_state_dict
 
+Scratch = Literal["torchvision", "pytorch"]
 LEAST_LOADED = 0.9  # below this share of its tensors a branch is not "pre-trained", it is another network
 
 
@@ -42,25 +43,13 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-@dataclass(frozen=True)
-class InitReport:
-    """What a branch took from its weights: names of tensors, in the branch's own names."""
-
-    source: str
-    loaded: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()  # absent from the file, or of another shape there
-    unexpected: tuple[str, ...] = ()  # in the file only, such as a foreign classifier
-
-
 class ImageBranch(nn.Module):
     """A trainable network without its classifier: images in, last spatial map out."""
 
-    def __init__(self, name: str, trunk: nn.Module, width: int, init_report: InitReport) -> None:
+    def __init__(self, trunk: nn.Module, width: int) -> None:
         super().__init__()
-        self.name = name
         self.trunk = trunk
         self.width = width
-        self.init_report = init_report
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the last spatial map (N, C, h, w) of images (N, 3, H, W)."""
@@ -78,8 +67,11 @@ class ImageBranch(nn.Module):
         return functional.adaptive_avg_pool2d(features, 1).flatten(1)
 
 
-def build_network(name: str, init: str = "scratch") -> ImageBranch:
+def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvision") -> ImageBranch:
     """Build an image branch, started from `scratch`, from torchvision's `imagenet` weights or from `file:PATH`.
+
+    Without weights, convolutions are drawn as torchvision does, normal by their outputs (He et al., 2015), or by PyTorch's
+    default for a single layer, uniform by their inputs, which networks that released scripts write themselves keep.
 
     A file holds torchvision's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
     ResNet-18 does. Raises UserError for an unknown name, unreachable weights, or weights that fit less than 90 %.
@@ -90,8 +82,13 @@ def build_network(name: str, init: str = "scratch") -> ImageBranch:
     weights = _read_init(name, network, init)
     model = network.build(weights=None)
     trunk = nn.Sequential(OrderedDict((layer, model.get_submodule(layer)) for layer in network.layers))
-    report = InitReport(init) if weights is None else _load(trunk, weights, name, init)
-    return ImageBranch(name, trunk, network.width, report)
+    if weights is not None:
+        _load(trunk, weights, name, init)
+    elif scratch == "pytorch":
+        for module in trunk.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
+    return ImageBranch(trunk, network.width)
 
 
 def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] | None:
@@ -111,21 +108,16 @@ def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] |
     return tensors
 
 
-def _load(trunk: nn.Module, weights: Mapping[str, Tensor], name: str, init: str) -> InitReport:
+def _load(trunk: nn.Module, weights: Mapping[str, Tensor], name: str, init: str) -> None:
     own = trunk.state_dict()
     fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
     # Batch counters carry no knowledge and older checkpoints lack them, so they do not count.
     counted = [key for key in own if not key.endswith("num_batches_tracked")]
-    report = InitReport(
-        source=init,
-        loaded=tuple(key for key in counted if key in fitting),
-        missing=tuple(key for key in counted if key not in fitting),
-        unexpected=tuple(key for key in weights if key not in own),
-    )
-    if len(report.loaded) < LEAST_LOADED * len(counted):
+    missing = [key for key in counted if key not in fitting]
+    loaded = len(counted) - len(missing)
+    if loaded < LEAST_LOADED * len(counted):
         raise UserError(
-            f"Only {len(report.loaded)} of the {len(counted)} tensors of '{name}' load from '{init}' "
-            f"(the first missing is '{report.missing[0]}'): give weights of torchvision's {name}."
+            f"Only {loaded} of the {len(counted)} tensors of '{name}' load from '{init}' "
+            f"(the first missing is '{missing[0]}'): give weights of torchvision's {name}."
         )
     trunk.load_state_dict(fitting, strict=False)
-    return report

@@ -7,16 +7,20 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset, epoch_order, own_part
 from cafe.learning.parallel import gather, rank, world_size
-from cafe.methods.method import Batch, Method
+from cafe.methods.features import FeatureMethod, Standardisation
+from cafe.methods.method import Batch, Method, widen
 from cafe.randomness import random_generator
 
 PREDICTION_BATCH = 64
@@ -37,6 +41,14 @@ class Training:
     precision: str = "fp32"
     loader_workers: int = 0
 
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """What the losses add to the logits (7,): the logarithm of each expression's share where the recipe says so."""
+        if self.method.recipe.prior != "adjusted":
+            return torch.zeros(len(EXPRESSIONS), device=self.device)
+        counts = np.bincount(self.dataset.manifest.labels[self.rows], minlength=len(EXPRESSIONS))
+        return torch.from_numpy(np.log(counts.clip(min=1) / len(self.rows))).float().to(self.device)
+
     def run_epoch(
         self, epoch: int, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[str, float]:
@@ -50,38 +62,46 @@ class Training:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
-        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch)
-        view = self.dataset.plan.view_of(epoch)
+        # A batch norm knows no deviation of a single face.
+        smallest = 2 if any(isinstance(module, _BatchNorm) for module in self.method.modules()) else 1
+        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch, smallest)
+        view, frozen_view = self.dataset.plan.view_of(epoch), None
+        if self.method.clean_features:  # a new picture in every epoch, however few views are stored
+            view, frozen_view = epoch, 0
         parts = [own_part(batch) for batch in order]
-        sums: dict[str, float] = defaultdict(float)
-        for step, batch in enumerate(self.dataset.load(parts, view, self.device, self.loader_workers)):
+        batches = self.dataset.load(parts, view, self.device, self.loader_workers, frozen_view)
+        sums: dict[str, Tensor | float] = defaultdict(float)
+        for step, batch in enumerate(batches):
             for name, value in self._step(batch, len(order[step]), epoch, step).items():
                 sums[name] += value
             progress(step + 1, len(order))
         faces = sum(map(len, order))
-        metrics = {f"train/{name}": value / faces for name, value in sums.items()}
+        metrics = {f"train/{name}": float(value) / faces for name, value in sums.items()}  # read once: no step waits
         if not math.isfinite(metrics["train/total"]):
-            raise UserError(f"The loss is no number any more in epoch {epoch}: take a smaller learning rate.")
+            raise UserError(f"The loss is NaN or infinite in epoch {epoch}: take a smaller learning rate.")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         metrics["faces_per_second"] = faces / (time.perf_counter() - started)
         return metrics
 
-    def _step(self, batch: Batch, total: int, epoch: int, step: int) -> dict[str, float]:
+    def _step(self, batch: Batch, total: int, epoch: int, step: int) -> dict[str, Tensor]:
         step_seed = int(random_generator(self.seed, "step", epoch, step).integers(2**62))
-        torch.manual_seed(step_seed + rank())  # dropout
+        # For dropout. `torch.manual_seed` seeds CUDA too and, where there is none, formats a traceback instead.
+        seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
+        seed(step_seed + rank())
         with autocast(self.device, self.precision):
             output = self.module(batch)
-        whole = {name: gather(value.float(), total) for name, value in output.items()}
+        whole = {name: gather(widen(value), total) for name, value in output.items()}
         targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
-        targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed)}
+        targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed), "log_prior": self.log_prior}
+        correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
+        whole["logits"] = whole["logits"] + self.log_prior
         losses = self.method.losses(whole, targets)
         self.optimizer.zero_grad()
         (losses["total"] * world_size()).backward()
         self.optimizer.step()
         with torch.no_grad():
             self.method.after_step(whole, targets)
-        correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
-        return {name: float(value.detach()) * total for name, value in {**losses, "accuracy": correct}.items()}
+        return {name: value.detach().double() * total for name, value in {**losses, "accuracy": correct}.items()}
 
 
 @dataclass
@@ -118,6 +138,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> None:
     """Fit a method that is not trained in epochs, with the clean views of some rows."""
     method.eval()
+    measure_features(method, dataset, rows, device)
     with torch.no_grad():
         method.fit(dataset.load(_split(rows), 0, device))
 
@@ -131,8 +152,17 @@ def prepare(
         order = random_generator(seed, "prepare", number).permutation(rows)
         return dataset.load(_split(order, PREPARATION_BATCH), 0, device, loader_workers)
 
+    measure_features(method, dataset, rows, device)
     torch.manual_seed(int(random_generator(seed, "prepare").integers(2**62)))
     method.prepare(load)
+
+
+def measure_features(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> None:
+    """Take the statistics a method standardises features by from the clean views of some rows; no picture is decoded."""
+    if isinstance(method, FeatureMethod) and isinstance(method.standardise, Standardisation):
+        name = method.array()
+        features_only = replace(dataset, needs=frozenset({name}))
+        method.standardise.fit(batch[name] for batch in features_only.load(_split(rows), 0, device))
 
 
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:

@@ -34,20 +34,8 @@ class ViewPolicy:
     erase_probability: float = 0.0
     erase_area: tuple[float, float] = (0.02, 0.25)  # of the picture
     erase_ratio: tuple[float, float] = (0.3, 3.3)  # height / width, log-uniform
-
-
-@dataclass(frozen=True)
-class ExclusivePolicy(ViewPolicy):
-    """A view has noise, or a flip, or neither, but never both. A class, so that the keys of other policies stay."""
-
-    exclusive: bool = True
-
-
-@dataclass(frozen=True)
-class TurningPolicy(ViewPolicy):
-    """A share of the views is turned about the middle and moved, both at once; what comes in from outside is black."""
-
-    turn_probability: float = 0.2
+    exclusive: bool = False  # whether a view has noise or a flip, but never both
+    turn_probability: float = 0.0  # of being turned about the middle and moved; what comes in from outside is black
     turn_degrees: float = 20.0  # at most, to either side
     move: float = 32 / 224  # of the side, at most, in either direction
 
@@ -55,11 +43,11 @@ class TurningPolicy(ViewPolicy):
 POLICIES = {
     "paper": ViewPolicy(noise_probability=0.5, flip_probability=0.5, erase_probability=0.5),  # CAFE, released script
     # SCN and RUL, released scripts: half of the views have noise or a flip, each as often.
-    "scn": ExclusivePolicy(noise_probability=0.25, flip_probability=0.25, erase_probability=0.5),
+    "scn": ViewPolicy(noise_probability=0.25, flip_probability=0.25, erase_probability=0.5, exclusive=True),
     # EAC, released script: it mirrors every view itself, so none is flipped by chance.
     "eac": ViewPolicy(noise_probability=0.5, erase_probability=0.5),
     # OFER, released script: torchvision's RandomApply of a rotation and a padded crop.
-    "ofer": TurningPolicy(flip_probability=0.5, erase_probability=0.5),
+    "ofer": ViewPolicy(flip_probability=0.5, erase_probability=0.5, turn_probability=0.2),
     "clean": ViewPolicy(),
     "clean+flip": ViewPolicy(flip_probability=0.5),
 }
@@ -92,6 +80,17 @@ class View:
         rows, columns = round(height * size), round(width * size)
         return (int(top * (size - rows + 1)), int(left * (size - columns + 1)), rows, columns)
 
+    def placement(self) -> list[list[float]]:
+        """Return the affine map (2, 3) from a place of the view to that of the clean picture it shows.
+
+        Places are torch's (`affine_grid`): x to the right and y down, from -1 to 1.
+        """
+        degrees, down, right = self.turn or (0.0, 0.0, 0.0)
+        cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        mirror = -1 if self.flip else 1
+        across = [mirror * cosine, -mirror * sine, 2 * mirror * (down * sine - right * cosine)]
+        return [across, [sine, cosine, -2 * (down * cosine + right * sine)]]
+
 
 @dataclass(frozen=True)
 class ViewPlan:
@@ -108,9 +107,13 @@ class ViewPlan:
         """Return the view that training epoch 1, 2, … uses: view e when there are enough, else views 1..V-1 in turn."""
         return 0 if self.views == 1 else 1 + (epoch - 1) % (self.views - 1)
 
+    def draw(self, sample_id: str, view: int) -> View:
+        """Return the parameters of a view of a sample."""
+        return draw_view(POLICIES[self.policy], self.seed, sample_id, view)
+
     def render(self, image: np.ndarray, sample_id: str, view: int, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
         """Return a view's picture (size, size, 3) uint8 and its erased box, from the image (H, W, 3) uint8."""
-        drawn = draw_view(POLICIES[self.policy], self.seed, sample_id, view)
+        drawn = self.draw(sample_id, view)
         return drawn.render(image, size, self.interpolation), drawn.box(size)
 
 
@@ -130,7 +133,7 @@ def draw_view(policy: ViewPolicy, seed: int, sample_id: str, view: int) -> View:
         return View(None, 0.0, False, None)
     generator = random_generator(seed, view, sample_id)
     uniforms = generator.random(3)
-    if isinstance(policy, ExclusivePolicy):  # one number decides on both: the flip's share lies behind the noise's
+    if policy.exclusive:  # one number decides on both: the flip's share lies behind the noise's
         uniforms[1] = (uniforms[0] - policy.noise_probability) % 1
     noise, flip, erase = uniforms < (
         policy.noise_probability,
@@ -138,11 +141,11 @@ def draw_view(policy: ViewPolicy, seed: int, sample_id: str, view: int) -> View:
         policy.erase_probability,
     )
     box = _draw_box(policy, generator.random((ERASE_ATTEMPTS, 4))) if erase else None
-    turn = _draw_turn(policy, generator.random(4)) if isinstance(policy, TurningPolicy) else None
+    turn = _draw_turn(policy, generator.random(4)) if policy.turn_probability else None
     return View(generator if noise else None, policy.noise_variance, bool(flip), box, turn)
 
 
-def _draw_turn(policy: TurningPolicy, uniforms: np.ndarray) -> tuple[float, float, float] | None:
+def _draw_turn(policy: ViewPolicy, uniforms: np.ndarray) -> tuple[float, float, float] | None:
     """Return an angle in degrees and how far to move down and right, in sides of the picture; None for most views."""
     chance, angle, down, right = uniforms.tolist()
     if chance >= policy.turn_probability:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from cafe.errors import unknown
 from cafe.methods.cafe import Cafe
 from cafe.methods.cafe_map import CafeMap
+from cafe.methods.cafe_self import CafeSelf
+from cafe.methods.cafe_vector import CafeVector
 from cafe.methods.eac import Eac
 from cafe.methods.finetune import Finetune
 from cafe.methods.image_only import ImageOnly
 from cafe.methods.linear_probe import LinearProbe
 from cafe.methods.method import Method
+from cafe.methods.mlp import Mlp
 from cafe.methods.nearest_mean import NearestClassMean
 from cafe.methods.ofer import Ofer, OferOwn
 from cafe.methods.rul import Rul
@@ -19,12 +22,15 @@ from cafe.methods.zero_shot import ZeroShot
 METHODS: dict[str, type[Method]] = {
     "cafe": Cafe,
     "cafe_map": CafeMap,
+    "cafe_vector": CafeVector,
+    "cafe_self": CafeSelf,
     "scn": Scn,
     "rul": Rul,
     "eac": Eac,
     "ofer": Ofer,
     "ofer_own": OferOwn,
     "linear_probe": LinearProbe,
+    "mlp": Mlp,
     "nearest_class_mean": NearestClassMean,
     "zero_shot": ZeroShot,
     "finetune": Finetune,

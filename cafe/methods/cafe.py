@@ -7,6 +7,7 @@ script differ, the script's form is the default because the published numbers ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,26 @@ from torch.nn import functional
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.learning.networks import build_network
-from cafe.methods import method
-from cafe.methods.method import Batch, Inputs, Method
+from cafe.methods import features
+from cafe.methods.features import FeatureMethod
+from cafe.methods.method import Batch, Inputs, widen
 
 CLASSES = len(EXPRESSIONS)
 
 
 @dataclass(frozen=True)
-class Recipe(method.Recipe):
+class Recipe(features.Recipe):
     """CAFE's published settings, with its ablations as switches."""
 
-    mask: str = "sigmoid"  # "linear": without the sigmoid; "none": the frozen features as they are
+    mask: Literal["sigmoid", "linear", "none"] = "sigmoid"  # "none": the frozen features as they are
+    classifier: Literal["linear", "separation"] = "linear"  # "separation": each class's largest channel is its logit
     separation: float = 1.5  # λ of Eq. 9; 0 switches the loss off
     diverse: float = 5.0  # β of Eq. 9; 0 switches the loss off
-    diverse_form: str = "mean"  # the released script; "sum" over classes is Eq. 8 read literally
+    diverse_form: Literal["mean", "sum"] = "mean"  # the released script; "sum" over classes is Eq. 8 read literally
     dropped: float = 10 / 73  # share of a group's channels that separation drops (10 of 73, released script)
 
 
-class Cafe(Method):
+class Cafe(FeatureMethod):
     """Eq. 2: F~ = sigmoid(image branch) * frozen features; one linear layer classifies F~."""
 
     needs = frozenset({"image", "features"})
@@ -41,16 +44,20 @@ class Cafe(Method):
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        assert inputs.width is not None
-        if inputs.width < CLASSES:
-            raise UserError(f"CAFE needs frozen features of at least {CLASSES} channels, not {inputs.width}.")
-        self.branch = build_network(inputs.network, inputs.init)
-        self.classifier = nn.Linear(inputs.width, CLASSES)
+        if self.width < CLASSES:
+            raise UserError(f"CAFE needs frozen features of at least {CLASSES} channels, not {self.width}.")
+        self.build_mask()
+        if recipe.classifier == "linear":
+            self.classifier = nn.Linear(self.width, CLASSES)
+
+    def build_mask(self) -> None:
+        """Build what the mask is made by."""
+        self.branch = build_network(self.inputs.network, self.inputs.init, scratch="pytorch")
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the mask before its sigmoid, (N, C) as the frozen features."""
-        pooled = self.branch.pool(self.branch(batch["image"])).float()  # (N, width of the branch)
-        return resize_channels(pooled, batch["features"].shape[1])
+        pooled = widen(self.branch.pool(self.branch(batch["image"])))  # (N, width of the branch)
+        return resize_channels(pooled, self.width)
 
     def mask(self, batch: Batch) -> Tensor:
         """Return the mask as the features are multiplied by it."""
@@ -58,14 +65,19 @@ class Cafe(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7) and the masked features (N, C)."""
-        masked = apply_mask(batch["features"], self.mask_logits(batch), self.recipe.mask)
-        return {"logits": self.classifier(masked), "masked": masked}
+        masked = apply_mask(self.read(batch), self.mask_logits(batch), self.recipe.mask)
+        return {"logits": self.classify(masked), "masked": masked}
+
+    def classify(self, masked: Tensor) -> Tensor:
+        """Return the logits (N, 7) of masked features (N, C)."""
+        logits: Tensor = self.classifier(masked) if self.recipe.classifier == "linear" else pool_groups(masked)
+        return logits
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Eq. 9: classification + λ separation + β diverse."""
-        masked, labels = output["masked"].float(), batch["label"]
+        masked, labels = output["masked"], batch["label"]
         keep = draw_kept_channels(masked.shape[1], self.recipe.dropped, batch["generator"]).to(masked.device)
-        return cafe_losses(output["logits"].float(), masked, labels, keep, self.recipe)
+        return cafe_losses(output["logits"], masked, labels, keep, self.recipe, batch["log_prior"])
 
 
 def resize_channels(values: Tensor, width: int) -> Tensor:
@@ -103,11 +115,16 @@ def pool_groups(masked: Tensor) -> Tensor:
     return masked[:, : CLASSES * size].reshape(-1, CLASSES, size).amax(dim=2)
 
 
-def cafe_losses(logits: Tensor, masked: Tensor, labels: Tensor, keep: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Eq. 3–9 for logits (N, 7), masked features (N, C), labels (N,) and the kept channels (C,)."""
+def cafe_losses(
+    logits: Tensor, masked: Tensor, labels: Tensor, keep: Tensor, recipe: Recipe, log_prior: Tensor | float = 0.0
+) -> dict[str, Tensor]:
+    """Eq. 3–9 for logits (N, 7), masked features (N, C), labels (N,) and the kept channels (C,).
+
+    `log_prior` (7,), which the logits already contain, is added to the separation's; as published it is 0.
+    """
     size = masked.shape[1] // CLASSES
     classification = functional.cross_entropy(logits, labels)  # Eq. 3
-    separation = functional.cross_entropy(pool_groups(masked * keep), labels)  # Eq. 4–6
+    separation = functional.cross_entropy(pool_groups(masked * keep) + log_prior, labels)  # Eq. 4–6
     peaks = pool_groups(masked)  # Eq. 7, (N, 7)
     peak = peaks.mean() if recipe.diverse_form == "mean" else peaks.sum(dim=1).mean()
     diverse = 1 - peak / size  # Eq. 8

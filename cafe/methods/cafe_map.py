@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.methods.cafe import Cafe, apply_mask, resize_channels
-from cafe.methods.method import Batch
+from cafe.methods.method import Batch, widen
 
 
 class CafeMap(Cafe):
@@ -20,12 +20,12 @@ class CafeMap(Cafe):
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the mask before its sigmoid, (N, C, H, W) as the tower's map."""
-        return resize_map(self.branch(batch["image"]).float(), batch["map"].shape[1:])
+        return resize_map(widen(self.branch(batch["image"])), batch["map"].shape[1:])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7) and the masked features, averaged over positions (N, C)."""
-        masked = apply_mask(batch["map"], self.mask_logits(batch), self.recipe.mask).mean(dim=(2, 3))
-        return {"logits": self.classifier(masked), "masked": masked}
+        masked = apply_mask(self.read(batch), self.mask_logits(batch), self.recipe.mask).mean(dim=(2, 3))
+        return {"logits": self.classify(masked), "masked": masked}
 
 
 def resize_map(values: Tensor, shape: tuple[int, int, int]) -> Tensor:

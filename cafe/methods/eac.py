@@ -39,7 +39,7 @@ class Eac(Method):
     needs = frozenset({"image", "flipped_image"})
     policy = "eac"
     recipe_type = Recipe
-    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
@@ -60,8 +60,8 @@ class Eac(Method):
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Classification of the view + λ flip consistency."""
-        logits, attention = output["logits"].float(), output["attention"].float()
-        return eac_losses(logits, attention, output["flipped_attention"].float(), batch["label"], self.recipe)
+        attention, flipped = output["attention"], output["flipped_attention"]
+        return eac_losses(output["logits"], attention, flipped, batch["label"], self.recipe)
 
 
 def attend(features: Tensor, weight: Tensor) -> Tensor:

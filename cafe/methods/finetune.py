@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,17 @@ class Recipe(method.Recipe):
     classifier_learning_rate: float = 2e-4
     blocks: int = 0  # how many of the tower's last blocks learn, with all that follows them; 0: the whole tower
 
+    follows: ClassVar = {"classifier_learning_rate": "learning_rate"}
+
 
 class Finetune(Method):
     """Cross-entropy through the tower."""
 
     needs = frozenset({"image", "tower"})
     recipe_type = Recipe
+    recipe_changes: ClassVar = {
+        "affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced", "classifier_learning_rate": 1e-4}
+    }
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:

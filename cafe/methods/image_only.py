@@ -16,7 +16,7 @@ class ImageOnly(Method):
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        self.branch = build_network(inputs.network, inputs.init)
+        self.branch = build_network(inputs.network, inputs.init, scratch="pytorch")
         self.classifier = nn.Linear(self.branch.width, len(EXPRESSIONS))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.methods.method import Batch, Inputs, Method, Recipe
+from cafe.methods.features import FeatureMethod, Recipe
+from cafe.methods.method import Batch, Inputs
 
 
-class LinearProbe(Method):
+class LinearProbe(FeatureMethod):
     """Cross-entropy on the frozen features alone; trained with CAFE's recipe and views."""
 
     needs = frozenset({"features"})
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        assert inputs.width is not None
-        self.classifier = nn.Linear(inputs.width, len(EXPRESSIONS))
+        self.classifier = nn.Linear(self.width, len(EXPRESSIONS))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7)."""
-        return {"logits": self.classifier(batch["features"])}
+        return {"logits": self.classifier(self.read(batch))}

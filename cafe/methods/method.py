@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,14 @@ class Recipe:
     learning_rate: float = 2e-4  # Adam
     weight_decay: float = 1e-4
     gamma: float = 0.9  # the learning rate is multiplied by it after every epoch
-    sampler: str = "shuffle"  # or "balanced": 1 / class count, with replacement
+    # What is done about how often each expression occurs in the source. "balanced" draws faces by 1 / class count, with
+    # replacement; "adjusted" adds the logarithm of each expression's share to the logits, in the losses only ("Long-tail
+    # learning via logit adjustment", Menon et al., ICLR 2021, Eq. 10 with τ = 1).
+    prior: Literal["source", "balanced", "adjusted"] = "source"
+
+    # Settings that keep their ratio to another one when that one alone is changed: a point of the schedule to the epochs,
+    # the rate of a part to the learning rate.
+    follows: ClassVar[Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,11 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]]
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.learning.views.POLICIES`
+    clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
     recipe_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "affectnet": {"learning_rate": 1e-4, "epochs": 20, "gamma": 0.8, "sampler": "balanced"}
+        "affectnet": {"learning_rate": 1e-4, "epochs": 20, "gamma": 0.8, "prior": "balanced"}
     }
 
     @classmethod
@@ -84,7 +92,8 @@ class Method(nn.Module):
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters.
 
-        A whole batch holds `label` (N,), `row` (N,) of the manifest, `epoch` and a seeded `generator`.
+        A whole batch holds `label` (N,), `row` (N,) of the manifest, `epoch`, a seeded `generator` and `log_prior` (7,),
+        which the logits already contain and any other classification of the labels must add; 0 unless adjusted.
         """
         total = nn.functional.cross_entropy(output["logits"], batch["label"])
         return {"total": total}
@@ -108,10 +117,18 @@ class Method(nn.Module):
         return float(self.recipe.gamma ** (epoch - 1))
 
 
+def widen(values: Tensor) -> Tensor:
+    """Return values of half precision, as autocast gives them, in float32 and others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Recipe:
-    """Return the recipe with `KEY=VALUE` settings changed; raise `UserError` for an unknown key or an unfit value."""
+    """Return the recipe with `KEY=VALUE` settings changed; raise `UserError` for an unknown key or an unfit value.
+
+    What follows a changed setting keeps its ratio to it, unless it is changed itself.
+    """
     known = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    changes = {}
+    changes: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -123,16 +140,20 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Re
             changes[key] = kind(text)
         except ValueError:
             raise UserError(f"The setting {key} of {method} is a {kind.__name__}, not {text!r}.") from None
+    for follower, leader in recipe.follows.items():
+        if leader in changes and follower not in changes:
+            scaled = known[follower] * changes[leader] / known[leader]
+            changes[follower] = max(1, round(scaled)) if isinstance(known[follower], int) else float(f"{scaled:.12g}")
     changed = replace(recipe, **changes)
     _check(changed, method)
     return changed
 
 
 def _check(recipe: Recipe, method: str) -> None:
+    kinds = get_type_hints(type(recipe))
     for name, value in asdict(recipe).items():
-        allowed = CHOICES.get(name)
-        if allowed and value not in allowed:
-            raise unknown(f"{name} of {method}", value, allowed)
+        if get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]):
+            raise unknown(f"{name} of {method}", value, get_args(kinds[name]))
         if isinstance(value, int | float) and value < 0:
             raise UserError(f"The setting {name} of {method} cannot be negative, but is {value}.")
     if type(recipe)().epochs == 0:
@@ -140,14 +161,7 @@ def _check(recipe: Recipe, method: str) -> None:
             raise UserError(
                 f"{method} is not trained in epochs, so it cannot take {recipe.epochs} of them: leave them out."
             )
+        if recipe.prior != "source":
+            raise UserError(f"{method} is not trained, so it cannot take prior={recipe.prior}: leave it out.")
     elif recipe.epochs < 1 or recipe.batch_size < 2:
         raise UserError(f"{method} needs at least 1 epoch and batches of at least 2 faces.")
-
-
-CHOICES = {
-    "sampler": ("shuffle", "balanced"),
-    "relabel": ("all", "low", "none"),
-    "mask": ("sigmoid", "linear", "none"),
-    "diverse_form": ("mean", "sum"),
-    "tokens": ("region", "top"),
-}

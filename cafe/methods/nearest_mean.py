@@ -15,19 +15,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.methods import method
-from cafe.methods.method import Batch, Inputs, Method
+from cafe.methods import features
+from cafe.methods.features import FeatureMethod
+from cafe.methods.method import Batch, Inputs
 
 
 @dataclass(frozen=True)
-class Recipe(method.Recipe):
+class Recipe(features.Recipe):
     """Nothing is trained."""
 
     epochs: int = 0
     scale: float = 100.0  # of cosines to logits, as in CLIP: decides how sure predictions are, never which they are
 
 
-class NearestClassMean(Method):
+class NearestClassMean(FeatureMethod):
     """Cosines between the frozen features and the mean of every expression's."""
 
     needs = frozenset({"features"})
@@ -39,8 +40,7 @@ class NearestClassMean(Method):
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        assert inputs.width is not None
-        self.register_buffer("means", torch.zeros(len(EXPRESSIONS), inputs.width))
+        self.register_buffer("means", torch.zeros(len(EXPRESSIONS), self.width))
         self.register_buffer("absent", torch.zeros(len(EXPRESSIONS)))
 
     def fit(self, batches: Iterable[Batch]) -> None:
@@ -48,11 +48,11 @@ class NearestClassMean(Method):
         sums = torch.zeros_like(self.means, dtype=torch.float64)
         for batch in batches:
             members = functional.one_hot(batch["label"], len(EXPRESSIONS)).double()  # (n, 7)
-            sums += members.T @ functional.normalize(batch["features"].double(), dim=1)
+            sums += members.T @ functional.normalize(self.read(batch).double(), dim=1)
         self.means.copy_(functional.normalize(sums, dim=1))
         self.absent.masked_fill_(~sums.any(dim=1), -torch.inf)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7)."""
-        cosines = functional.linear(functional.normalize(batch["features"], dim=1), self.means)
+        cosines = functional.linear(functional.normalize(self.read(batch), dim=1), self.means)
         return {"logits": self.recipe.scale * cosines + self.absent}

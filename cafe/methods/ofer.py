@@ -8,8 +8,9 @@ The steps, and where they deviate from the paper [P] or the released code [C]:
 1. Latents: the map of the frozen tower, from the feature store. [P] takes an ImageNet MAE of patches of 16 pixels, which is
    `timm:vit_base_patch16_224.mae`, 196 latents of 768 channels; [C] holds 512 of unknown origin, most likely the decoder's.
    Any tower with a map will do. `ofer_own` takes the encoder of the small MAE of step 3 instead, and needs no tower.
-   Latents are standardised by position and channel; [C] takes them raw. They are those of the augmented view that the CNN
-   sees, mirrored and erased with it; [C] keeps one latent per face, of the reconstructed image.
+   Latents are standardised by position and channel; [C] takes them raw. As in [C] a face has one set of latents, of its
+   clean view (there: reconstructed), beside fresh augmentation of the image in every epoch; those of `ofer_own` are of the
+   augmented image.
 2. Detection: deep SVDD (`cafe.methods.occlusion`). [P] trains on faces known to be free, of KDEF; here every patch of the
    source's clean training views counts as normal; the radius is the 95 % quantile of their distances. Its layers are ours,
    and so is the single pass over the faces (docs/methods.md shows what more would do).
@@ -23,16 +24,16 @@ The steps, and where they deviate from the paper [P] or the released code [C]:
 6. Classifier: as [C], but its latent layers 39,936 → 10,000 → 5,000 → 1,024 → 256 (450 M parameters) are only
    39,936 → 1,024 → 256, whatever 39,936 is for other latents.
 
-Augmentation is that of [C] (policy `ofer`): what is erased stays so for the CNN, as [C] erases after the reconstruction, but
-the detector sees it; black corners of turned views are flagged and refilled like any occlusion. The best epoch on the test
-set is kept in [C], the last one here.
+Augmentation is that of [C] (policy `ofer`). What is flagged on the clean face is refilled where the augmented image shows
+it; what is erased stays so for the CNN, as [C] erases after the reconstruction, and the painter does not look at it. [C]
+keeps the best epoch on the test set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,21 +60,25 @@ class Recipe(method.Recipe):
     momentum: float = 0.9
     gamma: float = 0.1  # the learning rate is multiplied by it …
     step: int = 10  # … after every so many epochs
-    tokens: str = "region"  # of the face's middle (released); "top": the half that is attended to most (paper)
+    # "region": those of the face's middle (released); "top": the half that is attended to most (paper).
+    tokens: Literal["region", "top"] = "region"
     quantile: float = 0.95  # of the training patches' distances: the radius beyond which a patch is occluded
     detector_epochs: int = 1  # more shrink the sphere onto the training faces, and flag the free patches of others
     mae_epochs: int = 50  # 0: flagged patches are not refilled
+
+    follows: ClassVar = {"step": "epochs"}
 
 
 class Ofer(Method):
     """Cross-entropy of the refilled face, seen by four attention heads, and of the latents of its tower."""
 
-    needs = frozenset({"image", "map"})
+    needs = frozenset({"image", "map", "placement"})
     policy = "ofer"
+    clean_features = True
     recipe_type = Recipe
     # A large set teaches the frozen parts in fewer passes.
     recipe_changes: ClassVar = {
-        "affectnet": {"epochs": 20, "gamma": 0.1, "sampler": "balanced", "mae_epochs": 3},
+        "affectnet": {"epochs": 20, "gamma": 0.1, "prior": "balanced", "mae_epochs": 3},
         "mma": {"mae_epochs": 10},
     }
     recipe: Recipe
@@ -127,11 +132,22 @@ class Ofer(Method):
         """Return the refilled images (N, 3, S, S), standardised latents (N, P, C) and which patches are flagged (N, P)."""
         image, latents = batch["image"], self.read_latents(batch)
         flagged = self.detector.flag(latents)
-        refilled = self.mae.refill(image, flagged.unflatten(1, self.grid)) if self.recipe.mae_epochs else image
-        # Erased pixels are exactly 0, which no grey level becomes. To the detector they are an occlusion, but the CNN is
-        # meant to see them.
-        seen = torch.where((image == 0).all(dim=1, keepdim=True), image, refilled)
+        hidden = self.find_hidden(flagged.unflatten(1, self.grid), batch)
+        refilled = self.mae.refill(image, hidden) if self.recipe.mae_epochs else image
+        seen = torch.where(find_erased(image), image, refilled)  # the CNN is meant to see what is erased
         return seen, self.restore_latents(latents, flagged, refilled), flagged
+
+    def find_hidden(self, flagged: Tensor, batch: Batch) -> Tensor:
+        """Return which pixels (N, S, S) of the images are erased or show flagged patches (N, h, w) of the clean face."""
+        image = batch["image"]
+        shown = move(flagged.float(), batch["placement"], image.shape[2:], "nearest") > 0
+        return shown | find_erased(image)[:, 0]
+
+    def locate(self, attention: Tensor, batch: Batch) -> Tensor:
+        """Return attention (N, h, w) to places of the images as attention to places of the clean face."""
+        turn, shift = batch["placement"].split([2, 1], dim=2)
+        back = torch.linalg.inv(turn)
+        return move(attention, torch.cat([back, -back @ shift], dim=2), attention.shape[1:], "bilinear")
 
     def restore_latents(self, latents: Tensor, flagged: Tensor, refilled: Tensor) -> Tensor:
         """Return standardised latents (N, P, C) with those of flagged patches (N, P) at their position's mean, 0."""
@@ -146,8 +162,8 @@ class Ofer(Method):
         if self.recipe.tokens == "region":
             latents = latents[:, self.region]
         else:
-            attention = torch.stack([attention for _, attention in seen]).mean(dim=0).detach()
-            latents = keep_top_half(latents, attention, self.grid)
+            attention = torch.stack([attention for _, attention in seen]).mean(dim=0).detach().float()
+            latents = keep_top_half(latents, self.locate(attention, batch), self.grid)
         read = self.latent(latents.flatten(1))
         return {
             "logits": self.classifier(torch.cat([attended, read], dim=1)),
@@ -176,6 +192,7 @@ class OferOwn(Ofer):
     """OFER without a tower: latents of the small autoencoder that was trained on the source, taken anew after refilling."""
 
     needs = frozenset({"image"})
+    clean_features = False
 
     def latent_shape(self, inputs: Inputs) -> tuple[int, tuple[int, int]]:
         """Return the autoencoder's."""
@@ -184,6 +201,14 @@ class OferOwn(Ofer):
     def read_latents(self, batch: Batch) -> Tensor:
         """Return the autoencoder's latents (N, P, 128) of a batch's images."""
         return self.mae.encode(batch["image"])
+
+    def find_hidden(self, flagged: Tensor, batch: Batch) -> Tensor:
+        """Return the flagged patches (N, h, w): they are those of the augmented image, what is erased among them."""
+        return flagged
+
+    def locate(self, attention: Tensor, batch: Batch) -> Tensor:
+        """Return the attention (N, h, w) as it is: the latents are those of the augmented image."""
+        return attention
 
     def restore_latents(self, latents: Tensor, flagged: Tensor, refilled: Tensor) -> Tensor:
         """Return the standardised latents (N, P, 128) of the refilled faces."""
@@ -225,6 +250,17 @@ class AttentionHead(nn.Module):
         return (gated * attention[:, None]).mean(dim=(2, 3)), attention
 
 
+def move(values: Tensor, placement: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    """Return (N, H, W) that shows at every place the values (N, h, w) at the place where an affine map (N, 2, 3) leads."""
+    places = functional.affine_grid(placement, [len(values), 1, *size], align_corners=False)
+    return functional.grid_sample(values[:, None], places, mode=mode, align_corners=False)[:, 0]
+
+
+def find_erased(images: Tensor) -> Tensor:
+    """Return which pixels (N, 1, S, S) of images are erased: exactly 0 in all colours, which no grey level becomes."""
+    return (images == 0).all(dim=1, keepdim=True)
+
+
 def merge_heads(heads: Tensor) -> Tensor:
     """Return (N, K) from the features of all heads (N, 4, K): the sum of their log-softmax across heads."""
     return heads.log_softmax(dim=1).sum(dim=1)
@@ -247,6 +283,6 @@ def find_region(grid: tuple[int, int]) -> list[int]:
 
 def keep_top_half(latents: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return latents (N, P, C) with all but the half, rounded up, of largest attention (N, h, w) set to zero."""
-    fitted = functional.interpolate(attention[:, None].float(), size=grid, mode="bilinear").flatten(1)  # (N, P)
+    fitted = functional.interpolate(attention[:, None], size=grid, mode="bilinear").flatten(1)  # (N, P)
     kept = fitted.topk((fitted.shape[1] + 1) // 2, dim=1).indices
     return latents * torch.zeros_like(fitted).scatter(1, kept, 1.0)[..., None]

@@ -25,7 +25,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.learning.networks import build_network
 from cafe.learning.parallel import GlobalDropout
 from cafe.methods import method
-from cafe.methods.method import Batch, Inputs, Method
+from cafe.methods.method import Batch, Inputs, Method, widen
 
 EMBEDDING = 64  # channels of the mean and of the variance (released script)
 EPSILON = 2e-5  # of the heads' batch norms (released script)
@@ -39,6 +39,8 @@ class Recipe(method.Recipe):
     classifier_learning_rate: float = 2e-3
     dropout: float = 0.4
 
+    follows: ClassVar = {"classifier_learning_rate": "learning_rate"}
+
 
 class Rul(Method):
     """Two heads on the last map give a face's mean and variance; training classifies mixtures, prediction the mean."""
@@ -46,12 +48,12 @@ class Rul(Method):
     needs = frozenset({"image"})
     policy = "scn"
     recipe_type = Recipe
-    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        self.branch = build_network(inputs.network, inputs.init)
+        self.branch = build_network(inputs.network, inputs.init, scratch="pytorch")
         height, width = self.branch.map_size(inputs.image_size)
         self.mean, self.log_variance = (
             build_head(self.branch.width, height * width, recipe.dropout) for _ in ("mean", "log_variance")
@@ -63,13 +65,13 @@ class Rul(Method):
         features = self.branch(batch["image"])
         output = {"logits": self.classifier(self.mean(features))}
         if self.training:
-            output["uncertainty"] = measure_uncertainty(self.log_variance(features).float())
+            output["uncertainty"] = measure_uncertainty(widen(self.log_variance(features)))
         return output
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Mix every face with a random other one of the batch and ask for both labels."""
         partner = torch.randperm(len(batch["label"]), generator=batch["generator"]).to(batch["label"].device)
-        mixed = mix(output["logits"].float(), output["uncertainty"], partner)
+        mixed = mix(output["logits"], output["uncertainty"], partner)
         return {"total": add_up_loss(mixed, batch["label"], partner)}
 
     def parameter_groups(self) -> list[dict[str, Any]]:

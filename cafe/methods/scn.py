@@ -15,7 +15,7 @@ accuracy reported while training counts the labels of the data set, not those th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,11 @@ class Recipe(method.Recipe):
     high_share: float = 0.7  # of a batch: the faces of the largest weights, the high group
     margin: float = 0.15  # that the mean weights of the two groups should keep
     rank: float = 1.0  # weight of the rank regularisation; 0 switches it off
-    relabel: str = "all"  # whom: "all" faces; "low", those of the low group, as the abstract says; "none"
+    relabel: Literal["all", "low", "none"] = "all"  # "low": faces of the low group alone, as the abstract says
     relabel_margin: float = 0.2  # by which another class must be more probable than the label
-    relabel_epoch: int = 10  # the first epoch that relabels, counted from 1
+    relabel_after: int = 9  # epochs: the tenth is the first that relabels (released script)
+
+    follows: ClassVar = {"relabel_after": "epochs"}
 
 
 class Scn(Method):
@@ -48,13 +50,15 @@ class Scn(Method):
     needs = frozenset({"image"})
     policy = "scn"
     recipe_type = Recipe
-    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "sampler": "balanced"}}
+    recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced"}}
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
         self.branch = build_network(inputs.network, inputs.init)
         self.head = WeightedHead(self.branch.width)
+        if inputs.init == "scratch":
+            self.head.draw()
         self.labels = Relabelling()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -65,15 +69,15 @@ class Scn(Method):
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Classification with the labels as they are now + rank regularisation; and the share of replaced labels."""
         labels = self.labels(batch["row"], batch["label"])
-        losses = scn_losses(output["logits"].float(), output["weight"].float(), labels, self.recipe)
+        losses = scn_losses(output["logits"], output["weight"], labels, self.recipe)
         return {**losses, "relabelled": (labels != batch["label"]).float().mean()}
 
     def after_step(self, output: dict[str, Tensor], batch: Batch) -> None:
         """Relabel faces of the batch by the probabilities it was just trained with."""
-        if self.recipe.relabel == "none" or batch["epoch"] < self.recipe.relabel_epoch:
+        if self.recipe.relabel == "none" or batch["epoch"] <= self.recipe.relabel_after:
             return
         labels = self.labels(batch["row"], batch["label"])
-        changed = relabel(output["logits"].float(), labels, self.recipe.relabel_margin)
+        changed = relabel(output["logits"], labels, self.recipe.relabel_margin)
         if self.recipe.relabel == "low":
             changed = torch.where(find_low_group(output["weight"], self.recipe.high_share), changed, labels)
         self.labels.replace(batch["row"][changed != labels], changed[changed != labels])
@@ -86,6 +90,12 @@ class WeightedHead(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(width, len(EXPRESSIONS))
         self.attention = nn.Linear(width, 1)
+
+    def draw(self) -> None:
+        """Draw the weights as the released script does without pre-training: uniform within 1 / √outputs, no bias."""
+        for layer in (self.classifier, self.attention):
+            nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights (N, 1) and weighted logits (N, 7) of features (N, C)."""

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.results.metrics import Predictions
+from cafe.results.predictions import Predictions
 
 NAMES = [name.capitalize() for name in EXPRESSIONS]
 CAPTION = 26  # characters of a path below a face

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from cafe.data.manifest import Manifest
 from cafe.errors import unknown
+
+if TYPE_CHECKING:
+    from cafe.data.manifest import Manifest
 
 JUDGED = ("test", "val")  # the first of them that a set has: the labels of some test sets were never published
 

@@ -6,8 +6,17 @@ sources ships with the released code; the rivals in it are the authors' reruns. 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from cafe.data.expressions import EXPRESSIONS
-from cafe.results.protocols import PROTOCOLS, Protocol
+from cafe.results.protocols import PROTOCOLS, Protocol, find_protocol
+
+if TYPE_CHECKING:
+    from cafe.results.comparison import Comparison, Row
 
 SETS = ("rafdb", "ferplus", "affectnet", "sfew", "mma")  # the columns, by the kind of their manifests
 
@@ -89,3 +98,46 @@ def find_published_classes(
     if not known or not protocol.judges_like(PROTOCOLS["paper"], target_kind):
         return {}
     return {name: number / 100 for name, number in zip(CLASS_COLUMNS, PER_CLASS.get(method, ()), strict=False)}
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published numbers (0–1) of a row by target or expression, and its two means where all of it is there."""
+
+    cells: dict[str, float]
+    unseen: float = math.nan
+    everything: float = math.nan
+
+
+def publish_rows(comparison: Comparison) -> list[Published | None]:
+    """Return for each row the published accuracies that were judged alike; None where there are none."""
+    protocol = find_protocol(comparison.protocol)
+    known = comparison.metric == "accuracy"
+    return [_publish(row, comparison.kinds, protocol) if known else None for row in comparison.rows]
+
+
+def _publish(row: Row, kinds: dict[str, str], protocol: Protocol) -> Published | None:
+    run = row.runs[0]
+    numbers = find_published(row.method, run.source_kind, str(run.settings.get("init", "")), protocol)
+    cells = {name: numbers[kinds[name]] for name in row.cells if kinds.get(name) in numbers}
+    if not cells:
+        return None
+    unseen = [name for name in row.cells if name in kinds and name not in row.seen]
+    if sorted(kinds[name] for name in unseen) != sorted({*SETS} - {run.source_kind}) or not {*unseen} <= cells.keys():
+        return Published(cells)
+    mean = float(np.mean([cells[name] for name in unseen]))
+    whole = [*unseen, row.source]
+    return Published(cells, mean, float(np.mean([cells[name] for name in whole])) if row.source in cells else math.nan)
+
+
+def publish_classes(comparison: Comparison) -> list[Published | None]:
+    """Return for each row the published recalls by expression, with `overall` and `mean`; None where there are none."""
+    (kind,) = comparison.kinds.values()
+    found = (
+        find_published_classes(
+            row.method, row.runs[0].source_kind, kind, str(row.runs[0].settings.get("init", "")),
+            find_protocol(comparison.protocol),
+        )
+        for row in comparison.rows
+    )  # fmt: skip
+    return [Published(numbers) if numbers else None for numbers in found]

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import re
 from collections.abc import Callable
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+import pandas as pd
 
-from cafe.report.charts import to_svg
-from pipeline.report import Report
-from pipeline.sheets import BEST, SECOND, Cell, Sheet
+from cafe.report.report import Report, list_records
+from cafe.report.sheets import BEST, SECOND, Cell, Sheet
 
 WIDE = 8  # columns of a table, more than which LaTeX sets across both columns of a page that has two
 
@@ -35,17 +30,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 def to_csv(report: Report) -> str:
     """Return the records as CSV, a line per row and target; what is not known is empty."""
-    columns = dict.fromkeys(name for record in report.records for name in record)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
-    writer.writeheader()
-    for record in report.records:
-        writer.writerow({name: "" if _is_nan(value) else value for name, value in record.items()})
-    return file.getvalue()
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    return str(pd.DataFrame(list(list_records(report)), dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def to_latex(report: Report) -> str:
@@ -96,18 +81,17 @@ def _escape_latex(text: str, plus_minus: str = "") -> str:
 
 def to_html(report: Report) -> str:
     """Return one page with figures and tables that needs nothing else: no script, no font, no picture from elsewhere."""
-    environment = Environment(
-        loader=PackageLoader("cafe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    from markupsafe import Markup
+
+    from cafe.report.charts import to_svg
+    from cafe.report.drawings import list_drawings
+    from cafe.report.pages import render
+
     figures: dict[str, list[tuple[str, Markup]]] = {sheet.title: [] for sheet in report.sheets}
-    for number, drawing in enumerate(report.drawings):
+    for number, drawing in enumerate(list_drawings(report)):
         picture = Markup(to_svg(drawing.draw(), f"figure{number}", drawing.caption))  # noqa: S704  # our own
         figures[drawing.sheet].append((drawing.caption, picture))
-    return environment.get_template("comparison.html").render(report=report, figures=figures)
+    return render("comparison.html", report=report, figures=figures).decode()
 
 
 FORMATS: dict[str, Callable[[Report], str]] = {

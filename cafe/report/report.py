@@ -1,0 +1,122 @@
+"""Everything that is said of a comparison: its tables, the evidence for its figures, and the records behind both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from cafe.errors import UserError
+from cafe.report.sheets import (
+    Sheet,
+    class_sheet,
+    main_sheet,
+    matrix_sheets,
+    published_sheet,
+    ranks_sheet,
+    tests_sheets,
+)
+from cafe.results.comparison import Comparison, Row, compare, compare_classes
+from cafe.results.metrics import Estimate
+from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank
+from cafe.results.protocols import PROTOCOLS, find_protocol
+from cafe.results.published import Published, publish_classes, publish_rows
+from cafe.results.scores import SOURCE, Run
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is said of a comparison, for any output; `target` is set where it is of the expressions of one target."""
+
+    title: str
+    about: list[str]  # the protocol, and what else holds for all sheets
+    sheets: list[Sheet]
+    comparison: Comparison
+    published: Sequence[Published | None]
+    tests: Sequence[Paired] = ()
+    ranks: Ranks | None = None
+    target: str = ""
+
+
+def make_report(
+    runs: Sequence[Run],
+    scores: pd.DataFrame,
+    metric: str = "accuracy",
+    protocol: str = "clean",
+    per_class: str | None = None,
+    versus: str | None = None,
+    leak_free: pd.DataFrame | None = None,
+) -> Report:
+    """Compare runs, on all targets or by expression on one, with tests against one method; raise `UserError`.
+
+    `scores` are those of the runs; `leak_free` the same without copies of the source's training faces.
+    """
+    if per_class and versus:
+        raise UserError("--versus tests the accuracy over all expressions: leave it or --per-class out.")
+    about = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
+    if per_class:
+        classes = compare_classes(runs, scores, per_class, protocol)
+        published = publish_classes(classes)
+        sheets = [class_sheet(classes, per_class, published)]
+        return Report(f"Every expression of {per_class}", about, sheets, classes, published, target=per_class)
+    comparison = compare(runs, scores, metric, protocol, leak_free)
+    published, ranks = publish_rows(comparison), rank(comparison)
+    tests = pair_rows(comparison, versus) if versus else []
+    sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
+    sheets += [published_sheet(comparison, published)] if any(published) else []
+    sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
+    others = [name for name in PROTOCOLS if name != protocol and (scores["protocol"] == name).any()]
+    about += [f"Some of these runs were also judged by --protocol {name}: see its own table." for name in others]
+    return Report("Trained on one data set, judged on all", about, sheets, comparison, published, tests, ranks)
+
+
+def list_records(report: Report) -> Iterator[dict[str, object]]:
+    """Yield what the CSV file holds, as fractions: one record per row and target or expression, then the row's means."""
+    comparison, tested = report.comparison, {(id(test.row), test.target): test for test in report.tests}
+    for row, published in zip(comparison.rows, report.published, strict=True):
+        numbers = published or Published({})
+        for name, estimate in row.cells.items():
+            where: dict[str, object] = {"target": report.target, "expression": name}
+            if not report.target:
+                role = SOURCE if name == row.source else "same set" if name in row.seen else "unseen"
+                where = {"target": name, "role": role, "metric": comparison.metric}
+            test = tested.get((id(row), name))
+            yield _record(comparison, row, where, estimate, numbers.cells.get(name, math.nan), test)
+        means = {
+            "unseen": ("mean of unseen", comparison.metric, numbers.unseen, tested.get((id(row), ""))),
+            "unseen macro_f1": ("mean of unseen", "macro_f1", math.nan, None),
+            "unseen ece": ("mean of unseen", "ece", math.nan, None),
+            "all": ("mean of all", comparison.metric, numbers.everything, None),
+            "unseen leak-free": ("mean of unseen leak-free", comparison.metric, math.nan, None),
+        }
+        for name, estimate in row.means.items():
+            target, metric, number, test = means[name]
+            if name != f"unseen {comparison.metric}":
+                where = {"target": target, "role": "mean", "metric": metric}
+                yield _record(comparison, row, where, estimate, number, test)
+
+
+def _record(
+    comparison: Comparison,
+    row: Row,
+    where: dict[str, object],
+    estimate: Estimate,
+    published: float,
+    test: Paired | None,
+) -> dict[str, object]:
+    record: dict[str, object] = {
+        "protocol": comparison.protocol, "source": row.source, "method": row.method, "row": row.label,
+        "selection": row.runs[0].selection, "seeds": row.seeds, **where,
+        "mean": estimate.mean, "half_width": estimate.half_width, "averaged": estimate.count, "published": published,
+    }  # fmt: skip
+    if test:
+        difference = test.difference
+        record |= {
+            "versus": test.reference.label, "faces": difference.faces, "groups": difference.groups,
+            "accuracy_difference": difference.mean, "low": difference.low, "high": difference.high,
+            "p": difference.p, "p_holm": test.adjusted_p,
+            "seeds_apart": "" if test.apart is None else str(test.apart).lower(),
+        }  # fmt: skip
+    return record

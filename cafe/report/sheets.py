@@ -1,0 +1,320 @@
+"""The tables of a comparison as cells of text; how they look in each output is in `cafe.report.formats`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from cafe.results.comparison import Comparison, Row
+from cafe.results.metrics import METRICS, TITLES, Estimate
+from cafe.results.paired_tests import Paired, Ranks
+from cafe.results.published import Published
+from cafe.results.scores import SAME_SET, UNKNOWN, average_unseen
+
+BEST, SECOND = "best", "second"
+NOISE = (
+    "Published numbers are single runs; the choice of their test faces alone moves them by ±4.7 (SFEW), ±1.7 (AffectNet), "
+    "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
+)
+PEEKED = "†: the epoch was chosen on the source's test split, as published scripts do: not comparable."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is written in a table, and whether it is the best or the second best of its column."""
+
+    text: str
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: the first `words` columns are words, the others numbers; notes say how to read it.
+
+    Lines whose first `block` columns agree belong together.
+    """
+
+    title: str
+    words: int
+    block: int
+    header: list[str]
+    lines: list[list[Cell]]
+    notes: list[str]
+
+    def starts_block(self, number: int) -> bool:
+        """Whether a line does not belong with the line before."""
+        return 0 < number < len(self.lines) and self.lines[number][: self.block] != self.lines[number - 1][: self.block]
+
+
+def main_sheet(comparison: Comparison) -> Sheet:
+    """Methods × targets, one block per source, then the means over targets, and how far CAFE is ahead."""
+    title = TITLES[comparison.metric]
+    means = {"unseen": f"unseen {title}", "unseen macro_f1": "unseen macro-F1", "unseen ece": "unseen ECE"}
+    means |= {"all": f"all {title}", "unseen leak-free": f"unseen {title} leak-free"}
+    means.pop(f"unseen {comparison.metric}", None)  # it is the mean of the table's own metric
+    shown = [name for name in means if name in comparison.rows[0].means]
+    columns = [[*row.cells.values(), *(row.means[name] for name in shown)] for row in comparison.rows]
+    names = [*comparison.columns, *shown]
+    lowest = [name == "unseen ece" or comparison.metric == "ece" for name in names]
+    lines: list[list[Cell]] = []
+    for source in dict.fromkeys(row.source for row in comparison.rows):
+        places = [place for place, row in enumerate(comparison.rows) if row.source == source]
+        own, estimates = [comparison.rows[place] for place in places], [columns[place] for place in places]
+        marks = mark_best(own, estimates, lowest)
+        lines += [_line(*entry) for entry in zip(own, [names] * len(own), estimates, marks, strict=True)]
+        lines += _lead(own, estimates, lowest)
+    header = ["source", "method", "seeds", *comparison.columns, *(means[name] for name in shown)]
+    notes = [
+        "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
+        "the mean over the targets of other sets than the source; all: with the source, as published tables average. "
+        "ECE: expected calibration error, the lower the better.",
+        *_target_notes(comparison),
+        *row_notes(comparison.rows),
+    ]
+    return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes)
+
+
+def mark_best(rows: Sequence[Row], columns: Sequence[Sequence[Estimate]], lowest: Sequence[bool]) -> list[list[str]]:
+    """Return for each row of one source and column whether it is the best or the second, ties in print sharing it.
+
+    What peeked at the faces it is judged on takes part in no contest.
+    """
+    marks = [[""] * len(cells) for cells in columns]
+    for column, low in enumerate(lowest):
+        means = {place: cells[column].mean for place, cells in enumerate(columns) if not rows[place].peeked}
+        printed = {place: round(100 * mean, 1) for place, mean in means.items() if not math.isnan(mean)}
+        order = sorted(set(printed.values()), reverse=not low)
+        for place, value in printed.items() if len(printed) > 1 else ():
+            marks[place][column] = BEST if value == order[0] else SECOND if value == order[1] else ""
+    return marks
+
+
+def _line(row: Row, names: Sequence[str], estimates: Sequence[Estimate], marks: Sequence[str]) -> list[Cell]:
+    texts = [_write(row, name, estimate) for name, estimate in zip(names, estimates, strict=True)]
+    return [*_head(row), *map(Cell, texts, marks)]
+
+
+def _head(row: Row, label: str = "") -> list[Cell]:
+    return [Cell(row.source), Cell(label or row.label), Cell(str(row.seeds) if row.seeded else "any")]
+
+
+def _write(row: Row, name: str, estimate: Estimate) -> str:
+    fewer = row.seeded and 0 < estimate.count < row.seeds
+    text = f"{estimate} [{estimate.count}]" if fewer else str(estimate)
+    text = f"({text})" if name in row.seen else text
+    return f"{text} †" if row.peeked else text
+
+
+def _lead(rows: Sequence[Row], columns: Sequence[Sequence[Estimate]], lowest: Sequence[bool]) -> list[list[Cell]]:
+    """The line of Table 2 of the supplement: CAFE less the best of the other methods; none where CAFE is not one row."""
+    fair = [
+        (row, [estimate.mean for estimate in own]) for row, own in zip(rows, columns, strict=True) if not row.peeked
+    ]
+    ours, rivals = ([own for row, own in fair if (row.method == "cafe") == mine] for mine in (True, False))
+    if len(ours) != 1 or not rivals:
+        return []
+    best = [
+        (min if low else max)((value for value in values if not math.isnan(value)), default=math.nan)
+        for low, values in zip(lowest, zip(*rivals, strict=True), strict=True)
+    ]
+    texts = ["–" if math.isnan(one - other) else points(one - other) for one, other in zip(ours[0], best, strict=True)]
+    return [[Cell(rows[0].source), Cell("cafe less the best rival"), Cell(""), *map(Cell, texts)]]
+
+
+def _target_notes(comparison: Comparison) -> list[str]:
+    notes = []
+    if any(row.seen for row in comparison.rows):
+        notes.append("In brackets: the test split of the set a row was trained on.")
+    if same := comparison.targets_with(SAME_SET):
+        notes.append(f"Not unseen, as another manifest of the source's set: {', '.join(same)}.")
+    if unknown := comparison.targets_with(UNKNOWN):
+        notes.append(f"Left out, as the workspace has no manifest of that name any more: {', '.join(unknown)}.")
+    if comparison.leaking is not None:
+        note = (
+            "Leak-free: without the faces that are copies of the source's training faces, as `cafe data audit` found."
+        )
+        notes.append(note if comparison.leaking else f"{note} It found none.")
+    return notes
+
+
+def row_notes(rows: Sequence[Row]) -> list[str]:
+    """Return what must be said of some rows: who won, peeked, lacks seeds or needs none, and what the seeds share."""
+    several = [row for row in rows if row.seeded and row.seeds > 1]
+    fewer = any(0 < e.count < row.seeds for row in several for e in (*row.cells.values(), *row.means.values()))
+    one_draw = any(len({run.settings.get("view_seed") for run in row.runs}) == 1 for row in several)
+    said = {
+        "Of each source, the best is bold and the second underlined; that says nothing of significance.":
+            len(rows) > len({row.source for row in rows}),
+        PEEKED: any(row.peeked for row in rows),
+        "[n]: n seeds, fewer than the row has.": fewer,
+        "Seeds: any: every seed predicts the same, as the method draws nothing at random.":
+            not all(row.seeded for row in rows),
+        "The seeds of a row share one draw of views, and the intervals say nothing of other draws.": one_draw,
+    }  # fmt: skip
+    return [note for note, holds in said.items() if holds]
+
+
+def matrix_sheets(comparison: Comparison) -> list[Sheet]:
+    """A source × target matrix of each method, where there are several sources."""
+    sheets = []
+    for label, rows in by_label(comparison):
+        header = ["source \\ target", *comparison.columns, "unseen"]
+        lines = [
+            [Cell(row.source), *_line(row, header[1:], [*row.cells.values(), row.unseen], [""] * len(header[1:]))[3:]]
+            for row in rows
+        ]
+        sheets.append(Sheet(f"{label}: every source on every target", 1, 0, header, lines, []))
+    return sheets
+
+
+def by_label(comparison: Comparison) -> list[tuple[str, list[Row]]]:
+    """Return the rows of each method over all sources; nothing where there is one source."""
+    labels = dict.fromkeys(row.label for row in comparison.rows)
+    if len({row.source for row in comparison.rows}) < 2:
+        return []
+    return [(label, [row for row in comparison.rows if row.label == label]) for label in labels]
+
+
+def published_sheet(comparison: Comparison, published: Sequence[Published | None]) -> Sheet:
+    """How far each row is from what was published of its method, and in which settings it is another."""
+    lines: list[list[Cell]] = []
+    differing: dict[str, list[str]] = {}
+    for row, numbers in zip(comparison.rows, published, strict=True):
+        if numbers:
+            pairs = [(row.cells[name].mean, numbers.cells.get(name, math.nan)) for name in comparison.columns]
+            pairs += [(row.unseen.mean, numbers.unseen), (row.means["all"].mean, numbers.everything)]
+            lines.append([*_head(row), *(Cell(_beside(row, *pair)) for pair in pairs)])
+            if row.not_as_published:
+                differing.setdefault(", ".join(row.not_as_published), []).append(f"{row.label} from {row.source}")
+    notes = [
+        "Ours less the published accuracy, in percentage points; the published one in brackets. Only where this protocol "
+        f"judges the data set as the released test readers do. {NOISE}",
+        *(f"Not as published: {settings} ({'; '.join(rows)})." for settings, rows in differing.items()),
+    ]
+    header = ["source", "method", "seeds", *comparison.columns, "unseen accuracy", "all accuracy"]
+    return Sheet("Beside the published numbers", 2, 1, header, lines, notes)
+
+
+def _beside(row: Row, ours: float, published: float) -> str:
+    unknown = math.isnan(ours) or math.isnan(published)
+    text = "–" if unknown else f"{points(ours - published)} ({100 * published:.1f})"
+    return f"{text} †" if row.peeked else text
+
+
+def points(difference: float) -> str:
+    """Return a difference of fractions in percentage points with its sign."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+TESTED = (
+    "Accuracy less that of the reference, in percentage points. Interval and p are about other faces, not other seeds: a "
+    "bootstrap over faces, each with all seeds of both methods; where faces belong to groups (a person, a film), a "
+    "jackknife over groups with Student's t. p (Holm) is corrected over the targets of a method and source. Seeds apart: "
+    "every seed of the one is ahead of every seed of the other. Bold: p (Holm), or p for the mean, is below 0.05, and the "
+    "seeds are not mixed."
+)
+
+
+def tests_sheets(tests: list[Paired]) -> list[Sheet]:
+    """The paired tests, a line per method and target and a sheet per source; the first says how to read them."""
+    sheets: list[Sheet] = []
+    for source in dict.fromkeys(test.row.source for test in tests):
+        own = [test for test in tests if test.row.source == source]
+        header = ["method", "target", "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
+        notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
+        incomplete = [
+            f"{test.left_out:,} of {test.target} ({test.row.label})" for test in own if test.left_out and test.target
+        ]
+        if incomplete:
+            notes.append(f"Tested on the faces all runs have judged, without {', '.join(incomplete)}.")
+        title = f"Against {own[0].reference.label}, trained on {source}"
+        sheets.append(Sheet(title, 2, 1, header, [_test_line(test) for test in own], notes))
+    return sheets
+
+
+def _test_line(test: Paired) -> list[Cell]:
+    difference = test.difference
+    groups = f" in {difference.groups:,} groups" if difference.groups and test.target else ""
+    return [
+        Cell(f"{test.row.label} †" if test.peeked else test.row.label),
+        Cell(name_target(test)),
+        Cell(f"{difference.faces:,}{groups}"),
+        Cell(points(difference.mean), BEST if test.holds else ""),
+        Cell(f"{points(difference.low)} to {points(difference.high)}"),
+        Cell(_p(difference.p)),
+        Cell(_p(test.adjusted_p) if test.target else "–"),
+        Cell("–" if test.apart is None else "yes" if test.apart else "no"),
+    ]
+
+
+def name_target(test: Paired) -> str:
+    """Return the name of what a test is about, in brackets where the row was trained on that set."""
+    return f"({test.target})" if test.target in test.row.seen else test.target or "mean of unseen"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
+    """Mean ranks over targets with Friedman's and Nemenyi's tests."""
+    ranking = ranks.ranking
+    lines = [[Cell(label), Cell(f"{place:.2f}")] for label, place in zip(ranks.labels, ranking.ranks, strict=True)]
+    notes = [f"By {TITLES[comparison.metric]} over {ranking.targets} pairs of source and unseen target."]
+    if not math.isnan(ranking.p):
+        notes.append(f"Friedman's test: p = {_p(ranking.p)}.".replace("= <", "< "))
+    notes.append(
+        "Too few methods or targets for a critical difference."
+        if math.isnan(ranking.critical_difference)
+        else f"Nemenyi's critical difference of two mean ranks (5 %): {ranking.critical_difference:.2f}. Pairs that share a "
+        "source or a target are not independent, so take it as a guide."
+    )
+    if ranks.left_out:
+        notes.append(f"Not ranked, as not trained on every source or not comparable: {', '.join(ranks.left_out)}.")
+    return Sheet("Mean ranks", 1, 0, ["method", "mean rank"], lines, notes)
+
+
+def class_sheet(comparison: Comparison, target: str, published: Sequence[Published | None]) -> Sheet:
+    """Recall per expression on one target, and below a row how far it is from what was published."""
+    lines: list[list[Cell]] = []
+    for source in dict.fromkeys(row.source for row in comparison.rows):
+        own = [(row, numbers) for row, numbers in zip(comparison.rows, published, strict=True) if row.source == source]
+        columns = [list(row.cells.values()) for row, _ in own]
+        marks = mark_best([row for row, _ in own], columns, [False] * len(comparison.columns))
+        for (row, numbers), estimates, marked in zip(own, columns, marks, strict=True):
+            lines.append(_line(row, comparison.columns, estimates, marked))
+            if numbers:
+                texts = [_beside(row, row.cells[name].mean, numbers.cells[name]) for name in comparison.columns]
+                head = [Cell(source), Cell(f"{row.label} − published"), Cell("")]
+                lines.append([*head, *map(Cell, texts)])
+    notes = [
+        f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
+        "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
+        *row_notes(comparison.rows),
+        *([f"Less the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
+    ]
+    return Sheet(f"Expressions on {target}", 2, 1, ["source", "method", "seeds", *comparison.columns], lines, notes)
+
+
+def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sheet:
+    """One run's numbers by one protocol: a line per target and the mean over the unseen ones; leak-free beside them."""
+    unseen = average_unseen(scores)
+    lines = [[row["target"], *(_percent(row[name]) for name in METRICS)] for _, row in scores.iterrows()]
+    if len(unseen):
+        lines.append(["mean of unseen", *(_percent(unseen.iloc[0][name]) for name in METRICS)])
+    header = ["target", *TITLES.values()]
+    if leak_free is not None:
+        header += ["leak-free accuracy", "left out"]
+        left, mean = leak_free.set_index("target"), average_unseen(leak_free)
+        for line in lines[: len(scores)]:
+            line += [_percent(left.loc[line[0], "accuracy"]), f"{left.loc[line[0], 'left_out']:,}"]
+        for line in lines[len(scores) :]:
+            line += [_percent(mean.iloc[0]["accuracy"]), ""]
+    return Sheet("Percent", 1, 0, header, [list(map(Cell, line)) for line in lines], [])
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"

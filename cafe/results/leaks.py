@@ -1,0 +1,59 @@
+"""Copies of a source's training faces in a target, as `cafe data audit` found them: left out by filtering predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.results.predictions import Predictions
+from cafe.results.scores import Run
+
+
+def audit_path(root: UPath, source: str, target: str) -> UPath:
+    """Where the audit of a target against a source is kept in the workspace at `root`."""
+    return root / "audits" / source / f"{target}.parquet"
+
+
+def audit_command(source: str, target: str) -> str:
+    """Return the command that audits a target against a source."""
+    return f"cafe data audit {source}" + (f" {target}" if target != source else "")
+
+
+def load_leaks(root: UPath, source: str, source_digest: str, target: str, target_digest: str) -> frozenset[str]:
+    """Return the samples of a target that are copies of the source's training faces.
+
+    Raises `UserError` when the target was not audited, or other manifests than those with the digests were.
+    """
+    path = audit_path(root, source, target)
+    if not path.exists():
+        raise UserError(f"{target!r} was not audited against {source!r} yet: run `{audit_command(source, target)}`.")
+    table = pq.read_table(pa.BufferReader(path.read_bytes()))
+    about = json.loads(table.schema.metadata[b"cafe.audit"])
+    for name, digest, audited in (
+        (source, source_digest, about["source_digest"]),
+        (target, target_digest, about["target_digest"]),
+    ):
+        if digest != audited:
+            raise UserError(
+                f"The audit of {target!r} against {source!r} was made of another {name!r} than the run knows: run "
+                f"`{audit_command(source, target)}`, and train or evaluate again if its files changed."
+            )
+    splits, samples = (table[name].to_pylist() for name in ("source_split", "target_sample_id"))
+    return frozenset(sample for sample, split in zip(samples, splits, strict=True) if split == "train")
+
+
+def leave_out_leaks(root: UPath) -> Callable[[Run, str, Predictions], Predictions]:
+    """Return the filter that takes copies of the source's training faces out of predictions."""
+
+    def leave_out(run: Run, target: str, predictions: Predictions) -> Predictions:
+        about = predictions.about
+        return predictions.without(
+            load_leaks(root, run.source, run.source_digest, target.partition("@")[0], about.get("manifest", ""))
+        )
+
+    return leave_out

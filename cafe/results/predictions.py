@@ -1,0 +1,98 @@
+"""Predictions are data: one row per face with its label and class probabilities, kept as Parquet.
+
+Every number, interval, test and picture is computed from these files, so that each can be computed again and argued with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.files import list_folder, write_file
+from cafe.results.protocols import find_protocol
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a run said of the faces of a target: labels (N,) int64 and class probabilities (N, 7) float32.
+
+    `groups` names the person or film of each face, None where there is none; `about` says which run, target, protocol,
+    split, kind and manifest they belong to.
+    """
+
+    sample_ids: list[str]
+    labels: np.ndarray
+    probabilities: np.ndarray
+    about: dict[str, str]
+    groups: list[str | None] | None = None
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """The most probable class of every face, (N,)."""
+        return np.asarray(self.probabilities.argmax(axis=1))
+
+    def without(self, samples: Collection[str]) -> Predictions:
+        """Return the predictions of all faces but the given ones."""
+        kept = [row for row, sample in enumerate(self.sample_ids) if sample not in samples]
+        return replace(
+            self,
+            sample_ids=[self.sample_ids[row] for row in kept],
+            labels=self.labels[kept],
+            probabilities=self.probabilities[kept],
+            groups=[self.groups[row] for row in kept] if self.groups else None,
+        )
+
+    def save(self, path: UPath) -> None:
+        """Write as Parquet: sample_id, label, probabilities, group."""
+        probabilities = self.probabilities.astype(np.float32).ravel()
+        table = pa.table({
+            "sample_id": pa.array(self.sample_ids, pa.string()),
+            "label": pa.array(self.labels, pa.int8()),
+            "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(probabilities), len(EXPRESSIONS)),
+            "group": pa.array(self.groups or [None] * len(self.labels), pa.string()),
+        })  # fmt: skip
+        sink = pa.BufferOutputStream()
+        about = {**self.about, "expressions": json.dumps(EXPRESSIONS)}
+        pq.write_table(table.replace_schema_metadata(about), sink)
+        write_file(path, sink.getvalue().to_pybytes())
+
+    @classmethod
+    def load(cls, path: UPath, named: bool = True) -> Predictions | None:
+        """Read what `save` wrote; None when the file is missing or damaged: then the target is not judged.
+
+        Without `named`, the ids and groups of the faces are left out, which takes most of the time.
+        """
+        columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
+        try:
+            table = pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(columns, use_threads=False)
+            labels, shares = (table[name].combine_chunks() for name in columns[:2])
+        except (FileNotFoundError, pa.ArrowInvalid, KeyError):
+            return None
+        grouped = named and "group" in table.column_names and table["group"].null_count < len(table)
+        return cls(
+            table["sample_id"].to_numpy().tolist() if named else [],
+            labels.to_numpy().astype(np.int64),
+            shares.flatten().to_numpy().reshape(-1, len(EXPRESSIONS)),
+            {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
+            table["group"].to_numpy().tolist() if grouped else None,
+        )
+
+
+def predictions_path(run: UPath, target: str, protocol: str = "clean") -> UPath:
+    """Where a run's predictions for a target are kept."""
+    return run / "predictions" / f"{find_protocol(protocol).prefix}{target}.parquet"
+
+
+def load_predictions(run: UPath, protocol: str = "clean", named: bool = True) -> dict[str, Predictions]:
+    """Return all predictions of a run by one protocol, by target; damaged files are left out."""
+    folder = run / "predictions" / find_protocol(protocol).prefix
+    loaded = {path.stem: Predictions.load(path, named) for path in list_folder(folder) if path.suffix == ".parquet"}
+    return {target: predictions for target, predictions in loaded.items() if predictions is not None}

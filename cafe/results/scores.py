@@ -1,0 +1,173 @@
+"""The one table of scores: every run on every target by every protocol, computed from the predictions in the run folders.
+
+Comparisons, tests, tracked metrics and pages all read this table; leaving out faces or targets is a filter on what goes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from upath import UPath
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.errors import UserError
+from cafe.files import list_folder, read_json
+from cafe.results.metrics import METRICS, score
+from cafe.results.predictions import Predictions, load_predictions
+from cafe.results.protocols import PROTOCOLS
+from cafe.results.published import SETS
+
+VERSION = 2  # of run.json
+PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
+IDENTITY = (
+    "run", "group", "source", "method", "seed", "protocol", "target", "split", "kind", "manifest", "relation", "unseen"
+)  # fmt: skip
+RECALLS = tuple(f"recall/{name}" for name in EXPRESSIONS)
+
+# What a target is to a run. Means are taken over `unseen` targets, or over these and the `source`.
+SOURCE, UNSEEN = "source", "unseen"
+SAME_SET = "same set"  # another manifest of the set the run was trained on
+OTHER_SPLIT = "other split"  # judged on another split than the protocol's, as `target@split`
+UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
+
+Filter = Callable[["Run", str, Predictions], Predictions]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder describes it: what it was trained on and how.
+
+    `settings` holds what a user can choose, `derived` what only follows from that; `experiments` gives for each experiment
+    the benchmark it belongs to there, or None.
+    """
+
+    folder: UPath
+    name: str
+    group: str
+    source: str
+    source_kind: str
+    source_digest: str
+    method: str
+    seed: int
+    selection: str
+    settings: dict[str, Any]
+    derived: dict[str, Any]
+    not_as_published: tuple[str, ...]
+    experiments: dict[str, str | None]
+    pulled: bool  # from a tracking server: it was judged on the manifests of another workspace
+
+    def relation(self, target: str, kind: str, manifest: str) -> str:
+        """Return what a target, with the kind and the digest of its manifest, is to this run."""
+        if "@" in target:
+            return OTHER_SPLIT
+        if target == self.source:
+            return SOURCE
+        same_kind = _set_of(kind) == _set_of(self.source_kind) and _set_of(kind) in SETS
+        return SAME_SET if same_kind or manifest == self.source_digest else UNSEEN
+
+
+def _set_of(kind: str) -> str:
+    return kind.partition("-")[0]  # ferplus-argmax is FERPlus with other labels
+
+
+def read_runs(folders: Iterable[UPath]) -> list[Run]:
+    """Read the runs of folders, leaving out those without a run; raise `UserError` for a run of another version."""
+    runs = (read_run(folder) for folder in folders)
+    return [run for run in runs if run is not None]
+
+
+def read_run(folder: UPath) -> Run | None:
+    """Read a run's description; None when the folder holds none. Raises `UserError` when its version is another."""
+    record = read_json(folder / "run.json")
+    if record is None:
+        return None
+    if record.get("version") != VERSION:
+        raise UserError(
+            f"The run in {folder} has version {record.get('version', 1)} of run.json, and this program reads version "
+            f"{VERSION}: move the run out of the workspace, and train it again."
+        )
+    experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
+    names = [
+        "name",
+        "group",
+        "source",
+        "source_kind",
+        "source_digest",
+        "method",
+        "seed",
+        "selection",
+        "settings",
+        "derived",
+    ]
+    return Run(
+        folder,
+        **{name: record[name] for name in names},
+        not_as_published=tuple(record.get("not_as_published", ())),
+        experiments={name: member.get("benchmark") for name, member in experiments.items()},
+        pulled=(folder / PULLED).exists(),
+    )
+
+
+def read_scores(
+    runs: Iterable[Run],
+    known: Collection[str] = (),
+    protocols: Iterable[str] = PROTOCOLS,
+    leave_out: Filter | None = None,
+) -> pd.DataFrame:
+    """Return one record per run, protocol and target, computed from the predictions.
+
+    Columns: run, group, source, method, seed, protocol, target, split, kind, manifest, relation, unseen, faces, left_out,
+    accuracy, mean_class_accuracy, macro_f1, ece and recall/EXPRESSION (0–1; NaN where there is nothing to average).
+    `known` names the manifests of the workspace: predictions for any other target have the relation `unknown`, unless there
+    are none at all or the run was pulled from elsewhere. `leave_out` may take faces out of predictions.
+    """
+    records = []
+    for run in runs:
+        for protocol in protocols:
+            for target, predictions in load_predictions(run.folder, protocol, named=leave_out is not None).items():
+                kept = leave_out(run, target, predictions) if leave_out else predictions
+                record = {**_identify(run, protocol, target, predictions, known), "faces": len(kept.labels)}
+                record["left_out"] = len(predictions.labels) - len(kept.labels)
+                records.append(record | (score(kept) if len(kept.labels) else {}))
+    columns = [*IDENTITY, "faces", "left_out", *METRICS, *RECALLS]
+    return pd.DataFrame(records, columns=columns)
+
+
+def _identify(
+    run: Run, protocol: str, target: str, predictions: Predictions, known: Collection[str]
+) -> dict[str, object]:
+    about = predictions.about
+    kind, manifest = about.get("kind", ""), about.get("manifest", "")
+    missing = known and not run.pulled and target.partition("@")[0] not in known
+    relation = UNKNOWN if missing else run.relation(target, kind, manifest)
+    return {
+        **{name: getattr(run, name) for name in ("group", "source", "method", "seed")},
+        "run": run.name,
+        "protocol": protocol,
+        "target": target,
+        "split": about.get("split", ""),
+        "kind": kind,
+        "manifest": manifest,
+        "relation": relation,
+        "unseen": relation == UNSEEN,
+    }
+
+
+def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return for each run and protocol (the index) the mean of each metric over its unseen targets."""
+    return _average(scores[scores["relation"] == UNSEEN])
+
+
+def average_all(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the same over the unseen targets and the source, as published tables do, for runs judged on their source."""
+    keys = [scores["run"], scores["protocol"]]
+    complete = (scores["relation"] == SOURCE).groupby(keys).transform("any").astype(bool)
+    return _average(scores[complete & scores["relation"].isin([SOURCE, UNSEEN])])
+
+
+def _average(scores: pd.DataFrame) -> pd.DataFrame:
+    # A target of which no face is left leaves no mean, instead of one over the other targets.
+    return scores.groupby(["run", "protocol"], sort=False)[list(METRICS)].agg(lambda values: values.mean(skipna=False))

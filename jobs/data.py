@@ -1,0 +1,201 @@
+"""`cafe data …`: index data sets, draw faces, look at pictures, find copies, align photos, list what there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cafe.errors import UserError, unknown
+from jobs.options import options
+from jobs.terminal import Commands, open_workspace, progress_bar, show
+from pipeline.settings import AlignSettings
+
+if TYPE_CHECKING:
+    from cafe.data.indexing import Listing
+
+
+@click.group(cls=Commands)
+def data() -> None:
+    """Manifests: which faces there are, their labels and their split."""
+
+
+@data.command("index")
+@click.argument("kind")
+@click.argument("root")
+@click.option("--name", required=True, help="Name of the manifest in this workspace.")
+@click.option(
+    "--ferplus-rule", type=click.Choice(["majority", "argmax"]), help="How votes become a label; default: majority."
+)
+@click.option("--root", "pictures", help="Folder the paths of a table are relative to; default: that of the table.")
+@click.option("--accept-counts", is_flag=True, help="Index a copy whose counts are not the published ones.")
+@click.option(
+    "--train-faces",
+    type=click.IntRange(min=7),
+    help="Keep this many training faces, in the expressions' proportions; other splits stay whole. Default: all.",
+)
+def index(kind: str, root: str, name: str, accept_counts: bool, train_faces: int | None, **choices: str | None) -> None:
+    """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
+
+    \b
+    KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
+    KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
+    KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is given out, in any wrapper folders
+    """
+    from cafe.data.indexing import index_files
+    from cafe.data.manifest import thin_training
+    from jobs.data_tables import index_tables
+    from pipeline.workspace import check_name
+
+    check_name(name)
+    workspace = open_workspace()
+    listing = _read(kind, root, **choices)
+    if not accept_counts:
+        _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
+    with progress_bar("Reading") as progress:
+        result = index_files(name, listing, progress, workspace.image_path(name))
+    counts, training = result.counts(), len(result.manifest.rows("train"))
+    if train_faces:
+        result = replace(result, manifest=thin_training(result.manifest, train_faces))
+    for table in index_tables(result):
+        show(table)
+    if train_faces:
+        click.echo(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
+    _check_counts(listing, counts, accept_counts, warn=True)
+    path = workspace.manifest_path(name)
+    result.manifest.save(path)
+    click.echo(f"Wrote {path}")
+
+
+def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
+    """List a data set with the options that its kind knows; raise `UserError` for others."""
+    from cafe.data import DATASETS
+    from pipeline.workspace import locate
+
+    if kind not in DATASETS:
+        raise unknown("kind of data set", kind, DATASETS)
+    if ferplus_rule and kind != "ferplus":
+        raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
+    if pictures and kind != "table":
+        raise UserError(f"--root {pictures} has no meaning for {kind}: it is for table alone.")
+    choices: dict[str, Any] = {"rule": ferplus_rule} if ferplus_rule else {}
+    choices |= {"root": locate(pictures)} if pictures else {}
+    return DATASETS[kind](locate(root), **choices)
+
+
+def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
+    """Print where a copy is not the published one, doubtful numbers only with `warn`; raise `UserError` for the others."""
+    from cafe.data.indexing import count_differences
+    from jobs.data_tables import counts_tables
+
+    differences = count_differences(listing.expected, found)
+    certain = [difference for difference in differences if difference.certain]
+    for table in counts_tables(differences if warn else certain):
+        show(table)
+    if certain and not accept:
+        packed = f"{listing.packed[0]} may still have to be unpacked; " if listing.packed else ""
+        raise UserError(
+            f"{listing.root} is not the complete {listing.kind} (differences in the table: {len(certain)}): {packed}"
+            "complete it, or index it as it is with --accept-counts."
+        )
+
+
+@data.command("synth")
+@click.option("--domain", "domains", multiple=True, help="Domain to draw; default: all five.")
+@click.option("--faces", default=1000, show_default=True, type=click.IntRange(28, 28_000), help="Faces of each domain.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the faces.")
+def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
+    """Draw synthetic faces and index them: `cafe data synth --faces 1000`.
+
+    Five domains (studio, grey, film, web, drawing) show the seven expressions, built from facial action units; the people
+    of a test split are never those of a train split.
+    """
+    from cafe.synthetic.domains import DOMAINS
+    from pipeline.synthesise import synthesise
+
+    for domain in domains:
+        if domain not in DOMAINS:
+            raise unknown("synthetic domain", domain, DOMAINS)
+    with progress_bar("Drawing faces", "domains") as progress:
+        manifests = synthesise(open_workspace(), list(domains or DOMAINS), faces, seed, progress)
+    for manifest in manifests:
+        click.echo(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
+
+
+@data.command("check")
+@click.argument("name")
+def check(name: str) -> None:
+    """Look at the pictures of a data set: `cafe data check news`.
+
+    Decodes every picture: sizes, brightness, grey share, unreadable and identical ones, as tables and as one HTML page
+    with a contact sheet for each expression.
+    """
+    from jobs.data_tables import check_tables
+    from pipeline.check import check as check_manifest
+
+    workspace = open_workspace()
+    manifest = workspace.load_manifest(name)
+    with progress_bar("Looking") as progress:
+        result = check_manifest(workspace, manifest, progress)
+    for table in check_tables(result):
+        show(table)
+    click.echo(f"Wrote {result.page}")
+
+
+@data.command("audit")
+@click.argument("source")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+def audit(source: str, targets: tuple[str, ...]) -> None:
+    """Find copies of a source's faces in targets: `cafe data audit ferplus mma`.
+
+    \b
+    Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
+    target the list of pairs, which `evaluate` and `compare` honour with --exclude-leaks, and a page to look at them.
+    """
+    from cafe.results.leaks import audit_path
+    from jobs.data_tables import audit_table, unreadable
+    from pipeline.audit import audit as audit_manifests
+
+    workspace = open_workspace()
+    manifests = [workspace.load_manifest(name) for name in (source, *targets)]
+    with progress_bar("Reading") as reading, progress_bar("Comparing") as comparing:
+        results = list(audit_manifests(workspace, manifests[0], manifests[1:], reading, comparing))
+    show(audit_table(results))
+    for result in results:
+        if result.broken:
+            show(unreadable(result.broken))
+        click.echo(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
+
+
+@data.command("align")
+@click.argument("source")
+@options(AlignSettings)
+def align(source: str, **values: Any) -> None:
+    """Find, turn upright and crop the faces of raw photos: `cafe data align photos --name photos-aligned`.
+
+    \b
+    SOURCE is a manifest, whose labels, splits and sample ids the new one keeps, or a folder of unlabelled photos.
+    Photos without a usable face are left out, counted and named; alignment.parquet beside the crops lists every photo.
+    """
+    from jobs.data_tables import alignment_tables
+    from pipeline.align import align_photos, find_photos
+    from pipeline.workspace import check_name
+
+    settings, workspace = AlignSettings(**values), open_workspace()
+    check_name(settings.name)
+    photos = find_photos(workspace, source)
+    with progress_bar("Aligning", "photos") as progress:
+        result = align_photos(workspace, photos, settings, progress)
+    for table in alignment_tables(result):
+        show(table)
+    click.echo(f"Wrote {result.manifest or result.folder}")
+
+
+@data.command("list")
+def list_data() -> None:
+    """List the manifests of the workspace and the feature stores each of them has."""
+    from jobs.data_tables import manifests_table
+
+    show(manifests_table(open_workspace()))

@@ -1,0 +1,170 @@
+"""`cafe compare`, `cafe ui` and `cafe mlflow`: what came out, from the run folders, and the tracking server beside them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from cafe.errors import IncompleteError, UserError, unknown
+from cafe.report.sheets import BEST, SECOND, Sheet
+from jobs.terminal import Commands, open_workspace, show
+from pipeline.settings import PROTOCOLS
+
+if TYPE_CHECKING:
+    from cafe.results.scores import Run
+    from pipeline.workspace import Workspace
+
+STYLES = {BEST: "bold", SECOND: "underline", "": ""}
+URI_HELP = "MLflow tracking server; default: the workspace's own database."
+
+
+def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
+    """Yield tables with how to read them; the best is bold, the second underlined."""
+    for sheet in sheets:
+        table = Table(title=sheet.title, title_justify="left", title_style="bold")
+        for place, name in enumerate(sheet.header):
+            word = place < sheet.words
+            table.add_column(name, justify="left" if word else "right", no_wrap=not word, overflow="fold")
+        for number, line in enumerate(sheet.lines):
+            last = sheet.starts_block(number + 1)
+            table.add_row(*(Text(cell.text, STYLES[cell.mark]) for cell in line), end_section=last)
+        yield table
+        yield from sheet.notes
+
+
+@click.command()
+@click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1, ece.")
+@click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
+@click.option("--versus", metavar="ROW", help="Test the accuracy of every other row against this method, tag or row.")
+@click.option(
+    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
+)
+@click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
+@click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
+@click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
+@click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
+@click.option("--html", metavar="FILE", help="Write one page with figures, to be read, mailed or printed.")
+@click.option("--experiment", help="Only the runs of this experiment.")
+@click.option("--mlflow-uri", help="Compare the runs of this MLflow server instead of the workspace's.")
+def compare(
+    metric: str,
+    per_class: str | None,
+    versus: str | None,
+    protocol: str,
+    exclude_leaks: bool,
+    experiment: str | None,
+    mlflow_uri: str | None,
+    **files: str | None,
+) -> None:
+    """Compare runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds.
+
+    \b
+    cafe compare --versus cafe --html comparison.html
+    cafe compare --mlflow-uri http://tracking:5000 --experiment table1
+
+    Everything is computed from the runs' predictions. Published numbers stand beside ours where a data set is judged as it
+    was in the paper.
+    """
+    from cafe.report.formats import FORMATS
+    from cafe.report.report import make_report
+    from cafe.results.leaks import leave_out_leaks
+    from cafe.results.scores import read_scores
+    from pipeline.workspace import locate
+
+    workspace = open_workspace()
+    runs, chosen = choose_runs(workspace, experiment, mlflow_uri)
+    known = workspace.manifest_names()
+    scores = read_scores(runs, known)
+    leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
+    report = make_report(runs, scores, metric, protocol, per_class, versus, leak_free)
+    report.about.extend(chosen)
+    for table in (*sheet_tables(report.sheets), *report.about):
+        show(table)
+    for name, file in files.items():
+        if file:
+            place = locate(file)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(FORMATS[name](report).encode())
+            click.echo(f"Wrote {file}")
+
+
+def choose_runs(workspace: Workspace, experiment: str | None, mlflow_uri: str | None) -> tuple[list[Run], list[str]]:
+    """Return the runs to compare, and which they are where there are others; raise `UserError`."""
+    from cafe.results.scores import read_runs
+
+    if mlflow_uri:
+        from pipeline.tracking import Mirror
+
+        if not experiment:
+            raise UserError("--mlflow-uri needs to know which runs to compare: give --experiment NAME too.")
+        runs = read_runs(Mirror(workspace, mlflow_uri).pull(experiment))
+        return runs, [f"Runs of the experiment {experiment} at {mlflow_uri}."]
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    counts = Counter(name for run in runs for name in run.experiments)
+    if experiment is None:
+        listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        return runs, [f"Runs of all experiments, {listed}: choose one with --experiment."] if len(counts) > 1 else []
+    if experiment not in counts:
+        raise unknown("experiment", experiment, counts)
+    others = ", ".join(sorted(counts.keys() - {experiment}))
+    about = [f"Runs of the experiment {experiment}; there are also {others}: leave --experiment out to see all."]
+    return [run for run in runs if experiment in run.experiments], about if others else []
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
+def ui(port: int) -> None:
+    """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
+    from pipeline.tracking import serve
+
+    def announce(address: str, runs: dict[str, str]) -> None:
+        click.echo(f"MLflow at {address} (stop with Ctrl-C)")
+        for experiment, link in runs.items():
+            click.echo(f"{experiment}: {link}")
+
+    serve(open_workspace(), port, announce)
+
+
+@click.group(cls=Commands)
+def mlflow() -> None:
+    """MLflow, which shows what the run folders say: bring a server up to date, or fetch runs from one."""
+
+
+@mlflow.command()
+@click.option("--mlflow-uri", help=URI_HELP)
+def sync(mlflow_uri: str | None) -> None:
+    """Show every run and benchmark of the workspace as its folder says: `cafe mlflow sync`.
+
+    Rebuilds a lost or a new server, and fills in what an interrupted training left out; what is there already stays.
+    """
+    from pipeline.tracking import Mirror
+
+    workspace = open_workspace()
+    mirror = Mirror(workspace, mlflow_uri)
+    count = mirror.update_all()
+    if mirror.warning:
+        raise IncompleteError(mirror.warning)
+    click.echo(f"MLflow at {mirror.address} shows all {count} runs of {workspace.root}.")
+
+
+@mlflow.command()
+@click.option("--mlflow-uri", required=True, help="MLflow tracking server.")
+@click.option("--experiment", required=True, help="The experiment whose runs to fetch.")
+def pull(mlflow_uri: str, experiment: str) -> None:
+    """Make the runs of a server's experiment runs of this workspace: their descriptions and predictions, no weights.
+
+    \b
+    cafe mlflow pull --mlflow-uri http://tracking:5000 --experiment table1
+    """
+    from pipeline.tracking import Mirror, adopt_run
+
+    workspace = open_workspace()
+    folders = Mirror(workspace, mlflow_uri).pull(experiment)
+    adopted = [folder.name for folder in folders if adopt_run(workspace, folder)]
+    there = f"; {len(folders) - len(adopted)} were there already" if len(folders) > len(adopted) else ""
+    click.echo(f"Fetched {len(adopted)} runs into {workspace.root / 'runs'}{there}.")

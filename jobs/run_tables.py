@@ -1,0 +1,86 @@
+"""Tables of the commands that compute: the plan of a benchmark, and the cells that failed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from rich.table import Column, Table
+
+from pipeline.cells import Failures, first_line
+from pipeline.grid import BenchmarkPlan
+
+
+def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
+    """What a benchmark will do and what that costs: methods × sources with the cells that are done, then the sums."""
+    benchmark, cells = plan.benchmark, plan.cells
+    titles = list(dict.fromkeys(cell.title for cell in cells))
+    sources = list(dict.fromkeys(cell.source.name for cell in cells))
+    table = Table(
+        "method", *(Column(name, justify="right") for name in sources), title=benchmark.about or benchmark.name
+    )
+    for title in titles:
+        row = [[cell for cell in cells if (cell.title, cell.source.name) == (title, source)] for source in sources]
+        table.add_row(title, *(f"{sum(cell.done for cell in own)} of {len(own)}" for own in row))
+    done, begun = sum(cell.done for cell in cells), sum(bool(cell.records) and not cell.done for cell in cells)
+    seeds = len({cell.settings.seed for cell in cells})
+    shape = " × ".join(
+        _count(number, noun) for number, noun in ((len(sources), "source"), (len(titles), "method"), (seeds, "seed"))
+    )
+    judged = f"Judged on {', '.join(benchmark.judged)} by the protocol {benchmark.protocol}."
+    return [
+        table,
+        f"{len(cells):,} cells ({shape}{', as far as --only goes' if plan.settings.only else ''}): {done:,} done, "
+        f"{begun:,} begun, {len(cells) - done - begun:,} to begin. {judged}",
+        _training_cost(plan),
+        _tower_cost(plan),
+        *_obstacles(plan),
+    ]
+
+
+def _training_cost(plan: BenchmarkPlan) -> str:
+    cores = 1 if plan.settings.address else plan.settings.num_cpus or len(os.sched_getaffinity(0))
+    left, parallel = plan.work - plan.worked, plan.settings.parallel or cores
+    seconds = plan.seconds_left(parallel)
+    speed = "at a speed not known yet"
+    if seconds is not None:
+        speed = f"about {_duration(seconds)} with {_count(parallel, 'cell')} at a time"
+    return (
+        f"Training: {plan.work:,} faces × epochs, {f'{left:,} of them left, {speed}' if left else 'none of them left'}."
+    )
+
+
+def _tower_cost(plan: BenchmarkPlan) -> str:
+    needed, left = plan.store_passes, sum(store.passes_left for store in plan.stores)
+    published = plan.published_passes
+    if not published:
+        return "Towers: no method of this grid reads frozen features."
+    saved = published - needed
+    share = f"{abs(saved):,} passes ({abs(saved) / published:.1%})"
+    return (
+        f"Towers: {needed:,} passes fill {len(plan.stores)} feature stores (faces × views), {left:,} of them left. Without "
+        f"stores the cells that read features would take {published:,} (epochs × training faces + judged faces, each cell "
+        f"for itself): the cache {'saves' if saved >= 0 else 'costs'} {share}."
+    )
+
+
+def _obstacles(plan: BenchmarkPlan) -> list[Table | str]:
+    reasons = Counter(cell.obstacle for cell in plan.cells if cell.obstacle)
+    return [f"{count} cells cannot run: {first_line(reason)}" for reason, count in reasons.items()]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
+
+
+def failures_table(failures: Failures) -> Table:
+    """The cells that failed, each with its reason."""
+    table = Table("cell", "why it failed", title="Failed cells")
+    for cell, reason in failures.items():
+        table.add_row(cell.name, first_line(reason))
+    return table

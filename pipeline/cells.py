@@ -1,0 +1,194 @@
+"""A benchmark at work: the stores it lacks are filled, then its cells run, several at a time.
+
+A cell is one training with its judging, the same run as `cafe train` makes. What is finished is left alone, so the same file
+goes on where it was interrupted; a cell that fails is reported at the end and stops no other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from queue import Empty, SimpleQueue
+from threading import Event
+from typing import Any
+
+from cafe.errors import UserError
+from cafe.files import write_file, write_json
+from pipeline import cluster
+from pipeline.extract import extract
+from pipeline.faces import Store
+from pipeline.grid import BenchmarkPlan, Cell, StoreName, plan_benchmark
+from pipeline.progress import Bar, Progress
+from pipeline.runs import note_status, read_status
+from pipeline.settings import TrainSettings
+from pipeline.tracking import Mirror
+from pipeline.train import start_worker, train_and_judge
+
+CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
+
+Failures = dict[Cell, str]  # of the cells that failed, why
+Say = Callable[[str], None]
+
+
+def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
+    """Fill the missing stores, run every cell that is not done, and return why which of them failed.
+
+    The file as it was read and the end of every cell are written to the benchmark's folder. Interrupt it at any time.
+    """
+    write_json(plan.folder / "benchmark.json", asdict(plan.benchmark))
+    try:
+        with nullcontext() if all(cell.done for cell in plan.runnable) else cluster.connect(plan.settings):
+            if plan.missing_stores:
+                filled = _fill_stores(plan, bar, say)
+                plan = plan_benchmark(plan.workspace, plan.benchmark, plan.settings, filled)
+            failures = _run_cells(plan, mirror, bar, say)
+    except BaseException:
+        for cell in plan.cells:
+            if cell.plan and read_status(cell.plan.run) == "RUNNING":
+                note_status(cell.plan.run, "KILLED", "interrupted")
+                mirror.update(cell.plan.run)
+        mirror.update_benchmark(plan.folder, plan.experiment, "KILLED")
+        raise
+    _write_outcomes(plan, failures)
+    mirror.update_benchmark(plan.folder, plan.experiment, "FAILED" if failures else "FINISHED")
+    return failures
+
+
+def share_machine(plan: BenchmarkPlan) -> tuple[int, int]:
+    """Return how many cells run at a time on the connected cluster, and the threads of each of their workers.
+
+    Cells know nothing of each other; that other numbers of threads add floats in another order is all that can differ.
+    """
+    training = [cell.plan.settings for cell in plan.cells if cell.plan]
+    workers = max(settings.num_workers for settings in training)
+    cores = cluster.count("CPU")
+    gpus = 0 if all(settings.use_gpu is False for settings in training) else cluster.count("GPU")
+    slots = gpus or cores
+    memory = cluster.count("memory") // CELL_BYTES
+    parallel = plan.settings.parallel or max(1, min(slots // workers, memory))
+    return parallel, max(1, cores // (parallel * workers))
+
+
+def first_line(reason: str) -> str:
+    """Return a reason without the list that may follow it."""
+    return reason.partition("\n")[0]
+
+
+def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Store | str]:
+    filled: dict[StoreName, Store | str] = {}
+    for store in plan.missing_stores:
+        settings = replace(store.settings, address=plan.settings.address, num_cpus=plan.settings.num_cpus)
+        try:
+            with bar(f"Features of {store.manifest.name}", "faces") as progress:
+                (result,) = extract(plan.workspace, [store.manifest], settings, progress)
+            filled[store.name] = result.store, result.about
+            say(result.sentence())
+        except Exception as error:  # the cells of other stores can still run; these say why they cannot
+            filled[store.name] = _explain(error, f"the features of {store.manifest.name}")
+    return filled
+
+
+def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
+    """Run cells in threads, each of which follows what a worker of Ray's does, so that it costs next to nothing.
+
+    A worker trains one cell after another and keeps what they share; cells that ask for several workers share Ray Train.
+    """
+    failures = {cell: cell.obstacle for cell in plan.cells if cell.obstacle}
+    finished = [cell for cell in plan.runnable if cell.done]
+    for cell in finished:
+        _run_cell(cell, {}, mirror, bar, None)  # nothing to do but to show it in MLflow, below this benchmark
+    waiting = [cell for cell in plan.runnable if not cell.done]
+    parallel, threads = share_machine(plan) if waiting else (1, 1)
+    here = {"threads": threads, "address": plan.settings.address, "num_cpus": plan.settings.num_cpus}
+    stopping, workers = Event(), _Workers(parallel, all(cell.settings.num_workers == 1 for cell in waiting))
+
+    def run(cell: Cell, part: Bar) -> str:
+        return "interrupted" if stopping.is_set() else _run_cell(cell, here, mirror, part, workers)
+
+    with _follow_cells(plan, bar) as bars:
+        pool = ThreadPoolExecutor(parallel)
+        futures = {pool.submit(run, cell, bars(cell)): cell for cell in waiting}
+        try:
+            for number, future in enumerate(as_completed(futures), start=len(failures) + len(finished) + 1):
+                cell, failure = futures[future], future.result()
+                if failure:
+                    failures[cell] = failure
+                say(
+                    f"{number}/{len(plan.cells)} {cell.name}: {f'failed. {first_line(failure)}' if failure else 'done'}"
+                )
+        finally:  # when interrupted, no other cell begins, and nobody waits for those that run: leaving Ray ends them
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+    return {cell: failures[cell] for cell in plan.cells if cell in failures}
+
+
+class _Workers:
+    """The workers that wait for a cell, at most one for each cell at a time; none where cells use Ray Train."""
+
+    def __init__(self, parallel: int, single: bool) -> None:
+        self.parallel, self.single, self.idle = parallel, single, SimpleQueue[Any]()
+
+    @contextmanager
+    def take(self, settings: TrainSettings) -> Iterator[Any]:
+        """Yield a worker, which goes back when its cell is done; one whose cell failed is left to end."""
+        try:
+            worker = self.idle.get_nowait()
+        except Empty:
+            worker = start_worker(settings, self.parallel) if self.single else None
+        yield worker
+        if worker:
+            self.idle.put(worker)
+
+
+def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, workers: _Workers | None) -> str:
+    """Run a cell with the settings of this machine and return why it failed, or nothing."""
+    assert cell.plan is not None
+    settings = replace(cell.plan.settings, **here)
+    try:
+        with workers.take(settings) if workers else nullcontext() as worker:
+            train_and_judge(replace(cell.plan, settings=settings), mirror, bar, worker)
+    except Exception as error:  # one cell must never cost the others; its reason is kept and shown
+        return _explain(error, cell.name)
+    return ""
+
+
+def _explain(error: Exception, what: str) -> str:
+    """Return a user's mistake as its sentence; anything else is a bug, whose traceback is logged."""
+    if isinstance(error, UserError):
+        return str(error)
+    logging.getLogger(__name__).error("A bug stopped %s", what, exc_info=error)
+    return f"{type(error).__name__}: {first_line(str(error).strip())}"
+
+
+@contextmanager
+def _follow_cells(plan: BenchmarkPlan, bar: Bar) -> Iterator[Callable[[Cell], Bar]]:
+    """Show one bar of faces × epochs for all cells; yields what gives each cell its part of it."""
+    worked = {cell: cell.worked for cell in plan.runnable}
+    with bar(f"Training {len(worked)} cells", "faces") as progress:
+
+        def bars(cell: Cell) -> Bar:
+            @contextmanager
+            def part(title: str, unit: str) -> Iterator[Progress]:
+                def update(done: int, total: int) -> None:
+                    if unit == "steps" and total:
+                        worked[cell] = max(worked[cell], cell.work * done // total)
+                        progress(sum(worked.values()), plan.work)
+
+                yield update
+
+            return part
+
+        progress(plan.worked, plan.work)
+        yield bars
+
+
+def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
+    records = [
+        {"cell": cell.name, "run": cell.plan.spec.name if cell.plan else None, "failure": failures.get(cell)}
+        for cell in plan.cells
+    ]
+    write_file(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())

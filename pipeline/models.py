@@ -1,0 +1,90 @@
+"""A run's method and data, built from its specification: the part of a run that needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import torch
+from upath import UPath
+
+from cafe.learning.checkpoints import read_tensors
+from cafe.learning.loading import ARRAYS, FaceDataset
+from cafe.learning.views import ViewPlan
+from cafe.methods import find_method
+from cafe.methods.method import Inputs, Method
+from cafe.towers.building import NORMALISATIONS, load_backbone
+from cafe.towers.embedding import Embedder
+from pipeline.faces import Faces
+from pipeline.runs import RunSpec
+
+PUBLISHED_SIZE = 224  # pixels: the input of every published method
+PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
+
+
+def find_inputs(spec: RunSpec) -> Inputs:
+    """Return what the method is built for."""
+    return Inputs(spec.width, spec.network, spec.init, spec.image_size, spec.backbone, spec.grid)
+
+
+def build_method(spec: RunSpec, init: str | None = None) -> Method:
+    """Return the method with initial weights drawn from the seed."""
+    method = find_method(spec.method)
+    torch.manual_seed(spec.seed)
+    return method(method.recipe_type(**spec.recipe), replace(find_inputs(spec), init=init or spec.init))
+
+
+def load_method(spec: RunSpec, run: UPath) -> Method:
+    """Return the trained method of a run's folder."""
+    method = build_method(spec, init="scratch")
+    method.load_state_dict(read_tensors(run / "model.safetensors"))
+    return method
+
+
+def view_plan(spec: RunSpec) -> ViewPlan:
+    """Return how the views of the run's faces are drawn."""
+    return ViewPlan(spec.policy, spec.view_seed, spec.views, spec.interpolation, spec.mean, spec.std)
+
+
+def make_dataset(spec: RunSpec, faces: Faces) -> FaceDataset:
+    """Return faces as the method needs them, with the features of their store."""
+    needs = find_method(spec.method).needs
+    names = [ARRAYS[need] for need in needs if need in ARRAYS]
+    return FaceDataset(faces.manifest, view_plan(spec), needs, spec.image_size, faces.reader(names), faces.channels)
+
+
+def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
+    """Return the faces of the source with features of the tower run on the fly."""
+    key, about = spec.features, source.about
+    assert key is not None
+    assert about is not None
+    assert spec.backbone is not None
+    needs, plan = find_method(spec.method).needs, view_plan(spec)
+    tower = load_backbone(spec.backbone, key.precision, key.input_size)
+    embedder = Embedder(tower, source.manifest, plan, device, "map" in needs, key.dtype, about.batch_size)
+    return FaceDataset(source.manifest, plan, needs, spec.image_size, embedder)
+
+
+def find_deviations(spec: RunSpec) -> Iterator[str]:
+    """Yield, as `key=value`, the settings in which a run is not what was published of its method."""
+    method = find_method(spec.method)
+    published = method.published_recipe(spec.source_kind)
+    wanted = {field.name: getattr(published, field.name) for field in fields(published)}
+    yield from (f"{name}={value}" for name, value in spec.recipe.items() if value != wanted[name])
+    mean, std = NORMALISATIONS["imagenet"]
+    settings: dict[str, object] = {"precision": "fp32", "selection": "final", "mean": mean, "std": std}
+    settings["interpolation"] = "bilinear"
+    if "image" in method.needs:
+        settings |= {"network": "resnet18", "image_size": PUBLISHED_SIZE}
+    if method.trained:
+        settings |= {"policy": method.policy, "views": spec.recipe["epochs"] + 1}
+    if spec.method in PUBLISHED_TOWERS:
+        settings["backbone"] = PUBLISHED_TOWERS[spec.method]
+    found = {**vars(spec), "backbone": (spec.backbone or "none").partition("@")[0]}
+    yield from (f"{name}={_plain(found[name])}" for name, value in settings.items() if found[name] != value)
+    if "image" in method.needs and spec.init != "scratch" and "msceleb" not in spec.init:
+        yield f"init={spec.init}"
+
+
+def _plain(value: object) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,66 @@
+"""Run folders as training and judging leave them, without either: for all that reads them."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from upath import UPath
+
+from cafe.files import write_json
+from cafe.results.predictions import Predictions, predictions_path
+from cafe.results.scores import VERSION
+from pipeline.workspace import Workspace
+
+
+def write_run(
+    workspace: Workspace,
+    method: str = "cafe",
+    source: str = "raf",
+    seed: int = 0,
+    source_kind: str = "rafdb",
+    experiments: dict[str, str | None] | None = None,
+    not_as_published: tuple[str, ...] = (),
+    **settings: Any,
+) -> UPath:
+    """Write a run's description; `settings` are those it does not share with all others. Returns its folder."""
+    chosen = {
+        "method": method, "network": "resnet18", "init": "file:msceleb.pth", "selection": "final",
+        "backbone": "clip-vit-b32", "view_seed": 0, "tag": "",
+    } | settings  # fmt: skip
+    group = sha256(repr([source, sorted(chosen.items())]).encode()).hexdigest()[:8]
+    folder = workspace.run_path(f"{method}-{source}-s{seed}-{group}")
+    record = {
+        "version": VERSION, "name": folder.name, "group": group, "source": source, "source_kind": source_kind,
+        "source_digest": f"digest of {source}", "method": method, "seed": seed, "selection": chosen["selection"],
+        "settings": {**chosen, "seed": seed}, "derived": {"width": 512, "store": "0a1b2c3d"},
+        "not_as_published": list(not_as_published), "spec": {},
+    }  # fmt: skip
+    write_json(folder / "run.json", record)
+    write_json(folder / "status.json", {"status": "FINISHED", "reason": ""})
+    for name, benchmark in (experiments or {"cafe": None}).items():
+        write_json(folder / "experiments" / f"{name}.json", {"benchmark": benchmark})
+    return folder
+
+
+def write_predictions(
+    run: UPath,
+    target: str,
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    protocol: str = "clean",
+    kind: str = "folder",
+    manifest: str = "",
+    groups: list[str | None] | None = None,
+    sureness: float = 1.0,
+) -> Predictions:
+    """Write what a run said of a target, its confidence in each class it chose being `sureness`."""
+    probabilities = np.full((len(labels), 7), (1 - sureness) / 6, np.float32)
+    probabilities[np.arange(len(labels)), predicted] = sureness
+    about = {"run": run.name, "target": target, "protocol": protocol, "split": "test", "kind": kind}
+    about["manifest"] = manifest or f"digest of {target}"
+    ids = [f"{row:05d}.jpg" for row in range(len(labels))]
+    predictions = Predictions(ids, np.asarray(labels), probabilities, about, groups)
+    predictions.save(predictions_path(run, target, protocol))
+    return predictions

@@ -1,0 +1,247 @@
+"""Which numbers enter which cell: rows, targets, means, seeds and experiments, from predictions with known scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Cafe
+from runs import write_predictions, write_run
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.files import write_json
+from cafe.report.sheets import main_sheet, run_sheet
+from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
+from cafe.results.metrics import estimate
+from cafe.results.scores import average_all, average_unseen, read_runs, read_scores
+from pipeline.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.at(str(tmp_path / "work"))
+
+
+def judge(run: UPath, right: dict[str, int], kinds: dict[str, str] | None = None, **more: Any) -> None:
+    """Write predictions that are right on so many of 100 faces of each target."""
+    labels = np.arange(100) % 7
+    for target, count in right.items():
+        predicted = np.where(np.arange(100) < count, labels, (labels + 1) % 7)
+        write_predictions(run, target, labels, predicted, kind=(kinds or {}).get(target, "folder"), **more)
+
+
+def read(workspace: Workspace, known: Sequence[str] = ()) -> Comparison:
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    return compare(runs, read_scores(runs, known), "accuracy", "clean")
+
+
+def texts(comparison: Comparison) -> list[dict[str, str]]:
+    sheet = main_sheet(comparison)
+    return [dict(zip(sheet.header, (cell.text for cell in line), strict=True)) for line in sheet.lines]
+
+
+def test_means_leave_out_the_source_and_other_splits(workspace: Workspace) -> None:
+    run = write_run(workspace, source="one", source_kind="folder")
+    judge(run, {"one": 90, "two": 40, "three": 20, "two@all": 0})
+    scores = read_scores(read_runs([run]))
+    assert average_unseen(scores).loc[(run.name, "clean"), "accuracy"] == pytest.approx(0.3)
+    assert average_all(scores).loc[(run.name, "clean"), "accuracy"] == pytest.approx(0.5)
+    assert scores.set_index("target").loc["two@all", "accuracy"] == 0
+    (row,) = texts(read(workspace))
+    assert (row["one"], row["unseen accuracy"], row["all accuracy"]) == ("(90.0)", "30.0", "50.0")
+    assert "two@all" not in row
+    assert [line[1].text for line in run_sheet(scores).lines] == ["90.0", "20.0", "40.0", "0.0", "30.0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "manifest", "seen"),
+    [
+        ("rafdb", "another", True),  # aligned, say
+        ("ferplus", "another", False),
+        ("folder", "digest of one", True),  # the same faces by another name
+        ("folder", "another", False),
+        ("", "", False),
+    ],
+)
+def test_another_manifest_of_the_sources_set_is_not_unseen(
+    workspace: Workspace, kind: str, manifest: str, seen: bool
+) -> None:
+    run = write_run(workspace, source="one", source_kind="rafdb")
+    judge(run, {"one": 90, "two": 40})
+    judge(run, {"again": 80}, {"again": kind}, manifest=manifest)
+    (row,) = texts(read(workspace))
+    assert row["again"] == ("(80.0)" if seen else "80.0")
+    assert row["unseen accuracy"] == ("40.0" if seen else "60.0")
+    note = "Not unseen, as another manifest of the source's set: again."
+    assert (note in main_sheet(read(workspace)).notes) == seen
+
+
+def test_labels_by_another_rule_are_the_same_set(workspace: Workspace) -> None:
+    run = write_run(workspace, source="one", source_kind="ferplus")
+    judge(run, {"two": 40, "argmax": 80}, {"argmax": "ferplus-argmax"})
+    assert texts(read(workspace))[0]["unseen accuracy"] == "40.0"
+
+
+def test_synthetic_domains_are_sets_of_their_own(workspace: Workspace) -> None:
+    run = write_run(workspace, source="studio", source_kind="synthetic")
+    judge(run, {"studio": 90, "film": 40}, {"studio": "synthetic", "film": "synthetic"})
+    assert texts(read(workspace))[0]["unseen accuracy"] == "40.0"
+
+
+def test_a_target_without_a_manifest_counts_no_more(workspace: Workspace) -> None:
+    run = write_run(workspace, source="one")
+    judge(run, {"one": 90, "two": 40, "old": 10})
+    comparison = read(workspace, ["one", "two"])
+    (row,) = texts(comparison)
+    assert (row["unseen accuracy"], "old" in row) == ("40.0", False)
+    assert "Left out, as the workspace has no manifest of that name any more: old." in main_sheet(comparison).notes
+    write_json(run / "pulled.json", {})  # judged on the manifests of another workspace
+    assert texts(read(workspace, ["one", "two"]))[0]["unseen accuracy"] == "25.0"
+
+
+def test_a_row_that_was_not_judged_on_all_targets_has_no_mean(workspace: Workspace) -> None:
+    judge(write_run(workspace, "cafe", "one"), {"one": 90, "two": 50, "three": 30})
+    judge(write_run(workspace, "linear_probe", "one"), {"two": 60})
+    rows = texts(read(workspace))
+    assert [row["unseen accuracy"] for row in rows[:2]] == ["40.0", "–"]
+    assert [row["two"] for row in rows] == ["50.0", "60.0", "−10.0"]
+
+
+def test_two_seeds_are_shown_as_they_are_and_more_with_their_interval(workspace: Workspace) -> None:
+    for seed, right in enumerate((40, 44)):
+        judge(write_run(workspace, "cafe", seed=seed), {"fer": right})
+        judge(write_run(workspace, "scn", seed=seed), {"fer": right})
+    judge(write_run(workspace, "scn", seed=2), {"fer": 45})
+    rows = {row["method"]: row for row in texts(read(workspace))}
+    assert rows["cafe"]["fer"] == "40.0 / 44.0"
+    assert rows["scn"]["fer"] == str(estimate([0.40, 0.44, 0.45])) == "43.0 ± 6.6"
+    assert rows["cafe less the best rival"]["fer"] == "−1.0"
+
+
+def test_cells_of_fewer_seeds_than_the_row_say_so(workspace: Workspace) -> None:
+    for seed in range(4):
+        run = write_run(workspace, seed=seed)
+        judge(run, {"fer": 40 + seed, **({"mine": 50 + seed} if seed < 3 else {}), **({"late": 7} if not seed else {})})
+    comparison = read(workspace)
+    (row,) = texts(comparison)
+    assert row["mine"].endswith(" [3]")
+    assert (row["late"], "[" in row["fer"]) == ("7.0 [1]", False)
+    assert row["unseen accuracy"] == f"{(40 + 50 + 7) / 3:.1f} [1]"
+    assert "[n]: n seeds, fewer than the row has." in main_sheet(comparison).notes
+
+
+def test_a_row_whose_seeds_predict_the_same_has_no_interval(workspace: Workspace) -> None:
+    for seed in range(3):
+        judge(write_run(workspace, "zero_shot", seed=seed), {"fer": 40, "mine": 50})
+    comparison = read(workspace)
+    (row,) = texts(comparison)
+    assert (row["seeds"], row["fer"], row["unseen accuracy"]) == ("any", "40.0", "45.0")
+    assert any(note.startswith("Seeds: any:") for note in main_sheet(comparison).notes)
+
+
+def test_the_table_says_that_seeds_share_one_draw_of_views(workspace: Workspace) -> None:
+    note = "The seeds of a row share one draw of views, and the intervals say nothing of other draws."
+    for seed in range(3):
+        judge(write_run(workspace, seed=seed), {"fer": 40 + seed})
+    assert note in main_sheet(read(workspace)).notes
+    for name in workspace.run_names():
+        path = workspace.run_path(name) / "run.json"
+        record = json.loads(path.read_text())
+        record["settings"]["view_seed"] = record["seed"]
+        write_json(path, record)
+    assert note not in main_sheet(read(workspace)).notes
+    assert texts(read(workspace))[0]["method"] == "cafe"
+
+
+def test_rows_are_told_apart_by_what_was_chosen_and_never_by_what_follows(workspace: Workspace) -> None:
+    tower = "open_clip:/models/{}/ViT-B-32-face-tower.json@/models/{}/weights.safetensors"
+    for mask in ("sigmoid", "none"):
+        write_run(workspace, **{"recipe.mask": mask})
+    for name in ("first", "second"):
+        write_run(workspace, "linear_probe", backbone=tower.format(name, name))
+    write_run(workspace, "scn", selection="source_test")
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    labels = sorted(name_rows([[run] for run in runs]))
+    assert labels[:2] == ["cafe (mask=none)", "cafe (mask=sigmoid)"]
+    assert labels[4] == "scn (selection=source_test)"
+    assert "first" in labels[2]  # shortened in the middle, but no further than that the two stay apart
+    assert labels[3].startswith("linear_probe (backbone=open_clip:/models/secon…")
+    assert max(map(len, labels)) < 80
+    assert name_rows([[runs[0]], [runs[0]]]) == ["cafe #1", "cafe #2"]
+
+
+def test_long_values_keep_both_ends() -> None:
+    assert shorten("file:/data/weights/msceleb.pth", 24) == "file:/data/…/msceleb.pth"
+    assert shorten("clip-vit-b32", 24) == "clip-vit-b32"
+
+
+def test_recalls_of_two_seeds_and_of_a_class_without_faces(workspace: Workspace) -> None:
+    for seed, right in enumerate((2, 4)):
+        labels = np.repeat([1, 3], 10)
+        predicted = np.where(np.arange(20) % 10 < right, labels, 0)
+        write_predictions(write_run(workspace, seed=seed), "two", labels, predicted)
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    (row,) = compare_classes(runs, read_scores(runs), "two", "clean").rows
+    shown = {name: str(value) for name, value in row.cells.items()}
+    assert (row.seeds, shown["surprise"], shown["fear"], shown["mean"]) == (2, "–", "20.0 / 40.0", "20.0 / 40.0")
+    assert row.cells["fear"].half_width == pytest.approx(1.2706, abs=1e-4)  # t(.975, 1) = 12.706, times .1
+    with pytest.raises(UserError, match="Unknown target 'three': choose two"):
+        compare_classes(runs, read_scores(runs), "three", "clean")
+
+
+def test_a_torn_file_is_a_target_that_is_not_judged(workspace: Workspace) -> None:
+    run = write_run(workspace)
+    judge(run, {"fer": 40, "mine": 60})
+    path = run / "predictions" / "mine.parquet"
+    path.write_bytes(path.read_bytes()[:200])
+    assert texts(read(workspace))[0]["unseen accuracy"] == "40.0"
+
+
+def test_compare_says_which_experiments_it_shows(workspace: Workspace) -> None:
+    judge(write_run(workspace, "cafe"), {"fer": 40})
+    cafe = Cafe(Path(str(workspace.root)), "")
+    assert "experiment" not in cafe.succeed("compare")
+    judge(write_run(workspace, "scn", experiments={"grid": "grid-01234567"}), {"fer": 50})
+    output = cafe.succeed("compare")
+    assert "scn" in output
+    assert "Runs of all experiments, cafe (1), grid (1): choose one with --experiment." in output
+    output = cafe.succeed("compare", "--experiment", "grid")
+    assert "│ raf    │ cafe" not in output
+    assert "Runs of the experiment grid; there are also cafe: leave --experiment out to see all." in output
+    assert "Unknown experiment 'gird': choose cafe, grid." in cafe.fail("compare", "--experiment", "gird")
+
+
+def test_a_run_of_another_version_is_one_sentence(workspace: Workspace) -> None:
+    run = write_run(workspace)
+    record = json.loads((run / "run.json").read_text())
+    write_json(run / "run.json", {name: value for name, value in record.items() if name != "version"})
+    assert "version 1 of run.json, and this program reads version 2" in Cafe(Path(str(workspace.root)), "").fail(
+        "compare"
+    )
+
+
+def test_compare_without_runs_is_one_sentence(workspace: Workspace) -> None:
+    cafe = Cafe(Path(str(workspace.root)), "")
+    assert "No run was judged yet: train one with" in cafe.fail("compare")
+    assert "give --experiment NAME too" in cafe.fail("compare", "--mlflow-uri", "http://127.0.0.1:9")
+
+
+def test_compare_loads_no_engine(workspace: Workspace) -> None:
+    judge(write_run(workspace), {"fer": 40})
+    program = (
+        "import sys; from jobs.cli import main\n"
+        f"try: main(['-w', {str(workspace.root)!r}, 'compare'])\n"
+        "except SystemExit: print(sorted({'torch', 'ray', 'mlflow', 'sklearn', 'matplotlib', 'zarr'} & sys.modules.keys()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.endswith("[]\n")

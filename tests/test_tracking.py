@@ -1,0 +1,158 @@
+"""MLflow shows what the run folders say: completely, once, and again after anything was lost."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from runs import write_predictions, write_run
+from upath import UPath
+
+from cafe.files import write_json
+from cafe.results.predictions import load_predictions
+from pipeline.tracking import PARENT, Mirror, default_uri
+from pipeline.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.at(str(tmp_path / "work"))
+
+
+def judged(workspace: Workspace, **settings: Any) -> UPath:
+    """A run of two epochs, judged on two targets, with a figure."""
+    run = write_run(workspace, **settings)
+    for epoch in (1, 2):
+        write_json(run / "epochs" / f"{epoch:04d}.json", {"train/total": 1 / epoch, "learning_rate": 0.1})
+    labels = np.arange(70) % 7
+    write_predictions(run, "raf", labels, labels)
+    write_predictions(run, "fer", labels, np.where(np.arange(70) < 14, 0, labels))
+    (run / "figures" / "confusion").mkdir(parents=True)
+    (run / "figures" / "confusion" / "fer.png").write_bytes(b"picture")
+    return run
+
+
+def tracked(workspace: Workspace, experiment: str = "cafe") -> list[Any]:
+    client = MlflowClient(default_uri(workspace))
+    return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
+
+
+def picture(workspace: Workspace, experiment: str = "cafe") -> dict[str, Any]:
+    """Everything MLflow shows of the only run, but times and ids."""
+    client = MlflowClient(default_uri(workspace))
+    (run,) = tracked(workspace, experiment)
+    run_id = run.info.run_id
+    history = {
+        name: sorted((point.step, point.value) for point in client.get_metric_history(run_id, name))
+        for name in run.data.metrics
+    }
+    files = {
+        entry.path: [inner.path for inner in client.list_artifacts(run_id, entry.path)]
+        for entry in client.list_artifacts(run_id)
+    }
+    inputs = {(found.dataset.name, found.tags[0].value) for found in run.inputs.dataset_inputs}
+    tags = {name: value for name, value in run.data.tags.items() if name.startswith("cafe.")}
+    return {"name": run.info.run_name, "status": run.info.status, "params": run.data.params, "history": history,
+            "files": files, "inputs": inputs, "tags": tags}  # fmt: skip
+
+
+def test_the_server_shows_all_the_folder_says(workspace: Workspace) -> None:
+    run = judged(workspace)
+    Mirror(workspace).update(run)
+    shown = picture(workspace)
+    assert (shown["name"], shown["status"]) == (run.name, "FINISHED")
+    assert shown["params"].items() >= {"method": "cafe", "init": "file:msceleb.pth", "width": "512"}.items()
+    assert shown["history"]["train/total"] == [(1, 1.0), (2, 0.5)]
+    assert shown["history"]["target/fer/accuracy"] == [(0, pytest.approx(58 / 70))]
+    assert shown["history"]["unseen/accuracy"] == [(0, pytest.approx(58 / 70))]
+    assert shown["history"]["all/accuracy"] == [(0, pytest.approx(64 / 70))]
+    assert shown["files"]["confusion"] == ["confusion/fer.png"]
+    assert shown["files"]["predictions"] == ["predictions/fer.parquet", "predictions/raf.parquet"]
+    assert shown["inputs"] == {("raf", "training"), ("fer", "evaluation")}
+
+
+def test_what_is_shown_is_not_logged_again_and_what_a_kill_left_out_is_filled_in(workspace: Workspace) -> None:
+    run = judged(workspace)
+    whole = {path: path.read_bytes() for path in [*run.glob("epochs/*"), *run.glob("predictions/*")]}
+    for path in whole:
+        path.unlink()
+    write_json(run / "status.json", {"status": "RUNNING", "reason": ""})
+    (run / "epochs" / "0001.json").write_bytes(whole[run / "epochs" / "0001.json"])
+    Mirror(workspace).update(run)
+    assert picture(workspace)["status"] == "RUNNING"
+    assert picture(workspace)["history"].keys() == {"train/total", "learning_rate"}
+    for path, content in whole.items():
+        path.write_bytes(content)
+    write_json(run / "status.json", {"status": "FINISHED", "reason": ""})
+    for _ in range(2):
+        Mirror(workspace).update(run)
+        shown = picture(workspace)
+        assert shown["history"]["train/total"] == [(1, 1.0), (2, 0.5)]
+        assert "unseen/accuracy" in shown["history"]
+        assert shown["status"] == "FINISHED"
+
+
+def test_a_lost_database_is_rebuilt_from_the_workspace(workspace: Workspace) -> None:
+    run = judged(workspace)
+    Mirror(workspace).update(run)
+    before = picture(workspace)
+    (workspace.root / "mlflow.db").unlink()
+    Mirror(workspace).update(run)
+    assert picture(workspace) == before
+
+
+def test_the_status_and_its_reason_are_those_of_the_folder(workspace: Workspace) -> None:
+    run, mirror = judged(workspace), Mirror(workspace)
+    write_json(run / "status.json", {"status": "FAILED", "reason": "The disk is full."})
+    mirror.update(run)
+    assert (picture(workspace)["status"], picture(workspace)["tags"]["cafe.reason"]) == ("FAILED", "The disk is full.")
+    mirror.update(run, status="RUNNING")
+    assert (picture(workspace)["status"], picture(workspace)["tags"]["cafe.reason"]) == ("RUNNING", "")
+
+
+def test_a_run_of_two_experiments_is_shown_in_both_and_below_its_benchmark(workspace: Workspace) -> None:
+    run, mirror = judged(workspace, experiments={"cafe": None, "grid": "grid-0123abcd"}), Mirror(workspace)
+    folder = workspace.root / "benchmarks" / "grid-0123abcd"
+    write_json(folder / "benchmark.json", {"name": "grid", "sources": ["raf"], "seeds": [0, 1]})
+    (folder / "cells.json").write_text(
+        '[{"cell": "raf/cafe/s0", "run": "x", "failure": ""}, {"cell": "y", "run": null, "failure": "no"}]'
+    )
+    mirror.update(run)
+    mirror.update_benchmark(folder, "grid", "FAILED")
+    parent, child = sorted(tracked(workspace, "grid"), key=lambda run: PARENT in run.data.tags)
+    assert (parent.info.run_name, parent.info.status) == ("grid-0123abcd", "FAILED")
+    assert parent.data.params["sources"] == '["raf"]'
+    assert parent.data.metrics == {"cells": 2, "cells_failed": 1}
+    assert child.data.tags[PARENT] == parent.info.run_id
+    assert len(tracked(workspace)) == 1
+    assert PARENT not in tracked(workspace)[0].data.tags
+
+
+def test_a_server_that_is_down_raises_nothing_and_is_completed_later(workspace: Workspace) -> None:
+    run = judged(workspace)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    mirror = Mirror(workspace, address)
+    mirror.update(run)
+    mirror.update(run)
+    assert mirror.warning.startswith(f"MLflow at {address} does not show everything of 1 of the runs")
+    assert f"`cafe mlflow sync --mlflow-uri {address}`" in mirror.warning
+
+
+def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Workspace, tmp_path: Path) -> None:
+    run = judged(workspace)
+    Mirror(workspace).update(run)
+    elsewhere = Mirror(Workspace.at(str(tmp_path / "elsewhere")), default_uri(workspace))
+    (folder,) = elsewhere.pull("cafe")
+    assert folder.name == run.name
+    assert (folder / "run.json").read_bytes() == (run / "run.json").read_bytes()
+    ours, theirs = (load_predictions(path)["fer"] for path in (run, folder))
+    np.testing.assert_array_equal(ours.probabilities, theirs.probabilities)
+    marker = (folder / "pulled.json").stat().st_mtime_ns
+    assert elsewhere.pull("cafe") == [folder]
+    assert (folder / "pulled.json").stat().st_mtime_ns == marker
