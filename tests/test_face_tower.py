@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cafe.errors import UserError
 from cafe.learning.views import normalise
+from cafe.methods.finetune import find_trained
 from cafe.synthetic.domains import render
 from cafe.towers import names
 from cafe.towers.building import load_backbone
@@ -174,3 +175,12 @@ def test_the_digest_names_the_weights(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "other.dat").write_bytes(flip(content, 5_000_000))  # in the middle of a filter
     assert load_backbone(f"face-resnet@{tmp_path / 'same.dat'}").facts.weights_digest == digest
     assert load_backbone(f"face-resnet@{tmp_path / 'other.dat'}").facts.weights_digest != digest
+
+
+def test_only_the_blocks_up_to_the_layer_can_learn() -> None:
+    tower = load_backbone("face-resnet")  # read at the third of five stages
+    names = {id(parameter): name for name, parameter in tower.tower.named_parameters()}
+    learning = {names[id(parameter)].rpartition(".")[0] for parameter in find_trained(tower, 1)}
+    assert learning == {f"stages.2.{block}.{half}" for block in range(3) for half in ("first", "second")}
+    with pytest.raises(UserError, match="has 3 known blocks, fewer than 4"):
+        find_trained(tower, 4)

@@ -76,6 +76,17 @@ class Finetune(Method):
         ]
 
 
+def find_used_blocks(tower: FrozenBackbone) -> list[nn.Module]:
+    """Return the blocks that a tower runs, in order: those up to the layer it is read at."""
+    ran: list[nn.Module] = []
+    hooks = [block.register_forward_pre_hook(lambda block, _: ran.append(block)) for block in find_blocks(tower)]
+    with torch.no_grad():
+        tower(torch.zeros(1, 3, tower.facts.input_size, tower.facts.input_size))
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
 def find_blocks(tower: FrozenBackbone) -> list[nn.Module]:
     """Return a tower's blocks in order; none when it has no such row."""
     modules = dict(tower.tower.named_modules())
@@ -94,7 +105,7 @@ def find_trained(tower: FrozenBackbone, blocks: int) -> list[nn.Parameter]:
     They are those that still get a gradient when nothing passes the input of the first of these blocks; what has no part
     in the features, such as an unused head, is not among them. Raises `UserError` when the tower has not so many blocks.
     """
-    row = find_blocks(tower)
+    row = find_used_blocks(tower)
     if blocks > len(row):
         raise UserError(
             f"The tower '{tower.name}' has {len(row)} known blocks, fewer than {blocks}: set fewer, or 0 for all of it."

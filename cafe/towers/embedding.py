@@ -78,9 +78,7 @@ class Embedder:
         return Rendered(pictures, boxes, unreadable)
 
     def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
-        """Run the tower once; return pooled (n, C) and, if asked for, map (n, C, H, W) of each layer, in the
-        number format of the store.
-        """
+        """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), in the store's type."""
         count = len(rendered.pictures)
         missing = self.batch_size - count
         with torch.inference_mode():
