@@ -90,8 +90,9 @@ class Entry:
 
     @property
     def recipe_settings(self) -> frozenset[str]:
-        """The names of all settings of its recipe."""
-        return frozenset(setting.name for setting in fields(self.kind.recipe_type))
+        """The names of all settings of its recipe that mean something to it."""
+        names = {setting.name for setting in fields(self.kind.recipe_type)}
+        return frozenset(names if self.kind.trained else names - {"epochs", "prior"})
 
     @property
     def reads_features(self) -> bool:
@@ -152,7 +153,7 @@ class Benchmark:
             shared.pop("epochs", None)  # meant for methods that have epochs
         own = {**shared, **entry.train}
         own.setdefault("image_size", self.features.get("input_size"))  # the same pictures for all of them
-        changes = {**{key: value for key, value in self.set.items() if key in entry.recipe_settings}, **entry.set}
+        changes = {key: value for key, value in self.set.items() if key in entry.recipe_settings} | entry.set
         return TrainSettings(
             source=source,
             method=entry.method,
