@@ -17,15 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cafe.errors import IncompleteError, UserError, unknown
-from cafe.report.sheets import BEST, SECOND, Sheet
 from jobs.terminal import Commands, open_workspace, show
 from pipeline.settings import PROTOCOLS
 
 if TYPE_CHECKING:
+    from cafe.report.sheets import Sheet
     from cafe.results.scores import Run
     from pipeline.workspace import Workspace
 
-STYLES = {BEST: "bold", SECOND: "underline", "": ""}
+STYLES = {"best": "bold", "second": "underline", "": ""}  # of the marks of `cafe.report.sheets`
 URI_HELP = "MLflow tracking server; default: the workspace's own database."
 
 

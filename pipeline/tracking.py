@@ -313,6 +313,7 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
 def quiet_mlflow() -> Iterator[Any]:
     """Import MLflow without its telemetry and without the log lines of making a database."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its own five take minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
