@@ -61,7 +61,9 @@ def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
     assert spec.backbone is not None
     needs, plan = find_method(spec.method).needs, view_plan(spec)
     tower = load_backbone(spec.backbone, key.precision, key.input_size)
-    embedder = Embedder(tower, source.manifest, plan, device, "map" in needs, key.dtype, about.batch_size)
+    mean, std = key.normalisation
+    towers_plan = replace(plan, mean=mean, std=std)
+    embedder = Embedder(tower, source.manifest, towers_plan, device, "map" in needs, key.dtype, about.batch_size)
     return FaceDataset(source.manifest, plan, needs, spec.image_size, embedder)
 
 
@@ -81,6 +83,8 @@ def find_deviations(spec: RunSpec) -> Iterator[str]:
     if spec.method in PUBLISHED_TOWERS:
         settings["backbone"] = PUBLISHED_TOWERS[spec.method]
     found = {**vars(spec), "backbone": (spec.backbone or "none").partition("@")[0]}
+    if spec.features:
+        found["mean"], found["std"] = spec.features.normalisation  # the tower's pixel statistics
     yield from (f"{name}={_plain(found[name])}" for name, value in settings.items() if found[name] != value)
     if "image" in method.needs and spec.init != "scratch" and "msceleb" not in spec.init:
         yield f"init={spec.init}"

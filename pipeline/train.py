@@ -156,7 +156,8 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
     key = store.key if store else None
     if key and settings.live:
         key = replace(key, views=recipe.epochs + 1, policy=describe_policy(policy))
-    mean, std = key.normalisation if key else NORMALISATIONS["imagenet"]
+    # As published, every image branch sees the same pixel statistics, whatever its tower takes; a learning tower its own.
+    mean, std = key.normalisation if key and "tower" in method.needs else NORMALISATIONS["imagenet"]
     own = key is None or method.clean_features  # views of its own: one for every epoch and the clean one
     views = recipe.epochs + 1 if key is None or own or settings.live else settings.views or key.views
     shape = store.map_shape if store and "map" in method.needs else None
