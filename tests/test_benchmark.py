@@ -398,8 +398,8 @@ def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
     assert "Unknown manifest 'studio'" in missing
     assert "make it with `cafe data synth`" in missing
     assert cafe.fail("benchmark", "table9.toml") == (
-        "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation-faces.toml, "
-        "ablation.toml, demo.toml, faces.toml, quickstart.toml, synthetic.toml, table1.toml, table2.toml."
+        "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation.toml, "
+        "demo.toml, ferplus.toml, quickstart.toml, supplement.toml, table1.toml, table2.toml."
     )
 
 
