@@ -343,7 +343,7 @@ def test_what_keeps_a_cell_from_running_is_said_in_the_plan(
         plan(workspace, small, only="two/*")
     with pytest.raises(UserError, match="Unknown manifest 'three'"):
         plan(workspace, replace(small, targets=["three"]))
-    with pytest.raises(UserError, match="Unknown setting of linear_probe 'mask'"):
+    with pytest.raises(UserError, match="Unknown setting of the methods in small 'mask'"):
         plan(workspace, grid_of(train={"set": {"mask": "none"}}))
 
 

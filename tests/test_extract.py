@@ -196,7 +196,7 @@ def test_changed_weights_are_another_store(indexed: Cafe, tiny_tower: str, tmp_p
     ("arguments", "message"),
     [
         (("extract", "nothing"), "Unknown manifest 'nothing'"),
-        (("extract", "tiny", "--backbone", "resnet"), "Unknown backbone 'resnet': choose clip-vit-b32, imagenet-lite0"),
+        (("extract", "tiny", "--backbone", "resnet"), "Unknown backbone 'resnet': choose clip-vit-b32, face-resnet, imagenet-lite0"),
         (("extract", "tiny", "--backbone", "open_clip:ViT-B-32@/no/file.pt"), "No weights file at '/no/file.pt'"),
         (("extract", "tiny", "--views", "0"), "0 is not in the range x>=1"),
         (("extract", "tiny", "--policy", "strong"), "'strong' is not one of 'paper', 'scn'"),
@@ -237,4 +237,4 @@ def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Pa
         expected = model.encode_image(images).numpy()
     error = np.abs(store.read_view("pooled", 0) - expected).max() / np.abs(expected).max()
     assert error < 1e-3
-    assert load_backbone(f"clip-vit-b32@{tmp_path / 'clip.pt'}").width == 512
+    assert load_backbone(f"clip-vit-b32@{tmp_path / 'clip.pt'}").facts.width == 512

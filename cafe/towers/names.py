@@ -16,7 +16,7 @@ from typing import Any
 
 from cafe.errors import UserError, unknown
 
-PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE", "each with #LAYER/GRID")
+PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
 
 
 FINAL = "final"  # the layer at the end of a tower: what its library calls its features
