@@ -16,11 +16,11 @@ import click
 from matplotlib.figure import Figure
 
 from cafe.results.metrics import estimate
-from cafe.results.scores import read_runs, read_scores
+from cafe.results.scores import flatten_scores, read_runs, read_scores
 from pipeline import cluster
 from pipeline.extract import extract
 from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.tracking import Mirror, name_metrics
+from pipeline.tracking import Mirror
 from pipeline.train import plan_training, train_and_judge
 from pipeline.workspace import Workspace, locate
 
@@ -61,7 +61,7 @@ def main(
                 )  # fmt: skip
                 plan = plan_training(place, settings)
                 train_and_judge(plan, Mirror(place))
-                metrics = name_metrics(read_scores(read_runs([plan.run])))
+                metrics = flatten_scores(read_scores(read_runs([plan.run])))
                 runs[count].append(metrics)
                 click.echo(f"{source}, {count} views, seed {seed}: {100 * metrics['unseen/accuracy']:.1f} % unseen")
     curves = {
