@@ -126,11 +126,11 @@ def demo(faces: int, seeds: int, epochs: int, **cluster: Any) -> None:
     from cafe.synthetic.domains import DOMAINS
     from jobs.results import compare
     from pipeline.benchmark import read_benchmark
-    from pipeline.synthesise import synthesise
+    from pipeline.datasets import draw_domains
 
     workspace, context = open_workspace(), click.get_current_context()
     with progress_bar("Drawing faces", "domains") as progress:
-        synthesise(workspace, list(DOMAINS), faces, 0, progress)
+        draw_domains(workspace, list(DOMAINS), faces, 0, progress)
     grid = read_benchmark(SHIPPED / "demo.toml")
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
     _work_off(workspace, replace(grid, seeds=list(range(seeds)), train=train), BenchmarkSettings(**cluster))
