@@ -36,7 +36,20 @@ def data() -> None:
     type=click.IntRange(min=7),
     help="Keep this many training faces, in the expressions' proportions; other splits stay whole. Default: all.",
 )
-def index(kind: str, root: str, name: str, accept_counts: bool, train_faces: int | None, **choices: str | None) -> None:
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    help="Put every face of a folder or table into this split. Default: its own splits, or a fifth for test.",
+)
+def index(
+    kind: str,
+    root: str,
+    name: str,
+    accept_counts: bool,
+    train_faces: int | None,
+    split: str | None,
+    **choices: str | None,
+) -> None:
     """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
 
     \b
@@ -52,6 +65,8 @@ def index(kind: str, root: str, name: str, accept_counts: bool, train_faces: int
     check_name(name)
     workspace = open_workspace()
     listing = _read(kind, root, **choices)
+    if split:
+        listing.put_into(split)
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
     with progress_bar("Reading") as progress:
