@@ -36,7 +36,20 @@ def data() -> None:
     type=click.IntRange(min=7),
     help="Keep this many training faces, in the expressions' proportions; other splits stay whole. Default: all.",
 )
-def index(kind: str, root: str, name: str, accept_counts: bool, train_faces: int | None, **choices: str | None) -> None:
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test"]),
+    help="Put every face of a folder or table into this split. Default: its own splits, or a fifth for test.",
+)
+def index(
+    kind: str,
+    root: str,
+    name: str,
+    accept_counts: bool,
+    train_faces: int | None,
+    split: str | None,
+    **choices: str | None,
+) -> None:
     """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
 
     \b
@@ -52,6 +65,8 @@ def index(kind: str, root: str, name: str, accept_counts: bool, train_faces: int
     check_name(name)
     workspace = open_workspace()
     listing = _read(kind, root, **choices)
+    if split:
+        listing.put_into(split)
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
     with progress_bar("Reading") as progress:
@@ -113,13 +128,13 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
     of a test split are never those of a train split.
     """
     from cafe.synthetic.domains import DOMAINS
-    from pipeline.synthesise import synthesise
+    from pipeline.datasets import draw_domains
 
     for domain in domains:
         if domain not in DOMAINS:
             raise unknown("synthetic domain", domain, DOMAINS)
     with progress_bar("Drawing faces", "domains") as progress:
-        manifests = synthesise(open_workspace(), list(domains or DOMAINS), faces, seed, progress)
+        manifests = draw_domains(open_workspace(), list(domains or DOMAINS), faces, seed, progress)
     for manifest in manifests:
         click.echo(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
 
@@ -133,15 +148,14 @@ def check(name: str) -> None:
     with a contact sheet for each expression.
     """
     from jobs.data_tables import check_tables
-    from pipeline.check import check as check_manifest
+    from pipeline.datasets import report_check
 
     workspace = open_workspace()
-    manifest = workspace.load_manifest(name)
     with progress_bar("Looking") as progress:
-        result = check_manifest(workspace, manifest, progress)
+        result, page = report_check(workspace, workspace.load_manifest(name), progress)
     for table in check_tables(result):
         show(table)
-    click.echo(f"Wrote {result.page}")
+    click.echo(f"Wrote {page}")
 
 
 @data.command("audit")
@@ -156,12 +170,12 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     """
     from cafe.results.leaks import audit_path
     from jobs.data_tables import audit_table, unreadable
-    from pipeline.audit import audit as audit_manifests
+    from pipeline.datasets import report_audits
 
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in (source, *targets)]
     with progress_bar("Reading") as reading, progress_bar("Comparing") as comparing:
-        results = list(audit_manifests(workspace, manifests[0], manifests[1:], reading, comparing))
+        results = list(report_audits(workspace, manifests[0], manifests[1:], reading, comparing))
     show(audit_table(results))
     for result in results:
         if result.broken:
@@ -180,7 +194,7 @@ def align(source: str, **values: Any) -> None:
     Photos without a usable face are left out, counted and named; alignment.parquet beside the crops lists every photo.
     """
     from jobs.data_tables import alignment_tables
-    from pipeline.align import align_photos, find_photos
+    from pipeline.datasets import align_photos, find_photos
     from pipeline.workspace import check_name
 
     settings, workspace = AlignSettings(**values), open_workspace()

@@ -13,9 +13,9 @@ from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:  # they bring a search library along, which most commands need not load
-    from pipeline.align import Alignment
-    from pipeline.audit import Audit
-    from pipeline.check import Check
+    from cafe.report.audit import Audit
+    from cafe.report.check import Check
+    from pipeline.datasets import Alignment
 
 LISTED = 10  # files named before "and N more"
 

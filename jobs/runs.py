@@ -149,10 +149,10 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
 
 def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
     from cafe.synthetic.domains import DOMAINS
-    from pipeline.synthesise import synthesise
+    from pipeline.datasets import draw_domains
 
     with progress_bar("Drawing faces", "domains") as progress:
-        synthesise(workspace, list(DOMAINS), faces, 0, progress)
+        draw_domains(workspace, list(DOMAINS), faces, 0, progress)
     return list(DOMAINS)
 
 

@@ -20,13 +20,13 @@ from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
+from cafe.report.audit import audit
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.comparison import compare
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.predictions import Predictions
 from cafe.results.scores import average_unseen, read_runs, read_scores
 from cafe.synthetic.domains import render, write
-from pipeline.audit import audit
 from pipeline.runs import RunSpec
 from pipeline.workspace import Workspace
 
@@ -168,7 +168,7 @@ def test_the_splits_of_the_source_are_compared_once_each_and_never_with_themselv
     (tmp_path / "film" / "train" / "again.jpg").rename(copied.with_name("again.jpg"))
     shutil.copy(copied, tmp_path / "film" / "test" / copied.parent.name / "leak.jpg")
     film = index_files("film", DATASETS["folder"](UPath(tmp_path / "film"))).manifest
-    [result] = audit(Workspace.at(str(tmp_path / "work")), film, [], lambda *_: None, lambda *_: None)
+    [result] = audit(film, [], lambda *_: None, lambda *_: None)
     assert [(pair.source_split, pair.target_split, pair.copied, pair.pairs) for pair in result.splits] == [
         ("train", "test", 1, 2)
     ]

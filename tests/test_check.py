@@ -13,7 +13,7 @@ from conftest import Cafe, draw_faces
 from PIL import Image
 
 from cafe.data.images import decode_image
-from pipeline.check import look_at
+from cafe.report.check import look_at
 
 
 class Page(HTMLParser):

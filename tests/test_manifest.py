@@ -304,6 +304,21 @@ def test_the_command_prints_counts_and_writes_the_manifest(tmp_path: Path, cafe:
     assert "tiny" in cafe.succeed("data", "list")
 
 
+def test_a_whole_folder_can_be_put_into_one_split_and_a_published_set_cannot(tmp_path: Path, cafe: Cafe) -> None:
+    for split in ("train", "test"):
+        draw_faces(tmp_path / "faces" / split, per_class=3)
+    wanted = ("data", "index", "folder", str(tmp_path / "faces"), "--name", "target")
+    cafe.succeed(*wanted, "--split", "test")
+    target = Manifest.load(UPath(cafe.workspace / "manifests" / "target.parquet"))
+    assert (len(target), len(target.rows("test"))) == (18, 18)
+    cafe.succeed(*wanted)  # without the option the folder's own splits hold
+    target = Manifest.load(UPath(cafe.workspace / "manifests" / "target.parquet"))
+    assert [len(target.rows(split)) for split in ("train", "val", "test")] == [9, 0, 9]
+    draw_faces(tmp_path / "MMAFEDB" / "train", per_class=1)
+    message = cafe.fail("data", "index", "mma", str(tmp_path / "MMAFEDB"), "--name", "mma", "--split", "test")
+    assert "--split test has no meaning for mma, which comes split: it is for folder, synthetic, table." in message
+
+
 def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
     faces = [
         Face(f"{n:03d}", "x", n % 2, "train" if n < 80 else "test", f"g{n // 4}", 8, 8, str(n)) for n in range(100)

@@ -10,7 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from cafe.data.manifest import READERS, Face, Manifest, assign_splits
 from cafe.errors import UserError
 
 AT_ONCE = 64  # files a thread takes at a time: 300,000 single tasks would cost more than they do
+OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
 
 Item = TypeVar("Item")
@@ -114,6 +115,14 @@ class Listing:
     def reject(self, where: str, reason: str) -> None:
         """Note a row of a label file that cannot be used."""
         self.rejected.append((where, reason))
+
+    def put_into(self, split: str) -> None:
+        """Put every face into one split; raise `UserError` for a published set, whose splits its protocols rely on."""
+        if self.expected or self.kind not in OWN_KINDS:
+            raise UserError(
+                f"--split {split} has no meaning for {self.kind}, which comes split: it is for {', '.join(OWN_KINDS)}."
+            )
+        self.files = [replace(file, split=split) for file in self.files]
 
     def counts(self) -> Counter[tuple[str, int]]:
         """Files per (split, label)."""

@@ -1,4 +1,4 @@
-"""`cafe data check`: what the pictures of a data set are like, as numbers and as one page to look at."""
+"""What the pictures of a data set are like: sizes, brightness, colour, broken and repeated ones, as numbers and a page."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
 from cafe.report.pages import embed, render
-from pipeline.workspace import Workspace
 
 GREY_SPREAD = 10  # levels between the channels that compression alone puts into a grey picture
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -49,13 +47,12 @@ class Check:
     """The state of a data set's pictures.
 
     `faces` has a row per face in manifest order: sample_id, expression, split, and the fields of `Look`, empty where the
-    picture cannot be read. `broken` lists those as (sample_id, reason); the report is written to `page`.
+    picture cannot be read. `broken` lists those as (sample_id, reason).
     """
 
     manifest: Manifest
     faces: pd.DataFrame
     broken: list[tuple[str, str]]
-    page: UPath
 
     @property
     def seen(self) -> pd.DataFrame:
@@ -89,24 +86,20 @@ class Check:
         return ["expression", *splits, "faces", "grey", "brightness", "median size", "unreadable"], lines
 
 
-def check(workspace: Workspace, manifest: Manifest, progress: Callable[[int, int], None]) -> Check:
-    """Decode every picture of a manifest and write reports/check-NAME.html; `progress(done, total)` counts pictures."""
+def check_pictures(manifest: Manifest, progress: Callable[[int, int], None]) -> Check:
+    """Decode every picture of a manifest; `progress(done, total)` counts them."""
+    faces = pd.DataFrame({
+        "sample_id": manifest.sample_ids,
+        "expression": [EXPRESSIONS[label] for label in manifest.labels],
+        "split": manifest.table["split"].to_pylist(),
+    })  # fmt: skip
     looks, broken = {}, []
     for row, look in manifest.survey(manifest.rows("all"), look_at, progress):
         if isinstance(look, UnreadableImageError):
             broken.append((manifest.sample_ids[row], str(look)))
         else:
             looks[row] = look
-    names = {
-        "expression": [EXPRESSIONS[label] for label in manifest.labels],
-        "split": manifest.table["split"].to_pylist(),
-    }
-    faces = pd.DataFrame({"sample_id": manifest.sample_ids, **names})
-    faces = faces.join(pd.DataFrame.from_dict(looks, orient="index", columns=Look._fields))
-    result = Check(manifest, faces, broken, workspace.root / "reports" / f"check-{manifest.name}.html")
-    result.page.parent.mkdir(parents=True, exist_ok=True)
-    result.page.write_bytes(_draw_page(result))
-    return result
+    return Check(manifest, faces.join(pd.DataFrame.from_dict(looks, orient="index", columns=Look._fields)), broken)
 
 
 def _describe(seen: pd.DataFrame) -> tuple[str, str, str]:
@@ -125,7 +118,8 @@ def _count(values: pd.Series[float], edges: tuple[int, ...], end: str) -> list[t
     return list(zip(names, counts.tolist(), strict=True))
 
 
-def _draw_page(check: Check) -> bytes:
+def draw_check(check: Check) -> bytes:
+    """Return the page of a check: its numbers, a contact sheet for each expression, repeated and broken pictures."""
     manifest, seen, groups = check.manifest, check.seen, check.duplicates
     header, lines = check.summary()
     sheets = {name: _spread(seen.index[seen["expression"] == name]) for name in EXPRESSIONS}

@@ -1,38 +1,25 @@
-"""`cafe data audit`: which faces of the targets are copies of the source's, and of the source's own other splits.
-
-Writes audits/SOURCE/TARGET.parquet, one row per pair, and a page with the pairs side by side.
-"""
+"""Which faces of one data set are copies of another's, counted by split and laid side by side on a page."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from upath import UPath
 
 from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, draw_thumbnail
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
 from cafe.report.pages import embed, render
-from cafe.results.leaks import audit_path
-from pipeline.workspace import Workspace
 
 SHOWN = 60  # pairs on the page from the least similar ones, and as many from all others
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Thumbnails:
-    """The thumbnails (N, 64, 64) of one split's readable faces, and their manifest rows (N,)."""
-
-    rows: np.ndarray
-    pixels: np.ndarray
+Thumbnails = dict[str, tuple[np.ndarray, np.ndarray]]  # of each split the manifest rows (N,) and pictures (N, 64, 64)
 
 
 @dataclass(frozen=True)
@@ -55,57 +42,51 @@ class Audit:
     target: Manifest
     pairs: Pairs
     splits: list[SplitPair]
-    broken: list[tuple[str, str]] = field(default_factory=list)
+    broken: list[tuple[str, str]]
 
 
-def audit(
-    workspace: Workspace, source: Manifest, targets: list[Manifest], reading: Progress, comparing: Progress
-) -> Iterator[Audit]:
-    """Compare the source's splits with each other, then with every target; yield each result once it is written.
+def audit(source: Manifest, targets: list[Manifest], reading: Progress, comparing: Progress) -> Iterator[Audit]:
+    """Compare the source's splits with each other, then with every target; yield each result once it is known.
 
     `reading` counts pictures and `comparing` faces of one manifest.
     """
-    own, own_broken = read_thumbnails(source, reading)
-    indexes = {split: CopyIndex(faces.pixels) for split, faces in own.items()}
+    own, own_broken = _read_thumbnails(source, reading)
+    indexes = {split: CopyIndex(pictures) for split, (_, pictures) in own.items()}
     for target in [source, *(target for target in targets if target.name != source.name)]:
         itself = target is source
-        faces, broken = (own, []) if itself else read_thumbnails(target, reading)
+        faces, broken = (own, []) if itself else _read_thumbnails(target, reading)
         found, splits = [], []
         for source_split, index in indexes.items():
-            for target_split, part in faces.items():
+            for target_split, (rows, pictures) in faces.items():
                 if itself and SPLITS.index(source_split) >= SPLITS.index(target_split):
                     continue
-                pairs = index.find(part.pixels, comparing)
-                pairs = Pairs(own[source_split].rows[pairs.first], part.rows[pairs.second], pairs.similarity)
+                pairs = index.find(pictures, comparing)
+                pairs = Pairs(own[source_split][0][pairs.first], rows[pairs.second], pairs.similarity)
                 splits.append(_count(source, target, source_split, target_split, pairs))
                 found.append(pairs)
-        result = Audit(source, target, Pairs.concatenate(found), splits, [*own_broken, *broken])
-        path = audit_path(workspace.root, source.name, target.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".html").write_bytes(draw_page(result))
-        save(result, path)
-        yield result
+        yield Audit(source, target, Pairs.concatenate(found), splits, [*own_broken, *broken])
 
 
-def read_thumbnails(manifest: Manifest, progress: Progress) -> tuple[dict[str, Thumbnails], list[tuple[str, str]]]:
+def _read_thumbnails(manifest: Manifest, progress: Progress) -> tuple[Thumbnails, list[tuple[str, str]]]:
     """Return the thumbnails of each split, and (sample, reason) of every unreadable picture."""
+    splits = manifest.table["split"].to_pylist()
     order = np.concatenate([manifest.rows(split) for split in SPLITS])
-    pixels = np.empty((len(order), THUMBNAIL, THUMBNAIL), np.uint8)
-    readable = np.ones(len(order), bool)
+    pictures = np.empty((len(order), THUMBNAIL, THUMBNAIL), np.uint8)
+    rows: list[int] = []
     broken = []
-    for place, (row, result) in enumerate(manifest.survey(order, draw_thumbnail, progress)):
+    for row, result in manifest.survey(order, draw_thumbnail, progress):
         if isinstance(result, UnreadableImageError):
-            readable[place] = False
             broken.append((f"{manifest.name}: {manifest.sample_ids[row]}", str(result)))
         else:
-            pixels[place] = result
-    parts, end = {}, 0
+            pictures[len(rows)] = result
+            rows.append(row)
+    # The readable ones lie split by split, so that each part is a view: a copy would double the memory of a large set.
+    parts, start = {}, 0
     for split in SPLITS:
-        start, end = end, end + len(manifest.rows(split))
-        good = np.flatnonzero(readable[start:end]) + start
-        if len(good):
-            # A split without broken pictures stays a view: a copy would double the memory of a large set.
-            parts[split] = Thumbnails(order[good], pixels[start:end] if len(good) == end - start else pixels[good])
+        own = [row for row in rows if splits[row] == split]
+        if own:
+            parts[split] = np.array(own), pictures[start : start + len(own)]
+        start += len(own)
     return parts, broken
 
 
@@ -115,19 +96,17 @@ def _count(source: Manifest, target: Manifest, source_split: str, target_split: 
     return SplitPair(source_split, target_split, len(target.rows(target_split)), copied, len(pairs), copied_otherwise)
 
 
-def save(result: Audit, path: UPath) -> None:
-    """Write the pairs as Parquet, by target sample and most similar first; the digests say which manifests they hold of."""
-    order = np.lexsort((result.pairs.first, -result.pairs.similarity, result.pairs.second))
-    source, target = (
-        result.source.table.take(result.pairs.first[order]),
-        result.target.table.take(result.pairs.second[order]),
-    )
+def encode_audit(result: Audit) -> bytes:
+    """Return the pairs as Parquet, by target sample and most similar first; the digests say which manifests they hold of."""
+    pairs = result.pairs
+    order = np.lexsort((pairs.first, -pairs.similarity, pairs.second))
+    source, target = result.source.table.take(pairs.first[order]), result.target.table.take(pairs.second[order])
     table = pa.table({
         "source_sample_id": source["sample_id"],
         "source_split": source["split"],
         "target_sample_id": target["sample_id"],
         "target_split": target["split"],
-        "similarity": pa.array(result.pairs.similarity[order], pa.float32()),  # of the two pictures once registered, 0–1
+        "similarity": pa.array(pairs.similarity[order], pa.float32()),  # of the two pictures once registered, 0–1
     })  # fmt: skip
     about = {
         "source": result.source.name,
@@ -138,10 +117,11 @@ def save(result: Audit, path: UPath) -> None:
     }
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"cafe.audit": json.dumps(about)}), sink)
-    path.write_bytes(sink.getvalue().to_pybytes())
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
 
 
-def draw_page(result: Audit) -> bytes:
+def draw_audit(result: Audit) -> bytes:
     """Return the page of one audit: counts per pair of splits and pairs of pictures, the most doubtful first."""
     found = result.pairs
     order = np.argsort(found.similarity, kind="stable")

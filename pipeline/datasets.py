@@ -1,7 +1,7 @@
-"""`cafe data align`: the photos of a manifest or folder → upright face crops, a manifest of them, and a list of every photo.
+"""Data sets made or looked at in a workspace: drawn faces, aligned crops, pages about pictures and lists of copies.
 
-A photo is never dropped in silence: alignment.parquet has a row for each crop, and one with the reason for each photo
-without a crop.
+No photo is left out of an alignment in silence: alignment.parquet has a row for each crop, and one with the reason for each
+photo without a crop.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +21,22 @@ import pyarrow.parquet as pq
 from PIL import Image
 from upath import UPath
 
+from cafe.data import DATASETS
 from cafe.data.alignment import Aligned, align_faces
 from cafe.data.images import SUFFIXES, UnreadableImageError
+from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
+from cafe.results.leaks import audit_path
+from cafe.synthetic.domains import write
+from pipeline.progress import Progress
 from pipeline.settings import AlignSettings
 from pipeline.workspace import Workspace, locate
+
+if TYPE_CHECKING:
+    from cafe.report.audit import Audit
+    from cafe.report.check import Check
 
 SCHEMA = pa.schema([
     ("sample_id", pa.string()),  # of the photo
@@ -64,14 +73,54 @@ class Alignment:
 
     def outcomes(self) -> Counter[str]:
         """Count the photos by what became of them."""
-        photos = {row["sample_id"]: row for row in self.rows}
-        return Counter(_name_outcome(row) for row in photos.values())
+        return Counter(_name_outcome(row) for row in {row["sample_id"]: row for row in self.rows}.values())
 
 
 def _name_outcome(row: dict[str, Any]) -> str:
     if row["path"] is None:
         return "unreadable" if row["faces"] is None else "no face" if row["faces"] == 0 else "only tiny faces"
     return "one face" if row["faces"] == 1 else "several faces"
+
+
+def draw_domains(workspace: Workspace, domains: list[str], faces: int, seed: int, progress: Progress) -> list[Manifest]:
+    """Draw about `faces` faces of each synthetic domain below `faces/` and write a manifest named after it.
+
+    `progress(done, total)` counts domains. The same seed gives the same bytes.
+    """
+    manifests = []
+    root = workspace.root / "faces"
+    progress(0, len(domains))
+    for number, domain in enumerate(domains, start=1):
+        write(root, domain, faces, seed)
+        manifests.append(index_files(domain, DATASETS["synthetic"](root / domain)).manifest)
+        manifests[-1].save(workspace.manifest_path(domain))
+        progress(number, len(domains))
+    return manifests
+
+
+def report_check(workspace: Workspace, manifest: Manifest, progress: Progress) -> tuple[Check, UPath]:
+    """Look at every picture of a manifest; return what they are like and where the page about them was written."""
+    from cafe.report.check import check_pictures, draw_check
+
+    result, page = check_pictures(manifest, progress), workspace.root / "reports" / f"check-{manifest.name}.html"
+    _write(page, draw_check(result))
+    return result, page
+
+
+def report_audits(
+    workspace: Workspace, source: Manifest, targets: list[Manifest], reading: Progress, comparing: Progress
+) -> Iterator[Audit]:
+    """Yield the audit of a source against itself and each target once its list of pairs and its page are written.
+
+    `reading` counts pictures and `comparing` faces of one manifest.
+    """
+    from cafe.report.audit import audit, draw_audit, encode_audit  # brings a search library along
+
+    for result in audit(source, targets, reading, comparing):
+        path = audit_path(workspace.root, source.name, result.target.name)
+        _write(path.with_suffix(".html"), draw_audit(result))
+        _write(path, encode_audit(result))
+        yield result
 
 
 def find_photos(workspace: Workspace, source: str) -> Manifest:
@@ -87,9 +136,7 @@ def find_photos(workspace: Workspace, source: str) -> Manifest:
     return Manifest.from_faces(root.name, str(root), faces)
 
 
-def align_photos(
-    workspace: Workspace, photos: Manifest, settings: AlignSettings, progress: Callable[[int, int], None]
-) -> Alignment:
+def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings, progress: Progress) -> Alignment:
     """Crop the faces of photos below aligned/NAME, list what became of each, and write the manifest of labelled ones.
 
     The manifest keeps labels, splits, groups and the kind of the data set, on which its protocols and recipes depend.
@@ -103,10 +150,9 @@ def align_photos(
     result, faces = Alignment(folder), []
     for row, aligned in _align(photos, settings, progress):
         faces += _save_crops(result, photos, row, aligned, settings.size)
-    folder.mkdir(parents=True, exist_ok=True)
     listing = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(result.rows, schema=SCHEMA), listing)
-    (folder / "alignment.parquet").write_bytes(listing.getvalue().to_pybytes())
+    _write(folder / "alignment.parquet", listing.getvalue().to_pybytes())
     if not faces:
         sample, reason = result.left_out[0]
         raise UserError(
@@ -120,7 +166,7 @@ def align_photos(
 
 
 def _align(
-    photos: Manifest, settings: AlignSettings, progress: Callable[[int, int], None]
+    photos: Manifest, settings: AlignSettings, progress: Progress
 ) -> Iterator[tuple[int, Aligned | UnreadableImageError]]:
     """Yield (row, what became of it) of every photo."""
     decoded, done = photos.survey(photos.rows("all"), lambda pixels: pixels), 0
@@ -151,7 +197,10 @@ def _save_crops(
     for number, (crop, found) in enumerate(zip(aligned.crops, aligned.detections, strict=True), start=1):
         sample = photo["sample_id"] if number == 1 else f"{photo['sample_id']}@{number}"
         path = _name_crop(photo["sample_id"], number)
-        digest = _save(crop, result.folder / path)
+        data = io.BytesIO()
+        Image.fromarray(crop).save(data, "JPEG", quality=95, subsampling=0)
+        _write(result.folder / path, data.getvalue())
+        digest = hashlib.sha256(data.getvalue()).hexdigest()
         place = {"confidence": found.confidence, "box": list(found.box), "eyes": found.eyes.ravel().tolist()}
         result.rows.append({**entry, "aligned_id": sample, "path": path, **place})
         faces.append(Face(sample, path, photo["label"], photo["split"], photo["group"], size, size, digest))
@@ -164,10 +213,6 @@ def _name_crop(sample: str, number: int) -> str:
     return str(path if number == 1 else path.with_name(f"{path.stem}@{number}{path.suffix}"))
 
 
-def _save(crop: np.ndarray, path: UPath) -> str:
-    """Write a crop and return the digest of its file."""
-    data = io.BytesIO()
-    Image.fromarray(crop).save(data, "JPEG", quality=95, subsampling=0)
+def _write(path: UPath, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data.getvalue())
-    return hashlib.sha256(data.getvalue()).hexdigest()
+    path.write_bytes(data)
