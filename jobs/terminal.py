@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +17,9 @@ from cafe.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
+
+
+_interrupted = Event()
 
 
 class Commands(click.Group):
@@ -73,21 +78,34 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
         task = bar.add_task("", total=None, rate="")
 
         def update(done: int, total: int) -> None:
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
             speed = bar.tasks[task].speed
             bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
 
         yield update
 
 
+def _interrupt(number: int, frame: object) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """End the command at once when it is interrupted, saying how to go on; what still runs in threads ends with it."""
+    """End the command at once when it is interrupted, saying how to go on; what still runs in threads ends with it.
+
+    A library that was at work may swallow the interrupt, so it is noted too: the next step of a progress bar raises it.
+    """
+    usual = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except KeyboardInterrupt:
         click.echo("Interrupted: the same command goes on where it was.", err=True)
         sys.stdout.flush()
         os._exit(130)  # a thread that still waits for the Ray just left must not keep the command alive
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def show(renderable: Any) -> None:

@@ -26,7 +26,7 @@ from pipeline.settings import TrainSettings
 from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 
-TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=16", "--set", "learning_rate=0.001")
+TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=20", "--set", "learning_rate=0.001")
 
 
 @pytest.fixture(scope="module")
