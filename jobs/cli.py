@@ -31,7 +31,7 @@ def main(ctx: click.Context, workspace: str) -> None:
     \b
     cafe demo                                            # everything below on synthetic faces
     cafe data index folder ~/faces/news --name news      # a manifest
-    cafe extract news cinema --backbone imagenet-lite0   # frozen features, once
+    cafe extract news cinema --backbone face-resnet      # frozen features, once
     cafe train --source news --method cafe --seed 0      # train, then judge on every other manifest
     cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals

@@ -33,7 +33,7 @@ NEXT_STEPS = """Next steps
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @options(ExtractSettings)
 def extract(names: tuple[str, ...], **values: Any) -> None:
-    """Compute frozen features once: `cafe extract news --backbone imagenet-lite0 --views 5`.
+    """Compute frozen features once: `cafe extract news --backbone face-resnet --views 5`.
 
     Interrupt it as you like: the same command goes on where it was.
     """
