@@ -10,9 +10,10 @@ from upath import UPath
 
 
 def list_folder(folder: UPath) -> list[UPath]:
-    """Return what a folder holds, sorted by name; nothing when it is not there."""
+    """Return what a folder holds, sorted by name, without files half written; nothing when it is not there."""
     try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)
+        whole = (path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(whole, key=lambda path: path.name)
     except (FileNotFoundError, NotADirectoryError):
         return []
 

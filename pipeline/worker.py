@@ -139,9 +139,8 @@ def _train(training: Training, selection: Selection, run: UPath, epochs: range, 
 def _remove_checkpoints(run: UPath, keep: UPath | None = None) -> None:
     for folder in list_folder(run / "checkpoints"):
         if keep is None or folder.name != keep.name:
-            for path in sorted(
-                list_folder(folder), key=lambda path: path.name != "state.json"
-            ):  # no longer whole first
+            # Its record goes first, so that a kill leaves no checkpoint that looks whole; half-written files go too.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name != "state.json"):
                 path.unlink()
             if not folder.protocol:
                 folder.rmdir()

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from runs import write_predictions, write_run
 from upath import UPath
 
-from cafe.files import write_json
+from cafe.files import list_folder, write_json
 from cafe.results.predictions import load_predictions
 from pipeline.tracking import PARENT, Mirror, default_uri
 from pipeline.workspace import Workspace
@@ -156,3 +156,11 @@ def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Wo
     marker = (folder / "pulled.json").stat().st_mtime_ns
     assert elsewhere.pull("cafe") == [folder]
     assert (folder / "pulled.json").stat().st_mtime_ns == marker
+
+
+def test_a_record_that_a_kill_left_half_written_is_not_one(workspace: Workspace) -> None:
+    run = judged(workspace)
+    (run / "epochs" / ".0003.json.0a1b2c3d").write_bytes(b'{"train/total"')
+    assert [path.name for path in list_folder(run / "epochs")] == ["0001.json", "0002.json"]
+    Mirror(workspace).update(run)
+    assert picture(workspace)["history"]["train/total"] == [(1, 1.0), (2, 0.5)]
