@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from upath import UPath
 
-from cafe.data.manifest import Manifest
+from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder
 
@@ -24,7 +24,7 @@ def locate(location: str) -> UPath:
 
 def check_name(name: str) -> str:
     """Return a name that can be a file's and a metric's; raise `UserError`."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if not re.fullmatch(NAME, name):
         raise UserError(f"The name {name!r} cannot be used: take letters, digits, dots, hyphens and underscores.")
     return name
 
