@@ -21,6 +21,7 @@ from jobs.terminal import Commands, open_workspace, show
 from pipeline.settings import PROTOCOLS
 
 if TYPE_CHECKING:
+    from cafe.report.report import Report
     from cafe.report.sheets import Sheet
     from cafe.results.scores import Run
     from pipeline.workspace import Workspace
@@ -77,20 +78,10 @@ def compare(
     was in the paper.
     """
     from cafe.report.formats import FORMATS
-    from cafe.report.report import make_report
-    from cafe.results.leaks import leave_out_leaks
-    from cafe.results.scores import read_scores
     from pipeline.workspace import locate
 
-    workspace = open_workspace()
-    runs, chosen = choose_runs(workspace, experiment, mlflow_uri)
-    known = workspace.manifest_names()
-    scores = read_scores(runs, known)
-    leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
-    report = make_report(runs, scores, metric, protocol, per_class, versus, leak_free)
-    report.about.extend(chosen)
-    for table in (*sheet_tables(report.sheets), *report.about):
-        show(table)
+    chosen = choose_runs(open_workspace(), experiment, mlflow_uri)
+    report = show_report(open_workspace(), chosen, metric, protocol, per_class, versus, exclude_leaks)
     for name, file in files.items():
         if file:
             place = locate(file)
@@ -99,7 +90,33 @@ def compare(
             click.echo(f"Wrote {file}")
 
 
-def choose_runs(workspace: Workspace, experiment: str | None, mlflow_uri: str | None) -> tuple[list[Run], list[str]]:
+def show_report(
+    workspace: Workspace,
+    chosen: tuple[list[Run], list[str]],
+    metric: str = "accuracy",
+    protocol: str = "clean",
+    per_class: str | None = None,
+    versus: str | None = None,
+    exclude_leaks: bool = False,
+) -> Report:
+    """Compare the chosen runs, print every table with its notes, and return the report; raise `UserError`."""
+    from cafe.report.report import make_report
+    from cafe.results.leaks import leave_out_leaks
+    from cafe.results.scores import read_scores
+
+    (runs, about), known = chosen, workspace.manifest_names()
+    scores = read_scores(runs, known)
+    leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
+    report = make_report(runs, scores, metric, protocol, per_class, versus, leak_free)
+    report.about.extend(about)
+    for table in (*sheet_tables(report.sheets), *report.about):
+        show(table)
+    return report
+
+
+def choose_runs(
+    workspace: Workspace, experiment: str | None, mlflow_uri: str | None = None
+) -> tuple[list[Run], list[str]]:
     """Return the runs to compare, and which they are where there are others; raise `UserError`."""
     from cafe.results.scores import read_runs
 

@@ -129,22 +129,19 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, judged on both
     """
     from cafe.report.report import conclude
-    from cafe.results.comparison import compare as compare_runs
-    from cafe.results.scores import read_scores
-    from jobs.results import choose_runs, compare
+    from jobs.results import choose_runs, show_report
     from pipeline.benchmark import read_benchmark
 
-    workspace, context = open_workspace(), click.get_current_context()
+    workspace = open_workspace()
     names = [_index_folder(workspace, folder) for folder in faces] or _draw_domains(workspace, drawn)
     grid = read_benchmark(SHIPPED / "demo.toml")
     sources = names[:1] if faces else grid.sources
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
     grid = replace(grid, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
     _work_off(workspace, grid, BenchmarkSettings(**cluster))
-    context.invoke(compare, experiment=grid.name)
-    runs, _ = choose_runs(workspace, grid.name, None)
-    click.echo(conclude(compare_runs(runs, read_scores(runs, names), "accuracy", grid.protocol)))
-    click.echo(NEXT_STEPS.format(workspace=context.obj))
+    report = show_report(workspace, choose_runs(workspace, grid.name))
+    click.echo(conclude(report.comparison))
+    click.echo(NEXT_STEPS.format(workspace=click.get_current_context().obj))
 
 
 def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
