@@ -7,8 +7,8 @@ from collections import Counter
 
 from rich.table import Column, Table
 
-from pipeline.cells import Failures, first_line
-from pipeline.grid import BenchmarkPlan
+from pipeline.benchmark.cells import Failures, first_line
+from pipeline.benchmark.plan import BenchmarkPlan
 
 
 def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:

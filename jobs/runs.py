@@ -16,7 +16,7 @@ from pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings,
 if TYPE_CHECKING:
     from upath import UPath
 
-    from pipeline.benchmark import Benchmark
+    from pipeline.benchmark.file import Benchmark
     from pipeline.tracking import Mirror
     from pipeline.workspace import Workspace
 
@@ -114,7 +114,7 @@ def benchmark(file: str, **values: Any) -> None:
     ablation.toml and supplement.toml. Frozen features are extracted once and shared, cells run side by side, one that
     fails stops no other. Interrupt it as you like: the same command goes on where it was.
     """
-    from pipeline.benchmark import read_benchmark
+    from pipeline.benchmark.file import read_benchmark
 
     _work_off(open_workspace(), read_benchmark(_find_file(file)), BenchmarkSettings(**values))
 
@@ -130,7 +130,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     """
     from cafe.report.report import conclude
     from jobs.results import choose_runs, show_report
-    from pipeline.benchmark import read_benchmark
+    from pipeline.benchmark.file import read_benchmark
 
     workspace = open_workspace()
     names = [_index_folder(workspace, folder) for folder in faces] or _draw_domains(workspace, drawn)
@@ -169,8 +169,8 @@ def _index_folder(workspace: Workspace, folder: str) -> str:
 def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings) -> None:
     """Show the plan of a benchmark and, unless it is a dry run, run all of its cells that are not done."""
     from jobs.run_tables import failures_table, plan_tables
-    from pipeline.cells import run_benchmark
-    from pipeline.grid import plan_benchmark
+    from pipeline.benchmark.cells import run_benchmark
+    from pipeline.benchmark.plan import plan_benchmark
     from pipeline.tracking import Mirror
 
     plan = plan_benchmark(workspace, grid, settings)

@@ -1,6 +1,7 @@
 """The one door to Ray: this machine alone, or a running cluster; quiet either way.
 
-Commands that follow each other in one process (the demo) share one Ray.
+Commands that follow each other in one process (the demo) share one Ray. How far long work is goes to a callback, which a bar
+gives.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from cafe.errors import UserError
 from pipeline.settings import ClusterSettings
+
+Progress = Callable[[int, int], None]  # (done, total)
+Bar = Callable[[str, str], AbstractContextManager[Progress]]  # (title, unit)
 
 CONNECT_SECONDS = 5.0
 ENVIRONMENT = {
@@ -24,6 +28,12 @@ ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
+
+
+@contextmanager
+def no_bar(title: str, unit: str) -> Iterator[Progress]:
+    """Show nothing."""
+    yield lambda done, total: None
 
 
 @contextmanager

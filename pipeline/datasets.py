@@ -30,7 +30,7 @@ from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
 from cafe.results.leaks import audit_path
 from cafe.synthetic.domains import write
-from pipeline.progress import Progress
+from pipeline.cluster import Progress
 from pipeline.settings import AlignSettings
 from pipeline.workspace import Workspace, locate
 

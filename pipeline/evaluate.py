@@ -25,9 +25,9 @@ from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import find_protocol
 from pipeline import cluster
+from pipeline.cluster import Progress
 from pipeline.faces import Faces
 from pipeline.models import load_method, make_dataset
-from pipeline.progress import Progress
 from pipeline.runs import RunSpec
 from pipeline.workspace import locate
 

@@ -24,12 +24,12 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError
 from cafe.files import read_json, write_json
+from cafe.records import check_record
 from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
 from cafe.towers.embedding import Embedder
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
-from pipeline.progress import Progress
-from pipeline.records import check_record
+from pipeline.cluster import Progress
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
 from pipeline.workspace import Workspace, locate

@@ -18,10 +18,10 @@ from cafe.errors import UserError
 from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
 from cafe.methods.method import Method
+from cafe.records import FORMAT
 from cafe.results.predictions import predictions_path
 from cafe.results.protocols import Protocol, find_protocol
 from cafe.towers.names import absolute_name, short_name
-from pipeline.records import FORMAT
 from pipeline.runs import RunSpec
 from pipeline.settings import StoreChoice
 from pipeline.store import About, FeatureReader, FeatureStore, find_stores

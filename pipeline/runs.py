@@ -25,7 +25,7 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
-from pipeline.records import FORMAT, check_record, digest_changes
+from cafe.records import FORMAT, check_record, digest_changes
 from pipeline.store import FeatureKey
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]

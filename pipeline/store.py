@@ -27,7 +27,7 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import list_folder, read_json, write_json
-from pipeline.records import FORMAT, check_record, digest_changes
+from cafe.records import FORMAT, check_record, digest_changes
 
 if TYPE_CHECKING:
     from cafe.learning.views import ViewPlan

@@ -21,13 +21,13 @@ from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
 from cafe.learning.networks import NETWORKS
 from cafe.methods import find_method
 from cafe.methods.method import Recipe, apply_overrides
+from cafe.records import changed_fields
 from cafe.towers.building import NORMALISATIONS
 from pipeline import cluster
+from pipeline.cluster import Bar, Progress, no_bar
 from pipeline.evaluate import is_judged, predict_targets
 from pipeline.faces import Faces, Store, any_store, choose_rows, choose_store, choose_targets
 from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
-from pipeline.progress import Bar, Progress, no_bar
-from pipeline.records import changed_fields
 from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy

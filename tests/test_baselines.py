@@ -23,10 +23,10 @@ from cafe.learning.loading import FaceDataset
 from cafe.learning.training import fit, predict
 from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS, finetune, nearest_mean, zero_shot
-from cafe.methods.finetune import Finetune, find_blocks, find_trained
+from cafe.methods.baselines.finetune import Finetune, find_blocks, find_trained
+from cafe.methods.baselines.nearest_mean import NearestClassMean
+from cafe.methods.baselines.zero_shot import ZeroShot, write_prompts
 from cafe.methods.method import Inputs, apply_overrides
-from cafe.methods.nearest_mean import NearestClassMean
-from cafe.methods.zero_shot import ZeroShot, write_prompts
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.text import embed_texts

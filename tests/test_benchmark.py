@@ -25,14 +25,14 @@ from cafe.files import write_json
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import Training
 from cafe.methods import METHODS
-from pipeline.benchmark import DECIDED_FEATURES, DECIDED_TRAINING, Benchmark, parse_benchmark, read_benchmark
-from pipeline.cells import run_benchmark
+from pipeline.benchmark.cells import run_benchmark
+from pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Benchmark, parse_benchmark, read_benchmark
+from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
+from pipeline.cluster import no_bar
 from pipeline.evaluate import predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower
 from pipeline.faces import choose_rows
-from pipeline.grid import BenchmarkPlan, plan_benchmark
 from pipeline.models import build_method, make_dataset
-from pipeline.progress import no_bar
 from pipeline.runs import is_finished
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
 from pipeline.store import FeatureStore, find_stores

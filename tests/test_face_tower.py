@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from cafe.errors import UserError
 from cafe.learning.views import normalise
-from cafe.methods.finetune import find_trained
+from cafe.methods.baselines.finetune import find_trained
 from cafe.synthetic.domains import render
 from cafe.towers import names
 from cafe.towers.building import load_backbone

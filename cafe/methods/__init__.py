@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from cafe.errors import unknown
+from cafe.methods.baselines.finetune import Finetune
+from cafe.methods.baselines.image_only import ImageOnly
+from cafe.methods.baselines.linear_probe import LinearProbe
+from cafe.methods.baselines.mlp import Mlp
+from cafe.methods.baselines.nearest_mean import NearestClassMean
+from cafe.methods.baselines.zero_shot import ZeroShot
 from cafe.methods.cafe import Cafe
 from cafe.methods.cafe_map import CafeMap
 from cafe.methods.cafe_self import CafeSelf
 from cafe.methods.cafe_vector import CafeVector
 from cafe.methods.eac import Eac
-from cafe.methods.finetune import Finetune
-from cafe.methods.image_only import ImageOnly
-from cafe.methods.linear_probe import LinearProbe
 from cafe.methods.method import Method
-from cafe.methods.mlp import Mlp
-from cafe.methods.nearest_mean import NearestClassMean
 from cafe.methods.ofer import Ofer, OferOwn
 from cafe.methods.rul import Rul
 from cafe.methods.scn import Scn
-from cafe.methods.zero_shot import ZeroShot
 
 METHODS: dict[str, type[Method]] = {
     "cafe": Cafe,

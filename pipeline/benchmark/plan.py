@@ -20,7 +20,7 @@ from cafe.files import list_folder, read_json
 from cafe.results.protocols import find_protocol
 from cafe.towers.building import NORMALISATIONS
 from cafe.towers.names import absolute_name
-from pipeline.benchmark import Benchmark, Entry
+from pipeline.benchmark.file import Benchmark, Entry
 from pipeline.extract import Extraction
 from pipeline.faces import Faces, Store, Wanted, choose_rows, fitting_stores
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings

@@ -19,10 +19,10 @@ from typing import Any
 from cafe.errors import UserError
 from cafe.files import write_file, write_json
 from pipeline import cluster
+from pipeline.benchmark.plan import BenchmarkPlan, Cell, StoreName, plan_benchmark
+from pipeline.cluster import Bar, Progress
 from pipeline.extract import extract
 from pipeline.faces import Store
-from pipeline.grid import BenchmarkPlan, Cell, StoreName, plan_benchmark
-from pipeline.progress import Bar, Progress
 from pipeline.runs import note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.tracking import Mirror
