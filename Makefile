@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format
+# `make docs` builds the pages of docs/ into docs/_build.
+.PHONY: demo test check format docs
 demo: .venv/ready
 	$(BIN)/cafe demo
 
@@ -13,6 +14,10 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs docs/_build
 
 format: .venv/ready
 	$(BIN)/ruff format .

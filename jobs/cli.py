@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "jobs.results:compare",
     "mlflow": "jobs.results:mlflow",
     "ui": "jobs.results:ui",
+    "doctor": "jobs.doctor:doctor",
 }
 
 

@@ -116,7 +116,7 @@ def benchmark(file: str, **values: Any) -> None:
     """
     from pipeline.benchmark.file import read_benchmark
 
-    _work_off(open_workspace(), read_benchmark(_find_file(file)), BenchmarkSettings(**values))
+    _work_off(open_workspace(), read_benchmark(find_file(file)), BenchmarkSettings(**values))
 
 
 @click.command()
@@ -191,7 +191,7 @@ def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings
     click.echo(f"All {len(plan.cells)} cells are done: cafe compare --experiment {plan.experiment}")
 
 
-def _find_file(name: str) -> Path:
+def find_file(name: str) -> Path:
     """Return a user's file or, where there is none of that name, the one that comes with this package."""
     if Path(name).exists():
         return Path(name)

@@ -108,6 +108,12 @@ class About:
         backbone = re.sub(r"[^A-Za-z0-9]+", "-", short_name(self.backbone_name)).strip("-").lower()
         return f"{backbone}-v{self.key.views}-{self.key.digest[:12]}"
 
+    @property
+    def bytes(self) -> int:
+        """What all features take, before compression."""
+        channels = self.width + (int(np.prod(self.map_shape)) if self.map_shape else 0)
+        return self.rows * self.key.views * channels * np.dtype(self.key.dtype).itemsize
+
     def describe(self) -> str:
         """Say what the features are, in a few words."""
         maps = f" and {'×'.join(map(str, self.map_shape))} maps" if self.map_shape else ""

@@ -1,0 +1,122 @@
+"""`cafe doctor`: whether this machine can do what is asked of it, before hours are spent."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import click
+
+from cafe.errors import IncompleteError, UserError
+from jobs.terminal import open_workspace, show
+
+if TYPE_CHECKING:
+    from pipeline.workspace import Workspace
+
+LIBRARIES = ("torch", "torchvision", "ray", "zarr", "mlflow", "open_clip_torch", "timm", "pyarrow")
+HUB = ("huggingface.co", 443)
+HUB_SECONDS = 3.0
+LEAST_MEMORY = 4 * 2**30  # a worker with torch, and Ray beside it
+LEAST_DISK = 2 * 2**30
+
+Finding = tuple[str, str, str]  # what was looked at, what was found, and what is wrong with it, if anything
+
+
+@click.command()
+@click.argument("file", required=False)
+def doctor(file: str | None) -> None:
+    """Look at this machine and, with FILE, at what a benchmark needs: `cafe doctor table1.toml`.
+
+    Versions, processor, memory, GPUs, the workspace, and whether weights can be fetched. Exit code 1 when something is
+    wrong.
+    """
+    from rich.table import Table
+
+    workspace = open_workspace()
+    findings = [*_software(), *_hardware(), *_storage(workspace), _hub()]
+    if file:
+        findings += _needs(workspace, file)
+    table = Table("", "found", "problem")
+    for finding in findings:
+        table.add_row(*finding)
+    show(table)
+    problems = [problem for _, _, problem in findings if problem]
+    if problems:
+        raise IncompleteError(f"{len(problems)} of {len(findings)} points need attention: see the last column.")
+
+
+def _software() -> Iterator[Finding]:
+    from pipeline.runs import code_version
+
+    yield "cafe", code_version(), ""
+    yield "Python", f"{platform.python_version()} on {platform.platform(terse=True)}", ""
+    yield "libraries", ", ".join(f"{name} {version(name)}" for name in LIBRARIES), ""
+
+
+def _hardware() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    yield "processor", f"{cores} cores, {'fast' if fast else 'slow'} bf16", ""
+    free = psutil.virtual_memory().available
+    low = f"less than {_size(LEAST_MEMORY)}: close other programs" if free < LEAST_MEMORY else ""
+    yield "free memory", _size(free), low
+    names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    yield "GPUs", ", ".join(f"{gpu.name} ({_size(gpu.total_memory)})" for gpu in names) or "none", ""
+
+
+def _storage(workspace: Workspace) -> Iterator[Finding]:
+    """Write, read and remove a small file where results would go."""
+    probe = workspace.root / ".doctor"
+    try:
+        workspace.root.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"cafe")
+        readable = probe.read_bytes() == b"cafe"
+        probe.unlink()
+    except OSError as error:
+        yield "workspace", str(workspace.root), f"cannot be written ({error.strerror or error}): choose another with -w"
+        return
+    yield "workspace", str(workspace.root), "" if readable else "what was written reads otherwise"
+    if workspace.local:
+        free = shutil.disk_usage(str(workspace.root)).free
+        yield "free disk", _size(free), f"less than {_size(LEAST_DISK)}" if free < LEAST_DISK else ""
+
+
+def _hub() -> Finding:
+    try:
+        socket.create_connection(HUB, HUB_SECONDS).close()
+    except OSError:
+        return "hub of weights", f"{HUB[0]} does not answer: name files (TOWER@FILE), or use an installed tower", ""
+    return "hub of weights", f"{HUB[0]} answers", ""
+
+
+def _needs(workspace: Workspace, file: str) -> Iterator[Finding]:
+    """Say what a benchmark still has to compute and store, and whether it fits on the disk."""
+    from jobs.runs import find_file
+    from pipeline.benchmark.file import read_benchmark
+    from pipeline.benchmark.plan import plan_benchmark
+    from pipeline.extract import describe_store, know_tower
+    from pipeline.settings import BenchmarkSettings
+
+    plan = plan_benchmark(workspace, read_benchmark(find_file(file)), BenchmarkSettings())
+    needed = 0
+    for store in plan.missing_stores:
+        try:
+            needed += describe_store(store.manifest, store.settings, know_tower(workspace, store.settings)).bytes
+        except UserError as error:
+            yield f"features of {store.manifest.name}", store.settings.backbone, str(error)
+    free = shutil.disk_usage(str(workspace.root)).free if workspace.local else needed
+    yield "features to store", _size(needed), f"more than the free {_size(free)}" if needed > free else ""
+    for reason in dict.fromkeys(cell.obstacle for cell in plan.cells if cell.obstacle):
+        yield "cells", f"{sum(cell.obstacle == reason for cell in plan.cells)} of {len(plan.cells)} cannot run", reason
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GB"

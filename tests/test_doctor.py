@@ -1,0 +1,36 @@
+"""`cafe doctor` against a workspace that can be written, one that cannot, and a benchmark that lacks something."""
+
+from pathlib import Path
+
+from click.testing import CliRunner
+from miniatures import write_mma
+
+from jobs.cli import main
+
+
+def test_a_machine_that_lacks_nothing_is_fit_and_nothing_is_left_in_the_workspace(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["-w", str(tmp_path / "work"), "doctor"])
+    assert result.exit_code == 0, result.output
+    assert "torch 2." in result.output
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_workspace_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    result = CliRunner().invoke(main, ["-w", str(tmp_path / "file"), "doctor"])
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
+
+
+def test_what_keeps_a_benchmark_from_running_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write_mma(tmp_path / "set")
+    grid = tmp_path / "grid.toml"
+    grid.write_text('sources = ["mma"]\nmethods = ["scn"]\nseeds = 2\n')
+    workspace = ["-w", str(tmp_path / "work")]
+    index = ["data", "index", "mma", str(tmp_path / "set"), "--name", "mma", "--accept-counts"]
+    assert CliRunner().invoke(main, [*workspace, *index]).exit_code == 0
+    result = CliRunner().invoke(main, [*workspace, "doctor", str(grid)])
+    assert result.exit_code == 1
+    assert "2 of 2 cannot run" in result.output
+    assert "'mma' has 2 training faces" in result.output
