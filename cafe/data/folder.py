@@ -13,7 +13,7 @@ from upath import UPath
 
 from cafe.data.expressions import parse_expression
 from cafe.data.indexing import LabelledFile, Listing
-from cafe.data.layouts import is_image, list_files
+from cafe.data.layouts import is_image, list_files, merge_repeated
 from cafe.data.manifest import SPLITS
 from cafe.errors import UserError
 
@@ -45,7 +45,7 @@ def read_synthetic(root: UPath) -> Listing:
     """List a drawn domain; every face belongs to the group of its identity, `id0007` of `id0007_01.jpg`."""
     found = read_folder(root)
     found.kind = "synthetic"
-    found.files = [replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in found.files]
+    found.group_by_name()
     return found
 
 
@@ -68,7 +68,8 @@ def read_table(file: UPath, root: UPath | None = None) -> Listing:
     rows = [_read_row(row, f"Row {number} of {file}") for number, row in enumerate(cells, start=1)]
     root, rows = _place(rows, file, root)
     found = Listing(root, "table", f"table of {', '.join(columns)}")
-    found.files, found.repeated = _merge_repeated(rows, file)
+    kept, found.repeated = merge_repeated([(row.path, row, f"row {n}") for n, row in enumerate(rows, start=1)], file)
+    found.files = [rows[position] for position in sorted(kept)]
     return found
 
 
@@ -114,26 +115,6 @@ def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[U
         )
     inside = [str(path.relative_to(base.path)) for path in paths]
     return base, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
-
-
-def _merge_repeated(rows: list[LabelledFile], file: UPath) -> tuple[list[LabelledFile], list[str]]:
-    """Return every face once and the paths of those listed more than once; raise `UserError` where the cells differ."""
-    places: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        places.setdefault(row.path, []).append(position)
-    repeated: list[str] = []
-    disputed: list[str] = []
-    for path, positions in places.items():
-        if len(positions) > 1:
-            line = f"{path} (rows {', '.join(str(position + 1) for position in positions)})"
-            same = all(rows[position] == rows[positions[0]] for position in positions)
-            (repeated if same else disputed).append(line)
-    if disputed:
-        raise UserError(
-            f"{file} lists {len(disputed)} faces more than once with different labels, splits or groups, "
-            f"{', '.join(disputed)}: keep one row of each."
-        )
-    return [rows[positions[0]] for positions in places.values()], repeated
 
 
 def parse_split(name: str) -> str:

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS, OTHERS, parse_expression
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
 from cafe.data.manifest import READERS, Face, Manifest, assign_splits
 from cafe.errors import UserError
@@ -92,7 +93,7 @@ class Listing:
     """The labelled files a reader finds, filled in as it goes through them.
 
     `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is, `expected` what a
-    complete copy holds, `packed` which archives still lie there. `ignored` counts files that are no faces of the set,
+    complete copy holds, `packed` which archives have not been unpacked. `ignored` counts files that are no faces of the set,
     `dropped` faces that show none of the seven expressions, by reason; `rejected` names rows of label files that cannot
     be used (where, reason), `repeated` pictures that are listed more than once and count once.
     """
@@ -111,6 +112,29 @@ class Listing:
     def add(self, path: str, label: int, split: str = "", **more: Any) -> None:
         """Add a face: its file below `root`, label and split, and further fields of `LabelledFile`."""
         self.files.append(LabelledFile(path, label, split, **more))
+
+    def add_labelled(self, where: str, file: str, path: str | None, expression: str, split: str, **more: Any) -> None:
+        """Add the face that a row of a label file names, or note why it cannot be used.
+
+        `where` is the row, `file` the picture it names, `path` where that lies below `root`, `expression` a name.
+        """
+        if expression.casefold() in OTHERS:
+            self.dropped[expression] += 1
+        elif path is None:
+            self.reject(file, "file not found")
+        else:
+            try:
+                self.add(path, parse_expression(expression), split, **more)
+            except UserError as error:
+                self.reject(where, str(error))
+
+    def group_by_name(self) -> None:
+        """Make the faces whose file names agree up to the first `_` a group."""
+        self.files = [replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in self.files]
+
+    def count_ignored(self, pictures: list[str]) -> None:
+        """Count the pictures below `root` that no label names."""
+        self.ignored = max(0, len(pictures) - len(self.files) - self.dropped.total())
 
     def reject(self, where: str, reason: str) -> None:
         """Note a row of a label file that cannot be used."""

@@ -1,4 +1,4 @@
-"""OFER: occluded patches are found and painted anew, and the face is read by an attentive CNN and by a transformer's latents.
+"""OFER: occluded patches are found and painted anew; an attentive CNN and a transformer's latents then read the face.
 
 "Latent-OFER: Detect, Mask, and Reconstruct with Latent Vectors for Occluded Facial Expression Recognition", ICCV 2023. Of it
 the classifier and a part of the reconstruction were released; the detector, the masked autoencoder and the latents were not.
