@@ -21,7 +21,7 @@ from typing import Any
 
 from upath import UPath
 
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError, first_line, unknown
 from cafe.files import list_folder, read_json, write_file, write_json
 from cafe.results.protocols import PROTOCOLS
 from cafe.results.scores import PULLED, SOURCE, Run, flatten_scores, read_run, read_scores
@@ -192,8 +192,9 @@ class Mirror:
                 whole = [run for run in runs if {"cafe.group", MIRRORED} <= run.data.tags.keys()]
                 return [self._pull_run(client, run, check_name(experiment)) for run in whole]
             except (mlflow.exceptions.MlflowException, OSError) as error:
-                reason = str(error).partition("\n")[0]
-                raise UserError(f"MLflow at {self.address} cannot be read ({reason}): check --mlflow-uri.") from None
+                raise UserError(
+                    f"MLflow at {self.address} cannot be read ({first_line(error)}): check --mlflow-uri."
+                ) from None
 
     def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
         """Copy a run's description and predictions, unless the cache has them as they are."""
@@ -264,17 +265,15 @@ def log(client: Any, tracked: Any, page: Page, tags: Mapping[str, str]) -> None:
 
 
 def log_inputs(client: Any, tracked: Any, page: Page) -> None:
-    """Log the data sets of a run that are not there yet, by the name and the digest of their manifests."""
+    """Log the data sets of a run, by the name and the digest of their manifests; MLflow keeps each once."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    there = {(found.dataset.name, found.dataset.digest) for found in tracked.inputs.dataset_inputs}
-    missing = [
+    inputs = [
         DatasetInput(Dataset(name, digest[:32], "local", name), [InputTag("mlflow.data.context", context)])
         for context, name, digest in page.inputs
-        if (name, digest[:32]) not in there
     ]
-    if missing:
-        client.log_inputs(tracked.info.run_id, missing)
+    if inputs:
+        client.log_inputs(tracked.info.run_id, inputs)
 
 
 def log_files(client: Any, tracked: Any, page: Page) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError, first_line, unknown
 from cafe.towers import face
 from cafe.towers.face import FaceResnet
 from cafe.towers.layers import FACE_READER, Reader, choose_open_clip_reader, choose_timm_reader, read_layers
@@ -141,9 +141,9 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             if input_size is None:
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             raise UserError(
-                f"The backbone '{name}' cannot take input size {input_size} ({reason}): leave it out to use its own."
+                f"The backbone '{name}' cannot take input size {input_size} ({first_line(error)}): leave it out to use "
+                "its own."
             ) from error
 
 
@@ -238,7 +238,7 @@ BUILDERS = {"open_clip": _build_open_clip, "timm": _build_timm, "dlib": _build_f
 
 
 def _rename_by_order(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give packaged tensors the tower's names; what stands behind them is the classifier, which the tower has not."""
+    """Give packaged tensors the tower's names, in order; the last ones belong to the classifier, which the tower lacks."""
     renamed = dict(zip(own, tensors.values(), strict=False))
     kinds = [key.rpartition(".")[2] for key in tensors][: len(own)] == [key.rpartition(".")[2] for key in own]
     if not kinds or any(own[key].shape != tensor.shape for key, tensor in renamed.items()):
