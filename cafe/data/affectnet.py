@@ -14,8 +14,8 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import Box, UnreadableImageError, read_bytes
-from cafe.data.indexing import Expected, Listing, map_threads
-from cafe.data.layouts import Tree, list_by_folder, parse_number, read_records
+from cafe.data.indexing import Listing, map_threads, read_expected
+from cafe.data.layouts import SPLIT_NAMES, Tree, list_by_folder, parse_number, read_records
 
 NUMBERS = (  # 0–10, from the authors' read-me
     "neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no face",
@@ -25,11 +25,6 @@ PATH, EXPRESSION, BOX = "subDirectory_filePath", "expression", ("face_x", "face_
 COLUMNS = (PATH, *BOX, "facial_landmarks", EXPRESSION, "valence", "arousal")  # of a list without a header
 LISTED_IMAGE = "Manually_Annotated_Images/.*"
 ARRAY_IMAGE = r"(train|val)_set/images/([^/]+)\.[^./]+"
-SPLITS = {"train": "train", "valid": "val", "val": "val", "validation": "val", "test": "test"}
-EXPECTED = (  # surprise, fear, disgust, happiness, sadness, anger, neutral
-    Expected("train", (14090, 6378, 3803, 134415, 25459, 24882, 74874), "the manually annotated release"),
-    Expected("val", (500,) * len(EXPRESSIONS), "the manually annotated release"),
-)
 
 
 def read_affectnet(root: UPath) -> Listing:
@@ -46,8 +41,8 @@ def read_affectnet(root: UPath) -> Listing:
         return _read_arrays(tree)
     layout = "shared copy of AffectNet: {Train,Test}/EXPRESSION"
     wanted = "training.csv of AffectNet, nor {train_set,val_set}/annotations, nor {Train,Test}/EXPRESSION"
-    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in EXPECTED)
-    return list_by_folder(tree, SPLITS, "affectnet", layout, doubtful, wanted)
+    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in read_expected("affectnet"))
+    return list_by_folder(tree, SPLIT_NAMES, "affectnet", layout, doubtful, wanted)
 
 
 def _read_lists(tree: Tree) -> Listing:
@@ -55,7 +50,7 @@ def _read_lists(tree: Tree) -> Listing:
     if pictures is None:
         raise tree.lack("folder Manually_Annotated_Images with the pictures", "unpack it beside the lists")
     layout = "AffectNet: training.csv, validation.csv, faces cut out of Manually_Annotated_Images"
-    found = pictures.start("affectnet", layout, EXPECTED)
+    found = pictures.start("affectnet", layout, read_expected("affectnet"))
     for name, split in LISTS.items():
         table = tree.find_one(name)
         if table is None:
@@ -83,7 +78,8 @@ def _read_arrays(tree: Tree) -> Listing:
         annotation = home.get(f"{match[1]}_set/annotations/{match[2]}_exp.npy")
         return _read_expression(home.root / annotation) if annotation else None
 
-    found = home.start("affectnet", "AffectNet: {train_set,val_set}/images and annotations", EXPECTED)
+    layout = "AffectNet: {train_set,val_set}/images and annotations"
+    found = home.start("affectnet", layout, read_expected("affectnet"))
     for match, expression in zip(matches, map_threads(read_annotation, matches), strict=True):
         if expression is None:
             found.reject(match[0], "its annotation ID_exp.npy is missing or holds no expression of 0–10")

@@ -15,7 +15,7 @@ import numpy as np
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.indexing import Expected, Listing
+from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import Tree, folder_of, merge_repeated, parse_number, read_csv, read_records
 from cafe.errors import UserError, unknown
 
@@ -34,23 +34,6 @@ LABEL_FILES = "FER2013{Train,Valid,Test}/label.csv"
 PICTURE_FOLDERS = "FER2013{Train,Valid,Test}/*.png"
 PIXEL_TABLES = ("fer2013.csv", "icml_face_data.csv")  # the same rows; the second has its columns in another order
 SIDE = 48
-
-# What the majority rule leaves of the distributed files, a picture that is listed twice counted once:
-# surprise, fear, disgust, happiness, sadness, anger, neutral.
-BY_TABLE = "the votes in fer2013new.csv by the majority rule"
-BY_LABELS = "the votes in the three label.csv by the majority rule"
-EXPECTED = {
-    VOTE_TABLE: (
-        Expected("train", (3149, 532, 119, 7287, 3013, 2099, 8739), BY_TABLE),
-        Expected("val", (415, 62, 24, 865, 351, 287, 1182), BY_TABLE),
-        Expected("test", (396, 83, 18, 893, 384, 273, 1090), BY_TABLE),
-    ),
-    LABEL_FILES: (
-        Expected("train", (3136, 536, 116, 7284, 3022, 2098, 8733), BY_LABELS),
-        Expected("val", (411, 60, 25, 862, 348, 289, 1180), BY_LABELS),
-        Expected("test", (394, 86, 16, 892, 382, 269, 1083), BY_LABELS),
-    ),
-}
 
 
 def choose_majority(votes: Sequence[int]) -> int | None:
@@ -92,7 +75,8 @@ def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
         raise unknown("rule for FERPlus", rule, RULES)
     tree = Tree.open(root)
     rows, source = _read_votes(tree)
-    kind, expected = ("ferplus", EXPECTED[source]) if rule == "majority" else (f"ferplus-{rule}", ())
+    kind = "ferplus" if rule == "majority" else f"ferplus-{rule}"
+    expected = read_expected(f"ferplus {source.rpartition('/')[2]}") if rule == "majority" else ()
     home = tree.find_home("FER2013(Train|Valid|Test)/[^/]+", "the folders FER2013Train, … of FERPlus")
     tables = [name for name in PIXEL_TABLES if tree.find(name)]
     if home is None and (source == LABEL_FILES or not tables):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +43,12 @@ class Expected:
     counts: tuple[int, ...]
     source: str
     doubt: str = ""
+
+
+def read_expected(name: str) -> tuple[Expected, ...]:
+    """Return what a complete copy of a data set holds, as counts.toml says."""
+    entries = tomllib.loads(Path(__file__).with_name("counts.toml").read_text(encoding="utf-8"))[name]
+    return tuple(Expected(**{**entry, "counts": tuple(entry["counts"])}) for entry in entries)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,15 @@ from cafe.data.images import SUFFIXES
 from cafe.data.indexing import Expected, Listing
 from cafe.errors import UserError
 
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}  # as folders and tables name them, and our splits
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
 
 
@@ -35,7 +44,7 @@ class Tree:
     def open(cls, root: UPath) -> Tree:
         """List a folder; raise `UserError` when it is none."""
         if not root.is_dir():
-            raise UserError(f"{root} is not a folder: give the one the data set was unpacked into.")
+            raise UserError(f"{root} is not a folder: give the one that holds the data set.")
         return cls(root, list_files(root))
 
     @cached_property
@@ -240,7 +249,7 @@ def list_by_folder(
             )
         else:
             found.add(path, parse_expression(expression), split)
-        outermost = next(position for position, key in enumerate(keys) if key in {*splits, "train", "val", "test"})
+        outermost = next(position for position, key in enumerate(keys) if key in {*splits, *SPLIT_NAMES})
         bases.add("/".join(folders[:outermost]))
     if not found.files:
         raise tree.lack(wanted, "give the folder that holds it")

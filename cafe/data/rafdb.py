@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from upath import UPath
 
-from cafe.data.indexing import Expected, Listing
+from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import Tree, folder_of, parse_number, read_csv, relative
 
 NUMBERS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")  # 1–7, from the authors' read-me
 LABEL_FILES = ("list_patition_label.txt", "list_partition_label.txt")  # spelled as the first by the authors
 SHARED_LABEL_FILES = ("train_labels.csv", "test_labels.csv")
-EXPECTED = (  # surprise, fear, disgust, happiness, sadness, anger, neutral
-    Expected("train", (1290, 281, 717, 4772, 1982, 705, 2524), "counted in the label file of the basic set"),
-    Expected("test", (329, 74, 160, 1185, 478, 162, 680), "counted in the label file of the basic set"),
-)
 
 
 def read_rafdb(root: UPath) -> Listing:
@@ -47,7 +43,9 @@ def _read_official(tree: Tree, labels: str) -> Listing:
     if not aligned:
         missing = "aligned faces (Image/aligned/train_00001_aligned.jpg, …)"
         raise tree.lack(missing, "unpack aligned.zip in its folder Image")
-    found = tree.start("rafdb", "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned", EXPECTED)
+    found = tree.start(
+        "rafdb", "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned", read_expected("rafdb")
+    )
     text = (tree.root / labels).read_bytes().decode("utf-8-sig", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
         name, label = [*line.split(), "", ""][:2]
@@ -66,7 +64,7 @@ def _read_shared(tree: Tree) -> Listing:
     tree = tree.below(tree.choose(folders, "the label files of RAF-DB"))
     images = {"/".join(path.casefold().split("/")[-3:]): path for path in tree.images}
     layout = "shared copy of RAF-DB: train_labels.csv, test_labels.csv, {train,test}/{1..7}"
-    found = tree.start("rafdb", layout, EXPECTED)
+    found = tree.start("rafdb", layout, read_expected("rafdb"))
     for split in ("train", "test"):
         table = tree.get(f"{split}_labels.csv")
         if table is None:

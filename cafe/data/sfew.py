@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from upath import UPath
 
-from cafe.data.indexing import Expected, Listing
+from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import Tree, folder_of, list_by_folder, read_records
 
 SPLITS = {
@@ -19,10 +19,6 @@ SPLITS = {
 }
 LABEL_FILE = "sfew_2.0_labels.csv"
 IMAGE_FOLDER = "sfew2.0_images"
-EXPECTED = (
-    Expected("train", (891,), "the number of aligned training faces that fits published percentages", "unverified"),
-    Expected("val", (431,), "the number of aligned validation faces most papers use", "unverified"),
-)
 
 
 def read_sfew(root: UPath) -> Listing:
@@ -36,7 +32,7 @@ def read_sfew(root: UPath) -> Listing:
         return _read_shared(tree.below(folder_of(table)), table.rpartition("/")[2])
     layout = "official SFEW 2.0: {Train,Val}_Aligned_Faces/EXPRESSION"
     wanted = "aligned faces of SFEW (Train/Train_Aligned_Faces/Angry, …), nor sfew_2.0_labels.csv"
-    found = list_by_folder(tree, SPLITS, "sfew", layout, EXPECTED, wanted)
+    found = list_by_folder(tree, SPLITS, "sfew", layout, read_expected("sfew"), wanted)
     found.group_by_name()  # AboutABoy_000152880_00000001.png is a still of "About a Boy": stills of one film are alike
     return found
 
@@ -44,7 +40,7 @@ def read_sfew(root: UPath) -> Listing:
 def _read_shared(tree: Tree, table: str) -> Listing:
     if not any(path.casefold().startswith(f"{IMAGE_FOLDER}/") for path in tree.images):
         raise tree.lack(f"pictures in {IMAGE_FOLDER} beside {table}", "unpack them there")
-    found = tree.start("sfew", f"shared copy of SFEW 2.0: {LABEL_FILE}, {IMAGE_FOLDER}", EXPECTED)
+    found = tree.start("sfew", f"shared copy of SFEW 2.0: {LABEL_FILE}, {IMAGE_FOLDER}", read_expected("sfew"))
     for number, row in read_records(tree.root / table, ("image_name", "emotion", "original_split")):
         where, file = f"{table}, line {number}", f"{IMAGE_FOLDER}/{row['image_name']}"
         official = row["original_split"].casefold()  # the copies name the official folder here: Train_Aligned_Faces

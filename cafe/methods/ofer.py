@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -154,10 +154,6 @@ class Ofer(Method):
         """Stochastic gradient descent with momentum."""
         recipe = self.recipe
         return torch.optim.SGD(self.parameter_groups(), momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """All but the frozen parts."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.recipe.learning_rate}]
 
     def learning_rate_factor(self, epoch: int) -> float:
         """A tenth after every ten epochs."""

@@ -9,7 +9,7 @@ deviations: docs/methods.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +67,6 @@ class Rul(Method):
         partner = torch.randperm(len(batch["label"]), generator=batch["generator"]).to(batch["label"].device)
         mixed = mix(output["logits"], output["uncertainty"], partner)
         return {"total": add_up_loss(mixed, batch["label"], partner)}
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The classifier learns ten times as fast as the branch and its heads."""
-        others = [parameter for name, parameter in self.named_parameters() if not name.startswith("classifier.")]
-        return [
-            {"params": others, "lr": self.recipe.learning_rate},
-            {"params": list(self.classifier.parameters()), "lr": self.recipe.classifier_learning_rate},
-        ]
 
 
 def build_head(channels: int, places: int, dropout: float) -> nn.Sequential:
