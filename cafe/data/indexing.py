@@ -1,6 +1,6 @@
-"""What every reader shares: a listing of labelled files, what a complete copy holds, and the pass that opens each file once.
+"""What all readers share: a listing of labelled files, what a complete copy holds, and the pass that opens each file once.
 
-A reader only says which files there are and what they show; hashing, headers, broken files and splits happen here.
+A reader only says which files there are and what they show; sizes, digests, broken files and splits are handled here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, re
 from cafe.data.manifest import READERS, Face, Manifest, assign_splits
 from cafe.errors import UserError
 
-AT_ONCE = 64  # files a thread takes at a time: 300,000 single tasks would cost more than they do
+AT_ONCE = 64  # files a thread takes at a time: scheduling 300,000 single files would cost more than reading them
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
 
@@ -53,7 +53,7 @@ def read_expected(name: str) -> tuple[Expected, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of faces that is not the expected one; a certain difference means that the copy is another data set."""
+    """A number of faces that is not the expected one; a certain difference means that the copy is not the data set."""
 
     split: str
     expression: str
@@ -66,7 +66,7 @@ class Difference:
 def count_differences(expected: Sequence[Expected], found: Counter[tuple[str, int]]) -> list[Difference]:
     """Return where the faces found per (split, label) differ from what is expected.
 
-    A difference is certain where numbers are known per expression and nobody doubts them, or where a split is missing.
+    A difference is certain where the numbers are known per expression and beyond doubt, or where a split is missing.
     """
     differences = []
     for split in expected:

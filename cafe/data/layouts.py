@@ -102,7 +102,7 @@ class Tree:
         return Listing(self.root, kind, layout, expected, self.packed)
 
     def lack(self, missing: str, remedy: str) -> UserError:
-        """Return the error for something that must be there; where an archive is still packed, that is the likely reason."""
+        """Return the error for something that must be there; an archive still packed is named as the likely reason."""
         if self.packed:
             more = f" (as are {len(self.packed) - 1} more archives)" if len(self.packed) > 1 else ""
             remedy = f"{self.packed[0]} is still packed{more}, so unpack it where it lies"
@@ -224,9 +224,9 @@ def list_by_folder(
 ) -> Listing:
     """List the images of …/SPLIT/…/EXPRESSION/image, where `splits` maps the names of folders to our splits.
 
-    A split mapped to nothing has no labels. The listing's root is the splits' common folder. Raises `UserError` when there
-    are no images, naming the layout that is `wanted`, when there are two copies, and for a folder that is numbered: the
-    same number means another expression in another copy.
+    The faces of a split that is mapped to "" have no labels. The listing's root is the splits' common folder. Raises
+    `UserError` when there are no images, naming the layout that is `wanted`, when there are two copies, and for a folder
+    that is numbered: the same number means another expression in another copy.
     """
     found, bases = tree.start(kind, layout, expected), set()
     for path in tree.images:

@@ -52,7 +52,7 @@ class Ofer(Method):
     policy = "ofer"
     clean_features = True
     recipe_type = Recipe
-    # A large set teaches the frozen parts in fewer passes.
+    # On a large set the frozen parts need fewer passes.
     recipe_changes: ClassVar = {
         "affectnet": {"epochs": 20, "gamma": 0.1, "prior": "balanced", "mae_epochs": 3},
         "mma": {"mae_epochs": 10},
@@ -93,7 +93,7 @@ class Ofer(Method):
         return latents
 
     def prepare(self, load: Callable[[int], Iterable[Batch]]) -> None:
-        """Teach the autoencoder, then the detector, on the clean training faces."""
+        """Train the autoencoder, then the detector, on the clean training faces."""
         self.mae.fit(lambda number: (batch["image"] for batch in load(number)), self.recipe.mae_epochs)
 
         @torch.no_grad()

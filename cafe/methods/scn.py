@@ -84,7 +84,7 @@ class WeightedHead(nn.Module):
         self.attention = nn.Linear(width, 1)
 
     def draw(self) -> None:
-        """Draw the weights as the released script does without pre-training: uniform within 1 / √outputs, no bias."""
+        """Draw the weights as the released script does: uniform within 1 / √outputs, no bias."""
         for layer in (self.classifier, self.attention):
             nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
             nn.init.zeros_(layer.bias)

@@ -1,7 +1,7 @@
 """Frozen towers: large image models of open_clip, timm and dlib that turn a face into features and are never trained.
 
-Every number about a tower (width, map grid, input size, statistics, weights digest) is asked of the tower itself, so
-that a new one needs no constants and the cache key cannot lie.
+Every number about a tower (width, map grid, input size, statistics, weights digest) is taken from the tower itself, so that
+a new one needs no constants and the cache key cannot be wrong.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class FrozenBackbone(nn.Module):
         if layer.name not in self.layers:
             raise unknown(f"layer of '{self._spec.architecture.partition('#')[0]}'", layer.name, self.layers)
         image = torch.zeros(1, 3, input_size, input_size)
-        with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
+        with torch.no_grad():  # not inference mode: tensors a tower keeps from it could never be trained
             ((pooled, _),) = self.read(image, [layer])
             if pooled.ndim != 2:
                 raise UserError(f"The backbone '{self.name}' gives no single vector per image: choose another model.")

@@ -1,7 +1,7 @@
 """Weights files: fetch them, read them safely, and name them by their content.
 
-Frozen backbones and image branches take weights from files of strangers, so nothing in them is ever executed; the
-digest of what was read goes into the cache key, so that a feature can always be traced to its tower.
+Weights files come from anywhere, so nothing in them is ever executed; the digest of what was read goes into the cache key,
+so that a feature can always be traced to its tower.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def fetch_weights(repository: str, revision: str | None, files: list[str]) -> st
     for file in files:
         address = huggingface_hub.hf_hub_url(repository, file, revision=revision)
         try:
-            # A download retries an unreachable hub for most of a minute; this one question gives up at once.
+            # A download tries an unreachable hub again for most of a minute; this request gives up at once.
             huggingface_hub.get_hf_file_metadata(address, timeout=10)
             return huggingface_hub.hf_hub_download(repository, file, revision=revision)
         except EntryNotFoundError as error:
