@@ -243,14 +243,12 @@ def find_region(grid: tuple[int, int]) -> list[int]:
 
     These are rows 3–11 with columns 3–10, and columns 3–8 of row 12.
     """
-    places = [
-        (14 * (row + 0.5) / grid[0], 14 * (column + 0.5) / grid[1])
-        for row in range(grid[0])
-        for column in range(grid[1])
-    ]
-    return [
-        number for number, (y, x) in enumerate(places) if (3 <= y < 12 and 3 <= x < 11) or (12 <= y < 13 and 3 <= x < 9)
-    ]
+    down, across = (14 * (torch.arange(count) + 0.5) / count for count in grid)  # in patches of the released grid
+    y, x = torch.meshgrid(down, across, indexing="ij")
+    middle = (y >= 3) & (y < 12) & (x >= 3) & (x < 11)
+    chin = (y >= 12) & (y < 13) & (x >= 3) & (x < 9)
+    region: list[int] = (middle | chin).flatten().nonzero().flatten().tolist()
+    return region
 
 
 def keep_top_half(latents: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:
