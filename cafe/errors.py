@@ -24,3 +24,8 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
     """Return the error for a name that is not one of `allowed`."""
     names = ", ".join(sorted(allowed)) or "nothing yet"
     return UserError(f"Unknown {kind} {str(value)!r}: choose {names}.")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says of its error, without a full stop, to be quoted in a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -55,7 +55,7 @@ def index(
     \b
     KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
     KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
-    KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is given out, in any wrapper folders
+    KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is distributed, in any wrapper folders
     """
     from cafe.data.indexing import index_files
     from cafe.data.manifest import thin_training
@@ -101,7 +101,7 @@ def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) 
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
-    """Print where a copy is not the published one, doubtful numbers only with `warn`; raise `UserError` for the others."""
+    """Print where counts are not the published ones, doubtful ones only with `warn`; raise `UserError` unless `accept`."""
     from cafe.data.indexing import count_differences
     from jobs.data_tables import counts_tables
 
@@ -142,7 +142,7 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
 @data.command("check")
 @click.argument("name")
 def check(name: str) -> None:
-    """Look at the pictures of a data set: `cafe data check news`.
+    """Check the pictures of a data set: `cafe data check news`.
 
     Decodes every picture: sizes, brightness, grey share, unreadable and identical ones, as tables and as one HTML page
     with a contact sheet for each expression.
@@ -151,7 +151,7 @@ def check(name: str) -> None:
     from pipeline.datasets import report_check
 
     workspace = open_workspace()
-    with progress_bar("Looking") as progress:
+    with progress_bar("Checking") as progress:
         result, page = report_check(workspace, workspace.load_manifest(name), progress)
     for table in check_tables(result):
         show(table)
@@ -166,7 +166,7 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
 
     \b
     Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
-    target the list of pairs, which `evaluate` and `compare` honour with --exclude-leaks, and a page to look at them.
+    target the list of pairs, which `evaluate` and `compare` leave out with --exclude-leaks, and a page that shows them.
     """
     from cafe.results.leaks import audit_path
     from jobs.data_tables import audit_table, unreadable

@@ -22,7 +22,8 @@ from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import fit, predict
 from cafe.learning.views import ViewPlan
-from cafe.methods import METHODS, finetune, nearest_mean, zero_shot
+from cafe.methods import METHODS
+from cafe.methods.baselines import finetune, nearest_mean, zero_shot
 from cafe.methods.baselines.finetune import Finetune, find_blocks, find_trained
 from cafe.methods.baselines.nearest_mean import NearestClassMean
 from cafe.methods.baselines.zero_shot import ZeroShot, write_prompts
@@ -103,10 +104,8 @@ def test_the_prompts_name_every_expression_in_order() -> None:
 
 
 @pytest.mark.parametrize("name", ["imagenet-lite0", "timm:resnet18"])
-def test_a_tower_that_cannot_read_is_one_sentence_before_anything_starts(name: str) -> None:
-    with pytest.raises(
-        UserError, match=f"The backbone '{name}' cannot read, so it recognises nothing without training"
-    ):
+def test_a_tower_without_texts_is_one_sentence_before_anything_starts(name: str) -> None:
+    with pytest.raises(UserError, match=f"The backbone '{name}' has no text tower, which zero-shot recognition needs"):
         ZeroShot.check(Inputs(1280, backbone=name))
 
 

@@ -128,25 +128,24 @@ def flip(content: bytes, position: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    "damage",
     [
-        (lambda content: content[:10_000_000], "ends too early"),
-        (lambda content: content[:-40], "other settings"),
-        (lambda content: b"", "no layer 'con_4' follows at byte 0"),
-        (lambda content: flip(content, 5), "other settings"),  # in the name of what the network was trained with
-        (lambda content: flip(content, content.index(b"con_4") + 6), "another size"),  # the version of its tensor
-        (lambda content: flip(content, content.index(b"con_4") + 9), "another size"),  # how many values
-        (lambda content: flip(content, content.index(b"affine_")), "no layer 'affine_' follows"),
-        (lambda content: content.replace(b"avg_pool_2", b"max_pool_2", 1), "other settings"),
-        (lambda content: flip(content, content.index(b"fc_2") + 5), "other settings"),  # how many outputs
+        lambda content: content[:10_000_000],
+        lambda content: content[:-40],
+        lambda content: b"",
+        lambda content: flip(content, 5),  # in the name of what the network was trained with
+        lambda content: flip(content, content.index(b"con_4") + 6),  # the version of its tensor
+        lambda content: flip(content, content.index(b"con_4") + 9),  # how many values
+        lambda content: flip(content, content.index(b"affine_")),
+        lambda content: content.replace(b"avg_pool_2", b"max_pool_2", 1),
+        lambda content: flip(content, content.index(b"fc_2") + 5),  # how many outputs
     ],
 )
-def test_a_damaged_file_is_refused_in_one_sentence(damage, reason: str, weights: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_in_one_sentence(damage, weights: Path, tmp_path: Path) -> None:
     (tmp_path / "face.dat").write_bytes(damage(weights.read_bytes()))
     with pytest.raises(UserError) as caught:
         load_backbone(f"face-resnet@{tmp_path / 'face.dat'}")
-    assert reason in str(caught.value)
-    assert str(tmp_path / "face.dat") in str(caught.value)
+    assert f"'{tmp_path / 'face.dat'}' is not dlib's face recognition network, or is damaged" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

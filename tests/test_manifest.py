@@ -125,7 +125,7 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
         ("path,label\na,anger,fear", "is neither a CSV nor a Parquet table"),
         (
             "path,label\na,anger\nb,fear\na,fear\n./b,sad\n",
-            r"lists 2 faces more than once .*, a \(rows 1, 3\), b \(rows 2, 4\)",
+            r"lists 2 faces more than once .*, a \(row 1; row 3\), b \(row 2; row 4\)",
         ),
         ("path,label\nx.jpg,3", "Unknown expression '3'"),
         ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
@@ -142,7 +142,7 @@ def test_a_row_listed_twice_counts_once_and_is_reported(tmp_path: Path, cafe: Ca
     (tmp_path / "t.csv").write_text("path,label\nanger/000.jpg,anger\nsadness/000.jpg,sad\n./anger/000.jpg,Angry\n")
     output = cafe.succeed("data", "index", "table", str(tmp_path / "t.csv"), "--name", "t")
     assert "t: 2 faces" in output
-    assert "1 listed more than once, counted once:\n  anger/000.jpg (rows 1, 3)" in output
+    assert "1 listed more than once, counted once:\n  anger/000.jpg (row 1; row 3)" in output
 
 
 def test_a_table_may_lie_elsewhere_and_have_absolute_paths(tmp_path: Path, cafe: Cafe) -> None:

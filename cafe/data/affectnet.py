@@ -1,4 +1,4 @@
-"""AffectNet (Mollahosseini, Hasani and Mahoor, 2017), the manually annotated part, in three forms it is given out or shared.
+"""AffectNet (Mollahosseini, Hasani and Mahoor, 2017), the manually annotated part, in three layouts.
 
 Its validation set is what everybody tests on, since the labels of the real test set were never published.
 """
@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS, parse_expression
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import Box, UnreadableImageError, read_bytes
-from cafe.data.indexing import Expected, Listing, map_threads
-from cafe.data.layouts import Tree, list_by_folder, parse_number, read_records
+from cafe.data.indexing import Listing, map_threads, read_expected
+from cafe.data.layouts import SPLIT_NAMES, Tree, list_by_folder, parse_number, read_records
 
 NUMBERS = (  # 0–10, from the authors' read-me
     "neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no face",
@@ -23,13 +23,8 @@ NUMBERS = (  # 0–10, from the authors' read-me
 LISTS = {"training.csv": "train", "validation.csv": "val"}
 PATH, EXPRESSION, BOX = "subDirectory_filePath", "expression", ("face_x", "face_y", "face_width", "face_height")
 COLUMNS = (PATH, *BOX, "facial_landmarks", EXPRESSION, "valence", "arousal")  # of a list without a header
-LISTED_IMAGE = re.compile(r"(?P<home>(?:.*/)?)Manually_Annotated_Images/.*", re.IGNORECASE)
-ARRAY_IMAGE = re.compile(r"(?P<home>(?:.*/)?)(?P<set>train|val)_set/images/(?P<id>[^/]+)\.[^./]+", re.IGNORECASE)
-SPLITS = {"train": "train", "valid": "val", "val": "val", "validation": "val", "test": "test"}
-EXPECTED = (  # surprise, fear, disgust, happiness, sadness, anger, neutral
-    Expected("train", (14090, 6378, 3803, 134415, 25459, 24882, 74874), "the manually annotated release"),
-    Expected("val", (500,) * len(EXPRESSIONS), "the manually annotated release"),
-)
+LISTED_IMAGE = "Manually_Annotated_Images/.*"
+ARRAY_IMAGE = r"(train|val)_set/images/([^/]+)\.[^./]+"
 
 
 def read_affectnet(root: UPath) -> Listing:
@@ -46,61 +41,51 @@ def read_affectnet(root: UPath) -> Listing:
         return _read_arrays(tree)
     layout = "shared copy of AffectNet: {Train,Test}/EXPRESSION"
     wanted = "training.csv of AffectNet, nor {train_set,val_set}/annotations, nor {Train,Test}/EXPRESSION"
-    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in EXPECTED)
-    return list_by_folder(tree, SPLITS, "affectnet", layout, doubtful, wanted)
+    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in read_expected("affectnet"))
+    return list_by_folder(tree, SPLIT_NAMES, "affectnet", layout, doubtful, wanted)
 
 
 def _read_lists(tree: Tree) -> Listing:
-    homes = {match["home"].rstrip("/") for path in tree.images if (match := LISTED_IMAGE.fullmatch(path))}
-    if not homes:
+    pictures = tree.find_home(LISTED_IMAGE, "the folder Manually_Annotated_Images")
+    if pictures is None:
         raise tree.lack("folder Manually_Annotated_Images with the pictures", "unpack it beside the lists")
-    pictures = tree.below(tree.choose(homes, "the folder Manually_Annotated_Images"))
     layout = "AffectNet: training.csv, validation.csv, faces cut out of Manually_Annotated_Images"
-    found = pictures.start("affectnet", layout, EXPECTED)
+    found = pictures.start("affectnet", layout, read_expected("affectnet"))
     for name, split in LISTS.items():
         table = tree.find_one(name)
         if table is None:
             raise tree.lack(name, "put it beside the other list")
         for number, row in read_records(tree.root / table, (PATH, EXPRESSION, *BOX), COLUMNS):
-            file = f"Manually_Annotated_Images/{row[PATH.casefold()]}"
+            where, file = f"{name}, line {number}", f"Manually_Annotated_Images/{row[PATH.casefold()]}"
             expression, box = _name_expression(row[EXPRESSION]), _parse_box(row)
             if expression is None:
-                found.reject(f"{name}, line {number}", f"has no expression of 0–10: {row[EXPRESSION]!r}")
-            elif expression not in EXPRESSIONS:
-                found.dropped[expression] += 1
-            elif box is None:
-                found.reject(f"{name}, line {number}", "has no face box")
-            elif path := pictures.get(file):
-                found.add(path, parse_expression(expression), split, box=box)
+                found.reject(where, f"has no expression of 0–10: {row[EXPRESSION]!r}")
+            elif expression in EXPRESSIONS and box is None:
+                found.reject(where, "has no face box")
             else:
-                found.reject(file, "file not found")
-    return _count_ignored(found, pictures)
+                found.add_labelled(where, file, pictures.get(file), expression, split, box=box)
+    found.count_ignored(pictures.images)
+    return found
 
 
 def _read_arrays(tree: Tree) -> Listing:
-    homes = {match["home"].rstrip("/") for path in tree.images if (match := ARRAY_IMAGE.fullmatch(path))}
-    if not homes:
+    home = tree.find_home(ARRAY_IMAGE, "the folders train_set and val_set")
+    if home is None:
         raise tree.lack("pictures {train_set,val_set}/images/ID.jpg beside the annotations", "unpack them there")
-    tree = tree.below(tree.choose(homes, "the folders train_set and val_set"))
-    matches = [match for path in tree.images if (match := ARRAY_IMAGE.fullmatch(path))]
+    matches = [match for path in home.images if (match := re.fullmatch(ARRAY_IMAGE, path, re.IGNORECASE))]
 
     def read_annotation(match: re.Match[str]) -> str | None:
-        annotation = tree.get(f"{match['set']}_set/annotations/{match['id']}_exp.npy")
-        return _read_expression(tree.root / annotation) if annotation else None
+        annotation = home.get(f"{match[1]}_set/annotations/{match[2]}_exp.npy")
+        return _read_expression(home.root / annotation) if annotation else None
 
-    found = tree.start("affectnet", "AffectNet: {train_set,val_set}/images and annotations", EXPECTED)
+    layout = "AffectNet: {train_set,val_set}/images and annotations"
+    found = home.start("affectnet", layout, read_expected("affectnet"))
     for match, expression in zip(matches, map_threads(read_annotation, matches), strict=True):
         if expression is None:
             found.reject(match[0], "its annotation ID_exp.npy is missing or holds no expression of 0–10")
-        elif expression not in EXPRESSIONS:
-            found.dropped[expression] += 1
         else:
-            found.add(match[0], parse_expression(expression), match["set"].casefold())
-    return _count_ignored(found, tree)
-
-
-def _count_ignored(found: Listing, pictures: Tree) -> Listing:
-    found.ignored = max(0, len(pictures.images) - len(found.files) - found.dropped.total())
+            found.add_labelled(match[0], match[0], match[0], expression, match[1].casefold())
+    found.count_ignored(home.images)
     return found
 
 

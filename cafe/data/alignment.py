@@ -1,7 +1,7 @@
-"""Photographs → upright face crops, framed as expression sets frame them: eyes level, at a fixed place and distance.
+"""Photographs → upright face crops, framed as expression data sets are: eyes level, at a fixed place and distance.
 
-Used to prepare raw photos and, with the same numbers, to predict on them. The detector is MTCNN (Zhang et al. 2016) of
-facenet-pytorch, whose weights are part of the package; its declared versions of torch are years old, hence an extra step.
+Used to prepare raw photos and, with the same settings, to predict on them. The detector is MTCNN (Zhang et al. 2016) of
+facenet-pytorch, whose weights are part of the package; it asks for old versions of torch, so it is installed separately.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from cafe.errors import UserError
 
 INSTALL = "pip install --no-deps facenet-pytorch==2.6.0"
 
-# Where the eyes come to lie, in shares of the side: the crop shows a frontal face from forehead to chin, hardly any hair.
+# Where the eyes lie in a crop, in shares of its side: it shows a frontal face from forehead to chin and hardly any hair.
 EYE_HEIGHT = 0.36
 EYE_DISTANCE = 0.42
-# Between eyes and mouth a frontal face measures 1.155 times the distance of its eyes (ArcFace's template, Deng et al. 2019).
-# A turned head brings the eyes together but not the mouth nearer: the larger of both sets the scale.
+# From eyes to mouth a frontal face measures 1.155 times the distance of its eyes (ArcFace's template, Deng et al. 2019). In
+# a turned head the eyes are closer together but the mouth is as far from them: the larger of the two sets the scale.
 EYES_TO_MOUTH = 1.155
 
 # Photos are searched on square canvases, of which they fill four fifths, so that tight crops have room around them:
@@ -50,7 +50,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Aligned:
-    """What became of a photo: the crops (S, S, 3) of the faces wanted, largest first, where each was, and the others.
+    """The outcome for a photo: the crops (S, S, 3), largest face first, and where each face was.
 
     `found` counts all faces, `tiny` those too small to use. Without a crop `reason` says why.
     """
@@ -71,8 +71,8 @@ def align_faces(
 ) -> list[Aligned]:
     """Return for each photo (H, W, 3) uint8 its largest face, or every face, turned upright and cropped to (size, size, 3).
 
-    A face whose box is narrower than `smallest` pixels is counted and not used; one below `confidence` is none. What a
-    crop shows beyond the photo repeats the border. Raises `UserError` when the detector is not installed.
+    A face whose box is narrower than `smallest` pixels is counted but not used; a detection below `confidence` is ignored.
+    Where a crop reaches beyond the photo, the border is repeated. Raises `UserError` when the detector is not installed.
     """
     return [
         _align(photo, found, size, smallest, every_face)
@@ -149,17 +149,20 @@ def find_detector() -> Any:
 
 def crop_face(photo: np.ndarray, face: Detection, size: int) -> np.ndarray:
     """Return the upright crop (size, size, 3) of a face: eyes level, their middle in the middle of the width."""
-    centre, across = face.eyes.mean(axis=0), face.eyes[1] - face.eyes[0]
-    distance = float(np.linalg.norm(across))
+    centre, level = face.eyes.mean(axis=0), face.eyes[1] - face.eyes[0]
+    distance = float(np.linalg.norm(level))
     scale = max(distance, float(np.linalg.norm(face.mouth - centre)) / EYES_TO_MOUTH) / (EYE_DISTANCE * size)
-    right = across / max(distance, 1e-6) * scale  # one pixel of the crop to the right, in the photo
+    right = level / max(distance, 1e-6) * scale  # one pixel of the crop to the right, in the photo
     down = np.array([-right[1], right[0]])
     origin = centre - right * size / 2 - down * size * EYE_HEIGHT
-    finer = min(8, max(1, int(np.ceil(scale))))  # sampled more densely than shown, so that large faces are averaged
+    finer = min(
+        8, max(1, int(np.ceil(scale)))
+    )  # samples to a pixel of the crop, along each axis: large faces are averaged
     corners = np.array([origin + right * x * size + down * y * size for x in (0, 1) for y in (0, 1)])
     low = np.floor(corners.min(axis=0)).astype(int) - 2
     high = np.ceil(corners.max(axis=0)).astype(int) + 3
-    part = _cut(photo, *low, *high)
+    columns, rows = (np.arange(*ends) for ends in zip(low, high, strict=True))
+    part = photo.take(rows, axis=0, mode="clip").take(columns, axis=1, mode="clip")  # the border is repeated
     right, down, origin = right / finer, down / finer, origin - low
     picture = Image.fromarray(part).transform(
         (size * finer, size * finer),
@@ -168,10 +171,3 @@ def crop_face(photo: np.ndarray, face: Detection, size: int) -> np.ndarray:
         Image.Resampling.BICUBIC,
     )
     return np.asarray(picture.resize((size, size), Image.Resampling.BOX))
-
-
-def _cut(photo: np.ndarray, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-    """Return a rectangle of a photo, with the border repeated where it reaches beyond."""
-    height, width = photo.shape[:2]
-    rows, columns = np.clip(np.arange(top, bottom), 0, height - 1), np.clip(np.arange(left, right), 0, width - 1)
-    return photo[rows][:, columns]

@@ -1,7 +1,7 @@
 """Copies of one picture among many faces, found although they were resized, compressed again, greyed or lightly cropped.
 
 Aligned faces all look alike, so a short perceptual hash proposes far too many pairs. Here an index of small grey signatures
-only proposes; every pair is then registered and compared pixel by pixel.
+only proposes candidates; each pair is then registered and compared pixel by pixel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 THUMBNAIL = 64  # side of the grey picture everything is computed from; the smallest faces of the field have 48 pixels
 SIGNATURE = 12  # side of a signature before it is reduced to COMPONENTS numbers
 COMPONENTS = 96
-MARGIN = 0.06  # a signature leaves out this share of each side, so that what a copy has lost is not looked for
+MARGIN = 0.06  # share of each side that a signature leaves out, since a cropped copy may lack it
 
 # How a copy may be framed against its original: zoomed and shifted, in shares of the side. Together with the signatures'
 # own tolerance this covers crops of up to 8 % on every side, of either picture.
@@ -34,11 +34,11 @@ MIN_COSINE = 0.75  # of signatures; 99 of 100 copies cropped by 8 % on every sid
 
 # What a pair must pass to be compared more finely: {side in pixels: (steps of registration, least correlation)}.
 LEVELS = {16: (2, 0.9), 32: (2, 0.97), 64: (2, 0.985)}
-# Two people before a plain wall correlate well as wholes, and differ somewhere. So the verdict is by the least similar
-# part: nearly equal pictures of the same or of unrelated people stay below, 99.2 % of the copies above.
+# Pictures of two people before a plain wall correlate well as a whole. So the least similar part decides: pictures that are
+# no copies stay below this value, be they of one person or of two, and 99.2 % of the copies lie above it.
 MIN_SIMILARITY = 0.92
 PART = 16  # side of a part in pixels; parts overlap by half
-NOISE = 0.01  # variance of fine structure (the picture's is 1) below which a part counts as smooth, hence alike
+NOISE = 0.01  # added to the variances of a part (a picture's is 1), so that two smooth parts count as alike
 MIN_OVERLAP = 0.65  # share of the first picture that the second shows; below it there is too little to compare
 BATCH = 1024
 
@@ -47,9 +47,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Copies: `first[i]` and `second[i]` are row numbers, `similarity[i]` is 0.92–1.
+    """Copies: row numbers `first[i]` and `second[i]`, and `similarity[i]`, 0.92–1.
 
-    It is the correlation of the two pictures' least similar part once they are registered.
+    The similarity is the correlation of the least similar part of the two pictures once they are registered.
     """
 
     first: np.ndarray
@@ -61,7 +61,7 @@ class Pairs:
 
     @classmethod
     def concatenate(cls, parts: list[Pairs]) -> Pairs:
-        """Return all pairs of several."""
+        """Join several; none give no pairs."""
         empty = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
         return cls(*(np.concatenate([getattr(part, field.name) for part in (empty, *parts)]) for field in fields(cls)))
 
@@ -138,9 +138,9 @@ def _average(low: float, high: float) -> np.ndarray:
 
 
 def _fit_projection(signatures: np.ndarray) -> np.ndarray:
-    """Return a (144, 96) projection onto principal axes that damps what all faces share by half (λ^-¼).
+    """Return a projection (144, 96) onto principal axes that is halfway to whitening (λ^-¼).
 
-    With few faces to learn from it stays close to a rotation.
+    What all faces share counts less by it. With few faces to learn from it stays close to a rotation.
     """
     count, width = signatures.shape
     moment = signatures.T @ signatures  # its trace is `count`: the signatures are unit vectors
@@ -166,7 +166,7 @@ def _build(vectors: np.ndarray) -> faiss.Index:
     lists = min(count // 64, int(4 * count**0.5))
     index = faiss.IndexIVFFlat(flat, width, lists, faiss.METRIC_INNER_PRODUCT)
     index.nprobe = 16
-    index.cp.max_points_per_centroid = 64  # more would only make the clustering longer
+    index.cp.max_points_per_centroid = 64  # more make the clustering slower, not better
     index.train(vectors)
     index.add(vectors)
     return index
@@ -186,7 +186,7 @@ def _split(count: int) -> Iterator[slice]:
 
 
 def _compare(first: np.ndarray, second: np.ndarray, warp: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the pairs of thumbnails (P, 64, 64) that show one picture, and their similarity."""
+    """Return which pairs of thumbnails (P, 64, 64) show one picture, and their similarity."""
     kept = torch.arange(len(first))
     for side, (steps, least) in LEVELS.items():
         one, two = (_shrink(pictures[kept.numpy()], side) for pictures in (first, second))
@@ -268,7 +268,7 @@ def _pool(values: torch.Tensor) -> torch.Tensor:
 
 
 def _soften(pictures: torch.Tensor, window: int = 3) -> torch.Tensor:
-    """Average each pixel with its neighbours, repeating the border: finer is what compression changes most."""
+    """Average each pixel with its neighbours, repeating the border: compression changes the finest structure most."""
     side = pictures.shape[-1]
     near = np.clip(np.arange(side)[:, None] + np.arange(window) - window // 2, 0, side - 1)
     average = torch.from_numpy((near[:, :, None] == np.arange(side)).mean(axis=1, dtype=np.float32))  # (n, n)

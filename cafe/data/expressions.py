@@ -24,6 +24,7 @@ ALIASES = {
     "natural": "neutral",
     "neutrality": "neutral",
 }
+OTHERS = frozenset({"contempt", "unknown", "nf", "none", "uncertain", "no-face", "no face"})  # labels that are not ours
 
 
 def parse_expression(name: str) -> int:

@@ -13,12 +13,11 @@ from upath import UPath
 
 from cafe.data.expressions import parse_expression
 from cafe.data.indexing import LabelledFile, Listing
-from cafe.data.layouts import is_image, list_files
+from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
 from cafe.data.manifest import SPLITS
-from cafe.errors import UserError
+from cafe.errors import UserError, first_line, unknown
 
 COLUMNS = ("path", "label", "split", "group")
-SPLIT_ALIASES = {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
 
 
 def read_folder(root: UPath) -> Listing:
@@ -26,18 +25,16 @@ def read_folder(root: UPath) -> Listing:
 
     Raises `UserError` when `root` is no folder or a folder is named like no expression.
     """
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give the one that holds a folder for each expression.")
-    found = Listing(root, "folder", "EXPRESSION/image")
-    for path in list_files(root):
-        if not is_image(path) or "/" not in path:
-            found.ignored += 1
-            continue
-        first, second = path.split("/")[:2]
-        split = parse_split(first) if first.lower() in {*SPLITS, *SPLIT_ALIASES} else ""
-        found.add(path, parse_expression(second if split else first), split)
+    tree = Tree.open(root)
+    found = tree.start("folder", "EXPRESSION/image", ())
+    for path in tree.images:
+        first, *others = path.split("/")
+        split = SPLIT_NAMES.get(first.lower(), "")
+        if others:
+            found.add(path, parse_expression(others[0] if split else first), split)
     if any(file.split for file in found.files):
         found.layout = "SPLIT/EXPRESSION/image"
+    found.ignored = len(tree.files) - len(found.files)
     return found
 
 
@@ -45,7 +42,7 @@ def read_synthetic(root: UPath) -> Listing:
     """List a drawn domain; every face belongs to the group of its identity, `id0007` of `id0007_01.jpg`."""
     found = read_folder(root)
     found.kind = "synthetic"
-    found.files = [replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in found.files]
+    found.group_by_name()
     return found
 
 
@@ -63,12 +60,13 @@ def read_table(file: UPath, root: UPath | None = None) -> Listing:
             f"{file} has no column {missing[0]!r}: it needs path and label, and may have split and group "
             f"(found {', '.join(columns)})."
         )
-    if unknown := set(columns) - set(COLUMNS):
-        raise UserError(f"{file} has an unknown column {min(unknown)!r}: choose {', '.join(COLUMNS)}.")
+    if other := set(columns) - set(COLUMNS):
+        raise UserError(f"{file} has an unknown column {min(other)!r}: choose {', '.join(COLUMNS)}.")
     rows = [_read_row(row, f"Row {number} of {file}") for number, row in enumerate(cells, start=1)]
     root, rows = _place(rows, file, root)
     found = Listing(root, "table", f"table of {', '.join(columns)}")
-    found.files, found.repeated = _merge_repeated(rows, file)
+    kept, found.repeated = merge_repeated([(row.path, row, f"row {n}") for n, row in enumerate(rows, start=1)], file)
+    found.files = [rows[position] for position in sorted(kept)]
     return found
 
 
@@ -85,8 +83,7 @@ def _load(file: UPath) -> tuple[list[str], list[dict[str, object]]]:
             table = pa.csv.read_csv(data, convert_options=text)
         return table.column_names, table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{file} is neither a CSV nor a Parquet table ({reason}): write it again.") from None
+        raise UserError(f"{file} is neither a CSV nor a Parquet table ({first_line(error)}): write it again.") from None
 
 
 def _read_row(row: dict[str, object], where: str) -> LabelledFile:
@@ -95,7 +92,9 @@ def _read_row(row: dict[str, object], where: str) -> LabelledFile:
     path = str(row["path"]).replace("\\", "/")
     if ".." in path.split("/"):
         raise UserError(f"{where} has the path {row['path']!r}: write it without '..', absolute or relative to --root.")
-    split = parse_split(str(row["split"])) if row.get("split") else ""
+    split = SPLIT_NAMES.get(str(row.get("split") or "").strip().lower(), "")
+    if row.get("split") and not split:
+        raise unknown("split", row["split"], SPLITS)
     group = str(row["group"]) if row.get("group") else None
     return LabelledFile(path, parse_expression(str(row["label"])), split, group)
 
@@ -114,32 +113,3 @@ def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[U
         )
     inside = [str(path.relative_to(base.path)) for path in paths]
     return base, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
-
-
-def _merge_repeated(rows: list[LabelledFile], file: UPath) -> tuple[list[LabelledFile], list[str]]:
-    """Return every face once and the paths of those listed more than once; raise `UserError` where the cells differ."""
-    places: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        places.setdefault(row.path, []).append(position)
-    repeated: list[str] = []
-    disputed: list[str] = []
-    for path, positions in places.items():
-        if len(positions) > 1:
-            line = f"{path} (rows {', '.join(str(position + 1) for position in positions)})"
-            same = all(rows[position] == rows[positions[0]] for position in positions)
-            (repeated if same else disputed).append(line)
-    if disputed:
-        raise UserError(
-            f"{file} lists {len(disputed)} faces more than once with different labels, splits or groups, "
-            f"{', '.join(disputed)}: keep one row of each."
-        )
-    return [rows[positions[0]] for positions in places.values()], repeated
-
-
-def parse_split(name: str) -> str:
-    """Return `train`, `val` or `test` for a split in any known spelling; raise `UserError`."""
-    key = name.strip().lower()
-    key = SPLIT_ALIASES.get(key, key)
-    if key not in SPLITS:
-        raise UserError(f"Unknown split {name!r}: choose {', '.join(SPLITS)}.")
-    return key

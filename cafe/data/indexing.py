@@ -1,28 +1,30 @@
-"""What every reader shares: a listing of labelled files, what a complete copy holds, and the pass that opens each file once.
+"""What all readers share: a listing of labelled files, what a complete copy holds, and the pass that opens each file once.
 
-A reader only says which files there are and what they show; hashing, headers, broken files and splits happen here.
+A reader only says which files there are and what they show; sizes, digests, broken files and splits are handled here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS, OTHERS, parse_expression
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
 from cafe.data.manifest import READERS, Face, Manifest, assign_splits
 from cafe.errors import UserError
 
-AT_ONCE = 64  # files a thread takes at a time: 300,000 single tasks would cost more than they do
+AT_ONCE = 64  # files a thread takes at a time: scheduling 300,000 single files would cost more than reading them
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
 
@@ -43,9 +45,15 @@ class Expected:
     doubt: str = ""
 
 
+def read_expected(name: str) -> tuple[Expected, ...]:
+    """Return what a complete copy of a data set holds, as counts.toml says."""
+    entries = tomllib.loads(Path(__file__).with_name("counts.toml").read_text(encoding="utf-8"))[name]
+    return tuple(Expected(**{**entry, "counts": tuple(entry["counts"])}) for entry in entries)
+
+
 @dataclass(frozen=True)
 class Difference:
-    """A number of faces that is not the expected one; a certain difference means that the copy is another data set."""
+    """A number of faces that is not the expected one; a certain difference means that the copy is not the data set."""
 
     split: str
     expression: str
@@ -58,7 +66,7 @@ class Difference:
 def count_differences(expected: Sequence[Expected], found: Counter[tuple[str, int]]) -> list[Difference]:
     """Return where the faces found per (split, label) differ from what is expected.
 
-    A difference is certain where numbers are known per expression and nobody doubts them, or where a split is missing.
+    A difference is certain where the numbers are known per expression and beyond doubt, or where a split is missing.
     """
     differences = []
     for split in expected:
@@ -92,7 +100,7 @@ class Listing:
     """The labelled files a reader finds, filled in as it goes through them.
 
     `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is, `expected` what a
-    complete copy holds, `packed` which archives still lie there. `ignored` counts files that are no faces of the set,
+    complete copy holds, `packed` which archives have not been unpacked. `ignored` counts files that are no faces of the set,
     `dropped` faces that show none of the seven expressions, by reason; `rejected` names rows of label files that cannot
     be used (where, reason), `repeated` pictures that are listed more than once and count once.
     """
@@ -111,6 +119,29 @@ class Listing:
     def add(self, path: str, label: int, split: str = "", **more: Any) -> None:
         """Add a face: its file below `root`, label and split, and further fields of `LabelledFile`."""
         self.files.append(LabelledFile(path, label, split, **more))
+
+    def add_labelled(self, where: str, file: str, path: str | None, expression: str, split: str, **more: Any) -> None:
+        """Add the face that a row of a label file names, or note why it cannot be used.
+
+        `where` is the row, `file` the picture it names, `path` where that lies below `root`, `expression` a name.
+        """
+        if expression.casefold() in OTHERS:
+            self.dropped[expression] += 1
+        elif path is None:
+            self.reject(file, "file not found")
+        else:
+            try:
+                self.add(path, parse_expression(expression), split, **more)
+            except UserError as error:
+                self.reject(where, str(error))
+
+    def group_by_name(self) -> None:
+        """Make the faces whose file names agree up to the first `_` a group."""
+        self.files = [replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in self.files]
+
+    def count_ignored(self, pictures: list[str]) -> None:
+        """Count the pictures below `root` that no label names."""
+        self.ignored = max(0, len(pictures) - len(self.files) - self.dropped.total())
 
     def reject(self, where: str, reason: str) -> None:
         """Note a row of a label file that cannot be used."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,15 +16,21 @@ from itertools import chain
 
 from upath import UPath
 
-from cafe.data.expressions import parse_expression
+from cafe.data.expressions import OTHERS, parse_expression
 from cafe.data.images import SUFFIXES
 from cafe.data.indexing import Expected, Listing
 from cafe.errors import UserError
 
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}  # as folders and tables name them, and our splits
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
-NOT_OURS = frozenset(
-    {"contempt", "unknown", "nf", "none", "uncertain", "no-face"}
-)  # labels besides the seven expressions
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Tree:
     def open(cls, root: UPath) -> Tree:
         """List a folder; raise `UserError` when it is none."""
         if not root.is_dir():
-            raise UserError(f"{root} is not a folder: give the one the data set was unpacked into.")
+            raise UserError(f"{root} is not a folder: give the one that holds the data set.")
         return cls(root, list_files(root))
 
     @cached_property
@@ -76,6 +83,12 @@ class Tree:
             )
         return first
 
+    def find_home(self, pattern: str, what: str) -> Tree | None:
+        """Return the tree of the only folder in which pictures lie as a pattern says, or None; raise `UserError` for two."""
+        matches = (re.fullmatch(f"(.*/)?{pattern}", path, re.IGNORECASE) for path in self.images)
+        homes = {(match[1] or "").rstrip("/") for match in matches if match}
+        return self.below(self.choose(homes, what)) if homes else None
+
     def below(self, folder: str) -> Tree:
         """Return the tree of a folder in it; of the whole of it when the name is empty."""
         if not folder:
@@ -89,7 +102,7 @@ class Tree:
         return Listing(self.root, kind, layout, expected, self.packed)
 
     def lack(self, missing: str, remedy: str) -> UserError:
-        """Return the error for something that must be there; where an archive is still packed, that is the likely reason."""
+        """Return the error for something that must be there; an archive still packed is named as the likely reason."""
         if self.packed:
             more = f" (as are {len(self.packed) - 1} more archives)" if len(self.packed) > 1 else ""
             remedy = f"{self.packed[0]} is still packed{more}, so unpack it where it lies"
@@ -137,11 +150,28 @@ def relative(path: str, folder: str) -> str:
     return path.removeprefix(f"{folder}/") if folder else path
 
 
-def check_file_name(name: str, where: str) -> str:
-    """Return a name from a table; raise `UserError` when it is a path, which could lead out of the data set's folder."""
-    if "/" in name or "\\" in name or name in (".", ".."):
-        raise UserError(f"{where} names the picture {name!r} in another folder: give the name of its file alone.")
-    return name
+def merge_repeated(rows: Sequence[tuple[str, object, str]], table: object) -> tuple[set[int], list[str]]:
+    """Return which rows (picture, content, name of the row) of a label table stand for a picture, of several the last.
+
+    Beside them a line for each picture that is listed more than once. Raises `UserError` naming all pictures that are
+    listed with different contents.
+    """
+    places: dict[str, list[int]] = {}
+    for position, (picture, _, _) in enumerate(rows):
+        places.setdefault(picture, []).append(position)
+    repeated: list[str] = []
+    disputed: list[str] = []
+    for picture, positions in places.items():
+        if len(positions) > 1:
+            line = f"{picture} ({'; '.join(rows[position][2] for position in positions)})"
+            same = all(rows[position][1] == rows[positions[0]][1] for position in positions)
+            (repeated if same else disputed).append(line)
+    if disputed:
+        raise UserError(
+            f"{table} lists {len(disputed)} faces more than once with different labels, {', '.join(disputed)}: "
+            "keep one row of each."
+        )
+    return {positions[-1] for positions in places.values()}, repeated
 
 
 def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
@@ -194,9 +224,9 @@ def list_by_folder(
 ) -> Listing:
     """List the images of …/SPLIT/…/EXPRESSION/image, where `splits` maps the names of folders to our splits.
 
-    A split mapped to nothing has no labels. The listing's root is the splits' common folder. Raises `UserError` when there
-    are no images, naming the layout that is `wanted`, when there are two copies, and for a folder that is numbered: the
-    same number means another expression in another copy.
+    The faces of a split that is mapped to "" have no labels. The listing's root is the splits' common folder. Raises
+    `UserError` when there are no images, naming the layout that is `wanted`, when there are two copies, and for a folder
+    that is numbered: the same number means another expression in another copy.
     """
     found, bases = tree.start(kind, layout, expected), set()
     for path in tree.images:
@@ -210,7 +240,7 @@ def list_by_folder(
             found.dropped["label withheld"] += 1
         elif innermost == len(folders) - 1:
             continue  # a picture beside the expressions' folders shows none
-        elif keys[-1] in NOT_OURS:
+        elif keys[-1] in OTHERS:
             found.dropped[keys[-1]] += 1
         elif expression.isdigit():
             raise UserError(
@@ -219,12 +249,12 @@ def list_by_folder(
             )
         else:
             found.add(path, parse_expression(expression), split)
-        outermost = next(position for position, key in enumerate(keys) if key in {*splits, "train", "val", "test"})
+        outermost = next(position for position, key in enumerate(keys) if key in {*splits, *SPLIT_NAMES})
         bases.add("/".join(folders[:outermost]))
     if not found.files:
         raise tree.lack(wanted, "give the folder that holds it")
     base = tree.choose(bases, "the data set")
     found.root = tree.below(base).root
     found.files = [replace(file, path=relative(file.path, base)) for file in found.files]
-    found.ignored = len(tree.below(base).images) - len(found.files) - found.dropped.total()
+    found.count_ignored(tree.below(base).images)
     return found

@@ -1,4 +1,4 @@
-"""RAF-DB, basic expressions (Li, Deng and Du, CVPR 2017), as its authors give it out and as copies of it are shared.
+"""RAF-DB, basic expressions (Li, Deng and Du, CVPR 2017), as its authors distribute it and as copies of it are shared.
 
 Both carry the numbers 1–7 in label files, which are the authors' own; the aligned 100×100 faces are read.
 """
@@ -7,17 +7,12 @@ from __future__ import annotations
 
 from upath import UPath
 
-from cafe.data.expressions import parse_expression
-from cafe.data.indexing import Expected, Listing
+from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import Tree, folder_of, parse_number, read_csv, relative
 
 NUMBERS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")  # 1–7, from the authors' read-me
 LABEL_FILES = ("list_patition_label.txt", "list_partition_label.txt")  # spelled as the first by the authors
 SHARED_LABEL_FILES = ("train_labels.csv", "test_labels.csv")
-EXPECTED = (  # surprise, fear, disgust, happiness, sadness, anger, neutral
-    Expected("train", (1290, 281, 717, 4772, 1982, 705, 2524), "counted in the label file of the basic set"),
-    Expected("test", (329, 74, 160, 1185, 478, 162, 680), "counted in the label file of the basic set"),
-)
 
 
 def read_rafdb(root: UPath) -> Listing:
@@ -48,48 +43,45 @@ def _read_official(tree: Tree, labels: str) -> Listing:
     if not aligned:
         missing = "aligned faces (Image/aligned/train_00001_aligned.jpg, …)"
         raise tree.lack(missing, "unpack aligned.zip in its folder Image")
-    found = tree.start("rafdb", "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned", EXPECTED)
+    found = tree.start(
+        "rafdb", "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned", read_expected("rafdb")
+    )
     text = (tree.root / labels).read_bytes().decode("utf-8-sig", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
         name, label = [*line.split(), "", ""][:2]
-        expression, split = _parse_label(label), name.casefold().partition("_")[0]
-        file = "_aligned.".join(name.rsplit(".", 1))
-        if expression is None or split not in ("train", "test"):
-            if name:
-                found.reject(f"{labels}, line {number}", f"is not a file and a number of 1–7: {line.strip()!r}")
-        elif path := aligned.get(file.casefold()):
-            found.add(path, expression, split)
-        else:
-            found.reject(file, "file not found")
-    found.ignored = len(tree.images) - len(found.files)
+        file, split = "_aligned.".join(name.rsplit(".", 1)), name.casefold().partition("_")[0]
+        where, code = f"{labels}, line {number}", _parse_code(label)
+        if code and split in ("train", "test"):
+            found.add_labelled(where, file, aligned.get(file.casefold()), NUMBERS[code - 1], split)
+        elif name:
+            found.reject(where, f"is not a file and a number of 1–7: {line.strip()!r}")
+    found.count_ignored(tree.images)
     return found
 
 
 def _read_shared(tree: Tree) -> Listing:
     folders = {folder_of(path) for path in tree.find(*SHARED_LABEL_FILES)}
     tree = tree.below(tree.choose(folders, "the label files of RAF-DB"))
-    images = {tuple(path.casefold().split("/")[-3:]): path for path in tree.images}
+    images = {"/".join(path.casefold().split("/")[-3:]): path for path in tree.images}
     layout = "shared copy of RAF-DB: train_labels.csv, test_labels.csv, {train,test}/{1..7}"
-    found = tree.start("rafdb", layout, EXPECTED)
+    found = tree.start("rafdb", layout, read_expected("rafdb"))
     for split in ("train", "test"):
         table = tree.get(f"{split}_labels.csv")
         if table is None:
             raise tree.lack(f"{split}_labels.csv", "put it back, as numbered folders alone do not tell the expression")
         for number, cells in read_csv(tree.root / table):
             name, label = [*cells, ""][:2]
-            expression = _parse_label(label)
-            if expression is None:
-                if number > 1:  # the first line is the header
-                    found.reject(f"{table}, line {number}", f"is not a file and a number of 1–7: {','.join(cells)!r}")
-            elif path := images.get((split, str(expression + 1), name.casefold())):
-                found.add(path, expression, split)
-            else:
-                found.reject(f"{split}/{label}/{name}", "file not found in the folder of its label")
-    found.ignored = len(tree.images) - len(found.files)
+            where, code = f"{table}, line {number}", _parse_code(label)
+            if code:
+                file = f"{split}/{code}/{name}"
+                found.add_labelled(where, file, images.get(file.casefold()), NUMBERS[code - 1], split)
+            elif number > 1:  # the first line is the header
+                found.reject(where, f"is not a file and a number of 1–7: {','.join(cells)!r}")
+    found.count_ignored(tree.images)
     return found
 
 
-def _parse_label(text: str) -> int | None:
-    """Return our label of an RAF-DB number 1–7, or None."""
-    number = parse_number(text)
-    return parse_expression(NUMBERS[number - 1]) if number and 1 <= number <= len(NUMBERS) else None
+def _parse_code(label: str) -> int | None:
+    """Return a label of RAF-DB, 1–7, or None."""
+    number = parse_number(label)
+    return number if number and 1 <= number <= len(NUMBERS) else None

@@ -2,14 +2,7 @@
 
 "Learn From All: Erasing Attention Consistency for Noisy Label Facial Expression Recognition", ECCV 2022. Minimised are the
 cross-entropy of the erased view and, five times, the mean squared difference between its attention maps and those of its
-exact mirror image, mirrored back.
-
-The default image branch is the ResNet-18 of CAFE's table, for which the authors advise a learning rate of 2e-4; their own
-ResNet-50 is `--network resnet50 --set learning_rate=1e-4`.
-
-Deviations from the released script: that ResNet-50 is torchvision's, not the VGGFace2 one with its stride in the first
-convolution of a block; and the mirror image is always that of the erased view, as the script does for clean labels (for
-noisy ones it erases both separately).
+exact mirror image, mirrored back. Deviations: docs/methods.md.
 """
 
 from __future__ import annotations

@@ -109,8 +109,16 @@ class Method(nn.Module):
         return torch.optim.Adam(self.parameter_groups(), weight_decay=self.recipe.weight_decay, fused=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimiser trains, each group with its learning rate `lr`; the first group's is the one reported."""
-        return [{"params": list(self.parameters()), "lr": self.recipe.learning_rate}]
+        """What the optimiser trains, each group with its learning rate `lr`; the first group's is the one reported.
+
+        The classifier is a group of its own where the recipe has a `classifier_learning_rate`.
+        """
+        named = [(name, value) for name, value in self.named_parameters() if value.requires_grad]
+        rate = getattr(self.recipe, "classifier_learning_rate", None)
+        classifier = [value for name, value in named if rate is not None and name.startswith("classifier.")]
+        others = [value for name, value in named if rate is None or not name.startswith("classifier.")]
+        groups = [{"params": others, "lr": self.recipe.learning_rate}]
+        return [*groups, {"params": classifier, "lr": rate}] if classifier else groups
 
     def learning_rate_factor(self, epoch: int) -> float:
         """What the optimiser's learning rates are multiplied by in epoch 1, 2, …"""

@@ -1,4 +1,4 @@
-"""What hides a face, and what lies behind it: patches unlike all training faces are found, and painted anew from the rest.
+"""Occlusions: patches that are unlike those of all training faces are detected and painted anew from the rest of the face.
 
 Both parts learn from unlabelled faces of the source alone and are frozen afterwards. The detector works on the latents of
 any tower; the painter is a small masked autoencoder of this project's own, which also gives latents where no tower does.

@@ -1,39 +1,15 @@
-"""OFER: occluded patches are found, painted anew, and the face is read by an attentive CNN and by a transformer's latents.
+"""OFER: occluded patches are found and painted anew; an attentive CNN and a transformer's latents then read the face.
 
 "Latent-OFER: Detect, Mask, and Reconstruct with Latent Vectors for Occluded Facial Expression Recognition", ICCV 2023. Of it
 the classifier and a part of the reconstruction were released; the detector, the masked autoencoder and the latents were not.
-
-The steps, and where they deviate from the paper [P] or the released code [C]:
-
-1. Latents: the map of the frozen tower, from the feature store. [P] takes an ImageNet MAE of patches of 16 pixels, which is
-   `timm:vit_base_patch16_224.mae`, 196 latents of 768 channels; [C] holds 512 of unknown origin, most likely the decoder's.
-   Any tower with a map will do. `ofer_own` takes the encoder of the small MAE of step 3 instead, and needs no tower.
-   Latents are standardised by position and channel; [C] takes them raw. As in [C] a face has one set of latents, of its
-   clean view (there: reconstructed), beside fresh augmentation of the image in every epoch; those of `ofer_own` are of the
-   augmented image.
-2. Detection: deep SVDD (`cafe.methods.occlusion`). [P] trains on faces known to be free, of KDEF; here every patch of the
-   source's clean training views counts as normal; the radius is the 95 % quantile of their distances. Its layers are ours,
-   and so is the single pass over the faces (docs/methods.md shows what more would do).
-3. Reconstruction: a small MAE trained on the source. [P] takes one trained on ImageNet and refines its picture by a U-Net
-   with self-assembly, perceptual, semantic and adversarial losses; here is no refinement. Nothing flagged, nothing changed.
-   Both learn from clean views before the first epoch and stay frozen; [C] reads images reconstructed beforehand.
-4. Latents of flagged patches become their position's mean over the source, since the tower never saw the refilled face;
-   `ofer_own` encodes the refilled face, as [P] does.
-5. Which latents: [C] takes 78 fixed ones of 14 × 14, here the same region of any grid. [P] says the half at the places of
-   largest spatial attention: `--set tokens=top`, by the mean attention of the CNN's heads; the others are set to zero.
-6. Classifier: as [C], but its latent layers 39,936 → 10,000 → 5,000 → 1,024 → 256 (450 M parameters) are only
-   39,936 → 1,024 → 256, whatever 39,936 is for other latents.
-
-Augmentation is that of [C] (policy `ofer`). What is flagged on the clean face is refilled where the augmented image shows
-it; what is erased stays so for the CNN, as [C] erases after the reconstruction, and the painter does not look at it. [C]
-keeps the best epoch on the test set.
+docs/methods.md says for each part what the paper and the released code do and what is done here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +52,7 @@ class Ofer(Method):
     policy = "ofer"
     clean_features = True
     recipe_type = Recipe
-    # A large set teaches the frozen parts in fewer passes.
+    # On a large set the frozen parts need fewer passes.
     recipe_changes: ClassVar = {
         "affectnet": {"epochs": 20, "gamma": 0.1, "prior": "balanced", "mae_epochs": 3},
         "mma": {"mae_epochs": 10},
@@ -117,7 +93,7 @@ class Ofer(Method):
         return latents
 
     def prepare(self, load: Callable[[int], Iterable[Batch]]) -> None:
-        """Teach the autoencoder, then the detector, on the clean training faces."""
+        """Train the autoencoder, then the detector, on the clean training faces."""
         self.mae.fit(lambda number: (batch["image"] for batch in load(number)), self.recipe.mae_epochs)
 
         @torch.no_grad()
@@ -178,10 +154,6 @@ class Ofer(Method):
         """Stochastic gradient descent with momentum."""
         recipe = self.recipe
         return torch.optim.SGD(self.parameter_groups(), momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """All but the frozen parts."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.recipe.learning_rate}]
 
     def learning_rate_factor(self, epoch: int) -> float:
         """A tenth after every ten epochs."""
@@ -271,14 +243,12 @@ def find_region(grid: tuple[int, int]) -> list[int]:
 
     These are rows 3–11 with columns 3–10, and columns 3–8 of row 12.
     """
-    places = [
-        (14 * (row + 0.5) / grid[0], 14 * (column + 0.5) / grid[1])
-        for row in range(grid[0])
-        for column in range(grid[1])
-    ]
-    return [
-        number for number, (y, x) in enumerate(places) if (3 <= y < 12 and 3 <= x < 11) or (12 <= y < 13 and 3 <= x < 9)
-    ]
+    down, across = (14 * (torch.arange(count) + 0.5) / count for count in grid)  # in patches of the released grid
+    y, x = torch.meshgrid(down, across, indexing="ij")
+    middle = (y >= 3) & (y < 12) & (x >= 3) & (x < 11)
+    chin = (y >= 12) & (y < 13) & (x >= 3) & (x < 9)
+    region: list[int] = (middle | chin).flatten().nonzero().flatten().tolist()
+    return region
 
 
 def keep_top_half(latents: Tensor, attention: Tensor, grid: tuple[int, int]) -> Tensor:

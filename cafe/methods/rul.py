@@ -1,21 +1,15 @@
-"""RUL: uncertainty learned by mixing faces in pairs, where the more uncertain face must speak louder.
+"""RUL: faces are mixed in pairs, and the more uncertain face of a pair must get the larger share of the mixture.
 
-"Relative Uncertainty Learning for Facial Expression Recognition", NeurIPS 2021. The recipe is the released script's: 60
-epochs (the paper: 70), the classifier at ten times the learning rate of everything else, SCN's augmentation, and MS-Celeb-1M
-weights, which are given here as for every method (`--init file:PATH`).
-
-Deviations from the script:
-
-- It mixes features and classifies the mixture; here the logits are mixed. The classifier is linear and the two shares add up
-  to 1, so these are the same numbers, and no parameter is used outside the forward pass that several workers share.
-- The heads are as wide as the map of the image branch at its input size (the script: 512·7·7, at 224 pixels).
-- The accuracy reported while training is that of the faces themselves, not of the mixtures, about 62 % at best.
+"Relative Uncertainty Learning for Facial Expression Recognition", NeurIPS 2021, as in the released script, which mixes
+features and classifies the mixture. Here the logits are mixed: the classifier is linear and the two shares add up to 1, so
+that these are the same numbers, and no parameter is used outside the forward pass that several workers share. Other
+deviations: docs/methods.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +67,6 @@ class Rul(Method):
         partner = torch.randperm(len(batch["label"]), generator=batch["generator"]).to(batch["label"].device)
         mixed = mix(output["logits"], output["uncertainty"], partner)
         return {"total": add_up_loss(mixed, batch["label"], partner)}
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The classifier learns ten times as fast as the branch and its heads."""
-        others = [parameter for name, parameter in self.named_parameters() if not name.startswith("classifier.")]
-        return [
-            {"params": others, "lr": self.recipe.learning_rate},
-            {"params": list(self.classifier.parameters()), "lr": self.recipe.classifier_learning_rate},
-        ]
 
 
 def build_head(channels: int, places: int, dropout: float) -> nn.Sequential:

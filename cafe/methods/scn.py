@@ -1,15 +1,7 @@
-"""SCN: a learned weight per face, ranked within the batch, and doubtful labels replaced by the network's own.
+"""SCN: a learned weight for each face, ranked within the batch, and doubtful labels replaced by the network's own.
 
-"Suppressing Uncertainties for Large-Scale Facial Expression Recognition", CVPR 2020 (Self-Cure Network). Where the paper and
-the released script differ, the script's form is the default:
-
-- batches of 64, not 1024, with the paper's margin of .15 between the groups all the same; the authors' notes advise .07 at
-  this size (`--set margin=0.07`);
-- every face may be relabelled, not only those of the low group (`--set relabel=low`);
-- both losses weigh 1 (the paper: shares that add up to 1); Adam keeps its own default learning rate of 1e-3.
-
-Deviations from the script: the image branch starts from what `--init` says for all methods alike (the script: ImageNet); the
-accuracy reported while training counts the labels of the data set, not those that replaced them.
+"Suppressing Uncertainties for Large-Scale Facial Expression Recognition", CVPR 2020 (Self-Cure Network), as in the released
+script where the paper differs. Deviations: docs/methods.md.
 """
 
 from __future__ import annotations
@@ -92,7 +84,7 @@ class WeightedHead(nn.Module):
         self.attention = nn.Linear(width, 1)
 
     def draw(self) -> None:
-        """Draw the weights as the released script does without pre-training: uniform within 1 / √outputs, no bias."""
+        """Draw the weights as the released script does: uniform within 1 / √outputs, no bias."""
         for layer in (self.classifier, self.attention):
             nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
             nn.init.zeros_(layer.bias)

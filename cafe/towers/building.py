@@ -1,7 +1,7 @@
 """Frozen towers: large image models of open_clip, timm and dlib that turn a face into features and are never trained.
 
-Every number about a tower (width, map grid, input size, statistics, weights digest) is asked of the tower itself, so
-that a new one needs no constants and the cache key cannot lie.
+Every number about a tower (width, map grid, input size, statistics, weights digest) is taken from the tower itself, so that
+a new one needs no constants and the cache key cannot be wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError, first_line, unknown
 from cafe.towers import face
 from cafe.towers.face import FaceResnet
 from cafe.towers.layers import FACE_READER, Reader, choose_open_clip_reader, choose_timm_reader, read_layers
@@ -82,7 +82,7 @@ class FrozenBackbone(nn.Module):
         if layer.name not in self.layers:
             raise unknown(f"layer of '{self._spec.architecture.partition('#')[0]}'", layer.name, self.layers)
         image = torch.zeros(1, 3, input_size, input_size)
-        with torch.no_grad():  # not inference mode: what a tower remembers of it could never be trained
+        with torch.no_grad():  # not inference mode: tensors a tower keeps from it could never be trained
             ((pooled, _),) = self.read(image, [layer])
             if pooled.ndim != 2:
                 raise UserError(f"The backbone '{self.name}' gives no single vector per image: choose another model.")
@@ -141,9 +141,9 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
             if input_size is None:
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
             raise UserError(
-                f"The backbone '{name}' cannot take input size {input_size} ({reason}): leave it out to use its own."
+                f"The backbone '{name}' cannot take input size {input_size} ({first_line(error)}): leave it out to use "
+                "its own."
             ) from error
 
 
@@ -238,7 +238,7 @@ BUILDERS = {"open_clip": _build_open_clip, "timm": _build_timm, "dlib": _build_f
 
 
 def _rename_by_order(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give packaged tensors the tower's names; what stands behind them is the classifier, which the tower has not."""
+    """Give packaged tensors the tower's names, in order; the last ones belong to the classifier, which the tower lacks."""
     renamed = dict(zip(own, tensors.values(), strict=False))
     kinds = [key.rpartition(".")[2] for key in tensors][: len(own)] == [key.rpartition(".")[2] for key in own]
     if not kinds or any(own[key].shape != tensor.shape for key, tensor in renamed.items()):

@@ -1,7 +1,7 @@
 """A frozen tower over the faces of a manifest: (row, view) in, features out.
 
-Stage one fills the store with it; a training that runs the tower on the fly reads from it. One code, so that both give the
-same numbers.
+Extraction fills the store with it and a training that runs the tower on the fly reads from it, so that both give the same
+numbers.
 """
 
 from __future__ import annotations

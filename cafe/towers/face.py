@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ STD = (256 / 255,) * 3
 INPUT_SIZE = 128
 STAGES = ((32, 3), (64, 4), (128, 3), (256, 3), (256, 1))  # channels and blocks; all but the first begin by halving
 IDENTITY = 128  # channels of the last layer
-GAP = 512  # the most bytes of settings between two tensors of the file
 # SHA-256 of all bytes of the file that are not weights
 SETTINGS = "e2f5042ef6e91b64c0c41cd443e2a85ef13c9ce9853d581bcdc6b170687a1c29"
 
@@ -89,72 +89,56 @@ def _fill(features: Tensor, size: list[int]) -> Tensor:
 def read_face_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of dlib's file by the names of `FaceResnet`; nothing in the file is executed.
 
-    The file holds the layers in order: each convolution (filters, biases) is followed by an affine (factors, offsets) for
-    each filter, which is folded into it. Raises `UserError` for a file that is damaged or of another network.
+    A convolution (filters, biases) is followed by an affine (factors, offsets) for each filter, which is folded into it.
+    Raises `UserError` for a file that is damaged or of another network.
     """
-    stream = _Stream(Path(path))
     network = FaceResnet()
-    tensors: dict[str, Tensor] = {}
-    for name, layer in network.named_modules():
-        if not isinstance(layer, nn.Conv2d):
-            continue
+    convolutions = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)}
+    parts: list[tuple[bytes, tuple[torch.Size, ...]]] = []
+    for layer in convolutions.values():
         each = torch.Size([layer.out_channels])
-        filters, biases = stream.read(b"con_4", layer.weight.shape, each)
-        factors, offsets = stream.read(b"affine_", each, each)
+        parts += [(b"con_4", (layer.weight.shape, each)), (b"affine_", (each, each))]
+    parts.append((b"fc_2", (network.identity.weight.T.shape,)))
+    *values, (matrix,) = _read_parts(path, parts)
+    tensors = {"identity.weight": matrix.T.contiguous()}
+    for name, (filters, biases), (factors, offsets) in zip(convolutions, values[::2], values[1::2], strict=True):
         tensors[f"{name}.weight"] = filters * factors.view(-1, 1, 1, 1)
         tensors[f"{name}.bias"] = biases * factors + offsets
-    (matrix,) = stream.read(b"fc_2", network.identity.weight.T.shape)
-    stream.finish()
-    return {**tensors, "identity.weight": matrix.T.contiguous()}
+    return tensors
 
 
-class _Stream:
-    """dlib's serialisation, read from the front: tensors behind tags, with settings between them that are only checked.
+def _read_parts(path: str | Path, parts: Sequence[tuple[bytes, tuple[torch.Size, ...]]]) -> list[list[Tensor]]:
+    """Return the tensors of each part of dlib's file: settings, a tag, and the tensors, one after the other.
 
-    An integer is a control byte, whose low four bits say how many bytes follow (little-endian), and those bytes. A tensor
-    is the integer 2, four sizes, and its values as little-endian float32.
+    All bytes between the tensors must be those of the one network this module describes.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.content, self.position = path, path.read_bytes(), 0
-        self.settings = hashlib.sha256()
-
-    def read(self, tag: bytes, *shapes: torch.Size) -> list[Tensor]:
-        """Return the tensors of the next layer, which stand in one after the tag."""
-        start = self.position
-        found = self.content.find(bytes([1, len(tag)]) + tag, start, start + GAP)
-        if found < 0:
-            raise self.refuse(f"no layer '{tag.decode()}' follows at byte {start}")
-        self.position = found + 2 + len(tag)
-        if tag.startswith(b"fc"):
-            self.integer(), self.integer()  # its outputs and inputs
-        version, *sizes = (self.integer() for _ in range(5))
+    content, position, settings, result = Path(path).read_bytes(), 0, hashlib.sha256(), []
+    for tag, shapes in parts:
         counts = [math.prod(shape) for shape in shapes]
-        if version != 2 or math.prod(sizes) != sum(counts):
-            raise self.refuse(f"the layer '{tag.decode()}' at byte {found} has another size")
-        self.settings.update(self.content[start : self.position])
-        begin, self.position = self.position, self.position + 4 * sum(counts)
-        if self.position > len(self.content):
-            raise self.refuse("it ends too early")
-        values = torch.from_numpy(np.frombuffer(self.content[begin : self.position], "<f4").astype(np.float32))
-        return [part.view(shape) for part, shape in zip(values.split(counts), shapes, strict=True)]
+        sizes = (sum(counts), 1) if len(shapes) > 1 else shapes[0]
+        head = b"".join(map(_encode, (2, *sizes, 1, 1)))  # a version and four sizes
+        begin = content.find(head, content.find(tag, position)) + len(head)
+        end = begin + 4 * sum(counts)
+        if not position < begin < end <= len(content):
+            raise _refuse(path)
+        values = torch.from_numpy(np.frombuffer(content[begin:end], "<f4").astype(np.float32))
+        result.append([part.view(shape) for part, shape in zip(values.split(counts), shapes, strict=True)])
+        settings.update(content[position:begin])
+        position = end
+    settings.update(content[position:])
+    if settings.hexdigest() != SETTINGS:
+        raise _refuse(path)
+    return result
 
-    def integer(self) -> int:
-        """Return the next integer."""
-        control = self.content[self.position : self.position + 1] or b"\0"
-        length = control[0] & 15
-        value = int.from_bytes(self.content[self.position + 1 : self.position + 1 + length], "little")
-        self.position += 1 + length
-        return -value if control[0] & 128 else value
 
-    def finish(self) -> None:
-        """Raise `UserError` unless everything between the tensors is as in the one network this module describes."""
-        self.settings.update(self.content[self.position :])
-        if self.settings.hexdigest() != SETTINGS:
-            raise self.refuse("its layers have other settings")
+def _encode(value: int) -> bytes:
+    """Return a positive integer as dlib writes it: how many bytes follow, and those bytes, the lowest first."""
+    length = (value.bit_length() + 7) // 8
+    return bytes([length]) + value.to_bytes(length, "little")
 
-    def refuse(self, reason: str) -> UserError:
-        return UserError(
-            f"The weights file '{self.path}' is not dlib's face recognition network, or is damaged ({reason}): "
-            f"run 'pip install --force-reinstall face-recognition-models'."
-        )
+
+def _refuse(path: str | Path) -> UserError:
+    return UserError(
+        f"The weights file '{path}' is not dlib's face recognition network, or is damaged: "
+        "run 'pip install --force-reinstall face-recognition-models'."
+    )

@@ -19,44 +19,40 @@ from cafe.towers.names import WHOLE, Layer
 
 
 class Pass(NamedTuple):
-    """What a pass through a whole tower gives: pooled (N, C), the map (N, C, H, W) if it is known, maps of layers."""
+    """What a pass through a tower gives: maps (N, C, H, W) of layers and, of its end, pooled (N, C) and the map if known."""
 
-    pooled: Tensor
-    final: Tensor | None = None
     maps: Sequence[Tensor] = ()
+    pooled: Tensor | None = None
+    final: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How one kind of tower is read: the names of its layers before its end, from the first, and two ways through it.
+    """How one kind of tower is read: the names of its layers before its end, from the first, and the way through it.
 
-    `read(tower, images, indices)` gives the maps (N, C, H, W) of some layers, in order, and stops behind the last of them;
-    `finish(tower, images, indices)` runs the whole tower. Without layers it gives its pooled features and nothing else.
+    `run(tower, images, indices, whole)` gives the maps of some layers, in order. It stops behind the last of them, or runs
+    the whole tower; without layers that is the only way.
     """
 
     layers: tuple[str, ...]
-    read: Callable[[Any, Tensor, list[int]], Sequence[Tensor]]
-    finish: Callable[[Any, Tensor, list[int]], Pass]
+    run: Callable[[Any, Tensor, list[int], bool], Pass]
 
 
 def choose_timm_reader(tower: Any) -> Reader:
     """Return how timm's towers are read: by stage where the map is halved on its way, else by block."""
     layers = list(getattr(tower, "feature_info", ())) if hasattr(tower, "forward_intermediates") else []
     kind = "block" if len({layer["reduction"] for layer in layers}) == 1 else "stage"
-    return Reader(_number(kind, len(layers)), _read_timm, _finish_timm)
+    return Reader(_number(kind, len(layers)), _run_timm)
 
 
-def _read_timm(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-    maps: list[Tensor] = tower.forward_intermediates(images, indices, stop_early=True, intermediates_only=True)
-    return maps
-
-
-def _finish_timm(tower: Any, images: Tensor, indices: list[int]) -> Pass:
+def _run_timm(tower: Any, images: Tensor, indices: list[int], whole: bool) -> Pass:
+    if not whole:
+        return Pass(tower.forward_intermediates(images, indices, stop_early=True, intermediates_only=True))
     if indices:
         features, maps = tower.forward_intermediates(images, indices)
     else:
         features, maps = tower.forward_features(images), []
-    return Pass(tower.forward_head(features), _spread(tower, features), maps)
+    return Pass(maps, tower.forward_head(features), _spread(tower, features))
 
 
 def _spread(tower: Any, features: Any) -> Tensor | None:
@@ -80,12 +76,34 @@ def choose_open_clip_reader(tower: Any) -> Reader:
     from open_clip.transformer import VisionTransformer
 
     if isinstance(tower, VisionTransformer):
-        return Reader(_number("block", len(tower.transformer.resblocks)), _read_open_clip, _finish_vit)
+        return Reader(_number("block", len(tower.transformer.resblocks)), _run_vit)
     if isinstance(tower, ModifiedResNet):
-        return Reader(_number("stage", 5), _read_open_clip, _finish_resnet)
+        return Reader(_number("stage", 5), _run_resnet)
     if isinstance(tower, TimmModel):
-        return Reader(choose_timm_reader(tower.trunk).layers, _read_trunk, _finish_trunk)
-    return Reader((), _read_open_clip, lambda tower, images, _: Pass(first_output(tower(images))))
+        return Reader(choose_timm_reader(tower.trunk).layers, _run_trunk)
+    return Reader((), lambda tower, images, *_: Pass((), first_output(tower(images))))
+
+
+def _run_vit(tower: Any, images: Tensor, indices: list[int], whole: bool) -> Pass:
+    """Run a transformer; the map of its end are the last patches, taken into the space of the pooled features."""
+    if not whole:
+        return Pass(_read_open_clip(tower, images, indices))
+    last = len(tower.transformer.resblocks) - 1
+    read = tower.forward_intermediates(images, sorted({*indices, last}))
+    pooled, maps = read["image_features"], read["image_intermediates"]
+    if tower.attn_pool is not None or tower.pool_type == "none":  # its pooled features are no mean of patches
+        return Pass(maps[: len(indices)], pooled)
+    patches = tower.ln_post(maps[-1].flatten(2).transpose(1, 2))  # (N, h * w, C)
+    if tower.proj is not None:
+        patches = patches @ tower.proj
+    return Pass(maps[: len(indices)], pooled, patches.transpose(1, 2).reshape(len(patches), -1, *tower.grid_size))
+
+
+def _run_resnet(tower: Any, images: Tensor, indices: list[int], whole: bool) -> Pass:
+    if not whole:
+        return Pass(_read_open_clip(tower, images, indices))
+    maps = _read_open_clip(tower, images, [0, 1, 2, 3, 4])
+    return Pass([maps[index] for index in indices], tower.attnpool(maps[-1]), maps[-1])
 
 
 def _read_open_clip(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
@@ -94,48 +112,22 @@ def _read_open_clip(tower: Any, images: Tensor, indices: list[int]) -> Sequence[
     return maps
 
 
-def _finish_vit(tower: Any, images: Tensor, indices: list[int]) -> Pass:
-    """Run a transformer; the map of its end are the last patches, taken into the space of the pooled features."""
-    last = len(tower.transformer.resblocks) - 1
-    whole = tower.forward_intermediates(images, sorted({*indices, last}))
-    pooled, maps = whole["image_features"], whole["image_intermediates"]
-    if tower.attn_pool is not None or tower.pool_type == "none":  # its pooled features are no mean of patches
-        return Pass(pooled, None, maps[: len(indices)])
-    patches = tower.ln_post(maps[-1].flatten(2).transpose(1, 2))  # (N, h * w, C)
-    if tower.proj is not None:
-        patches = patches @ tower.proj
-    return Pass(pooled, patches.transpose(1, 2).reshape(len(patches), -1, *tower.grid_size), maps[: len(indices)])
+def _run_trunk(tower: Any, images: Tensor, indices: list[int], whole: bool) -> Pass:
+    read = _run_timm(tower.trunk, images, indices, whole)
+    return read._replace(pooled=tower.head(read.pooled)) if whole else read
 
 
-def _finish_resnet(tower: Any, images: Tensor, indices: list[int]) -> Pass:
-    *maps, last = _read_open_clip(tower, images, [0, 1, 2, 3, 4])
-    return Pass(tower.attnpool(last), last, [(*maps, last)[index] for index in indices])
-
-
-def _read_trunk(tower: Any, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-    return _read_timm(tower.trunk, images, indices)
-
-
-def _finish_trunk(tower: Any, images: Tensor, indices: list[int]) -> Pass:
-    whole = _finish_timm(tower.trunk, images, indices)
-    return whole._replace(pooled=tower.head(whole.pooled))
-
-
-def _read_face(tower: FaceResnet, images: Tensor, indices: list[int]) -> Sequence[Tensor]:
-    maps = tower.read_stages(images, indices[-1] + 1)
-    return [maps[index] for index in indices]
-
-
-def _finish_face(tower: FaceResnet, images: Tensor, indices: list[int]) -> Pass:
-    maps = tower.read_stages(images, len(tower.stages))
-    return Pass(tower.identify(maps[-1]), maps[-1], [maps[index] for index in indices])
+def _run_face(tower: FaceResnet, images: Tensor, indices: list[int], whole: bool) -> Pass:
+    maps = tower.read_stages(images, len(tower.stages) if whole else indices[-1] + 1)
+    chosen = [maps[index] for index in indices]
+    return Pass(chosen, tower.identify(maps[-1]), maps[-1]) if whole else Pass(chosen)
 
 
 def _number(kind: str, count: int) -> tuple[str, ...]:
     return tuple(f"{kind}{number}" for number in range(1, count + 1))
 
 
-FACE_READER = Reader(_number("stage", len(STAGES)), _read_face, _finish_face)
+FACE_READER = Reader(_number("stage", len(STAGES)), _run_face)
 
 
 def read_layers(
@@ -147,24 +139,21 @@ def read_layers(
     """
     indices = sorted({layer.index for layer in layers if layer.index is not None})
     ends = [layer for layer in layers if layer.index is None]
-    if not ends:
-        whole, maps = None, reader.read(tower, images, indices)
-    elif indices or with_map or any(layer.grid for layer in ends):
-        whole = reader.finish(tower, images, indices)
-        maps = whole.maps
+    if indices or with_map or any(layer.grid for layer in ends):
+        read = reader.run(tower, images, indices, bool(ends))
     else:
-        whole, maps = Pass(first_output(tower(images))), ()
-    return [_take(layer, whole, dict(zip(indices, maps, strict=True))) for layer in layers]
+        read = Pass((), first_output(tower(images)))
+    return [_take(layer, read, dict(zip(indices, read.maps, strict=True))) for layer in layers]
 
 
-def _take(layer: Layer, whole: Pass | None, maps: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _take(layer: Layer, read: Pass, maps: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
     if layer.index is not None:
         features = maps[layer.index].float()
         return pool_map(layer, features), features
-    assert whole is not None
-    final = None if whole.final is None else whole.final.float()
+    assert read.pooled is not None
+    final = None if read.final is None else read.final.float()
     if not layer.grid:
-        return whole.pooled.float(), final
+        return read.pooled.float(), final
     if final is None:
         raise UserError(f"The end of this tower has no known map to pool to '{layer.grid}': write #final alone.")
     return pool_map(layer, final), final

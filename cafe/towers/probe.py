@@ -1,6 +1,6 @@
-"""What the layers of a tower cost and what they know of expressions, so that one can be chosen honestly.
+"""What the layers of a tower cost and how well they tell expressions apart, so that one can be chosen without any target.
 
-What a layer knows is asked of a linear classifier on faces held out of the source's training faces; no target plays a part.
+A layer is judged by a linear classifier on faces that are held out of the source's training faces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cafe.towers.names import END, FINAL, Layer
 
 GRIDS = ("1x1", "2x2", "3x3", "4x4")
 WIDEST = 4096  # channels; a wider layer takes minutes to fit
-HELD_OUT = 0.25  # of the faces asked
+HELD_OUT = 0.25  # of the faces taken
 PENALTY = 0.01  # C of the logistic regression; at 0.001 rare expressions are missed
 TIMED = 16  # faces to a pass whose cost is measured
 
@@ -42,14 +42,14 @@ class Answer:
 
 
 def choose_faces(manifest: Manifest, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most about `count` training faces in two parts, to fit on and to ask; people and classes are respected."""
+    """Return about `count` training faces at most, to fit on and to test on: stratified by class, groups kept together."""
     rows = manifest.rows("train")
     if len(rows) > count:
         _, rows = hold_out_rows(manifest, rows, count / len(rows))
-    fitted, asked = hold_out_rows(manifest, rows, HELD_OUT)
-    if not len(asked) or len(np.unique(manifest.labels[fitted])) < 2:
+    fitted, tested = hold_out_rows(manifest, rows, HELD_OUT)
+    if not len(tested) or len(np.unique(manifest.labels[fitted])) < 2:
         raise UserError(f"{manifest.name!r} has too few training faces to hold some out: name a larger source.")
-    return fitted, asked
+    return fitted, tested
 
 
 def list_candidates(tower: FrozenBackbone) -> list[Layer]:
@@ -70,12 +70,12 @@ def probe_layers(
     tower: FrozenBackbone,
     manifest: Manifest,
     fitted: np.ndarray,
-    asked: np.ndarray,
+    tested: np.ndarray,
     device: str,
     progress: Callable[[int, int], None],
 ) -> list[Answer]:
-    """Return what every layer and grid of a tower knows; `progress(done, total)` counts faces and layers."""
-    layers, rows = list_candidates(tower), np.concatenate([fitted, asked])
+    """Return how well every layer and grid of a tower does; `progress(done, total)` counts faces and layers."""
+    layers, rows = list_candidates(tower), np.concatenate([fitted, tested])
     plan = ViewPlan("clean", 0, 1, "bilinear", *resolve_normalisation(tower.facts))
     embedder = Embedder(tower, manifest, plan, device, dtype="float32")
     parts: list[list[np.ndarray]] = [[] for _ in layers]
@@ -86,24 +86,24 @@ def probe_layers(
     answers = []
     for number, (layer, part) in enumerate(zip(layers, parts, strict=True), start=1):
         features = np.concatenate(part)
-        answers.append(_ask(layer, features, manifest.labels[rows], len(fitted)))
+        answers.append(_test_layer(layer, features, manifest.labels[rows], len(fitted)))
         progress(len(rows) + number, len(rows) + len(layers))
     return answers
 
 
-def _ask(layer: Layer, features: np.ndarray, labels: np.ndarray, fitted: int) -> Answer:
-    """Fit a linear classifier on the first faces and ask it for the others."""
+def _test_layer(layer: Layer, features: np.ndarray, labels: np.ndarray, fitted: int) -> Answer:
+    """Fit a linear classifier on the first faces and test it on the others."""
     scaler = StandardScaler().fit(features[:fitted])
     classifier = LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3)
     classifier.fit(scaler.transform(features[:fitted]), labels[:fitted])
-    truth, said = labels[fitted:], classifier.predict(scaler.transform(features[fitted:]))
-    accuracy = float(accuracy_score(truth, said))
+    truth, predicted = labels[fitted:], classifier.predict(scaler.transform(features[fitted:]))
+    accuracy = float(accuracy_score(truth, predicted))
     error = math.sqrt(accuracy * (1 - accuracy) / len(truth))
-    return Answer(layer, features.shape[1], accuracy, error, float(balanced_accuracy_score(truth, said)))
+    return Answer(layer, features.shape[1], accuracy, error, float(balanced_accuracy_score(truth, predicted)))
 
 
 def time_layer(tower: FrozenBackbone, layer: Layer) -> float:
-    """Return the seconds that a face takes up to a layer on this machine: the best of three passes."""
+    """Return the seconds per face up to a layer on this machine: the best of three passes."""
     size = tower.facts.input_size
     images = torch.zeros(TIMED, 3, size, size).contiguous(memory_format=torch.channels_last)
     seconds = []

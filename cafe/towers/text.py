@@ -1,6 +1,6 @@
-"""Text towers: what the models of open_clip make of words, in the same space as their frozen image features.
+"""Text towers: the embeddings that models of open_clip give to texts, in the space of their frozen image features.
 
-Only zero-shot recognition reads; everything else takes the image tower alone, which loads faster.
+Only zero-shot recognition needs them; everything else loads the image tower alone, which is faster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def find_text_tower(name: str) -> BackboneSpec:
     spec = parse_backbone(name)
     if spec.library != "open_clip" or spec.layer != END:
         raise UserError(
-            f"The backbone '{name}' cannot read, so it recognises nothing without training: extract the features of "
+            f"The backbone '{name}' has no text tower, which zero-shot recognition needs: extract the features of "
             "clip-vit-b32 or of another tower of open_clip, without #LAYER."
         )
     return spec

@@ -1,13 +1,12 @@
 """Weights files: fetch them, read them safely, and name them by their content.
 
-Frozen backbones and image branches take weights from files of strangers, so nothing in them is ever executed; the
-digest of what was read goes into the cache key, so that a feature can always be traced to its tower.
+Weights files come from anywhere, so nothing in them is ever executed; the digest of what was read goes into the cache key,
+so that a feature can always be traced to its tower.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cafe.errors import UserError
+from cafe.errors import UserError, first_line
 from cafe.towers.face import read_face_weights
 from cafe.towers.names import BackboneSpec, timm_name
 
@@ -34,18 +33,35 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     A state dict may be wrapped in `state_dict` or `model` and its names may start with `module.`; both are taken off.
     Raises UserError when the file is missing, damaged, a TorchScript archive or holds no tensors.
     """
+    from safetensors import SafetensorError
+    from timm.models import load_state_dict
+
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No weights file at '{path}': check the path, or leave the file out to use published weights.")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    entries = content.items() if isinstance(content, Mapping) else ()
-    tensors = {str(name).removeprefix("module."): tensor for name, tensor in entries if isinstance(tensor, Tensor)}
+    if _is_script(path):
+        raise UserError(
+            f"The weights file '{path}' is a TorchScript archive, which runs code when it is opened: "
+            "save its state_dict as a .safetensors file and give that."
+        )
+    try:
+        content = load_state_dict(str(path), use_ema=False, weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:  # the last: it holds no names
+        raise UserError(
+            f"The weights file '{path}' cannot be read as plain tensors ({first_line(error)}): "
+            "fetch it again, or save its state_dict as a .safetensors file."
+        ) from error
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise UserError(f"The weights file '{path}' holds no tensors by name: give a file made from a state_dict.")
     return tensors
+
+
+def _is_script(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def fetch_weights(repository: str, revision: str | None, files: list[str]) -> str:
@@ -64,13 +80,13 @@ def fetch_weights(repository: str, revision: str | None, files: list[str]) -> st
     for file in files:
         address = huggingface_hub.hf_hub_url(repository, file, revision=revision)
         try:
-            # A download retries an unreachable hub for most of a minute; this one question gives up at once.
+            # A download tries an unreachable hub again for most of a minute; this request gives up at once.
             huggingface_hub.get_hf_file_metadata(address, timeout=10)
             return huggingface_hub.hf_hub_download(repository, file, revision=revision)
         except EntryNotFoundError as error:
             reason = error
         except (OSError, HTTPError) as error:
-            raise ConnectionError(_first_line(error)) from error
+            raise ConnectionError(first_line(error)) from error
     raise ConnectionError(f"it has none of {', '.join(files)}") from reason
 
 
@@ -112,38 +128,3 @@ def digest_state_dict(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _read_torch(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UserError(
-                    f"The weights file '{path}' is a TorchScript archive, which runs code when it is opened: "
-                    f"save its state_dict as a .safetensors file and give that."
-                )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"The weights file '{path}' cannot be read as plain tensors ({_first_line(error)}): "
-        f"fetch it again, or save its state_dict as a .safetensors file."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")

@@ -65,16 +65,6 @@ class Finetune(Method):
         """Return logits (N, 7)."""
         return {"logits": self.classifier(self.tower(batch["image"])[0])}
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The tower's learning parameters, and the classifier's."""
-        return [
-            {
-                "params": [value for value in self.tower.parameters() if value.requires_grad],
-                "lr": self.recipe.learning_rate,
-            },
-            {"params": list(self.classifier.parameters()), "lr": self.recipe.classifier_learning_rate},
-        ]
-
 
 def find_used_blocks(tower: FrozenBackbone) -> list[nn.Module]:
     """Return the blocks that a tower runs, in order: those up to the layer it is read at."""

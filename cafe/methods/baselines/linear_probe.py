@@ -16,7 +16,11 @@ class LinearProbe(FeatureMethod):
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        self.classifier = nn.Linear(self.width, len(EXPRESSIONS))
+        self.classifier = self.build_classifier()
+
+    def build_classifier(self) -> nn.Module:
+        """Return what turns features (N, C) into logits (N, 7)."""
+        return nn.Linear(self.width, len(EXPRESSIONS))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, 7)."""

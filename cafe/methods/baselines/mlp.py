@@ -6,24 +6,17 @@ the mask of `cafe_self`.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.methods.features import FeatureMethod, Recipe
-from cafe.methods.method import Batch, Inputs
+from cafe.methods.baselines.linear_probe import LinearProbe
 
 HIDDEN = 512  # channels
 
 
-class Mlp(FeatureMethod):
+class Mlp(LinearProbe):
     """One hidden layer with a ReLU, cross-entropy; trained with CAFE's recipe and views."""
 
-    needs = frozenset({"features"})
-
-    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
-        super().__init__(recipe, inputs)
-        self.classifier = nn.Sequential(nn.Linear(self.width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(EXPRESSIONS)))
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7)."""
-        return {"logits": self.classifier(self.read(batch))}
+    def build_classifier(self) -> nn.Module:
+        """Return the two layers."""
+        return nn.Sequential(nn.Linear(self.width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(EXPRESSIONS)))

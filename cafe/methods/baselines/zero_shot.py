@@ -63,12 +63,12 @@ class ZeroShot(Method):
 
     @classmethod
     def check(cls, inputs: Inputs) -> None:
-        """Raise `UserError` for a tower that cannot read."""
+        """Raise `UserError` for a tower without a text tower."""
         assert inputs.backbone is not None
         find_text_tower(inputs.backbone)
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Read the prompts; the faces are not looked at."""
+        """Embed the prompts; the faces play no part."""
         assert self.inputs.backbone is not None
         embeddings, scale = embed_texts(self.inputs.backbone, write_prompts())
         means = embeddings.unflatten(0, (len(EXPRESSIONS), -1)).mean(dim=1)
