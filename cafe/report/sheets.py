@@ -187,8 +187,8 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
             pairs = [(row.cells[name].mean, numbers.cells.get(name, math.nan)) for name in comparison.columns]
             pairs += [(row.unseen.mean, numbers.unseen), (row.means["all"].mean, numbers.everything)]
             lines.append([*_head(row), *(Cell(_beside(row, *pair)) for pair in pairs)])
-            if row.not_as_published:
-                differing.setdefault(", ".join(row.not_as_published), []).append(f"{row.label} from {row.source}")
+            if settings := row.runs[0].not_as_published:
+                differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
     notes = [
         "Ours less the published accuracy, in percentage points; the published one in brackets. Only where this protocol "
         f"judges the data set as the released test readers do. {NOISE}",

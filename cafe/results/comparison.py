@@ -56,11 +56,6 @@ class Row:
         return self.runs[0].selection == PEEKING
 
     @property
-    def not_as_published(self) -> tuple[str, ...]:
-        """The settings in which it differs from what was published of its method."""
-        return self.runs[0].not_as_published
-
-    @property
     def unseen(self) -> Estimate:
         """The mean over the targets of other sets than its source."""
         return self.means.get("unseen", NOTHING)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import special
 
 RESAMPLES = 10_000
@@ -131,16 +132,12 @@ class Ranking:
 def rank_methods(scores: np.ndarray, significance: float = 0.05) -> Ranking:
     """Rank methods by their scores (methods, targets), ties sharing their ranks (Demšar, JMLR 2006)."""
     methods, targets = scores.shape
-    better = (scores[:, None] < scores).sum(axis=1)
-    equal = (scores[:, None] == scores).sum(axis=1)
-    ranks = better + (equal + 1) / 2  # (methods, targets)
+    ranks = pd.DataFrame(scores).rank(ascending=False).to_numpy()
     means = tuple(float(rank) for rank in ranks.mean(axis=1))
     if methods < 3 or targets < 2:
         return Ranking(means, targets, math.nan, math.nan)
     middle = (methods + 1) / 2
-    spread = ((ranks - middle) ** 2).sum() / (
-        methods - 1
-    )  # zero when everybody is alike: then there is nothing to test
+    spread = ((ranks - middle) ** 2).sum() / (methods - 1)  # zero where all are alike: then there is nothing to test
     statistic = ((ranks.sum(axis=1) - targets * middle) ** 2).sum() / spread if spread else 0.0
     p = float(special.chdtrc(methods - 1, statistic))
     critical = _nemenyi_quantile(methods, significance) * math.sqrt(methods * (methods + 1) / (6 * targets))
