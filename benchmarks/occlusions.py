@@ -35,7 +35,8 @@ from cafe.methods.ofer import Ofer, Recipe
 from cafe.randomness import random_generator
 from cafe.synthetic.camera import Pixels, plant
 from cafe.synthetic.domains import write
-from cafe.synthetic.face import View, draw_person
+from cafe.synthetic.face import View
+from cafe.synthetic.person import draw_person
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 

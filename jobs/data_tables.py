@@ -9,10 +9,11 @@ from rich.table import Column, Table
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import Difference, Index
 from cafe.data.manifest import SPLITS
+from jobs.terminal import make_table
 from pipeline.store import find_stores
 from pipeline.workspace import Workspace
 
-if TYPE_CHECKING:  # they bring a search library along, which most commands need not load
+if TYPE_CHECKING:  # they load a search library, which most commands do not need
     from cafe.report.audit import Audit
     from cafe.report.check import Check
     from pipeline.datasets import Alignment
@@ -24,10 +25,10 @@ def index_tables(index: Index) -> list[Table | str]:
     """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
     manifest, listing, counts = index.manifest, index.listing, index.counts()
     splits = [split for split in SPLITS if len(manifest.rows(split))]
-    table = Table("expression", *(Column(name, justify="right") for name in (*splits, "all")))
-    for label, name in enumerate(EXPRESSIONS):
-        numbers = [counts[split, label] for split in splits]
-        table.add_row(name, *(f"{n:,}" for n in (*numbers, sum(numbers))), end_section=name == EXPRESSIONS[-1])
+    numbers = {name: [counts[split, label] for split in splits] for label, name in enumerate(EXPRESSIONS)}
+    lines = [(name, *own, sum(own)) for name, own in numbers.items()]
+    table = make_table(["expression", *splits, "all"], lines)
+    table.add_section()
     table.add_row("all", *(f"{len(manifest.rows(split)):,}" for split in (*splits, "all")))
 
     widths, heights = (sorted(manifest.table[side].to_pylist()) for side in ("width", "height"))
@@ -36,14 +37,13 @@ def index_tables(index: Index) -> list[Table | str]:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(listing.dropped.items()))
     left_out = f"{listing.dropped.total():,} with none of the seven labels, left out: {dropped}"
     repeated, duplicates = listing.repeated, [" = ".join(group) for group in index.duplicates]
+    broken = [f"{path}: {reason}" for path, reason in index.broken]
     return [
         f"{manifest.name}: {len(manifest):,} faces, read as {listing.layout}",
         table,
         f"sizes {smallest} to {largest} pixels, median {middle}{ignored}",
         *([left_out] if dropped else []),
-        _list_some(
-            f"{len(index.broken)} broken files, left out", [f"{path}: {reason}" for path, reason in index.broken]
-        ),
+        _list_some(f"{len(broken)} broken files, left out", broken),
         *([_list_some(f"{len(repeated)} listed more than once, counted once", repeated)] if repeated else []),
         _list_some(f"{len(duplicates)} groups of identical files", duplicates),
         *_warn_of_twins(index),
@@ -63,12 +63,9 @@ def _warn_of_twins(index: Index) -> list[str]:
 
 def counts_tables(differences: list[Difference]) -> list[Table | str]:
     """Where a copy differs from what is expected: a table of the numbers that are known, a line for each doubtful one."""
-    table = Table("expression", "split", *(Column(name, justify="right") for name in ("expected", "found")))
-    certain = [difference for difference in differences if difference.certain]
-    for row in certain:
-        table.add_row(row.expression, row.split, f"{row.expected:,}", f"{row.found:,}")
-    known: list[Table | str] = [table] if certain else []
-    known += [f"Expected: {source}." for source in dict.fromkeys(row.source for row in certain)]
+    certain = [(row.expression, row.split, row.expected, row.found) for row in differences if row.certain]
+    known: list[Table | str] = [make_table(["expression", "split", "expected", "found"], certain, 2)] if certain else []
+    known += [f"Expected: {source}." for source in dict.fromkeys(row.source for row in differences if row.certain)]
     doubtful = [
         f"Warning: {row.split}, {row.expression}: {row.found:,} faces where {row.expected:,} are expected ({row.source})."
         for row in differences
@@ -90,15 +87,14 @@ def unreadable(broken: list[tuple[str, str]]) -> str:
 def check_tables(check: Check) -> list[Table | str]:
     """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
     header, lines = check.summary()
-    table = Table(header[0], *(Column(name, justify="right") for name in header[1:]))
-    for line in lines:
-        table.add_row(*line, end_section=line is lines[-2])
+    table = make_table(header, lines[:-1])
+    table.add_section()
+    table.add_row(*lines[-1])
     duplicates = [" = ".join(group["sample_id"]) for group in check.duplicates]
     return [
         f"{check.manifest.name}: {len(check.manifest):,} faces",
         table,
-        _histogram("shorter side", check.sizes),
-        _histogram("brightness", check.brightness),
+        *(_histogram(title, counts) for title, counts in check.histograms.items()),
         unreadable(check.broken),
         _list_some(f"{len(duplicates)} groups of identical pictures", duplicates),
     ]
@@ -115,27 +111,22 @@ def _histogram(title: str, counts: list[tuple[str, int]]) -> Table:
 
 def audit_table(audits: list[Audit]) -> Table:
     """Copies of a source's faces: a line per pair of splits."""
-    titles = ("source split", "target split", "target faces", "with a copy", "share", "pairs", "under another label")
-    table = Table(
-        "source", "target", *(Column(name, justify="left" if "split" in name else "right") for name in titles)
-    )
+    words = ["source", "target", "source split", "target split"]
+    table = make_table([*words, "target faces", "with a copy", "share", "pairs", "under another label"], [], len(words))
     for audit in audits:
         for pair in audit.splits:
-            numbers = (f"{number:,}" for number in (pair.faces, pair.copied, pair.pairs, pair.relabelled))
-            faces, copied, pairs, relabelled = numbers
-            share = f"{100 * pair.copied / pair.faces:.1f} %"
             names = (audit.source.name, audit.target.name, pair.source_split, pair.target_split)
-            table.add_row(*names, faces, copied, share, pairs, relabelled)
+            share = f"{100 * pair.copied / pair.faces:.1f} %"
+            numbers = (f"{pair.faces:,}", f"{pair.copied:,}", share, f"{pair.pairs:,}", f"{pair.relabelled:,}")
+            table.add_row(*names, *numbers)
         table.add_section()
     return table
 
 
 def alignment_tables(alignment: Alignment) -> list[Table | str]:
     """What became of the photos, by outcome, and the first ones that were left out."""
-    table = Table("outcome", Column("photos", justify="right"))
     outcomes = alignment.outcomes()
-    for name, count in outcomes.items():
-        table.add_row(name, f"{count:,}")
+    table = make_table(["outcome", "photos"], outcomes.items())
     table.add_section()
     table.add_row("all", f"{outcomes.total():,}")
     left_out = [f"{sample}: {reason}" for sample, reason in alignment.left_out]

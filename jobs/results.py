@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -81,7 +81,9 @@ def compare(
     from pipeline.workspace import locate
 
     chosen = choose_runs(open_workspace(), experiment, mlflow_uri)
-    report = show_report(open_workspace(), chosen, metric, protocol, per_class, versus, exclude_leaks)
+    report = show_report(
+        open_workspace(), chosen, protocol, exclude_leaks, metric=metric, per_class=per_class, versus=versus
+    )
     for name, file in files.items():
         if file:
             place = locate(file)
@@ -93,13 +95,14 @@ def compare(
 def show_report(
     workspace: Workspace,
     chosen: tuple[list[Run], list[str]],
-    metric: str = "accuracy",
     protocol: str = "clean",
-    per_class: str | None = None,
-    versus: str | None = None,
     exclude_leaks: bool = False,
+    **choice: Any,
 ) -> Report:
-    """Compare the chosen runs, print every table with its notes, and return the report; raise `UserError`."""
+    """Compare the chosen runs, print every table with its notes, and return the report; raise `UserError`.
+
+    `choice` is what else `make_report` takes: metric, per_class, versus.
+    """
     from cafe.report.report import make_report
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.scores import read_scores
@@ -107,7 +110,7 @@ def show_report(
     (runs, about), known = chosen, workspace.manifest_names()
     scores = read_scores(runs, known)
     leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
-    report = make_report(runs, scores, metric, protocol, per_class, versus, leak_free)
+    report = make_report(runs, scores, protocol, leak_free, **choice)
     report.about.extend(about)
     for table in (*sheet_tables(report.sheets), *report.about):
         show(table)
@@ -153,18 +156,9 @@ def ui(port: int) -> None:
             raise UserError(f"Port {port} is taken: give another one with --port.") from None
     workspace, address = open_workspace(), f"http://127.0.0.1:{port}"
     experiments = list_experiments(workspace)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        default_uri(workspace),
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", default_uri(workspace)]
     command += ["--default-artifact-root", (workspace.root / "artifacts").as_uri()]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this command ends, the server ends with it
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

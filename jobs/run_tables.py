@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 
-from rich.table import Column, Table
+from rich.table import Table
 
+from jobs.terminal import make_table
 from pipeline.benchmark.cells import Failures, first_line
 from pipeline.benchmark.plan import BenchmarkPlan
 
@@ -16,25 +17,24 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
     benchmark, cells = plan.benchmark, plan.cells
     titles = list(dict.fromkeys(cell.title for cell in cells))
     sources = list(dict.fromkeys(cell.source.name for cell in cells))
-    table = Table(
-        "method", *(Column(name, justify="right") for name in sources), title=benchmark.about or benchmark.name
-    )
+    lines = []
     for title in titles:
         row = [[cell for cell in cells if (cell.title, cell.source.name) == (title, source)] for source in sources]
-        table.add_row(title, *(f"{sum(cell.done for cell in own)} of {len(own)}" for own in row))
+        lines.append((title, *(f"{sum(cell.done for cell in own)} of {len(own)}" for own in row)))
+    table = make_table(["method", *sources], lines, title=benchmark.about or benchmark.name)
     done, begun = sum(cell.done for cell in cells), sum(bool(cell.records) and not cell.done for cell in cells)
     seeds = len({cell.settings.seed for cell in cells})
-    shape = " × ".join(
-        _count(number, noun) for number, noun in ((len(sources), "source"), (len(titles), "method"), (seeds, "seed"))
-    )
+    parts = (_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed"))
+    shape = " × ".join(parts) + (", as far as --only goes" if plan.settings.only else "")
+    obstacles = Counter(cell.obstacle for cell in cells if cell.obstacle)
     judged = f"Judged on {', '.join(benchmark.judged)} by the protocol {benchmark.protocol}."
     return [
         table,
-        f"{len(cells):,} cells ({shape}{', as far as --only goes' if plan.settings.only else ''}): {done:,} done, "
+        f"{len(cells):,} cells ({shape}): {done:,} done, "
         f"{begun:,} begun, {len(cells) - done - begun:,} to begin. {judged}",
         _training_cost(plan),
         _tower_cost(plan),
-        *_obstacles(plan),
+        *(f"{count} cells cannot run: {first_line(reason)}" for reason, count in obstacles.items()),
     ]
 
 
@@ -45,9 +45,8 @@ def _training_cost(plan: BenchmarkPlan) -> str:
     speed = "at a speed not known yet"
     if seconds is not None:
         speed = f"about {_duration(seconds)} with {_count(parallel, 'cell')} at a time"
-    return (
-        f"Training: {plan.work:,} faces × epochs, {f'{left:,} of them left, {speed}' if left else 'none of them left'}."
-    )
+    rest = f"{left:,} of them left, {speed}" if left else "none of them left"
+    return f"Training: {plan.work:,} faces × epochs, {rest}."
 
 
 def _tower_cost(plan: BenchmarkPlan) -> str:
@@ -64,11 +63,6 @@ def _tower_cost(plan: BenchmarkPlan) -> str:
     )
 
 
-def _obstacles(plan: BenchmarkPlan) -> list[Table | str]:
-    reasons = Counter(cell.obstacle for cell in plan.cells if cell.obstacle)
-    return [f"{count} cells cannot run: {first_line(reason)}" for reason, count in reasons.items()]
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
 
@@ -80,7 +74,5 @@ def _duration(seconds: float) -> str:
 
 def failures_table(failures: Failures) -> Table:
     """The cells that failed, each with its reason."""
-    table = Table("cell", "why it failed", title="Failed cells")
-    for cell, reason in failures.items():
-        table.add_row(cell.name, first_line(reason))
-    return table
+    lines = [(cell.name, first_line(reason)) for cell, reason in failures.items()]
+    return make_table(["cell", "why it failed"], lines, words=2, title="Failed cells")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from threading import Event
@@ -16,6 +16,8 @@ import click
 from cafe.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from pipeline.workspace import Workspace
 
 
@@ -114,3 +116,16 @@ def show(renderable: Any) -> None:
 
     width = None if sys.stdout.isatty() else 200
     Console(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable)
+
+
+def make_table(
+    header: Sequence[str], lines: Iterable[Sequence[object]], words: int = 1, title: str | None = None
+) -> Table:
+    """Return a table of rich: the first `words` columns are words, the others numbers, aligned right."""
+    from rich.table import Column, Table
+
+    columns = (Column(name, justify="left" if place < words else "right") for place, name in enumerate(header))
+    table = Table(*columns, title=title)
+    for line in lines:
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line))
+    return table

@@ -9,8 +9,8 @@ import numpy as np
 from upath import UPath
 
 from cafe.files import write_json
+from cafe.records import FORMAT
 from cafe.results.predictions import Predictions, predictions_path
-from cafe.results.scores import VERSION
 from pipeline.workspace import Workspace
 
 
@@ -32,7 +32,7 @@ def write_run(
     group = sha256(repr([source, sorted(chosen.items())]).encode()).hexdigest()[:8]
     folder = workspace.run_path(f"{method}-{source}-s{seed}-{group}")
     record = {
-        "version": VERSION, "name": folder.name, "group": group, "source": source, "source_kind": source_kind,
+        "version": FORMAT, "name": folder.name, "group": group, "source": source, "source_kind": source_kind,
         "source_digest": f"digest of {source}", "method": method, "seed": seed, "selection": chosen["selection"],
         "settings": {**chosen, "seed": seed}, "derived": {"width": 512, "store": "0a1b2c3d"},
         "not_as_published": list(not_as_published), "spec": {},

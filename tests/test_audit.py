@@ -247,7 +247,7 @@ def test_a_missing_or_stale_audit_is_one_sentence_before_ray_starts(
     (tmp_path / "faces" / "web" / "test" / "fear" / "leak0.jpg").unlink()
     changed = index_files("web", DATASETS["folder"](UPath(tmp_path / "faces" / "web"))).manifest
     changed.save(workspace.manifest_path("web"))
-    assert "was made of another 'web' than" in command.fail(*wanted)
+    assert "read another version of 'web' than" in command.fail(*wanted)
     with pytest.raises(UserError, match=r"Unknown manifest 'mma'"):
         workspace.load_manifest("mma")
     assert "Unknown manifest 'mma'" in command.fail("data", "audit", "film", "mma")

@@ -17,7 +17,8 @@ from cafe.methods.ofer import AttentionHead, Ofer, OferOwn, Recipe, find_region,
 from cafe.randomness import random_generator
 from cafe.synthetic.camera import plant
 from cafe.synthetic.domains import render
-from cafe.synthetic.face import View, draw_person
+from cafe.synthetic.face import View
+from cafe.synthetic.person import draw_person
 from cafe.towers.building import load_backbone
 
 GREY = (0.5, 0.5, 0.5)

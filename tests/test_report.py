@@ -122,6 +122,15 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
         assert leads[source][7].text == f"{100 * lead:+.1f}".replace("-", "−")
 
 
+def test_of_calibration_errors_the_lowest_is_the_best_and_of_macro_f1_the_highest(workspace: Workspace) -> None:
+    table = report_all(workspace, metric="ece").sheets[0]
+    rows = [line for line in table.lines if line[0].text == "raf" and line[1].text != "cafe less the best rival"]
+    for name, choose in (("unseen ECE", min), ("unseen macro-F1", max)):
+        cells = [line[table.header.index(name)] for line in rows]
+        (best,) = [cell.text for cell in cells if cell.mark == BEST]
+        assert best == choose((cell.text for cell in cells), key=lambda text: float(text.split()[0]))
+
+
 def test_each_method_has_its_matrix_of_sources_and_targets(report: Report) -> None:
     matrix = sheet(report, "scn: every source on every target")
     assert [line[0].text for line in matrix.lines] == ["fer", "raf"]

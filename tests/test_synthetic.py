@@ -15,7 +15,8 @@ from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.synthetic.domains import DOMAINS, PROTOTYPES, list_samples, render, write
-from cafe.synthetic.face import View, draw_person, project, trace
+from cafe.synthetic.face import View, project, trace
+from cafe.synthetic.person import draw_person
 from cafe.synthetic.portrait import Light, paint
 
 PERSON = draw_person(np.random.default_rng(0))

@@ -29,9 +29,9 @@ class SplitPair:
     source_split: str
     target_split: str
     faces: int
-    copied: int
     pairs: int
-    relabelled: int  # target faces with a copy of another label
+    copied: int
+    relabelled: int  # target faces with a copy under another label
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ def audit(source: Manifest, targets: list[Manifest], reading: Progress, comparin
                     continue
                 pairs = index.find(pictures, comparing)
                 pairs = Pairs(own[source_split][0][pairs.first], rows[pairs.second], pairs.similarity)
-                splits.append(_count(source, target, source_split, target_split, pairs))
+                relabelled = pairs.second[source.labels[pairs.first] != target.labels[pairs.second]]
+                copied = (len(np.unique(numbers)) for numbers in (pairs.second, relabelled))
+                splits.append(
+                    SplitPair(source_split, target_split, len(target.rows(target_split)), len(pairs), *copied)
+                )
                 found.append(pairs)
         yield Audit(source, target, Pairs.concatenate(found), splits, [*own_broken, *broken])
 
@@ -88,12 +92,6 @@ def _read_thumbnails(manifest: Manifest, progress: Progress) -> tuple[Thumbnails
             parts[split] = np.array(own), pictures[start : start + len(own)]
         start += len(own)
     return parts, broken
-
-
-def _count(source: Manifest, target: Manifest, source_split: str, target_split: str, pairs: Pairs) -> SplitPair:
-    relabelled = pairs.second[source.labels[pairs.first] != target.labels[pairs.second]]
-    copied, copied_otherwise = len(np.unique(pairs.second)), len(np.unique(relabelled))
-    return SplitPair(source_split, target_split, len(target.rows(target_split)), copied, len(pairs), copied_otherwise)
 
 
 def encode_audit(result: Audit) -> bytes:

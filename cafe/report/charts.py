@@ -1,6 +1,6 @@
-"""Pictures of a comparison, drawn with matplotlib to be set into a page: accuracy, heat maps, differences and mean ranks.
+"""Charts of a comparison, drawn with matplotlib for a page: values with intervals, heat maps and mean ranks.
 
-They are drawn on nothing in one ink, which a page replaces by the colour of its text, light or dark.
+They have no background and one ink, which the page replaces by the colour of its text, light or dark.
 """
 
 from __future__ import annotations
@@ -9,61 +9,36 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cafe.results.metrics import Estimate
 from cafe.results.statistics import Ranking
 
-INK, ACCENT = "#010203", "#c8763a"  # the ink is a colour nothing else has, so that it can be replaced
-LINE = 0.3  # inches of a line of a chart
+INK, ACCENT = "#010203", "#c8763a"  # nothing else has the ink's colour, so that it can be replaced
+LINE = 0.3  # height of a chart's line in inches
 WIDTH = 5.4
+POINTS = ["name", "value", "low", "high", "published"]  # columns of what `draw_points` draws
 
 
-@dataclass(frozen=True)
-class Point:
-    """A line of a chart: a name, a value with its interval (0–1), and the published value, NaN without one."""
+def draw_points(points: pd.DataFrame, label: str, limits: tuple[float, float], zero: bool = False) -> Figure:
+    """Draw values with their intervals in percent, one to a line; `zero` marks where nothing differs.
 
-    name: str
-    value: float
-    low: float
-    high: float
-    published: float = math.nan
-
-    @classmethod
-    def of(cls, name: str, estimate: Estimate, published: float = math.nan) -> Point:
-        """Return the line of an estimate over seeds; a single one has no interval."""
-        half_width = 0 if math.isnan(estimate.half_width) else estimate.half_width
-        return cls(name, estimate.mean, estimate.mean - half_width, estimate.mean + half_width, published)
-
-
-def draw_points(points: Sequence[Point], label: str, limits: tuple[float, float], zero: bool = False) -> Figure:
-    """Draw values with their intervals in percent, a line each; `zero` marks where nothing differs.
-
-    `limits` are the ends of the axis in 0–1, the same for all figures that are to be compared.
+    `points` has the columns `POINTS`, their values in 0–1 and published NaN where there is none; `limits` are the ends of
+    the axis in 0–1, the same for all figures that are to be compared.
     """
     figure = Figure(figsize=(WIDTH, len(points) * LINE + 0.6), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(points))
-    values, lows, highs = (100 * np.array([getattr(p, name) for p in points]) for name in ("value", "low", "high"))
-    axes.errorbar(
-        values,
-        places,
-        xerr=[values - lows, highs - values],
-        fmt="o",
-        color=ACCENT,
-        markersize=5.5,
-        elinewidth=1.6,
-        capsize=3,
-    )
-    published = 100 * np.array([point.published for point in points])
+    values, lows, highs, published = (100 * points[name].to_numpy(float) for name in POINTS[1:])
+    reach = [values - lows, highs - values]
+    axes.errorbar(values, places, xerr=reach, fmt="o", color=ACCENT, markersize=5.5, elinewidth=1.6, capsize=3)
     axes.plot(published, places, "D", color="none", markeredgecolor=INK, markersize=6, markeredgewidth=1.1)
-    axes.set_yticks(places, [point.name for point in points])
+    axes.set_yticks(places, points["name"])
     axes.set_ylim(len(points) - 0.5, -0.5)
     margin = 0.04 * (limits[1] - limits[0]) or 0.01
     axes.set_xlim(100 * (limits[0] - margin), 100 * (limits[1] + margin))
@@ -75,12 +50,6 @@ def draw_points(points: Sequence[Point], label: str, limits: tuple[float, float]
     return figure
 
 
-def find_limits(points: Sequence[Point]) -> tuple[float, float]:
-    """Return the smallest and the largest of what points show."""
-    shown = np.array([[point.low, point.high, point.published] for point in points])
-    return float(np.nanmin(shown)), float(np.nanmax(shown))
-
-
 def draw_heat_map(
     rows: Sequence[str], columns: Sequence[str], values: np.ndarray, limits: tuple[float, float], seen: np.ndarray
 ) -> Figure:
@@ -88,10 +57,8 @@ def draw_heat_map(
 
     `limits` are the values of the palest and the strongest colour, the same for all maps of a page.
     """
-    longest = max(map(len, rows))
-    figure = Figure(
-        figsize=(0.95 + 0.078 * longest + 0.72 * len(columns), 0.75 + 0.42 * len(rows)), layout="constrained"
-    )
+    size = (0.95 + 0.078 * max(map(len, rows)) + 0.72 * len(columns), 0.75 + 0.42 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     low, high = limits
     # Cells, not an image, so that they print sharp at any size.
@@ -100,22 +67,19 @@ def draw_heat_map(
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.xaxis.tick_top()
     axes.invert_yaxis()
-    for row, column in np.ndindex(*values.shape):
-        value = values[row, column]
+    for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             text = f"({100 * value:.1f})" if seen[row, column] else f"{100 * value:.1f}"
-            dark = (value - low) < 0.6 * (high - low)
-            axes.text(
-                column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color="white" if dark else "#111"
-            )
+            colour = "white" if (value - low) < 0.6 * (high - low) else "#111"
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
     _ink(axes)
     return figure
 
 
 def draw_ranks(labels: Sequence[str], ranking: Ranking) -> Figure:
-    """Draw mean ranks on a line, the best on the left, as Demšar does: bars join what cannot be told apart."""
-    ranks, count = ranking.ranks, len(labels)
-    bars = find_ties(ranks, ranking.critical_difference)
+    """Draw mean ranks along a line as Demšar does, the best on the left: bars join methods that cannot be told apart."""
+    ranks, count, critical = ranking.ranks, len(labels), ranking.critical_difference
+    bars = find_ties(ranks, critical)
     left = math.ceil(count / 2)  # names hang below the line, the better half to its left and the others to its right
     depth = 0.5 + 0.28 * len(bars)
     figure = Figure(figsize=(WIDTH, 0.8 + 0.3 * (depth / 0.5 + left)), layout="constrained")
@@ -127,21 +91,17 @@ def draw_ranks(labels: Sequence[str], ranking: Ranking) -> Figure:
         axes.plot([tick, tick], [0, -0.15], color=INK, linewidth=1.2)
         axes.text(tick, -0.25, str(tick), ha="center", va="bottom", color=INK, fontsize=9)
     for place, (label, rank) in enumerate(zip(labels, ranks, strict=True)):
-        near = place < left
-        line = depth + 0.5 * (place if near else count - 1 - place)
-        end = 0.9 if near else count + 0.1
+        line = depth + 0.5 * min(place, count - 1 - place)
+        end, gap, side = (0.9, -0.04, "right") if place < left else (count + 0.1, 0.04, "left")
         axes.plot([rank, rank, end], [0, line, line], color=INK, linewidth=0.9)
-        side = "right" if near else "left"
-        gap = (-0.04 if near else 0.04) * count / 3
-        axes.text(end + gap, line, f"{label}  {rank:.2f}", ha=side, va="center", color=INK, fontsize=9.5)
+        text = f"{label}  {rank:.2f}"
+        axes.text(end + gap * count / 3, line, text, ha=side, va="center", color=INK, fontsize=9.5)
     for number, (first, last) in enumerate(bars):
         height = 0.3 + 0.28 * number
         axes.plot([ranks[first] - 0.03, ranks[last] + 0.03], [height, height], color=ACCENT, linewidth=4)
-    if not math.isnan(ranking.critical_difference):
-        axes.plot([1, 1 + ranking.critical_difference], [-0.85, -0.85], color=ACCENT, linewidth=2, marker="|")
-        axes.text(
-            1 + ranking.critical_difference + 0.05, -0.85, "critical difference", va="center", color=INK, fontsize=9
-        )
+    if not math.isnan(critical):
+        axes.plot([1, 1 + critical], [-0.85, -0.85], color=ACCENT, linewidth=2, marker="|")
+        axes.text(1 + critical + 0.05, -0.85, "critical difference", va="center", color=INK, fontsize=9)
     axes.axis("off")
     return figure
 
@@ -157,7 +117,7 @@ def find_ties(ranks: Sequence[float], critical_difference: float) -> list[tuple[
 
 
 def to_svg(figure: Figure, name: str, about: str) -> str:
-    """Return a figure as an SVG element for a page, its ids made the page's own by `name`; `about` is read out."""
+    """Return a figure as an SVG element for a page, its ids made the page's own by `name`; `about` is for screen readers."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), io.StringIO() as file:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = file.getvalue()

@@ -1,10 +1,11 @@
-"""What the pictures of a data set are like: sizes, brightness, colour, broken and repeated ones, as numbers and a page."""
+"""The pictures of a data set: sizes, brightness, colour, unreadable and repeated ones, as numbers and as a page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -65,14 +66,12 @@ class Check:
         return [group for _, group in self.seen.groupby("pixels", sort=False) if len(group) > 1]
 
     @property
-    def sizes(self) -> list[tuple[str, int]]:
-        """How many pictures have a shorter side in each range of pixels."""
-        return _count(self.seen[["width", "height"]].min(axis=1), SIDES, "")
-
-    @property
-    def brightness(self) -> list[tuple[str, int]]:
-        """How many pictures have a mean luma in each range."""
-        return _count(self.seen["brightness"], BRIGHTNESS, "255")
+    def histograms(self) -> dict[str, list[tuple[str, int]]]:
+        """How many pictures have their shorter side in pixels, and their mean luma, in each named range."""
+        return {
+            "shorter side": _count(self.seen[["width", "height"]].min(axis=1), SIDES, ""),
+            "brightness": _count(self.seen["brightness"], BRIGHTNESS, "255"),
+        }
 
     def summary(self) -> tuple[list[str], list[list[str]]]:
         """Return a header and a line per expression and for all: faces per split, grey share, brightness, size, broken."""
@@ -123,9 +122,7 @@ def draw_check(check: Check) -> bytes:
     manifest, seen, groups = check.manifest, check.seen, check.duplicates
     header, lines = check.summary()
     sheets = {name: _spread(seen.index[seen["expression"] == name]) for name in EXPRESSIONS}
-    wanted = sorted(
-        {*(row for rows in sheets.values() for row in rows), *(group.index[0] for group in groups[:LISTED])}
-    )
+    wanted = sorted({*chain(*sheets.values()), *(group.index[0] for group in groups[:LISTED])})
     pictures = {row: picture for row, picture in manifest.survey(wanted, embed) if isinstance(picture, str)}
     return render(
         "check.html",
@@ -139,8 +136,7 @@ def draw_check(check: Check) -> bytes:
         ],
         header=header,
         lines=lines,
-        sizes=check.sizes,
-        brightness=check.brightness,
+        histograms=check.histograms,
         sheets=[
             (name, [(pictures[row], manifest.sample_ids[row]) for row in rows if row in pictures])
             for name, rows in sheets.items()

@@ -89,7 +89,7 @@ def to_html(report: Report) -> str:
 
     figures: dict[str, list[tuple[str, Markup]]] = {sheet.title: [] for sheet in report.sheets}
     for number, drawing in enumerate(list_drawings(report)):
-        picture = Markup(to_svg(drawing.draw(), f"figure{number}", drawing.caption))  # noqa: S704  # our own
+        picture = Markup(to_svg(drawing.figure, f"figure{number}", drawing.caption))  # noqa: S704  # our own
         figures[drawing.sheet].append((drawing.caption, picture))
     return render("comparison.html", report=report, figures=figures).decode()
 

@@ -1,4 +1,4 @@
-"""Everything that is said of a comparison: its tables, the evidence for its figures, and the records behind both."""
+"""The report of a comparison: its tables, the tests behind them, and the records of the CSV file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from cafe.errors import UserError
@@ -28,7 +29,7 @@ from cafe.results.scores import SOURCE, Run
 
 @dataclass(frozen=True)
 class Report:
-    """All that is said of a comparison, for any output; `target` is set where it is of the expressions of one target."""
+    """A comparison with its tables and tests; `target` is set where it compares the expressions of one target."""
 
     title: str
     about: list[str]  # the protocol, and what else holds for all sheets
@@ -43,11 +44,11 @@ class Report:
 def make_report(
     runs: Sequence[Run],
     scores: pd.DataFrame,
-    metric: str = "accuracy",
     protocol: str = "clean",
+    leak_free: pd.DataFrame | None = None,
+    metric: str = "accuracy",
     per_class: str | None = None,
     versus: str | None = None,
-    leak_free: pd.DataFrame | None = None,
 ) -> Report:
     """Compare runs, on all targets or by expression on one, with tests against one method; raise `UserError`.
 
@@ -73,74 +74,73 @@ def make_report(
 
 
 def conclude(comparison: Comparison) -> str:
-    """Say in one sentence whether frozen features or pixels alone carry over better to the unseen targets, whoever wins.
+    """Say in one sentence whether frozen features or pixels alone carry over better to the unseen targets.
 
     Empty where there is nothing to compare.
     """
-    judged = [row for row in comparison.rows if not math.isnan(row.unseen.mean)]
-    ahead = sorted(judged, key=lambda row: -row.unseen.mean)
-    frozen = next((row for row in ahead if row.runs[0].derived.get("store", "none") != "none"), None)
-    pixels = next((row for row in ahead if row.runs[0].derived.get("store", "none") == "none"), None)
-    if frozen is None or pixels is None:
+    best: dict[bool, Row] = {}  # of the rows that read frozen features, and of those that do not
+    for row in sorted(comparison.rows, key=lambda row: -row.unseen.mean):
+        if not math.isnan(row.unseen.mean):
+            best.setdefault(row.runs[0].derived.get("store", "none") != "none", row)
+    if len(best) < 2:
         return ""
+    frozen, pixels = best[True], best[False]
     difference = frozen.unseen.mean - pixels.unseen.mean
-    reach = sum(0 if math.isnan(row.unseen.half_width) else row.unseen.half_width for row in (frozen, pixels))
+    reach = float(np.nansum([row.unseen.half_width for row in (frozen, pixels)]))
     several = min(frozen.unseen.count, pixels.unseen.count) > 2
-    doubt = (
-        "the intervals are apart" if several and abs(difference) > reach else "too few seeds, or too little, to be sure"
-    )
+    sure = several and abs(difference) > reach
     winner = "Frozen features carry over better than pixels" if difference > 0 else "Pixels carry over no worse"
     return (
         f"{winner}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
-        f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % ({doubt})."
+        f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % "
+        f"({'the intervals do not overlap' if sure else 'too few seeds or too small a difference to be sure'})."
     )
 
 
 def list_records(report: Report) -> Iterator[dict[str, object]]:
     """Yield what the CSV file holds, as fractions: one record per row and target or expression, then the row's means."""
-    comparison, tested = report.comparison, {(id(test.row), test.target): test for test in report.tests}
+    comparison, metric = report.comparison, report.comparison.metric
+    tested = {(id(test.row), test.target): test for test in report.tests}
     for row, published in zip(comparison.rows, report.published, strict=True):
         numbers = published or Published({})
         for name, estimate in row.cells.items():
             where: dict[str, object] = {"target": report.target, "expression": name}
             if not report.target:
                 role = SOURCE if name == row.source else "same set" if name in row.seen else "unseen"
-                where = {"target": name, "role": role, "metric": comparison.metric}
-            test = tested.get((id(row), name))
-            yield _record(comparison, row, where, estimate, numbers.cells.get(name, math.nan), test)
+                where = {"target": name, "role": role, "metric": metric}
+            described = _describe(comparison, row, where, estimate, numbers.cells.get(name, math.nan))
+            yield described | _describe_test(tested.get((id(row), name)))
         means = {
-            "unseen": ("mean of unseen", comparison.metric, numbers.unseen, tested.get((id(row), ""))),
-            "unseen macro_f1": ("mean of unseen", "macro_f1", math.nan, None),
-            "unseen ece": ("mean of unseen", "ece", math.nan, None),
-            "all": ("mean of all", comparison.metric, numbers.everything, None),
-            "unseen leak-free": ("mean of unseen leak-free", comparison.metric, math.nan, None),
+            "unseen": ("mean of unseen", metric, numbers.unseen),
+            "unseen macro_f1": ("mean of unseen", "macro_f1", math.nan),
+            "unseen ece": ("mean of unseen", "ece", math.nan),
+            "all": ("mean of all", metric, numbers.everything),
+            "unseen leak-free": ("mean of unseen leak-free", metric, math.nan),
         }
-        for name, estimate in row.means.items():
-            target, metric, number, test = means[name]
-            if name != f"unseen {comparison.metric}":
-                where = {"target": target, "role": "mean", "metric": metric}
-                yield _record(comparison, row, where, estimate, number, test)
+        means.pop(f"unseen {metric}", None)  # it is the mean of the table's own metric
+        for name in (name for name in row.means if name in means):
+            target, of, number = means[name]
+            where = {"target": target, "role": "mean", "metric": of}
+            described = _describe(comparison, row, where, row.means[name], number)
+            yield described | _describe_test(tested.get((id(row), "")) if name == "unseen" else None)
 
 
-def _record(
-    comparison: Comparison,
-    row: Row,
-    where: dict[str, object],
-    estimate: Estimate,
-    published: float,
-    test: Paired | None,
+def _describe(
+    comparison: Comparison, row: Row, where: dict[str, object], estimate: Estimate, published: float
 ) -> dict[str, object]:
-    record: dict[str, object] = {
+    return {
         "protocol": comparison.protocol, "source": row.source, "method": row.method, "row": row.label,
         "selection": row.runs[0].selection, "seeds": row.seeds, **where,
         "mean": estimate.mean, "half_width": estimate.half_width, "averaged": estimate.count, "published": published,
     }  # fmt: skip
-    if test:
-        difference = test.difference
-        record |= {
-            "versus": test.reference.label, "faces": difference.faces, "groups": difference.groups,
-            "accuracy_difference": difference.mean, "low": difference.low, "high": difference.high,
-            "p": difference.p, "p_holm": test.adjusted_p,
-            "seeds_apart": "" if test.apart is None else str(test.apart).lower(),
-        }  # fmt: skip
-    return record
+
+
+def _describe_test(test: Paired | None) -> dict[str, object]:
+    if test is None:
+        return {}
+    difference = test.difference
+    return {
+        "versus": test.reference.label, "faces": difference.faces, "groups": difference.groups,
+        "accuracy_difference": difference.mean, "low": difference.low, "high": difference.high,
+        "p": difference.p, "p_holm": test.adjusted_p, "seeds_apart": "" if test.apart is None else str(test.apart).lower(),
+    }  # fmt: skip

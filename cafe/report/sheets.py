@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import pandas as pd
 
@@ -15,6 +16,7 @@ from cafe.results.published import Published
 from cafe.results.scores import SAME_SET, UNKNOWN, average_unseen
 
 BEST, SECOND = "best", "second"
+HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row of a comparison
 NOISE = (
     "Published numbers are single runs; the choice of their test faces alone moves them by ±4.7 (SFEW), ±1.7 (AffectNet), "
     "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
@@ -56,17 +58,13 @@ def main_sheet(comparison: Comparison) -> Sheet:
     means |= {"all": f"all {title}", "unseen leak-free": f"unseen {title} leak-free"}
     means.pop(f"unseen {comparison.metric}", None)  # it is the mean of the table's own metric
     shown = [name for name in means if name in comparison.rows[0].means]
-    columns = [[*row.cells.values(), *(row.means[name] for name in shown)] for row in comparison.rows]
-    names = [*comparison.columns, *shown]
-    lowest = [name == "unseen ece" or comparison.metric == "ece" for name in names]
+    lowest = {*comparison.columns, *shown} - {"unseen macro_f1"} if comparison.metric == "ece" else {"unseen ece"}
     lines: list[list[Cell]] = []
-    for source in dict.fromkeys(row.source for row in comparison.rows):
-        places = [place for place, row in enumerate(comparison.rows) if row.source == source]
-        own, estimates = [comparison.rows[place] for place in places], [columns[place] for place in places]
-        marks = mark_best(own, estimates, lowest)
-        lines += [_line(*entry) for entry in zip(own, [names] * len(own), estimates, marks, strict=True)]
-        lines += _lead(own, estimates, lowest)
-    header = ["source", "method", "seeds", *comparison.columns, *(means[name] for name in shown)]
+    for _, block in groupby(comparison.rows, lambda row: row.source):
+        rows = list(block)
+        columns = [row.cells | {name: row.means[name] for name in shown} for row in rows]
+        lines += [*_mark_lines(rows, columns, lowest), *_lead(rows, columns, lowest)]
+    header = [*HEAD, *comparison.columns, *(means[name] for name in shown)]
     notes = [
         "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
         "the mean over the targets of other sets than the source; all: with the source, as published tables average. "
@@ -77,28 +75,30 @@ def main_sheet(comparison: Comparison) -> Sheet:
     return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes)
 
 
-def mark_best(rows: Sequence[Row], columns: Sequence[Sequence[Estimate]], lowest: Sequence[bool]) -> list[list[str]]:
-    """Return for each row of one source and column whether it is the best or the second, ties in print sharing it.
+def _mark_lines(
+    rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], lowest: Collection[str] = ()
+) -> list[list[Cell]]:
+    """Return the lines of one source's rows with the best and the second best of each column, ties in print sharing it.
 
-    What peeked at the faces it is judged on takes part in no contest.
+    A row that peeked at the faces it is judged on is never the best.
     """
-    marks = [[""] * len(cells) for cells in columns]
-    for column, low in enumerate(lowest):
-        means = {place: cells[column].mean for place, cells in enumerate(columns) if not rows[place].peeked}
-        printed = {place: round(100 * mean, 1) for place, mean in means.items() if not math.isnan(mean)}
-        order = sorted(set(printed.values()), reverse=not low)
-        for place, value in printed.items() if len(printed) > 1 else ():
-            marks[place][column] = BEST if value == order[0] else SECOND if value == order[1] else ""
-    return marks
+    lines = [_line(row, estimates) for row, estimates in zip(rows, columns, strict=True)]
+    for place, name in enumerate(columns[0], start=len(HEAD)):
+        means = {number: own[name].mean for number, own in enumerate(columns) if not rows[number].peeked}
+        printed = {number: round(100 * mean, 1) for number, mean in means.items() if not math.isnan(mean)}
+        order = sorted(set(printed.values()), reverse=name not in lowest)
+        for number, value in printed.items() if len(printed) > 1 else ():
+            if value in order[:2]:
+                lines[number][place] = replace(lines[number][place], mark=BEST if value == order[0] else SECOND)
+    return lines
 
 
-def _line(row: Row, names: Sequence[str], estimates: Sequence[Estimate], marks: Sequence[str]) -> list[Cell]:
-    texts = [_write(row, name, estimate) for name, estimate in zip(names, estimates, strict=True)]
-    return [*_head(row), *map(Cell, texts, marks)]
+def _line(row: Row, estimates: dict[str, Estimate]) -> list[Cell]:
+    return [*_head(row), *(Cell(_write(row, name, estimate)) for name, estimate in estimates.items())]
 
 
-def _head(row: Row, label: str = "") -> list[Cell]:
-    return [Cell(row.source), Cell(label or row.label), Cell(str(row.seeds) if row.seeded else "any")]
+def _head(row: Row) -> list[Cell]:
+    return [Cell(row.source), Cell(row.label), Cell(str(row.seeds) if row.seeded else "any")]
 
 
 def _write(row: Row, name: str, estimate: Estimate) -> str:
@@ -108,20 +108,18 @@ def _write(row: Row, name: str, estimate: Estimate) -> str:
     return f"{text} †" if row.peeked else text
 
 
-def _lead(rows: Sequence[Row], columns: Sequence[Sequence[Estimate]], lowest: Sequence[bool]) -> list[list[Cell]]:
+def _lead(rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], lowest: Collection[str]) -> list[list[Cell]]:
     """The line of Table 2 of the supplement: CAFE less the best of the other methods; none where CAFE is not one row."""
-    fair = [
-        (row, [estimate.mean for estimate in own]) for row, own in zip(rows, columns, strict=True) if not row.peeked
-    ]
+    fair = [(row, own) for row, own in zip(rows, columns, strict=True) if not row.peeked]
     ours, rivals = ([own for row, own in fair if (row.method == "cafe") == mine] for mine in (True, False))
     if len(ours) != 1 or not rivals:
         return []
-    best = [
-        (min if low else max)((value for value in values if not math.isnan(value)), default=math.nan)
-        for low, values in zip(lowest, zip(*rivals, strict=True), strict=True)
-    ]
-    texts = ["–" if math.isnan(one - other) else points(one - other) for one, other in zip(ours[0], best, strict=True)]
-    return [[Cell(rows[0].source), Cell("cafe less the best rival"), Cell(""), *map(Cell, texts)]]
+    texts = []
+    for name, estimate in ours[0].items():
+        means = [own[name].mean for own in rivals if not math.isnan(own[name].mean)]
+        best = (min if name in lowest else max)(means, default=math.nan)
+        texts.append("–" if math.isnan(estimate.mean - best) else points(estimate.mean - best))
+    return [list(map(Cell, [rows[0].source, "cafe less the best rival", "", *texts]))]
 
 
 def _target_notes(comparison: Comparison) -> list[str]:
@@ -133,9 +131,7 @@ def _target_notes(comparison: Comparison) -> list[str]:
     if unknown := comparison.targets_with(UNKNOWN):
         notes.append(f"Left out, as the workspace has no manifest of that name any more: {', '.join(unknown)}.")
     if comparison.leaking is not None:
-        note = (
-            "Leak-free: without the faces that are copies of the source's training faces, as `cafe data audit` found."
-        )
+        note = "Leak-free: without the copies of the source's training faces that `cafe data audit` found."
         notes.append(note if comparison.leaking else f"{note} It found none.")
     return notes
 
@@ -162,10 +158,8 @@ def matrix_sheets(comparison: Comparison) -> list[Sheet]:
     sheets = []
     for label, rows in by_label(comparison):
         header = ["source \\ target", *comparison.columns, "unseen"]
-        lines = [
-            [Cell(row.source), *_line(row, header[1:], [*row.cells.values(), row.unseen], [""] * len(header[1:]))[3:]]
-            for row in rows
-        ]
+        whole = [_line(row, {**row.cells, "unseen": row.unseen}) for row in rows]
+        lines = [[line[0], *line[len(HEAD) :]] for line in whole]
         sheets.append(Sheet(f"{label}: every source on every target", 1, 0, header, lines, []))
     return sheets
 
@@ -187,14 +181,14 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
             pairs = [(row.cells[name].mean, numbers.cells.get(name, math.nan)) for name in comparison.columns]
             pairs += [(row.unseen.mean, numbers.unseen), (row.means["all"].mean, numbers.everything)]
             lines.append([*_head(row), *(Cell(_beside(row, *pair)) for pair in pairs)])
-            if row.not_as_published:
-                differing.setdefault(", ".join(row.not_as_published), []).append(f"{row.label} from {row.source}")
+            if settings := row.runs[0].not_as_published:
+                differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
     notes = [
         "Ours less the published accuracy, in percentage points; the published one in brackets. Only where this protocol "
         f"judges the data set as the released test readers do. {NOISE}",
         *(f"Not as published: {settings} ({'; '.join(rows)})." for settings, rows in differing.items()),
     ]
-    header = ["source", "method", "seeds", *comparison.columns, "unseen accuracy", "all accuracy"]
+    header = [*HEAD, *comparison.columns, "unseen accuracy", "all accuracy"]
     return Sheet("Beside the published numbers", 2, 1, header, lines, notes)
 
 
@@ -221,15 +215,13 @@ TESTED = (
 def tests_sheets(tests: list[Paired]) -> list[Sheet]:
     """The paired tests, a line per method and target and a sheet per source; the first says how to read them."""
     sheets: list[Sheet] = []
-    for source in dict.fromkeys(test.row.source for test in tests):
-        own = [test for test in tests if test.row.source == source]
+    for source, block in groupby(tests, lambda test: test.row.source):
+        own = list(block)
         header = ["method", "target", "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
         notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
-        incomplete = [
-            f"{test.left_out:,} of {test.target} ({test.row.label})" for test in own if test.left_out and test.target
-        ]
-        if incomplete:
-            notes.append(f"Tested on the faces all runs have judged, without {', '.join(incomplete)}.")
+        if incomplete := [test for test in own if test.left_out and test.target]:
+            missing = (f"{test.left_out:,} of {test.target} ({test.row.label})" for test in incomplete)
+            notes.append(f"Tested on the faces all runs have judged, without {', '.join(missing)}.")
         title = f"Against {own[0].reference.label}, trained on {source}"
         sheets.append(Sheet(title, 2, 1, header, [_test_line(test) for test in own], notes))
     return sheets
@@ -280,40 +272,37 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
 def class_sheet(comparison: Comparison, target: str, published: Sequence[Published | None]) -> Sheet:
     """Recall per expression on one target, and below a row how far it is from what was published."""
     lines: list[list[Cell]] = []
-    for source in dict.fromkeys(row.source for row in comparison.rows):
-        own = [(row, numbers) for row, numbers in zip(comparison.rows, published, strict=True) if row.source == source]
-        columns = [list(row.cells.values()) for row, _ in own]
-        marks = mark_best([row for row, _ in own], columns, [False] * len(comparison.columns))
-        for (row, numbers), estimates, marked in zip(own, columns, marks, strict=True):
-            lines.append(_line(row, comparison.columns, estimates, marked))
+    for _, block in groupby(zip(comparison.rows, published, strict=True), lambda pair: pair[0].source):
+        rows, known = zip(*block, strict=True)
+        for row, numbers, line in zip(rows, known, _mark_lines(rows, [row.cells for row in rows]), strict=True):
+            lines.append(line)
             if numbers:
-                texts = [_beside(row, row.cells[name].mean, numbers.cells[name]) for name in comparison.columns]
-                head = [Cell(source), Cell(f"{row.label} − published"), Cell("")]
-                lines.append([*head, *map(Cell, texts)])
+                texts = [_beside(row, estimate.mean, numbers.cells[name]) for name, estimate in row.cells.items()]
+                lines.append(list(map(Cell, [row.source, f"{row.label} − published", "", *texts])))
     notes = [
         f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
         "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
         *row_notes(comparison.rows),
         *([f"Less the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
     ]
-    return Sheet(f"Expressions on {target}", 2, 1, ["source", "method", "seeds", *comparison.columns], lines, notes)
+    return Sheet(f"Expressions on {target}", 2, 1, [*HEAD, *comparison.columns], lines, notes)
 
 
 def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sheet:
     """One run's numbers by one protocol: a line per target and the mean over the unseen ones; leak-free beside them."""
-    unseen = average_unseen(scores)
-    lines = [[row["target"], *(_percent(row[name]) for name in METRICS)] for _, row in scores.iterrows()]
-    if len(unseen):
-        lines.append(["mean of unseen", *(_percent(unseen.iloc[0][name]) for name in METRICS)])
-    header = ["target", *TITLES.values()]
+    numbers = _with_mean(scores)
+    table = numbers.rename(columns=TITLES).map(_percent)
     if leak_free is not None:
-        header += ["leak-free accuracy", "left out"]
-        left, mean = leak_free.set_index("target"), average_unseen(leak_free)
-        for line in lines[: len(scores)]:
-            line += [_percent(left.loc[line[0], "accuracy"]), f"{left.loc[line[0], 'left_out']:,}"]
-        for line in lines[len(scores) :]:
-            line += [_percent(mean.iloc[0]["accuracy"]), ""]
-    return Sheet("Percent", 1, 0, header, [list(map(Cell, line)) for line in lines], [])
+        table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(_percent)
+        table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)
+    lines = [list(map(Cell, line)) for line in table.fillna("").reset_index().to_numpy()]
+    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, [])
+
+
+def _with_mean(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the metrics by target, and below them their means over the unseen targets where there are any."""
+    unseen = average_unseen(scores)
+    return pd.concat([scores.set_index("target")[list(METRICS)], unseen.set_axis(["mean of unseen"] * len(unseen))])
 
 
 def _percent(value: float) -> str:

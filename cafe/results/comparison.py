@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -56,11 +56,6 @@ class Row:
         return self.runs[0].selection == PEEKING
 
     @property
-    def not_as_published(self) -> tuple[str, ...]:
-        """The settings in which it differs from what was published of its method."""
-        return self.runs[0].not_as_published
-
-    @property
     def unseen(self) -> Estimate:
         """The mean over the targets of other sets than its source."""
         return self.means.get("unseen", NOTHING)
@@ -106,20 +101,20 @@ def compare(
         lost = without.scores["left_out"] > 0
         leaking = [target for target in targets if target in set(without.scores.loc[lost, "target"])]
     rows = []
-    for members, label in group_runs(run for run in runs if run.name in set(own["run"])):
+    for members, label in group_runs(runs, own):
         unseen = [target for target in targets if not table.is_seen(members, target)]
         cells: dict[str, Estimate] = {}
-        seen: set[str] = set()
         for target in targets:
-            beside = {target: table, f"{target} leak-free": without} if target in leaking else {target: table}
-            cells |= {name: part.estimate(members, metric, [target]) for name, part in beside.items() if part}
-            seen |= set() if target in unseen else set(beside)
+            cells[target] = table.estimate(members, metric, [target])
+            if without and target in leaking:
+                cells[f"{target} leak-free"] = without.estimate(members, metric, [target])
+        seen = frozenset(name for name in cells if name.removesuffix(" leak-free") not in unseen)
         means = {"unseen": table.estimate(members, metric, unseen)}
         means |= {f"unseen {other}": table.estimate(members, other, unseen) for other in ("macro_f1", "ece")}
         means["all"] = table.estimate(members, metric, [*unseen, members[0].source])
         if without:
             means["unseen leak-free"] = without.estimate(members, metric, unseen)
-        rows.append(Row(members, label, cells, means, frozenset(seen), table.is_seeded(members)))
+        rows.append(Row(members, label, cells, means, seen, table.is_seeded(members)))
     return Comparison(metric, protocol, list(rows[0].cells), rows, own, leaking if without else None)
 
 
@@ -131,7 +126,7 @@ def compare_classes(runs: Sequence[Run], scores: pd.DataFrame, target: str, prot
     own = own[own["target"] == target]
     metrics = {**{name: f"recall/{name}" for name in EXPRESSIONS}, "overall": "accuracy", "mean": "mean_class_accuracy"}
     table, rows = _Table(own), []
-    for members, label in group_runs(run for run in runs if run.name in set(own["run"])):
+    for members, label in group_runs(runs, own):
         cells = {name: table.estimate(members, metric, [target]) for name, metric in metrics.items()}
         seen = frozenset(metrics if table.is_seen(members, target) else ())
         rows.append(Row(members, label, cells, {}, seen, table.is_seeded(members)))
@@ -179,11 +174,12 @@ def choose_judged(scores: pd.DataFrame, protocol: str) -> pd.DataFrame:
     raise UserError("No run was judged yet: train one with `cafe train --source NAME --method cafe`.")
 
 
-def group_runs(runs: Iterable[Run]) -> list[tuple[tuple[Run, ...], str]]:
-    """Return runs that differ in nothing but their seed together, with the label of their row, by source and label."""
-    groups: dict[str, list[Run]] = defaultdict(list)
+def group_runs(runs: Sequence[Run], scores: pd.DataFrame) -> list[tuple[tuple[Run, ...], str]]:
+    """Return the scored runs that differ only in their seed together, with the label of their row, by source and label."""
+    scored, groups = set(scores["run"]), defaultdict(list)
     for run in runs:
-        groups[run.group].append(run)
+        if run.name in scored:
+            groups[run.group].append(run)
     members = [tuple(sorted(group, key=lambda run: run.seed)) for group in groups.values()]
     named = list(zip(members, name_rows(members), strict=True))
     return sorted(named, key=lambda row: (row[0][0].source, row[0][0].method, row[1]))

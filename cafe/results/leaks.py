@@ -40,7 +40,7 @@ def load_leaks(root: UPath, source: str, source_digest: str, target: str, target
     ):
         if digest != audited:
             raise UserError(
-                f"The audit of {target!r} against {source!r} was made of another {name!r} than the run knows: run "
+                f"The audit of {target!r} against {source!r} read another version of {name!r} than the run did: run "
                 f"`{audit_command(source, target)}`, and train or evaluate again if its files changed."
             )
     splits, samples = (table[name].to_pylist() for name in ("source_split", "target_sample_id"))

@@ -1,4 +1,4 @@
-"""Numbers from predictions alone: accuracy, recalls, macro-F1, calibration, and means over seeds with their intervals."""
+"""Metrics of predictions: accuracy, recalls, macro-F1 and calibration, and means over seeds with their intervals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def confusion(predictions: Predictions) -> np.ndarray:
 def score(predictions: Predictions) -> dict[str, float]:
     """Return accuracy, mean_class_accuracy, macro_f1, ece and recall/EXPRESSION, all in 0–1.
 
-    An expression the target has no face of has no recall and is left out of the means.
+    An expression of which the target has no face has no recall and is left out of the means.
     """
     counts = confusion(predictions)
     right, support, claimed = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
@@ -43,7 +43,7 @@ def score(predictions: Predictions) -> dict[str, float]:
 
 
 def calibration_error(predictions: Predictions) -> float:
-    """Return the expected calibration error: how far confidence is from accuracy, in the mean over faces.
+    """Return the expected calibration error: how far confidence is from accuracy, averaged over faces.
 
     With 15 equal bins of confidence (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Eq. 3).
     """
@@ -77,7 +77,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Return the mean and Student's t-interval of independent runs."""
+    """Return the mean of independent runs with Student's t-interval."""
     count = len(values)
     if count < 2:
         return Estimate(float(values[0]) if count else math.nan, math.nan, tuple(values))

@@ -1,4 +1,4 @@
-"""What a comparison is argued with: paired tests against one method, from every face's predictions, and mean ranks."""
+"""The evidence behind a comparison: paired tests against one method, face by face, and mean ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Predictions are data: one row per face with its label and class probabilities, kept as Parquet.
 
-Every number, interval, test and picture is computed from these files, so that each can be computed again and argued with.
+Every number, interval, test and figure is computed from these files, so that each can be recomputed and checked.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from cafe.results.protocols import find_protocol
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run said of the faces of a target: labels (N,) int64 and class probabilities (N, 7) float32.
+    """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, 7) float32.
 
-    `groups` names the person or film of each face, None where there is none; `about` says which run, target, protocol,
-    split, kind and manifest they belong to.
+    `groups` names the person or film of each face, None where it has none; `about` names the run, target, protocol, split,
+    kind and manifest.
     """
 
     sample_ids: list[str]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pandas as pd
@@ -16,17 +16,18 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.files import list_folder, read_json
+from cafe.records import FORMAT
 from cafe.results.metrics import METRICS, score
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.published import SETS
 
-VERSION = 2  # of run.json
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
-IDENTITY = (
-    "run", "group", "source", "method", "seed", "protocol", "target", "split", "kind", "manifest", "relation", "unseen"
-)  # fmt: skip
 RECALLS = tuple(f"recall/{name}" for name in EXPRESSIONS)
+COLUMNS = (
+    "run", "group", "source", "method", "seed", "protocol", "target", "split", "kind", "manifest", "relation", "unseen",
+    "faces", "left_out", *METRICS, *RECALLS,
+)  # fmt: skip
 
 # What a target is to a run. Means are taken over `unseen` targets, or over these and the `source`.
 SOURCE, UNSEEN = "source", "unseen"
@@ -85,31 +86,16 @@ def read_run(folder: UPath) -> Run | None:
     record = read_json(folder / "run.json")
     if record is None:
         return None
-    if record.get("version") != VERSION:
+    if record.get("version") != FORMAT:
         raise UserError(
             f"The run in {folder} has version {record.get('version', 1)} of run.json, and this program reads version "
-            f"{VERSION}: move the run out of the workspace, and train it again."
+            f"{FORMAT}: move the run out of the workspace, and train it again."
         )
+    described = {field.name: record[field.name] for field in fields(Run) if field.name in record}
+    described["not_as_published"] = tuple(record.get("not_as_published", ()))
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
-    names = [
-        "name",
-        "group",
-        "source",
-        "source_kind",
-        "source_digest",
-        "method",
-        "seed",
-        "selection",
-        "settings",
-        "derived",
-    ]
-    return Run(
-        folder,
-        **{name: record[name] for name in names},
-        not_as_published=tuple(record.get("not_as_published", ())),
-        experiments={name: member.get("benchmark") for name, member in experiments.items()},
-        pulled=(folder / PULLED).exists(),
-    )
+    benchmarks = {name: member.get("benchmark") for name, member in experiments.items()}
+    return Run(folder, **described, experiments=benchmarks, pulled=(folder / PULLED).exists())
 
 
 def read_scores(
@@ -130,31 +116,16 @@ def read_scores(
         for protocol in protocols:
             for target, predictions in load_predictions(run.folder, protocol, named=leave_out is not None).items():
                 kept = leave_out(run, target, predictions) if leave_out else predictions
-                record = {**_identify(run, protocol, target, predictions, known), "faces": len(kept.labels)}
-                record["left_out"] = len(predictions.labels) - len(kept.labels)
-                records.append(record | (score(kept) if len(kept.labels) else {}))
-    columns = [*IDENTITY, "faces", "left_out", *METRICS, *RECALLS]
-    return pd.DataFrame(records, columns=columns)
-
-
-def _identify(
-    run: Run, protocol: str, target: str, predictions: Predictions, known: Collection[str]
-) -> dict[str, object]:
-    about = predictions.about
-    kind, manifest = about.get("kind", ""), about.get("manifest", "")
-    missing = known and not run.pulled and target.partition("@")[0] not in known
-    relation = UNKNOWN if missing else run.relation(target, kind, manifest)
-    return {
-        **{name: getattr(run, name) for name in ("group", "source", "method", "seed")},
-        "run": run.name,
-        "protocol": protocol,
-        "target": target,
-        "split": about.get("split", ""),
-        "kind": kind,
-        "manifest": manifest,
-        "relation": relation,
-        "unseen": relation == UNSEEN,
-    }
+                about = {name: predictions.about.get(name, "") for name in ("split", "kind", "manifest")}
+                missing = known and not run.pulled and target.partition("@")[0] not in known
+                relation = UNKNOWN if missing else run.relation(target, about["kind"], about["manifest"])
+                records.append({
+                    "run": run.name, "group": run.group, "source": run.source, "method": run.method, "seed": run.seed,
+                    "protocol": protocol, "target": target, **about, "relation": relation, "unseen": relation == UNSEEN,
+                    "faces": len(kept.labels), "left_out": len(predictions.labels) - len(kept.labels),
+                    **(score(kept) if len(kept.labels) else {}),
+                })  # fmt: skip
+    return pd.DataFrame(records, columns=COLUMNS)
 
 
 def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:

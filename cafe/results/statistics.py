@@ -1,7 +1,7 @@
 """Is a method better than another? Paired tests over faces or groups, Holm's correction, and mean ranks over targets.
 
-An interval over seeds says how much training varies; these say how much the choice of the judged faces, or of the targets,
-does. Both are needed before a difference is believed.
+An interval over seeds measures how much training varies; these measure how much depends on which faces, or which targets,
+were judged. Both are needed before a difference is believed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import special
 
 RESAMPLES = 10_000
@@ -18,9 +19,9 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Difference:
-    """How much one method is ahead of another (0–1), the interval, the two-sided p, and on how much that rests.
+    """How much one method is ahead of another (0–1), with its interval, two-sided p and sample size.
 
-    `groups` counts the groups of faces that are alike, each face without one for itself; 0 where no face has a group.
+    `groups` counts the groups of faces, a face without one being a group of its own; it is 0 where no face has a group.
     """
 
     mean: float
@@ -36,9 +37,9 @@ def paired_test(
 ) -> Difference:
     """Test whether the mean over targets of the mean difference over faces is zero.
 
-    `differences` holds for each target what every face (N,) contributes: the share of seeds of one method that were right
-    on it less that share of the other's, so that what makes a face hard for everybody cancels. `groups` holds for each
-    target the number (N,) of the group of every face, or None: faces of one person or film are alike, and count as one.
+    `differences` holds one value per face (N,) for each target: the share of one method's seeds that were right on it
+    minus the other's, so that what makes a face hard for everybody cancels. `groups` holds for each target the number (N,)
+    of every face's group, or None: faces of one person or film are not independent, and each group counts as one.
     """
     if all(numbers is None for numbers in groups):
         return paired_bootstrap(differences, confidence=confidence)
@@ -52,8 +53,8 @@ def grouped_test(
 
     Resampling a handful of groups gives intervals that are too narrow. The delete-one-group jackknife (CV3) with as many
     degrees of freedom as groups less one is recommended by MacKinnon, Nielsen and Webb, "Cluster-robust inference: a guide
-    to empirical practice", Journal of Econometrics 232 (2023); as groups of unequal size tell less, they are counted by
-    Kish's effective number. Targets are added up as Welch and Satterthwaite do.
+    to empirical practice", Journal of Econometrics 232 (2023); as groups of unequal size are less informative, they are
+    counted by Kish's effective number. Targets are combined as by Welch and Satterthwaite.
     """
     means, variances, freedoms, count = [], [], [], 0
     for values, numbers in zip(differences, groups, strict=True):
@@ -79,10 +80,10 @@ def grouped_test(
 def paired_bootstrap(
     differences: Sequence[np.ndarray], resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0
 ) -> Difference:
-    """Test as `paired_test` says, where no two faces belong together, by drawing faces with replacement.
+    """Test as `paired_test` says, where faces have no groups, by drawing faces with replacement.
 
-    A face is drawn with all its seeds and both methods, from each target apart. The interval is that of percentiles, and p
-    is the interval turned round: p < 0.05 where the 95 % interval leaves zero out.
+    Faces are drawn within each target, each with all seeds of both methods. The interval is the percentile interval, and
+    p is its inversion: p < 0.05 where the 95 % interval excludes zero.
     """
     random = np.random.default_rng(seed)
     draws = np.mean([_resample_mean(values, resamples, random) for values in differences], axis=0)  # (B,)
@@ -92,13 +93,13 @@ def paired_bootstrap(
         float(np.mean([values.mean() for values in differences])),
         float(low),
         float(high),
-        min(1.0, 2 * (beyond + 1) / (resamples + 1)),  # never zero: the data themselves count as a draw
+        min(1.0, 2 * (beyond + 1) / (resamples + 1)),  # never zero: the observed data count as one draw
         sum(map(len, differences)),
     )
 
 
 def _resample_mean(values: np.ndarray, resamples: int, random: np.random.Generator) -> np.ndarray:
-    """Means (B,) of resamples of values (N,): few values are distinct, so counting each is as good as drawing N samples."""
+    """Means (B,) of resamples of values (N,): few values are distinct, so counts are drawn instead of N samples."""
     distinct, counts = np.unique(values, return_counts=True)
     drawn = random.multinomial(len(values), counts / len(values), size=resamples)  # (B, distinct)
     return np.asarray(drawn @ distinct / len(values))
@@ -118,8 +119,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Ranking:
     """Mean ranks of methods over targets, 1 the best, with the p of Friedman's test and Nemenyi's critical difference.
 
-    Two methods whose mean ranks differ by less than the critical difference cannot be told apart. Both are NaN where
-    there are too few methods, and the difference where even the best against the worst on every target would not reach it.
+    Two methods whose mean ranks differ by less than the critical difference cannot be told apart. Both are NaN for too few
+    methods, and the difference also where ranks cannot differ by as much.
     """
 
     ranks: tuple[float, ...]
@@ -131,16 +132,12 @@ class Ranking:
 def rank_methods(scores: np.ndarray, significance: float = 0.05) -> Ranking:
     """Rank methods by their scores (methods, targets), ties sharing their ranks (Demšar, JMLR 2006)."""
     methods, targets = scores.shape
-    better = (scores[:, None] < scores).sum(axis=1)
-    equal = (scores[:, None] == scores).sum(axis=1)
-    ranks = better + (equal + 1) / 2  # (methods, targets)
+    ranks = pd.DataFrame(scores).rank(ascending=False).to_numpy()
     means = tuple(float(rank) for rank in ranks.mean(axis=1))
     if methods < 3 or targets < 2:
         return Ranking(means, targets, math.nan, math.nan)
     middle = (methods + 1) / 2
-    spread = ((ranks - middle) ** 2).sum() / (
-        methods - 1
-    )  # zero when everybody is alike: then there is nothing to test
+    spread = ((ranks - middle) ** 2).sum() / (methods - 1)  # zero where all are alike: then there is nothing to test
     statistic = ((ranks.sum(axis=1) - targets * middle) ** 2).sum() / spread if spread else 0.0
     p = float(special.chdtrc(methods - 1, statistic))
     critical = _nemenyi_quantile(methods, significance) * math.sqrt(methods * (methods + 1) / (6 * targets))

@@ -1,12 +1,11 @@
 """The camera and the scene around a portrait: background, things in the way, blur, exposure, noise and compression.
 
-A `Domain` says how one data set takes its pictures, because expression recognition fails where these differ.
+A `Domain` says how one data set takes its pictures: expression recognition fails where these differ.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,19 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from cafe.synthetic.face import SIDES, Colour, Person, View, mirror, project, round_colour, smooth, trace
+from cafe.synthetic.face import SIDES, View, mirror, project, smooth, trace
+from cafe.synthetic.person import Colour, Person, round_colour
 
 Pixels = NDArray[np.uint8]
 Tint = tuple[float, float, float]
-
-OCCLUDERS = ("hand", "strand", "sunglasses", "mask", "caption")
 
 
 @dataclass(frozen=True)
 class Domain:
     """How one data set looks; pairs of numbers are ranges, `turn` is the standard deviation of yaw in degrees."""
 
-    name: str
     about: str
     size: tuple[int, int]  # pixels, of a square picture
     intensity: tuple[float, float]  # of the prototypes' action units
@@ -80,74 +77,27 @@ def paint_background(look: Domain, canvas: int, paper: Colour | None, rng: np.ra
     return picture.filter(ImageFilter.BoxBlur(canvas * float(rng.uniform(0.004, 0.025))))
 
 
-def occlude(
-    picture: Image.Image, person: Person, units: Mapping[int, float], view: View, rng: np.random.Generator
-) -> None:
-    """Put one thing in front of the face: a hand, a strand of hair, sunglasses, a surgical mask or a caption."""
-    what = str(rng.choice(OCCLUDERS, p=[0.34, 0.2, 0.12, 0.08, 0.26]))
-    side = float(rng.choice([-1.0, 1.0]))
-    if what == "strand" and person.hair_style in {"bald", "scarf"}:
-        what = "hand"
-    _paint_occluder(picture, what, side, person, units, view, rng)
-
-
-def plant(pixels: Pixels, what: str, person: Person, view: View, seed: int) -> tuple[Pixels, NDArray[np.bool_]]:
-    """Put one of `OCCLUDERS` on a finished picture (H, W, 3) of anybody, where a face seen like `view` would be.
-
-    Returns the picture and where the thing lies (H, W).
-    """
-    painted = []
-    for ground in (pixels, np.zeros_like(pixels), np.full_like(pixels, 255)):
-        picture, rng = Image.fromarray(ground), np.random.default_rng(seed)
-        _paint_occluder(picture, what, float(rng.choice([-1.0, 1.0])), person, {}, view, rng)
-        painted.append(np.asarray(picture))
-    return painted[0], (painted[1] == painted[2]).all(axis=2)  # where the ground does not matter
-
-
-def _paint_occluder(
-    picture: Image.Image,
-    what: str,
-    side: float,
-    person: Person,
-    units: Mapping[int, float],
-    view: View,
-    rng: np.random.Generator,
-) -> None:
-    draw = ImageDraw.Draw(picture)
-    if what == "hand":
-        _paint_hand(draw, person, view, side, rng)
-    elif what == "strand":
-        _paint_strand(draw, person, view, side, rng)
-    elif what == "sunglasses":
-        _paint_sunglasses(draw, person, units, view, rng)
-    elif what == "mask":
-        _paint_mask(draw, view, rng)
-    else:
-        _write_caption(draw, picture.width, rng)
-
-
-def _paint_hand(draw: ImageDraw.ImageDraw, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+def _paint_hand(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
     """Fingers of the person's own skin come in from below, at the cheek, the chin or over the mouth."""
-    skin, dark = person.skin, tuple(round(c * 0.72) for c in person.skin)
+    draw = ImageDraw.Draw(picture)
+    skin, dark = person.skin, round_colour(round(c * 0.72) for c in person.skin)
     reach, top = float(rng.uniform(0.15, 0.75)), float(rng.uniform(0.35, 0.95))
     width = round(view.scale * 0.2)
     for layer, colour in ((0.035, dark), (0.0, skin)):
         for finger in range(4):
-            x = side * (reach + 0.19 * finger)
-            tip = top + 0.07 * abs(finger - 1.3)
+            x, tip = side * (reach + 0.19 * finger), top + 0.07 * abs(finger - 1.3)
             bone = smooth(
                 [(x, tip), (x + side * 0.05, tip + 0.4), (x + side * 0.12, tip + 0.9), (x + side * 0.14, 2.6)]
             )
             path = bone * view.scale + np.array(view.centre)
             radius = width / 2 + layer * view.scale
             draw.line(path.ravel().tolist(), fill=colour, width=round(2 * radius), joint="curve")
-            draw.ellipse(
-                (path[0, 0] - radius, path[0, 1] - radius, path[0, 0] + radius, path[0, 1] + radius), fill=colour
-            )
+            draw.ellipse([*(path[0] - radius), *(path[0] + radius)], fill=colour)
 
 
-def _paint_strand(draw: ImageDraw.ImageDraw, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+def _paint_strand(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
     """Nine locks fall from the crown over one half of the face."""
+    draw = ImageDraw.Draw(picture)
     for k in range(9):
         x = side * (0.12 + 0.07 * k)
         tip = (x + side * 0.25, float(rng.uniform(0.4, 0.9)))
@@ -158,20 +108,19 @@ def _paint_strand(draw: ImageDraw.ImageDraw, person: Person, view: View, side: f
         draw.line(path.ravel().tolist(), fill=colour, width=max(2, round(view.scale * 0.11)), joint="curve")
 
 
-def _paint_sunglasses(
-    draw: ImageDraw.ImageDraw, person: Person, units: Mapping[int, float], view: View, rng: np.random.Generator
-) -> None:
+def _paint_sunglasses(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
     """Dark lenses where the person's glasses would sit, and a bar from ear to ear."""
-    curves = trace(person, units)
+    draw, curves = ImageDraw.Draw(picture), trace(person, {})
     dark = round_colour(rng.integers(10, 60, 3))
-    for side in SIDES:
-        draw.polygon(project(curves[f"{side}_lens"], view).ravel().tolist(), fill=dark)
+    for name in SIDES:
+        draw.polygon(project(curves[f"{name}_lens"], view).ravel().tolist(), fill=dark)
     bar = project(np.array([(-person.width, -0.06), (person.width, -0.06)]), view)
     draw.line(bar.ravel().tolist(), fill=dark, width=max(2, round(view.scale * 0.05)))
 
 
-def _paint_mask(draw: ImageDraw.ImageDraw, view: View, rng: np.random.Generator) -> None:
+def _paint_mask(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
     """A surgical mask from the nose to below the chin, with three pleats."""
+    draw = ImageDraw.Draw(picture)
     cloth = round_colour(rng.normal((176, 206, 222), 12).clip(0, 255))
     half = [(0.35, 0.3), (0.88, 0.4), (0.72, 0.95), (0.3, 1.36)]
     outline = smooth([(0.0, 0.24), *half, *mirror(half)], 4, closed=True)
@@ -181,8 +130,9 @@ def _paint_mask(draw: ImageDraw.ImageDraw, view: View, rng: np.random.Generator)
         draw.line(pleat.ravel().tolist(), fill=tuple(v - 28 for v in cloth), width=max(1, round(view.scale * 0.02)))
 
 
-def _write_caption(draw: ImageDraw.ImageDraw, canvas: int, rng: np.random.Generator) -> None:
-    """Lay a line of words over the picture, as pictures that travelled the web have."""
+def _write_caption(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+    """Lay a line of words over the picture, as pictures shared on the web often have."""
+    draw, canvas = ImageDraw.Draw(picture), picture.width
     words = ["when", "you", "see", "it", "monday", "wow", "2019", "me", "again", "www.", "photo", "LOL", "STOCK"]
     text = " ".join(str(word) for word in rng.choice(words, 3))
     place = (canvas * float(rng.uniform(0.0, 0.3)), canvas * float(rng.uniform(0.05, 0.85)))
@@ -193,6 +143,34 @@ def _write_caption(draw: ImageDraw.ImageDraw, canvas: int, rng: np.random.Genera
 @lru_cache(maxsize=32)
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
+
+
+OCCLUDERS = {
+    "hand": _paint_hand, "strand": _paint_strand, "sunglasses": _paint_sunglasses, "mask": _paint_mask,
+    "caption": _write_caption,
+}  # fmt: skip
+
+
+def occlude(picture: Image.Image, person: Person, view: View, rng: np.random.Generator) -> None:
+    """Put one thing in front of the face: a hand, a strand of hair, sunglasses, a surgical mask or a caption."""
+    what = str(rng.choice(list(OCCLUDERS), p=[0.34, 0.2, 0.12, 0.08, 0.26]))
+    side = float(rng.choice([-1.0, 1.0]))
+    if what == "strand" and person.hair_style in {"bald", "scarf"}:
+        what = "hand"
+    OCCLUDERS[what](picture, person, view, side, rng)
+
+
+def plant(pixels: Pixels, what: str, person: Person, view: View, seed: int) -> tuple[Pixels, NDArray[np.bool_]]:
+    """Put one of `OCCLUDERS` on a finished picture (H, W, 3) of anybody, where a face seen like `view` would be.
+
+    Returns the picture and where the thing lies (H, W).
+    """
+    painted = []
+    for ground in (pixels, np.zeros_like(pixels), np.full_like(pixels, 255)):
+        picture, rng = Image.fromarray(ground), np.random.default_rng(seed)
+        OCCLUDERS[what](picture, person, view, float(rng.choice([-1.0, 1.0])), rng)
+        painted.append(np.asarray(picture))
+    return painted[0], (painted[1] == painted[2]).all(axis=2)  # covered is what looks the same on black and on white
 
 
 def expose(picture: Image.Image, look: Domain, size: int, rng: np.random.Generator) -> Pixels:

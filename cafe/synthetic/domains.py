@@ -1,127 +1,30 @@
-"""Five synthetic domains of faces, so that the whole road can be walked without a single licensed picture.
+"""Five synthetic domains of faces, so that everything can be tried without a licensed data set.
 
 Every sample is a pure function of (seed, domain, identity, expression, index): the same bytes in any order and process.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 from cafe.randomness import random_generator
-from cafe.synthetic.camera import Domain, Pixels, Tint, encode, expose, occlude, paint_background
-from cafe.synthetic.face import View, draw_person, round_colour
+from cafe.synthetic.camera import Domain, Pixels, encode, expose, occlude, paint_background
+from cafe.synthetic.face import View
+from cafe.synthetic.person import draw_person, round_colour
 from cafe.synthetic.portrait import Ink, Light, paint
 
-# Prototypes and their major variants as {action unit: relative intensity}, after EMFACS (Friesen & Ekman 1983) and the
-# table of the FACS Investigator's Guide (Ekman, Friesen & Hager 2002, p. 174). 64 is "eyes down".
-PROTOTYPES: dict[str, tuple[dict[int, float], ...]] = {
-    "surprise": ({1: 1.0, 2: 1.0, 5: 0.8, 25: 1.0, 26: 1.0}, {1: 1.0, 2: 1.0, 5: 0.9, 25: 0.9, 26: 0.6}),
-    "fear": (
-        {1: 1.0, 2: 0.4, 4: 0.7, 5: 1.0, 20: 1.0, 25: 1.0, 26: 0.2},
-        {1: 1.0, 2: 0.5, 4: 0.8, 5: 1.0, 16: 0.5, 20: 0.9, 25: 0.8},
-    ),
-    "disgust": (
-        {4: 0.3, 7: 0.5, 9: 1.0, 10: 0.7, 15: 0.4, 17: 0.8},
-        {4: 0.3, 7: 0.5, 9: 0.9, 10: 1.0, 16: 0.5, 25: 0.6},
-    ),
-    "happiness": ({6: 0.8, 12: 1.0}, {6: 1.0, 12: 1.0, 25: 1.0}, {6: 1.0, 12: 1.0, 25: 1.0, 26: 0.35}),
-    "sadness": ({1: 1.0, 4: 0.6, 15: 1.0, 17: 0.7}, {1: 1.0, 4: 0.7, 15: 1.0, 17: 0.5, 64: 0.6}),
-    "anger": (
-        {4: 1.0, 5: 0.5, 7: 0.6, 17: 0.3, 23: 1.0, 24: 0.7},
-        {4: 1.0, 5: 0.6, 7: 0.6, 10: 0.4, 16: 0.6, 23: 0.3, 25: 0.9},
-    ),
-    "neutral": ({},),
-}
-TUNGSTEN: tuple[Tint, Tint] = ((1.08, 0.92, 0.72), (0.55, 0.78, 0.9))  # warm lamp, teal shadows
-MOONLIGHT: tuple[Tint, Tint] = ((0.82, 0.98, 1.08), (0.9, 0.6, 0.55))
-RESTING = (1, 2, 4, 5, 7, 12, 15, 17, 25)  # what a face at rest does a little of
-
-
-DOMAINS: dict[str, Domain] = {
-    domain.name: domain
-    for domain in (
-        Domain(
-            name="studio",
-            about="posed colour portraits in even light",
-            size=(100, 100),
-            intensity=(0.75, 1.05),
-            scale=(0.275, 0.30),
-            turn=5,
-            ambient=(0.6, 0.75),
-            lamp=(0.1, 0.45),
-            clutter=0.05,
-            noise=2,
-            quality=(90, 96),
-        ),
-        Domain(
-            name="grey",
-            about="small grey crops of all kinds of pictures",
-            size=(48, 48),
-            intensity=(0.65, 1.1),
-            scale=(0.33, 0.37),
-            turn=10,
-            ambient=(0.3, 0.7),
-            lamp=(0.0, 1.2),
-            clutter=0.7,
-            occlusion=0.08,
-            blur=0.5,
-            level=122,
-            noise=4,
-            grey=True,
-        ),
-        Domain(
-            name="film",
-            about="dark graded film stills with subtle expressions",
-            size=(90, 160),
-            intensity=(0.55, 0.9),
-            scale=(0.29, 0.34),
-            turn=12,
-            ambient=(0.18, 0.36),
-            lamp=(0.8, 1.8),
-            grades=(TUNGSTEN, TUNGSTEN, MOONLIGHT),
-            backdrop=(12, 70),
-            clutter=0.4,
-            blur=0.7,
-            motion=0.5,
-            level=72,
-            noise=6,
-            quality=(75, 92),
-        ),
-        Domain(
-            name="web",
-            about="occluded, compressed pictures from anywhere",
-            size=(80, 200),
-            intensity=(0.65, 1.1),
-            scale=(0.30, 0.35),
-            turn=10,
-            ambient=(0.35, 0.85),
-            lamp=(0.0, 1.2),
-            clutter=0.8,
-            occlusion=0.4,
-            blur=0.5,
-            level=122,
-            noise=4,
-            quality=(16, 50),
-        ),
-        Domain(
-            name="drawing",
-            about="line drawings and flat cartoons",
-            size=(120, 120),
-            intensity=(0.65, 1.15),
-            scale=(0.28, 0.33),
-            turn=6,
-            ambient=(0.3, 0.5),
-            lamp=(0.3, 1.2),
-            drawn=True,
-        ),
-    )
-}
+_FILE = tomllib.loads(Path(__file__).with_name("domains.toml").read_text())
+DOMAINS = TypeAdapter(dict[str, Domain]).validate_python(_FILE["domains"])
+PROTOTYPES = TypeAdapter(dict[str, tuple[dict[int, float], ...]]).validate_python(_FILE["prototypes"])
+RESTING = (1, 2, 4, 5, 7, 12, 15, 17, 25)  # the action units that a face at rest shows a little of
 IDENTITIES = 2000  # of each domain: the first has 0–1999, the second 2000–3999, …
 
 
@@ -144,7 +47,7 @@ def render(seed: int, domain: str, identity: int, expression: int, index: int) -
     picture = paint_background(look, canvas, ink.paper if ink else None, rng)
     picture.paste(face, mask=mask)
     if rng.random() < look.occlusion:
-        occlude(picture, person, units, view, rng)
+        occlude(picture, person, view, rng)
     return expose(picture, look, size, rng)
 
 
@@ -184,7 +87,7 @@ def list_samples(domain: str, faces: int) -> Iterator[tuple[str, int, int, int]]
 
 
 def draw_units(domain: Domain, expression: int, rng: np.random.Generator) -> dict[int, float]:
-    """Draw action units {number: intensity 0–1.2}: a variant of the prototype and what the face does anyway."""
+    """Draw action units {number: intensity 0–1.2}: a variant of the prototype on top of a face at rest."""
     units = {unit: float(rng.uniform(0, 0.12)) for unit in RESTING if rng.random() < 0.35}
     variants = PROTOTYPES[EXPRESSIONS[expression]]
     strength = rng.uniform(*domain.intensity)
@@ -225,12 +128,12 @@ def _draw_light(look: Domain, rng: np.random.Generator) -> Light:
 def _draw_ink(rng: np.random.Generator) -> Ink:
     shade = int(rng.integers(10, 70))
     paper = round_colour(np.clip(rng.normal((247, 243, 234), 6), 200, 255))
-    filled = rng.random() < 0.6
+    filled = bool(rng.random() < 0.6)
     return Ink(
         colour=(shade, shade - int(rng.integers(0, 10)), shade + int(rng.integers(0, 25))),
         width=float(rng.uniform(0.022, 0.05)),
         wobble=float(rng.uniform(0.002, 0.009)),
-        fill=bool(filled),
+        fill=filled,
         tone=float(rng.choice([0.25, 0.5, 0.9])),
         cel=float(rng.choice([0.0, 0.5, 0.8])) if filled else 0.0,
         paper=paper,

@@ -1,4 +1,4 @@
-"""One parametric face: a person and facial action units go in, named curves come out, and a view turns them.
+"""One parametric face: a person with facial action units becomes named curves, which a view turns and projects.
 
 Curves are in face units (x to the image's right, y down, the eye line at 0, half a face wide = 1), so that the action
 units of FACS (Ekman & Friesen 1978) can move them without knowing how large or in which style they will be drawn.
@@ -7,57 +7,19 @@ units of FACS (Ekman & Friesen 1978) can move them without knowing how large or 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cafe.synthetic.person import Person
+
 Curve = NDArray[np.float64]  # (points, 2)
-Colour = tuple[int, int, int]
 Points = Sequence[tuple[float, float]]
 
 SIDES = {"left": -1.0, "right": 1.0}  # of the image
-
-# The Monk skin tone scale, without its two paper-white ends, warmed for skin under light.
-SKIN = [(250, 222, 200), (244, 210, 182), (234, 192, 158), (218, 172, 134), (190, 142, 104)]
-SKIN += [(158, 112, 80), (130, 90, 66), (106, 73, 55), (88, 61, 48)]
-HAIR = [(34, 27, 25), (48, 34, 28), (78, 52, 36), (112, 74, 46), (156, 112, 66), (206, 168, 108), (150, 70, 38)]
-IRIS = [(74, 48, 30), (98, 66, 38), (112, 96, 52), (84, 112, 84), (88, 124, 150), (110, 130, 142)]
-CLOTH = [(52, 66, 92), (124, 46, 52), (66, 92, 78), (196, 186, 170), (74, 72, 76), (178, 132, 74), (120, 104, 146)]
-
-
-@dataclass(frozen=True)
-class Person:
-    """What stays the same in every picture of one identity; lengths in face units, `age` from 0 (child) to 1 (old)."""
-
-    age: float
-    width: float
-    jaw: float
-    chin: float
-    eye_apart: float
-    eye_width: float
-    eye_open: float
-    eye_tilt: float
-    brow_height: float
-    brow_arch: float
-    brow_thickness: float
-    nose_width: float
-    nose_length: float
-    mouth_width: float
-    mouth_height: float
-    lip: float
-    skin: Colour
-    hair: Colour
-    brow: Colour
-    iris: Colour
-    cloth: Colour
-    hair_style: str
-    hair_volume: float
-    hair_side: float
-    beard: str
-    glasses: str
 
 
 @dataclass(frozen=True)
@@ -71,49 +33,6 @@ class View:
     centre: tuple[float, float]
 
 
-def draw_person(rng: np.random.Generator) -> Person:
-    """Draw an identity: proportions, age, skin, hair, beard and glasses, from its own generator."""
-    man = rng.random() < 0.5
-    age = float(np.clip(rng.beta(1.5, 2.0), 0.02, 1.0))
-    child = max(0.0, 1.0 - age / 0.16)
-    tone = rng.uniform(0, len(SKIN) - 1)
-    skin = mix_colours(SKIN[int(tone)], SKIN[min(int(tone) + 1, len(SKIN) - 1)], tone % 1)
-    fair = max(0.0, 1.0 - tone / 4.0)  # fair hair and light eyes go with fair skin
-    hair = HAIR[int(rng.integers(0, 3 + round(4 * fair)))]
-    grey = float(np.clip((age - 0.62) / 0.3, 0, 1)) * rng.uniform(0.3, 1.0)
-    styles = ["short", "crop", "parted", "curly"] + (["bald"] if age > 0.35 else ["fringe"])
-    styles = styles if man else ["long", "bob", "parted", "bun", "fringe", "curly", "scarf", "long"]
-    beards = ["none", "none", "stubble", "moustache", "full"] if man and age > 0.2 else ["none"]
-    return Person(
-        age=age,
-        width=float(rng.normal(0.93 + 0.05 * man, 0.035)),
-        jaw=float(np.clip(rng.normal(0.70 + 0.08 * man, 0.05) + 0.04 * child, 0.58, 0.92)),
-        chin=float(np.clip(rng.normal(1.33 + 0.05 * man, 0.05) - 0.12 * child, 1.15, 1.48)),
-        eye_apart=float(rng.normal(0.405, 0.018)),
-        eye_width=float(rng.normal(0.195, 0.012) + 0.015 * child),
-        eye_open=float(np.clip(rng.normal(0.098 - 0.008 * man - 0.012 * age, 0.011) + 0.02 * child, 0.07, 0.13)),
-        eye_tilt=float(rng.normal(0.008, 0.013)),
-        brow_height=float(np.clip(rng.normal(0.285 - 0.025 * man, 0.018), 0.23, 0.33)),
-        brow_arch=float(np.clip(rng.normal(0.065 - 0.02 * man, 0.018), 0.01, 0.11)),
-        brow_thickness=float(np.clip(rng.normal(0.055 + 0.022 * man, 0.012), 0.035, 0.1)),
-        nose_width=float(np.clip(rng.normal(0.165 + 0.012 * man + 0.004 * tone, 0.018), 0.12, 0.23)),
-        nose_length=float(np.clip(rng.normal(0.53, 0.03) - 0.07 * child + 0.03 * age, 0.42, 0.62)),
-        mouth_width=float(np.clip(rng.normal(0.30, 0.022), 0.25, 0.36)),
-        mouth_height=float(rng.normal(0.84, 0.02) - 0.03 * child),
-        lip=float(np.clip(rng.normal(0.083 - 0.012 * man + 0.003 * tone - 0.02 * age, 0.013), 0.045, 0.12)),
-        skin=skin,
-        hair=mix_colours(hair, (205, 203, 200), grey),
-        brow=mix_colours(mix_colours(hair, (205, 203, 200), grey * 0.7), (30, 20, 18), 0.4),
-        iris=IRIS[int(rng.integers(0, 2 + round(4 * fair)))],
-        cloth=CLOTH[int(rng.integers(len(CLOTH)))],
-        hair_style=str(rng.choice(styles)),
-        hair_volume=float(rng.uniform(0.06, 0.2)),
-        hair_side=float(rng.choice([-1.0, 1.0])),
-        beard=str(rng.choice(beards)),
-        glasses=str(rng.choice(["round", "square"])) if rng.random() < 0.2 else "none",
-    )
-
-
 def trace(person: Person, units: Mapping[int, float], gaze: tuple[float, float] = (0.0, 0.0)) -> dict[str, Curve]:
     """Return every curve of the face in face units, moved by action units given as {number: intensity 0–1}.
 
@@ -121,24 +40,35 @@ def trace(person: Person, units: Mapping[int, float], gaze: tuple[float, float] 
     """
     au: Mapping[int, float] = defaultdict(float, units)
     curves = _trace_head(person, au) | _trace_hair(person) | _trace_mouth(person, au)
+    width, corner = curves["mouth_inner_top"][-1]
     for side, s in SIDES.items():
-        one = _trace_eye(person, au, s, gaze) | _trace_nose(person, au, s)
-        width = curves["mouth_inner_top"][-1, 0]
-        corner = curves["mouth_inner_top"][-1, 1]
-        wing = one["wing"][1]
-        one["fold"] = smooth(
-            [
-                (wing[0] + s * 0.035, wing[1] - 0.04),
-                (s * (width * 0.72 + 0.13 + 0.05 * au[12]), wing[1] + 0.13 - 0.03 * au[12]),
-                (s * (width + 0.10), corner - 0.06),
-                (s * (width + 0.09), corner + 0.05),
-            ]
-        )
-        curves |= {f"{side}_{name}": curve for name, curve in one.items()}
+        brow, nose = _trace_brow(person, au, s), _trace_nose(person, au, s)
+        eye = _trace_eye(person, au, s, gaze, brow["brow_shape"])
+        wing = nose["wing"][1]
+        fold = [
+            (wing[0] + s * 0.035, wing[1] - 0.04),
+            (s * (width * 0.72 + 0.13 + 0.05 * au[12]), wing[1] + 0.13 - 0.03 * au[12]),
+            (s * (width + 0.10), corner - 0.06),
+            (s * (width + 0.09), corner + 0.05),
+        ]
+        own = brow | eye | _trace_skin(person, au, s, brow["brow"]) | nose | {"fold": smooth(fold)}
+        curves |= {f"{side}_{name}": curve for name, curve in own.items()}
     return curves
 
 
-def _trace_eye(p: Person, au: Mapping[int, float], s: float, gaze: tuple[float, float]) -> dict[str, Curve]:
+def _trace_brow(p: Person, au: Mapping[int, float], s: float) -> dict[str, Curve]:
+    t = np.linspace(0, 1, 10)  # inner to outer end
+    rise = 0.17 * au[1] * (1 - t) ** 1.4 + 0.15 * au[2] * np.sin(np.pi * t**0.8 * 0.72)
+    sink = au[4] * (0.03 + 0.13 * (1 - t) ** 1.3) + au[9] * 0.07 * (1 - t)
+    y = -p.brow_height - p.brow_arch * np.sin(np.pi * np.clip(t * 0.78, 0, 1)) + 0.05 * t**3 - rise + sink
+    x = s * (0.16 + 0.53 * t - 0.055 * au[4] * (1 - t))
+    half = 0.5 * p.brow_thickness * np.minimum(1.0, 1.25 - t**1.6) * np.minimum(1, 0.7 + 3 * t)
+    return {"brow": np.stack([x, y], 1), "brow_shape": _band(x, y - half, y + half)}
+
+
+def _trace_eye(
+    p: Person, au: Mapping[int, float], s: float, gaze: tuple[float, float], brow_shape: Curve
+) -> dict[str, Curve]:
     u = np.linspace(-1, 1, 13)  # inner to outer corner
     x = s * (p.eye_apart + p.eye_width * u)
     base = -p.eye_tilt * (u + 1)
@@ -149,21 +79,13 @@ def _trace_eye(p: Person, au: Mapping[int, float], s: float, gaze: tuple[float, 
     upper = np.stack([x, base - up * (1 - u**2) ** 0.62 * (1 - 0.12 * u) + droop * (1 - u**2) * 2], 1)
     lower = np.stack([x, base + low * (1 - u**2) ** 0.75 * (1 + 0.15 * u)], 1)
     centre = (s * p.eye_apart + gaze[0], -0.016 + gaze[1] + 0.05 * au[64])
-
-    t = np.linspace(0, 1, 10)  # inner to outer end of the brow
-    rise = 0.17 * au[1] * (1 - t) ** 1.4 + 0.15 * au[2] * np.sin(np.pi * t**0.8 * 0.72)
-    sink = au[4] * (0.03 + 0.13 * (1 - t) ** 1.3) + au[9] * 0.07 * (1 - t)
-    y = -p.brow_height - p.brow_arch * np.sin(np.pi * np.clip(t * 0.78, 0, 1)) + 0.05 * t**3 - rise + sink
-    bx = s * (0.16 + 0.53 * t - 0.055 * au[4] * (1 - t))
-    half = 0.5 * p.brow_thickness * np.minimum(1.0, 1.25 - t**1.6) * np.minimum(1, 0.7 + 3 * t)
     crease = upper + np.array([0, -0.042 - 0.02 * au[5]])
-    crease[:, 1] = np.maximum(crease[:, 1], np.interp(u, np.linspace(-1, 1, 10), y + half))
+    below_brow = brow_shape[: len(brow_shape) // 2 - 1 : -1, 1]  # its lower edge, inner to outer end
+    crease[:, 1] = np.maximum(crease[:, 1], np.interp(u, np.linspace(-1, 1, len(below_brow)), below_brow))
     bag = lower + np.stack([0 * u, 0.055 + 0.035 * (1 - u**2)], 1)
     outer = p.eye_apart + p.eye_width + 0.05
     feet = [(s * (outer + 0.09 * k), d * (0.2 + k)) for d in (-0.05, 0, 0.05) for k in (0, 1)]
     return {
-        "brow": np.stack([bx, y], 1),
-        "brow_shape": _band(bx, y - half, y + half),
         "lid_upper": upper,
         "lid_lower": lower,
         "eye": np.concatenate([upper, lower[::-1]]),
@@ -174,11 +96,19 @@ def _trace_eye(p: Person, au: Mapping[int, float], s: float, gaze: tuple[float, 
         "lid": np.concatenate([upper, crease[::-1]]),
         "bag": bag[2:-1],
         "feet": np.array(feet),
+    }
+
+
+def _trace_skin(p: Person, au: Mapping[int, float], s: float, brow: Curve) -> dict[str, Curve]:
+    """What lies around an eye: sockets, wrinkles, cheek, temple, and the lens of a pair of glasses."""
+    x, y = brow[::-1].T
+    wrinkle = y * 0.6 - p.brow_height * 0.4
+    return {
         "socket": _ellipse(s * (p.eye_apart - 0.02), -0.07 + 0.05 * au[4], 0.27, 0.13),
         "inner_socket": _ellipse(s * 0.165, -0.06, 0.07, 0.13),
         "frown": smooth([(s * 0.05, -0.30 + 0.02 * au[4]), (s * 0.062, -0.22), (s * 0.05, -0.12 + 0.03 * au[4])]),
-        "wrinkle_low": np.stack([bx[::-1], y[::-1] * 0.6 - p.brow_height * 0.4 - 0.20 - 0.05 * au[1]], 1),
-        "wrinkle_high": np.stack([bx[::-1], y[::-1] * 0.6 - p.brow_height * 0.4 - 0.31 - 0.06 * au[1]], 1),
+        "wrinkle_low": np.stack([x, wrinkle - 0.20 - 0.05 * au[1]], 1),
+        "wrinkle_high": np.stack([x, wrinkle - 0.31 - 0.06 * au[1]], 1),
         "cheek": _ellipse(s * (0.54 + 0.02 * au[12]), 0.40 - 0.07 * au[6] - 0.04 * au[12], 0.21, 0.15),
         "temple": _ellipse(s * 0.9, -0.2, 0.12, 0.4),
         "hollow": _ellipse(s * 0.72, 0.72, 0.13, 0.26),
@@ -200,7 +130,8 @@ def _trace_nose(p: Person, au: Mapping[int, float], s: float) -> dict[str, Curve
     }
 
 
-def _trace_mouth(p: Person, au: Mapping[int, float]) -> dict[str, Curve]:
+def _shape_lips(p: Person, au: Mapping[int, float]) -> tuple[NDArray[np.float64], ...]:
+    """Return x of the mouth's points (21,), and y of the upper lip's two edges and the lower lip's two, from above."""
     u = np.linspace(-1, 1, 21)
     s = 1 - u**2
     tight = max(au[23], au[24])
@@ -221,11 +152,17 @@ def _trace_mouth(p: Person, au: Mapping[int, float]) -> dict[str, Curve]:
     under = low + lower_lip * s**0.7 * (1 - 0.1 * np.abs(u))
     if au[10] + au[9] > 0:  # a sneer squares the upper lip
         over = over - 0.035 * max(au[9], au[10]) * s * np.abs(u)
-    x = width * u
+    return width * u, over, top, low, under
+
+
+def _trace_mouth(p: Person, au: Mapping[int, float]) -> dict[str, Curve]:
+    x, over, top, low, under = _shape_lips(p, au)
+    u = np.linspace(-1, 1, 21)
     bite = np.minimum(top + 0.085, low)
-    lower_teeth = np.maximum(low - 0.05 * max(au[16], au[20]) * (s > 0.2), top)
+    lower_teeth = np.maximum(low - 0.05 * max(au[16], au[20]) * (1 - u**2 > 0.2), top)
     chin_y = _chin(p, au)
     dent = (np.max(under) + chin_y) / 2
+    tongue = _ellipse(0, float(low[10]) + 0.02, x[-1] * 0.55, 0.4 * float(low[10] - top[10]))
     return {
         "mouth_inner_top": np.stack([x, top], 1),
         "mouth_inner_low": np.stack([x, low], 1),
@@ -236,12 +173,8 @@ def _trace_mouth(p: Person, au: Mapping[int, float]) -> dict[str, Curve]:
         "lip_lower": _band(x, low, under),
         "teeth": _band(x, top, bite)[2:-2],
         "teeth_lower": _band(x, lower_teeth, low),
-        "tongue": _clip(
-            _ellipse(0, float(low[10]) + 0.02, width * 0.55, 0.4 * float(low[10] - top[10])),
-            np.stack([x, top + 0.02], 1),
-            np.stack([x, low], 1),
-        ),
-        "under_lip": _ellipse(0.0, float(under[10]) + 0.035, width * 0.55, 0.03),
+        "tongue": _clip(tongue, np.stack([x, top + 0.02], 1), np.stack([x, low], 1)),
+        "under_lip": _ellipse(0.0, float(under[10]) + 0.035, x[-1] * 0.55, 0.03),
         "chin_dent": smooth([(-0.13, dent + 0.04), (0.0, dent - 0.02), (0.13, dent + 0.04)]),
         "chin_ball": _ellipse(0.0, chin_y - 0.16, 0.2, 0.1),
         "philtrum": np.array([(0, p.nose_length + 0.06), (0, float(over[10]) - 0.01)]),
@@ -263,25 +196,21 @@ def _trace_head(p: Person, au: Mapping[int, float]) -> dict[str, Curve]:
     inner = [(0.42, 0.62), (0.62, 0.62), (w * 0.9, 0.3)]
     full = [*beard, (0, chin + 0.07), *mirror(beard), *mirror(inner), (0, 0.66), *inner]
     neck = p.jaw * 0.62
+    shadow = [(-neck, 0.9), (neck, 0.9), (neck, chin + 0.1), (0, chin + 0.34), (-neck, chin + 0.1)]
+    shirt = [(-2.6, 3.4), (-1.9, 1.98), (-0.78, 1.62), (0, 1.92), (0.78, 1.62), (1.9, 1.98), (2.6, 3.4)]
+    nose = [(-p.nose_width * 0.5, p.nose_length), (0, p.nose_length + 0.05), (p.nose_width * 0.5, p.nose_length)]
     return {
         "head": smooth(outline, 5, closed=True),
         "beard": smooth(full, 4, closed=True),
         "neck": np.array([(-neck, 0.6), (neck, 0.6), (neck * 1.06, 1.7), (1.2, 2.1), (-1.2, 2.1), (-neck * 1.06, 1.7)]),
-        "neck_shadow": smooth(
-            [(-neck, 0.9), (neck, 0.9), (neck, chin + 0.1), (0, chin + 0.34), (-neck, chin + 0.1)], 4, closed=True
-        ),
-        "shirt": smooth(
-            [(-2.6, 3.4), (-1.9, 1.98), (-0.78, 1.62), (0, 1.92), (0.78, 1.62), (1.9, 1.98), (2.6, 3.4)], 4
-        ),
+        "neck_shadow": smooth(shadow, 4, closed=True),
+        "shirt": smooth(shirt, 4),
         "left_ear": _ellipse(-w * 1.02, 0.1, 0.11, 0.24),
         "right_ear": _ellipse(w * 1.02, 0.1, 0.11, 0.24),
         "nose_tip": _ellipse(0, p.nose_length - 0.08 - 0.04 * au[9], 0.065, 0.06),
         "nose_ridge": np.array([(0, -0.08), (0, p.nose_length - 0.14)]),
         "nose_base": _ellipse(0, p.nose_length + 0.05 - 0.05 * au[9], p.nose_width * 0.85, 0.035),
-        "nose_bottom": smooth(
-            [(-p.nose_width * 0.5, p.nose_length), (0, p.nose_length + 0.05), (p.nose_width * 0.5, p.nose_length)]
-        )
-        - np.array([0, 0.05 * au[9]]),
+        "nose_bottom": smooth(nose) - np.array([0, 0.05 * au[9]]),
         "forehead": _ellipse(0, -0.62, 0.42, 0.2),
     }
 
@@ -305,13 +234,13 @@ def _trace_hair(p: Person) -> dict[str, Curve]:
     line = [*mirror(half), *half]
     if style in {"parted", "long", "bob"}:  # swept over from a parting
         line = [(-w * 0.93, 0.05), (-w * 0.88, -0.38), (-0.52, -0.7), (0.05, -0.9), (0.38, -1.14), (0.6, -0.84)]
-        line = [*line, (0.8, -0.45), (w * 0.93, 0.05)]
+        line += [(0.8, -0.45), (w * 0.93, 0.05)]
         line = line if p.hair_side > 0 else mirror(line)
     length = {"long": 2.1, "bob": 1.05, "scarf": 2.3}.get(style, 0.0)
     out = w + 0.13 + volume * 0.6
     back = [(-out + 0.1, -0.6), (-out - 0.02, 0.1), (-out - 0.06, length * 0.6), (-out + 0.06, length)]
-    back = [*back, (-0.6, length + 0.04)]
-    back = [*back, *mirror(back)]
+    back += [(-0.6, length + 0.04)]
+    back += mirror(back)
     strands = [np.stack([cap[9:-9, 0] * k, -0.3 + (cap[9:-9, 1] + 0.3) * k], 1) for k in (0.93, 0.86)]
     return {
         "hair": np.concatenate([cap, smooth(line[::-1], 5)]),
@@ -389,15 +318,3 @@ def project(curve: Curve, view: View) -> Curve:
     cos, sin = np.cos(view.roll) * view.scale, np.sin(view.roll) * view.scale
     rolled = np.stack([turned_x * cos - turned_y * sin, turned_x * sin + turned_y * cos], 1)
     return np.asarray(rolled + np.array(view.centre))
-
-
-def mix_colours(a: Iterable[float], b: Iterable[float], share: float) -> Colour:
-    """Return the colour `share` 0–1 of the way from `a` to `b`."""
-    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
-    return red, green, blue
-
-
-def round_colour(values: Iterable[float]) -> Colour:
-    """Return three channel values as a colour, each rounded towards 0."""
-    red, green, blue = (int(value) for value in values)
-    return red, green, blue

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from cafe.synthetic.face import SIDES, Colour, Curve, Person, View, mix_colours, project, trace
+from cafe.synthetic.face import SIDES, Curve, View, project, trace
+from cafe.synthetic.person import Colour, Person, mix_colours
 
 HAIRY = {"hair", "hair_back", "bun", "beard", "moustache"}
 GAIN = 1.35  # the brightest a highlight may make the flat colour
