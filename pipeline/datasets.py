@@ -28,11 +28,12 @@ from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
+from cafe.files import locate
 from cafe.results.leaks import audit_path
 from cafe.synthetic.domains import write
 from pipeline.cluster import Progress
 from pipeline.settings import AlignSettings
-from pipeline.workspace import Workspace, locate
+from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from cafe.report.audit import Audit

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
+from cafe.files import locate
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import heat_maps, mean_masks
 from cafe.learning.training import predict
@@ -29,7 +30,6 @@ from pipeline.cluster import Progress
 from pipeline.faces import Faces
 from pipeline.models import load_method, make_dataset
 from pipeline.runs import RunSpec
-from pipeline.workspace import locate
 
 MISTAKES = 24  # faces of the error gallery
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from upath import UPath
 
 from cafe.data.manifest import Manifest
@@ -26,16 +23,13 @@ from cafe.errors import IncompleteError, UserError
 from cafe.files import read_json, write_json
 from cafe.records import check_record
 from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
-from cafe.towers.embedding import Embedder
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
 from pipeline.settings import ExtractSettings
+from pipeline.shards import ShardEmbedder
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
-from pipeline.workspace import Workspace, locate
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -132,100 +126,29 @@ def name_layers(settings: ExtractSettings) -> list[str]:
     return list(dict.fromkeys(absolute_name(f"{settings.backbone}#{layer}") for layer in layers))
 
 
-class ShardEmbedder:
-    """A tower at work: shard number in, receipts out. Loaded once per actor, usable without Ray.
-
-    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}.
-    """
-
-    def __init__(
-        self, stores: dict[str, About], manifest: str, settings: ExtractSettings, threads: int, device: str
-    ) -> None:
-        torch.set_num_threads(threads)
-        self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
-        self.pending = [set(store.pending()) for store in self.stores]
-        self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
-        about = self.stores[0].about
-        tower = load_backbone(about.backbone_name, settings.precision, settings.input_size)
-        if tower.facts.weights_digest != about.key.weights:
-            raise UserError(
-                f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
-            )
-        self.embedder = Embedder(
-            tower,
-            Manifest.load(locate(manifest)),
-            about.key.view_plan,
-            device,
-            about.key.maps,
-            about.key.dtype,
-            about.batch_size,
-            about.key.channels,
-        )
-        decoders = settings.decode_threads or 0
-        self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
-        self.ahead = 2 * decoders
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Embed one shard, write it to the stores that lack it and return {shard, rows}."""
-        (shard,) = batch["shard"].tolist()
-        lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
-        layers = [self.layers[number] for number in lacking]
-        rows, views = self.stores[0].rows_of(shard), self.stores[0].about.key.views
-        batches = self.embedder.batches(list(product(rows, range(views))))
-
-        skipped: dict[int, str] = {}
-        features: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in lacking]
-        for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
-            skipped |= rendered.unreadable
-            for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
-                for name, values in read.items():
-                    parts[name].append(values)
-        for number, parts in zip(lacking, features, strict=True):
-            arrays = {
-                name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
-                for name, values in parts.items()
-            }
-            self.stores[number].write_shard(shard, arrays, skipped)
-        return {"shard": [shard], "rows": [len(rows)]}
-
-
-def prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor | None, ahead: int
-) -> Iterator[Result]:
-    """Yield `function(item)` in order, with up to `ahead` of them under way in the pool; without a pool, one by one."""
-    if pool is None:
-        yield from map(function, items)
-        return
-    under_way: deque[Any] = deque()
-    for item in items:
-        under_way.append(pool.submit(function, item))
-        if len(under_way) > ahead:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
-
-
 def extract(
     workspace: Workspace, manifests: Sequence[Manifest], settings: ExtractSettings, progress: Progress
 ) -> list[Extraction]:
     """Fill the feature stores of each manifest, one for each layer, and return what was done; finished ones cost no Ray.
 
     `progress(done, total)` counts faces of all manifests. Raises `IncompleteError` when more than `max_skipped` images of
-    one are unreadable; what was computed is kept.
+    one are unreadable, or when shards could not be computed; what was computed is kept.
     """
     names = name_layers(settings)
     towers = dict(zip(names, know_layers(workspace, settings, names), strict=True))
     passes = [step for manifest in manifests for step in _plan(workspace, manifest, settings, towers)]
-    total, done = sum(len(step.manifest) for step in passes), 0
+    total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
     with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
         for step in passes:
             done += len(step.manifest) - sum(len(step.stores[0].rows_of(shard)) for shard in step.shards)
             path = str(workspace.manifest_path(step.manifest.name))
-            for rows in _embed(step, path, settings) if step.shards else ():
-                done += rows
+            for shard in _embed(step, path, settings) if step.shards else ():
+                done += shard["rows"]
+                faults[str(shard["fault"])] += 1
                 progress(done, total)
             for store in step.stores:
                 store.sweep()
+    _check_finished(passes, +faults)
     results = [result for step in passes for result in step.results()]
     for result in results:
         if len(result.skipped) > settings.max_skipped:
@@ -265,6 +188,8 @@ def _plan(
         store = FeatureStore.create(workspace.features / manifest.name, replace(about, shard_rows=step), manifest)
         if settings.verify:
             store.discard_damaged()
+        if settings.retry_skipped:
+            store.discard_skipped()
         alike[store.about.shard_rows].append(store)
     return [_Pass(manifest, stores, [store.pending() for store in stores]) for stores in alike.values()]
 
@@ -274,8 +199,19 @@ def _without_restarts() -> dict[str, int]:
     return {"max_restarts": 0}
 
 
-def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[int]:
-    """Compute shards under Ray; yield the faces of each as it is done."""
+def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
+    """List the stores again; raise `IncompleteError` with what went wrong where they still lack shards."""
+    lacking = sum(len(store.pending()) for step in passes for store in step.stores)
+    if lacking:
+        listed = "".join(f"\n  {fault} ({count} shards)" for fault, count in faults.most_common() if fault)
+        raise IncompleteError(
+            f"{lacking} of {sum(store.shards for step in passes for store in step.stores)} shards could not be computed; "
+            f"all others are kept: give the same command again.{listed}"
+        )
+
+
+def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
+    """Compute shards under Ray; yield the receipt of each as it is done, or its fault."""
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
@@ -314,7 +250,6 @@ def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[in
             ray_remote_args_fn=None if settings.address else _without_restarts,
         )
     try:
-        for receipt in receipts.iter_rows():
-            yield receipt["rows"]
+        yield from receipts.iter_rows()
     except RayTaskError as error:
         raise cluster.user_error(error) or error from None

@@ -26,7 +26,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.files import list_folder, read_json, write_json
+from cafe.files import list_folder, list_sizes, read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ class FeatureStore:
 
     def pending(self) -> list[int]:
         """The shards still to compute: a listing, never a scan."""
-        done = {path.name for path in list_folder(self.path / "receipts") if path.stat().st_size}
-        return [shard for shard in range(self.shards) if f"{shard:05d}.json" not in done]
+        done = list_sizes(self.path / "receipts")  # a receipt torn by a kill is empty
+        return [shard for shard in range(self.shards) if not done.get(f"{shard:05d}.json")]
 
     def write_shard(self, shard: int, arrays: dict[str, np.ndarray], skipped: dict[int, str]) -> None:
         """Write the features of a shard, {array: (rows, V, …)}, then its receipt; `skipped` gives reasons by row."""
@@ -199,6 +199,12 @@ class FeatureStore:
             checksums[name] = _checksums(values)
         reasons = [{"row": row, "reason": reason} for row, reason in sorted(skipped.items())]
         write_json(self.receipt_path(shard), {"rows": len(rows), "skipped": reasons, "checksums": checksums})
+
+    def discard_skipped(self) -> None:
+        """Declare those shards undone in which images were left out."""
+        for shard in range(self.shards):
+            if (read_json(self.receipt_path(shard)) or {}).get("skipped"):
+                self.receipt_path(shard).unlink()
 
     def skipped_paths(self, manifest: Manifest) -> list[tuple[str, str]]:
         """Path and reason of every image without features."""

@@ -16,7 +16,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import list_folder, read_json
+from cafe.files import list_folder, locate, read_json
 from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
 from cafe.learning.networks import NETWORKS
 from cafe.methods import find_method
@@ -33,7 +33,7 @@ from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Mirror
 from pipeline.worker import Task, Worker, train_together
-from pipeline.workspace import Workspace, check_name, locate
+from pipeline.workspace import Workspace, check_name
 
 FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written
 

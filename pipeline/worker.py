@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from upath import UPath
 
-from cafe.files import list_folder, write_json
+from cafe.files import list_folder, locate, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
@@ -24,7 +24,6 @@ from pipeline.evaluate import predict_target
 from pipeline.faces import Faces, choose_rows
 from pipeline.models import build_method, make_dataset, make_live_dataset
 from pipeline.runs import RunSpec
-from pipeline.workspace import locate
 
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 

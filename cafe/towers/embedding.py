@@ -6,6 +6,7 @@ same numbers.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cafe.data.images import UnreadableImageError
+from cafe.data.images import MissingImageError, UnreadableImageError, is_gone
 from cafe.data.manifest import Manifest
-from cafe.errors import UserError
+from cafe.errors import StorageError, UserError
 from cafe.learning.views import ViewPlan, normalise
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.names import Layer
@@ -71,11 +72,21 @@ class Embedder:
                 if decoded is None or decoded[0] != row:
                     decoded = (row, self.manifest.read_face(row, self.channels))
             except UnreadableImageError as error:
+                self._check_gone(row, error)
                 unreadable[row] = str(error)
                 continue
             sample_id = self.manifest.sample_ids[row]
             pictures[position], boxes[position] = self.plan.render(decoded[1], sample_id, view, side)
         return Rendered(pictures, boxes, unreadable)
+
+    def _check_gone(self, row: int, error: UnreadableImageError) -> None:
+        """Raise `StorageError` for a picture that is missing where its folder does not show that it is gone."""
+        path = self.manifest.path(row)
+        if isinstance(error, MissingImageError) and not is_gone(path):
+            raise StorageError(
+                f"{path} is missing with its whole folder on node {socket.gethostname()}: mount {self.manifest.root} "
+                "there, or index the set again if its faces are gone."
+            )
 
     def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
         """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), in the store's type."""

@@ -1,0 +1,82 @@
+"""A fault of the storage or of a node is never taken for a fact about a picture; without Ray, whose part is elsewhere."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Cafe, draw_faces
+
+from pipeline.extract import describe_store, know_tower
+from pipeline.settings import ExtractSettings
+from pipeline.shards import ShardEmbedder
+from pipeline.store import FeatureStore
+from pipeline.workspace import Workspace
+
+
+class Extraction:
+    """The manifest `tiny` of 60 faces in four shards, worked off shard by shard in this process."""
+
+    def __init__(self, folder: Path, tower: str) -> None:
+        self.faces, self.cafe = folder / "faces", Cafe(folder / "work", "")
+        self.cafe.succeed("data", "index", "folder", str(draw_faces(self.faces, per_class=20)), "--name", "tiny")
+        self.workspace = Workspace.at(str(folder / "work"))
+        self.settings = ExtractSettings(backbone=tower, shard_rows=15)
+
+    @property
+    def store(self) -> FeatureStore:
+        manifest = self.workspace.load_manifest("tiny")
+        about = describe_store(manifest, self.settings, know_tower(self.workspace, self.settings))
+        return FeatureStore.create(self.workspace.features / "tiny", about, manifest)
+
+    def embedder(self) -> ShardEmbedder:
+        path = str(self.workspace.manifest_path("tiny"))
+        return ShardEmbedder({str(self.store.path): self.store.about}, path, self.settings, 1, "cpu")
+
+    def run(self) -> dict[int, str]:
+        """Compute what is pending and return the fault of each shard."""
+        embedder, done = self.embedder(), dict[int, str]()
+        for shard in self.store.pending():
+            receipt: dict[str, Any] = embedder({"shard": np.array([shard])})
+            done[shard] = receipt["fault"][0]
+        return done
+
+
+@pytest.fixture
+def extraction(tmp_path: Path, tiny_tower: str) -> Extraction:
+    return Extraction(tmp_path, tiny_tower)
+
+
+def test_a_folder_that_is_away_enters_no_receipt(extraction: Extraction) -> None:
+    (extraction.faces / "anger").rename(extraction.faces / "away")
+    faults = extraction.run()
+    assert [shard for shard in faults if faults[shard]] == extraction.store.pending() == [0, 1]
+    assert "000.jpg is missing with its whole folder on node" in faults[0]
+    (extraction.faces / "away").rename(extraction.faces / "anger")
+    assert extraction.run() == {0: "", 1: ""}
+    assert extraction.store.valid().all()
+
+
+def test_a_node_without_most_of_the_pictures_is_named(extraction: Extraction) -> None:
+    for picture in sorted((extraction.faces / "anger").iterdir())[:8]:
+        picture.unlink()
+    fault = f"8 of the 15 pictures of a shard are missing below {extraction.faces} on node {socket.gethostname()}: "
+    assert extraction.run()[0].startswith(fault)
+    assert extraction.store.pending() == [0]
+
+
+def test_a_picture_that_is_gone_is_skipped_until_skipped_ones_are_asked_for(extraction: Extraction) -> None:
+    picture = extraction.faces / "anger" / "019.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    assert set(extraction.run().values()) == {""}
+    store, manifest = extraction.store, extraction.workspace.load_manifest("tiny")
+    assert store.pending() == []
+    assert store.skipped_paths(manifest) == [("anger/019.png", "file not found")]
+    picture.write_bytes(content)
+    store.discard_skipped()
+    assert extraction.run() == {1: ""}
+    assert extraction.store.valid().all()
