@@ -48,9 +48,15 @@ class ShardEmbedder:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )
+        faces = Manifest.load(locate(manifest))
+        if faces.image_digest != about.key.images:
+            raise UserError(
+                f"The manifest {faces.name!r} on node {socket.gethostname()} lists other images than the store was planned "
+                "with: give the command again."
+            )
         self.embedder = Embedder(
             tower,
-            Manifest.load(locate(manifest)),
+            faces,
             about.key.view_plan,
             device,
             about.key.maps,

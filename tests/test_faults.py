@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import Cafe, draw_faces
 
+from cafe.data.manifest import Manifest
+from cafe.errors import UserError
 from pipeline.extract import describe_store, know_tower
 from pipeline.settings import ExtractSettings
 from pipeline.shards import ShardEmbedder
@@ -80,3 +83,20 @@ def test_a_picture_that_is_gone_is_skipped_until_skipped_ones_are_asked_for(extr
     store.discard_skipped()
     assert extraction.run() == {1: ""}
     assert extraction.store.valid().all()
+
+
+def test_a_picture_that_was_replaced_since_it_was_indexed_is_named(extraction: Extraction) -> None:
+    faces = extraction.faces / "sadness"
+    (faces / "019.png").write_bytes((faces / "017.png").read_bytes())
+    with pytest.raises(UserError, match=r"sadness/019.png has changed since it was indexed: index 'tiny' again"):
+        extraction.run()
+    assert extraction.store.pending() == [3]
+
+
+def test_a_worker_refuses_a_manifest_that_is_not_the_one_planned_with(extraction: Extraction) -> None:
+    path = extraction.workspace.manifest_path("tiny")
+    stores = {str(extraction.store.path): extraction.store.about}
+    manifest = Manifest.load(path)
+    replace(manifest, table=manifest.table.slice(1)).save(path)
+    with pytest.raises(UserError, match=r"'tiny' on node .* lists other images than the store was planned with"):
+        ShardEmbedder(stores, str(path), extraction.settings, 1, "cpu")

@@ -171,9 +171,13 @@ class Manifest:
     def read_face(self, row: int, channels: str = "rgb") -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8, cut out of its picture when the row has a box.
 
-        `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`.
+        `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`, and `UserError` for a file
+        that is not the one that was indexed.
         """
-        image = decode_image(read_bytes(self.path(row)))
+        data, digest = read_bytes(self.path(row)), self.table["digest"][row].as_py()
+        if digest and hashlib.sha256(data).hexdigest() != digest:  # photos that were only listed have none
+            raise UserError(f"{self.path(row)} has changed since it was indexed: index {self.name!r} again.")
+        image = decode_image(data)
         if box := self.table["box"][row].as_py():
             left, top, width, height = clip_box(box, image.shape[1], image.shape[0])
             image = image[top : top + height, left : left + width]
