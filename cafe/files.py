@@ -72,8 +72,11 @@ def write_file(path: UPath, content: bytes) -> None:
         path.write_bytes(content)
         return
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    beside.write_bytes(content)
-    beside.replace(path)
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:  # on a full disk half a file is left
+        beside.unlink(missing_ok=True)
 
 
 def read_json(path: UPath) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.files import locate
+from cafe.files import locate, write_file
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import heat_maps, mean_masks
 from cafe.learning.training import predict
@@ -86,8 +86,7 @@ def predict_target(run: str, target: Faces) -> None:
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         folder = path / "figures" / kind / find_protocol(target.protocol).prefix
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{place.stem}.png").write_bytes(picture.getvalue())
+        write_file(folder / f"{place.stem}.png", picture.getvalue())
     predictions.save(place)  # last: from here on the target is judged
 
 
@@ -123,4 +122,5 @@ def is_judged(run: UPath, target: Faces) -> bool:
     predictions = Predictions.load(target.predictions_path(run))
     if predictions is None:
         return False
-    return (predictions.about["manifest"], predictions.about["split"]) == (target.digest, target.split)
+    about = predictions.about
+    return (about.get("manifest"), about.get("split")) == (target.digest, target.split)
