@@ -194,11 +194,22 @@ class FeatureStore:
             array = self.array(name)
             values = values.astype(array.dtype)
             if name in ARRAYS:
+                self._check_finite(shard, values, valid)
                 values[~valid] = np.nan
             array[rows.start : rows.stop] = values
             checksums[name] = _checksums(values)
         reasons = [{"row": row, "reason": reason} for row, reason in sorted(skipped.items())]
         write_json(self.receipt_path(shard), {"rows": len(rows), "skipped": reasons, "checksums": checksums})
+
+    def _check_finite(self, shard: int, values: np.ndarray, valid: np.ndarray) -> None:
+        """Raise `UserError` naming a face whose features are NaN or infinite, which no comparison would notice."""
+        broken = valid & ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if broken.any():
+            row = self.rows_of(shard)[int(broken.argmax())]
+            raise UserError(
+                f"The features of {self.array('sample_id')[row]!s} in {self.path} are NaN or infinite: take "
+                "--precision fp32 and --dtype float32."
+            )
 
     def discard_skipped(self) -> None:
         """Declare those shards undone in which images were left out."""
