@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisatio
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
+from pipeline.lease import hold
 from pipeline.settings import ExtractSettings
 from pipeline.shards import ShardEmbedder
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
@@ -136,7 +137,19 @@ def extract(
     """
     names = name_layers(settings)
     towers = dict(zip(names, know_layers(workspace, settings, names), strict=True))
-    passes = [step for manifest in manifests for step in _plan(workspace, manifest, settings, towers)]
+    with ExitStack() as leases:
+        by_name = sorted(manifests, key=lambda manifest: manifest.name)  # so that no two wait for each other
+        passes = [step for manifest in by_name for step in _plan(workspace, manifest, settings, towers, leases)]
+        _run(workspace, passes, settings, progress)
+        results = [result for step in passes for result in step.results()]
+    for result in results:
+        if len(result.skipped) > settings.max_skipped:
+            raise IncompleteError(result.complaint(settings.max_skipped))
+    return results
+
+
+def _run(workspace: Workspace, passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> None:
+    """Compute what the stores lack; raise `IncompleteError` when they still lack something then."""
     total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
     with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
         for step in passes:
@@ -145,15 +158,11 @@ def extract(
             for shard in _embed(step, path, settings) if step.shards else ():
                 done += shard["rows"]
                 faults[str(shard["fault"])] += 1
+                step.check_leases()
                 progress(done, total)
             for store in step.stores:
                 store.sweep()
-    _check_finished(passes, +faults)
-    results = [result for step in passes for result in step.results()]
-    for result in results:
-        if len(result.skipped) > settings.max_skipped:
-            raise IncompleteError(result.complaint(settings.max_skipped))
-    return results
+    _check_finished(passes, faults)
 
 
 @dataclass(frozen=True)
@@ -163,11 +172,17 @@ class _Pass:
     manifest: Manifest
     stores: list[FeatureStore]
     pending: list[list[int]]  # the shards that each store lacks
+    leases: list[Callable[[], None]]
 
     @property
     def shards(self) -> list[int]:
         """The shards that any of the stores lacks."""
         return sorted(set().union(*self.pending))
+
+    def check_leases(self) -> None:
+        """Raise `UserError` when another command has taken over a store."""
+        for check in self.leases:
+            check()
 
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
@@ -178,20 +193,23 @@ class _Pass:
 
 
 def _plan(
-    workspace: Workspace, manifest: Manifest, settings: ExtractSettings, towers: dict[str, TowerFacts]
+    workspace: Workspace, manifest: Manifest, settings: ExtractSettings, towers: dict[str, TowerFacts], held: ExitStack
 ) -> list[_Pass]:
-    """Make or open the stores of all layers; those cut alike share a pass, which all do that are made together."""
+    """Lease, make or open the stores of all layers; those cut alike share a pass, which all do that are made together."""
     asked = [describe_store(manifest, replace(settings, backbone=name), tower) for name, tower in towers.items()]
     step = min(about.shard_rows for about in asked)
     alike: dict[int, list[FeatureStore]] = defaultdict(list)
+    folder = workspace.features / manifest.name
+    names = sorted({about.folder for about in asked})
+    leases = [held.enter_context(hold(folder / name, settings.wait)) for name in names]
     for about in asked:
-        store = FeatureStore.create(workspace.features / manifest.name, replace(about, shard_rows=step), manifest)
+        store = FeatureStore.create(folder, replace(about, shard_rows=step), manifest)
         if settings.verify:
             store.discard_damaged()
         if settings.retry_skipped:
             store.discard_skipped()
         alike[store.about.shard_rows].append(store)
-    return [_Pass(manifest, stores, [store.pending() for store in stores]) for stores in alike.values()]
+    return [_Pass(manifest, stores, [store.pending() for store in stores], leases) for stores in alike.values()]
 
 
 def _without_restarts() -> dict[str, int]:

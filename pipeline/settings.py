@@ -34,6 +34,7 @@ class ClusterSettings:
         None, "Ray cluster to join (host:port, ray://… or auto); default: this machine alone."
     )
     num_cpus: int | None = setting(None, "Cores to use on this machine; default: all.")
+    wait: bool = setting(False, "Wait while another command works on the same thing, instead of an error.")
 
 
 @dataclass(frozen=True)
