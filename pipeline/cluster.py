@@ -71,6 +71,10 @@ def _check_answer(address: str) -> None:
         ) from None
 
 
+class WorkerDiedError(Exception):
+    """A process of Ray's that ended in the middle of its work: it crashed, was killed, or its node is gone."""
+
+
 def quieten(library: str) -> None:
     """Silence the progress notes of `ray.data` or `ray.train`, which set their own log level when first imported."""
     logging.getLogger(library).setLevel(logging.CRITICAL)

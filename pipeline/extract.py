@@ -32,6 +32,9 @@ from pipeline.shards import ShardEmbedder
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
 from pipeline.workspace import Workspace
 
+RESTARTS = 3  # of a tower on a cluster before it counts as dead
+TRIES = 3  # of shards whose workers died
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -155,7 +158,7 @@ def _run(workspace: Workspace, passes: list[_Pass], settings: ExtractSettings, p
         for step in passes:
             done += len(step.manifest) - sum(len(step.stores[0].rows_of(shard)) for shard in step.shards)
             path = str(workspace.manifest_path(step.manifest.name))
-            for shard in _embed(step, path, settings) if step.shards else ():
+            for shard in _embed_patiently(step, path, settings) if step.shards else ():
                 done += shard["rows"]
                 faults[str(shard["fault"])] += 1
                 step.check_leases()
@@ -178,6 +181,10 @@ class _Pass:
     def shards(self) -> list[int]:
         """The shards that any of the stores lacks."""
         return sorted(set().union(*self.pending))
+
+    def lacking(self) -> list[int]:
+        """List the shards again that any of the stores lacks."""
+        return sorted(set().union(*(store.pending() for store in self.stores)))
 
     def check_leases(self) -> None:
         """Raise `UserError` when another command has taken over a store."""
@@ -212,11 +219,6 @@ def _plan(
     return [_Pass(manifest, stores, [store.pending() for store in stores], leases) for stores in alike.values()]
 
 
-def _without_restarts() -> dict[str, int]:
-    """On one machine a tower that dies is an error; on a cluster, whose nodes come and go, Ray starts it elsewhere."""
-    return {"max_restarts": 0}
-
-
 def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
     """List the stores again; raise `IncompleteError` with what went wrong where they still lack shards."""
     lacking = sum(len(store.pending()) for step in passes for store in step.stores)
@@ -228,15 +230,42 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
         )
 
 
-def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
-    """Compute shards under Ray; yield the receipt of each as it is done, or its fault."""
+def _embed_patiently(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
+    """Compute shards, again and with care after a worker has died, until `TRIES` have died without a shard done."""
+    died, shards = 0, step.shards
+    while shards:
+        try:
+            for shard in _embed(step, manifest, settings, shards, careful=died > 0):
+                died = min(died, 1)
+                yield shard
+            return
+        except cluster.WorkerDiedError as error:
+            died, shards = died + 1, step.lacking()
+            if died == TRIES:
+                raise IncompleteError(
+                    f"The worker of shard {shards[0]} of {step.manifest.name!r} died {died} times ({error}): if memory is "
+                    "short, take fewer --num-actors or a smaller --batch-size; give the same command again."
+                ) from None
+
+
+def _bounded_restarts() -> dict[str, int]:
+    return {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+
+
+def _without_restarts() -> dict[str, int]:
+    return {"max_restarts": 0}
+
+
+def _embed(
+    step: _Pass, manifest: str, settings: ExtractSettings, shards: list[int], careful: bool
+) -> Iterator[dict[str, Any]]:
+    """Compute shards under Ray; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.annotations import RayDeprecationWarning
 
-    shards = step.shards
     gpus = cluster.count("GPU") if settings.num_gpus is None else settings.num_gpus
     cores = cluster.count("CPU")
     actors = min(settings.num_actors or gpus or cores, len(shards))
@@ -249,6 +278,7 @@ def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[di
         replace(settings, decode_threads=decoders),
         1 if gpus else share,
         "cuda" if gpus else "cpu",
+        careful,
     )
 
     cluster.quieten("ray.data")
@@ -265,9 +295,12 @@ def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[di
             compute=ActorPoolStrategy(size=actors),
             num_cpus=1,
             num_gpus=gpus / actors if gpus else 0,
-            ray_remote_args_fn=None if settings.address else _without_restarts,
+            # On a cluster, whose nodes come and go, Ray starts a tower elsewhere.
+            ray_remote_args_fn=_bounded_restarts if settings.address else _without_restarts,
         )
     try:
         yield from receipts.iter_rows()
     except RayTaskError as error:
         raise cluster.user_error(error) or error from None
+    except RayError as error:
+        raise cluster.WorkerDiedError(str(error).strip().partition("\n")[0]) from error

@@ -45,7 +45,7 @@ class Lease:
         if self.host != socket.gethostname():
             return time.time() - self.renewed < STALE_SECONDS
         try:
-            return abs(psutil.Process(self.process).create_time() - self.started) < 1
+            return bool(abs(psutil.Process(self.process).create_time() - self.started) < 1)
         except psutil.NoSuchProcess:
             return False
 

@@ -76,6 +76,7 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     )
     batch_size: Count = setting(64, "Views per forward pass of the tower.")
     shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")
+    max_megapixels: Count = setting(25, "Largest picture to decode; larger ones are left out as unreadable.")
     max_skipped: Number = setting(0, "Unreadable images to put up with before the command fails.")
     retry_skipped: bool = setting(
         False, "Compute shards again in which images were left out: they may be mended by now."

@@ -9,6 +9,7 @@ import socket
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cached_property
 from itertools import product
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from cafe.data.images import MISSING
+from cafe.data.isolation import find_killers
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate, retry
@@ -25,6 +27,8 @@ from cafe.towers.names import parse_backbone
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureStore
 
+KILLER = "kills its decoder"
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -32,41 +36,57 @@ Result = TypeVar("Result")
 class ShardEmbedder:
     """A tower at work: shard number in, receipts out. Loaded once per actor, usable without Ray.
 
-    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}.
+    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}. A `careful` one decodes
+    each picture in another process first, and leaves those out that kill it.
     """
 
     def __init__(
-        self, stores: dict[str, About], manifest: str, settings: ExtractSettings, threads: int, device: str
+        self,
+        stores: dict[str, About],
+        manifest: str,
+        settings: ExtractSettings,
+        threads: int,
+        device: str,
+        careful: bool = False,
     ) -> None:
         torch.set_num_threads(threads)
         self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
         self.pending = [set(store.pending()) for store in self.stores]
         self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
-        about = self.stores[0].about
+        self.manifest, self.settings, self.device, self.careful = manifest, settings, device, careful
+        decoders = settings.decode_threads or 0
+        self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
+        self.ahead = 2 * decoders
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The tower and its faces; raises `UserError` where this node's are not those the stores were planned with.
+
+        Not made with the actor: Ray would take a mistake there for an accident and try again.
+        """
+        about, settings = self.stores[0].about, self.settings
         tower = load_backbone(about.backbone_name, settings.precision, settings.input_size)
         if tower.facts.weights_digest != about.key.weights:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )
-        faces = Manifest.load(locate(manifest))
+        faces = Manifest.load(locate(self.manifest))
         if faces.image_digest != about.key.images:
             raise UserError(
                 f"The manifest {faces.name!r} on node {socket.gethostname()} lists other images than the store was planned "
                 "with: give the command again."
             )
-        self.embedder = Embedder(
+        return Embedder(
             tower,
             faces,
             about.key.view_plan,
-            device,
+            self.device,
             about.key.maps,
             about.key.dtype,
             about.batch_size,
             about.key.channels,
+            settings.max_megapixels * 1_000_000,
         )
-        decoders = settings.decode_threads or 0
-        self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
-        self.ahead = 2 * decoders
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed one shard, write it to the stores that lack it and return {shard, rows, fault}.
@@ -76,13 +96,17 @@ class ShardEmbedder:
         (shard,) = batch["shard"].tolist()
         try:
             return {"shard": [shard], "rows": [self._embed(shard)], "fault": [""]}
-        except (StorageError, OSError) as error:
-            return {"shard": [shard], "rows": [0], "fault": [str(error)]}
+        except (StorageError, OSError, MemoryError) as error:
+            return {"shard": [shard], "rows": [0], "fault": [str(error) or repr(error)]}
 
     def _embed(self, shard: int) -> int:
         lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
         layers = [self.layers[number] for number in lacking]
         rows, views = self.stores[0].rows_of(shard), self.stores[0].about.key.views
+        if self.careful:
+            paths = [self.embedder.manifest.path(row) for row in rows]
+            killers = find_killers(paths, self.embedder.max_pixels)
+            self.embedder.refused = dict.fromkeys([rows[position] for position in killers], KILLER)
         batches = self.embedder.batches(list(product(rows, range(views))))
 
         skipped: dict[int, str] = {}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Cafe, draw_faces
+from PIL import Image
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
@@ -99,4 +100,14 @@ def test_a_worker_refuses_a_manifest_that_is_not_the_one_planned_with(extraction
     manifest = Manifest.load(path)
     replace(manifest, table=manifest.table.slice(1)).save(path)
     with pytest.raises(UserError, match=r"'tiny' on node .* lists other images than the store was planned with"):
-        ShardEmbedder(stores, str(path), extraction.settings, 1, "cpu")
+        ShardEmbedder(stores, str(path), extraction.settings, 1, "cpu")({"shard": np.array([0])})
+
+
+def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extraction) -> None:
+    path = extraction.faces / "anger" / "019.png"
+    Image.new("RGB", (1001, 1000)).save(path)
+    extraction.cafe.succeed("data", "index", "folder", str(extraction.faces), "--name", "tiny")
+    extraction.settings = replace(extraction.settings, max_megapixels=1)
+    assert set(extraction.run().values()) == {""}
+    skipped = extraction.store.skipped_paths(extraction.workspace.load_manifest("tiny"))
+    assert skipped == [("anger/019.png", "1001×1000 pixels are more than 1,000,000")]

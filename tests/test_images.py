@@ -93,6 +93,13 @@ def test_a_truncated_jpeg_says_so() -> None:
         decode_image(data[: len(data) // 2])
 
 
+def test_a_picture_larger_than_asked_for_is_refused() -> None:
+    data = encode(Image.fromarray(RED), "PNG")
+    assert decode_image(data, max_pixels=24).shape == (6, 4, 3)
+    with pytest.raises(UnreadableImageError, match="4×6 pixels are more than 23"):
+        decode_image(data, max_pixels=23)
+
+
 def test_text_and_float_pixels_are_refused() -> None:
     with pytest.raises(UnreadableImageError, match="not an image of a known format"):
         read_size(b"this is no picture")

@@ -6,6 +6,7 @@ These tests start Ray themselves, since the driver of a Ray of its own is what i
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,11 @@ import pytest
 import torch
 from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
+from PIL import Image
 from safetensors.torch import load_file
 from upath import UPath
 
+from cafe.data.isolation import find_killers
 from pipeline.store import FeatureStore, find_stores
 
 ALONE = ("--num-cpus", "1")
@@ -103,3 +106,50 @@ def test_an_interrupted_training_says_so_and_how_to_go_on(work: Cafe) -> None:
     assert "Interrupted: the same command goes on where it was." in errors.read_text()
     (status,) = work.workspace.glob("runs/*/status.json")
     assert json.loads(status.read_text()) == {"status": "KILLED", "reason": "interrupted"}
+
+
+HOOK = """
+import os, signal
+from PIL import ImageFile
+load = ImageFile.ImageFile.load
+def load_or_die(image):
+    if image.size == (13, 17):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(image)
+ImageFile.ImageFile.load = load_or_die
+"""
+
+
+@pytest.fixture
+def deadly_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow, in every process started from here on, dies of pictures of 13 × 17 pixels as if killed for its memory."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), *sys.path]))
+
+
+def test_pictures_that_kill_their_decoder_are_found(tmp_path: Path, deadly_decoder: None) -> None:
+    sizes = [(8, 8), (13, 17), (17, 13), (13, 17)]
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    (tmp_path / "4.png").write_text("no picture")
+    assert find_killers([UPath(tmp_path / f"{number}.png") for number in range(6)]) == {1, 3}
+
+
+def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_all_others(
+    tmp_path: Path, tiny_tower: str, deadly_decoder: None
+) -> None:
+    cafe, faces = Cafe(tmp_path / "work", ""), draw_faces(tmp_path / "faces", per_class=12)
+    Image.new("RGB", (13, 17)).save(faces / "happiness" / "poison.png")
+    cafe.succeed("data", "index", "folder", str(faces), "--name", "tiny")
+    command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "10", "--num-cpus", "1"]
+    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
+    done = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "1 of 37 images of 'tiny' are unreadable" in done.stderr
+    assert "happiness/poison.png: kills its decoder" in done.stderr
+    ((path, about),) = find_stores(UPath(cafe.workspace / "features"), "tiny")
+    store = FeatureStore(path, about)
+    samples = list(store.array("sample_id")[:])
+    assert store.pending() == []
+    assert store.valid().tolist() == [sample != "happiness/poison.png" for sample in samples]

@@ -9,6 +9,7 @@ import errno
 import io
 import struct
 import warnings
+import zlib
 from functools import cache
 
 import numpy as np
@@ -22,6 +23,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
 DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it claims to be
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
+    RuntimeError, AssertionError, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 MISSING = "file not found"
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
@@ -79,9 +81,9 @@ def read_size(data: bytes) -> tuple[int, int]:
     return (height, width) if swapped else (width, height)
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB; of an animation the first frame; raise `UnreadableImageError`."""
-    with _open(data) as image:
+    with _open(data, max_pixels) as image:
         try:
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -101,14 +103,14 @@ def clip_box(box: Box, width: int, height: int) -> Box:
     return left, top, right - left, bottom - top
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data))
-    except (*DAMAGED, Image.DecompressionBombError):
+    except DAMAGED:
         raise UnreadableImageError("not an image of a known format") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+    if image.width * image.height > max_pixels:
+        raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {max_pixels:,}")
     if image.mode == "F":
         raise UnreadableImageError("floating-point pixels have no defined brightness")
     return image

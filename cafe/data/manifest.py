@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.images import Box, UnreadableImageError, clip_box, decode_image, read_bytes
+from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
 from cafe.files import locate, write_file
 
@@ -168,7 +168,7 @@ class Manifest:
     def _folder(self) -> UPath:
         return locate(self.root)
 
-    def read_face(self, row: int, channels: str = "rgb") -> np.ndarray:
+    def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8, cut out of its picture when the row has a box.
 
         `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`, and `UserError` for a file
@@ -177,7 +177,7 @@ class Manifest:
         data, digest = read_bytes(self.path(row)), self.table["digest"][row].as_py()
         if digest and hashlib.sha256(data).hexdigest() != digest:  # photos that were only listed have none
             raise UserError(f"{self.path(row)} has changed since it was indexed: index {self.name!r} again.")
-        image = decode_image(data)
+        image = decode_image(data, max_pixels)
         if box := self.table["box"][row].as_py():
             left, top, width, height = clip_box(box, image.shape[1], image.shape[0])
             image = image[top : top + height, left : left + width]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cafe.data.images import MissingImageError, UnreadableImageError, is_gone
+from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.learning.views import ViewPlan, normalise
@@ -49,9 +49,11 @@ class Embedder:
         dtype: str = "float16",
         batch_size: int = 64,
         channels: str = "rgb",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.tower = tower.to(device).to(memory_format=torch.channels_last)  # convolutions are 1.6 × faster
         self.manifest, self.plan, self.device, self.channels = manifest, plan, device, channels
+        self.max_pixels, self.refused = max_pixels, dict[int, str]()  # rows not to decode, with the reason
         self.maps, self.dtype, self.batch_size = maps, np.dtype(dtype), batch_size
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
@@ -63,14 +65,14 @@ class Embedder:
         side = self.tower.facts.input_size
         pictures = np.zeros((len(samples), side, side, 3), np.uint8)
         boxes = np.zeros((len(samples), 4), np.int64)
-        unreadable: dict[int, str] = {}
+        unreadable = {row: self.refused[row] for row, _ in samples if row in self.refused}
         decoded: tuple[int, np.ndarray] | None = None  # views of one face follow each other
         for position, (row, view) in enumerate(samples):
             if row in unreadable:
                 continue
             try:
                 if decoded is None or decoded[0] != row:
-                    decoded = (row, self.manifest.read_face(row, self.channels))
+                    decoded = (row, self.manifest.read_face(row, self.channels, self.max_pixels))
             except UnreadableImageError as error:
                 self._check_gone(row, error)
                 unreadable[row] = str(error)
