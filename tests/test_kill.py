@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import Cafe, draw_faces
@@ -98,14 +99,57 @@ def test_a_training_goes_on_from_its_checkpoint_to_the_same_weights(work: Cafe, 
     assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_interrupted_training_says_so_and_how_to_go_on(work: Cafe) -> None:
-    command = ("train", "--source", "tiny", "--method", "image_only", "--epochs", "60", "--image-size", "32")
-    driver, errors = start(work, (*command, "--targets", "none", *ALONE), "runs/*/epochs/0001.json")
+TRAIN = (
+    "train",
+    "--source",
+    "tiny",
+    "--method",
+    "image_only",
+    "--epochs",
+    "60",
+    "--image-size",
+    "32",
+    "--targets",
+    "none",
+)
+GRID = """
+sources = ["tiny"]
+targets = ["tiny"]
+seeds = 2
+methods = ["image_only"]
+[train]
+epochs = 60
+image_size = 32
+"""
+
+
+def interrupt(cafe: Cafe, command: tuple[str, ...], sign: str) -> None:
+    """Interrupt a command as soon as a file like `sign` is there: it says how to go on, and nothing of it is left."""
+    driver, errors = start(cafe, (*command, *ALONE), sign)
+    family = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(240) == 130  # seconds on a quiet machine
-    assert "Interrupted: the same command goes on where it was." in errors.read_text()
-    (status,) = work.workspace.glob("runs/*/status.json")
-    assert json.loads(status.read_text()) == {"status": "KILLED", "reason": "interrupted"}
+    assert driver.wait(60) == 130  # five seconds on a quiet machine
+    assert errors.read_text().endswith("Interrupted: the same command goes on where it was.\n")
+    assert family
+    assert psutil.wait_procs(family, 60)[1] == []
+
+
+@pytest.mark.parametrize("command", ["train", "benchmark"])
+def test_an_interrupted_training_is_killed_and_nothing_keeps_running(work: Cafe, command: str) -> None:
+    (work.workspace / "grid.toml").write_text(GRID)
+    interrupt(
+        work, TRAIN if command == "train" else ("benchmark", f"{work.workspace}/grid.toml"), "runs/*/epochs/0001.json"
+    )
+    records = [json.loads(status.read_text()) for status in work.workspace.glob("runs/*/status.json")]
+    assert {"status": "KILLED", "reason": "interrupted"} in records
+    assert all(record["status"] == "KILLED" for record in records)
+
+
+def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(work: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "30", "--shard-rows", "8")
+    interrupt(work, command, "features/tiny/**/receipts/*.json")
+    ((path, about),) = find_stores(UPath(work.workspace / "features"), "tiny")
+    assert 0 < len(FeatureStore(path, about).pending()) < 30
 
 
 HOOK = """
