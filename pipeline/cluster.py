@@ -6,11 +6,15 @@ gives.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
 from cafe.errors import UserError
 from pipeline.settings import ClusterSettings
@@ -19,6 +23,7 @@ Progress = Callable[[int, int], None]  # (done, total)
 Bar = Callable[[str, str], AbstractContextManager[Progress]]  # (title, unit)
 
 CONNECT_SECONDS = 5.0
+LIBRARIES = ("numpy", "open_clip_torch", "pillow", "timm", "torch", "torchvision")
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -78,6 +83,26 @@ class WorkerDiedError(Exception):
 def quieten(library: str) -> None:
     """Silence the progress notes of `ray.data` or `ray.train`, which set their own log level when first imported."""
     logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return what numbers depend on besides the settings: the versions of libraries, and a digest of this code itself."""
+    code = hashlib.sha256()
+    here = Path(__file__).parents[1]
+    for path in sorted(path for package in ("cafe", "pipeline") for path in (here / package).rglob("*.py")):
+        code.update(f"{path.relative_to(here)} {path.stat().st_size} ".encode() + path.read_bytes())
+    return {"cafe": code.hexdigest()[:12], **{library: version(library) for library in LIBRARIES}}
+
+
+def check_versions(drivers: Mapping[str, str]) -> None:
+    """Raise `UserError` where this node computes with other code or libraries than the driver planned with."""
+    for name, wanted in drivers.items():
+        if (here := versions().get(name)) != wanted:
+            raise UserError(
+                f"Node {socket.gethostname()} has {name} {here}, and the command was given with {name} {wanted}: install "
+                "the same on every node."
+            )
 
 
 def count(resource: str) -> int:

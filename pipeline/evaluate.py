@@ -14,6 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from upath import UPath
 
+from cafe.arithmetic import set_arithmetic
 from cafe.data.expressions import EXPRESSIONS
 from cafe.files import locate, write_file
 from cafe.learning.loading import FaceDataset
@@ -63,6 +64,7 @@ def predict_target(run: str, target: Faces) -> None:
     spec = RunSpec.load(path)
     rows, manifest = target.rows(target.split), target.manifest
     device = torch.device(cluster.device())
+    set_arithmetic(spec.precision)
     method = load_method(spec, path).to(device).to(memory_format=torch.channels_last)
     dataset = make_dataset(spec, target)
     predictions = Predictions(

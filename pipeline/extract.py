@@ -279,6 +279,7 @@ def _embed(
         1 if gpus else share,
         "cuda" if gpus else "cpu",
         careful,
+        cluster.versions(),
     )
 
     cluster.quieten("ray.data")
@@ -286,18 +287,18 @@ def _embed(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # of the last argument, which has no successor yet
-        receipts = rows.map_batches(
-            ShardEmbedder,
-            fn_constructor_args=arguments,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=1,
-            num_gpus=gpus / actors if gpus else 0,
-            # On a cluster, whose nodes come and go, Ray starts a tower elsewhere.
-            ray_remote_args_fn=_bounded_restarts if settings.address else _without_restarts,
-        )
+    # Of its last argument, which has no successor yet.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+    receipts = rows.map_batches(
+        ShardEmbedder,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=gpus / actors if gpus else 0,
+        # On a cluster, whose nodes come and go, Ray starts a tower elsewhere.
+        ray_remote_args_fn=_bounded_restarts if settings.address else _without_restarts,
+    )
     try:
         yield from receipts.iter_rows()
     except RayTaskError as error:

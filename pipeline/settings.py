@@ -54,7 +54,9 @@ class FeatureSettings:
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
     input_size: Side | None = setting(None, "Side of the tower's input in pixels; default: the tower's own.")
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Arithmetic of the whole tower.")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
+        "fp32", "Arithmetic of the whole tower; tf32: float32 with shorter factors, faster on recent GPUs."
+    )
     maps: bool = setting(False, "Store the tower's spatial feature maps too.")
     dtype: Literal["float16", "float32"] = setting("float16", "Number format of the stored features.")
     channels: Literal["rgb", "bgr"] = setting(
@@ -121,7 +123,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
         "final", "Whose weights are judged: the last epoch's, or the best on faces held out of the source."
     )
     image_size: Side | None = setting(None, "Side of the image branch's input; default: the tower's input.")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "Arithmetic of training (bf16: autocast).")
+    precision: Literal["fp32", "tf32", "bf16"] = setting("fp32", "Arithmetic of training (bf16: autocast).")
     targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
     protocol: Protocol = setting("clean", "How targets are judged; training does not depend on it.")
     num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")

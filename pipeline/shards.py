@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import socket
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
 from itertools import product
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from cafe.files import locate, retry
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.names import parse_backbone
+from pipeline.cluster import check_versions
 from pipeline.settings import ExtractSettings
 from pipeline.store import About, FeatureStore
 
@@ -48,12 +50,14 @@ class ShardEmbedder:
         threads: int,
         device: str,
         careful: bool = False,
+        versions: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         torch.set_num_threads(threads)
         self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
         self.pending = [set(store.pending()) for store in self.stores]
         self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
         self.manifest, self.settings, self.device, self.careful = manifest, settings, device, careful
+        self.versions = versions  # of the driver
         decoders = settings.decode_threads or 0
         self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
         self.ahead = 2 * decoders
@@ -64,6 +68,7 @@ class ShardEmbedder:
 
         Not made with the actor: Ray would take a mistake there for an accident and try again.
         """
+        check_versions(self.versions)
         about, settings = self.stores[0].about, self.settings
         tower = load_backbone(about.backbone_name, settings.precision, settings.input_size)
         if tower.facts.weights_digest != about.key.weights:

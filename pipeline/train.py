@@ -241,7 +241,14 @@ def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
 
 def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any, check: Callable[[], None]) -> None:
     settings = plan.settings
-    task = Task(str(plan.run), plan.source, settings.threads, settings.loader_workers, settings.checkpoint_every)
+    task = Task(
+        str(plan.run),
+        plan.source,
+        settings.threads,
+        settings.loader_workers,
+        settings.checkpoint_every,
+        cluster.versions(),
+    )
     background = ThreadPoolExecutor(1)
     try:
         if worker is None:

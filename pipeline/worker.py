@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from upath import UPath
 
+from cafe.arithmetic import set_arithmetic
 from cafe.files import list_folder, locate, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
@@ -37,6 +38,7 @@ class Task:
     threads: int | None  # None: the worker's share of the cores
     loader_workers: int
     checkpoint_every: int
+    versions: dict[str, str] = field(default_factory=dict)  # of the driver
 
 
 class Worker:
@@ -77,9 +79,10 @@ def train_run(
     cores: int | None = None,
 ) -> None:
     """Train a run to its end, from its last checkpoint where there is one; `wrap` makes the module that is trained."""
+    cluster.check_versions(task.versions)
     run = locate(task.run)
     spec = RunSpec.load(run)
-    torch.backends.cudnn.deterministic = True
+    set_arithmetic(spec.precision)
     cores = cores or len(os.sched_getaffinity(0))
     torch.set_num_threads(min(cores, task.threads or cores))
 

@@ -7,17 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+import torch
 from conftest import Cafe, draw_faces
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
+from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.errors import UserError
+from cafe.errors import StorageError, UserError
+from cafe.files import list_sizes, locate
+from cafe.learning.loading import FaceDataset
+from cafe.learning.views import ViewPlan
+from pipeline.cluster import versions
 from pipeline.extract import describe_store, know_tower
+from pipeline.faces import Faces
 from pipeline.settings import ExtractSettings
 from pipeline.shards import ShardEmbedder
 from pipeline.store import FeatureStore
+from pipeline.worker import Task, train_run
 from pipeline.workspace import Workspace
 
 
@@ -111,3 +121,72 @@ def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extr
     assert set(extraction.run().values()) == {""}
     skipped = extraction.store.skipped_paths(extraction.workspace.load_manifest("tiny"))
     assert skipped == [("anger/019.png", "1001×1000 pixels are more than 1,000,000")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_that_cannot_read_a_picture_names_it(extraction: Extraction, workers: int) -> None:
+    picture = extraction.faces / "happiness" / "000.jpg"
+    picture.unlink()
+    picture.symlink_to(picture)  # opening it is an error of the file system
+    manifest, plan = (
+        extraction.workspace.load_manifest("tiny"),
+        ViewPlan("paper", 0, 2, "bilinear", (0.5,) * 3, (0.5,) * 3),
+    )
+    dataset = FaceDataset(manifest, plan, frozenset({"image"}), 16)
+    with pytest.raises(
+        StorageError, match=f"^{picture} cannot be read .Too many levels of symbolic links.*tried 4 times"
+    ):
+        list(dataset.load([manifest.rows("all")], 1, torch.device("cpu"), workers))
+
+
+class Remembering(MemoryFileSystem):
+    """An object store that remembers what it has listed unless it is told not to, as all of fsspec's do."""
+
+    cachable = False
+
+    def ls(self, path: str, detail: bool = True, **options: object) -> list[Any]:
+        listed: list[Any] = self.dircache.setdefault(path, super().ls(path, True))
+        return listed
+
+
+def test_a_listing_shows_what_other_machines_have_written_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fsspec.registry._registry, "gs", Remembering)
+    other, folder = MemoryFileSystem(), locate("gs://bucket/receipts")
+    other.pipe("/bucket/receipts/00000.json", b"{}")
+    assert list_sizes(folder) == list_sizes(UPath("gs://bucket/receipts")) == {"00000.json": 2}
+    remembering = UPath("gs://bucket/receipts")
+    list_sizes(remembering)
+    other.pipe("/bucket/receipts/00001.json", b"")
+    assert list_sizes(remembering) == {"00000.json": 2}  # what happens without
+    assert list_sizes(folder) == {"00000.json": 2, "00001.json": 0}
+
+
+def test_a_node_with_other_code_or_libraries_is_one_sentence(extraction: Extraction) -> None:
+    there = versions()
+    assert there["torch"] == torch.__version__.partition("+")[0]
+    stores, path = {str(extraction.store.path): extraction.store.about}, str(extraction.workspace.manifest_path("tiny"))
+    for name in ("cafe", "pillow"):
+        embedder = ShardEmbedder(stores, path, extraction.settings, 1, "cpu", versions={**there, name: "0.1"})
+        with pytest.raises(UserError, match=f"Node {socket.gethostname()} has {name} {there[name]}, and the command"):
+            embedder({"shard": np.array([0])})
+    source = Faces.of(extraction.workspace, extraction.workspace.load_manifest("tiny"))
+    task = Task("nowhere", source, 1, 0, 1, {"torch": "1.0"})
+    with pytest.raises(UserError, match=r"has torch .* and the command was given with torch 1.0"):
+        train_run(task, source, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("precision", "short"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_only_tf32_shortens_the_factors_of_float32(extraction: Extraction, precision: str, short: bool) -> None:
+    seen: list[tuple[bool, ...]] = []
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    usual = matmul.allow_tf32, cudnn.allow_tf32
+    extraction.settings = replace(extraction.settings, precision=precision)
+    assert extraction.store.about.key.precision == precision
+    embedder = extraction.embedder()
+    convolution = next(part for part in embedder.embedder.tower.modules() if isinstance(part, torch.nn.Conv2d))
+    convolution.register_forward_hook(
+        lambda *_: seen.append((matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark))
+    )
+    embedder({"shard": np.array([0])})
+    assert set(seen) == {(short, short, True, False)}
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == usual

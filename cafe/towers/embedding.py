@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from cafe.arithmetic import arithmetic
 from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
@@ -94,7 +95,7 @@ class Embedder:
         """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), in the store's type."""
         count = len(rendered.pictures)
         missing = self.batch_size - count
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.tower.precision):
             pictures = torch.from_numpy(rendered.pictures).to(self.device)
             images = normalise(pictures, torch.from_numpy(rendered.boxes), self.plan.mean, self.plan.std)
             images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
