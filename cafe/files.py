@@ -82,9 +82,14 @@ def write_file(path: UPath, content: bytes) -> None:
 def read_json(path: UPath) -> dict[str, Any] | None:
     """Return a JSON object, or None when the file is missing or damaged."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        record = json.loads(path.read_bytes())
+    except (
+        FileNotFoundError,
+        ValueError,
+        RecursionError,
+    ):  # of text, of numbers of a million digits, of a million brackets
         return None
+    return record if isinstance(record, dict) else None
 
 
 def write_json(path: UPath, record: dict[str, Any]) -> None:

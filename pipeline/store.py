@@ -123,6 +123,23 @@ def default_shard_rows(rows: int, views: int, width: int, map_shape: tuple[int, 
     return max(MIN_SHARD_ROWS, min(SHARD_BYTES // row_bytes, -(-rows // MIN_SHARDS)))
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A row of the manifest without features, and why."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a finished shard holds; `checksums` of each array by view."""
+
+    rows: int
+    skipped: list[Skipped]
+    checksums: dict[str, list[str]]
+
+
 class FeatureStore:
     """A store on disk or in an object store; `path` is its folder."""
 
@@ -198,8 +215,17 @@ class FeatureStore:
                 values[~valid] = np.nan
             array[rows.start : rows.stop] = values
             checksums[name] = _checksums(values)
-        reasons = [{"row": row, "reason": reason} for row, reason in sorted(skipped.items())]
-        write_json(self.receipt_path(shard), {"rows": len(rows), "skipped": reasons, "checksums": checksums})
+        reasons = [Skipped(row, reason) for row, reason in sorted(skipped.items())]
+        write_json(self.receipt_path(shard), asdict(Receipt(len(rows), reasons, checksums)))
+
+    def receipt(self, shard: int) -> Receipt | None:
+        """Return the receipt of a shard that is done; raise `UserError` for one that says what cannot be."""
+        path, rows = self.receipt_path(shard), self.rows_of(shard)
+        record = read_json(path)
+        receipt = check_record(record, Receipt, str(path)) if record else None
+        if receipt and not all(skipped.row in rows for skipped in receipt.skipped):
+            raise UserError(f"{path} names a row of another shard: remove it and run `cafe extract` again.")
+        return receipt
 
     def _check_finite(self, shard: int, values: np.ndarray, valid: np.ndarray) -> None:
         """Raise `UserError` naming a face whose features are NaN or infinite, which no comparison would notice."""
@@ -214,14 +240,15 @@ class FeatureStore:
     def discard_skipped(self) -> None:
         """Declare those shards undone in which images were left out."""
         for shard in range(self.shards):
-            if (read_json(self.receipt_path(shard)) or {}).get("skipped"):
+            receipt = self.receipt(shard)
+            if receipt and receipt.skipped:
                 self.receipt_path(shard).unlink()
 
     def skipped_paths(self, manifest: Manifest) -> list[tuple[str, str]]:
         """Path and reason of every image without features."""
-        receipts = (read_json(self.receipt_path(shard)) for shard in range(self.shards))
-        skipped = [entry for receipt in receipts if receipt for entry in receipt["skipped"]]
-        return [(manifest.table["path"][entry["row"]].as_py(), entry["reason"]) for entry in skipped]
+        receipts = (self.receipt(shard) for shard in range(self.shards))
+        skipped = [entry for receipt in receipts if receipt for entry in receipt.skipped]
+        return [(manifest.table["path"][entry.row].as_py(), entry.reason) for entry in skipped]
 
     def discard_damaged(self) -> list[int]:
         """Read every finished shard back and declare those undone whose content is not what their receipt says."""
@@ -238,10 +265,15 @@ class FeatureStore:
                 path.unlink(missing_ok=True)
 
     def _intact(self, shard: int) -> bool:
-        receipt, rows = read_json(self.receipt_path(shard)), self.rows_of(shard)
+        rows = self.rows_of(shard)
+        try:
+            receipt = self.receipt(shard)
+        except UserError:
+            return False
         return receipt is not None and all(
-            _checksums(np.asarray(self.array(name)[rows.start : rows.stop])) == checksums
-            for name, checksums in receipt["checksums"].items()
+            _checksums(np.asarray(self.array(name)[rows.start : rows.stop])) == receipt.checksums.get(name)
+            for name in (*ARRAYS, "valid")
+            if name in self.group
         )
 
     def valid(self) -> np.ndarray:
@@ -262,8 +294,8 @@ class FeatureStore:
         for shard in range(self.shards):
             rows = self.rows_of(shard)
             values = np.asarray(array[rows.start : rows.stop, view])
-            receipt = read_json(self.receipt_path(shard))
-            if receipt is None or [receipt["checksums"][name][view]] != _checksums(values[:, None]):
+            receipt = self.receipt(shard)
+            if receipt is None or receipt.checksums.get(name, [])[view : view + 1] != _checksums(values[:, None]):
                 raise UserError(
                     f"Shard {shard} of {self.path} is not what was written: run `cafe extract` again with --verify."
                 )

@@ -77,24 +77,26 @@ class Predictions:
 
         Without `named`, the ids and groups of the faces are left out, which takes most of the time.
         """
-        columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
         try:
             content = retry(path.read_bytes)
         except FileNotFoundError:
             return None
         try:
-            table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
-            labels, shares = table["label"].to_numpy().astype(np.int64), table["probabilities"].combine_chunks()
-            probabilities = shares.flatten().to_numpy().reshape(-1, len(EXPRESSIONS))
+            found = cls._parse(content, named)
         except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError):  # of columns of another type too
             return None
-        if len(probabilities) != len(labels) or not np.isfinite(probabilities).all():
-            return None
+        whole = len(found.probabilities) == len(found.labels) and np.isfinite(found.probabilities).all()
+        return found if whole else None
+
+    @classmethod
+    def _parse(cls, content: bytes, named: bool) -> Predictions:
+        columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
+        table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
         grouped = named and "group" in table.column_names and table["group"].null_count < len(table)
         return cls(
             table["sample_id"].to_numpy().tolist() if named else [],
-            labels,
-            probabilities,
+            table["label"].to_numpy().astype(np.int64),
+            table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(EXPRESSIONS)),
             {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
             table["group"].to_numpy().tolist() if grouped else None,
         )

@@ -103,10 +103,13 @@ def read_run(folder: UPath) -> Run | None:
         "settings",
         "derived",
     ]
+    deviations = record.get("not_as_published")
+    if missing := [name for name in names if name not in record]:
+        raise UserError(f"{folder}/run.json has no {missing[0]!r}: it was changed by hand; train the run again.")
     return Run(
         folder,
         **{name: record[name] for name in names},
-        not_as_published=tuple(record.get("not_as_published", ())),
+        not_as_published=tuple(deviations) if isinstance(deviations, list) else (),
         experiments={name: member.get("benchmark") for name, member in experiments.items()},
         pulled=(folder / PULLED).exists(),
     )
