@@ -36,6 +36,7 @@ from pipeline.tracking import Mirror
 from pipeline.worker import Task, Worker, train_together
 from pipeline.workspace import Workspace, check_name
 
+PREPARE_SECONDS = 24 * 3600  # that the other workers wait for the first one, while it prepares a method
 FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written
 
 
@@ -281,12 +282,13 @@ def _follow(
 def _train_together(task: Task, settings: TrainSettings) -> None:
     """Train with several workers of Ray Train, which share every batch."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = cluster.wants_gpu(settings.use_gpu, settings.num_workers)
     trainer = TorchTrainer(
         train_together,
         train_loop_config={"task": task},
+        torch_config=TorchConfig(timeout_s=PREPARE_SECONDS),
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=gpu),
         run_config=RunConfig(
             name="train",

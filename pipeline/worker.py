@@ -94,15 +94,17 @@ def train_run(
             _save_result(run, method.state_dict(), {"epochs": 0})
         return
     dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source)
-    checkpoint = find_checkpoint(run)
+    checkpoint, prepared = find_checkpoint(run), False
     if rank() == 0 and checkpoint is None:
-        prepare(method, dataset, rows, spec.seed, device, task.loader_workers)
+        prepared = prepare(method, dataset, rows, spec.seed, device, task.loader_workers)
     if world_size() > 1:
         share_batch_norm(method)
     module, selection = wrap(method), Selection(held_out)
     optimizer, loaders = method.optimizer(), task.loader_workers
     training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders)
     done = _restore(checkpoint, training, selection) if checkpoint else 0
+    if prepared:  # it may have taken hours
+        save_checkpoint(run / "checkpoints" / "0000", method, optimizer, selection.record(0), selection.weights)
     _train(training, selection, run, range(done + 1, spec.recipe["epochs"] + 1), task.checkpoint_every)
 
 
@@ -128,9 +130,8 @@ def _train(training: Training, selection: Selection, run: UPath, epochs: range, 
         metrics |= selection.judge(training, epoch)
         write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
         if epoch % checkpoint_every == 0 and epoch < epochs.stop - 1:
-            record = {"epoch": epoch, "selected": selection.epoch, "accuracy": selection.accuracy}
             folder = run / "checkpoints" / f"{epoch:04d}"
-            save_checkpoint(folder, training.method, training.optimizer, record, selection.weights)
+            save_checkpoint(folder, training.method, training.optimizer, selection.record(epoch), selection.weights)
             _remove_checkpoints(run, keep=folder)
     if rank() == 0:
         result = {"epochs": epochs.stop - 1, "selected": selection.epoch, **metrics}

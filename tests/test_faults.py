@@ -18,16 +18,17 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
-from cafe.files import list_sizes, locate
+from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
 from pipeline.cluster import versions
 from pipeline.extract import describe_store, know_tower
 from pipeline.faces import Faces
-from pipeline.settings import ExtractSettings
+from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.shards import ShardEmbedder
 from pipeline.store import FeatureStore
-from pipeline.worker import Task, train_run
+from pipeline.train import plan_training
+from pipeline.worker import Task, find_checkpoint, train_run
 from pipeline.workspace import Workspace
 
 
@@ -190,3 +191,26 @@ def test_only_tf32_shortens_the_factors_of_float32(extraction: Extraction, preci
     embedder({"shard": np.array([0])})
     assert set(seen) == {(short, short, True, False)}
     assert (matmul.allow_tf32, cudnn.allow_tf32) == usual
+
+
+def test_what_a_method_prepares_is_never_learned_twice(extraction: Extraction) -> None:
+    extraction.settings = replace(extraction.settings, views=2)
+    extraction.run()
+    overrides = ("features=standardised", "batch_size=16")
+    settings = TrainSettings(source="tiny", overrides=overrides, epochs=1, image_size=32, targets="none")
+    plan, device = plan_training(extraction.workspace, settings), torch.device("cpu")
+    plan.spec.save(plan.run)
+    task = Task(str(plan.run), plan.source, 1, 0, 1)
+    picture = extraction.faces / "happiness" / "000.jpg"
+    content = picture.read_bytes()
+    picture.unlink()
+    picture.symlink_to(picture)  # the first epoch ends here
+    with pytest.raises(StorageError, match=r"happiness/000\.jpg cannot be read"):
+        train_run(task, plan.source, device)
+    assert find_checkpoint(plan.run) == plan.run / "checkpoints" / "0000"
+    picture.unlink()
+    picture.write_bytes(content)
+    extraction.store.array("pooled")[:, 0] = 0  # the clean views, which only preparing reads
+    again = plan_training(extraction.workspace, settings).source
+    train_run(task, again, device)
+    assert (read_json(plan.run / "result.json") or {})["epochs"] == 1
