@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import psutil
 import zarr
 from upath import UPath
 
@@ -28,6 +27,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import list_folder, list_sizes, read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
+from pipeline.machine import free_memory
 
 if TYPE_CHECKING:
     from cafe.learning.views import ViewPlan
@@ -317,7 +317,7 @@ class FeatureReader:
         """Return {array: (n, …)} of some rows, in the number format of the store."""
         if view not in self.kept:
             kept = sum(values.nbytes for arrays in self.kept.values() for values in arrays.values())
-            if kept > self.memory_share * psutil.virtual_memory().available:
+            if kept > self.memory_share * free_memory():
                 self.kept.clear()
             self.kept[view] = {name: self.store.read_view(name, view, self.memory_share) for name in self.names}
         return {name: np.asarray(values[rows]) for name, values in self.kept[view].items()}
@@ -331,7 +331,7 @@ def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, About]]:
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) -> np.ndarray:
     size = int(np.prod(shape)) * dtype.itemsize
-    if size < memory_share * psutil.virtual_memory().available:
+    if size < memory_share * free_memory():
         return np.empty(shape, dtype)
     scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
