@@ -127,6 +127,12 @@ def wants_gpu(use_gpu: bool | None, least: int = 1) -> bool:
     return there >= least if use_gpu is None else use_gpu
 
 
+def check_cores(workers: int) -> None:
+    """Raise `UserError` for more workers than the cluster has cores, for which Ray would wait without a word."""
+    if (there := count("CPU")) < workers:
+        raise UserError(f"--num-workers {workers} needs as many cores and the cluster has {there}: use fewer workers.")
+
+
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the user's mistake among the causes of an error that crossed Ray, if there is one."""
     if error is None:

@@ -248,6 +248,12 @@ def _embed_patiently(step: _Pass, manifest: str, settings: ExtractSettings) -> I
                 ) from None
 
 
+def share_out(settings: ExtractSettings, shards: int, gpus: int, cores: int) -> tuple[int, float]:
+    """Return how many towers work side by side and what each has of a GPU, so that all fit; never more than one."""
+    actors = min(settings.num_actors or gpus or cores, shards)
+    return actors, 1 / -(-actors // gpus) if gpus else 0.0
+
+
 def _bounded_restarts() -> dict[str, int]:
     return {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
 
@@ -266,9 +272,11 @@ def _embed(
     from ray.exceptions import RayError, RayTaskError
     from ray.util.annotations import RayDeprecationWarning
 
-    gpus = cluster.count("GPU") if settings.num_gpus is None else settings.num_gpus
+    asked = settings.use_gpu if settings.num_gpus is None else settings.num_gpus > 0
+    wanted = cluster.wants_gpu(asked, settings.num_gpus or 1)
+    gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
     cores = cluster.count("CPU")
-    actors = min(settings.num_actors or gpus or cores, len(shards))
+    actors, gpus_each = share_out(settings, len(shards), gpus, cores)
     share = max(1, cores // actors)
     # On a CPU the tower is the bottleneck, so decoding shares its thread; a GPU never waits for the decoders.
     decoders = settings.decode_threads if settings.decode_threads is not None else (share if gpus else 0)
@@ -295,7 +303,7 @@ def _embed(
         batch_size=1,
         compute=ActorPoolStrategy(size=actors),
         num_cpus=1,
-        num_gpus=gpus / actors if gpus else 0,
+        num_gpus=gpus_each,
         # On a cluster, whose nodes come and go, Ray starts a tower elsewhere.
         ray_remote_args_fn=_bounded_restarts if settings.address else _without_restarts,
     )

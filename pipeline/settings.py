@@ -71,6 +71,7 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     layers: str | None = setting(
         None, "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says."
     )
+    use_gpu: bool | None = setting(None, "Run towers on GPUs; default: when the cluster has one.", flag="--gpu/--cpu")
     num_gpus: Number | None = setting(None, "GPUs to use; default: all of the cluster.")
     num_actors: Count | None = setting(None, "Towers at work; default: one per GPU, or one per core without.")
     decode_threads: Number | None = setting(

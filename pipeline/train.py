@@ -284,6 +284,7 @@ def _train_together(task: Task, settings: TrainSettings) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    cluster.check_cores(settings.num_workers)
     gpu = cluster.wants_gpu(settings.use_gpu, settings.num_workers)
     trainer = TorchTrainer(
         train_together,
