@@ -6,7 +6,7 @@ from collections import Counter
 
 from rich.table import Column, Table
 
-from pipeline import machine
+from pipeline import cluster
 from pipeline.benchmark.cells import Failures, first_line
 from pipeline.benchmark.plan import BenchmarkPlan
 
@@ -39,7 +39,7 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
 
 
 def _training_cost(plan: BenchmarkPlan) -> str:
-    cores = 1 if plan.settings.address else plan.settings.num_cpus or machine.cores()
+    cores = 1 if plan.settings.address else plan.settings.num_cpus or cluster.cores()
     left, parallel = plan.work - plan.worked, plan.settings.parallel or cores
     seconds = plan.seconds_left(parallel)
     speed = "at a speed not known yet"

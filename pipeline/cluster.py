@@ -1,7 +1,7 @@
 """The one door to Ray: this machine alone, or a running cluster; quiet either way.
 
 Commands that follow each other in one process (the demo) share one Ray. How far long work is goes to a callback, which a bar
-gives.
+gives. What a process may use of its machine is counted here too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,12 @@ ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
+CGROUP = Path("/sys/fs/cgroup")
+# Limit, use and the line of the statistics that says what of the use can be dropped: of version 2 and of version 1.
+LAYOUTS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 @contextmanager
@@ -142,3 +148,27 @@ def user_error(error: BaseException | None) -> UserError | None:
     found = next((mistake for cause in causes if (mistake := user_error(cause))), None)
     # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
     return found or (error if isinstance(error, UserError) else None)
+
+
+def cores() -> int:
+    """Return the cores this process may use: fewer than the machine has where its container or its affinity say so."""
+    import joblib
+
+    return int(joblib.cpu_count())
+
+
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Return the bytes this process may still take of its machine or container.
+
+    Of several workers on a node each may take its share, which is that of its threads in the cores.
+    """
+    import psutil
+    import torch
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used, statistics, droppable in LAYOUTS:
+        with suppress(OSError, ValueError, KeyError):  # no such file, or no limit
+            numbers = dict(line.split() for line in (cgroup / statistics).read_text().splitlines())
+            in_use = int((cgroup / used).read_text()) - int(numbers[droppable])
+            free = min(free, max(0, int((cgroup / limit).read_text()) - in_use))
+    return free * min(torch.get_num_threads(), cores()) // cores()

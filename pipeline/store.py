@@ -27,7 +27,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import list_folder, list_sizes, read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
-from pipeline.machine import free_memory
+from pipeline.cluster import free_memory
 
 if TYPE_CHECKING:
     from cafe.learning.views import ViewPlan

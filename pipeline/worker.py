@@ -19,7 +19,7 @@ from cafe.files import list_folder, locate, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
-from pipeline import cluster, machine
+from pipeline import cluster
 from pipeline.evaluate import predict_target
 from pipeline.faces import Faces, choose_rows
 from pipeline.models import build_method, make_dataset, make_live_dataset
@@ -64,7 +64,7 @@ def train_together(config: dict[str, Task]) -> None:
     import ray.train.torch
 
     task = config["task"]
-    share = machine.cores() // ray.train.get_context().get_local_world_size()
+    share = cluster.cores() // ray.train.get_context().get_local_world_size()
     device = ray.train.torch.get_device()
     # Preparing hands the first worker's state to the others.
     train_run(task, task.source, device, ray.train.torch.prepare_model, max(1, share))
@@ -82,7 +82,7 @@ def train_run(
     run = locate(task.run)
     spec = RunSpec.load(run)
     set_arithmetic(spec.precision)
-    cores = cores or machine.cores()
+    cores = cores or cluster.cores()
     torch.set_num_threads(min(cores, task.threads or cores))
 
     rows, held_out = choose_rows(source, spec.selection)

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
+from pipeline.cluster import cores, free_memory
 from pipeline.extract import share_out
-from pipeline.machine import cores, free_memory
 from pipeline.settings import ExtractSettings
 
 DEVICES = """
