@@ -5,14 +5,14 @@ from __future__ import annotations
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pytest
 import torch
 from conftest import Cafe, draw_faces
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec import AbstractFileSystem
 from PIL import Image
 from upath import UPath
 
@@ -140,26 +140,31 @@ def test_a_training_that_cannot_read_a_picture_names_it(extraction: Extraction, 
         list(dataset.load([manifest.rows("all")], 1, torch.device("cpu"), workers))
 
 
-class Remembering(MemoryFileSystem):
-    """An object store that remembers what it has listed unless it is told not to, as all of fsspec's do."""
+class Remembering(AbstractFileSystem):
+    """An object store that remembers what it has listed unless it is told not to, as those of fsspec do."""
 
-    cachable = False
+    cachable, protocol = False, "gs"
+    written: ClassVar[dict[str, bytes]] = {}  # by all machines
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("gs://").strip("/")
 
     def ls(self, path: str, detail: bool = True, **options: object) -> list[Any]:
-        listed: list[Any] = self.dircache.setdefault(path, super().ls(path, True))
-        return listed
+        there = [name for name in self.written if name.rpartition("/")[0] == path]
+        listed = [{"name": name, "size": len(self.written[name]), "type": "file"} for name in there]
+        remembered: list[Any] = self.dircache.setdefault(path, listed)
+        return remembered
 
 
-def test_a_listing_shows_what_other_machines_have_written_since(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fsspec.registry._registry, "gs", Remembering)
-    other, folder = MemoryFileSystem(), locate("gs://bucket/receipts")
-    other.pipe("/bucket/receipts/00000.json", b"{}")
-    assert list_sizes(folder) == list_sizes(UPath("gs://bucket/receipts")) == {"00000.json": 2}
-    remembering = UPath("gs://bucket/receipts")
-    list_sizes(remembering)
-    other.pipe("/bucket/receipts/00001.json", b"")
+def test_a_listing_shows_what_other_machines_have_written_since() -> None:
+    fsspec.register_implementation("gs", Remembering, clobber=True)
+    Remembering.written["bucket/receipts/00000.json"] = b"{}"
+    remembering, folder = UPath("gs://bucket/receipts"), locate("gs://bucket/receipts")
+    assert list_sizes(remembering) == list_sizes(folder) == {"00000.json": 2}
+    Remembering.written["bucket/receipts/00001.json"] = b""
     assert list_sizes(remembering) == {"00000.json": 2}  # what happens without
-    assert list_sizes(folder) == {"00000.json": 2, "00001.json": 0}
+    assert list_sizes(folder.parent / "receipts") == list_sizes(folder) == {"00000.json": 2, "00001.json": 0}
 
 
 def test_a_node_with_other_code_or_libraries_is_one_sentence(extraction: Extraction) -> None:
