@@ -1,7 +1,7 @@
 """A lease: one driver at a time works on a run, a feature store or a benchmark, wherever the others run.
 
-The file `lease.json` in the folder says who holds it and is renewed as long as that driver lives. One that was not renewed
-for `STALE_SECONDS`, or whose process has ended on this machine, is taken over.
+The file `.lease.json` in the folder, which listings leave out, says who holds it and is renewed as long as that driver
+lives. One that was not renewed for `STALE_SECONDS`, or whose process has ended on this machine, is taken over.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
 
     Raises `UserError` naming the holder when there is one, or waits until it is done.
     """
-    path, mine = folder / "lease.json", Lease()
+    path, mine = folder / ".lease.json", Lease()
     while holder := _take(path, mine):
         if not wait:
             raise UserError(

@@ -66,27 +66,27 @@ def test_of_several_at_once_one_gets_it(folder: UPath) -> None:
 def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(folder: UPath) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    write_json(folder / "lease.json", asdict(Lease(process=ended.pid, started=time.time())))
+    write_json(folder / ".lease.json", asdict(Lease(process=ended.pid, started=time.time())))
     with hold(folder):
-        assert read_json(folder / "lease.json")["process"] == os.getpid()
+        assert read_json(folder / ".lease.json")["process"] == os.getpid()
 
 
 def test_the_lease_of_a_number_that_another_process_has_now_is_taken_over(folder: UPath) -> None:
-    write_json(folder / "lease.json", asdict(Lease(process=os.getpid(), started=1.0)))
+    write_json(folder / ".lease.json", asdict(Lease(process=os.getpid(), started=1.0)))
     with hold(folder):
         pass
 
 
 @pytest.mark.parametrize(("age", "free"), [(STALE_SECONDS - 30, False), (STALE_SECONDS + 1, True)])
 def test_the_lease_of_another_machine_counts_until_it_is_stale(folder: UPath, age: float, free: bool) -> None:
-    write_json(folder / "lease.json", asdict(Lease(host="elsewhere", renewed=time.time() - age)))
+    write_json(folder / ".lease.json", asdict(Lease(host="elsewhere", renewed=time.time() - age)))
     if free:
         with hold(folder):
-            assert read_json(folder / "lease.json")["host"] == socket.gethostname()
+            assert read_json(folder / ".lease.json")["host"] == socket.gethostname()
     else:
         with pytest.raises(UserError, match="on elsewhere works on"), hold(folder):
             pass
-        assert read_json(folder / "lease.json")["host"] == "elsewhere"
+        assert read_json(folder / ".lease.json")["host"] == "elsewhere"
 
 
 def test_whoever_waits_follows_the_other(folder: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,17 +114,17 @@ def test_whoever_was_taken_over_ends_and_leaves_the_others_lease(
 
     def work() -> None:
         with hold(folder) as check:
-            before = read_json(folder / "lease.json")["renewed"]
-            while read_json(folder / "lease.json")["renewed"] == before:
+            before = read_json(folder / ".lease.json")["renewed"]
+            while read_json(folder / ".lease.json")["renewed"] == before:
                 time.sleep(0.01)  # it is renewed
-            write_json(folder / "lease.json", asdict(other))
+            write_json(folder / ".lease.json", asdict(other))
             while True:
                 check()
                 time.sleep(0.01)
 
     with pytest.raises(UserError, match=f"Another process has taken over {folder}"):
         work()
-    assert read_json(folder / "lease.json") == asdict(other)
+    assert read_json(folder / ".lease.json") == asdict(other)
 
 
 def test_a_command_whose_run_or_store_is_worked_on_ends_before_it_touches_it(tmp_path: Path, tiny_tower: str) -> None:
