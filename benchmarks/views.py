@@ -15,6 +15,7 @@ from collections import defaultdict
 import click
 from matplotlib.figure import Figure
 
+from cafe.files import locate
 from cafe.results.metrics import estimate
 from cafe.results.scores import flatten_scores, read_runs, read_scores
 from pipeline import cluster
@@ -22,7 +23,7 @@ from pipeline.extract import extract
 from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.tracking import Mirror
 from pipeline.train import plan_training, train_and_judge
-from pipeline.workspace import Workspace, locate
+from pipeline.workspace import Workspace
 
 
 @click.command()

@@ -20,6 +20,10 @@ class IncompleteError(UserError):
     exit_code = 1
 
 
+class StorageError(IncompleteError):
+    """A file that could not be read or written although it was tried again: nothing is known of its content."""
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
     """Return the error for a name that is not one of `allowed`."""
     names = ", ".join(sorted(allowed)) or "nothing yet"

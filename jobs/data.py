@@ -87,7 +87,7 @@ def index(
 def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
     """List a data set with the options that its kind knows; raise `UserError` for others."""
     from cafe.data import DATASETS
-    from pipeline.workspace import locate
+    from cafe.files import locate
 
     if kind not in DATASETS:
         raise unknown("kind of data set", kind, DATASETS)

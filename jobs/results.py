@@ -77,8 +77,8 @@ def compare(
     Everything is computed from the runs' predictions. Published numbers stand beside ours where a data set is judged as it
     was in the paper.
     """
+    from cafe.files import locate
     from cafe.report.formats import FORMATS
-    from pipeline.workspace import locate
 
     chosen = choose_runs(open_workspace(), experiment, mlflow_uri)
     report = show_report(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 from rich.table import Table
 
 from jobs.terminal import make_table
+from pipeline import cluster
 from pipeline.benchmark.cells import Failures, first_line
 from pipeline.benchmark.plan import BenchmarkPlan
 
@@ -39,7 +39,7 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
 
 
 def _training_cost(plan: BenchmarkPlan) -> str:
-    cores = 1 if plan.settings.address else plan.settings.num_cpus or len(os.sched_getaffinity(0))
+    cores = 1 if plan.settings.address else plan.settings.num_cpus or cluster.cores()
     left, parallel = plan.work - plan.worked, plan.settings.parallel or cores
     seconds = plan.seconds_left(parallel)
     speed = "at a speed not known yet"

@@ -157,7 +157,8 @@ def _index_folder(workspace: Workspace, folder: str) -> str:
     """Index a folder of faces under its own name and return that."""
     from cafe.data import DATASETS
     from cafe.data.indexing import index_files
-    from pipeline.workspace import check_name, locate
+    from cafe.files import locate
+    from pipeline.workspace import check_name
 
     root = locate(folder)
     name = check_name(root.name)

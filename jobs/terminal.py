@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from threading import Event
+from threading import Event, Timer
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from pipeline.workspace import Workspace
 
+
+GRACE_SECONDS = 4.0  # for an interrupted command to put its things in order
 
 _interrupted = Event()
 
@@ -90,22 +92,31 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
 
 def _interrupt(number: int, frame: object) -> None:
     _interrupted.set()
+    limit = Timer(GRACE_SECONDS, _leave)
+    limit.daemon = True
+    limit.start()
     raise KeyboardInterrupt
+
+
+def _leave() -> None:
+    """End the process, whatever its threads still do or wait for; the Ray it started ends with it."""
+    click.echo("Interrupted: the same command goes on where it was.", err=True)
+    sys.stdout.flush()
+    os._exit(130)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """End the command at once when it is interrupted, saying how to go on; what still runs in threads ends with it.
 
-    A library that was at work may swallow the interrupt, so it is noted too: the next step of a progress bar raises it.
+    A library that was at work may swallow the interrupt, so it is noted too: the next step of a progress bar raises it, and
+    after `GRACE_SECONDS` the process ends in any case.
     """
     usual = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        click.echo("Interrupted: the same command goes on where it was.", err=True)
-        sys.stdout.flush()
-        os._exit(130)  # a thread that still waits for the Ray just left must not keep the command alive
+        _leave()
     finally:
         signal.signal(signal.SIGINT, usual)
 

@@ -1,16 +1,20 @@
 """The one door to Ray: this machine alone, or a running cluster; quiet either way.
 
 Commands that follow each other in one process (the demo) share one Ray. How far long work is goes to a callback, which a bar
-gives.
+gives. What a process may use of its machine is counted here too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 
 from cafe.errors import UserError
 from pipeline.settings import ClusterSettings
@@ -19,6 +23,7 @@ Progress = Callable[[int, int], None]  # (done, total)
 Bar = Callable[[str, str], AbstractContextManager[Progress]]  # (title, unit)
 
 CONNECT_SECONDS = 5.0
+LIBRARIES = ("numpy", "open_clip_torch", "pillow", "timm", "torch", "torchvision")
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,6 +33,12 @@ ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
+CGROUP = Path("/sys/fs/cgroup")
+# Limit, use and the line of the statistics that says what of the use can be dropped: of version 2 and of version 1.
+LAYOUTS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 @contextmanager
@@ -71,9 +82,33 @@ def _check_answer(address: str) -> None:
         ) from None
 
 
+class WorkerDiedError(Exception):
+    """A process of Ray's that ended in the middle of its work: it crashed, was killed, or its node is gone."""
+
+
 def quieten(library: str) -> None:
     """Silence the progress notes of `ray.data` or `ray.train`, which set their own log level when first imported."""
     logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return what numbers depend on besides the settings: the versions of libraries, and a digest of this code itself."""
+    code = hashlib.sha256()
+    here = Path(__file__).parents[1]
+    for path in sorted(path for package in ("cafe", "pipeline") for path in (here / package).rglob("*.py")):
+        code.update(f"{path.relative_to(here)} {path.stat().st_size} ".encode() + path.read_bytes())
+    return {"cafe": code.hexdigest()[:12], **{library: version(library) for library in LIBRARIES}}
+
+
+def check_versions(drivers: Mapping[str, str]) -> None:
+    """Raise `UserError` where this node computes with other code or libraries than the driver planned with."""
+    for name, wanted in drivers.items():
+        if (here := versions().get(name)) != wanted:
+            raise UserError(
+                f"Node {socket.gethostname()} has {name} {here}, and the command was given with {name} {wanted}: install "
+                "the same on every node."
+            )
 
 
 def count(resource: str) -> int:
@@ -98,6 +133,12 @@ def wants_gpu(use_gpu: bool | None, least: int = 1) -> bool:
     return there >= least if use_gpu is None else use_gpu
 
 
+def check_cores(workers: int) -> None:
+    """Raise `UserError` for more workers than the cluster has cores, for which Ray would wait without a word."""
+    if (there := count("CPU")) < workers:
+        raise UserError(f"--num-workers {workers} needs as many cores and the cluster has {there}: use fewer workers.")
+
+
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the user's mistake among the causes of an error that crossed Ray, if there is one."""
     if error is None:
@@ -107,3 +148,27 @@ def user_error(error: BaseException | None) -> UserError | None:
     found = next((mistake for cause in causes if (mistake := user_error(cause))), None)
     # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
     return found or (error if isinstance(error, UserError) else None)
+
+
+def cores() -> int:
+    """Return the cores this process may use: fewer than the machine has where its container or its affinity say so."""
+    import joblib
+
+    return int(joblib.cpu_count())
+
+
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Return the bytes this process may still take of its machine or container.
+
+    Of several workers on a node each may take its share, which is that of its threads in the cores.
+    """
+    import psutil
+    import torch
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used, statistics, droppable in LAYOUTS:
+        with suppress(OSError, ValueError, KeyError):  # no such file, or no limit
+            numbers = dict(line.split() for line in (cgroup / statistics).read_text().splitlines())
+            in_use = int((cgroup / used).read_text()) - int(numbers[droppable])
+            free = min(free, max(0, int((cgroup / limit).read_text()) - in_use))
+    return free * min(torch.get_num_threads(), cores()) // cores()

@@ -28,11 +28,12 @@ from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
+from cafe.files import locate, write_file
 from cafe.results.leaks import audit_path
 from cafe.synthetic.domains import write
 from pipeline.cluster import Progress
 from pipeline.settings import AlignSettings
-from pipeline.workspace import Workspace, locate
+from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from cafe.report.audit import Audit
@@ -103,7 +104,7 @@ def report_check(workspace: Workspace, manifest: Manifest, progress: Progress) -
     from cafe.report.check import check_pictures, draw_check
 
     result, page = check_pictures(manifest, progress), workspace.root / "reports" / f"check-{manifest.name}.html"
-    _write(page, draw_check(result))
+    write_file(page, draw_check(result))
     return result, page
 
 
@@ -118,8 +119,8 @@ def report_audits(
 
     for result in audit(source, targets, reading, comparing):
         path = audit_path(workspace.root, source.name, result.target.name)
-        _write(path.with_suffix(".html"), draw_audit(result))
-        _write(path, encode_audit(result))
+        write_file(path.with_suffix(".html"), draw_audit(result))
+        write_file(path, encode_audit(result))
         yield result
 
 
@@ -152,7 +153,7 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
         faces += _save_crops(result, photos, row, aligned, settings.size)
     listing = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(result.rows, schema=SCHEMA), listing)
-    _write(folder / "alignment.parquet", listing.getvalue().to_pybytes())
+    write_file(folder / "alignment.parquet", listing.getvalue().to_pybytes())
     if not faces:
         sample, reason = result.left_out[0]
         raise UserError(
@@ -199,7 +200,7 @@ def _save_crops(
         path = _name_crop(photo["sample_id"], number)
         data = io.BytesIO()
         Image.fromarray(crop).save(data, "JPEG", quality=95, subsampling=0)
-        _write(result.folder / path, data.getvalue())
+        write_file(result.folder / path, data.getvalue())
         digest = hashlib.sha256(data.getvalue()).hexdigest()
         place = {"confidence": found.confidence, "box": list(found.box), "eyes": found.eyes.ravel().tolist()}
         result.rows.append({**entry, "aligned_id": sample, "path": path, **place})
@@ -211,8 +212,3 @@ def _name_crop(sample: str, number: int) -> str:
     """Return a path of its own for every crop: the photo's, as JPEG."""
     path = PurePosixPath(sample if sample.lower().endswith((".jpg", ".jpeg")) else f"{sample}.jpg")
     return str(path if number == 1 else path.with_name(f"{path.stem}@{number}{path.suffix}"))
-
-
-def _write(path: UPath, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)

@@ -14,7 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from upath import UPath
 
+from cafe.arithmetic import set_arithmetic
 from cafe.data.expressions import EXPRESSIONS
+from cafe.files import locate, write_file
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import heat_maps, mean_masks
 from cafe.learning.training import predict
@@ -29,7 +31,6 @@ from pipeline.cluster import Progress
 from pipeline.faces import Faces
 from pipeline.models import load_method, make_dataset
 from pipeline.runs import RunSpec
-from pipeline.workspace import locate
 
 MISTAKES = 24  # faces of the error gallery
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
@@ -63,6 +64,7 @@ def predict_target(run: str, target: Faces) -> None:
     spec = RunSpec.load(path)
     rows, manifest = target.rows(target.split), target.manifest
     device = torch.device(cluster.device())
+    set_arithmetic(spec.precision)
     method = load_method(spec, path).to(device).to(memory_format=torch.channels_last)
     dataset = make_dataset(spec, target)
     predictions = Predictions(
@@ -86,8 +88,7 @@ def predict_target(run: str, target: Faces) -> None:
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
         folder = path / "figures" / kind / find_protocol(target.protocol).prefix
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{place.stem}.png").write_bytes(picture.getvalue())
+        write_file(folder / f"{place.stem}.png", picture.getvalue())
     predictions.save(place)  # last: from here on the target is judged
 
 
@@ -123,4 +124,5 @@ def is_judged(run: UPath, target: Faces) -> bool:
     predictions = Predictions.load(target.predictions_path(run))
     if predictions is None:
         return False
-    return (predictions.about["manifest"], predictions.about["split"]) == (target.digest, target.split)
+    about = predictions.about
+    return (about.get("manifest"), about.get("split")) == (target.digest, target.split)

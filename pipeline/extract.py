@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from upath import UPath
 
 from cafe.data.manifest import Manifest
@@ -26,16 +23,17 @@ from cafe.errors import IncompleteError, UserError
 from cafe.files import read_json, write_json
 from cafe.records import check_record
 from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
-from cafe.towers.embedding import Embedder
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
+from pipeline.lease import hold
 from pipeline.settings import ExtractSettings
+from pipeline.shards import ShardEmbedder
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
-from pipeline.workspace import Workspace, locate
+from pipeline.workspace import Workspace
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+RESTARTS = 3  # of a tower on a cluster before it counts as dead
+TRIES = 3  # of shards whose workers died
 
 
 @dataclass(frozen=True)
@@ -132,105 +130,42 @@ def name_layers(settings: ExtractSettings) -> list[str]:
     return list(dict.fromkeys(absolute_name(f"{settings.backbone}#{layer}") for layer in layers))
 
 
-class ShardEmbedder:
-    """A tower at work: shard number in, receipts out. Loaded once per actor, usable without Ray.
-
-    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}.
-    """
-
-    def __init__(
-        self, stores: dict[str, About], manifest: str, settings: ExtractSettings, threads: int, device: str
-    ) -> None:
-        torch.set_num_threads(threads)
-        self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
-        self.pending = [set(store.pending()) for store in self.stores]
-        self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
-        about = self.stores[0].about
-        tower = load_backbone(about.backbone_name, settings.precision, settings.input_size)
-        if tower.facts.weights_digest != about.key.weights:
-            raise UserError(
-                f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
-            )
-        self.embedder = Embedder(
-            tower,
-            Manifest.load(locate(manifest)),
-            about.key.view_plan,
-            device,
-            about.key.maps,
-            about.key.dtype,
-            about.batch_size,
-            about.key.channels,
-        )
-        decoders = settings.decode_threads or 0
-        self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
-        self.ahead = 2 * decoders
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Embed one shard, write it to the stores that lack it and return {shard, rows}."""
-        (shard,) = batch["shard"].tolist()
-        lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
-        layers = [self.layers[number] for number in lacking]
-        rows, views = self.stores[0].rows_of(shard), self.stores[0].about.key.views
-        batches = self.embedder.batches(list(product(rows, range(views))))
-
-        skipped: dict[int, str] = {}
-        features: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in lacking]
-        for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
-            skipped |= rendered.unreadable
-            for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
-                for name, values in read.items():
-                    parts[name].append(values)
-        for number, parts in zip(lacking, features, strict=True):
-            arrays = {
-                name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
-                for name, values in parts.items()
-            }
-            self.stores[number].write_shard(shard, arrays, skipped)
-        return {"shard": [shard], "rows": [len(rows)]}
-
-
-def prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor | None, ahead: int
-) -> Iterator[Result]:
-    """Yield `function(item)` in order, with up to `ahead` of them under way in the pool; without a pool, one by one."""
-    if pool is None:
-        yield from map(function, items)
-        return
-    under_way: deque[Any] = deque()
-    for item in items:
-        under_way.append(pool.submit(function, item))
-        if len(under_way) > ahead:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
-
-
 def extract(
     workspace: Workspace, manifests: Sequence[Manifest], settings: ExtractSettings, progress: Progress
 ) -> list[Extraction]:
     """Fill the feature stores of each manifest, one for each layer, and return what was done; finished ones cost no Ray.
 
     `progress(done, total)` counts faces of all manifests. Raises `IncompleteError` when more than `max_skipped` images of
-    one are unreadable; what was computed is kept.
+    one are unreadable, or when shards could not be computed; what was computed is kept.
     """
     names = name_layers(settings)
     towers = dict(zip(names, know_layers(workspace, settings, names), strict=True))
-    passes = [step for manifest in manifests for step in _plan(workspace, manifest, settings, towers)]
-    total, done = sum(len(step.manifest) for step in passes), 0
-    with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
-        for step in passes:
-            done += len(step.manifest) - sum(len(step.stores[0].rows_of(shard)) for shard in step.shards)
-            path = str(workspace.manifest_path(step.manifest.name))
-            for rows in _embed(step, path, settings) if step.shards else ():
-                done += rows
-                progress(done, total)
-            for store in step.stores:
-                store.sweep()
-    results = [result for step in passes for result in step.results()]
+    with ExitStack() as leases:
+        by_name = sorted(manifests, key=lambda manifest: manifest.name)  # so that no two wait for each other
+        passes = [step for manifest in by_name for step in _plan(workspace, manifest, settings, towers, leases)]
+        _run(workspace, passes, settings, progress)
+        results = [result for step in passes for result in step.results()]
     for result in results:
         if len(result.skipped) > settings.max_skipped:
             raise IncompleteError(result.complaint(settings.max_skipped))
     return results
+
+
+def _run(workspace: Workspace, passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> None:
+    """Compute what the stores lack; raise `IncompleteError` when they still lack something then."""
+    total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
+    with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
+        for step in passes:
+            done += len(step.manifest) - sum(len(step.stores[0].rows_of(shard)) for shard in step.shards)
+            path = str(workspace.manifest_path(step.manifest.name))
+            for shard in _embed_patiently(step, path, settings) if step.shards else ():
+                done += shard["rows"]
+                faults[str(shard["fault"])] += 1
+                step.check_leases()
+                progress(done, total)
+            for store in step.stores:
+                store.sweep()
+    _check_finished(passes, faults)
 
 
 @dataclass(frozen=True)
@@ -240,11 +175,21 @@ class _Pass:
     manifest: Manifest
     stores: list[FeatureStore]
     pending: list[list[int]]  # the shards that each store lacks
+    leases: list[Callable[[], None]]
 
     @property
     def shards(self) -> list[int]:
         """The shards that any of the stores lacks."""
         return sorted(set().union(*self.pending))
+
+    def lacking(self) -> list[int]:
+        """List the shards again that any of the stores lacks."""
+        return sorted(set().union(*(store.pending() for store in self.stores)))
+
+    def check_leases(self) -> None:
+        """Raise `UserError` when another command has taken over a store."""
+        for check in self.leases:
+            check()
 
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
@@ -255,37 +200,83 @@ class _Pass:
 
 
 def _plan(
-    workspace: Workspace, manifest: Manifest, settings: ExtractSettings, towers: dict[str, TowerFacts]
+    workspace: Workspace, manifest: Manifest, settings: ExtractSettings, towers: dict[str, TowerFacts], held: ExitStack
 ) -> list[_Pass]:
-    """Make or open the stores of all layers; those cut alike share a pass, which all do that are made together."""
+    """Lease, make or open the stores of all layers; those cut alike share a pass, which all do that are made together."""
     asked = [describe_store(manifest, replace(settings, backbone=name), tower) for name, tower in towers.items()]
     step = min(about.shard_rows for about in asked)
     alike: dict[int, list[FeatureStore]] = defaultdict(list)
+    folder = workspace.features / manifest.name
+    names = sorted({about.folder for about in asked})
+    leases = [held.enter_context(hold(folder / name, settings.wait)) for name in names]
     for about in asked:
-        store = FeatureStore.create(workspace.features / manifest.name, replace(about, shard_rows=step), manifest)
+        store = FeatureStore.create(folder, replace(about, shard_rows=step), manifest)
         if settings.verify:
             store.discard_damaged()
+        if settings.retry_skipped:
+            store.discard_skipped()
         alike[store.about.shard_rows].append(store)
-    return [_Pass(manifest, stores, [store.pending() for store in stores]) for stores in alike.values()]
+    return [_Pass(manifest, stores, [store.pending() for store in stores], leases) for stores in alike.values()]
+
+
+def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
+    """List the stores again; raise `IncompleteError` with what went wrong where they still lack shards."""
+    lacking = sum(len(store.pending()) for step in passes for store in step.stores)
+    if lacking:
+        listed = "".join(f"\n  {fault} ({count} shards)" for fault, count in faults.most_common() if fault)
+        raise IncompleteError(
+            f"{lacking} of {sum(store.shards for step in passes for store in step.stores)} shards could not be computed; "
+            f"all others are kept: give the same command again.{listed}"
+        )
+
+
+def _embed_patiently(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
+    """Compute shards, again and with care after a worker has died, until `TRIES` have died without a shard done."""
+    died, shards = 0, step.shards
+    while shards:
+        try:
+            for shard in _embed(step, manifest, settings, shards, careful=died > 0):
+                died = min(died, 1)
+                yield shard
+            return
+        except cluster.WorkerDiedError as error:
+            died, shards = died + 1, step.lacking()
+            if died == TRIES:
+                raise IncompleteError(
+                    f"The worker of shard {shards[0]} of {step.manifest.name!r} died {died} times ({error}): if memory is "
+                    "short, take fewer --num-actors or a smaller --batch-size; give the same command again."
+                ) from None
+
+
+def share_out(settings: ExtractSettings, shards: int, gpus: int, cores: int) -> tuple[int, float]:
+    """Return how many towers work side by side and what each has of a GPU, so that all fit; never more than one."""
+    actors = min(settings.num_actors or gpus or cores, shards)
+    return actors, 1 / -(-actors // gpus) if gpus else 0.0
+
+
+def _bounded_restarts() -> dict[str, int]:
+    return {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
 
 
 def _without_restarts() -> dict[str, int]:
-    """On one machine a tower that dies is an error; on a cluster, whose nodes come and go, Ray starts it elsewhere."""
     return {"max_restarts": 0}
 
 
-def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[int]:
-    """Compute shards under Ray; yield the faces of each as it is done."""
+def _embed(
+    step: _Pass, manifest: str, settings: ExtractSettings, shards: list[int], careful: bool
+) -> Iterator[dict[str, Any]]:
+    """Compute shards under Ray; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.annotations import RayDeprecationWarning
 
-    shards = step.shards
-    gpus = cluster.count("GPU") if settings.num_gpus is None else settings.num_gpus
+    asked = settings.use_gpu if settings.num_gpus is None else settings.num_gpus > 0
+    wanted = cluster.wants_gpu(asked, settings.num_gpus or 1)
+    gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
     cores = cluster.count("CPU")
-    actors = min(settings.num_actors or gpus or cores, len(shards))
+    actors, gpus_each = share_out(settings, len(shards), gpus, cores)
     share = max(1, cores // actors)
     # On a CPU the tower is the bottleneck, so decoding shares its thread; a GPU never waits for the decoders.
     decoders = settings.decode_threads if settings.decode_threads is not None else (share if gpus else 0)
@@ -295,6 +286,8 @@ def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[in
         replace(settings, decode_threads=decoders),
         1 if gpus else share,
         "cuda" if gpus else "cpu",
+        careful,
+        cluster.versions(),
     )
 
     cluster.quieten("ray.data")
@@ -302,19 +295,21 @@ def _embed(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[in
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # of the last argument, which has no successor yet
-        receipts = rows.map_batches(
-            ShardEmbedder,
-            fn_constructor_args=arguments,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=1,
-            num_gpus=gpus / actors if gpus else 0,
-            ray_remote_args_fn=None if settings.address else _without_restarts,
-        )
+    # Of its last argument, which has no successor yet.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+    receipts = rows.map_batches(
+        ShardEmbedder,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=gpus_each,
+        # On a cluster, whose nodes come and go, Ray starts a tower elsewhere.
+        ray_remote_args_fn=_bounded_restarts if settings.address else _without_restarts,
+    )
     try:
-        for receipt in receipts.iter_rows():
-            yield receipt["rows"]
+        yield from receipts.iter_rows()
     except RayTaskError as error:
         raise cluster.user_error(error) or error from None
+    except RayError as error:
+        raise cluster.WorkerDiedError(str(error).strip().partition("\n")[0]) from error

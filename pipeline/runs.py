@@ -108,7 +108,7 @@ class RunSpec:
                 f"The run {run.name!r} is in the old format {record.get('version', 1)}, and this version of cafe reads "
                 f"format {FORMAT}: train it again with `cafe train`, or use the version that made it."
             )
-        return check_record(record["spec"], cls, f"{run}/run.json")
+        return check_record(record.get("spec"), cls, f"{run}/run.json")
 
     def save(self, run: UPath, not_as_published: Sequence[str] = ()) -> None:
         """Write down what the run is, unless it is there already.
@@ -147,7 +147,7 @@ def add_experiment(run: UPath, experiment: str, benchmark: str | None = None) ->
     """Note that a run belongs to an experiment, and to a benchmark of it where it is one's cell."""
     path = run / "experiments" / f"{experiment}.json"
     known = read_json(path) or {}
-    if not known or (benchmark and known["benchmark"] != benchmark):
+    if not known or (benchmark and known.get("benchmark") != benchmark):
         write_json(path, {"benchmark": benchmark})
 
 

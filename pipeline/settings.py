@@ -34,6 +34,7 @@ class ClusterSettings:
         None, "Ray cluster to join (host:port, ray://… or auto); default: this machine alone."
     )
     num_cpus: int | None = setting(None, "Cores to use on this machine; default: all.")
+    wait: bool = setting(False, "Wait while another command works on the same thing, instead of an error.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class FeatureSettings:
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
     input_size: Side | None = setting(None, "Side of the tower's input in pixels; default: the tower's own.")
-    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Arithmetic of the whole tower.")
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
+        "fp32", "Arithmetic of the whole tower; tf32: float32 with shorter factors, faster on recent GPUs."
+    )
     maps: bool = setting(False, "Store the tower's spatial feature maps too.")
     dtype: Literal["float16", "float32"] = setting("float16", "Number format of the stored features.")
     channels: Literal["rgb", "bgr"] = setting(
@@ -68,6 +71,7 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     layers: str | None = setting(
         None, "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says."
     )
+    use_gpu: bool | None = setting(None, "Run towers on GPUs; default: when the cluster has one.", flag="--gpu/--cpu")
     num_gpus: Number | None = setting(None, "GPUs to use; default: all of the cluster.")
     num_actors: Count | None = setting(None, "Towers at work; default: one per GPU, or one per core without.")
     decode_threads: Number | None = setting(
@@ -75,7 +79,11 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     )
     batch_size: Count = setting(64, "Views per forward pass of the tower.")
     shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")
+    max_megapixels: Count = setting(25, "Largest picture to decode; larger ones are left out as unreadable.")
     max_skipped: Number = setting(0, "Unreadable images to put up with before the command fails.")
+    retry_skipped: bool = setting(
+        False, "Compute shards again in which images were left out: they may be mended by now."
+    )
     verify: bool = setting(False, "Read every finished shard back and compute those again whose checksum is wrong.")
 
 
@@ -116,7 +124,7 @@ class TrainSettings(ClusterSettings, StoreChoice):
         "final", "Whose weights are judged: the last epoch's, or the best on faces held out of the source."
     )
     image_size: Side | None = setting(None, "Side of the image branch's input; default: the tower's input.")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "Arithmetic of training (bf16: autocast).")
+    precision: Literal["fp32", "tf32", "bf16"] = setting("fp32", "Arithmetic of training (bf16: autocast).")
     targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
     protocol: Protocol = setting("clean", "How targets are judged; training does not depend on it.")
     num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import psutil
 import zarr
 from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.files import list_folder, read_json, write_json
+from cafe.files import list_folder, list_sizes, read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
+from pipeline.cluster import free_memory
 
 if TYPE_CHECKING:
     from cafe.learning.views import ViewPlan
@@ -129,6 +129,23 @@ def default_shard_rows(rows: int, views: int, width: int, map_shape: tuple[int, 
     return max(MIN_SHARD_ROWS, min(SHARD_BYTES // row_bytes, -(-rows // MIN_SHARDS)))
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A row of the manifest without features, and why."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a finished shard holds; `checksums` of each array by view."""
+
+    rows: int
+    skipped: list[Skipped]
+    checksums: dict[str, list[str]]
+
+
 class FeatureStore:
     """A store on disk or in an object store; `path` is its folder."""
 
@@ -188,8 +205,8 @@ class FeatureStore:
 
     def pending(self) -> list[int]:
         """The shards still to compute: a listing, never a scan."""
-        done = {path.name for path in list_folder(self.path / "receipts") if path.stat().st_size}
-        return [shard for shard in range(self.shards) if f"{shard:05d}.json" not in done]
+        done = list_sizes(self.path / "receipts")  # a receipt torn by a kill is empty
+        return [shard for shard in range(self.shards) if not done.get(f"{shard:05d}.json")]
 
     def write_shard(self, shard: int, arrays: dict[str, np.ndarray], skipped: dict[int, str]) -> None:
         """Write the features of a shard, {array: (rows, V, …)}, then its receipt; `skipped` gives reasons by row."""
@@ -200,17 +217,44 @@ class FeatureStore:
             array = self.array(name)
             values = values.astype(array.dtype)
             if name in ARRAYS:
+                self._check_finite(shard, values, valid)
                 values[~valid] = np.nan
             array[rows.start : rows.stop] = values
             checksums[name] = _checksums(values)
-        reasons = [{"row": row, "reason": reason} for row, reason in sorted(skipped.items())]
-        write_json(self.receipt_path(shard), {"rows": len(rows), "skipped": reasons, "checksums": checksums})
+        reasons = [Skipped(row, reason) for row, reason in sorted(skipped.items())]
+        write_json(self.receipt_path(shard), asdict(Receipt(len(rows), reasons, checksums)))
+
+    def receipt(self, shard: int) -> Receipt | None:
+        """Return the receipt of a shard that is done; raise `UserError` for one that says what cannot be."""
+        path, rows = self.receipt_path(shard), self.rows_of(shard)
+        record = read_json(path)
+        receipt = check_record(record, Receipt, str(path)) if record else None
+        if receipt and not all(skipped.row in rows for skipped in receipt.skipped):
+            raise UserError(f"{path} names a row of another shard: remove it and run `cafe extract` again.")
+        return receipt
+
+    def _check_finite(self, shard: int, values: np.ndarray, valid: np.ndarray) -> None:
+        """Raise `UserError` naming a face whose features are NaN or infinite, which no comparison would notice."""
+        broken = valid & ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if broken.any():
+            row = self.rows_of(shard)[int(broken.argmax())]
+            raise UserError(
+                f"The features of {self.array('sample_id')[row]!s} in {self.path} are NaN or infinite: take "
+                "--precision fp32 and --dtype float32."
+            )
+
+    def discard_skipped(self) -> None:
+        """Declare those shards undone in which images were left out."""
+        for shard in range(self.shards):
+            receipt = self.receipt(shard)
+            if receipt and receipt.skipped:
+                self.receipt_path(shard).unlink()
 
     def skipped_paths(self, manifest: Manifest) -> list[tuple[str, str]]:
         """Path and reason of every image without features."""
-        receipts = (read_json(self.receipt_path(shard)) for shard in range(self.shards))
-        skipped = [entry for receipt in receipts if receipt for entry in receipt["skipped"]]
-        return [(manifest.table["path"][entry["row"]].as_py(), entry["reason"]) for entry in skipped]
+        receipts = (self.receipt(shard) for shard in range(self.shards))
+        skipped = [entry for receipt in receipts if receipt for entry in receipt.skipped]
+        return [(manifest.table["path"][entry.row].as_py(), entry.reason) for entry in skipped]
 
     def discard_damaged(self) -> list[int]:
         """Read every finished shard back and declare those undone whose content is not what their receipt says."""
@@ -227,10 +271,15 @@ class FeatureStore:
                 path.unlink(missing_ok=True)
 
     def _intact(self, shard: int) -> bool:
-        receipt, rows = read_json(self.receipt_path(shard)), self.rows_of(shard)
+        rows = self.rows_of(shard)
+        try:
+            receipt = self.receipt(shard)
+        except UserError:
+            return False
         return receipt is not None and all(
-            _checksums(np.asarray(self.array(name)[rows.start : rows.stop])) == checksums
-            for name, checksums in receipt["checksums"].items()
+            _checksums(np.asarray(self.array(name)[rows.start : rows.stop])) == receipt.checksums.get(name)
+            for name in (*ARRAYS, "valid")
+            if name in self.group
         )
 
     def valid(self) -> np.ndarray:
@@ -251,8 +300,8 @@ class FeatureStore:
         for shard in range(self.shards):
             rows = self.rows_of(shard)
             values = np.asarray(array[rows.start : rows.stop, view])
-            receipt = read_json(self.receipt_path(shard))
-            if receipt is None or [receipt["checksums"][name][view]] != _checksums(values[:, None]):
+            receipt = self.receipt(shard)
+            if receipt is None or receipt.checksums.get(name, [])[view : view + 1] != _checksums(values[:, None]):
                 raise UserError(
                     f"Shard {shard} of {self.path} is not what was written: run `cafe extract` again with --verify."
                 )
@@ -274,7 +323,7 @@ class FeatureReader:
         """Return {array: (n, …)} of some rows, in the number format of the store."""
         if view not in self.kept:
             kept = sum(values.nbytes for arrays in self.kept.values() for values in arrays.values())
-            if kept > self.memory_share * psutil.virtual_memory().available:
+            if kept > self.memory_share * free_memory():
                 self.kept.clear()
             self.kept[view] = {name: self.store.read_view(name, view, self.memory_share) for name in self.names}
         return {name: np.asarray(values[rows]) for name, values in self.kept[view].items()}
@@ -288,7 +337,7 @@ def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, About]]:
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) -> np.ndarray:
     size = int(np.prod(shape)) * dtype.itemsize
-    if size < memory_share * psutil.virtual_memory().available:
+    if size < memory_share * free_memory():
         return np.empty(shape, dtype)
     scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)

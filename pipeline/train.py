@@ -6,7 +6,7 @@ is finished. Everything is written to the run's folder, which MLflow mirrors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import list_folder, read_json
+from cafe.files import list_folder, locate, read_json
 from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
 from cafe.learning.networks import NETWORKS
 from cafe.methods import find_method
@@ -27,14 +27,16 @@ from pipeline import cluster
 from pipeline.cluster import Bar, Progress, no_bar
 from pipeline.evaluate import is_judged, predict_targets
 from pipeline.faces import Faces, Store, any_store, choose_rows, choose_store, choose_targets
+from pipeline.lease import hold
 from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
 from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Mirror
 from pipeline.worker import Task, Worker, train_together
-from pipeline.workspace import Workspace, check_name, locate
+from pipeline.workspace import Workspace, check_name
 
+PREPARE_SECONDS = 24 * 3600  # that the other workers wait for the first one, while it prepares a method
 FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written
 
 
@@ -200,12 +202,12 @@ def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: 
         note_status(plan.run, "FINISHED")
         mirror.update(plan.run)
         return
-    with keep_status(plan.run, mirror), cluster.connect(plan.settings):
+    with hold(plan.run, plan.settings.wait) as check, keep_status(plan.run, mirror), cluster.connect(plan.settings):
         if plan.settings.num_workers == 1:
             worker = worker or start_worker(plan.settings)
         if not is_finished(plan.run):
             with bar(f"Training {plan.spec.name}", "steps") as progress:
-                _train(plan, mirror, progress, worker)
+                _train(plan, mirror, progress, worker, check)
         if remaining := plan.remaining:
             with bar("Judging", "targets") as progress:
                 predict_targets(plan.run, remaining, plan.settings.use_gpu, progress, worker)
@@ -238,24 +240,34 @@ def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
     return actor.remote()
 
 
-def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any) -> None:
+def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any, check: Callable[[], None]) -> None:
     settings = plan.settings
-    task = Task(str(plan.run), plan.source, settings.threads, settings.loader_workers, settings.checkpoint_every)
+    task = Task(
+        str(plan.run),
+        plan.source,
+        settings.threads,
+        settings.loader_workers,
+        settings.checkpoint_every,
+        cluster.versions(),
+    )
     background = ThreadPoolExecutor(1)
     try:
         if worker is None:
             outcome: Future[Any] = background.submit(_train_together, task, settings)
         else:
             outcome = worker.train.remote(task).future()
-        _follow(plan, outcome, mirror, progress)
+        _follow(plan, outcome, mirror, progress, check)
     finally:
         background.shutdown(wait=False)  # when interrupted, leaving Ray ends the training
 
 
-def _follow(plan: TrainPlan, outcome: Future[Any], mirror: Mirror, progress: Progress) -> None:
+def _follow(
+    plan: TrainPlan, outcome: Future[Any], mirror: Mirror, progress: Progress, check: Callable[[], None]
+) -> None:
     """Show the run's own records in MLflow and in the progress bar until the training ends."""
     epochs, mirrored = plan.spec.recipe["epochs"], 0
     while not outcome.done():
+        check()
         trained = len(list_folder(plan.run / "epochs"))
         if trained > mirrored:
             mirror.update(plan.run)
@@ -270,12 +282,14 @@ def _follow(plan: TrainPlan, outcome: Future[Any], mirror: Mirror, progress: Pro
 def _train_together(task: Task, settings: TrainSettings) -> None:
     """Train with several workers of Ray Train, which share every batch."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
+    cluster.check_cores(settings.num_workers)
     gpu = cluster.wants_gpu(settings.use_gpu, settings.num_workers)
     trainer = TorchTrainer(
         train_together,
         train_loop_config={"task": task},
+        torch_config=TorchConfig(timeout_s=PREPARE_SECONDS),
         scaling_config=ScalingConfig(num_workers=settings.num_workers, use_gpu=gpu),
         run_config=RunConfig(
             name="train",

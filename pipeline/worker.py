@@ -5,17 +5,17 @@ One process can train and judge many runs, one after another; several processes 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from upath import UPath
 
-from cafe.files import list_folder, write_json
+from cafe.arithmetic import set_arithmetic
+from cafe.files import list_folder, locate, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
@@ -24,7 +24,6 @@ from pipeline.evaluate import predict_target
 from pipeline.faces import Faces, choose_rows
 from pipeline.models import build_method, make_dataset, make_live_dataset
 from pipeline.runs import RunSpec
-from pipeline.workspace import locate
 
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 
@@ -38,6 +37,7 @@ class Task:
     threads: int | None  # None: the worker's share of the cores
     loader_workers: int
     checkpoint_every: int
+    versions: dict[str, str] = field(default_factory=dict)  # of the driver
 
 
 class Worker:
@@ -64,10 +64,10 @@ def train_together(config: dict[str, Task]) -> None:
     import ray.train.torch
 
     task = config["task"]
-    cores = len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size()
+    share = cluster.cores() // ray.train.get_context().get_local_world_size()
     device = ray.train.torch.get_device()
     # Preparing hands the first worker's state to the others.
-    train_run(task, task.source, device, ray.train.torch.prepare_model, max(1, cores))
+    train_run(task, task.source, device, ray.train.torch.prepare_model, max(1, share))
 
 
 def train_run(
@@ -78,10 +78,11 @@ def train_run(
     cores: int | None = None,
 ) -> None:
     """Train a run to its end, from its last checkpoint where there is one; `wrap` makes the module that is trained."""
+    cluster.check_versions(task.versions)
     run = locate(task.run)
     spec = RunSpec.load(run)
-    torch.backends.cudnn.deterministic = True
-    cores = cores or len(os.sched_getaffinity(0))
+    set_arithmetic(spec.precision)
+    cores = cores or cluster.cores()
     torch.set_num_threads(min(cores, task.threads or cores))
 
     rows, held_out = choose_rows(source, spec.selection)
@@ -92,15 +93,17 @@ def train_run(
             _save_result(run, method.state_dict(), {"epochs": 0})
         return
     dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source)
-    checkpoint = find_checkpoint(run)
+    checkpoint, prepared = find_checkpoint(run), False
     if rank() == 0 and checkpoint is None:
-        prepare(method, dataset, rows, spec.seed, device, task.loader_workers)
+        prepared = prepare(method, dataset, rows, spec.seed, device, task.loader_workers)
     if world_size() > 1:
         share_batch_norm(method)
     module, selection = wrap(method), Selection(held_out)
     optimizer, loaders = method.optimizer(), task.loader_workers
     training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders)
     done = _restore(checkpoint, training, selection) if checkpoint else 0
+    if prepared:  # it may have taken hours
+        save_checkpoint(run / "checkpoints" / "0000", method, optimizer, selection.record(0), selection.weights)
     _train(training, selection, run, range(done + 1, spec.recipe["epochs"] + 1), task.checkpoint_every)
 
 
@@ -126,9 +129,8 @@ def _train(training: Training, selection: Selection, run: UPath, epochs: range, 
         metrics |= selection.judge(training, epoch)
         write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
         if epoch % checkpoint_every == 0 and epoch < epochs.stop - 1:
-            record = {"epoch": epoch, "selected": selection.epoch, "accuracy": selection.accuracy}
             folder = run / "checkpoints" / f"{epoch:04d}"
-            save_checkpoint(folder, training.method, training.optimizer, record, selection.weights)
+            save_checkpoint(folder, training.method, training.optimizer, selection.record(epoch), selection.weights)
             _remove_checkpoints(run, keep=folder)
     if rank() == 0:
         result = {"epochs": epochs.stop - 1, "selected": selection.epoch, **metrics}

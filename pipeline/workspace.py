@@ -13,13 +13,7 @@ from upath import UPath
 
 from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import list_folder
-
-
-def locate(location: str) -> UPath:
-    """Return a URI as it is and a local path made absolute: workers run in folders of their own."""
-    path = UPath(location)
-    return path if path.protocol else path.expanduser().absolute()
+from cafe.files import list_folder, locate
 
 
 def check_name(name: str) -> str:

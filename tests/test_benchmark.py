@@ -30,11 +30,12 @@ from pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Benchmar
 from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from pipeline.cluster import no_bar
 from pipeline.evaluate import predict_target
-from pipeline.extract import ShardEmbedder, describe_store, know_tower
+from pipeline.extract import describe_store, know_tower
 from pipeline.faces import choose_rows
 from pipeline.models import build_method, make_dataset
 from pipeline.runs import is_finished
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
+from pipeline.shards import ShardEmbedder
 from pipeline.store import FeatureStore, find_stores
 from pipeline.tracking import PARENT, Mirror
 from pipeline.train import TrainPlan

@@ -20,8 +20,9 @@ from cafe.methods import METHODS
 from cafe.methods.method import Inputs
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
-from pipeline.extract import ShardEmbedder, describe_store
+from pipeline.extract import describe_store
 from pipeline.settings import ExtractSettings
+from pipeline.shards import ShardEmbedder
 from pipeline.store import FeatureReader as StoreReader
 from pipeline.store import FeatureStore
 

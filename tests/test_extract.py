@@ -17,7 +17,7 @@ from torchvision import transforms
 from upath import UPath
 
 from cafe.towers.building import load_backbone
-from pipeline.extract import prefetch
+from pipeline.shards import prefetch
 from pipeline.store import FeatureStore, find_stores
 
 
@@ -148,6 +148,24 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(
     assert np.isfinite(store.array("pooled")[:][store.valid()]).all()
     assert np.isnan(store.array("pooled")[bad]).all()
     assert "1 unreadable images left out" in cafe.succeed(*command, "--max-skipped", "1")
+
+
+def test_a_fault_of_the_storage_leaves_its_shard_undone_and_no_other(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "15")
+    picture = indexed.workspace.parent / "faces" / "happiness" / "003.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    picture.symlink_to(picture)  # opening it is an error of the file system
+    result = indexed(*command, ray=True)
+    assert result.exit_code == 1
+    assert "1 of 4 shards could not be computed; all others are kept: give the same command again." in result.output
+    assert f"{picture} cannot be read (Too many levels of symbolic links)" in result.output
+    store = open_store(indexed, "tiny")
+    assert store.pending() == [1]
+    picture.unlink()
+    picture.write_bytes(content)
+    assert "computed 1 of 4 shards" in indexed.succeed(*command, ray=True)
+    assert store.valid().all()
 
 
 def test_decoding_ahead_changes_nothing(indexed: Cafe, tiny_tower: str) -> None:

@@ -9,14 +9,17 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from upath import UPath
 
-from cafe.data.images import UnreadableImageError, decode_image, read_bytes, read_size
+from cafe.data.images import UnreadableImageError, decode_image, is_gone, read_bytes, read_size
+from cafe.errors import StorageError
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -90,6 +93,13 @@ def test_a_truncated_jpeg_says_so() -> None:
         decode_image(data[: len(data) // 2])
 
 
+def test_a_picture_larger_than_asked_for_is_refused() -> None:
+    data = encode(Image.fromarray(RED), "PNG")
+    assert decode_image(data, max_pixels=24).shape == (6, 4, 3)
+    with pytest.raises(UnreadableImageError, match="4×6 pixels are more than 23"):
+        decode_image(data, max_pixels=23)
+
+
 def test_text_and_float_pixels_are_refused() -> None:
     with pytest.raises(UnreadableImageError, match="not an image of a known format"):
         read_size(b"this is no picture")
@@ -108,7 +118,7 @@ def test_missing_empty_and_forbidden_files_give_their_reason(tmp_path: Path) -> 
         read_bytes(UPath(tmp_path))
 
 
-def test_a_file_without_read_permission_gives_its_reason() -> None:
+def test_a_file_that_must_not_be_read_is_a_fault_and_no_bad_picture() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         path = Path(folder) / "secret.jpg"
@@ -118,10 +128,50 @@ def test_a_file_without_read_permission_gives_its_reason() -> None:
         if user == 0:
             os.seteuid(65534)  # root reads everything: try as nobody
         try:
-            with pytest.raises(UnreadableImageError, match="no permission"):
+            with pytest.raises(
+                StorageError, match=r"secret.jpg cannot be read \(Permission denied\), though it was tried 4"
+            ):
                 read_bytes(UPath(path))
         finally:
             os.seteuid(user)
+
+
+class Stuttering(MemoryFileSystem):
+    """A storage of which every file fails to open the first few times."""
+
+    protocol = "stuttering"
+    cachable = False
+
+    def __init__(self, failures: int = 0) -> None:
+        super().__init__()
+        self.failures = failures
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> object:
+        if mode == "rb" and self.failures:
+            self.failures -= 1
+            raise TimeoutError("the connection timed out")
+        return super()._open(path, mode, **options)
+
+
+@pytest.mark.filterwarnings("ignore:UPath 'stuttering' filesystem")
+@pytest.mark.parametrize(("failures", "whole"), [(0, True), (3, True), (4, False)])
+def test_a_storage_that_fails_for_a_moment_is_tried_again(failures: int, whole: bool) -> None:
+    fsspec.register_implementation("stuttering", Stuttering, clobber=True)
+    path = UPath("stuttering:///face.jpg", failures=failures)
+    path.write_bytes(b"a picture")
+    if whole:
+        assert read_bytes(path) == b"a picture"
+    else:
+        with pytest.raises(StorageError, match="the connection timed out"):
+            read_bytes(path)
+
+
+def test_only_a_folder_that_lists_other_files_shows_that_one_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "there.jpg").touch()
+    places = ("empty/a.jpg", "nowhere/a.jpg", "full/a.jpg", "full/there.jpg")
+    assert [is_gone(UPath(tmp_path / place)) for place in places] == [False, False, True, False]
 
 
 @settings(max_examples=300, deadline=None)

@@ -6,6 +6,7 @@ These tests start Ray themselves, since the driver of a Ray of its own is what i
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,16 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
+from PIL import Image
 from safetensors.torch import load_file
 from upath import UPath
 
+from cafe.data.isolation import find_killers
 from pipeline.store import FeatureStore, find_stores
 
 ALONE = ("--num-cpus", "1")
@@ -95,11 +99,101 @@ def test_a_training_goes_on_from_its_checkpoint_to_the_same_weights(work: Cafe, 
     assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
 
 
-def test_an_interrupted_training_says_so_and_how_to_go_on(work: Cafe) -> None:
-    command = ("train", "--source", "tiny", "--method", "image_only", "--epochs", "60", "--image-size", "32")
-    driver, errors = start(work, (*command, "--targets", "none", *ALONE), "runs/*/epochs/0001.json")
+TRAIN = (
+    "train",
+    "--source",
+    "tiny",
+    "--method",
+    "image_only",
+    "--epochs",
+    "60",
+    "--image-size",
+    "32",
+    "--targets",
+    "none",
+)
+GRID = """
+sources = ["tiny"]
+targets = ["tiny"]
+seeds = 2
+methods = ["image_only"]
+[train]
+epochs = 60
+image_size = 32
+"""
+
+
+def interrupt(cafe: Cafe, command: tuple[str, ...], sign: str) -> None:
+    """Interrupt a command as soon as a file like `sign` is there: it says how to go on, and nothing of it is left."""
+    driver, errors = start(cafe, (*command, *ALONE), sign)
+    family = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(240) == 130  # seconds on a quiet machine
-    assert "Interrupted: the same command goes on where it was." in errors.read_text()
-    (status,) = work.workspace.glob("runs/*/status.json")
-    assert json.loads(status.read_text()) == {"status": "KILLED", "reason": "interrupted"}
+    assert driver.wait(60) == 130  # five seconds on a quiet machine
+    assert errors.read_text().endswith("Interrupted: the same command goes on where it was.\n")
+    assert family
+    assert psutil.wait_procs(family, 60)[1] == []
+
+
+@pytest.mark.parametrize("command", ["train", "benchmark"])
+def test_an_interrupted_training_is_killed_and_nothing_keeps_running(work: Cafe, command: str) -> None:
+    (work.workspace / "grid.toml").write_text(GRID)
+    interrupt(
+        work, TRAIN if command == "train" else ("benchmark", f"{work.workspace}/grid.toml"), "runs/*/epochs/0001.json"
+    )
+    records = [json.loads(status.read_text()) for status in work.workspace.glob("runs/*/status.json")]
+    assert {"status": "KILLED", "reason": "interrupted"} in records
+    assert all(record["status"] == "KILLED" for record in records)
+
+
+def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(work: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "30", "--shard-rows", "8")
+    interrupt(work, command, "features/tiny/**/receipts/*.json")
+    ((path, about),) = find_stores(UPath(work.workspace / "features"), "tiny")
+    assert 0 < len(FeatureStore(path, about).pending()) < 30
+
+
+HOOK = """
+import os, signal
+from PIL import ImageFile
+load = ImageFile.ImageFile.load
+def load_or_die(image):
+    if image.size == (13, 17):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(image)
+ImageFile.ImageFile.load = load_or_die
+"""
+
+
+@pytest.fixture
+def deadly_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow, in every process started from here on, dies of pictures of 13 × 17 pixels as if killed for its memory."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), *sys.path]))
+
+
+def test_pictures_that_kill_their_decoder_are_found(tmp_path: Path, deadly_decoder: None) -> None:
+    sizes = [(8, 8), (13, 17), (17, 13), (13, 17)]
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    (tmp_path / "4.png").write_text("no picture")
+    assert find_killers([UPath(tmp_path / f"{number}.png") for number in range(6)]) == {1, 3}
+
+
+def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_all_others(
+    tmp_path: Path, tiny_tower: str, deadly_decoder: None
+) -> None:
+    cafe, faces = Cafe(tmp_path / "work", ""), draw_faces(tmp_path / "faces", per_class=12)
+    Image.new("RGB", (13, 17)).save(faces / "happiness" / "poison.png")
+    cafe.succeed("data", "index", "folder", str(faces), "--name", "tiny")
+    command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "10", "--num-cpus", "1"]
+    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
+    done = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "1 of 37 images of 'tiny' are unreadable" in done.stderr
+    assert "happiness/poison.png: kills its decoder" in done.stderr
+    ((path, about),) = find_stores(UPath(cafe.workspace / "features"), "tiny")
+    store = FeatureStore(path, about)
+    samples = list(store.array("sample_id")[:])
+    assert store.pending() == []
+    assert store.valid().tolist() == [sample != "happiness/poison.png" for sample in samples]

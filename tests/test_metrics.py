@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from upath import UPath
 
+from cafe.errors import UserError
 from cafe.report.figures import draw_confusion
 from cafe.results.metrics import Estimate, confusion, estimate, score
 from cafe.results.predictions import Predictions
@@ -68,8 +72,41 @@ def test_a_damaged_file_holds_no_predictions(tmp_path: Path) -> None:
     path = UPath(tmp_path / "cinema.parquet")
     assert Predictions.load(path) is None
     predictions([1, 2], [2, 2]).save(path)
-    path.write_bytes(path.read_bytes()[:-30])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
     assert Predictions.load(path) is None
+    path.write_bytes(whole[:40] + b"\xff" * 60 + whole[100:])
+    assert Predictions.load(path) is None
+    for column in ("label", "probabilities"):
+        table = pq.read_table(pa.BufferReader(whole))
+        words = table.set_column(table.column_names.index(column), column, [["surprise", "fear"]])
+        pq.write_table(words, path)
+        assert Predictions.load(path) is None
+    pq.write_table(pa.table({"label": [1, 2], "probabilities": [[math.nan] * 7] * 2, "sample_id": ["a", "b"]}), path)
+    assert Predictions.load(path, named=False) is None
+
+
+def test_probabilities_that_are_no_numbers_are_refused_with_the_name_of_the_face(tmp_path: Path) -> None:
+    broken = predictions([1, 2, 3], [2, 2, 3])
+    broken.probabilities[1, 4] = math.nan
+    broken.probabilities[2, 0] = math.inf
+    with pytest.raises(UserError, match=f"of '{broken.sample_ids[1]}' and 1 other faces are NaN or infinite"):
+        broken.save(UPath(tmp_path / "cinema.parquet"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_old_predictions_and_nothing_half_written(tmp_path: Path) -> None:
+    path = UPath(tmp_path / "cinema.parquet")
+    predictions([1, 2], [2, 2]).save(path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may grow larger
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            predictions([3, 4], [3, 3]).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == ["cinema.parquet"]
 
 
 def test_the_interval_is_students_t() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,12 @@ from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.scores import flatten_scores, read_runs, read_scores
 from pipeline import settings
 from pipeline.evaluate import is_judged, predict_target
-from pipeline.extract import ShardEmbedder, describe_store, know_tower
+from pipeline.extract import describe_store, know_tower
 from pipeline.faces import any_store, choose_store, choose_target, choose_targets
 from pipeline.models import build_method, find_inputs
 from pipeline.runs import RunSpec, add_experiment
 from pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
+from pipeline.shards import ShardEmbedder
 from pipeline.store import FeatureStore
 from pipeline.tracking import Mirror, default_uri
 from pipeline.train import plan_training
@@ -240,9 +242,13 @@ def swap_pictures(faces: Manifest, root: Path) -> Manifest:
         path = root / sample
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(faces.read_face(row)[..., ::-1])).save(path, "PNG")  # under any suffix
-    table = faces.table.set_column(
-        faces.table.column_names.index("box"), "box", [[None] * len(faces)]
-    ).cast(faces.table.schema)  # fmt: skip
+    changes = {
+        "box": [None] * len(faces),
+        "digest": [sha256((root / sample).read_bytes()).hexdigest() for sample in faces.sample_ids],
+    }
+    table = faces.table
+    for name, values in changes.items():
+        table = table.set_column(table.column_names.index(name), name, [values]).cast(faces.table.schema)
     return replace(faces, root=str(root), table=table)
 
 

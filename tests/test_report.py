@@ -478,3 +478,16 @@ def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Worksp
     assert float(fear["published"]) == pytest.approx(0.1446)
     assert Page(to_html(report)).open == []
     assert "Overfull" not in compile_latex(tmp_path, to_latex(report))
+
+
+def test_names_can_be_no_formula_in_a_spreadsheet_and_no_page_in_markdown(report: Report) -> None:
+    row = replace(report.comparison.rows[0], label="=HYPERLINK(1)|<b>&")
+    comparison = replace(report.comparison, rows=[row, *report.comparison.rows[1:]])
+    lines = list(csv.DictReader(io.StringIO(to_csv(replace(report, comparison=comparison)))))
+    assert lines[0]["row"] == "'=HYPERLINK(1)|<b>&"
+    assert lines[0]["role"] in ("source", "unseen", "same set")
+    first = report.sheets[0]
+    named = replace(first, title="<script>", lines=[[Cell("<b>|&copy;"), *first.lines[0][1:]]])
+    text = to_markdown(replace(report, sheets=[named]))
+    assert "## &lt;script>" in text
+    assert "| &lt;b>\\|&amp;copy; |" in text

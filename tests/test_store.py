@@ -130,6 +130,20 @@ def test_a_changed_byte_is_noticed_and_only_its_shard_computed_again(tmp_path: P
     assert store.pending() == [2]
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (70_000.0, "float16")])
+def test_features_that_are_no_numbers_are_refused_with_the_name_of_the_face(
+    tmp_path: Path, value: float, dtype: str
+) -> None:
+    store = FeatureStore.create(UPath(tmp_path), replace(ABOUT, key=replace(KEY, dtype=dtype)), MANIFEST)
+    arrays = features(1, store)
+    arrays["map"][[0, 3], 2, 1] = value  # of 4.jpg and 7.jpg; 70,000 is too much for 16 bits
+    with pytest.raises(UserError, match=r"The features of 7.jpg in .* are NaN or infinite"):
+        store.write_shard(1, arrays, {4: "file is empty"})
+    assert 1 in store.pending()
+    store.write_shard(1, arrays, {4: "file is empty", 7: "file is empty"})
+    assert 1 not in store.pending()
+
+
 @pytest.mark.parametrize("share", [0.4, 0.0], ids=["in memory", "mapped"])
 def test_reading_gives_the_rows_of_the_wanted_view(tmp_path: Path, share: float) -> None:
     store = filled(tmp_path)

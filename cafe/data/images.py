@@ -5,20 +5,27 @@ Faces arrive as colour, grey, palette, CMYK or 16-bit files; all become 8-bit RG
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import warnings
+import zlib
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps
 from upath import UPath
 
+from cafe.errors import StorageError
+from cafe.files import PAUSES, list_folder, retry
+
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
 DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it claims to be
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
+    RuntimeError, AssertionError, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+MISSING = "file not found"
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the upright picture
@@ -28,21 +35,39 @@ class UnreadableImageError(Exception):
     """An image that cannot be used, with the reason as its message."""
 
 
+class MissingImageError(UnreadableImageError):
+    """An image that is not where it should be."""
+
+
 def read_bytes(path: UPath) -> bytes:
-    """Return a file's bytes; raise `UnreadableImageError` when it is missing, empty or not ours to read."""
+    """Return a file's bytes; raise `UnreadableImageError` when it is empty or no file, `MissingImageError` when not there.
+
+    A storage that fails is tried again; then it raises `StorageError`, which says nothing of the picture.
+    """
     try:
-        data: bytes = path.read_bytes()
-    except FileNotFoundError:
-        raise UnreadableImageError("file not found") from None
-    except PermissionError:
-        raise UnreadableImageError("no permission to read the file") from None
+        data: bytes = retry(path.read_bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingImageError(MISSING) from None
     except IsADirectoryError:
         raise UnreadableImageError("is a folder") from None
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
-        raise UnreadableImageError(f"cannot be read: {error}") from None
+    except ValueError as error:
+        raise UnreadableImageError(f"a name that no file can have: {error}") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UnreadableImageError("a name that is too long for a file") from None
+        raise StorageError(
+            f"{path} cannot be read ({error.strerror or error}), though it was tried {len(PAUSES) + 1} times: mend the "
+            "storage or the rights to it and give the command again."
+        ) from None
     if not data:
         raise UnreadableImageError("file is empty")
     return data
+
+
+def is_gone(path: UPath) -> bool:
+    """Whether a listing of its folder shows a file to be gone; a folder that is not there, or empty, shows nothing."""
+    names = [other.name for other in list_folder(path.parent)]
+    return bool(names) and path.name not in names
 
 
 def read_size(data: bytes) -> tuple[int, int]:
@@ -56,9 +81,9 @@ def read_size(data: bytes) -> tuple[int, int]:
     return (height, width) if swapped else (width, height)
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB; of an animation the first frame; raise `UnreadableImageError`."""
-    with _open(data) as image:
+    with _open(data, max_pixels) as image:
         try:
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -78,14 +103,14 @@ def clip_box(box: Box, width: int, height: int) -> Box:
     return left, top, right - left, bottom - top
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data))
-    except (*DAMAGED, Image.DecompressionBombError):
+    except DAMAGED:
         raise UnreadableImageError("not an image of a known format") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+    if image.width * image.height > max_pixels:
+        raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {max_pixels:,}")
     if image.mode == "F":
         raise UnreadableImageError("floating-point pixels have no defined brightness")
     return image

@@ -22,8 +22,9 @@ from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.images import Box, UnreadableImageError, clip_box, decode_image, read_bytes
+from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
+from cafe.files import locate, write_file
 
 SPLITS = ("train", "val", "test")
 READERS = 16  # threads that wait for the disk or the network
@@ -115,12 +116,11 @@ class Manifest:
         return cls(header.name, header.root, table, header.kind)
 
     def save(self, path: UPath) -> None:
-        """Write the manifest as Parquet in one put."""
+        """Write the manifest as Parquet."""
         header = Header(version=2, name=self.name, root=self.root, kind=self.kind)
         sink = pa.BufferOutputStream()
         pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()}), sink)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(sink.getvalue().to_pybytes())
+        write_file(path, sink.getvalue().to_pybytes())
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -166,14 +166,18 @@ class Manifest:
 
     @cached_property
     def _folder(self) -> UPath:
-        return UPath(self.root)
+        return locate(self.root)
 
-    def read_face(self, row: int, channels: str = "rgb") -> np.ndarray:
+    def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8, cut out of its picture when the row has a box.
 
-        `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`.
+        `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`, and `UserError` for a file
+        that is not the one that was indexed.
         """
-        image = decode_image(read_bytes(self.path(row)))
+        data, digest = read_bytes(self.path(row)), self.table["digest"][row].as_py()
+        if digest and hashlib.sha256(data).hexdigest() != digest:  # photos that were only listed have none
+            raise UserError(f"{self.path(row)} has changed since it was indexed: index {self.name!r} again.")
+        image = decode_image(data, max_pixels)
         if box := self.table["box"][row].as_py():
             left, top, width, height = clip_box(box, image.shape[1], image.shape[0])
             image = image[top : top + height, left : left + width]

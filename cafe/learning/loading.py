@@ -68,6 +68,8 @@ class FaceDataset:
                 _Pictures(self, view), batch_sampler=samples, collate_fn=_as_is, num_workers=workers, pin_memory=pinned
             )
         for rows, picture in zip(batches, pictures, strict=False):
+            if isinstance(picture, UserError):
+                raise picture
             batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
             if self.features is not None:
                 if len(rows):
@@ -98,11 +100,14 @@ class _Pictures(Dataset[Any]):
     faces: FaceDataset
     view: int
 
-    def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
         size = self.faces.image_size
         pictures, boxes = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros((len(rows), 4), np.int64)
-        for position, row in enumerate(rows):
-            pictures[position], boxes[position] = self._render(row)
+        try:
+            for position, row in enumerate(rows):
+                pictures[position], boxes[position] = self._render(row)
+        except UserError as error:  # raised in a decoding process, it would arrive as a traceback
+            return error
         return torch.from_numpy(pictures), torch.from_numpy(boxes)
 
     def _render(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:

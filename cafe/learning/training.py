@@ -125,6 +125,10 @@ class Selection:
             self.weights = {name: value.clone() for name, value in training.method.state_dict().items()}
         return {"selection/accuracy": accuracy}
 
+    def record(self, epoch: int) -> dict[str, float]:
+        """Return what a checkpoint of an epoch says besides weights."""
+        return {"epoch": epoch, "selected": self.epoch, "accuracy": self.accuracy}
+
     def result(self, training: Training) -> dict[str, Tensor]:
         """Return the weights that are the result of the training."""
         return self.weights or training.method.state_dict()
@@ -145,24 +149,33 @@ def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.de
 
 def prepare(
     method: Method, dataset: FaceDataset, rows: np.ndarray, seed: int, device: torch.device, loader_workers: int = 0
-) -> None:
-    """Let a method learn what it keeps fixed while it is trained, from the clean views of the training rows."""
+) -> bool:
+    """Let a method learn what it keeps fixed while it is trained, from the clean views of the training rows.
+
+    Returns whether there was anything to learn.
+    """
 
     def load(number: int) -> Iterator[Batch]:
         order = random_generator(seed, "prepare", number).permutation(rows)
         return dataset.load(_split(order, PREPARATION_BATCH), 0, device, loader_workers)
 
-    measure_features(method, dataset, rows, device)
+    measured = measure_features(method, dataset, rows, device)
     torch.manual_seed(int(random_generator(seed, "prepare").integers(2**62)))
     method.prepare(load)
+    return measured or type(method).prepare is not Method.prepare
 
 
-def measure_features(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> None:
-    """Take the statistics a method standardises features by from the clean views of some rows; no picture is decoded."""
+def measure_features(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> bool:
+    """Take the statistics a method standardises features by from the clean views of some rows; no picture is decoded.
+
+    Returns whether the method standardises.
+    """
     if isinstance(method, FeatureMethod) and isinstance(method.standardise, Standardisation):
         name = method.array()
         features_only = replace(dataset, needs=frozenset({name}))
         method.standardise.fit(batch[name] for batch in features_only.load(_split(rows), 0, device))
+        return True
+    return False
 
 
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:

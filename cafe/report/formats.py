@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable
 
@@ -15,22 +16,38 @@ WIDE = 8  # columns of a table, more than which LaTeX sets across both columns o
 
 def to_markdown(report: Report) -> str:
     """Return the tables with their notes as Markdown; the best bold, the second underlined."""
-    parts = [f"# {report.title}", *report.about]
+    parts = [f"# {_escape(report.title)}", *map(_escape, report.about)]
     for sheet in report.sheets:
         rule = ["---"] * sheet.words + ["---:"] * (len(sheet.header) - sheet.words)
-        lines = [sheet.header, rule, *([_markdown_cell(cell) for cell in line] for line in sheet.lines)]
-        parts += [f"## {sheet.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines), *sheet.notes]
+        lines = [
+            list(map(_escape, sheet.header)),
+            rule,
+            *([_markdown_cell(cell) for cell in line] for line in sheet.lines),
+        ]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts += [f"## {_escape(sheet.title)}", table, *map(_escape, sheet.notes)]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = cell.text.replace("|", "\\|")
+    text = _escape(cell.text)
     return {BEST: f"**{text}**", SECOND: f"<u>{text}</u>"}.get(cell.mark, text)
+
+
+def _escape(text: str) -> str:
+    """Return text such that nothing in it is a column, a tag or an entity."""
+    return re.sub(r"[<&](?=[A-Za-z/!?#])", lambda found: html.escape(found[0]), text).replace("|", "\\|")
 
 
 def to_csv(report: Report) -> str:
     """Return the records as CSV, a line per row and target; what is not known is empty."""
-    return str(pd.DataFrame(list(list_records(report)), dtype=object).to_csv(index=False, lineterminator="\n"))
+    records = [{name: _as_text(value) for name, value in record.items()} for record in list_records(report)]
+    return str(pd.DataFrame(records, dtype=object).to_csv(index=False, lineterminator="\n"))
+
+
+def _as_text(value: object) -> object:
+    """Return a text such that no spreadsheet takes it for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def to_latex(report: Report) -> str:

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.files import list_folder, write_file
+from cafe.errors import UserError
+from cafe.files import list_folder, retry, write_file
 from cafe.results.protocols import find_protocol
 
 
@@ -51,7 +52,13 @@ class Predictions:
         )
 
     def save(self, path: UPath) -> None:
-        """Write as Parquet: sample_id, label, probabilities, group."""
+        """Write as Parquet: sample_id, label, probabilities, group; raise `UserError` naming a face whose are not finite."""
+        broken = np.flatnonzero(~np.isfinite(self.probabilities).all(axis=1))
+        if len(broken):
+            raise UserError(
+                f"The probabilities of {self.sample_ids[broken[0]]!r} and {len(broken) - 1} other faces are NaN or "
+                "infinite: train with a smaller learning rate, or with --precision fp32."
+            )
         probabilities = self.probabilities.astype(np.float32).ravel()
         table = pa.table({
             "sample_id": pa.array(self.sample_ids, pa.string()),
@@ -66,21 +73,30 @@ class Predictions:
 
     @classmethod
     def load(cls, path: UPath, named: bool = True) -> Predictions | None:
-        """Read what `save` wrote; None when the file is missing or damaged: then the target is not judged.
+        """Read what `save` wrote; None when it is missing, damaged or not finite: then the target is not judged.
 
         Without `named`, the ids and groups of the faces are left out, which takes most of the time.
         """
-        columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
         try:
-            table = pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(columns, use_threads=False)
-            labels, shares = (table[name].combine_chunks() for name in columns[:2])
-        except (FileNotFoundError, pa.ArrowInvalid, KeyError):
+            content = retry(path.read_bytes)
+        except FileNotFoundError:
             return None
+        try:
+            found = cls._parse(content, named)
+        except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError):  # of columns of another type too
+            return None
+        whole = len(found.probabilities) == len(found.labels) and np.isfinite(found.probabilities).all()
+        return found if whole else None
+
+    @classmethod
+    def _parse(cls, content: bytes, named: bool) -> Predictions:
+        columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
+        table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
         grouped = named and "group" in table.column_names and table["group"].null_count < len(table)
         return cls(
             table["sample_id"].to_numpy().tolist() if named else [],
-            labels.to_numpy().astype(np.int64),
-            shares.flatten().to_numpy().reshape(-1, len(EXPRESSIONS)),
+            table["label"].to_numpy().astype(np.int64),
+            table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(EXPRESSIONS)),
             {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
             table["group"].to_numpy().tolist() if grouped else None,
         )

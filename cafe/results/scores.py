@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -34,6 +34,11 @@ SOURCE, UNSEEN = "source", "unseen"
 SAME_SET = "same set"  # another manifest of the set the run was trained on
 OTHER_SPLIT = "other split"  # judged on another split than the protocol's, as `target@split`
 UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
+
+# What run.json says of a run.
+DESCRIBED = (
+    "name", "group", "source", "source_kind", "source_digest", "method", "seed", "selection", "settings", "derived",
+)  # fmt: skip
 
 Filter = Callable[["Run", str, Predictions], Predictions]
 
@@ -91,11 +96,18 @@ def read_run(folder: UPath) -> Run | None:
             f"The run in {folder} has version {record.get('version', 1)} of run.json, and this program reads version "
             f"{FORMAT}: move the run out of the workspace, and train it again."
         )
-    described = {field.name: record[field.name] for field in fields(Run) if field.name in record}
-    described["not_as_published"] = tuple(record.get("not_as_published", ()))
+    described = {name: record[name] for name in DESCRIBED if name in record}
+    if missing := [name for name in DESCRIBED if name not in described]:
+        raise UserError(f"{folder}/run.json has no {missing[0]!r}: it was changed by hand; train the run again.")
+    deviations = record.get("not_as_published")
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
-    benchmarks = {name: member.get("benchmark") for name, member in experiments.items()}
-    return Run(folder, **described, experiments=benchmarks, pulled=(folder / PULLED).exists())
+    return Run(
+        folder,
+        **described,
+        not_as_published=tuple(deviations) if isinstance(deviations, list) else (),
+        experiments={name: member.get("benchmark") for name, member in experiments.items()},
+        pulled=(folder / PULLED).exists(),
+    )
 
 
 def read_scores(

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ NORMALISATIONS: dict[str, Statistics] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,12 @@ def _triple(values: Iterable[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
+@cache
+def _silence_libraries() -> None:
+    """Ignore the libraries' warnings, once for the process: filters that come and go are not safe among threads."""
+    warnings.filterwarnings("ignore", module=r"(open_clip|timm|torch|torchvision|huggingface_hub)\b")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the libraries' warnings and logs; they log to the root logger, which must not get a handler by that."""
@@ -275,9 +282,8 @@ def quiet() -> Iterator[None]:
     root.addHandler(handler)
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        _silence_libraries()
+        yield
     finally:
         logging.disable(level)
         root.removeHandler(handler)

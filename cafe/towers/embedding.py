@@ -6,6 +6,7 @@ numbers.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cafe.data.images import UnreadableImageError
+from cafe.arithmetic import arithmetic
+from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
 from cafe.data.manifest import Manifest
-from cafe.errors import UserError
+from cafe.errors import StorageError, UserError
 from cafe.learning.views import ViewPlan, normalise
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.names import Layer
@@ -48,9 +50,11 @@ class Embedder:
         dtype: str = "float16",
         batch_size: int = 64,
         channels: str = "rgb",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.tower = tower.to(device).to(memory_format=torch.channels_last)  # convolutions are 1.6 × faster
         self.manifest, self.plan, self.device, self.channels = manifest, plan, device, channels
+        self.max_pixels, self.refused = max_pixels, dict[int, str]()  # rows not to decode, with the reason
         self.maps, self.dtype, self.batch_size = maps, np.dtype(dtype), batch_size
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
@@ -62,26 +66,36 @@ class Embedder:
         side = self.tower.facts.input_size
         pictures = np.zeros((len(samples), side, side, 3), np.uint8)
         boxes = np.zeros((len(samples), 4), np.int64)
-        unreadable: dict[int, str] = {}
+        unreadable = {row: self.refused[row] for row, _ in samples if row in self.refused}
         decoded: tuple[int, np.ndarray] | None = None  # views of one face follow each other
         for position, (row, view) in enumerate(samples):
             if row in unreadable:
                 continue
             try:
                 if decoded is None or decoded[0] != row:
-                    decoded = (row, self.manifest.read_face(row, self.channels))
+                    decoded = (row, self.manifest.read_face(row, self.channels, self.max_pixels))
             except UnreadableImageError as error:
+                self._check_gone(row, error)
                 unreadable[row] = str(error)
                 continue
             sample_id = self.manifest.sample_ids[row]
             pictures[position], boxes[position] = self.plan.render(decoded[1], sample_id, view, side)
         return Rendered(pictures, boxes, unreadable)
 
+    def _check_gone(self, row: int, error: UnreadableImageError) -> None:
+        """Raise `StorageError` for a picture that is missing where its folder does not show that it is gone."""
+        path = self.manifest.path(row)
+        if isinstance(error, MissingImageError) and not is_gone(path):
+            raise StorageError(
+                f"{path} is missing with its whole folder on node {socket.gethostname()}: mount {self.manifest.root} "
+                "there, or index the set again if its faces are gone."
+            )
+
     def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
         """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), in the store's type."""
         count = len(rendered.pictures)
         missing = self.batch_size - count
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.tower.precision):
             pictures = torch.from_numpy(rendered.pictures).to(self.device)
             images = normalise(pictures, torch.from_numpy(rendered.boxes), self.plan.mean, self.plan.std)
             images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))

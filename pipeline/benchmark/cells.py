@@ -23,6 +23,7 @@ from pipeline.benchmark.plan import BenchmarkPlan, Cell, StoreName, plan_benchma
 from pipeline.cluster import Bar, Progress
 from pipeline.extract import extract
 from pipeline.faces import Store
+from pipeline.lease import hold
 from pipeline.runs import note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.tracking import Mirror
@@ -39,6 +40,11 @@ def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Fa
 
     The file as it was read and the end of every cell are written to the benchmark's folder. Interrupt it at any time.
     """
+    with hold(plan.folder, plan.settings.wait):
+        return _work_off(plan, mirror, bar, say)
+
+
+def _work_off(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
     write_json(plan.folder / "benchmark.json", asdict(plan.benchmark))
     try:
         with nullcontext() if all(cell.done for cell in plan.runnable) else cluster.connect(plan.settings):
@@ -69,6 +75,11 @@ def share_machine(plan: BenchmarkPlan) -> tuple[int, int]:
     return parallel, max(1, cores // (parallel * workers))
 
 
+def _here(plan: BenchmarkPlan) -> dict[str, Any]:
+    """Return where and how this command runs, for everything it starts."""
+    return {name: getattr(plan.settings, name) for name in ("address", "num_cpus", "wait")}
+
+
 def first_line(reason: str) -> str:
     """Return a reason without the list that may follow it."""
     return reason.partition("\n")[0]
@@ -77,7 +88,7 @@ def first_line(reason: str) -> str:
 def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Store | str]:
     filled: dict[StoreName, Store | str] = {}
     for store in plan.missing_stores:
-        settings = replace(store.settings, address=plan.settings.address, num_cpus=plan.settings.num_cpus)
+        settings = replace(store.settings, **_here(plan))
         try:
             with bar(f"Features of {store.manifest.name}", "faces") as progress:
                 (result,) = extract(plan.workspace, [store.manifest], settings, progress)
@@ -99,7 +110,7 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
         _run_cell(cell, {}, mirror, bar, None)  # nothing to do but to show it in MLflow, below this benchmark
     waiting = [cell for cell in plan.runnable if not cell.done]
     parallel, threads = share_machine(plan) if waiting else (1, 1)
-    here = {"threads": threads, "address": plan.settings.address, "num_cpus": plan.settings.num_cpus}
+    here = {"threads": threads, **_here(plan)}
     stopping, workers = Event(), _Workers(parallel, all(cell.settings.num_workers == 1 for cell in waiting))
 
     def run(cell: Cell, part: Bar) -> str:

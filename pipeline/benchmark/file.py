@@ -33,9 +33,21 @@ from cafe.methods.method import Method
 from pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
 
 # What the grid itself decides for every store and every cell, so that a file cannot.
-DECIDED_FEATURES = ("address", "num_cpus", "backbone", "layers", "views", "policy", "maps", "channels", "verify")
+DECIDED_FEATURES = (
+    "address",
+    "num_cpus",
+    "wait",
+    "retry_skipped",
+    "backbone",
+    "layers",
+    "views",
+    "policy",
+    "maps",
+    "channels",
+    "verify",
+)
 DECIDED_TRAINING = (
-    "address", "num_cpus", "source", "method", "seed", "overrides", "backbone", "views", "policy", "store", "live",
+    "address", "num_cpus", "wait", "source", "method", "seed", "overrides", "backbone", "views", "policy", "store", "live",
     "targets", "protocol", "threads", "mlflow_uri", "experiment",
 )  # fmt: skip
 

@@ -1,0 +1,30 @@
+"""How float32 numbers are multiplied, which graphics cards decide by themselves unless they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def set_arithmetic(precision: str) -> None:
+    """Compute repeatably, and float32 as IEEE has it; only `tf32` takes factors of 10 bits, as PyTorch's convolutions do."""
+    _set(precision == "tf32", precision == "tf32", True, False)
+
+
+@contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """Compute as `set_arithmetic` says, and then again as before."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    set_arithmetic(precision)
+    try:
+        yield
+    finally:
+        _set(*before)
+
+
+def _set(products: bool, convolutions: bool, deterministic: bool, benchmark: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark

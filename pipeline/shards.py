@@ -1,0 +1,157 @@
+"""The part of an extraction that runs on a worker: one shard of faces through the tower and into the stores.
+
+A shard is computed whole or left without a receipt, so that a fault of the storage never becomes a fact about a picture.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cached_property
+from itertools import product
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from cafe.data.images import MISSING
+from cafe.data.isolation import find_killers
+from cafe.data.manifest import Manifest
+from cafe.errors import StorageError, UserError
+from cafe.files import locate, retry
+from cafe.towers.building import load_backbone
+from cafe.towers.embedding import Embedder
+from cafe.towers.names import parse_backbone
+from pipeline.cluster import check_versions
+from pipeline.settings import ExtractSettings
+from pipeline.store import About, FeatureStore
+
+KILLER = "kills its decoder"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class ShardEmbedder:
+    """A tower at work: shard number in, receipts out. Loaded once per actor, usable without Ray.
+
+    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}. A `careful` one decodes
+    each picture in another process first, and leaves those out that kill it.
+    """
+
+    def __init__(
+        self,
+        stores: dict[str, About],
+        manifest: str,
+        settings: ExtractSettings,
+        threads: int,
+        device: str,
+        careful: bool = False,
+        versions: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
+        self.pending = [set(store.pending()) for store in self.stores]
+        self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
+        self.manifest, self.settings, self.device, self.careful = manifest, settings, device, careful
+        self.versions = versions  # of the driver
+        decoders = settings.decode_threads or 0
+        self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
+        self.ahead = 2 * decoders
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The tower and its faces; raises `UserError` where this node's are not those the stores were planned with.
+
+        Not made with the actor: Ray would take a mistake there for an accident and try again.
+        """
+        check_versions(self.versions)
+        about, settings = self.stores[0].about, self.settings
+        tower = load_backbone(about.backbone_name, settings.precision, settings.input_size)
+        if tower.facts.weights_digest != about.key.weights:
+            raise UserError(
+                f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
+            )
+        faces = Manifest.load(locate(self.manifest))
+        if faces.image_digest != about.key.images:
+            raise UserError(
+                f"The manifest {faces.name!r} on node {socket.gethostname()} lists other images than the store was planned "
+                "with: give the command again."
+            )
+        return Embedder(
+            tower,
+            faces,
+            about.key.view_plan,
+            self.device,
+            about.key.maps,
+            about.key.dtype,
+            about.batch_size,
+            about.key.channels,
+            settings.max_megapixels * 1_000_000,
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Embed one shard, write it to the stores that lack it and return {shard, rows, fault}.
+
+        A storage that goes on failing is told as the fault; the shard then has no receipt.
+        """
+        (shard,) = batch["shard"].tolist()
+        try:
+            return {"shard": [shard], "rows": [self._embed(shard)], "fault": [""]}
+        except (StorageError, OSError, MemoryError) as error:
+            return {"shard": [shard], "rows": [0], "fault": [str(error) or repr(error)]}
+
+    def _embed(self, shard: int) -> int:
+        lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
+        layers = [self.layers[number] for number in lacking]
+        rows, views = self.stores[0].rows_of(shard), self.stores[0].about.key.views
+        if self.careful:
+            paths = [self.embedder.manifest.path(row) for row in rows]
+            killers = find_killers(paths, self.embedder.max_pixels)
+            self.embedder.refused = dict.fromkeys([rows[position] for position in killers], KILLER)
+        batches = self.embedder.batches(list(product(rows, range(views))))
+
+        skipped: dict[int, str] = {}
+        features: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in lacking]
+        for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
+            skipped |= rendered.unreadable
+            for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
+                for name, values in read.items():
+                    parts[name].append(values)
+        self._check_missing(skipped, len(rows))
+        for number, parts in zip(lacking, features, strict=True):
+            arrays = {
+                name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
+                for name, values in parts.items()
+            }
+            retry(self.stores[number].write_shard, shard, arrays, skipped)
+        return len(rows)
+
+    def _check_missing(self, skipped: dict[int, str], faces: int) -> None:
+        """Raise `StorageError` where most pictures of a shard are missing: that is a place, not a picture."""
+        missing = sum(reason == MISSING for reason in skipped.values())
+        if 2 * missing > faces:
+            root = self.embedder.manifest.root
+            raise StorageError(
+                f"{missing} of the {faces} pictures of a shard are missing below {root} on node {socket.gethostname()}: "
+                "mount the folder there, or index the set again if its faces are gone."
+            )
+
+
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor | None, ahead: int
+) -> Iterator[Result]:
+    """Yield `function(item)` in order, with up to `ahead` of them under way in the pool; without a pool, one by one."""
+    if pool is None:
+        yield from map(function, items)
+        return
+    under_way: deque[Any] = deque()
+    for item in items:
+        under_way.append(pool.submit(function, item))
+        if len(under_way) > ahead:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

@@ -1,0 +1,99 @@
+"""What a process may use of its machine and of a cluster: as the container says, and never more than asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline.cluster import cores, free_memory
+from pipeline.extract import share_out
+from pipeline.settings import ExtractSettings
+
+DEVICES = """
+import ray
+from cafe.errors import UserError
+from pipeline import cluster
+ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+print(ray.get([ray.remote(cluster.device).options(num_gpus=gpus).remote() for gpus in (0, 1)]))
+print(cluster.wants_gpu(None), cluster.wants_gpu(False))
+for check, wanted in ((cluster.check_cores, 2), (lambda gpus: cluster.wants_gpu(True, gpus), 2), (cluster.check_cores, 1)):
+    try:
+        check(wanted)
+        print("enough")
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    yield
+    torch.set_num_threads(before)
+
+
+def write(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_the_limit_of_a_container_counts_without_what_it_can_drop(tmp_path: Path, all_threads: None) -> None:
+    statistics = "anon 1\ninactive_file 20000000\n"
+    write(tmp_path / "2", memory__max="100000000\n", memory__current="70000000\n", memory__stat=statistics)
+    assert free_memory(tmp_path / "2") == 50_000_000
+    write(
+        tmp_path / "1" / "memory",
+        memory__limit_in_bytes="100000000",
+        memory__usage_in_bytes="130000000",
+        memory__stat="total_inactive_file 20000000",
+    )
+    assert free_memory(tmp_path / "1") == 0
+
+
+def test_without_a_limit_the_machine_counts(tmp_path: Path, all_threads: None) -> None:
+    write(tmp_path / "2", memory__max="max\n", memory__current="70000000\n", memory__stat="inactive_file 0\n")
+    for place in ("2", "nowhere"):
+        assert free_memory(tmp_path / place) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_a_worker_takes_the_share_of_its_threads(tmp_path: Path) -> None:
+    write(tmp_path / "2", memory__max="100000000", memory__current="0", memory__stat="inactive_file 0")
+    assert torch.get_num_threads() == 1
+    assert free_memory(tmp_path / "2") == 100_000_000 // cores()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "shards", "asked", "expected"),
+    [
+        (8, 64, 3, None, (3, 1.0)),  # never more than one GPU for a tower
+        (4, 16, 100, None, (4, 1.0)),
+        (2, 16, 100, 3, (3, 0.5)),  # three fit on two
+        (2, 16, 100, 8, (8, 0.25)),
+        (0, 6, 100, None, (6, 0.0)),
+        (0, 6, 2, None, (2, 0.0)),
+    ],
+)
+def test_towers_share_gpus_such_that_all_of_them_fit(
+    gpus: int, cores: int, shards: int, asked: int | None, expected: tuple[int, float]
+) -> None:
+    assert share_out(ExtractSettings(num_actors=asked), shards, gpus, cores) == expected
+
+
+def test_what_asks_for_no_gpu_gets_none_and_what_asks_for_too_much_is_told() -> None:
+    program = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, check=True)
+    assert program.stdout.splitlines() == [
+        "['cpu', 'cuda']",
+        "True False",
+        "--num-workers 2 needs as many cores and the cluster has 1: use fewer workers.",
+        "--gpu needs 2 GPUs and the cluster has 1: use fewer workers, or --cpu.",
+        "enough",
+    ]

@@ -1,0 +1,143 @@
+"""Only one driver at a time works on a run, a store or a benchmark; what a dead one left is taken over."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+from conftest import Cafe, draw_faces
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.files import read_json, write_json
+from pipeline import lease
+from pipeline.extract import describe_store, know_tower
+from pipeline.lease import STALE_SECONDS, Lease, hold
+from pipeline.settings import ExtractSettings, TrainSettings
+from pipeline.train import plan_training
+from pipeline.workspace import Workspace
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> UPath:
+    return UPath(tmp_path / "run")
+
+
+def test_a_second_driver_is_told_who_works_there(folder: UPath) -> None:
+    with (
+        hold(folder) as check,
+        pytest.raises(UserError, match=f"Process {os.getpid()} on {socket.gethostname()} works on {folder}: wait"),
+        hold(folder),
+    ):
+        pass
+    check()
+    assert list(folder.iterdir()) == []
+    with hold(folder):
+        pass
+
+
+def test_of_several_at_once_one_gets_it(folder: UPath) -> None:
+    barrier, refused = Barrier(8), list[str]()
+
+    def contend() -> None:
+        barrier.wait()
+        try:
+            held.enter_context(hold(folder))
+        except UserError as error:
+            refused.append(str(error))
+
+    with ExitStack() as held:
+        threads = [Thread(target=contend) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) == 7
+
+
+def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(folder: UPath) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    write_json(folder / ".lease.json", asdict(Lease(process=ended.pid, started=time.time())))
+    with hold(folder):
+        assert read_json(folder / ".lease.json")["process"] == os.getpid()
+
+
+def test_the_lease_of_a_number_that_another_process_has_now_is_taken_over(folder: UPath) -> None:
+    write_json(folder / ".lease.json", asdict(Lease(process=os.getpid(), started=1.0)))
+    with hold(folder):
+        pass
+
+
+@pytest.mark.parametrize(("age", "free"), [(STALE_SECONDS - 30, False), (STALE_SECONDS + 1, True)])
+def test_the_lease_of_another_machine_counts_until_it_is_stale(folder: UPath, age: float, free: bool) -> None:
+    write_json(folder / ".lease.json", asdict(Lease(host="elsewhere", renewed=time.time() - age)))
+    if free:
+        with hold(folder):
+            assert read_json(folder / ".lease.json")["host"] == socket.gethostname()
+    else:
+        with pytest.raises(UserError, match="on elsewhere works on"), hold(folder):
+            pass
+        assert read_json(folder / ".lease.json")["host"] == "elsewhere"
+
+
+def test_whoever_waits_follows_the_other(folder: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.01)
+    order: list[str] = []
+
+    def follow() -> None:
+        with hold(folder, wait=True):
+            order.append("second")
+
+    with hold(folder):
+        thread = Thread(target=follow)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_whoever_was_taken_over_ends_and_leaves_the_others_lease(
+    folder: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
+    other = replace(Lease(), host="elsewhere")
+
+    def work() -> None:
+        with hold(folder) as check:
+            before = read_json(folder / ".lease.json")["renewed"]
+            while read_json(folder / ".lease.json")["renewed"] == before:
+                time.sleep(0.01)  # it is renewed
+            write_json(folder / ".lease.json", asdict(other))
+            while True:
+                check()
+                time.sleep(0.01)
+
+    with pytest.raises(UserError, match=f"Another process has taken over {folder}"):
+        work()
+    assert read_json(folder / ".lease.json") == asdict(other)
+
+
+def test_a_command_whose_run_or_store_is_worked_on_ends_before_it_touches_it(tmp_path: Path, tiny_tower: str) -> None:
+    cafe, workspace = Cafe(tmp_path / "work", ""), Workspace.at(str(tmp_path / "work"))
+    cafe.succeed("data", "index", "folder", str(draw_faces(tmp_path / "faces", per_class=8)), "--name", "tiny")
+    settings = ExtractSettings(backbone=tiny_tower)
+    about = describe_store(workspace.load_manifest("tiny"), settings, know_tower(workspace, settings))
+    store = workspace.features / "tiny" / about.folder
+    run = plan_training(workspace, TrainSettings(source="tiny", method="image_only", targets="none")).run
+    with hold(store), hold(run):
+        assert f"works on {store}" in cafe.fail("extract", "tiny", "--backbone", tiny_tower)
+        assert f"works on {run}" in cafe.fail(
+            "train", "--source", "tiny", "--method", "image_only", "--targets", "none"
+        )
+    assert list(store.iterdir()) == []
+    assert not (run / "status.json").exists()

@@ -1,0 +1,131 @@
+"""Records, benchmark files and predictions of any content are read, or are one sentence; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import complaint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runs import write_run
+from test_store import MANIFEST, features, filled
+from upath import UPath
+
+from cafe.files import read_json
+from cafe.results.predictions import Predictions
+from cafe.results.scores import read_run
+from pipeline.benchmark.file import parse_benchmark, read_benchmark
+from pipeline.runs import RunSpec, read_status
+from pipeline.store import FeatureStore, find_stores
+from pipeline.workspace import Workspace
+
+OFTEN = settings(
+    max_examples=150, derandomize=True, database=None, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(("../..", "=1", "\0")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+TEXT = st.binary(max_size=30) | VALUE.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 100_000)
+PICK = st.lists(st.integers(0, 1000), min_size=1, max_size=4)
+GRID = (Path(__file__).parents[1] / "jobs" / "benchmarks" / "demo.toml").read_text()
+SPEC = RunSpec("raf", "0", "cafe", {"epochs": 1}, {}, 64, "paper", 2, (0.5,) * 3, (0.5,) * 3)
+
+
+def put(record: Any, steps: list[int], value: Any) -> Any:
+    """Return a record with the value somewhere in it, found by these steps."""
+    if not steps or not isinstance(record, dict | list) or not record:
+        return value
+    keys = list(record) if isinstance(record, dict) else list(range(len(record)))
+    key, changed = keys[steps[0] % len(keys)], deepcopy(record)
+    changed[key] = put(record[key], steps[1:], value)
+    return changed
+
+
+@OFTEN
+@given(steps=PICK, value=VALUE, text=st.none() | TEXT)
+def test_a_receipt_of_any_content(tmp_path: Path, steps: list[int], value: Any, text: bytes | None) -> None:
+    path = tmp_path / "whole"
+    store = FeatureStore(*find_stores(UPath(tmp_path), "whole")[0]) if path.exists() else filled(path)
+    store.write_shard(1, features(1, store), {5: "file is empty"})
+    whole = read_json(store.receipt_path(1))
+    store.receipt_path(1).write_bytes(json.dumps(put(whole, steps, value)).encode() if text is None else text)
+    complaint(store.skipped_paths, MANIFEST)
+    complaint(store.read_view, "pooled", 0)
+    complaint(store.discard_skipped)
+    store.discard_damaged()
+
+
+@OFTEN
+@given(steps=PICK, value=VALUE, text=st.none() | TEXT)
+def test_a_description_of_a_store_of_any_content(
+    tmp_path: Path, steps: list[int], value: Any, text: bytes | None
+) -> None:
+    path = tmp_path / "whole"
+    place = path / "about.json" if path.exists() else filled(tmp_path / "made").path / "about.json"
+    if not path.exists():
+        path.mkdir()
+        (tmp_path / "about").write_bytes(place.read_bytes())
+    whole = json.loads((tmp_path / "about").read_text())
+    folder = tmp_path / "stores" / "news" / "one"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.json").write_bytes(json.dumps(put(whole, steps, value)).encode() if text is None else text)
+    complaint(find_stores, UPath(tmp_path / "stores"), "news")
+
+
+@OFTEN
+@given(steps=PICK, value=VALUE, text=st.none() | TEXT)
+def test_records_of_a_run_of_any_content(tmp_path: Path, steps: list[int], value: Any, text: bytes | None) -> None:
+    run = write_run(Workspace.at(str(tmp_path)))
+    whole = {**(read_json(run / "run.json") or {}), "spec": asdict(SPEC)}
+    content = json.dumps(put(whole, steps, value)).encode() if text is None else text
+    (run / "run.json").write_bytes(content)
+    complaint(RunSpec.load, run)
+    complaint(read_run, run)
+    (run / "status.json").write_bytes(content)
+    read_status(run)
+
+
+@OFTEN
+@given(steps=PICK, value=VALUE, place=st.integers(0, len(GRID)), text=st.text(max_size=5))
+def test_a_benchmark_of_any_content(tmp_path: Path, steps: list[int], value: Any, place: int, text: str) -> None:
+    complaint(parse_benchmark, "grid", put(tomllib.loads(GRID), steps, value))
+    (tmp_path / "grid.toml").write_bytes((GRID[:place] + text + GRID[place:]).encode("utf-8", "surrogatepass"))
+    complaint(read_benchmark, tmp_path / "grid.toml")
+
+
+@OFTEN
+@given(place=st.integers(0, 5000), values=st.binary(min_size=1, max_size=40), cut=st.booleans())
+def test_predictions_of_any_content_are_read_or_not_there(tmp_path: Path, place: int, values: bytes, cut: bool) -> None:
+    path = UPath(tmp_path / "cinema.parquet")
+    Predictions([f"{n}.jpg" for n in range(9)], np.arange(9) % 7, np.full((9, 7), 1 / 7), {"manifest": "x"}).save(path)
+    data = bytearray(path.read_bytes())
+    place %= len(data)
+    data[place : None if cut else place + len(values)] = values
+    path.write_bytes(bytes(data))
+    for named in (True, False):
+        found = Predictions.load(path, named)
+        assert found is None or np.isfinite(found.probabilities).all()
+
+
+@pytest.mark.parametrize("text", ["5", "[1]", "null", "[" * 100_000, "1" * 10_000, "{", '"\\ud800"', ""])
+def test_what_is_no_record_counts_as_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    assert read_json(UPath(tmp_path / "x.json")) is None
+    (tmp_path / "x.json").write_text(json.dumps({"a": math.pi}))
+    assert read_json(UPath(tmp_path / "x.json")) == {"a": math.pi}
