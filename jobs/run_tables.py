@@ -25,13 +25,12 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
     done, begun = sum(cell.done for cell in cells), sum(bool(cell.records) and not cell.done for cell in cells)
     seeds = len({cell.settings.seed for cell in cells})
     parts = (_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed"))
-    shape = " × ".join(parts) + (", as far as --only goes" if plan.settings.only else "")
+    shape = " × ".join(parts) + (", restricted by --only" if plan.settings.only else "")
     obstacles = Counter(cell.obstacle for cell in cells if cell.obstacle)
     judged = f"Judged on {', '.join(benchmark.judged)} by the protocol {benchmark.protocol}."
     return [
         table,
-        f"{len(cells):,} cells ({shape}): {done:,} done, "
-        f"{begun:,} begun, {len(cells) - done - begun:,} to begin. {judged}",
+        f"{len(cells):,} cells ({shape}): {done:,} done, {begun:,} begun, {len(cells) - done - begun:,} to begin. {judged}",
         _training_cost(plan),
         _tower_cost(plan),
         *(f"{count} cells cannot run: {first_line(reason)}" for reason, count in obstacles.items()),
@@ -53,7 +52,7 @@ def _tower_cost(plan: BenchmarkPlan) -> str:
     needed, left = plan.store_passes, sum(store.passes_left for store in plan.stores)
     published = plan.published_passes
     if not published:
-        return "Towers: no method of this grid reads frozen features."
+        return "Towers: no method of this benchmark reads frozen features."
     saved = published - needed
     share = f"{abs(saved):,} passes ({abs(saved) / published:.1%})"
     return (

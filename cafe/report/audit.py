@@ -1,4 +1,4 @@
-"""Which faces of one data set are copies of another's, counted by split and laid side by side on a page."""
+"""Which faces of one data set are copies of another's, counted by split and shown side by side on a page."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _read_thumbnails(manifest: Manifest, progress: Progress) -> tuple[Thumbnails
 
 
 def encode_audit(result: Audit) -> bytes:
-    """Return the pairs as Parquet, by target sample and most similar first; the digests say which manifests they hold of."""
+    """Return the pairs as Parquet, by target sample, the most similar first, with the digests of the manifests."""
     pairs = result.pairs
     order = np.lexsort((pairs.first, -pairs.similarity, pairs.second))
     source, target = result.source.table.take(pairs.first[order]), result.target.table.take(pairs.second[order])
@@ -120,7 +120,7 @@ def encode_audit(result: Audit) -> bytes:
 
 
 def draw_audit(result: Audit) -> bytes:
-    """Return the page of one audit: counts per pair of splits and pairs of pictures, the most doubtful first."""
+    """Return the page of an audit: counts per pair of splits, and pairs of pictures, the most doubtful first."""
     found = result.pairs
     order = np.argsort(found.similarity, kind="stable")
     rest = order[SHOWN:]

@@ -16,12 +16,12 @@ from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
 from cafe.report.pages import embed, render
 
-GREY_SPREAD = 10  # levels between the channels that compression alone puts into a grey picture
+GREY_SPREAD = 10  # how far compression alone drives the channels of a grey picture apart, of 255
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 SIDES = (0, 32, 48, 64, 96, 128, 224, 384, 640)  # edges of the size histogram in pixels
 BRIGHTNESS = tuple(range(0, 256, 32))
 PICTURES = 24  # per expression
-LISTED = 60  # broken files and groups of identical pictures on the page
+LISTED = 60  # groups of identical pictures on the page
 
 
 class Look(NamedTuple):
@@ -35,7 +35,7 @@ class Look(NamedTuple):
 
 
 def look_at(pixels: np.ndarray) -> Look:
-    """Describe a picture (H, W, 3); it is grey when 95 of 100 pixels have nearly equal channels."""
+    """Describe a picture (H, W, 3); it counts as grey when 95 % of its pixels have nearly equal channels."""
     height, width = pixels.shape[:2]
     spread = pixels.max(axis=2) - pixels.min(axis=2)
     digest = blake2b(pixels.tobytes(), digest_size=16, key=f"{width}×{height}".encode()).hexdigest()
@@ -150,8 +150,7 @@ def draw_check(check: Check) -> bytes:
         duplicate_count=len(groups),
         conflicts=sum(group["expression"].nunique() > 1 for group in groups),
         straddling=sum(group["split"].nunique() > 1 for group in groups),
-        broken=check.broken[:LISTED],
-        broken_count=len(check.broken),
+        broken=check.broken,
     )
 
 

@@ -36,7 +36,7 @@ def draw_confusion(counts: np.ndarray, title: str) -> Figure:
 
 
 def find_worst_mistakes(predictions: Predictions, count: int) -> np.ndarray:
-    """Return the positions (n,) of the mistakes a run was surest of, the surest first."""
+    """Return the positions (n,) of the mistakes a run was most confident in, the most confident first."""
     wrong = np.flatnonzero(predictions.predicted != predictions.labels)
     sureness = predictions.probabilities[wrong].max(axis=1)
     return wrong[np.argsort(-sureness, kind="stable")[:count]]
@@ -45,7 +45,7 @@ def find_worst_mistakes(predictions: Predictions, count: int) -> np.ndarray:
 def draw_errors(predictions: Predictions, mistakes: np.ndarray, images: list[np.ndarray], title: str) -> Figure:
     """Lay out mistakes on a page: each image (H, W, 3) uint8 with its true label in black, the predicted one in red.
 
-    The supplement's Fig. 1, with the file's path and how sure the run was.
+    The supplement's Fig. 1, with the path of the file and the run's confidence.
     """
     columns = 6
     rows = max(1, -(-len(images) // columns))
@@ -69,7 +69,7 @@ def draw_errors(predictions: Predictions, mistakes: np.ndarray, images: list[np.
 def draw_masks(masks: np.ndarray, title: str) -> Figure:
     """Draw class-mean masks (7, C) as strips, the channels that separation pools for each expression marked.
 
-    Above the masks themselves, below how each expression's differs from the mean of all.
+    The upper panel shows the masks, the lower how each expression's differs from the mean over all.
     """
     width = masks.shape[1]
     size = width // len(EXPRESSIONS)
@@ -99,7 +99,10 @@ def draw_heat_maps(images: list[np.ndarray], heats: np.ndarray, titles: list[str
     figure = Figure(figsize=(1.6 * len(images) + 0.8, 3.9), layout="constrained")
     figure.suptitle(title, fontsize=12)
     grid = figure.subplots(2, len(images), squeeze=False)
-    middle, spread = (heats.max() + heats.min()) / 2, max(heats.max() - heats.min(), 0.01)  # an even mask is no noise
+    middle, spread = (
+        (heats.max() + heats.min()) / 2,
+        max(heats.max() - heats.min(), 0.01),
+    )  # a nearly constant mask is not stretched into noise
     for column, (image, heat, name) in enumerate(zip(images, heats, titles, strict=True)):
         height, width = image.shape[:2]
         for axes in grid[:, column]:

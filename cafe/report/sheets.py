@@ -58,12 +58,15 @@ def main_sheet(comparison: Comparison) -> Sheet:
     means |= {"all": f"all {title}", "unseen leak-free": f"unseen {title} leak-free"}
     means.pop(f"unseen {comparison.metric}", None)  # it is the mean of the table's own metric
     shown = [name for name in means if name in comparison.rows[0].means]
-    lowest = {*comparison.columns, *shown} - {"unseen macro_f1"} if comparison.metric == "ece" else {"unseen ece"}
+    keys = {f"mean {name}": name for name in shown}  # no target has such a name
+    highest = (
+        {"mean unseen macro_f1"} if comparison.metric == "ece" else {*comparison.columns, *keys} - {"mean unseen ece"}
+    )
     lines: list[list[Cell]] = []
     for _, block in groupby(comparison.rows, lambda row: row.source):
         rows = list(block)
-        columns = [row.cells | {name: row.means[name] for name in shown} for row in rows]
-        lines += [*_mark_lines(rows, columns, lowest), *_lead(rows, columns, lowest)]
+        columns = [row.cells | {key: row.means[name] for key, name in keys.items()} for row in rows]
+        lines += [*_mark_lines(rows, columns, highest), *_lead(rows, columns, highest)]
     header = [*HEAD, *comparison.columns, *(means[name] for name in shown)]
     notes = [
         "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
@@ -76,17 +79,18 @@ def main_sheet(comparison: Comparison) -> Sheet:
 
 
 def _mark_lines(
-    rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], lowest: Collection[str] = ()
+    rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: Collection[str]
 ) -> list[list[Cell]]:
     """Return the lines of one source's rows with the best and the second best of each column, ties in print sharing it.
 
-    A row that peeked at the faces it is judged on is never the best.
+    The best of the columns `highest` is the highest, of others the lowest; a row that peeked at the faces it is judged on
+    is never marked.
     """
     lines = [_line(row, estimates) for row, estimates in zip(rows, columns, strict=True)]
     for place, name in enumerate(columns[0], start=len(HEAD)):
         means = {number: own[name].mean for number, own in enumerate(columns) if not rows[number].peeked}
         printed = {number: round(100 * mean, 1) for number, mean in means.items() if not math.isnan(mean)}
-        order = sorted(set(printed.values()), reverse=name not in lowest)
+        order = sorted(set(printed.values()), reverse=name in highest)
         for number, value in printed.items() if len(printed) > 1 else ():
             if value in order[:2]:
                 lines[number][place] = replace(lines[number][place], mark=BEST if value == order[0] else SECOND)
@@ -108,7 +112,7 @@ def _write(row: Row, name: str, estimate: Estimate) -> str:
     return f"{text} †" if row.peeked else text
 
 
-def _lead(rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], lowest: Collection[str]) -> list[list[Cell]]:
+def _lead(rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: Collection[str]) -> list[list[Cell]]:
     """The line of Table 2 of the supplement: CAFE less the best of the other methods; none where CAFE is not one row."""
     fair = [(row, own) for row, own in zip(rows, columns, strict=True) if not row.peeked]
     ours, rivals = ([own for row, own in fair if (row.method == "cafe") == mine] for mine in (True, False))
@@ -117,7 +121,7 @@ def _lead(rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], lowest: C
     texts = []
     for name, estimate in ours[0].items():
         means = [own[name].mean for own in rivals if not math.isnan(own[name].mean)]
-        best = (min if name in lowest else max)(means, default=math.nan)
+        best = (max if name in highest else min)(means, default=math.nan)
         texts.append("–" if math.isnan(estimate.mean - best) else points(estimate.mean - best))
     return [list(map(Cell, [rows[0].source, "cafe less the best rival", "", *texts]))]
 
@@ -137,16 +141,16 @@ def _target_notes(comparison: Comparison) -> list[str]:
 
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
-    """Return what must be said of some rows: who won, peeked, lacks seeds or needs none, and what the seeds share."""
+    """Return the notes that some rows need: on the best, peeking, missing or needless seeds, and what the seeds share."""
     several = [row for row in rows if row.seeded and row.seeds > 1]
     fewer = any(0 < e.count < row.seeds for row in several for e in (*row.cells.values(), *row.means.values()))
     one_draw = any(len({run.settings.get("view_seed") for run in row.runs}) == 1 for row in several)
     said = {
-        "Of each source, the best is bold and the second underlined; that says nothing of significance.":
+        "For each source, the best is bold and the second underlined, whether or not they differ significantly.":
             len(rows) > len({row.source for row in rows}),
         PEEKED: any(row.peeked for row in rows),
         "[n]: n seeds, fewer than the row has.": fewer,
-        "Seeds: any: every seed predicts the same, as the method draws nothing at random.":
+        "Seeds: any: every seed predicts the same, because nothing in the method is random.":
             not all(row.seeded for row in rows),
         "The seeds of a row share one draw of views, and the intervals say nothing of other draws.": one_draw,
     }  # fmt: skip
@@ -158,7 +162,7 @@ def matrix_sheets(comparison: Comparison) -> list[Sheet]:
     sheets = []
     for label, rows in by_label(comparison):
         header = ["source \\ target", *comparison.columns, "unseen"]
-        whole = [_line(row, {**row.cells, "unseen": row.unseen}) for row in rows]
+        whole = [_line(row, {**row.cells, "mean unseen": row.unseen}) for row in rows]
         lines = [[line[0], *line[len(HEAD) :]] for line in whole]
         sheets.append(Sheet(f"{label}: every source on every target", 1, 0, header, lines, []))
     return sheets
@@ -173,7 +177,7 @@ def by_label(comparison: Comparison) -> list[tuple[str, list[Row]]]:
 
 
 def published_sheet(comparison: Comparison, published: Sequence[Published | None]) -> Sheet:
-    """How far each row is from what was published of its method, and in which settings it is another."""
+    """How far each row is from the numbers published for its method, and which of its settings differ."""
     lines: list[list[Cell]] = []
     differing: dict[str, list[str]] = {}
     for row, numbers in zip(comparison.rows, published, strict=True):
@@ -184,8 +188,8 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
             if settings := row.runs[0].not_as_published:
                 differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
     notes = [
-        "Ours less the published accuracy, in percentage points; the published one in brackets. Only where this protocol "
-        f"judges the data set as the released test readers do. {NOISE}",
+        "Our accuracy minus the published one, which is in brackets, in percentage points. Only where this protocol judges "
+        f"the data set as the released test readers do. {NOISE}",
         *(f"Not as published: {settings} ({'; '.join(rows)})." for settings, rows in differing.items()),
     ]
     header = [*HEAD, *comparison.columns, "unseen accuracy", "all accuracy"]
@@ -204,11 +208,11 @@ def points(difference: float) -> str:
 
 
 TESTED = (
-    "Accuracy less that of the reference, in percentage points. Interval and p are about other faces, not other seeds: a "
-    "bootstrap over faces, each with all seeds of both methods; where faces belong to groups (a person, a film), a "
-    "jackknife over groups with Student's t. p (Holm) is corrected over the targets of a method and source. Seeds apart: "
-    "every seed of the one is ahead of every seed of the other. Bold: p (Holm), or p for the mean, is below 0.05, and the "
-    "seeds are not mixed."
+    "Accuracy minus that of the reference, in percentage points. The interval and p measure what other faces would change, "
+    "not other seeds: a bootstrap over faces, each with all seeds of both methods; where faces belong to groups (a person, "
+    "a film), a jackknife over groups with Student's t. p (Holm) is corrected over the targets of a method and source. "
+    "Seeds apart: every seed of one method is ahead of every seed of the other. Bold: p (Holm), or p for the mean, is below "
+    "0.05, and the seeds are not mixed."
 )
 
 
@@ -243,7 +247,7 @@ def _test_line(test: Paired) -> list[Cell]:
 
 
 def name_target(test: Paired) -> str:
-    """Return the name of what a test is about, in brackets where the row was trained on that set."""
+    """Return the name of a test's target, in brackets where the row was trained on that set."""
     return f"({test.target})" if test.target in test.row.seen else test.target or "mean of unseen"
 
 
@@ -270,11 +274,12 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
 
 
 def class_sheet(comparison: Comparison, target: str, published: Sequence[Published | None]) -> Sheet:
-    """Recall per expression on one target, and below a row how far it is from what was published."""
+    """Recall per expression on one target, and below each row how far it is from the published numbers."""
     lines: list[list[Cell]] = []
     for _, block in groupby(zip(comparison.rows, published, strict=True), lambda pair: pair[0].source):
         rows, known = zip(*block, strict=True)
-        for row, numbers, line in zip(rows, known, _mark_lines(rows, [row.cells for row in rows]), strict=True):
+        marked = _mark_lines(rows, [row.cells for row in rows], comparison.columns)
+        for row, numbers, line in zip(rows, known, marked, strict=True):
             lines.append(line)
             if numbers:
                 texts = [_beside(row, estimate.mean, numbers.cells[name]) for name, estimate in row.cells.items()]
@@ -283,7 +288,7 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
         f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
         "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
         *row_notes(comparison.rows),
-        *([f"Less the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
+        *([f"− published: minus the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
     ]
     return Sheet(f"Expressions on {target}", 2, 1, [*HEAD, *comparison.columns], lines, notes)
 

@@ -37,7 +37,7 @@ class Domain:
     occlusion: float = 0.0  # probability
     blur: float = 0.0  # mean radius, in hundredths of the picture's width
     motion: float = 0.0  # probability that the blur is a moving camera's
-    level: float = 0.0  # mean the camera meters for; 0 for a studio or a pen, which need no meter
+    level: float = 0.0  # mean brightness the camera exposes for; 0 for studios and drawings, where it is fixed
     noise: float = 0.0  # standard deviation, of 255
     quality: tuple[int, int] | None = None  # of JPEG; None writes PNG
     grey: bool = False
@@ -50,9 +50,9 @@ class Domain:
 
 
 def paint_background(look: Domain, canvas: int, paper: Colour | None, rng: np.random.Generator) -> Image.Image:
-    """Paint a square of `canvas` pixels: studio backdrop, plain or coloured paper, or a blurred somewhere.
+    """Paint a square of `canvas` pixels: a studio backdrop, plain or coloured paper, or a scene out of focus.
 
-    Somewhere is random colours on a coarse grid with things in front.
+    A scene is random colours on a coarse grid with shapes in front.
     """
     if paper:
         colour = paper if rng.random() < 0.6 else round_colour(rng.integers(150, 245, 3))
@@ -186,7 +186,7 @@ def expose(picture: Image.Image, look: Domain, size: int, rng: np.random.Generat
     picture = picture.resize((size, size), filtering)
     pixels = np.asarray(picture, dtype=np.float32)
     if look.level:
-        # The camera meters the middle of the picture and goes two thirds of the way to the level it wants.
+        # The camera meters the middle of the picture and goes two thirds of the way to its level.
         metered = max(1.0, float(pixels[size // 4 : -size // 4].mean()))
         gain = float(np.clip(look.level / metered, 0.7, 2.2)) ** 0.66
         contrast, brightness = float(rng.normal(1, 0.12)), float(rng.normal(0, 11))

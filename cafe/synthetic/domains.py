@@ -52,7 +52,7 @@ def render(seed: int, domain: str, identity: int, expression: int, index: int) -
 
 
 def write(root: UPath | Path, domain: str, faces: int, seed: int = 0) -> None:
-    """Write about `faces` pictures to ROOT/DOMAIN/SPLIT/EXPRESSION/idNNNN_KK.png or .jpg, over what is there.
+    """Write about `faces` pictures to ROOT/DOMAIN/SPLIT/EXPRESSION/idNNNN_KK.png or .jpg, overwriting what is there.
 
     Every identity shows every expression equally often; every fourth is a test identity, and no two domains share one.
     Raises `UserError` for an unknown domain or more faces than there are identities for.
@@ -69,7 +69,7 @@ def write(root: UPath | Path, domain: str, faces: int, seed: int = 0) -> None:
 
 
 def list_samples(domain: str, faces: int) -> Iterator[tuple[str, int, int, int]]:
-    """Yield (split, identity, expression, index) of about `faces` pictures, but of four identities at the least.
+    """Yield (split, identity, expression, index) of about `faces` pictures, of at least four identities.
 
     Raises `UserError` for an unknown domain or more faces than there are identities for.
     """

@@ -300,7 +300,7 @@ def _band(x: NDArray[np.float64], above: NDArray[np.float64], below: NDArray[np.
 
 
 def _clip(shape: Curve, above: Curve, below: Curve) -> Curve:
-    """Keep a shape between two curves that run over x, as lids keep the iris."""
+    """Clip a shape to the region between two curves over x, as the lids hide parts of the iris."""
     top, low = above[np.argsort(above[:, 0])], below[np.argsort(below[:, 0])]
     x = np.clip(shape[:, 0], top[0, 0], top[-1, 0])
     y = np.clip(shape[:, 1], np.interp(x, top[:, 0], top[:, 1]), np.interp(x, low[:, 0], low[:, 1]))

@@ -1,6 +1,6 @@
-"""The portrait of a traced face: a painter fills its curves in order, as a camera sees them or as a pen draws them.
+"""The portrait of a traced face: its curves are filled in order, as a photograph or as a drawing in ink.
 
-Flat colour, soft shade and pressed folds are layers of their own, so that one lamp can light all of them together.
+Flat colour, soft shade and folds of the skin are separate layers, so that one lamp can light all of them together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Ink:
-    """How a draughtsman draws instead of a camera: line width and wobble in face units, and what is filled."""
+    """How a face is drawn instead of photographed: line width and wobble in face units, and what is filled."""
 
     colour: Colour
     width: float
@@ -51,7 +51,7 @@ class Painter:
         pixels = project(np.concatenate([curves[name] for name in names]), view)
         ends = np.cumsum([len(curves[name]) for name in names])[:-1]
         self.curves = dict(zip(names, np.split(pixels, ends), strict=True))
-        if ink:  # a hand is never still: each curve drifts a little
+        if ink:  # drawn by hand: each curve drifts a little
             for name, curve in self.curves.items():
                 drift = rng.normal(0, ink.wobble * view.scale, (2, 2))
                 self.curves[name] = curve + np.linspace(drift[0], drift[1], len(curve))
@@ -247,7 +247,7 @@ def _press_folds(on: Painter, p: Person, au: Mapping[int, float], light: Light) 
 
 
 def _draw_folds(on: Painter, p: Person, au: Mapping[int, float], ink: Ink) -> None:
-    """Draw with ink what shading would tell: nose, and the folds that are deep enough to deserve a line."""
+    """Draw in ink what shading would show: the nose, and the folds that are deep enough for a line."""
     on.line("nose_bottom", ink.colour, ink.width)
     for side in SIDES:
         on.line(f"{side}_wing", ink.colour, ink.width * 0.9)
@@ -272,7 +272,7 @@ def _shine(view: View, light: Light, size: int) -> NDArray[np.float32]:
 
 
 def _shade_cel(on: Painter, light: Light, ink: Ink) -> Image.Image:
-    """Lay one shadow with a hard edge over the third of the face that the lamp reaches least."""
+    """Lay one hard-edged shadow over the third of the face that the lamp reaches least."""
     level = _shine(on.view, light, on.size // 4)
     dark = Image.fromarray((255 * ink.cel * (level < np.quantile(level, 0.35))).astype(np.uint8)).resize(on.flat.size)
     tinted = ImageChops.multiply(on.flat, Image.new("RGB", on.flat.size, (120, 110, 130)))
@@ -280,7 +280,7 @@ def _shade_cel(on: Painter, light: Light, ink: Ink) -> Image.Image:
 
 
 def _shade_soft(on: Painter, light: Light) -> Image.Image:
-    """Multiply the flat colours with lamp, broad shade and fine folds; shadows take the room's colour."""
+    """Multiply the flat colours by lamp, broad shade and fine folds; shadows take the room's colour."""
     broad = np.asarray(on.broad.filter(ImageFilter.GaussianBlur(on.view.scale * 0.014)), dtype=np.float32) / 128
     level = np.clip(broad * _shine(on.view, light, on.size // 4) * (255 / GAIN), 0, 255).astype(np.uint8)
     fine = on.fine.filter(ImageFilter.GaussianBlur(on.view.scale * 0.008))
@@ -297,7 +297,7 @@ def _shade_soft(on: Painter, light: Light) -> Image.Image:
 
 
 def _paint_glints(on: Painter) -> None:
-    """Light the eyes last: a glint is as bright in the dark."""
+    """Paint the glints of the eyes last: they are as bright in the dark."""
     draw = ImageDraw.Draw(on.flat)
     for side in SIDES:
         draw.polygon(on.points(f"{side}_glint"), fill=(250, 250, 248))
