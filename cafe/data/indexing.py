@@ -121,7 +121,7 @@ class Listing:
         `where` is the row, `file` the picture it names, `path` where that lies below `root`, `expression` a name.
         """
         if expression.casefold() in OTHERS:
-            self.dropped[expression] += 1
+            self.dropped[expression.casefold()] += 1
         elif path is None:
             self.reject(file, "file not found")
         else:
