@@ -21,7 +21,7 @@ from typing import Any
 
 from upath import UPath
 
-from cafe.errors import UserError, first_line, unknown
+from cafe.errors import UserError, unknown
 from cafe.files import list_folder, read_json, write_file, write_json
 from cafe.results.protocols import PROTOCOLS
 from cafe.results.scores import PULLED, SOURCE, Run, flatten_scores, read_run, read_scores
@@ -36,7 +36,7 @@ SLEEP = 60.0  # seconds until a server that was down is asked again
 
 @dataclass(frozen=True)
 class Page:
-    """What MLflow is to show of one run or benchmark."""
+    """What MLflow shall show of one run or benchmark."""
 
     name: str
     status: str
@@ -49,7 +49,7 @@ class Page:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all that is shown."""
+        """Names all that is shown."""
         points = [[name, step, value] for (name, step), value in sorted(self.points.items())]
         files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
         rest = [self.status, self.params, points, self.tags, files, self.inputs, self.parent]
@@ -57,7 +57,7 @@ class Page:
 
 
 def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: str | None) -> Page:
-    """Return what MLflow is to show of a run: its settings, epochs, scores, figures and predictions."""
+    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions."""
     scores = read_scores([run], workspace.manifest_names())
     ended = read_json(run.folder / "status.json") or {}
     reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
@@ -84,7 +84,7 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
 
 
 def describe_benchmark(folder: UPath, status: str | None) -> Page:
-    """Return what MLflow is to show of a benchmark: its file, how many of its cells failed, and how each ended."""
+    """Return what MLflow shall show of a benchmark: its file, how many of its cells failed, and how each ended."""
     files = {path.name: path for path in list_folder(folder) if path.suffix == ".json"}
     cells = json.loads(files["cells.json"].read_bytes()) if "cells.json" in files else []
     failed = sum(bool(cell["failure"]) for cell in cells)
@@ -99,7 +99,7 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
 
 @dataclass
 class Mirror:
-    """Keeps a tracking server as the run folders are; `uri` defaults to `mlflow.db` in the workspace."""
+    """Brings what run folders say to a tracking server; `uri` defaults to `mlflow.db` in the workspace."""
 
     workspace: Workspace
     uri: str | None = None
@@ -115,7 +115,7 @@ class Mirror:
 
     @property
     def warning(self) -> str:
-        """What a command has to say at its end: nothing, or that the server is behind and how to bring it up to date."""
+        """What a command must say at its end: nothing, or that the server is behind and how to bring it up to date."""
         if not self.behind:
             return ""
         option = f" --mlflow-uri {self.uri}" if self.uri else ""
@@ -125,7 +125,7 @@ class Mirror:
         )
 
     def update(self, folder: UPath, status: str | None = None) -> Run | None:
-        """Show a run as its folder describes it, in each of its experiments, and return it; unless nothing has changed.
+        """Show a run as its folder says, in each of its experiments, and return it; do nothing when nothing changed.
 
         `status` is RUNNING, FINISHED, FAILED or KILLED, and by default that of the folder.
         """
@@ -136,7 +136,7 @@ class Mirror:
         return run
 
     def update_benchmark(self, folder: UPath, experiment: str, status: str | None = None) -> None:
-        """Show a benchmark as its folder describes it, as the parent of the runs of its cells."""
+        """Show a benchmark as its folder says, as the run above those of its cells."""
         self._show(experiment, describe_benchmark(folder, status))
 
     def update_all(self) -> int:
@@ -151,7 +151,7 @@ class Mirror:
         return len(folders)
 
     def _show(self, experiment: str, page: Page) -> None:
-        """Make the server show a page; a server that fails is remembered, and no error raised."""
+        """Bring the server to a page; what goes wrong there is remembered and never raised."""
         with self._lock:
             if self._shown.get((experiment, page.name)) == page.digest:
                 return
@@ -192,9 +192,8 @@ class Mirror:
                 whole = [run for run in runs if {"cafe.group", MIRRORED} <= run.data.tags.keys()]
                 return [self._pull_run(client, run, check_name(experiment)) for run in whole]
             except (mlflow.exceptions.MlflowException, OSError) as error:
-                raise UserError(
-                    f"MLflow at {self.address} cannot be read ({first_line(error)}): check --mlflow-uri."
-                ) from None
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"MLflow at {self.address} cannot be read ({reason}): check --mlflow-uri.") from None
 
     def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
         """Copy a run's description and predictions, unless the cache has them as they are."""
@@ -220,7 +219,7 @@ def copy_folder(folder: UPath, place: UPath) -> None:
 
 
 def bring(client: Any, experiment: str, page: Page) -> None:
-    """Make the one run of that name in an experiment show a page: add what it lacks, and its status last."""
+    """Make the one run of a page's name in an experiment show the page: add what it lacks, and its status last."""
     tracked = find_run(client, experiment, page.name)
     family = {PARENT: find_run(client, experiment, page.parent).info.run_id} if page.parent else {}
     run_id, there = tracked.info.run_id, tracked.data.tags
@@ -265,15 +264,17 @@ def log(client: Any, tracked: Any, page: Page, tags: Mapping[str, str]) -> None:
 
 
 def log_inputs(client: Any, tracked: Any, page: Page) -> None:
-    """Log the data sets of a run, by the name and the digest of their manifests; MLflow keeps each once."""
+    """Log the data sets of a run that are not there yet, by the name and the digest of their manifests."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    inputs = [
+    there = {(found.dataset.name, found.dataset.digest) for found in tracked.inputs.dataset_inputs}
+    missing = [
         DatasetInput(Dataset(name, digest[:32], "local", name), [InputTag("mlflow.data.context", context)])
         for context, name, digest in page.inputs
+        if (name, digest[:32]) not in there
     ]
-    if inputs:
-        client.log_inputs(tracked.info.run_id, inputs)
+    if missing:
+        client.log_inputs(tracked.info.run_id, missing)
 
 
 def log_files(client: Any, tracked: Any, page: Page) -> None:

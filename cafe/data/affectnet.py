@@ -14,8 +14,9 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import Box, UnreadableImageError, read_bytes
-from cafe.data.indexing import Listing, map_threads, read_expected
+from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import SPLIT_NAMES, Tree, list_by_folder, parse_number, read_records
+from cafe.data.manifest import map_threads
 
 NUMBERS = (  # 0–10, from the authors' read-me
     "neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no face",

@@ -9,11 +9,10 @@ import hashlib
 import io
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,15 +20,11 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, OTHERS, parse_expression
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
-from cafe.data.manifest import READERS, Face, Manifest, assign_splits
+from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
 from cafe.errors import UserError
 
-AT_ONCE = 64  # files a thread takes at a time: scheduling 300,000 single files would cost more than reading them
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class Listing:
         `where` is the row, `file` the picture it names, `path` where that lies below `root`, `expression` a name.
         """
         if expression.casefold() in OTHERS:
-            self.dropped[expression] += 1
+            self.dropped[expression.casefold()] += 1
         elif path is None:
             self.reject(file, "file not found")
         else:
@@ -245,14 +240,3 @@ def _write_pixels(path: UPath, pixels: np.ndarray) -> bytes:
     Image.fromarray(pixels).save(sink, "PNG", compress_level=0)
     path.write_bytes(sink.getvalue())
     return sink.getvalue()
-
-
-def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Yield `function(item)` in order, computed on threads."""
-
-    def map_some(start: int) -> list[Result]:
-        return [function(item) for item in items[start : start + AT_ONCE]]
-
-    with ThreadPoolExecutor(READERS) as pool:
-        for results in pool.map(map_some, range(0, len(items), AT_ONCE)):
-            yield from results

@@ -28,8 +28,10 @@ from cafe.files import locate, write_file
 
 SPLITS = ("train", "val", "test")
 READERS = 16  # threads that wait for the disk or the network
-AHEAD = 2048  # pictures decoded ahead, so that memory does not grow with the data set
+AT_ONCE = 16  # items a thread takes at a time: scheduling 300,000 single files would cost more than reading them
+AHEAD = 2048  # results computed ahead, so that memory does not grow with the data set
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SCHEMA = pa.schema(
@@ -146,18 +148,15 @@ class Manifest:
         Pictures are decoded on threads; `progress(done, total)` counts them.
         """
 
-        def look_at(row: int) -> Result | UnreadableImageError:
+        def look_at(row: int) -> tuple[int, Result | UnreadableImageError]:
             try:
-                return look(self.read_face(row))
+                return row, look(self.read_face(row))
             except UnreadableImageError as error:
-                return error
+                return row, error
 
-        with ThreadPoolExecutor(READERS) as pool:
-            for start in range(0, len(rows), AHEAD):
-                part = [int(row) for row in rows[start : start + AHEAD]]
-                for done, result in enumerate(zip(part, pool.map(look_at, part), strict=True), start=start + 1):
-                    yield result
-                    progress(done, len(rows))
+        for done, result in enumerate(map_threads(look_at, [int(row) for row in rows]), start=1):
+            yield result
+            progress(done, len(rows))
 
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
@@ -191,13 +190,25 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """Names everything but where the files lie: samples, labels, splits, groups and contents."""
+        """A digest of all but where the files lie: samples, labels, splits, groups and contents."""
         return _digest(self.table, ("sample_id", "label", "split", "group", "digest", "box"))
 
     @cached_property
     def image_digest(self) -> str:
-        """Names the images alone: what a frozen feature depends on."""
+        """A digest of the images alone: what a frozen feature depends on."""
         return _digest(self.table, ("sample_id", "digest", "box"))
+
+
+def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield `function(item)` in order, computed on threads."""
+
+    def map_some(start: int) -> list[Result]:
+        return [function(item) for item in items[start : start + AT_ONCE]]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for begin in range(0, len(items), AHEAD):
+            for results in pool.map(map_some, range(begin, min(begin + AHEAD, len(items)), AT_ONCE)):
+                yield from results
 
 
 def _digest(table: pa.Table, columns: Sequence[str]) -> str:

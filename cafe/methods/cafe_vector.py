@@ -1,4 +1,4 @@
-"""CAFE with one mask for all faces: a free vector instead of the image branch, to tell what looking at the face is worth."""
+"""CAFE with one mask for all faces, a learned vector instead of the image branch: what does a mask of each face gain?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every method is: what it needs of a batch, how it turns that into logits, what it minimises, and its recipe."""
+"""What all methods have in common: what a batch must hold, the way to logits, what is minimised, and the recipe."""
 
 from __future__ import annotations
 

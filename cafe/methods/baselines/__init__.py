@@ -1,1 +1,1 @@
-"""What every method has to be compared with: each half of the idea alone, and the tower without either."""
+"""Baselines that every method has to be compared with: the image branch alone, the features alone, the tower fine-tuned."""

@@ -1,4 +1,4 @@
-"""Fine-tuning: the tower itself goes on learning, all of it or its last blocks, under a new linear classifier.
+"""Fine-tuning: the tower itself is trained further, all of it or its last blocks, under a new linear classifier.
 
 The usual alternative to frozen features; CAFE's paper reports it too (an ablation), but not with which settings. Here they
 are CAFE's own, but for the tower's learning rate, 1e-5, as is usual for a pre-trained transformer. The tower stays in

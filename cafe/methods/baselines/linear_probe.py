@@ -1,4 +1,4 @@
-"""Linear probe: one linear layer on the frozen features, the baseline every use of them has to beat."""
+"""Linear probe: one linear layer on the frozen features, the baseline that any other use of them has to beat."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A small multilayer perceptron on the frozen features: what more capacity than a linear layer gains, and what it costs.
 
-A baseline of this project for the question what CAFE's mask is worth; for features of 512 channels it has as many weights as
-the mask of `cafe_self`.
+A baseline of this project, to compare CAFE's mask with; for features of 512 channels it has as many weights as the mask of
+`cafe_self`.
 """
 
 from __future__ import annotations

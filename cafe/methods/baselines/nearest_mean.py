@@ -1,4 +1,4 @@
-"""Nearest class mean: the expression whose training faces lie closest on average; one look at the features, no training.
+"""Nearest class mean: the expression whose training faces lie closest on average; one pass over the features, no training.
 
 The rule of "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017, with all training faces as exemplars:
 features are L2-normalised, averaged for each class, normalised again, and compared by cosine, which ranks unit vectors as
