@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from threading import Event, Timer
 from typing import TYPE_CHECKING, Any
 
 import click
+import psutil
 
 from cafe.errors import UserError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 4.0  # for an interrupted command to put its things in order
 
 _interrupted = Event()
+_started: list[psutil.Process] = []  # by this one, when it was interrupted
 
 
 class Commands(click.Group):
@@ -92,6 +94,7 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
 
 def _interrupt(number: int, frame: object) -> None:
     _interrupted.set()
+    _started.extend(psutil.Process().children(recursive=True))
     limit = Timer(GRACE_SECONDS, _leave)
     limit.daemon = True
     limit.start()
@@ -99,9 +102,12 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _leave() -> None:
-    """End the process, whatever its threads still do or wait for; the Ray it started ends with it."""
+    """End the process, whatever its threads still do or wait for, and what is left of the Ray it started."""
     click.echo("Interrupted: the same command goes on where it was.", err=True)
     sys.stdout.flush()
+    for process in _started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     os._exit(130)
 
 

@@ -32,6 +32,7 @@ from pipeline.shards import ShardEmbedder
 from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
 from pipeline.workspace import Workspace
 
+LISTED = 20  # faults of an extraction that are told
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 TRIES = 3  # of shards whose workers died
 
@@ -223,7 +224,7 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
     """List the stores again; raise `IncompleteError` with what went wrong where they still lack shards."""
     lacking = sum(len(store.pending()) for step in passes for store in step.stores)
     if lacking:
-        listed = "".join(f"\n  {fault} ({count} shards)" for fault, count in faults.most_common() if fault)
+        listed = "".join(f"\n  {fault} ({count} shards)" for fault, count in faults.most_common(LISTED) if fault)
         raise IncompleteError(
             f"{lacking} of {sum(store.shards for step in passes for store in step.stores)} shards could not be computed; "
             f"all others are kept: give the same command again.{listed}"
@@ -241,7 +242,7 @@ def _embed_patiently(step: _Pass, manifest: str, settings: ExtractSettings) -> I
             return
         except cluster.WorkerDiedError as error:
             died, shards = died + 1, step.lacking()
-            if died == TRIES:
+            if shards and died == TRIES:
                 raise IncompleteError(
                     f"The worker of shard {shards[0]} of {step.manifest.name!r} died {died} times ({error}): if memory is "
                     "short, take fewer --num-actors or a smaller --batch-size; give the same command again."

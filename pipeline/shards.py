@@ -6,7 +6,7 @@ A shard is computed whole or left without a receipt, so that a fault of the stor
 from __future__ import annotations
 
 import socket
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
@@ -121,7 +121,7 @@ class ShardEmbedder:
             for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
                 for name, values in read.items():
                     parts[name].append(values)
-        self._check_missing(skipped, len(rows))
+        self._check_node(skipped, len(rows))
         for number, parts in zip(lacking, features, strict=True):
             arrays = {
                 name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
@@ -130,14 +130,18 @@ class ShardEmbedder:
             retry(self.stores[number].write_shard, shard, arrays, skipped)
         return len(rows)
 
-    def _check_missing(self, skipped: dict[int, str], faces: int) -> None:
-        """Raise `StorageError` where most pictures of a shard are missing: that is a place, not a picture."""
-        missing = sum(reason == MISSING for reason in skipped.values())
-        if 2 * missing > faces:
-            root = self.embedder.manifest.root
+    def _check_node(self, skipped: dict[int, str], faces: int) -> None:
+        """Raise `StorageError` where most pictures of a shard are missing, or kill: that is the node, not a picture."""
+        counts = Counter(skipped.values())
+        here = f"below {self.embedder.manifest.root} on node {socket.gethostname()}"
+        if 2 * counts[MISSING] > faces:
             raise StorageError(
-                f"{missing} of the {faces} pictures of a shard are missing below {root} on node {socket.gethostname()}: "
-                "mount the folder there, or index the set again if its faces are gone."
+                f"{counts[MISSING]} of the {faces} pictures of a shard are missing {here}: mount the folder there, or index "
+                "the set again if its faces are gone."
+            )
+        if 2 * counts[KILLER] > faces:
+            raise StorageError(
+                f"{counts[KILLER]} of the {faces} pictures of a shard {here} kill their decoder: it has too little memory."
             )
 
 

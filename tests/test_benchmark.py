@@ -104,7 +104,7 @@ def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
         ({"methods": [{"method": "cafe", "views": 0}]}, "views of the method cafe in small is at least 1, not 0."),
         ({"protocol": "papr"}, "Unknown protocol of small 'papr': choose clean, paper."),
         ({"features": {"policy": "scn"}}, "Unknown key of [features] in small 'policy': choose "),
-        ({"features": {"precision": "fp8"}}, "Unknown precision of [features] in small 'fp8': choose bf16, fp16, fp32."),
+        ({"features": {"precision": "fp8"}}, "Unknown precision of [features] in small 'fp8': choose bf16, fp16, fp32, tf"),
         ({"train": {"seed": 1}}, "Unknown key of [train] in small 'seed': choose checkpoint_every, "),
         ({"train": {"epochs": 0}}, "epochs of [train] in small is at least 1, not 0."),
         ({"train": {"epochs": True}}, "epochs of [train] in small must be a whole number, not True."),

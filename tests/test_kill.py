@@ -180,6 +180,13 @@ def test_pictures_that_kill_their_decoder_are_found(tmp_path: Path, deadly_decod
     assert find_killers([UPath(tmp_path / f"{number}.png") for number in range(6)]) == {1, 3}
 
 
+def test_no_picture_is_blamed_where_no_process_can_be_started(tmp_path: Path, deadly_decoder: None) -> None:
+    hook = 'import os, sys\nif "--multiprocessing-fork" in sys.orig_argv:\n    os._exit(1)\n'
+    (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
+    with pytest.raises(OSError, match="no process can be started to try pictures in"):
+        find_killers([UPath(tmp_path / "0.png")])
+
+
 def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_all_others(
     tmp_path: Path, tiny_tower: str, deadly_decoder: None
 ) -> None:

@@ -20,7 +20,7 @@ TRIES = 2  # a process can also be killed by chance
 
 
 def find_killers(paths: Sequence[UPath], max_pixels: int = MAX_PIXELS) -> set[int]:
-    """Return the positions of pictures that kill their decoder each time."""
+    """Return the positions of pictures that kill their decoder each time; raise `OSError` where nothing can be tried."""
     killers, pool = set(), _start()
     for position, path in enumerate(paths):
         for _ in range(TRIES):
@@ -37,7 +37,13 @@ def find_killers(paths: Sequence[UPath], max_pixels: int = MAX_PIXELS) -> set[in
 
 
 def _start() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"))  # a fork of a process with threads can hang
+    """Return a process that works; raise `OSError` where none can be started, which is no picture's fault."""
+    pool = ProcessPoolExecutor(1, get_context("spawn"))  # a fork of a process with threads can hang
+    try:
+        pool.submit(int).result()
+    except BrokenProcessPool:
+        raise OSError("no process can be started to try pictures in") from None
+    return pool
 
 
 def _decode(path: UPath, max_pixels: int) -> None:
