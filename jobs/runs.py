@@ -94,7 +94,8 @@ def evaluate(run: str, **values: Any) -> None:
     spec = RunSpec.load(path)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
     for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
-        load_leaks(workspace.root, spec.source, spec.source_digest, target.name, target.digest)
+        for source in spec.trained_on:
+            load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     add_experiment(path, settings.experiment)
     judging = progress_bar("Judging", "targets")

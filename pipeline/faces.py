@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
-from cafe.data.manifest import SPLITS, Manifest, hold_out_rows
+from cafe.data.manifest import SPLITS, Manifest
 from cafe.errors import UserError
 from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
@@ -27,7 +27,6 @@ from pipeline.settings import StoreChoice
 from pipeline.store import About, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace
 
-HELD_OUT = 0.1  # of the source's training faces, for `source_val`
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,
 # since only the clean view 0 is judged.
 TARGET_MAY_DIFFER = ("images", "policy", "view_seed", "views", "maps")
@@ -66,6 +65,11 @@ class Faces:
     def name(self) -> str:
         """The name of the manifest."""
         return self.place.stem
+
+    @property
+    def parts(self) -> tuple[Faces, ...]:
+        """The faces of each manifest: these alone."""
+        return (self,)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -186,7 +190,7 @@ def choose_target(
     Raises `UserError` when the protocol has no way to judge it or when the run needs features and there are none.
     """
     manifest = workspace.load_manifest(name)
-    judged = protocol.split(manifest, spec.source_kind)
+    judged = protocol.split(manifest, *(source.kind for source in spec.trained_on))
     chosen = split or judged
     if chosen is None:
         raise UserError(
@@ -218,22 +222,6 @@ def choose_targets(
         return []
     names = workspace.manifest_names() if wanted is None else [part.strip() for part in wanted.split(",")]
     return [choose_target(workspace, name, spec, find_protocol(protocol), split) for name in names if name]
-
-
-def choose_rows(source: Faces, selection: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the source's rows to train on and those on which the epoch is selected; no target is involved.
-
-    `source_val` takes the data set's own validation split, or holds a tenth of the train split out where there is none or
-    where it is what is judged, as of AffectNet and SFEW.
-    """
-    train = source.rows("train")
-    if selection == "final":
-        return train, train[:0]
-    if selection == "source_test":
-        return train, source.rows("test")
-    val = source.rows("val")
-    judged = find_protocol("clean").split(source.manifest, source.manifest.kind)
-    return (train, val) if len(val) and judged != "val" else hold_out_rows(source.manifest, train, HELD_OUT)
 
 
 def _matching_store(workspace: Workspace, manifest: Manifest, spec: RunSpec, channels: str) -> Store:

@@ -26,6 +26,7 @@ from upath import UPath
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
+from cafe.results.sources import Source
 from pipeline.store import FeatureKey
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -37,7 +38,7 @@ class RunSpec:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
 
-    source: str
+    source: str  # `a+b` where there are several
     source_digest: str
     method: str
     recipe: dict[str, Any]  # all settings of it
@@ -59,8 +60,10 @@ class RunSpec:
     live: bool = False  # whether the tower runs while training; `features` then says how
     selection: str = "final"
     tag: str = ""
-    source_kind: str = ""  # the data set the source is, whose training split must never be judged
+    source_kind: str = ""  # the data set the source is; of several sources the one they agree in
     grid: tuple[int, int] | None = None  # (H, W) of the maps it reads: told by the store
+    sources: tuple[Source, ...] = ()  # where there are several
+    sampler: str = "proportional"  # how often each of them is drawn
 
     @property
     def name(self) -> str:
@@ -73,6 +76,11 @@ class RunSpec:
         """Names what runs that differ in nothing but their seed have in common: they are averaged."""
         return self._digest("seed")
 
+    @property
+    def trained_on(self) -> tuple[Source, ...]:
+        """Its sources, also where there is only one."""
+        return self.sources or (Source(self.source, self.source_kind, self.source_digest),)
+
     def _digest(self, *without: str) -> str:
         return digest_changes(self, ("recipe", "grid", *without))[:8]
 
@@ -81,6 +89,7 @@ class RunSpec:
         """What a user can choose, flat and named as on the command line: by these, runs are told apart."""
         names = "method seed network init image_size precision live selection policy views view_seed tag"
         chosen = {name: getattr(self, name) for name in names.split()}
+        chosen |= {"sampler": self.sampler} if self.sources else {}
         recipe = {f"recipe.{name}": value for name, value in self.recipe.items()}
         return {**chosen, "backbone": self.backbone or "none", **recipe}
 
@@ -124,8 +133,14 @@ class RunSpec:
                     "command with --tag WORD for a run of its own."
                 )
             return
-        identity = {"name": self.name, "group": self.group, "source": self.source, "source_kind": self.source_kind}
+        identity: dict[str, Any] = {
+            "name": self.name,
+            "group": self.group,
+            "source": self.source,
+            "source_kind": self.source_kind,
+        }
         identity |= {"source_digest": self.source_digest, "method": self.method, "selection": self.selection}
+        identity |= {"sources": [asdict(source) for source in self.trained_on]}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
         write_json(run / "run.json", {**identity, **described, **record})

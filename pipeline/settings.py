@@ -89,14 +89,17 @@ class StoreChoice:
     )
     views: Count | None = setting(None, "Views to use, of a feature store with as many or more; default: all.")
     policy: Policy | None = setting(None, "View policy of the feature store.")
-    store: str | None = setting(None, "Folder name of the feature store, where nothing else tells two of them apart.")
+    store: str | None = setting(
+        None,
+        "Folder name of the feature store, where nothing else tells two of them apart; one for each of several sources.",
+    )
 
 
 @dataclass(frozen=True)
 class TrainSettings(ClusterSettings, StoreChoice):
     """Stage two: one method on one source, judged on the others."""
 
-    source: str = setting("", "Manifest to train on.", required=True)
+    source: str = setting("", "Manifest to train on, or several, comma-separated: their union.", required=True)
     method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.")
     seed: int = setting(0, "Seed of initial weights, order and dropped channels.")
     epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
@@ -106,6 +109,10 @@ class TrainSettings(ClusterSettings, StoreChoice):
         multiple=True,
         flag="--set",
         metavar="KEY=VALUE",
+    )
+    sampler: Literal["proportional", "balanced"] = setting(
+        "proportional",
+        "How often the faces of each of several sources are drawn: as many as it has, or all equally often.",
     )
     network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
     init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")

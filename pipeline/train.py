@@ -15,21 +15,24 @@ from typing import Any
 from upath import UPath
 
 from cafe.data.manifest import Manifest
+from cafe.data.union import Union, unite
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder, read_json
-from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
+from cafe.learning.loading import SMALLEST_BATCH
 from cafe.learning.networks import NETWORKS
 from cafe.methods import find_method
 from cafe.methods.method import Recipe, apply_overrides
 from cafe.records import changed_fields
+from cafe.results.sources import Source
 from cafe.towers.building import NORMALISATIONS
 from pipeline import cluster
 from pipeline.cluster import Bar, Progress, no_bar
 from pipeline.evaluate import is_judged, predict_targets
-from pipeline.faces import Faces, Store, any_store, choose_rows, choose_store, choose_targets
+from pipeline.faces import Faces, choose_targets
 from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
 from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
 from pipeline.settings import TrainSettings
+from pipeline.sources import UnitedFaces, choose_rows, choose_stores, describe_stores, find_faces, split_names
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Mirror
 from pipeline.worker import Task, Worker, train_together
@@ -45,7 +48,7 @@ class TrainPlan:
     workspace: Workspace
     settings: TrainSettings
     spec: RunSpec
-    source: Faces
+    source: Faces | UnitedFaces
     targets: list[Faces]
     benchmark: str | None = None  # whose cell it is
 
@@ -69,31 +72,19 @@ class TrainPlan:
 def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     """Check every name, file and store and return what will be trained; raise `UserError`."""
     method = find_method(settings.method)
-    manifest = workspace.load_manifest(settings.source)
+    manifest = unite([workspace.load_manifest(name) for name in split_names(settings.source)])
     recipe = find_recipe(settings, manifest.kind)
     _check_names(settings, recipe)
-    store = _choose_features(workspace, manifest, settings)
-    _check_features(settings, store[1] if store else None)
-    spec = _specify(settings, manifest, recipe, store[1] if store else None)
+    if settings.sampler == "balanced" and not isinstance(manifest, Union):
+        raise UserError(f"--sampler balanced needs several sources, not {settings.source!r} alone: leave it out.")
+    stores = choose_stores(workspace, manifest, settings)
+    spec = _specify(settings, manifest, recipe, describe_stores(manifest, stores, settings))
     method.check(find_inputs(spec))
-    source = Faces.of(workspace, manifest, store or any_store(workspace, manifest))
-    _check_faces(source, settings)
+    source = find_faces(workspace, manifest, stores)
+    for part in source.parts:
+        _check_faces(part, settings)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol)
     return TrainPlan(workspace, settings, spec, source, targets)
-
-
-def _choose_features(workspace: Workspace, manifest: Manifest, settings: TrainSettings) -> Store | None:
-    """Return the source's store for a method that needs a tower; any other learns as published unless told otherwise."""
-    method = find_method(settings.method)
-    needs_tower = not method.needs.isdisjoint({*ARRAYS, "tower"})
-    if settings.backbone == "none" or not (needs_tower or settings.backbone or settings.store):
-        return None
-    choice = settings
-    if method.clean_features:  # it augments its images by itself, whatever the store holds
-        choice = replace(settings, policy=None, views=None)
-    elif settings.live:
-        choice = replace(settings, policy=None)
-    return choose_store(workspace, manifest, choice, method)
 
 
 def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
@@ -122,22 +113,6 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
 
-def _check_features(settings: TrainSettings, store: About | None) -> None:
-    needs = find_method(settings.method).needs
-    if settings.backbone == "none" and not needs.isdisjoint({*ARRAYS, "tower"}):
-        raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
-    if settings.live and (needs.isdisjoint(ARRAYS) or not find_method(settings.method).trained):
-        raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
-    if store is None and not needs.isdisjoint({*ARRAYS, "tower"}):
-        raise UserError(
-            f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
-        )
-    if store and store.map_shape is None and "map" in needs:
-        raise UserError(
-            f"{settings.method} needs feature maps of {settings.source!r}: run `cafe extract {settings.source} --maps`."
-        )
-
-
 def _check_faces(source: Faces, settings: TrainSettings) -> None:
     train, held_out = choose_rows(source, settings.selection)
     if len(train) < SMALLEST_BATCH:
@@ -161,8 +136,10 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
     own = key is None or method.clean_features  # views of its own: one for every epoch and the clean one
     views = recipe.epochs + 1 if key is None or own or settings.live else settings.views or key.views
     shape = store.map_shape if store and "map" in method.needs else None
+    several = manifest.parts if isinstance(manifest, Union) else ()
+    sources = tuple(Source(part.name, part.kind, part.digest) for part in several)
     return RunSpec(
-        source=settings.source,
+        source=manifest.name,
         source_digest=manifest.digest,
         source_kind=manifest.kind,
         method=settings.method,
@@ -186,6 +163,8 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
         live=settings.live,
         selection=settings.selection,
         tag=settings.tag,
+        sources=sources,
+        sampler=settings.sampler,
     )
 
 

@@ -31,10 +31,10 @@ from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from pipeline.cluster import no_bar
 from pipeline.evaluate import predict_target
 from pipeline.extract import ShardEmbedder, describe_store, know_tower
-from pipeline.faces import choose_rows
 from pipeline.models import build_method, make_dataset
 from pipeline.runs import is_finished
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
+from pipeline.sources import choose_rows
 from pipeline.store import FeatureStore, find_stores
 from pipeline.tracking import PARENT, Mirror
 from pipeline.train import TrainPlan

@@ -40,6 +40,7 @@ class Training:
     device: torch.device
     precision: str = "fp32"
     loader_workers: int = 0
+    domains: np.ndarray | None = None  # (N,) the source of every row of the manifest, where these take turns
 
     @cached_property
     def log_prior(self) -> Tensor:
@@ -64,7 +65,8 @@ class Training:
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
         # A batch norm knows no deviation of a single face.
         smallest = 2 if any(isinstance(module, _BatchNorm) for module in self.method.modules()) else 1
-        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch, smallest)
+        labels, recipe = self.dataset.manifest.labels, self.method.recipe
+        order = epoch_order(self.rows, labels, recipe, self.seed, epoch, smallest, self.domains)
         view, frozen_view = self.dataset.plan.view_of(epoch), None
         if self.method.clean_features:  # a new picture in every epoch, however few views are stored
             view, frozen_view = epoch, 0

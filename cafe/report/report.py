@@ -23,7 +23,8 @@ from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
-from cafe.results.scores import SOURCE, Run
+from cafe.results.scores import Run
+from cafe.results.sources import SOURCE
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def list_records(report: Report) -> Iterator[dict[str, object]]:
         for name, estimate in row.cells.items():
             where: dict[str, object] = {"target": report.target, "expression": name}
             if not report.target:
-                role = SOURCE if name == row.source else "same set" if name in row.seen else "unseen"
+                role = SOURCE if name in row.source.split("+") else "same set" if name in row.seen else "unseen"
                 where = {"target": name, "role": role, "metric": comparison.metric}
             test = tested.get((id(row), name))
             yield _record(comparison, row, where, estimate, numbers.cells.get(name, math.nan), test)

@@ -12,7 +12,8 @@ from cafe.results.comparison import Comparison, Row
 from cafe.results.metrics import METRICS, TITLES, Estimate
 from cafe.results.paired_tests import Paired, Ranks
 from cafe.results.published import Published
-from cafe.results.scores import SAME_SET, UNKNOWN, average_unseen
+from cafe.results.scores import average_unseen
+from cafe.results.sources import SAME_SET, UNKNOWN
 
 BEST, SECOND = "best", "second"
 NOISE = (

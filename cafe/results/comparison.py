@@ -13,7 +13,8 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 from cafe.results.metrics import METRICS, Estimate, estimate
 from cafe.results.protocols import PROTOCOLS
-from cafe.results.scores import SAME_SET, SOURCE, UNSEEN, Run
+from cafe.results.scores import Run
+from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 
 PEEKING = "source_test"  # a selection that looks at faces the run is judged on: always said beside its numbers
 IDENTITY = {"source", "method", "seed"}  # what a row shows anyway
@@ -116,7 +117,7 @@ def compare(
             seen |= set() if target in unseen else set(beside)
         means = {"unseen": table.estimate(members, metric, unseen)}
         means |= {f"unseen {other}": table.estimate(members, other, unseen) for other in ("macro_f1", "ece")}
-        means["all"] = table.estimate(members, metric, [*unseen, members[0].source])
+        means["all"] = table.estimate(members, metric, [*unseen, *(source.name for source in members[0].sources)])
         if without:
             means["unseen leak-free"] = without.estimate(members, metric, unseen)
         rows.append(Row(members, label, cells, means, frozenset(seen), table.is_seeded(members)))

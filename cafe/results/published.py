@@ -118,12 +118,15 @@ def publish_rows(comparison: Comparison) -> list[Published | None]:
 
 def _publish(row: Row, kinds: dict[str, str], protocol: Protocol) -> Published | None:
     run = row.runs[0]
-    numbers = find_published(row.method, run.source_kind, str(run.settings.get("init", "")), protocol)
+    if len(run.sources) > 1:
+        return None
+    (source,) = run.sources
+    numbers = find_published(row.method, source.kind, str(run.settings.get("init", "")), protocol)
     cells = {name: numbers[kinds[name]] for name in row.cells if kinds.get(name) in numbers}
     if not cells:
         return None
     unseen = [name for name in row.cells if name in kinds and name not in row.seen]
-    if sorted(kinds[name] for name in unseen) != sorted({*SETS} - {run.source_kind}) or not {*unseen} <= cells.keys():
+    if sorted(kinds[name] for name in unseen) != sorted({*SETS} - {source.kind}) or not {*unseen} <= cells.keys():
         return Published(cells)
     mean = float(np.mean([cells[name] for name in unseen]))
     whole = [*unseen, row.source]
@@ -135,9 +138,11 @@ def publish_classes(comparison: Comparison) -> list[Published | None]:
     (kind,) = comparison.kinds.values()
     found = (
         find_published_classes(
-            row.method, row.runs[0].source_kind, kind, str(row.runs[0].settings.get("init", "")),
+            row.method, row.runs[0].sources[0].kind, kind, str(row.runs[0].settings.get("init", "")),
             find_protocol(comparison.protocol),
         )
+        if len(row.runs[0].sources) == 1
+        else {}
         for row in comparison.rows
     )  # fmt: skip
     return [Published(numbers) if numbers else None for numbers in found]

@@ -19,7 +19,7 @@ from cafe.files import list_folder, read_json
 from cafe.results.metrics import METRICS, score
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
-from cafe.results.published import SETS
+from cafe.results.sources import SOURCE, UNKNOWN, UNSEEN, Source, find_relation
 
 VERSION = 2  # of run.json
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
@@ -27,12 +27,6 @@ IDENTITY = (
     "run", "group", "source", "method", "seed", "protocol", "target", "split", "kind", "manifest", "relation", "unseen"
 )  # fmt: skip
 RECALLS = tuple(f"recall/{name}" for name in EXPRESSIONS)
-
-# What a target is to a run. Means are taken over `unseen` targets, or over these and the `source`.
-SOURCE, UNSEEN = "source", "unseen"
-SAME_SET = "same set"  # another manifest of the set the run was trained on
-OTHER_SPLIT = "other split"  # judged on another split than the protocol's, as `target@split`
-UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
 
 Filter = Callable[["Run", str, Predictions], Predictions]
 
@@ -48,9 +42,8 @@ class Run:
     folder: UPath
     name: str
     group: str
-    source: str
-    source_kind: str
-    source_digest: str
+    source: str  # `a+b` where there are several
+    sources: tuple[Source, ...]
     method: str
     seed: int
     selection: str
@@ -62,16 +55,7 @@ class Run:
 
     def relation(self, target: str, kind: str, manifest: str) -> str:
         """Return what a target, with the kind and the digest of its manifest, is to this run."""
-        if "@" in target:
-            return OTHER_SPLIT
-        if target == self.source:
-            return SOURCE
-        same_kind = _set_of(kind) == _set_of(self.source_kind) and _set_of(kind) in SETS
-        return SAME_SET if same_kind or manifest == self.source_digest else UNSEEN
-
-
-def _set_of(kind: str) -> str:
-    return kind.partition("-")[0]  # ferplus-argmax is FERPlus with other labels
+        return find_relation(self.sources, target, kind, manifest)
 
 
 def read_runs(folders: Iterable[UPath]) -> list[Run]:
@@ -95,17 +79,17 @@ def read_run(folder: UPath) -> Run | None:
         "name",
         "group",
         "source",
-        "source_kind",
-        "source_digest",
         "method",
         "seed",
         "selection",
         "settings",
         "derived",
     ]
+    alone = {"name": record["source"], "kind": record["source_kind"], "digest": record["source_digest"]}
     return Run(
         folder,
         **{name: record[name] for name in names},
+        sources=tuple(Source(**source) for source in record.get("sources") or [alone]),
         not_as_published=tuple(record.get("not_as_published", ())),
         experiments={name: member.get("benchmark") for name, member in experiments.items()},
         pulled=(folder / PULLED).exists(),
@@ -163,9 +147,10 @@ def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def average_all(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the same over the unseen targets and the source, as published tables do, for runs judged on their source."""
+    """Return the same over the unseen targets and the sources, as published tables do, for runs judged on all of these."""
     keys = [scores["run"], scores["protocol"]]
-    complete = (scores["relation"] == SOURCE).groupby(keys).transform("any").astype(bool)
+    judged = (scores["relation"] == SOURCE).groupby(keys).transform("sum")
+    complete = judged == scores["source"].astype(str).str.count(r"\+") + 1
     return _average(scores[complete & scores["relation"].isin([SOURCE, UNSEEN])])
 
 

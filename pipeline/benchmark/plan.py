@@ -22,8 +22,9 @@ from cafe.towers.building import NORMALISATIONS
 from cafe.towers.names import absolute_name
 from pipeline.benchmark.file import Benchmark, Entry
 from pipeline.extract import Extraction
-from pipeline.faces import Faces, Store, Wanted, choose_rows, fitting_stores
+from pipeline.faces import Faces, Store, Wanted, fitting_stores
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
+from pipeline.sources import choose_rows
 from pipeline.store import FeatureStore, describe_policy, find_stores
 from pipeline.train import TrainPlan, check_network, find_recipe, plan_training
 from pipeline.workspace import Workspace
