@@ -146,12 +146,12 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice, 
         if asked:
             raise UserError(f"There are no features of {manifest.name!r} yet: run `{command}`.")
         return None
-    known = {"folder": choice.store, "policy_name": choice.policy}
+    known = {"folder": choice.store, "policy_name": choice.policy, "view_seed": choice.view_seed}
     # Features in BGR order are for targets alone.
-    wanted = {"channels": "rgb", **{name: value for name, value in known.items() if value}}
+    wanted = {"channels": "rgb", **{name: value for name, value in known.items() if value not in (None, "")}}
     backbone = absolute_name(choice.backbone) if choice.backbone else None
     named = [store for store in stores if backbone in (None, *_names(store[1]))]
-    there = "; ".join(f"{about.describe()}, {about.key.policy['name']}" for _, about in stores)
+    there = "; ".join(f"{about.describe()}, {about.key.policy['name']}{_view_seed(about)}" for _, about in stores)
     fitting = fitting_stores(named, Wanted(wanted, choice.views or 1))
     if not fitting:
         raise UserError(
@@ -169,8 +169,8 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice, 
     current = [store for store in current if store[1].key.policy["name"] == method.policy] or current
     if len(current) > 1:
         raise UserError(
-            f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views or --policy "
-            f"({there})."
+            f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views, --policy or "
+            f"--view-seed ({there})."
         )
     return _finished(current[0])
 
@@ -247,9 +247,13 @@ def _names(about: About) -> tuple[str, ...]:
     return about.backbone_name, short_name(about.backbone_name), about.key.backbone
 
 
+def _view_seed(about: About) -> str:
+    return f", view seed {about.key.view_seed}" if about.key.view_seed else ""
+
+
 def _options(choice: StoreChoice) -> str:
-    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy", "store"))
-    return " ".join(f"--{name} {value}" for name, value in asked if value)
+    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy", "view_seed", "store"))
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked if value not in (None, ""))
 
 
 def _finished(store: Store) -> Store:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,8 @@ class RunSpec:
     grid: tuple[int, int] | None = None  # (H, W) of the maps it reads: told by the store
     sources: tuple[Source, ...] = ()  # where there are several
     sampler: str = "proportional"  # how often each of them is drawn
+    fold: str = ""  # the domain left out, of leave-one-domain-out
+    views_per_seed: bool = False  # whether `view_seed` is the seed, and the seeds of a row do not share their views
 
     @property
     def name(self) -> str:
@@ -73,8 +75,20 @@ class RunSpec:
 
     @property
     def group(self) -> str:
-        """Names what runs that differ in nothing but their seed have in common: they are averaged."""
-        return self._digest("seed")
+        """Names what the runs of a row have in common, which differ in their seed, or also in the domain left out."""
+        same, key = self, self.features
+        if self.views_per_seed:
+            key = replace(key, view_seed=0) if key else None
+            same = replace(same, features=key, view_seed=0)
+        if self.fold:
+            key = replace(key, images="") if key else None
+            same = replace(same, features=key, source=self.domains, source_digest="", sources=(), fold="any")
+        return same._digest("seed")
+
+    @property
+    def domains(self) -> str:
+        """All that take part in leave-one-domain-out, as `a+b+c`."""
+        return "+".join(sorted([*(source.name for source in self.trained_on), self.fold]))
 
     @property
     def trained_on(self) -> tuple[Source, ...]:
@@ -90,6 +104,8 @@ class RunSpec:
         names = "method seed network init image_size precision live selection policy views view_seed tag"
         chosen = {name: getattr(self, name) for name in names.split()}
         chosen |= {"sampler": self.sampler} if self.sources else {}
+        chosen |= {"fold": self.fold, "domains": self.domains} if self.fold else {}
+        chosen |= {"views_per_seed": True} if self.views_per_seed else {}
         recipe = {f"recipe.{name}": value for name, value in self.recipe.items()}
         return {**chosen, "backbone": self.backbone or "none", **recipe}
 
@@ -140,7 +156,7 @@ class RunSpec:
             "source_kind": self.source_kind,
         }
         identity |= {"source_digest": self.source_digest, "method": self.method, "selection": self.selection}
-        identity |= {"sources": [asdict(source) for source in self.trained_on]}
+        identity |= {"sources": [asdict(source) for source in self.trained_on], "fold": self.fold}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
         write_json(run / "run.json", {**identity, **described, **record})

@@ -12,7 +12,7 @@ import numpy as np
 from cafe.data.manifest import Manifest, hold_out_rows
 from cafe.data.union import Union, parts_of, unite
 from cafe.errors import UserError
-from cafe.learning.loading import ARRAYS
+from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
 from cafe.methods import find_method
 from cafe.results.protocols import find_protocol
 from pipeline.faces import Faces, Store, any_store, choose_store
@@ -89,7 +89,12 @@ def find_faces(workspace: Workspace, manifest: Manifest, stores: Iterable[Store 
         Faces.of(workspace, part, store or any_store(workspace, part))
         for part, store in zip(parts_of(manifest), stores, strict=True)
     ]
-    return faces[0] if len(faces) == 1 else UnitedFaces(tuple(faces))
+    return unite_faces(faces)
+
+
+def unite_faces(parts: Sequence[Faces]) -> Faces | UnitedFaces:
+    """Return the faces of several manifests as one, or the only ones as they are."""
+    return parts[0] if len(parts) == 1 else UnitedFaces(tuple(parts))
 
 
 def choose_stores(workspace: Workspace, manifest: Manifest, settings: TrainSettings) -> list[Store | None]:
@@ -113,9 +118,11 @@ def _choose_store(workspace: Workspace, manifest: Manifest, settings: TrainSetti
     if settings.backbone != "none" and (needs_tower or settings.backbone or settings.store):
         choice = settings
         if method.clean_features:  # it augments its images by itself, whatever the store holds
-            choice = replace(settings, policy=None, views=None)
+            choice = replace(settings, policy=None, views=None, view_seed=None)
         elif settings.live:
             choice = replace(settings, policy=None)
+        elif settings.views == 1 or not method.trained:  # the clean view is the same by every seed
+            choice = replace(settings, view_seed=None)
         store = choose_store(workspace, manifest, choice, method)
     _check_store(settings, store[1] if store else None)
     return store
@@ -159,7 +166,7 @@ def describe_stores(manifest: Manifest, stores: Sequence[Store | None], settings
         if differing:
             raise UserError(
                 f"The features of {found[0].manifest!r} and {about.manifest!r} differ in {', '.join(differing)}: choose "
-                "some that are alike with --backbone, --views, --policy or --store, or run `cafe extract "
+                "some that are alike with --backbone, --views, --policy, --view-seed or --store, or run `cafe extract "
                 f"{about.manifest}` with the options of {found[0].manifest!r}."
             )
     return replace(found[0], key=first, manifest=manifest.name, rows=len(manifest))
@@ -188,3 +195,32 @@ def _choose_rows(faces: Faces, selection: str, own_val: bool = True) -> tuple[np
     val = faces.rows("val")
     judged = find_protocol("clean").split(faces.manifest, faces.manifest.kind)
     return (train, val) if own_val and len(val) and judged != "val" else hold_out_rows(faces.manifest, train, HELD_OUT)
+
+
+def check_domains(settings: TrainSettings, names: Sequence[str]) -> None:
+    """Raise `UserError` for a sampler, a selection or a fold that these sources have no use for."""
+    selection, alone = settings.selection, f"several sources, not {settings.source!r} alone"
+    if settings.sampler == "balanced" and len(names) == 1:
+        raise UserError(f"--sampler balanced needs {alone}: leave it out.")
+    if selection == "leave_one_out" and len(names) == 1:
+        raise UserError(f"--selection leave_one_out needs {alone}: choose the epoch by source_val.")
+    if selection == "oracle" and not settings.fold:
+        raise UserError("--selection oracle looks at the domain left out: name it with --fold.")
+    if selection in ("leave_one_out", "oracle") and not find_method(settings.method).trained:
+        raise UserError(f"{settings.method} has no epochs to choose from: leave out --selection {selection}.")
+    if settings.fold in names:
+        raise UserError(
+            f"--fold {settings.fold} is one of the sources {settings.source!r}: name a domain they leave out."
+        )
+
+
+def check_faces(source: Faces, settings: TrainSettings) -> None:
+    """Raise `UserError` where a source has too few faces to train on, or none to choose the epoch by."""
+    train, held_out = choose_rows(source, settings.selection)
+    if len(train) < SMALLEST_BATCH:
+        raise UserError(f"{source.name!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
+    if settings.selection in NEEDED and not len(held_out):
+        raise UserError(
+            f"{source.name!r} has no faces for --selection {settings.selection}: choose the epoch by source_val, or take "
+            "the last one with final."
+        )

@@ -32,13 +32,15 @@ PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to train, and with what: nothing of it but the run decides the result."""
+    """What a worker is to train, and with what: all that decides the result follows from the run's specification."""
 
     run: str
     source: Faces | UnitedFaces
     threads: int | None  # None: the worker's share of the cores
     loader_workers: int
     checkpoint_every: int
+    validation: Faces | None = None  # the domain by whose training faces the epoch is chosen, instead of the source's
+    epochs: int | None = None  # after which to end; None: those of the recipe
 
 
 class Worker:
@@ -99,11 +101,14 @@ def train_run(
     if world_size() > 1:
         share_batch_norm(method)
     module, selection = wrap(method), Selection(held_out)
+    if task.validation:
+        selection = Selection(task.validation.rows("train"), make_dataset(spec, task.validation))
     optimizer, loaders = method.optimizer(), task.loader_workers
     domains = source.manifest.domains if isinstance(source, UnitedFaces) and spec.sampler == "balanced" else None
     training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders, domains)
     done = _restore(checkpoint, training, selection) if checkpoint else 0
-    _train(training, selection, run, range(done + 1, spec.recipe["epochs"] + 1), task.checkpoint_every)
+    last = task.epochs or spec.recipe["epochs"]
+    _train(training, selection, run, range(done + 1, last + 1), task.checkpoint_every)
 
 
 def find_checkpoint(run: UPath) -> UPath | None:

@@ -108,9 +108,10 @@ class Training:
 
 @dataclass
 class Selection:
-    """Which epoch's weights are the result: the last one's, or the most accurate on held-out faces of the source."""
+    """Which epoch's weights are the result: the last one's, or the most accurate on faces that are not trained on."""
 
     rows: np.ndarray  # empty: the last epoch's
+    dataset: FaceDataset | None = None  # whose rows these are; None: the source's
     epoch: int = 0
     accuracy: float = -1.0
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -119,8 +120,9 @@ class Selection:
         """Keep the weights of an epoch when they are the best so far, the first among equals; return the accuracy."""
         if not len(self.rows):
             return {}
-        probabilities = predict(training.method, training.dataset, self.rows, training.device)
-        labels = training.dataset.manifest.labels[self.rows]
+        dataset = self.dataset or training.dataset
+        probabilities = predict(training.method, dataset, self.rows, training.device)
+        labels = dataset.manifest.labels[self.rows]
         accuracy = float((probabilities.argmax(axis=1) == labels).mean())
         if accuracy > self.accuracy:
             self.epoch, self.accuracy = epoch, accuracy

@@ -78,7 +78,7 @@ def conclude(comparison: Comparison) -> str:
 
     Empty where there is nothing to compare.
     """
-    judged = [row for row in comparison.rows if not math.isnan(row.unseen.mean)]
+    judged = [row for row in comparison.rows if not (row.oracle or math.isnan(row.unseen.mean))]
     ahead = sorted(judged, key=lambda row: -row.unseen.mean)
     frozen = next((row for row in ahead if row.runs[0].derived.get("store", "none") != "none"), None)
     pixels = next((row for row in ahead if row.runs[0].derived.get("store", "none") == "none"), None)

@@ -118,7 +118,7 @@ def publish_rows(comparison: Comparison) -> list[Published | None]:
 
 def _publish(row: Row, kinds: dict[str, str], protocol: Protocol) -> Published | None:
     run = row.runs[0]
-    if len(run.sources) > 1:
+    if len(run.sources) > 1 or run.fold:
         return None
     (source,) = run.sources
     numbers = find_published(row.method, source.kind, str(run.settings.get("init", "")), protocol)
@@ -141,7 +141,7 @@ def publish_classes(comparison: Comparison) -> list[Published | None]:
             row.method, row.runs[0].sources[0].kind, kind, str(row.runs[0].settings.get("init", "")),
             find_protocol(comparison.protocol),
         )
-        if len(row.runs[0].sources) == 1
+        if len(row.runs[0].sources) == 1 and not row.runs[0].fold
         else {}
         for row in comparison.rows
     )  # fmt: skip

@@ -19,7 +19,7 @@ from cafe.files import list_folder, read_json
 from cafe.results.metrics import METRICS, score
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
-from cafe.results.sources import SOURCE, UNKNOWN, UNSEEN, Source, find_relation
+from cafe.results.sources import ALL_BUT_TARGET, SOURCE, UNKNOWN, UNSEEN, Source, find_relation
 
 VERSION = 2  # of run.json
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
@@ -44,6 +44,7 @@ class Run:
     group: str
     source: str  # `a+b` where there are several
     sources: tuple[Source, ...]
+    fold: str  # in leave-one-domain-out, the domain left out, on which alone it is judged
     method: str
     seed: int
     selection: str
@@ -52,6 +53,15 @@ class Run:
     not_as_published: tuple[str, ...]
     experiments: dict[str, str | None]
     pulled: bool  # from a tracking server: it was judged on the manifests of another workspace
+
+    @property
+    def trained_on(self) -> str:
+        """What tables call its source: `all but target` for all folds of leave-one-domain-out."""
+        return ALL_BUT_TARGET if self.fold else self.source
+
+    def judges(self, target: str) -> bool:
+        """Whether a table shows what this run says of a target: a fold counts for the domain it leaves out alone."""
+        return self.fold in ("", target)
 
     def relation(self, target: str, kind: str, manifest: str) -> str:
         """Return what a target, with the kind and the digest of its manifest, is to this run."""
@@ -89,6 +99,7 @@ def read_run(folder: UPath) -> Run | None:
     return Run(
         folder,
         **{name: record[name] for name in names},
+        fold=record.get("fold", ""),
         sources=tuple(Source(**source) for source in record.get("sources") or [alone]),
         not_as_published=tuple(record.get("not_as_published", ())),
         experiments={name: member.get("benchmark") for name, member in experiments.items()},

@@ -13,6 +13,10 @@ SAME_SET = "same set"  # another manifest of a set the run was trained on
 OTHER_SPLIT = "other split"  # judged on another split than the protocol's, as `target@split`
 UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
 
+# Leave-one-domain-out ("In Search of Lost Domain Generalization", Gulrajani and Lopez-Paz, ICLR 2021): what the source of
+# its rows is called. Each run of such a row, a fold, is trained on all domains but the one it is judged on.
+ALL_BUT_TARGET = "all but target"
+
 
 @dataclass(frozen=True)
 class Source:
