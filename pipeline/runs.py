@@ -82,7 +82,8 @@ class RunSpec:
             same = replace(same, features=key, view_seed=0)
         if self.fold:
             key = replace(key, images="") if key else None
-            same = replace(same, features=key, source=self.domains, source_digest="", sources=(), fold="any")
+            open_fields: dict[str, Any] = {"source_digest": "", "source_kind": "", "sources": (), "fold": "any"}
+            same = replace(same, features=key, source=self.domains, **open_fields)
         return same._digest("seed")
 
     @property
@@ -149,12 +150,8 @@ class RunSpec:
                     "command with --tag WORD for a run of its own."
                 )
             return
-        identity: dict[str, Any] = {
-            "name": self.name,
-            "group": self.group,
-            "source": self.source,
-            "source_kind": self.source_kind,
-        }
+        identity: dict[str, Any] = {"name": self.name, "group": self.group, "source": self.source}
+        identity |= {"source_kind": self.source_kind}
         identity |= {"source_digest": self.source_digest, "method": self.method, "selection": self.selection}
         identity |= {"sources": [asdict(source) for source in self.trained_on], "fold": self.fold}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
