@@ -17,7 +17,7 @@ from cafe.methods import find_method
 from cafe.results.protocols import find_protocol
 from pipeline.faces import Faces, Store, any_store, choose_store
 from pipeline.settings import TrainSettings
-from pipeline.store import About, FeatureReader, find_stores
+from pipeline.store import About, FeatureReader, describe_policy, find_stores
 from pipeline.workspace import Workspace
 
 HELD_OUT = 0.1  # of the training faces of a source, for `source_val`
@@ -158,6 +158,8 @@ def describe_stores(manifest: Manifest, stores: Sequence[Store | None], settings
         used |= {name: getattr(found[0].key, name) for name in ("policy", "view_seed", "views")}
     elif settings.live:
         used |= {name: getattr(found[0].key, name) for name in ("policy", "views")}
+    elif settings.views == 1:
+        used |= {"policy": describe_policy("clean"), "view_seed": 0, "views": 1}
     elif settings.views:
         used["views"] = settings.views
     first, *others = [replace(about.key, **used) for about in found]

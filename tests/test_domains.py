@@ -123,6 +123,10 @@ def test_stores_of_a_union_must_be_alike_in_all_that_is_read(workspace: Workspac
     assert planned(workspace, "one,three", views=3).spec.features is not None
     fewer = planned(workspace, "one,three", views=2).spec  # of stores that hold more
     assert (fewer.views, fewer.features.views if fewer.features else 0) == (2, 2)
+    alone = planned(
+        workspace, "one,three", views=1, store=f"{first},{folder}"
+    ).spec  # the clean view is the same by all
+    assert (alone.policy, alone.view_seed, alone.views) == ("clean", 0, 1)
     clean = planned(workspace, "one,three", store=f"{first},{folder}", method="nearest_class_mean", epochs=None)
     assert clean.spec.sources  # reads the clean view alone
 
