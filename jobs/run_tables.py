@@ -6,6 +6,7 @@ from collections import Counter
 
 from rich.table import Table
 
+from cafe.results.sources import ALL_BUT_TARGET
 from jobs.terminal import make_table
 from pipeline import cluster
 from pipeline.benchmark.cells import Failures, first_line
@@ -16,10 +17,10 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
     """What a benchmark will do and what that costs: methods × sources with the cells that are done, then the sums."""
     benchmark, cells = plan.benchmark, plan.cells
     titles = list(dict.fromkeys(cell.title for cell in cells))
-    sources = list(dict.fromkeys(cell.source.name for cell in cells))
+    sources = list(dict.fromkeys(cell.source_name for cell in cells))
     lines = []
     for title in titles:
-        row = [[cell for cell in cells if (cell.title, cell.source.name) == (title, source)] for source in sources]
+        row = [[cell for cell in cells if (cell.title, cell.source_name) == (title, source)] for source in sources]
         lines.append((title, *(f"{sum(cell.done for cell in own)} of {len(own)}" for own in row)))
     table = make_table(["method", *sources], lines, title=benchmark.about or benchmark.name)
     done, begun = sum(cell.done for cell in cells), sum(bool(cell.records) and not cell.done for cell in cells)
@@ -27,7 +28,8 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
     parts = (_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed"))
     shape = " × ".join(parts) + (", restricted by --only" if plan.settings.only else "")
     obstacles = Counter(cell.obstacle for cell in cells if cell.obstacle)
-    judged = f"Judged on {', '.join(benchmark.judged)} by the protocol {benchmark.protocol}."
+    by = ", each by the trainings that leave it out," if benchmark.sources == [ALL_BUT_TARGET] else ""
+    judged = f"Judged on {', '.join(benchmark.judged)}{by} by the protocol {benchmark.protocol}."
     return [
         table,
         f"{len(cells):,} cells ({shape}): {done:,} done, {begun:,} begun, {len(cells) - done - begun:,} to begin. {judged}",
@@ -45,7 +47,18 @@ def _training_cost(plan: BenchmarkPlan) -> str:
     if seconds is not None:
         speed = f"about {_duration(seconds)} with {_count(parallel, 'cell')} at a time"
     rest = f"{left:,} of them left, {speed}" if left else "none of them left"
-    return f"Training: {plan.work:,} faces × epochs, {rest}."
+    return f"Training: {plan.work:,} faces × epochs, {rest}.{_fold_cost(plan)}"
+
+
+def _fold_cost(plan: BenchmarkPlan) -> str:
+    folds = sum(cell.folds for cell in plan.runnable)
+    share = sum(cell.work - cell.work // cell.folds for cell in plan.runnable if cell.folds)
+    if not folds:
+        return ""
+    return (
+        f" Of these, {share:,} are of the {folds:,} trainings on all sources but one by which leave_one_out chooses epochs, "
+        "each of which also judges the source left out after every epoch."
+    )
 
 
 def _tower_cost(plan: BenchmarkPlan) -> str:
@@ -53,12 +66,13 @@ def _tower_cost(plan: BenchmarkPlan) -> str:
     published = plan.published_passes
     if not published:
         return "Towers: no method of this benchmark reads frozen features."
-    saved = published - needed
+    saved, several = published - needed, plan.benchmark.views_per_seed
     share = f"{abs(saved):,} passes ({abs(saved) / published:.1%})"
+    each = f"for each of {len(plan.benchmark.seeds)} seeds views of its own, " if several else ""
     return (
-        f"Towers: {needed:,} passes fill {len(plan.stores)} feature stores (faces × views), {left:,} of them left. Without "
-        f"stores the cells that read features would take {published:,} (epochs × training faces + judged faces, each cell "
-        f"for itself): the cache {'saves' if saved >= 0 else 'costs'} {share}."
+        f"Towers: {needed:,} passes fill {len(plan.stores)} feature stores (faces × views), {each}{left:,} of them left. "
+        f"Without stores the cells that read features would take {published:,} (epochs × training faces + judged faces, "
+        f"each cell for itself): the cache {'saves' if saved >= 0 else 'costs'} {share}."
     )
 
 

@@ -94,7 +94,8 @@ def evaluate(run: str, **values: Any) -> None:
     spec = RunSpec.load(path)
     targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
     for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
-        load_leaks(workspace.root, spec.source, spec.source_digest, target.name, target.digest)
+        for source in spec.trained_on:
+            load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     add_experiment(path, settings.experiment)
     judging = progress_bar("Judging", "targets")
@@ -110,9 +111,10 @@ def evaluate(run: str, **values: Any) -> None:
 def benchmark(file: str, **values: Any) -> None:
     """Train and judge a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
 
-    FILE says what is in it; with this package come demo.toml, quickstart.toml, ferplus.toml, table1.toml, table2.toml,
-    ablation.toml and supplement.toml. Frozen features are extracted once and shared, cells run side by side, one that
-    fails stops no other. Interrupt it as you like: the same command goes on where it was.
+    FILE says what is in it; with this package come demo.toml, quickstart.toml, ferplus.toml, leave_one_out.toml,
+    leave_one_out_drawn.toml, table1.toml, table2.toml, ablation.toml and supplement.toml. Frozen features are extracted
+    once and shared, cells run side by side, one that fails stops no other. Interrupt it as you like: the same command
+    goes on where it was.
     """
     from pipeline.benchmark.file import read_benchmark
 

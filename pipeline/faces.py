@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
-from cafe.data.manifest import SPLITS, Manifest, hold_out_rows
+from cafe.data.manifest import SPLITS, Manifest
 from cafe.errors import UserError
 from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
@@ -27,7 +27,6 @@ from pipeline.settings import StoreChoice
 from pipeline.store import About, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace
 
-HELD_OUT = 0.1  # of the source's training faces, for `source_val`
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,
 # since only the clean view 0 is judged.
 TARGET_MAY_DIFFER = ("images", "policy", "view_seed", "views", "maps")
@@ -66,6 +65,11 @@ class Faces:
     def name(self) -> str:
         """The name of the manifest."""
         return self.place.stem
+
+    @property
+    def parts(self) -> tuple[Faces, ...]:
+        """The faces of each manifest: these alone."""
+        return (self,)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -142,12 +146,12 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice, 
         if asked:
             raise UserError(f"There are no features of {manifest.name!r} yet: run `{command}`.")
         return None
-    known = {"folder": choice.store, "policy_name": choice.policy}
+    known = {"folder": choice.store, "policy_name": choice.policy, "view_seed": choice.view_seed}
     # Features in BGR order are for targets alone.
-    wanted = {"channels": "rgb", **{name: value for name, value in known.items() if value}}
+    wanted = {"channels": "rgb", **{name: value for name, value in known.items() if value not in (None, "")}}
     backbone = absolute_name(choice.backbone) if choice.backbone else None
     named = [store for store in stores if backbone in (None, *_names(store[1]))]
-    there = "; ".join(f"{about.describe()}, {about.key.policy['name']}" for _, about in stores)
+    there = "; ".join(f"{about.describe()}, {about.key.policy['name']}{_view_seed(about)}" for _, about in stores)
     fitting = fitting_stores(named, Wanted(wanted, choice.views or 1))
     if not fitting:
         raise UserError(
@@ -165,8 +169,8 @@ def choose_store(workspace: Workspace, manifest: Manifest, choice: StoreChoice, 
     current = [store for store in current if store[1].key.policy["name"] == method.policy] or current
     if len(current) > 1:
         raise UserError(
-            f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views or --policy "
-            f"({there})."
+            f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views, --policy or "
+            f"--view-seed ({there})."
         )
     return _finished(current[0])
 
@@ -186,7 +190,7 @@ def choose_target(
     Raises `UserError` when the protocol has no way to judge it or when the run needs features and there are none.
     """
     manifest = workspace.load_manifest(name)
-    judged = protocol.split(manifest, spec.source_kind)
+    judged = protocol.split(manifest, *(source.kind for source in spec.trained_on))
     chosen = split or judged
     if chosen is None:
         raise UserError(
@@ -220,22 +224,6 @@ def choose_targets(
     return [choose_target(workspace, name, spec, find_protocol(protocol), split) for name in names if name]
 
 
-def choose_rows(source: Faces, selection: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the source's rows to train on and those on which the epoch is selected; no target is involved.
-
-    `source_val` takes the data set's own validation split, or holds a tenth of the train split out where there is none or
-    where it is what is judged, as of AffectNet and SFEW.
-    """
-    train = source.rows("train")
-    if selection == "final":
-        return train, train[:0]
-    if selection == "source_test":
-        return train, source.rows("test")
-    val = source.rows("val")
-    judged = find_protocol("clean").split(source.manifest, source.manifest.kind)
-    return (train, val) if len(val) and judged != "val" else hold_out_rows(source.manifest, train, HELD_OUT)
-
-
 def _matching_store(workspace: Workspace, manifest: Manifest, spec: RunSpec, channels: str) -> Store:
     assert spec.features is not None
     maps = "map" in find_method(spec.method).needs
@@ -259,9 +247,13 @@ def _names(about: About) -> tuple[str, ...]:
     return about.backbone_name, short_name(about.backbone_name), about.key.backbone
 
 
+def _view_seed(about: About) -> str:
+    return f", view seed {about.key.view_seed}" if about.key.view_seed else ""
+
+
 def _options(choice: StoreChoice) -> str:
-    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy", "store"))
-    return " ".join(f"--{name} {value}" for name, value in asked if value)
+    asked = ((name, getattr(choice, name)) for name in ("backbone", "views", "policy", "view_seed", "store"))
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked if value not in (None, ""))
 
 
 def _finished(store: Store) -> Store:

@@ -17,6 +17,7 @@ from cafe.towers.building import NORMALISATIONS, load_backbone
 from cafe.towers.embedding import Embedder
 from pipeline.faces import Faces
 from pipeline.runs import RunSpec
+from pipeline.sources import UnitedFaces
 
 PUBLISHED_SIZE = 224  # pixels: the input of every published method
 PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
@@ -46,14 +47,14 @@ def view_plan(spec: RunSpec) -> ViewPlan:
     return ViewPlan(spec.policy, spec.view_seed, spec.views, spec.interpolation, spec.mean, spec.std)
 
 
-def make_dataset(spec: RunSpec, faces: Faces) -> FaceDataset:
+def make_dataset(spec: RunSpec, faces: Faces | UnitedFaces) -> FaceDataset:
     """Return faces as the method needs them, with the features of their store."""
     needs = find_method(spec.method).needs
     names = [ARRAYS[need] for need in needs if need in ARRAYS]
     return FaceDataset(faces.manifest, view_plan(spec), needs, spec.image_size, faces.reader(names), faces.channels)
 
 
-def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
+def make_live_dataset(spec: RunSpec, source: Faces | UnitedFaces, device: str) -> FaceDataset:
     """Return the faces of the source with features of the tower run on the fly."""
     key, about = spec.features, source.about
     assert key is not None
@@ -70,6 +71,8 @@ def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
 def find_deviations(spec: RunSpec) -> Iterator[str]:
     """Yield, as `key=value`, the settings in which a run is not what was published of its method."""
     method = find_method(spec.method)
+    if spec.sources:
+        yield f"source={spec.source}"
     published = method.published_recipe(spec.source_kind)
     wanted = {field.name: getattr(published, field.name) for field in fields(published)}
     yield from (f"{name}={value}" for name, value in spec.recipe.items() if value != wanted[name])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from upath import UPath
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
+from cafe.results.sources import Source
 from pipeline.store import FeatureKey
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -37,7 +38,7 @@ class RunSpec:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
 
-    source: str
+    source: str  # `a+b` where there are several
     source_digest: str
     method: str
     recipe: dict[str, Any]  # all settings of it
@@ -59,8 +60,12 @@ class RunSpec:
     live: bool = False  # whether the tower runs while training; `features` then says how
     selection: str = "final"
     tag: str = ""
-    source_kind: str = ""  # the data set the source is, whose training split must never be judged
+    source_kind: str = ""  # the data set the source is; of several sources the one they agree in
     grid: tuple[int, int] | None = None  # (H, W) of the maps it reads: told by the store
+    sources: tuple[Source, ...] = ()  # where there are several
+    sampler: str = "proportional"  # how often each of them is drawn
+    fold: str = ""  # the domain left out, of leave-one-domain-out
+    views_per_seed: bool = False  # whether `view_seed` is the seed, and the seeds of a row do not share their views
 
     @property
     def name(self) -> str:
@@ -70,8 +75,26 @@ class RunSpec:
 
     @property
     def group(self) -> str:
-        """Names what runs that differ in nothing but their seed have in common: they are averaged."""
-        return self._digest("seed")
+        """Names what the runs of a row have in common, which differ in their seed, or also in the domain left out."""
+        same, key = self, self.features
+        if self.views_per_seed:
+            key = replace(key, view_seed=0) if key else None
+            same = replace(same, features=key, view_seed=0)
+        if self.fold:
+            key = replace(key, images="") if key else None
+            open_fields: dict[str, Any] = {"source_digest": "", "source_kind": "", "sources": (), "fold": "any"}
+            same = replace(same, features=key, source=self.domains, **open_fields)
+        return same._digest("seed")
+
+    @property
+    def domains(self) -> str:
+        """All that take part in leave-one-domain-out, as `a+b+c`."""
+        return "+".join(sorted([*(source.name for source in self.trained_on), self.fold]))
+
+    @property
+    def trained_on(self) -> tuple[Source, ...]:
+        """Its sources, also where there is only one."""
+        return self.sources or (Source(self.source, self.source_kind, self.source_digest),)
 
     def _digest(self, *without: str) -> str:
         return digest_changes(self, ("recipe", "grid", *without))[:8]
@@ -81,6 +104,9 @@ class RunSpec:
         """What a user can choose, flat and named as on the command line: by these, runs are told apart."""
         names = "method seed network init image_size precision live selection policy views view_seed tag"
         chosen = {name: getattr(self, name) for name in names.split()}
+        chosen |= {"sampler": self.sampler} if self.sources else {}
+        chosen |= {"fold": self.fold, "domains": self.domains} if self.fold else {}
+        chosen |= {"views_per_seed": True} if self.views_per_seed else {}
         recipe = {f"recipe.{name}": value for name, value in self.recipe.items()}
         return {**chosen, "backbone": self.backbone or "none", **recipe}
 
@@ -124,8 +150,10 @@ class RunSpec:
                     "command with --tag WORD for a run of its own."
                 )
             return
-        identity = {"name": self.name, "group": self.group, "source": self.source, "source_kind": self.source_kind}
+        identity: dict[str, Any] = {"name": self.name, "group": self.group, "source": self.source}
+        identity |= {"source_kind": self.source_kind}
         identity |= {"source_digest": self.source_digest, "method": self.method, "selection": self.selection}
+        identity |= {"sources": [asdict(source) for source in self.trained_on], "fold": self.fold}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
         write_json(run / "run.json", {**identity, **described, **record})

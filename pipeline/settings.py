@@ -97,14 +97,20 @@ class StoreChoice:
     )
     views: Count | None = setting(None, "Views to use, of a feature store with as many or more; default: all.")
     policy: Policy | None = setting(None, "View policy of the feature store.")
-    store: str | None = setting(None, "Folder name of the feature store, where nothing else tells two of them apart.")
+    view_seed: int | None = setting(
+        None, "Seed of its views; of a method without features: of those it sees, 0 by default."
+    )
+    store: str | None = setting(
+        None,
+        "Folder name of the feature store, where nothing else tells two of them apart; one for each of several sources.",
+    )
 
 
 @dataclass(frozen=True)
 class TrainSettings(ClusterSettings, StoreChoice):
     """Stage two: one method on one source, judged on the others."""
 
-    source: str = setting("", "Manifest to train on.", required=True)
+    source: str = setting("", "Manifest to train on, or several, comma-separated: their union.", required=True)
     method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.")
     seed: int = setting(0, "Seed of initial weights, order and dropped channels.")
     epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
@@ -115,13 +121,23 @@ class TrainSettings(ClusterSettings, StoreChoice):
         flag="--set",
         metavar="KEY=VALUE",
     )
+    views_per_seed: bool = setting(False, "Draw the views by --seed too: of the stores, the one with that --view-seed.")
+    sampler: Literal["proportional", "balanced"] = setting(
+        "proportional",
+        "How often the faces of each of several sources are drawn: as many as it has, or all equally often.",
+    )
     network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
     init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
     live: bool = setting(
         False, "Run the tower on a fresh view in every epoch, as published, instead of reading the store's views: slow."
     )
-    selection: Literal["final", "source_val", "source_test"] = setting(
-        "final", "Whose weights are judged: the last epoch's, or the best on faces held out of the source."
+    fold: str = setting(
+        "", "The domain left out, of leave-one-domain-out: the run is judged on it alone, in a row of folds."
+    )
+    selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle"] = setting(
+        "final",
+        "Which epoch is judged: the last, or the best on faces held out of the source, on each source left out of a "
+        "training on the others, or, only to know what a choice could gain, on the training faces of --fold.",
     )
     image_size: Side | None = setting(None, "Side of the image branch's input; default: the tower's input.")
     precision: Literal["fp32", "tf32", "bf16"] = setting("fp32", "Arithmetic of training (bf16: autocast).")

@@ -24,7 +24,8 @@ from upath import UPath
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder, read_json, write_file, write_json
 from cafe.results.protocols import PROTOCOLS
-from cafe.results.scores import PULLED, SOURCE, Run, flatten_scores, read_run, read_scores
+from cafe.results.scores import PULLED, Run, flatten_scores, read_run, read_scores
+from cafe.results.sources import SOURCE
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
@@ -68,7 +69,7 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
     }
     points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
     judged = [name for name in PROTOCOLS if (scores["protocol"] == name).any()]
-    inputs = {("training", run.source, run.source_digest)}
+    inputs = {("training", source.name, source.digest) for source in run.sources}
     inputs |= {("evaluation", row.target, row.manifest) for row in scores.itertuples() if row.relation != SOURCE}
     files = {"run.json": run.folder / "run.json"}
     for folder in ("predictions", "figures"):

@@ -12,25 +12,38 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from upath import UPath
 
 from cafe.data.manifest import Manifest
+from cafe.data.union import parts_of, unite
 from cafe.errors import UserError, unknown
-from cafe.files import list_folder, locate, read_json
-from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
+from cafe.files import list_folder, locate, read_json, write_json
+from cafe.learning.loading import SMALLEST_BATCH
 from cafe.learning.networks import NETWORKS
 from cafe.methods import find_method
 from cafe.methods.method import Recipe, apply_overrides
 from cafe.records import changed_fields
+from cafe.results.protocols import find_protocol
+from cafe.results.sources import Source
 from cafe.towers.building import NORMALISATIONS
 from pipeline import cluster
 from pipeline.cluster import Bar, Progress, no_bar
 from pipeline.evaluate import is_judged, predict_targets
-from pipeline.faces import Faces, Store, any_store, choose_rows, choose_store, choose_targets
+from pipeline.faces import Faces, choose_target, choose_targets
 from pipeline.lease import hold
 from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
 from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
 from pipeline.settings import TrainSettings
+from pipeline.sources import (
+    UnitedFaces,
+    check_domains,
+    check_faces,
+    choose_stores,
+    describe_stores,
+    find_faces,
+    split_names,
+)
 from pipeline.store import About, describe_policy
 from pipeline.tracking import Mirror
 from pipeline.worker import Task, Worker, train_together
@@ -47,9 +60,11 @@ class TrainPlan:
     workspace: Workspace
     settings: TrainSettings
     spec: RunSpec
-    source: Faces
+    source: Faces | UnitedFaces
     targets: list[Faces]
     benchmark: str | None = None  # whose cell it is
+    validation: Faces | None = None  # the domain left out, where its training faces choose the epoch
+    folds: tuple[TrainPlan, ...] = ()  # trainings on all sources but one, which choose the epoch together
 
     @property
     def run(self) -> UPath:
@@ -67,35 +82,46 @@ class TrainPlan:
         """Whether nothing is left to do."""
         return is_finished(self.run) and not self.remaining
 
+    def with_seed(self, seed: int) -> TrainPlan:
+        """Return the same training with another seed."""
+        settings, spec = replace(self.settings, seed=seed), replace(self.spec, seed=seed)
+        return replace(self, settings=settings, spec=spec, folds=tuple(fold.with_seed(seed) for fold in self.folds))
+
 
 def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     """Check every name, file and store and return what will be trained; raise `UserError`."""
-    method = find_method(settings.method)
-    manifest = workspace.load_manifest(settings.source)
+    if settings.views_per_seed:
+        settings = replace(settings, view_seed=settings.seed)
+    method, names = find_method(settings.method), split_names(settings.source)
+    manifest = unite([workspace.load_manifest(name) for name in names])
     recipe = find_recipe(settings, manifest.kind)
     _check_names(settings, recipe)
-    store = _choose_features(workspace, manifest, settings)
-    _check_features(settings, store[1] if store else None)
-    spec = _specify(settings, manifest, recipe, store[1] if store else None)
+    check_domains(settings, names)
+    stores = choose_stores(workspace, manifest, settings)
+    spec = _specify(settings, manifest, recipe, describe_stores(manifest, stores, settings))
     method.check(find_inputs(spec))
-    source = Faces.of(workspace, manifest, store or any_store(workspace, manifest))
-    _check_faces(source, settings)
-    targets = choose_targets(workspace, settings.targets, spec, settings.protocol)
-    return TrainPlan(workspace, settings, spec, source, targets)
+    source = find_faces(workspace, manifest, stores)
+    for part in source.parts:
+        check_faces(part, settings)
+    judged = settings.fold or None if settings.targets is None else settings.targets
+    targets = choose_targets(workspace, judged, spec, settings.protocol)
+    plan = TrainPlan(workspace, settings, spec, source, targets)
+    if settings.selection == "oracle":
+        plan = replace(plan, validation=choose_target(workspace, settings.fold, spec, find_protocol("clean"), "train"))
+    if settings.selection == "leave_one_out":
+        plan = replace(plan, folds=tuple(_plan_fold(plan, part) for part in source.parts))
+    return plan
 
 
-def _choose_features(workspace: Workspace, manifest: Manifest, settings: TrainSettings) -> Store | None:
-    """Return the source's store for a method that needs a tower; any other learns as published unless told otherwise."""
-    method = find_method(settings.method)
-    needs_tower = not method.needs.isdisjoint({*ARRAYS, "tower"})
-    if settings.backbone == "none" or not (needs_tower or settings.backbone or settings.store):
-        return None
-    choice = settings
-    if method.clean_features:  # it augments its images by itself, whatever the store holds
-        choice = replace(settings, policy=None, views=None)
-    elif settings.live:
-        choice = replace(settings, policy=None)
-    return choose_store(workspace, manifest, choice, method)
+def _plan_fold(plan: TrainPlan, left_out: Faces) -> TrainPlan:
+    """Return the training on all sources but one, with the same stores, whose epochs are judged on the one left out."""
+    others = [part for part in plan.source.parts if part is not left_out]
+    changes: dict[str, Any] = {"source": ",".join(part.name for part in others), "fold": left_out.name}
+    if plan.spec.features:
+        changes |= {"backbone": None, "store": ",".join(part.about.folder for part in others if part.about)}
+    if len(others) == 1:
+        changes["sampler"] = "proportional"
+    return plan_training(plan.workspace, replace(plan.settings, selection="oracle", targets="none", **changes))
 
 
 def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
@@ -124,33 +150,6 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
 
-def _check_features(settings: TrainSettings, store: About | None) -> None:
-    needs = find_method(settings.method).needs
-    if settings.backbone == "none" and not needs.isdisjoint({*ARRAYS, "tower"}):
-        raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
-    if settings.live and (needs.isdisjoint(ARRAYS) or not find_method(settings.method).trained):
-        raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
-    if store is None and not needs.isdisjoint({*ARRAYS, "tower"}):
-        raise UserError(
-            f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
-        )
-    if store and store.map_shape is None and "map" in needs:
-        raise UserError(
-            f"{settings.method} needs feature maps of {settings.source!r}: run `cafe extract {settings.source} --maps`."
-        )
-
-
-def _check_faces(source: Faces, settings: TrainSettings) -> None:
-    train, held_out = choose_rows(source, settings.selection)
-    if len(train) < SMALLEST_BATCH:
-        raise UserError(f"{source.name!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
-    if settings.selection != "final" and not len(held_out):
-        raise UserError(
-            f"{source.name!r} has no faces for --selection {settings.selection}: choose the epoch by source_val, or take "
-            "the last one with final."
-        )
-
-
 def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
     """Return what names the run: the settings, with what they leave open taken from the store and the method."""
     method = find_method(settings.method)
@@ -163,8 +162,9 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
     own = key is None or method.clean_features  # views of its own: one for every epoch and the clean one
     views = recipe.epochs + 1 if key is None or own or settings.live else settings.views or key.views
     shape = store.map_shape if store and "map" in method.needs else None
+    sources = tuple(Source(part.name, part.kind, part.digest) for part in parts_of(manifest))
     return RunSpec(
-        source=settings.source,
+        source=manifest.name,
         source_digest=manifest.digest,
         source_kind=manifest.kind,
         method=settings.method,
@@ -176,7 +176,7 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
         image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
         precision=settings.precision,
         policy=policy if key is None or own else key.policy["name"],
-        view_seed=0 if key is None or own else key.view_seed,
+        view_seed=settings.view_seed or 0 if key is None or own else key.view_seed,
         views=settings.views if settings.views and key is None else views,
         interpolation=key.interpolation if key else "bilinear",
         mean=tuple(mean),
@@ -188,6 +188,10 @@ def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store:
         live=settings.live,
         selection=settings.selection,
         tag=settings.tag,
+        sources=sources if len(sources) > 1 else (),
+        sampler=settings.sampler,
+        fold=settings.fold,
+        views_per_seed=settings.views_per_seed,
     )
 
 
@@ -207,7 +211,7 @@ def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: 
             worker = worker or start_worker(plan.settings)
         if not is_finished(plan.run):
             with bar(f"Training {plan.spec.name}", "steps") as progress:
-                _train(plan, mirror, progress, worker, check)
+                _train_all(plan, mirror, progress, worker, check)
         if remaining := plan.remaining:
             with bar("Judging", "targets") as progress:
                 predict_targets(plan.run, remaining, plan.settings.use_gpu, progress, worker)
@@ -240,7 +244,43 @@ def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
     return actor.remote()
 
 
-def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any, check: Callable[[], None]) -> None:
+def _train_all(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any, check: Callable[[], None]) -> None:
+    """Train the folds, each a run of its own; then the run itself, where there are any up to the epoch they choose."""
+    count = len(plan.folds) + 1
+    for number, fold in enumerate(plan.folds):
+        if is_finished(fold.run):
+            continue
+        fold.spec.save(fold.run, list(find_deviations(fold.spec)))
+        add_experiment(fold.run, plan.settings.experiment, plan.benchmark)
+        with keep_status(fold.run, mirror):
+            shared = replace(fold, settings=plan.settings)
+            _train(shared, mirror, _share(progress, number, count), worker, check)
+    epochs = choose_epoch(plan) if plan.folds else None
+    _train(plan, mirror, _share(progress, count - 1, count), worker, check, epochs)
+
+
+def _share(progress: Progress, number: int, count: int) -> Progress:
+    return lambda done, total: progress(number * total + done, count * total)
+
+
+def choose_epoch(plan: TrainPlan) -> int:
+    """Return the epoch with the best mean accuracy on the sources left out, the first of equals, and write it down."""
+    records = [[read_json(path) or {} for path in list_folder(fold.run / "epochs")] for fold in plan.folds]
+    means = np.mean([[record["selection/accuracy"] for record in own] for own in records], axis=0).tolist()
+    epoch = int(means.index(max(means))) + 1
+    runs = {fold.spec.fold: fold.spec.name for fold in plan.folds}
+    write_json(plan.run / "selection.json", {"epoch": epoch, "accuracy": means, "folds": runs})
+    return epoch
+
+
+def _train(
+    plan: TrainPlan,
+    mirror: Mirror,
+    progress: Progress,
+    worker: Any,
+    check: Callable[[], None],
+    epochs: int | None = None,
+) -> None:
     settings = plan.settings
     task = Task(
         str(plan.run),
@@ -249,6 +289,8 @@ def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any, che
         settings.loader_workers,
         settings.checkpoint_every,
         cluster.versions(),
+        plan.validation,
+        epochs,
     )
     background = ThreadPoolExecutor(1)
     try:
@@ -256,16 +298,21 @@ def _train(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any, che
             outcome: Future[Any] = background.submit(_train_together, task, settings)
         else:
             outcome = worker.train.remote(task).future()
-        _follow(plan, outcome, mirror, progress, check)
+        _follow(plan, outcome, mirror, progress, check, epochs or plan.spec.recipe["epochs"])
     finally:
         background.shutdown(wait=False)  # when interrupted, leaving Ray ends the training
 
 
 def _follow(
-    plan: TrainPlan, outcome: Future[Any], mirror: Mirror, progress: Progress, check: Callable[[], None]
+    plan: TrainPlan,
+    outcome: Future[Any],
+    mirror: Mirror,
+    progress: Progress,
+    check: Callable[[], None],
+    epochs: int,
 ) -> None:
     """Show the run's own records in MLflow and in the progress bar until the training ends."""
-    epochs, mirrored = plan.spec.recipe["epochs"], 0
+    mirrored = 0
     while not outcome.done():
         check()
         trained = len(list_folder(plan.run / "epochs"))

@@ -21,30 +21,33 @@ from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
 from pipeline import cluster
 from pipeline.evaluate import predict_target
-from pipeline.faces import Faces, choose_rows
+from pipeline.faces import Faces
 from pipeline.models import build_method, make_dataset, make_live_dataset
 from pipeline.runs import RunSpec
+from pipeline.sources import UnitedFaces, choose_rows
 
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is to train, and with what: nothing of it but the run decides the result."""
+    """What a worker is to train, and with what: all that decides the result follows from the run's specification."""
 
     run: str
-    source: Faces
+    source: Faces | UnitedFaces
     threads: int | None  # None: the worker's share of the cores
     loader_workers: int
     checkpoint_every: int
     versions: dict[str, str] = field(default_factory=dict)  # of the driver
+    validation: Faces | None = None  # the domain by whose training faces the epoch is chosen, instead of the source's
+    epochs: int | None = None  # after which to end; None: those of the recipe
 
 
 class Worker:
     """Trains and judges runs one after another in one process, which keeps the faces of a source and of its targets."""
 
     def __init__(self) -> None:
-        self.source: Faces | None = None
+        self.source: Faces | UnitedFaces | None = None
         self.targets: dict[str, Faces] = {}
 
     def train(self, task: Task) -> None:
@@ -72,7 +75,7 @@ def train_together(config: dict[str, Task]) -> None:
 
 def train_run(
     task: Task,
-    source: Faces,
+    source: Faces | UnitedFaces,
     device: torch.device,
     wrap: Callable[[nn.Module], nn.Module] = lambda method: method,
     cores: int | None = None,
@@ -99,12 +102,16 @@ def train_run(
     if world_size() > 1:
         share_batch_norm(method)
     module, selection = wrap(method), Selection(held_out)
+    if task.validation:
+        selection = Selection(task.validation.rows("train"), make_dataset(spec, task.validation))
     optimizer, loaders = method.optimizer(), task.loader_workers
-    training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders)
+    domains = source.manifest.domains if isinstance(source, UnitedFaces) and spec.sampler == "balanced" else None
+    training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders, domains)
     done = _restore(checkpoint, training, selection) if checkpoint else 0
     if prepared:  # it may have taken hours
         save_checkpoint(run / "checkpoints" / "0000", method, optimizer, selection.record(0), selection.weights)
-    _train(training, selection, run, range(done + 1, spec.recipe["epochs"] + 1), task.checkpoint_every)
+    last = task.epochs or spec.recipe["epochs"]
+    _train(training, selection, run, range(done + 1, last + 1), task.checkpoint_every)
 
 
 def find_checkpoint(run: UPath) -> UPath | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -22,18 +23,25 @@ def write_run(
     source_kind: str = "rafdb",
     experiments: dict[str, str | None] | None = None,
     not_as_published: tuple[str, ...] = (),
+    sources: Sequence[tuple[str, str]] = (),
+    fold: str = "",
     **settings: Any,
 ) -> UPath:
-    """Write a run's description; `settings` are those it does not share with all others. Returns its folder."""
+    """Write a run's description; `settings` are those it does not share with all others. Returns its folder.
+
+    `sources` are names and kinds where there are several; the runs of a `fold` each belong to one row.
+    """
     chosen = {
         "method": method, "network": "resnet18", "init": "file:msceleb.pth", "selection": "final",
         "backbone": "clip-vit-b32", "view_seed": 0, "tag": "",
     } | settings  # fmt: skip
-    group = sha256(repr([source, sorted(chosen.items())]).encode()).hexdigest()[:8]
+    group = sha256(repr(["" if fold else source, sorted(chosen.items())]).encode()).hexdigest()[:8]
     folder = workspace.run_path(f"{method}-{source}-s{seed}-{group}")
+    named = [{"name": name, "kind": kind, "digest": f"digest of {name}"} for name, kind in sources]
     record = {
         "version": FORMAT, "name": folder.name, "group": group, "source": source, "source_kind": source_kind,
         "source_digest": f"digest of {source}", "method": method, "seed": seed, "selection": chosen["selection"],
+        "sources": named, "fold": fold,
         "settings": {**chosen, "seed": seed}, "derived": {"width": 512, "store": "0a1b2c3d"},
         "not_as_published": list(not_as_published), "spec": {},
     }  # fmt: skip

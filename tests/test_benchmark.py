@@ -31,11 +31,11 @@ from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from pipeline.cluster import no_bar
 from pipeline.evaluate import predict_target
 from pipeline.extract import describe_store, know_tower
-from pipeline.faces import choose_rows
 from pipeline.models import build_method, make_dataset
 from pipeline.runs import is_finished
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
 from pipeline.shards import ShardEmbedder
+from pipeline.sources import choose_rows
 from pipeline.store import FeatureStore, find_stores
 from pipeline.tracking import PARENT, Mirror
 from pipeline.train import TrainPlan
@@ -400,7 +400,8 @@ def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
     assert "make it with `cafe data synth`" in missing
     assert cafe.fail("benchmark", "table9.toml") == (
         "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation.toml, "
-        "demo.toml, ferplus.toml, quickstart.toml, supplement.toml, table1.toml, table2.toml."
+        "demo.toml, ferplus.toml, leave_one_out.toml, leave_one_out_drawn.toml, quickstart.toml, supplement.toml, "
+        "table1.toml, table2.toml."
     )
 
 

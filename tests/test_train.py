@@ -127,6 +127,30 @@ def test_image_only_needs_no_features(ready: Cafe) -> None:
     assert (only_run(ready) / "predictions" / "two.parquet").exists()
 
 
+def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_judges_the_domain_left_out(ready: Cafe) -> None:
+    probe = ("train", "--source", "two,one", "--fold", "three", "--method", "linear_probe", "--views", "1")
+    command = (*probe, "--epochs", "4", "--set", "learning_rate=0.1", "--selection", "leave_one_out")
+    ready.succeed(*command, ray=True)
+    runs = {json.loads((run / "run.json").read_text())["source"]: run for run in (ready.workspace / "runs").iterdir()}
+    assert runs.keys() == {"one", "two", "one+two"}  # the two that choose are runs of their own
+    curves = [
+        [json.loads(path.read_text())["selection/accuracy"] for path in sorted((runs[name] / "epochs").iterdir())]
+        for name in ("one", "two")
+    ]
+    best = int(np.mean(curves, axis=0).argmax()) + 1
+    assert json.loads((runs["one+two"] / "result.json").read_text())["epochs"] == best
+    assert len(list((runs["one+two"] / "epochs").iterdir())) == best
+    assert [sorted(load_predictions(UPath(run))) for run in runs.values()].count([]) == 2
+    assert set(load_predictions(UPath(runs["one+two"]))) == {"three"}
+    assert {run.info.status for run in tracked(ready)} == {"FINISHED"}
+    table = ready.succeed("compare")
+    assert "all but target" in table
+    shutil.rmtree(runs["one+two"])
+    before = {path: path.stat().st_mtime_ns for path in runs["one"].rglob("*.safetensors")}
+    ready.succeed(*command, ray=True)  # the folds are done: only the training they choose for is made again
+    assert {path: path.stat().st_mtime_ns for path in runs["one"].rglob("*.safetensors")} == before
+
+
 @pytest.mark.parametrize(("method", "workers"), [("zero_shot", "1"), ("nearest_class_mean", "2")])
 def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str, workers: str) -> None:
     command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", workers)

@@ -127,23 +127,44 @@ def _as_is(batch: Any) -> Any:
 
 
 def epoch_order(
-    rows: np.ndarray, labels: np.ndarray, recipe: Recipe, seed: int, epoch: int, smallest: int = 1
+    rows: np.ndarray,
+    labels: np.ndarray,
+    recipe: Recipe,
+    seed: int,
+    epoch: int,
+    smallest: int = 1,
+    domains: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Return the batches of rows of a training epoch, the same for any number of workers.
 
-    `balanced` draws as many rows with replacement, each class equally often on average. A last batch of fewer rows than
-    `smallest` is left out.
+    The prior `balanced` draws as many rows with replacement, each class equally often on average. A last batch of fewer
+    rows than `smallest` is left out. With `domains` (N,), which number the source of every row of the manifest, the sources
+    take turns: the i-th of the as many faces of the epoch is of source i mod D, so each is met equally often in the epoch
+    (±1) and in every batch (exactly, where D divides the batch size). A source gives its faces in a new random order as
+    often as it takes: those of a small one are met several times, those of a large one not all.
     """
     if len(rows) < SMALLEST_BATCH:
         raise UserError(f"{len(rows)} training faces are too few: at least {SMALLEST_BATCH} are needed.")
     generator = random_generator(seed, "order", epoch)
-    if recipe.prior == "balanced":
-        weights = 1 / np.bincount(labels[rows])[labels[rows]]
-        order = generator.choice(rows, size=len(rows), p=weights / weights.sum())
+    if domains is None:
+        order = _draw(rows, labels, recipe.prior, generator)
     else:
-        order = generator.permutation(rows)
+        sources = [rows[domains[rows] == number] for number in np.unique(domains[rows])]
+        order = np.empty_like(rows)
+        for number, source in enumerate(sources):
+            place = np.arange(number, len(rows), len(sources))
+            rounds = [_draw(source, labels, recipe.prior, generator) for _ in range(-(-len(place) // len(source)))]
+            order[place] = np.concatenate(rounds)[: len(place)]
     batches = np.split(order, range(recipe.batch_size, len(order), recipe.batch_size))
     return batches[:-1] if len(batches[-1]) < smallest else batches
+
+
+def _draw(rows: np.ndarray, labels: np.ndarray, prior: str, generator: np.random.Generator) -> np.ndarray:
+    """Return as many rows in random order: each once or, with the prior `balanced`, with replacement."""
+    if prior != "balanced":
+        return generator.permutation(rows)
+    weights = 1 / np.bincount(labels[rows])[labels[rows]]
+    return generator.choice(rows, size=len(rows), p=weights / weights.sum())
 
 
 def own_part(batch: np.ndarray) -> np.ndarray:

@@ -40,6 +40,7 @@ class Training:
     device: torch.device
     precision: str = "fp32"
     loader_workers: int = 0
+    domains: np.ndarray | None = None  # (N,) the source of every row of the manifest, where these take turns
 
     @cached_property
     def log_prior(self) -> Tensor:
@@ -64,7 +65,8 @@ class Training:
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
         # A batch norm knows no deviation of a single face.
         smallest = 2 if any(isinstance(module, _BatchNorm) for module in self.method.modules()) else 1
-        order = epoch_order(self.rows, self.dataset.manifest.labels, self.method.recipe, self.seed, epoch, smallest)
+        labels, recipe = self.dataset.manifest.labels, self.method.recipe
+        order = epoch_order(self.rows, labels, recipe, self.seed, epoch, smallest, self.domains)
         view, frozen_view = self.dataset.plan.view_of(epoch), None
         if self.method.clean_features:  # a new picture in every epoch, however few views are stored
             view, frozen_view = epoch, 0
@@ -106,9 +108,10 @@ class Training:
 
 @dataclass
 class Selection:
-    """Which epoch's weights are the result: the last one's, or the most accurate on held-out faces of the source."""
+    """Which epoch's weights are the result: the last one's, or the most accurate on faces that are not trained on."""
 
     rows: np.ndarray  # empty: the last epoch's
+    dataset: FaceDataset | None = None  # whose rows these are; None: the source's
     epoch: int = 0
     accuracy: float = -1.0
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -117,8 +120,9 @@ class Selection:
         """Keep the weights of an epoch when they are the best so far, the first among equals; return the accuracy."""
         if not len(self.rows):
             return {}
-        probabilities = predict(training.method, training.dataset, self.rows, training.device)
-        labels = training.dataset.manifest.labels[self.rows]
+        dataset = self.dataset or training.dataset
+        probabilities = predict(training.method, dataset, self.rows, training.device)
+        labels = dataset.manifest.labels[self.rows]
         accuracy = float((probabilities.argmax(axis=1) == labels).mean())
         if accuracy > self.accuracy:
             self.epoch, self.accuracy = epoch, accuracy

@@ -24,7 +24,8 @@ from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
-from cafe.results.scores import SOURCE, Run
+from cafe.results.scores import Run
+from cafe.results.sources import SOURCE
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def conclude(comparison: Comparison) -> str:
     """
     best: dict[bool, Row] = {}  # of the rows that read frozen features, and of those that do not
     for row in sorted(comparison.rows, key=lambda row: -row.unseen.mean):
-        if not math.isnan(row.unseen.mean):
+        if not (row.oracle or math.isnan(row.unseen.mean)):
             best.setdefault(row.runs[0].derived.get("store", "none") != "none", row)
     if len(best) < 2:
         return ""
@@ -106,7 +107,7 @@ def list_records(report: Report) -> Iterator[dict[str, object]]:
         for name, estimate in row.cells.items():
             where: dict[str, object] = {"target": report.target, "expression": name}
             if not report.target:
-                role = SOURCE if name == row.source else "same set" if name in row.seen else "unseen"
+                role = SOURCE if name in row.source.split("+") else "same set" if name in row.seen else "unseen"
                 where = {"target": name, "role": role, "metric": metric}
             described = _describe(comparison, row, where, estimate, numbers.cells.get(name, math.nan))
             yield described | _describe_test(tested.get((id(row), name)))

@@ -13,7 +13,8 @@ from cafe.results.comparison import Comparison, Row
 from cafe.results.metrics import METRICS, TITLES, Estimate
 from cafe.results.paired_tests import Paired, Ranks
 from cafe.results.published import Published
-from cafe.results.scores import SAME_SET, UNKNOWN, average_unseen
+from cafe.results.scores import average_unseen
+from cafe.results.sources import SAME_SET, UNKNOWN
 
 BEST, SECOND = "best", "second"
 HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row of a comparison
@@ -22,6 +23,9 @@ NOISE = (
     "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
 )
 PEEKED = "†: the epoch was chosen on the source's test split, as published scripts do: not comparable."
+ORACLES = (
+    "†: the epoch was chosen on the target's own training faces (oracle): what a choice could gain, and no result."
+)
 
 
 @dataclass(frozen=True)
@@ -145,14 +149,19 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
     several = [row for row in rows if row.seeded and row.seeds > 1]
     fewer = any(0 < e.count < row.seeds for row in several for e in (*row.cells.values(), *row.means.values()))
     one_draw = any(len({run.settings.get("view_seed") for run in row.runs}) == 1 for row in several)
+    own_draws = any(row.runs[0].settings.get("views_per_seed") for row in several)
     said = {
         "For each source, the best is bold and the second underlined, whether or not they differ significantly.":
             len(rows) > len({row.source for row in rows}),
-        PEEKED: any(row.peeked for row in rows),
+        PEEKED: any(row.peeked and not row.oracle for row in rows),
+        ORACLES: any(row.oracle for row in rows),
         "[n]: n seeds, fewer than the row has.": fewer,
         "Seeds: any: every seed predicts the same, because nothing in the method is random.":
             not all(row.seeded for row in rows),
         "The seeds of a row share one draw of views, and the intervals say nothing of other draws.": one_draw,
+        "Every seed of a row has a draw of views of its own.": own_draws,
+        "All but target: each target is judged by a training on all other domains (leave-one-domain-out).":
+            any(row.runs[0].fold for row in rows),
     }  # fmt: skip
     return [note for note, holds in said.items() if holds]
 

@@ -13,9 +13,11 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 from cafe.results.metrics import METRICS, Estimate, estimate
 from cafe.results.protocols import PROTOCOLS
-from cafe.results.scores import SAME_SET, SOURCE, UNSEEN, Run
+from cafe.results.scores import Run
+from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 
-PEEKING = "source_test"  # a selection that looks at faces the run is judged on: always said beside its numbers
+ORACLE = "oracle"  # a selection that looks at faces of the target itself
+PEEKING = ("source_test", ORACLE)  # selections that look at what the run is judged on: always said beside its numbers
 IDENTITY = {"source", "method", "seed"}  # what a row shows anyway
 NOTHING = estimate([])
 
@@ -24,6 +26,7 @@ NOTHING = estimate([])
 class Row:
     """Runs that differ in nothing but their seed: one method trained on one source, with an estimate in every cell.
 
+    In leave-one-domain-out there is one run of every seed for each target, its fold.
     `label` is the method with the settings that tell it apart from the others of its source; `seen` names the targets that
     are of the set it was trained on. A row of which every seed predicts the same is not `seeded`.
     """
@@ -38,7 +41,7 @@ class Row:
     @property
     def source(self) -> str:
         """What it was trained on."""
-        return self.runs[0].source
+        return self.runs[0].trained_on
 
     @property
     def method(self) -> str:
@@ -52,8 +55,13 @@ class Row:
 
     @property
     def peeked(self) -> bool:
-        """Whether its epoch was chosen on faces it is judged on."""
-        return self.runs[0].selection == PEEKING
+        """Whether its epoch was chosen on faces it is judged on, or on others of its target."""
+        return self.runs[0].selection in PEEKING
+
+    @property
+    def oracle(self) -> bool:
+        """Whether its epoch was chosen on its target: it is shown, and never compared."""
+        return self.runs[0].selection == ORACLE
 
     @property
     def unseen(self) -> Estimate:
@@ -102,16 +110,19 @@ def compare(
         leaking = [target for target in targets if target in set(without.scores.loc[lost, "target"])]
     rows = []
     for members, label in group_runs(runs, own):
-        unseen = [target for target in targets if not table.is_seen(members, target)]
+        relations = {target: table.relation(members, target) for target in targets}
+        unseen = [target for target, relation in relations.items() if relation == UNSEEN]
         cells: dict[str, Estimate] = {}
         for target in targets:
             cells[target] = table.estimate(members, metric, [target])
             if without and target in leaking:
                 cells[f"{target} leak-free"] = without.estimate(members, metric, [target])
-        seen = frozenset(name for name in cells if name.removesuffix(" leak-free") not in unseen)
+        familiar = {target for target, relation in relations.items() if relation in (SOURCE, SAME_SET)}
+        seen = frozenset(name for name in cells if name.removesuffix(" leak-free") in familiar)
         means = {"unseen": table.estimate(members, metric, unseen)}
         means |= {f"unseen {other}": table.estimate(members, other, unseen) for other in ("macro_f1", "ece")}
-        means["all"] = table.estimate(members, metric, [*unseen, members[0].source])
+        whole = [*unseen, *(source.name for source in members[0].sources)]
+        means["all"] = NOTHING if members[0].fold else table.estimate(members, metric, whole)
         if without:
             means["unseen leak-free"] = without.estimate(members, metric, unseen)
         rows.append(Row(members, label, cells, means, seen, table.is_seeded(members)))
@@ -128,7 +139,7 @@ def compare_classes(runs: Sequence[Run], scores: pd.DataFrame, target: str, prot
     table, rows = _Table(own), []
     for members, label in group_runs(runs, own):
         cells = {name: table.estimate(members, metric, [target]) for name, metric in metrics.items()}
-        seen = frozenset(metrics if table.is_seen(members, target) else ())
+        seen = frozenset(metrics if table.relation(members, target) in (SOURCE, SAME_SET) else ())
         rows.append(Row(members, label, cells, {}, seen, table.is_seeded(members)))
     return Comparison("recall", protocol, list(metrics), rows, own)
 
@@ -143,19 +154,24 @@ class _Table:
         distinct = scores.groupby(["group", "target"])[list(METRICS)].nunique().max(axis=1)
         self.varied = {group for (group, _), count in distinct.items() if count > 1}
 
-    def is_seen(self, runs: Sequence[Run], target: str) -> bool:
-        """Whether a target is of the set the runs were trained on, whether or not they were judged on it."""
-        return runs[0].relation(target, *self.about[target]) != UNSEEN
+    def relation(self, runs: Sequence[Run], target: str) -> str:
+        """Return what a target is to the runs that are to be judged on it, whether or not they were; empty for no run."""
+        return next((run.relation(target, *self.about[target]) for run in runs if run.judges(target)), "")
 
     def is_seeded(self, runs: Sequence[Run]) -> bool:
         """Whether the seed plays a part: not where every one of several predicts the same."""
-        return len(runs) < 2 or runs[0].group in self.varied
+        return len({run.seed for run in runs}) < 2 or runs[0].group in self.varied
 
     def estimate(self, runs: Sequence[Run], metric: str, targets: Sequence[str]) -> Estimate:
         """Estimate the mean of a metric over targets from the seeds that have it on all of them."""
-        judged = [
-            [self.records.get((run.name, target), {}).get(metric, math.nan) for target in targets] for run in runs
-        ]
+        found = {
+            (run.seed, target): self.records.get((run.name, target), {}).get(metric, math.nan)
+            for run in runs
+            for target in targets
+            if run.judges(target)
+        }
+        seeds = dict.fromkeys(run.seed for run in runs)
+        judged = [[found.get((seed, target), math.nan) for target in targets] for seed in seeds]
         means = [sum(values) / len(values) for values in judged if values]
         whole = [mean for mean in means if not math.isnan(mean)]
         return estimate(whole if self.is_seeded(runs) else whole[:1])
@@ -182,7 +198,7 @@ def group_runs(runs: Sequence[Run], scores: pd.DataFrame) -> list[tuple[tuple[Ru
             groups[run.group].append(run)
     members = [tuple(sorted(group, key=lambda run: run.seed)) for group in groups.values()]
     named = list(zip(members, name_rows(members), strict=True))
-    return sorted(named, key=lambda row: (row[0][0].source, row[0][0].method, row[1]))
+    return sorted(named, key=lambda row: (row[0][0].trained_on, row[0][0].method, row[1]))
 
 
 def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -193,7 +209,7 @@ def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
     labels = [""] * len(groups)
     families: dict[tuple[str, str], list[int]] = defaultdict(list)
     for place, group in enumerate(groups):
-        families[group[0].source, group[0].method].append(place)
+        families[group[0].trained_on, group[0].method].append(place)
     for (_, method), places in families.items():
         chosen = [_common_settings(groups[place]) for place in places]
         for longest in (24, 48, 10_000):
@@ -216,7 +232,7 @@ def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, ob
     differing = [
         key
         for key, value in sorted(told.items())
-        if any(rival.get(key) != value for rival in rivals) or (key, value) == ("selection", PEEKING)
+        if any(rival.get(key) != value for rival in rivals) or (key == "selection" and value in PEEKING)
     ]
     texts = (f"{key.removeprefix('recipe.')}={shorten(str(told[key]), longest)}" for key in differing)
     return f"{method} ({', '.join(texts)})" if differing else method

@@ -51,9 +51,8 @@ def leave_out_leaks(root: UPath) -> Callable[[Run, str, Predictions], Prediction
     """Return the filter that takes copies of the source's training faces out of predictions."""
 
     def leave_out(run: Run, target: str, predictions: Predictions) -> Predictions:
-        about = predictions.about
-        return predictions.without(
-            load_leaks(root, run.source, run.source_digest, target.partition("@")[0], about.get("manifest", ""))
-        )
+        name, digest = target.partition("@")[0], predictions.about.get("manifest", "")
+        found = [load_leaks(root, source.name, source.digest, name, digest) for source in run.sources]
+        return predictions.without(frozenset().union(*found))
 
     return leave_out

@@ -14,6 +14,8 @@ from cafe.results.comparison import Comparison, Row
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.statistics import Difference, Ranking, holm, paired_test, rank_methods
 
+Judged = Sequence[dict[str, Predictions]]  # by seed and target
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -42,22 +44,34 @@ class Paired:
 
 
 def pair_rows(comparison: Comparison, versus: str) -> list[Paired]:
-    """Test the accuracy of every row against the one of that name trained on the same source; raise `UserError`."""
+    """Test the accuracy of every row against the one of that name trained on the same source; raise `UserError`.
+
+    A row whose epoch was chosen on its target is neither tested nor tested against.
+    """
     tests = []
     for reference in find_references(comparison, versus):
-        theirs = [load_predictions(run.folder, comparison.protocol) for run in reference.runs]
+        theirs = load_judged(reference, comparison.protocol)
         for row in comparison.rows:
-            if row.source == reference.source and row is not reference:
-                ours = [load_predictions(run.folder, comparison.protocol) for run in row.runs]
+            if row.source == reference.source and row is not reference and not row.oracle:
+                ours = load_judged(row, comparison.protocol)
                 tests += list(_test(row, reference, ours, theirs, comparison))
     return tests
+
+
+def load_judged(row: Row, protocol: str) -> Judged:
+    """Return the predictions of every seed by target; those of a fold for the domain it leaves out alone."""
+    judged: dict[int, dict[str, Predictions]] = {run.seed: {} for run in row.runs}
+    for run in row.runs:
+        found = load_predictions(run.folder, protocol)
+        judged[run.seed] |= {target: predictions for target, predictions in found.items() if run.judges(target)}
+    return list(judged.values())
 
 
 def find_references(comparison: Comparison, versus: str) -> list[Row]:
     """Return for each source the row of that label, tag or method; raise `UserError` for none or several."""
     found = []
     for source in dict.fromkeys(row.source for row in comparison.rows):
-        rows = [row for row in comparison.rows if row.source == source]
+        rows = [row for row in comparison.rows if row.source == source and not row.oracle]
         named = [row for row in rows if row.label == versus]
         named = named or [row for row in rows if row.runs[0].settings.get("tag") == versus]
         named = named or [row for row in rows if row.method == versus]
@@ -73,9 +87,6 @@ def find_references(comparison: Comparison, versus: str) -> list[Row]:
     return found
 
 
-Judged = Sequence[dict[str, Predictions]]  # by run and target
-
-
 def _test(row: Row, reference: Row, ours: Judged, theirs: Judged, comparison: Comparison) -> Iterator[Paired]:
     """The tests of a row on all targets both were judged on, then of the mean when that is all the unseen ones."""
     targets = [target for target in comparison.columns if not target.endswith(" leak-free")]
@@ -87,7 +98,7 @@ def _test(row: Row, reference: Row, ours: Judged, theirs: Judged, comparison: Co
     tests = [_judge(row, reference, target, [faces]) for target, faces in paired.items()]
     adjusted = holm([test.difference.p for test in tests])
     yield from (replace(test, adjusted_p=p) for test, p in zip(tests, adjusted, strict=True))
-    unseen = [target for target in targets if target not in row.seen]
+    unseen = [target for target in targets if target not in row.seen and any(run.judges(target) for run in row.runs)]
     if len(unseen) > 1 and paired.keys() >= set(unseen):
         yield _judge(row, reference, "", [paired[target] for target in unseen])
 

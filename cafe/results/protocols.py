@@ -40,15 +40,15 @@ class Protocol:
         same_split = self.splits.get(kind, JUDGED) == other.splits.get(kind, JUDGED)
         return same_split and self.channels(kind) == other.channels(kind)
 
-    def split(self, target: Manifest, source_kind: str) -> str | None:
+    def split(self, target: Manifest, *source_kinds: str) -> str | None:
         """Return the split of a target that is judged, or None when it has none that may be.
 
-        Never the training split of the set the method was trained on, and no labels but those the protocol means.
+        Never the training split of a set the method was trained on, and no labels but those the protocol means.
         """
         if target.kind == "ferplus-argmax":
             return None
         wanted = self.splits.get(target.kind, JUDGED)
-        if target.kind == source_kind and "train" in wanted:
+        if target.kind in source_kinds and "train" in wanted:
             wanted = JUDGED
         return next((split for split in wanted if len(target.rows(split))), None)
 

@@ -70,12 +70,14 @@ def publish_rows(comparison: Comparison) -> list[Published | None]:
 
 def _publish(row: Row, kinds: dict[str, str], protocol: Protocol) -> Published | None:
     run = row.runs[0]
-    numbers = find_published(row.method, run.source_kind, _init(row), protocol)
+    if len(run.sources) > 1 or run.fold:
+        return None
+    numbers = find_published(row.method, run.sources[0].kind, _init(row), protocol)
     cells = {name: numbers[kinds[name]] for name in row.cells if kinds.get(name) in numbers}
     if not cells:
         return None
     unseen = [name for name in row.cells if name in kinds and name not in row.seen]
-    if sorted(kinds[name] for name in unseen) != sorted({*SETS} - {run.source_kind}) or not {*unseen} <= cells.keys():
+    if sorted(kinds[name] for name in unseen) != sorted({*SETS} - {run.sources[0].kind}) or not {*unseen} <= cells.keys():
         return Published(cells)
     mean = float(np.mean([cells[name] for name in unseen]))
     whole = [*unseen, row.source]
@@ -85,8 +87,13 @@ def _publish(row: Row, kinds: dict[str, str], protocol: Protocol) -> Published |
 def publish_classes(comparison: Comparison) -> list[Published | None]:
     """Return for each row the published recalls by expression, with `overall` and `mean`; None where there are none."""
     (kind,) = comparison.kinds.values()
-    protocol, rows = find_protocol(comparison.protocol), comparison.rows
-    found = (find_published_classes(row.method, row.runs[0].source_kind, kind, _init(row), protocol) for row in rows)
+    protocol = find_protocol(comparison.protocol)
+    found = (
+        find_published_classes(row.method, row.runs[0].sources[0].kind, kind, _init(row), protocol)
+        if len(row.runs[0].sources) == 1 and not row.runs[0].fold
+        else {}
+        for row in comparison.rows
+    )
     return [Published(numbers) if numbers else None for numbers in found]
 
 

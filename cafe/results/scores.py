@@ -20,7 +20,7 @@ from cafe.records import FORMAT
 from cafe.results.metrics import METRICS, score
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
-from cafe.results.published import SETS
+from cafe.results.sources import ALL_BUT_TARGET, SOURCE, UNKNOWN, UNSEEN, Source, find_relation
 
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
 RECALLS = tuple(f"recall/{name}" for name in EXPRESSIONS)
@@ -29,16 +29,8 @@ COLUMNS = (
     "faces", "left_out", *METRICS, *RECALLS,
 )  # fmt: skip
 
-# What a target is to a run. Means are taken over `unseen` targets, or over these and the `source`.
-SOURCE, UNSEEN = "source", "unseen"
-SAME_SET = "same set"  # another manifest of the set the run was trained on
-OTHER_SPLIT = "other split"  # judged on another split than the protocol's, as `target@split`
-UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
-
 # What run.json says of a run.
-DESCRIBED = (
-    "name", "group", "source", "source_kind", "source_digest", "method", "seed", "selection", "settings", "derived",
-)  # fmt: skip
+DESCRIBED = ("name", "group", "source", "method", "seed", "selection", "settings", "derived")
 
 Filter = Callable[["Run", str, Predictions], Predictions]
 
@@ -54,9 +46,9 @@ class Run:
     folder: UPath
     name: str
     group: str
-    source: str
-    source_kind: str
-    source_digest: str
+    source: str  # `a+b` where there are several
+    sources: tuple[Source, ...]
+    fold: str  # in leave-one-domain-out, the domain left out, on which alone it is judged
     method: str
     seed: int
     selection: str
@@ -66,18 +58,18 @@ class Run:
     experiments: dict[str, str | None]
     pulled: bool  # from a tracking server: it was judged on the manifests of another workspace
 
+    @property
+    def trained_on(self) -> str:
+        """What tables call its source: `all but target` for all folds of leave-one-domain-out."""
+        return ALL_BUT_TARGET if self.fold else self.source
+
+    def judges(self, target: str) -> bool:
+        """Whether a table shows what this run says of a target: a fold counts for the domain it leaves out alone."""
+        return self.fold in ("", target)
+
     def relation(self, target: str, kind: str, manifest: str) -> str:
         """Return what a target, with the kind and the digest of its manifest, is to this run."""
-        if "@" in target:
-            return OTHER_SPLIT
-        if target == self.source:
-            return SOURCE
-        same_kind = _set_of(kind) == _set_of(self.source_kind) and _set_of(kind) in SETS
-        return SAME_SET if same_kind or manifest == self.source_digest else UNSEEN
-
-
-def _set_of(kind: str) -> str:
-    return kind.partition("-")[0]  # ferplus-argmax is FERPlus with other labels
+        return find_relation(self.sources, target, kind, manifest)
 
 
 def read_runs(folders: Iterable[UPath]) -> list[Run]:
@@ -101,9 +93,12 @@ def read_run(folder: UPath) -> Run | None:
         raise UserError(f"{folder}/run.json has no {missing[0]!r}: it was changed by hand; train the run again.")
     deviations = record.get("not_as_published")
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
+    alone = {"name": record["source"], "kind": record.get("source_kind"), "digest": record.get("source_digest")}
     return Run(
         folder,
         **described,
+        fold=record.get("fold", ""),
+        sources=tuple(Source(**source) for source in record.get("sources") or [alone]),
         not_as_published=tuple(deviations) if isinstance(deviations, list) else (),
         experiments={name: member.get("benchmark") for name, member in experiments.items()},
         pulled=(folder / PULLED).exists(),
@@ -146,9 +141,10 @@ def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def average_all(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the same over the unseen targets and the source, as published tables do, for runs judged on their source."""
+    """Return the same over the unseen targets and the sources, as published tables do, for runs judged on all of these."""
     keys = [scores["run"], scores["protocol"]]
-    complete = (scores["relation"] == SOURCE).groupby(keys).transform("any").astype(bool)
+    judged = (scores["relation"] == SOURCE).groupby(keys).transform("sum")
+    complete = judged == scores["source"].astype(str).str.count(r"\+") + 1
     return _average(scores[complete & scores["relation"].isin([SOURCE, UNSEEN])])
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from cafe.errors import UserError
 from cafe.files import write_file, write_json
 from pipeline import cluster
-from pipeline.benchmark.plan import BenchmarkPlan, Cell, StoreName, plan_benchmark
+from pipeline.benchmark.grid import Cell, StoreName
+from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from pipeline.cluster import Bar, Progress
 from pipeline.extract import extract
 from pipeline.faces import Store
@@ -137,7 +138,8 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
 
 
 def _note_killed(cells: list[Cell], mirror: Mirror) -> None:
-    runs = [cell.plan.run for cell in cells if cell.plan and read_status(cell.plan.run) == "RUNNING"]
+    plans = [plan for cell in cells if cell.plan for plan in (*cell.plan.folds, cell.plan)]
+    runs = [plan.run for plan in plans if read_status(plan.run) == "RUNNING"]
     for run in runs:
         note_status(run, "KILLED", "interrupted")
     for run in runs:

@@ -1,6 +1,6 @@
 """A benchmark file: which sources, methods, seeds and towers make a grid, read from TOML and checked by pydantic.
 
-    sources = ["rafdb", "sfew"]                     # manifests to train on
+    sources = ["rafdb", "sfew"]                     # to train on; "rafdb,sfew" is their union. Or: "all but target"
     methods = ["scn", { method = "cafe", set = { mask = "none" } }]
     seeds = 5                                       # or a list of them
     towers = ["clip-vit-b32"]                       # of the methods that use one
@@ -30,7 +30,9 @@ from cafe.errors import UserError, unknown
 from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
 from cafe.methods.method import Method
+from cafe.results.sources import ALL_BUT_TARGET
 from pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
+from pipeline.sources import split_names
 
 # What the grid itself decides for every store and every cell, so that a file cannot.
 DECIDED_FEATURES = (
@@ -47,9 +49,11 @@ DECIDED_FEATURES = (
     "verify",
 )
 DECIDED_TRAINING = (
-    "address", "num_cpus", "wait", "source", "method", "seed", "overrides", "backbone", "views", "policy", "store", "live",
-    "targets", "protocol", "threads", "mlflow_uri", "experiment",
+    "address", "num_cpus", "wait", "source", "fold", "method", "seed", "overrides", "backbone", "views", "policy",
+    "view_seed", "views_per_seed", "store", "live", "targets", "protocol", "threads", "mlflow_uri", "experiment",
 )  # fmt: skip
+
+PER_SEED = "per seed"  # for `view_seed`: every training seed sees a draw of views of its own
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 KINDS = {"int": "a whole number", "string": "a text", "bool": "true or false", "list": "a list", "dict": "a table"}
@@ -70,6 +74,11 @@ def _check_plain(value: Any) -> Any:
 
 
 Names = Annotated[list[str], AfterValidator(_check_different)]
+Sources = Annotated[
+    list[Annotated[str, AfterValidator(lambda text: ",".join(split_names(text)))]],
+    BeforeValidator(lambda value: [value] if value == ALL_BUT_TARGET else value),
+    AfterValidator(_check_different),
+]
 Seeds = Annotated[
     list[Number],
     BeforeValidator(lambda value: list(range(value)) if type(value) is int else value),
@@ -122,7 +131,7 @@ class Benchmark:
     """A benchmark file; the defaults are these."""
 
     name: str
-    sources: Names
+    sources: Sources  # or `ALL_BUT_TARGET` alone
     methods: list[Entry]
     about: str = ""
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2, 3, 4])
@@ -148,11 +157,33 @@ class Benchmark:
     @property
     def judged(self) -> list[str]:
         """The manifests to judge on."""
-        return self.targets or self.sources
+        return self.targets or list(dict.fromkeys(name for source in self.sources for name in source.split(",")))
+
+    @property
+    def trainings(self) -> list[tuple[str, str]]:
+        """What is trained on, comma-separated, and in leave-one-domain-out the target that it leaves out."""
+        if self.sources != [ALL_BUT_TARGET]:
+            return [(source, "") for source in self.sources]
+        return [(",".join(sorted({*self.judged} - {target})), target) for target in self.judged]
+
+    @property
+    def views_per_seed(self) -> bool:
+        """Whether every seed of a trained method has views of its own."""
+        return self.features.get("view_seed") == PER_SEED
+
+    @property
+    def first_view_seed(self) -> int:
+        """The seed of the views, or the first one where there are several."""
+        return self.seeds[0] if self.views_per_seed else int(self.features.get("view_seed", 0))
+
+    def view_seed(self, entry: Entry, seed: int) -> int:
+        """Return the seed of the views whose features a method reads."""
+        clean = entry.kind.clean_features or not entry.kind.trained  # that view is the same by every seed
+        return seed if self.views_per_seed and not clean else self.first_view_seed
 
     def combinations(self) -> Iterator[tuple[str, Entry, str | None]]:
         """Yield every (source, method, tower); the tower is None for a method that has no use for one."""
-        for source in self.sources:
+        for source, _ in self.trainings:
             for entry in self.methods:
                 towers: Sequence[str | None] = (entry.tower,) if entry.tower else self.towers
                 for tower in towers if entry.uses_tower else (None,):
@@ -163,6 +194,9 @@ class Benchmark:
         shared = dict(self.train)
         if not entry.kind.trained:
             shared.pop("epochs", None)  # meant for methods that have epochs
+            if shared.get("selection") in ("leave_one_out", "oracle"):
+                shared.pop("selection")
+        fold = dict(self.trainings)[source]
         own = {**shared, **entry.train}
         own.setdefault("image_size", self.features.get("input_size"))  # the same pictures for all of them
         changes = {key: value for key, value in self.set.items() if key in entry.recipe_settings} | entry.set
@@ -171,7 +205,9 @@ class Benchmark:
             method=entry.method,
             overrides=tuple(f"{key}={value}" for key, value in changes.items()),
             backbone=tower or "none",
-            targets=",".join(self.judged),
+            targets=fold or ",".join(self.judged),
+            fold=fold,
+            views_per_seed=self.views_per_seed and entry.kind.trained,
             protocol=self.protocol,
             experiment=self.name,
             **own,
@@ -197,14 +233,17 @@ def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:
     entries = [_parse_entry(item, name) for item in content["methods"]]
     shared = _check_table(content.get("train", {}), f"[train] in {name}")
     features = _check_table(content.get("features", {}), f"[features] in {name}")
+    per_seed = {"view_seed": features.pop("view_seed")} if features.get("view_seed") == PER_SEED else {}
     benchmark = check(Benchmark, {
         **own,
         "name": name,
         "methods": entries,
         "set": shared.pop("set", {}),
         "train": check_settings(TrainSettings, DECIDED_TRAINING, shared, f"[train] in {name}", ("set",)),
-        "features": check_settings(ExtractSettings, DECIDED_FEATURES, features, f"[features] in {name}"),
+        "features": check_settings(ExtractSettings, DECIDED_FEATURES, features, f"[features] in {name}") | per_seed,
     }, name)  # fmt: skip
+    if benchmark.sources == [ALL_BUT_TARGET] and len(benchmark.targets or ()) < 2:
+        raise UserError(f'sources = "{ALL_BUT_TARGET}" in {name} needs at least two targets: give a list of them.')
     settings = frozenset[str]().union(*(entry.recipe_settings for entry in entries))
     for key in benchmark.set.keys() - settings:
         raise unknown(f"setting of the methods in {name}", key, settings)

@@ -15,117 +15,25 @@ from typing import Any
 from upath import UPath
 
 from cafe.data.manifest import Manifest
+from cafe.data.union import parts_of, unite
 from cafe.errors import UserError
-from cafe.files import list_folder, read_json
+from cafe.files import read_json
 from cafe.results.protocols import find_protocol
 from cafe.towers.building import NORMALISATIONS
 from cafe.towers.names import absolute_name
 from pipeline.benchmark.file import Benchmark, Entry
+from pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
 from pipeline.extract import Extraction
-from pipeline.faces import Faces, Store, Wanted, choose_rows, fitting_stores
-from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
+from pipeline.faces import Faces, Store, Wanted, fitting_stores
+from pipeline.settings import BenchmarkSettings, ExtractSettings
+from pipeline.sources import choose_rows, unite_faces
 from pipeline.store import FeatureStore, describe_policy, find_stores
 from pipeline.train import TrainPlan, check_network, find_recipe, plan_training
 from pipeline.workspace import Workspace
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
 
-StoreName = tuple[str, ExtractSettings]  # names a store before the weights of its tower are known
-Sharing = tuple[str, str | None, str, int | None]  # source, tower, policy, and an entry's own number of views of maps
 Filled = Mapping[StoreName, Store | str]  # stores of this session, or why there is none
-
-
-@dataclass(frozen=True)
-class StorePlan:
-    """A feature store the grid needs, what there is of it, and why it cannot be used if it cannot."""
-
-    manifest: Manifest
-    settings: ExtractSettings
-    found: Store | None = None
-    pending: int = 0  # faces without features yet
-    obstacle: str = ""
-
-    @property
-    def name(self) -> StoreName:
-        """Names the store."""
-        return self.manifest.name, self.settings
-
-    @property
-    def passes(self) -> int:
-        """How often the tower runs to fill it."""
-        return len(self.manifest) * self.settings.views
-
-    @property
-    def passes_left(self) -> int:
-        """How often it still has to run."""
-        return self.pending * self.settings.views
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One run of the grid: a method on a source with a tower and a seed."""
-
-    source: Manifest
-    entry: Entry
-    tower: str | None
-    settings: TrainSettings
-    title: str  # the method with what it changes and, where there are several, its tower
-    epochs: int
-    faces: int = 0  # that an epoch trains on
-    tower_passes: int = 0  # of training and judging as published, without a store
-    stores: tuple[StorePlan, ...] = ()
-    plan: TrainPlan | None = None  # None while features are missing
-    obstacle: str = ""  # why it cannot run
-
-    @property
-    def name(self) -> str:
-        """What `--only` is matched with."""
-        return f"{self.source.name}/{self.title}/s{self.settings.seed}"
-
-    @property
-    def maps(self) -> bool:
-        """Whether it needs feature maps."""
-        return "map" in self.entry.kind.needs
-
-    @property
-    def own_views(self) -> int | None:
-        """How many views of the source it reads features of, where that is its own number."""
-        return 1 if self.entry.kind.clean_features else self.entry.views
-
-    @property
-    def sharing(self) -> Sharing:
-        """What it has in common with the cells that share its source's store.
-
-        Maps are large, so cells with their own number of views of them stay apart.
-        """
-        return self.source.name, self.tower, self.entry.kind.policy, self.own_views if self.maps else None
-
-    @property
-    def work(self) -> int:
-        """Faces × epochs of its training; what is not trained in epochs looks at every face once."""
-        return self.faces * max(1, self.epochs)
-
-    @cached_property
-    def done(self) -> bool:
-        """Whether it is trained and judged on all targets."""
-        return self.plan is not None and self.plan.done
-
-    @cached_property
-    def records(self) -> list[UPath]:
-        """The records of the epochs that are trained."""
-        return list_folder(self.plan.run / "epochs") if self.plan else []
-
-    @property
-    def worked(self) -> int:
-        """How many faces × epochs are behind it."""
-        return self.work if self.done else min(self.work, self.faces * len(self.records))
-
-    def with_seed(self, seed: int) -> Cell:
-        """Return the cell of another seed."""
-        settings, plan = replace(self.settings, seed=seed), self.plan
-        if plan:
-            plan = replace(plan, settings=replace(plan.settings, seed=seed), spec=replace(plan.spec, seed=seed))
-        return replace(self, settings=settings, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -209,15 +117,17 @@ def plan_benchmark(
     Raises `UserError` for what is wrong with the file; what only keeps some cells from running is their `obstacle`.
     """
     planner = _Planner(workspace.keeping_manifests(), benchmark, settings, filled or {})
-    drafts = [planner.draft(*combination) for combination in benchmark.combinations()]
+    planned = benchmark.seeds if benchmark.views_per_seed else benchmark.seeds[:1]
+    drafts = [planner.draft(*combination, seed) for seed in planned for combination in benchmark.combinations()]
     sources = planner.plan_source_stores(drafts)
     targets = planner.plan_target_stores(drafts, sources)
     first = []
     for cell in drafts:
-        stores = [sources[cell.sharing]] if cell.tower else []
-        stores += [targets[name, cell.tower] for name in benchmark.judged] if cell.entry.reads_features else []
+        stores = [sources[sharing] for sharing in cell.sharings]
+        stores += [targets[name, cell.tower] for name in cell.judged] if cell.entry.reads_features else []
         first.append(planner.complete(cell, stores))
-    cells = [cell.with_seed(seed) for seed in benchmark.seeds for cell in first]  # all of the first seed come first
+    seeds = [None] if benchmark.views_per_seed else benchmark.seeds  # all of the first seed come first
+    cells = [cell if seed is None else cell.with_seed(seed) for seed in seeds for cell in first]
     chosen = [cell for cell in cells if fnmatchcase(cell.name, settings.only or "*")]
     if not chosen:
         raise UserError(f"No cell matches --only {settings.only!r}: they are called like {cells[0].name!r}.")
@@ -231,26 +141,27 @@ class _Planner:
     settings: BenchmarkSettings
     filled: Filled
 
-    def draft(self, source: str, entry: Entry, tower: str | None) -> Cell:
+    def draft(self, source: str, entry: Entry, tower: str | None, seed: int) -> Cell:
         """Return a cell before anything is known of its stores."""
-        manifest = self.workspace.load_manifest(source)
+        manifest = unite([self.workspace.load_manifest(name) for name in source.split(",")])
         settings = self.benchmark.train_settings(source, entry, tower)
         epochs = find_recipe(settings, manifest.kind).epochs
         views = entry.views or self.benchmark.views or epochs + 1  # one for every epoch and the clean one, as published
-        settings = replace(settings, views=views, experiment=self.settings.experiment or self.benchmark.name)
+        settings = replace(settings, seed=seed, views=views, experiment=self.settings.experiment or self.benchmark.name)
         several = len({other for _, _, other in self.benchmark.combinations() if other}) > 1
         title = f"{entry.label} on {tower}" if several and tower else entry.label
-        return Cell(manifest, entry, tower, settings, title, epochs)
+        return Cell(manifest, entry, tower, settings, title, epochs, self.benchmark.view_seed(entry, seed))
 
     def plan_source_stores(self, cells: Sequence[Cell]) -> dict[Sharing, StorePlan]:
         """Return one store per source, tower and policy, with the views and maps that any of its cells needs."""
         stores: dict[Sharing, StorePlan] = {}
-        for sharing in dict.fromkeys(cell.sharing for cell in cells if cell.tower):
-            members = [cell for cell in cells if cell.tower and cell.sharing == sharing]
+        for sharing in dict.fromkeys(sharing for cell in cells for sharing in cell.sharings):
+            members = [cell for cell in cells if sharing in cell.sharings]
             views = max(cell.own_views or cell.settings.views or 1 for cell in members)
             policy = {"policy": members[0].entry.kind.policy} if views > 1 else {}
             maps = any(cell.maps for cell in members)
-            stores[sharing] = self.look_up(members[0].source, members[0].tower, views=views, maps=maps, **policy)
+            manifest, wanted = self.workspace.load_manifest(sharing[0]), {"views": views, "maps": maps, **policy}
+            stores[sharing] = self.look_up(manifest, members[0].tower, view_seed=members[0].view_seed, **wanted)
         return stores
 
     def plan_target_stores(
@@ -277,7 +188,8 @@ class _Planner:
 
         A store with more views, or with maps besides, serves as well.
         """
-        settings = ExtractSettings(**{**self.benchmark.features, "backbone": absolute_name(str(tower)), **changes})
+        fixed = {"backbone": absolute_name(str(tower)), "view_seed": self.benchmark.first_view_seed}
+        settings = ExtractSettings(**{**self.benchmark.features, **fixed, **changes})
         result = self.filled.get((manifest.name, settings))
         if isinstance(result, str):
             return StorePlan(manifest, settings, pending=len(manifest), obstacle=result)
@@ -299,11 +211,12 @@ class _Planner:
 
     def complete(self, cell: Cell, needed: Sequence[StorePlan]) -> Cell:
         """Return a cell with the stores it needs, what it costs and, once they are filled, its checked training."""
-        manifests = [self.workspace.load_manifest(name) for name in self.benchmark.judged]
-        protocol = find_protocol(self.benchmark.protocol)
-        splits = [(target, protocol.split(target, cell.source.kind)) for target in manifests]
-        train, held_out = choose_rows(Faces.of(self.workspace, cell.source), cell.settings.selection)
-        seen = max(1, cell.epochs) * (len(train) + len(held_out))
+        manifests = [self.workspace.load_manifest(name) for name in cell.judged]
+        protocol, parts = find_protocol(self.benchmark.protocol), parts_of(cell.source)
+        splits = [(target, protocol.split(target, *(part.kind for part in parts))) for target in manifests]
+        source = unite_faces([Faces.of(self.workspace, part) for part in parts])
+        train, held_out = choose_rows(source, cell.settings.selection)
+        seen = max(1, cell.epochs) * (max(1, cell.folds) * len(train) + len(held_out))
         seen += sum(len(target.rows(split)) for target, split in splits if split)
         plan, obstacle = None, next((store.obstacle for store in needed if store.obstacle), "")
         try:
@@ -319,8 +232,8 @@ class _Planner:
         """Plan the training, where a tower is used with the very store of the source."""
         settings = cell.settings
         if stores:
-            assert stores[0].found is not None
-            settings = replace(settings, backbone=None, store=stores[0].found[1].folder)
+            own = [store.found for store in stores[: len(parts_of(cell.source))]]
+            settings = replace(settings, backbone=None, store=",".join(found[1].folder for found in own if found))
         return plan_training(self.workspace, settings)
 
 

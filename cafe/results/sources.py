@@ -1,0 +1,44 @@
+"""What a run was trained on, and what a target is to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cafe.results.published import SETS
+
+# Means are taken over `unseen` targets, or over these and the sources.
+SOURCE, UNSEEN = "source", "unseen"
+SAME_SET = "same set"  # another manifest of a set the run was trained on
+OTHER_SPLIT = "other split"  # judged on another split than the protocol's, as `target@split`
+UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
+
+# Leave-one-domain-out ("In Search of Lost Domain Generalization", Gulrajani and Lopez-Paz, ICLR 2021): what the source of
+# its rows is called. Each run of such a row, a fold, is trained on all domains but the one it is judged on.
+ALL_BUT_TARGET = "all but target"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A manifest that was trained on: its name, the kind of its data set and its digest."""
+
+    name: str
+    kind: str
+    digest: str
+
+
+def find_relation(sources: Sequence[Source], target: str, kind: str, digest: str) -> str:
+    """Return what a target, with the kind and the digest of its manifest, is to a run with these sources."""
+    if "@" in target:
+        return OTHER_SPLIT
+    if any(source.name == target for source in sources):
+        return SOURCE
+    same = any(
+        digest == source.digest or (_set_of(kind) == _set_of(source.kind) and _set_of(kind) in SETS)
+        for source in sources
+    )
+    return SAME_SET if same else UNSEEN
+
+
+def _set_of(kind: str) -> str:
+    return kind.partition("-")[0]  # ferplus-argmax is FERPlus with other labels

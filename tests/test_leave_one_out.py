@@ -1,0 +1,247 @@
+"""Leave-one-domain-out: which epoch is judged, which runs make a row, and views of its own for every seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import complaint
+from domains import DOMAINS, draw_features, fill, make_workspace, planned, train
+from runs import write_predictions, write_run
+
+from cafe.files import read_json
+from cafe.learning.training import predict
+from cafe.report.report import make_report
+from cafe.report.sheets import ORACLES, PEEKED
+from cafe.results.scores import read_runs, read_scores
+from jobs.run_tables import plan_tables
+from pipeline.benchmark.file import Benchmark, parse_benchmark
+from pipeline.benchmark.plan import plan_benchmark
+from pipeline.faces import choose_targets
+from pipeline.models import load_method, make_dataset
+from pipeline.settings import BenchmarkSettings
+from pipeline.train import choose_epoch
+from pipeline.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return make_workspace(tmp_path)
+
+
+# --- which epoch is judged --------------------------------------------------------------------------------------------
+
+
+def follow(workspace: Workspace, judged: str, rows: np.ndarray, **settings: Any) -> tuple[list[float], list[Any]]:
+    """Return the accuracy on some rows of a manifest, and the weights, after 1, 2 and 3 epochs: of three trainings."""
+    manifest, accuracies, weights = workspace.load_manifest(judged), [], []
+    for epochs in (1, 2, 3):
+        plan = planned(workspace, epochs=epochs, **settings)
+        weights.append(train(plan))
+        (target,) = choose_targets(workspace, judged, plan.spec, "clean", "train")
+        method, device = load_method(plan.spec, plan.run), torch.device("cpu")
+        found = predict(method, make_dataset(plan.spec, target), rows, device).argmax(axis=1)
+        accuracies.append(float((found == manifest.labels[rows]).mean()))
+    return accuracies, weights
+
+
+FAST = {"overrides": ("learning_rate=0.05", "batch_size=8")}
+
+
+def test_the_oracle_takes_the_epoch_by_the_training_faces_of_the_domain_left_out(workspace: Workspace) -> None:
+    plan = planned(workspace, fold="three", selection="oracle", **FAST)
+    weights = train(plan, validation=plan.validation)
+    rows = workspace.load_manifest("three").rows("train")
+    accuracies, after = follow(workspace, "three", rows, **FAST)
+    best = int(np.argmax(accuracies))
+    records = [read_json(path) or {} for path in sorted((plan.run / "epochs").iterdir())]
+    assert [record["selection/accuracy"] for record in records] == pytest.approx(accuracies)
+    assert (read_json(plan.run / "result.json") or {})["selected"] == best + 1
+    assert all(torch.equal(weights[name], value) for name, value in after[best].items())
+
+
+def test_leave_one_out_takes_the_epoch_that_is_best_on_the_sources_left_out_in_turn(workspace: Workspace) -> None:
+    plan = planned(workspace, "one,two,three", selection="leave_one_out", sampler="balanced", **FAST)
+    for fold in plan.folds:
+        train(fold, validation=fold.validation)
+    assert [(fold.spec.source, fold.spec.fold) for fold in plan.folds] == [
+        ("three+two", "one"), ("one+two", "three"), ("one+three", "two"),
+    ]  # fmt: skip
+    curves = []
+    for fold in plan.folds:
+        left_out = fold.spec.fold
+        others = ",".join(sorted(set(DOMAINS) - {left_out}))
+        rows = workspace.load_manifest(left_out).rows("train")
+        curves.append(follow(workspace, left_out, rows, source=others, sampler="balanced", **FAST)[0])
+    means = np.mean(curves, axis=0)
+    assert choose_epoch(plan) == int(np.argmax(means)) + 1
+    noted = read_json(plan.run / "selection.json") or {}
+    assert noted["accuracy"] == pytest.approx(means.tolist())
+    assert noted["folds"] == {fold.spec.fold: fold.spec.name for fold in plan.folds}
+
+
+def test_a_training_that_ends_at_the_chosen_epoch_is_the_training_of_so_many_epochs(workspace: Workspace) -> None:
+    plan = planned(workspace, selection="leave_one_out", **FAST)
+    ended, short = train(plan, epochs=2), train(planned(workspace, epochs=2, **FAST))
+    assert all(torch.equal(ended[name], value) for name, value in short.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"source": "one", "selection": "leave_one_out"},
+            "leave_one_out needs several sources, not 'one' alone: choose",
+        ),
+        ({"selection": "oracle"}, "--selection oracle looks at the domain left out: name it with --fold."),
+        ({"fold": "two"}, "--fold two is one of the sources 'one,two': name a domain they leave out."),
+        ({"fold": "four", "targets": None}, "Unknown manifest 'four'"),
+        ({"method": "nearest_class_mean", "epochs": None, "selection": "oracle", "fold": "three"}, "has no epochs"),
+    ],
+)
+def test_a_mistake_in_the_selection_is_one_sentence(workspace: Workspace, settings: Any, message: str) -> None:
+    assert message in complaint(lambda: planned(workspace, **settings))
+
+
+# --- leave-one-domain-out ---------------------------------------------------------------------------------------------
+
+
+def grid_of(**content: Any) -> Benchmark:
+    fixed = {"targets": list(DOMAINS), "methods": ["linear_probe", "nearest_class_mean"], "towers": ["timm:tiny"]}
+    train = {"epochs": 2, "image_size": 32}
+    return parse_benchmark(
+        "lodo", {"sources": "all but target", "seeds": 2, "views": 3, "train": train, **fixed, **content}
+    )
+
+
+def test_all_but_target_trains_on_all_other_targets_and_judges_that_one(workspace: Workspace) -> None:
+    replace(workspace.load_manifest("three"), kind="ferplus").save(workspace.manifest_path("three"))
+    plan = plan_benchmark(workspace, grid_of(), BenchmarkSettings())
+    assert [cell.name for cell in plan.cells[:6]] == [
+        f"all but {name}/{method}/s0" for name in DOMAINS for method in ("linear_probe", "nearest_class_mean")
+    ]
+    assert not plan.missing_stores  # each is shared by all cells, as a source and as a target
+    specs = [cell.plan.spec for cell in plan.cells if cell.plan]
+    assert len(specs) == 12
+    assert [(spec.source, spec.fold) for spec in specs[:6:2]] == [
+        ("three+two", "one"), ("one+three", "two"), ("one+two", "three"),
+    ]  # fmt: skip
+    judged = {cell.plan.spec.fold: [target.name for target in cell.plan.targets] for cell in plan.cells if cell.plan}
+    assert judged == {name: [name] for name in DOMAINS}
+    assert len({spec.name for spec in specs}) == 12
+    assert len({spec.group for spec in specs}) == 2  # a row for each method
+    assert planned(workspace, fold="three").spec.group != planned(workspace).spec.group
+
+
+def test_the_plan_says_what_leaving_one_out_costs(workspace: Workspace) -> None:
+    final = plan_benchmark(workspace, grid_of(), BenchmarkSettings())
+    train = {"epochs": 2, "image_size": 32, "selection": "leave_one_out"}
+    plan = plan_benchmark(workspace, grid_of(train=train), BenchmarkSettings())
+    assert [cell.obstacle for cell in plan.cells] == [""] * 12
+    own, more = (sum(cell.work for cell in one.cells if cell.title == "linear_probe") for one in (final, plan))
+    assert more == 2 * own  # each of two sources once alone, and both together
+    assert [cell.folds for cell in plan.cells[:2]] == [2, 0]  # nothing to choose where there are no epochs
+    (text,) = (str(table) for table in plan_tables(plan) if str(table).startswith("Training"))
+    assert f"Of these, {own:,} are of the 12 trainings on all sources but one" in text
+
+
+def test_all_but_target_needs_targets() -> None:
+    assert complaint(lambda: grid_of(targets=["one"])).startswith(
+        'sources = "all but target" in lodo needs at least two'
+    )
+    assert complaint(lambda: grid_of(sources="all")) == "sources of lodo must be a list, not 'all'."
+    assert grid_of(sources=["two, one", "three"]).trainings == [("one,two", ""), ("three", "")]
+
+
+def test_views_per_seed_take_a_store_for_each_seed_and_the_runs_stay_one_row(workspace: Workspace) -> None:
+    content = {"sources": ["one"], "targets": ["one", "two"], "features": {"view_seed": "per seed"}}
+    plan = plan_benchmark(workspace, grid_of(**content), BenchmarkSettings())
+    wanted = [(store.manifest.name, store.settings.view_seed, store.settings.views) for store in plan.stores]
+    assert wanted == [("one", 0, 3), ("two", 0, 1), ("one", 1, 3)]
+    assert [(store.manifest.name, store.settings.view_seed) for store in plan.missing_stores] == [("one", 1)]
+    (text,) = (str(table) for table in plan_tables(plan) if str(table).startswith("Towers"))
+    assert (
+        f"{2 * 3 * 36 + 24:,} passes fill 3 feature stores (faces × views), for each of 2 seeds views of its own"
+        in text
+    )
+    one = workspace.load_manifest("one")
+    fill(workspace, one, draw_features(one, 7), view_seed=1)
+    plan = plan_benchmark(workspace, grid_of(**content), BenchmarkSettings())
+    probes = [cell.plan.spec for cell in plan.cells if cell.plan and cell.entry.method == "linear_probe"]
+    means = [cell.plan.spec for cell in plan.cells if cell.plan and cell.entry.method == "nearest_class_mean"]
+    assert [(spec.seed, spec.view_seed, spec.features.view_seed if spec.features else -1) for spec in probes] == [
+        (0, 0, 0), (1, 1, 1),
+    ]  # fmt: skip
+    assert probes[0].group == probes[1].group != planned(workspace, "one", view_seed=0).spec.group
+    assert [(spec.seed, spec.view_seed) for spec in means] == [(0, 0), (1, 0)]
+    seen = planned(workspace, "one", method="image_only", seed=5, views_per_seed=True, backbone="none").spec
+    assert (seen.view_seed, seen.features) == (5, None)
+
+
+RIGHT = {  # faces of 100 that each seed is right on, by method, selection and target
+    ("cafe", "final"): {"one": (50, 52, 57), "two": (60, 61, 59), "three": (70, 66, 68)},
+    ("scn", "final"): {"one": (40, 45, 41), "two": (55, 50, 52), "three": (60, 60, 63)},
+    ("cafe", "oracle"): {"one": (90, 90, 91), "two": (90, 91, 90), "three": (92, 90, 90)},
+}
+
+
+def write_folds(workspace: Workspace) -> None:
+    labels = np.arange(100) % 7
+    for (method, selection), targets in RIGHT.items():
+        for target, counts in targets.items():
+            sources = sorted({*targets} - {target})
+            for seed, count in enumerate(counts):
+                named = [(name, "folder") for name in sources]
+                run = write_run(
+                    workspace, method, "+".join(sources), seed, sources=named, fold=target, selection=selection,
+                    domains="one+three+two",
+                )  # fmt: skip
+                predicted = np.where(np.arange(100) < count, labels, (labels + 1) % 7)
+                write_predictions(run, target, labels, predicted)
+                write_predictions(run, sources[0], labels, labels)  # judged besides: no part of the table
+
+
+def test_the_row_of_a_method_takes_each_target_from_the_run_that_left_it_out(workspace: Workspace) -> None:
+    write_folds(workspace)
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    report = make_report(runs, read_scores(runs), versus="scn")
+    rows = {row.label: row for row in report.comparison.rows}
+    assert {row.source for row in rows.values()} == {"all but target"}
+    assert rows.keys() == {"cafe (selection=final)", "cafe (selection=oracle)", "scn"}
+    for label, key in (("cafe (selection=final)", ("cafe", "final")), ("scn", ("scn", "final"))):
+        values = np.array(list(RIGHT[key].values())) / 100  # (targets, seeds)
+        for target, own in zip(RIGHT[key], values, strict=True):
+            assert rows[label].cells[target].mean == pytest.approx(own.mean())
+            assert rows[label].cells[target].half_width == pytest.approx(4.302653 * own.std(ddof=1) / 3**0.5)
+        assert rows[label].unseen.mean == pytest.approx(values.mean())
+        assert rows[label].unseen.half_width == pytest.approx(4.302653 * values.mean(axis=0).std(ddof=1) / 3**0.5)
+        assert (rows[label].seeds, rows[label].seen) == (3, frozenset())
+    tested = {test.target: test.difference.mean for test in report.tests}
+    ours, theirs = (np.array(list(RIGHT[method, "final"].values())).mean(axis=1) / 100 for method in ("cafe", "scn"))
+    assert tested == pytest.approx({
+        **dict(zip(RIGHT["scn", "final"], ours - theirs, strict=True)), "": float((ours - theirs).mean()),
+    })  # fmt: skip
+    faces = {test.target: test.difference.faces for test in report.tests}
+    assert faces == {"one": 100, "two": 100, "three": 100, "": 300}
+
+
+def test_the_oracle_is_marked_and_neither_best_nor_tested_nor_ranked(workspace: Workspace) -> None:
+    write_folds(workspace)
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    report = make_report(runs, read_scores(runs), versus="scn")
+    sheet = report.sheets[0]
+    (line,) = (line for line in sheet.lines if "oracle" in line[1].text)
+    assert all(cell.text.endswith("†") for cell in line[3:6])
+    assert not any(cell.mark for cell in line)
+    assert ORACLES in sheet.notes
+    assert PEEKED not in sheet.notes
+    assert not any(test.row.oracle or test.reference.oracle for test in report.tests)
+    assert report.ranks is None or not any("oracle" in label for label in report.ranks.labels)
+    assert "oracle" in complaint(
+        make_report, runs, read_scores(runs), "accuracy", "clean", None, "cafe (selection=oracle)"
+    )
+    assert "All but target: each target is judged by a training on all other domains" in " ".join(sheet.notes)
