@@ -59,14 +59,19 @@ def read_size(data: bytes) -> tuple[int, int]:
 def decode_image(data: bytes) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB; of an animation the first frame; raise `UnreadableImageError`."""
     with _open(data) as image:
-        try:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                return _from_16_bit(image)
-            return np.asarray(image.convert("RGB"))
-        except DAMAGED as error:
-            raise UnreadableImageError(f"damaged image: {error}") from None
+        return image_pixels(image)
+
+
+def image_pixels(image: Image.Image) -> np.ndarray:
+    """Return the upright pixels (H, W, 3) uint8 RGB of an image that is open; raise `UnreadableImageError`."""
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            return _from_16_bit(image)
+        return np.asarray(image.convert("RGB"))
+    except DAMAGED as error:
+        raise UnreadableImageError(f"damaged image: {error}") from None
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from cafe.data.images import UnreadableImageError
-from cafe.data.manifest import Manifest
+from cafe.data.manifest import Pictures
 from cafe.errors import UserError
 from cafe.learning.views import ViewPlan, normalise
 from cafe.towers.building import FrozenBackbone
@@ -41,7 +41,7 @@ class Embedder:
     def __init__(
         self,
         tower: FrozenBackbone,
-        manifest: Manifest,
+        manifest: Pictures,
         plan: ViewPlan,
         device: str,
         maps: bool = False,
