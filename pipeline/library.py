@@ -43,7 +43,7 @@ def load_store(manifest: str, workspace: str = "work", folder: str | None = None
 
     >>> store = load_store("two", workspace)
     >>> store.about.describe().partition(" of ")[0]
-    '2 views × 24 channels and 32×4×4 maps'
+    '2 views × 24 channels and 24×4×4 maps'
     >>> store.read_view("pooled", 0).shape
     (48, 24)
     """
