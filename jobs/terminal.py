@@ -92,18 +92,9 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
         yield update
 
 
-def _interrupt(number: int, frame: object) -> None:
-    _interrupted.set()
-    _started.extend(psutil.Process().children(recursive=True))
-    limit = Timer(GRACE_SECONDS, _leave)
-    limit.daemon = True
-    limit.start()
-    raise KeyboardInterrupt
-
-
-def _leave() -> None:
+def _leave(then: str) -> None:
     """End the process, whatever its threads still do or wait for, and what is left of the Ray it started."""
-    click.echo("Interrupted: the same command goes on where it was.", err=True)
+    click.echo(f"Interrupted: {then}.", err=True)
     sys.stdout.flush()
     for process in _started:
         with suppress(psutil.NoSuchProcess):
@@ -112,17 +103,26 @@ def _leave() -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """End the command at once when it is interrupted, saying how to go on; what still runs in threads ends with it.
+def interruptible(then: str = "the same command goes on where it was") -> Iterator[None]:
+    """End the command at once when it is interrupted, saying what then; what still runs in threads ends with it.
 
     A library that was at work may swallow the interrupt, so it is noted too: the next step of a progress bar raises it, and
     after `GRACE_SECONDS` the process ends in any case.
     """
-    usual = signal.signal(signal.SIGINT, _interrupt)
+
+    def interrupt(number: int, frame: object) -> None:
+        _interrupted.set()
+        _started.extend(psutil.Process().children(recursive=True))
+        limit = Timer(GRACE_SECONDS, _leave, [then])
+        limit.daemon = True
+        limit.start()
+        raise KeyboardInterrupt
+
+    usual = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        _leave()
+        _leave(then)
     finally:
         signal.signal(signal.SIGINT, usual)
 

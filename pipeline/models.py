@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
 import torch
 from upath import UPath
 
+from cafe.errors import UserError
+from cafe.inference.model import BATCH_SIZE, Model, TowerInput, needs_features
 from cafe.learning.checkpoints import read_tensors
 from cafe.learning.loading import ARRAYS, FaceDataset
 from cafe.learning.views import ViewPlan
@@ -40,6 +42,36 @@ def load_method(spec: RunSpec, run: UPath) -> Method:
     method = build_method(spec, init="scratch")
     method.load_state_dict(read_tensors(run / "model.safetensors"))
     return method
+
+
+def build_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BATCH_SIZE) -> Model:
+    """Return trained runs that differ in nothing but their seed as one model, which averages them; usually one run.
+
+    Raises `UserError` for a run without weights and where the tower's weights are no longer those it was trained on.
+    """
+    specs = [RunSpec.load(run) for run in runs]
+    for run in runs:
+        if not (run / "model.safetensors").exists():
+            raise UserError(f"The run {run.name!r} has no trained weights here: give its `cafe train` command again.")
+    spec = specs[0]
+    methods = [load_method(own, run).to(device) for own, run in zip(specs, runs, strict=True)]
+    methods = [method.to(memory_format=torch.channels_last) for method in methods]
+    tower = load_tower(spec, batch_size) if needs_features(find_method(spec.method)) else None
+    return Model(spec.name, tuple(methods), view_plan(spec), spec.image_size, tower, torch.device(device))
+
+
+def load_tower(spec: RunSpec, batch_size: int) -> TowerInput:
+    """Return the tower of a run with what its features depend on; raise `UserError` when its weights are others."""
+    key = spec.features
+    assert key is not None
+    assert spec.backbone is not None
+    tower = load_backbone(spec.backbone, key.precision, key.input_size)
+    if tower.facts.weights_digest != key.weights:
+        raise UserError(
+            f"The weights of the tower {spec.backbone!r} are not those that the run {spec.name!r} was trained on: put the "
+            "old ones back, or train again."
+        )
+    return TowerInput(tower, key.view_plan, key.dtype, batch_size)
 
 
 def view_plan(spec: RunSpec) -> ViewPlan:

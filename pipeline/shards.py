@@ -75,15 +75,9 @@ class ShardEmbedder:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )
-        faces = Manifest.load(locate(self.manifest))
-        if faces.image_digest != about.key.images:
-            raise UserError(
-                f"The manifest {faces.name!r} on node {socket.gethostname()} lists other images than the store was planned "
-                "with: give the command again."
-            )
         return Embedder(
             tower,
-            faces,
+            self.faces,
             about.key.view_plan,
             self.device,
             about.key.maps,
@@ -92,6 +86,17 @@ class ShardEmbedder:
             about.key.channels,
             settings.max_megapixels * 1_000_000,
         )
+
+    @cached_property
+    def faces(self) -> Manifest:
+        """The manifest as this node reads it; raises `UserError` where it is not the one that was planned with."""
+        faces = Manifest.load(locate(self.manifest))
+        if faces.image_digest != self.stores[0].about.key.images:
+            raise UserError(
+                f"The manifest {faces.name!r} on node {socket.gethostname()} lists other images than the store was planned "
+                "with: give the command again."
+            )
+        return faces
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Embed one shard, write it to the stores that lack it and return {shard, rows, fault}.
@@ -133,7 +138,7 @@ class ShardEmbedder:
     def _check_node(self, skipped: dict[int, str], faces: int) -> None:
         """Raise `StorageError` where most pictures of a shard are missing, or kill: that is the node, not a picture."""
         counts = Counter(skipped.values())
-        here = f"below {self.embedder.manifest.root} on node {socket.gethostname()}"
+        here = f"below {self.faces.root} on node {socket.gethostname()}"
         if 2 * counts[MISSING] > faces:
             raise StorageError(
                 f"{counts[MISSING]} of the {faces} pictures of a shard are missing {here}: mount the folder there, or index "

@@ -84,14 +84,20 @@ def read_size(data: bytes) -> tuple[int, int]:
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB; of an animation the first frame; raise `UnreadableImageError`."""
     with _open(data, max_pixels) as image:
-        try:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                return _from_16_bit(image)
-            return np.asarray(image.convert("RGB"))
-        except DAMAGED as error:
-            raise UnreadableImageError(f"damaged image: {error}") from None
+        return image_pixels(image)
+
+
+def image_pixels(image: Image.Image) -> np.ndarray:
+    """Return the upright pixels (H, W, 3) uint8 RGB of an image that is open; raise `UnreadableImageError`."""
+    _refuse_floats(image)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            return _from_16_bit(image)
+        return np.asarray(image.convert("RGB"))
+    except DAMAGED as error:
+        raise UnreadableImageError(f"damaged image: {error}") from None
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
@@ -111,9 +117,13 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UnreadableImageError("not an image of a known format") from None
     if image.width * image.height > max_pixels:
         raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {max_pixels:,}")
+    _refuse_floats(image)
+    return image
+
+
+def _refuse_floats(image: Image.Image) -> None:
     if image.mode == "F":
         raise UnreadableImageError("floating-point pixels have no defined brightness")
-    return image
 
 
 @cache

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -74,6 +74,24 @@ class Face:
     height: int
     digest: str
     box: Box | None = None
+
+
+class Pictures(Protocol):
+    """Faces by their rows, as whatever decodes them asks for them: those of a manifest, or pictures in memory."""
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """The sample_id of every row."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of every row, (N,) int64."""
+
+    def path(self, row: int) -> UPath:
+        """Where the image of a row lies."""
+
+    def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a face (H, W, 3) uint8 in the order of colours `rgb` or `bgr`."""
 
 
 @dataclass(frozen=True)

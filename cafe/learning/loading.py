@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cafe.data.images import UnreadableImageError
-from cafe.data.manifest import Manifest
+from cafe.data.manifest import Pictures
 from cafe.errors import UserError
 from cafe.learning.parallel import part_sizes, rank
 from cafe.learning.views import ViewPlan, normalise
@@ -39,7 +39,7 @@ class FeatureReader(Protocol):
 class FaceDataset:
     """The faces of a manifest as a method needs them."""
 
-    manifest: Manifest
+    manifest: Pictures
     plan: ViewPlan
     needs: frozenset[str]
     image_size: int
@@ -65,7 +65,7 @@ class FaceDataset:
             samples = [batch.tolist() for batch in batches]
             pinned = device.type == "cuda"
             pictures = DataLoader(
-                _Pictures(self, view), batch_sampler=samples, collate_fn=_as_is, num_workers=workers, pin_memory=pinned
+                _Decoding(self, view), batch_sampler=samples, collate_fn=_as_is, num_workers=workers, pin_memory=pinned
             )
         for rows, picture in zip(batches, pictures, strict=False):
             if isinstance(picture, UserError):
@@ -94,7 +94,7 @@ class FaceDataset:
 
 
 @dataclass(frozen=True)
-class _Pictures(Dataset[Any]):
+class _Decoding(Dataset[Any]):
     """What decoding processes work on: pictures (n, S, S, 3) uint8 and erased boxes (n, 4) of rows in one view."""
 
     faces: FaceDataset

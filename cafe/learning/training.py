@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -184,11 +184,20 @@ def measure_features(method: Method, dataset: FaceDataset, rows: np.ndarray, dev
 
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return class probabilities (n, 7) float32 of the clean views of some rows."""
-    method.eval()
+    return predict_average([method], dataset, rows, device)
+
+
+def predict_average(
+    methods: Sequence[Method], dataset: FaceDataset, rows: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Return the mean of what several methods with the same needs predict, each face decoded and embedded once."""
+    for method in methods:
+        method.eval()
     parts: list[Tensor] = []
     with torch.no_grad():
         for batch in dataset.load(_split(rows), 0, device):
-            parts.append(method(batch)["logits"].float().softmax(dim=1).cpu())
+            shares = [method(batch)["logits"].float().softmax(dim=1) for method in methods]
+            parts.append(torch.stack(shares).mean(dim=0).cpu())
     return torch.cat(parts).numpy()
 
 

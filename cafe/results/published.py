@@ -77,7 +77,10 @@ def _publish(row: Row, kinds: dict[str, str], protocol: Protocol) -> Published |
     if not cells:
         return None
     unseen = [name for name in row.cells if name in kinds and name not in row.seen]
-    if sorted(kinds[name] for name in unseen) != sorted({*SETS} - {run.sources[0].kind}) or not {*unseen} <= cells.keys():
+    if (
+        sorted(kinds[name] for name in unseen) != sorted({*SETS} - {run.sources[0].kind})
+        or not {*unseen} <= cells.keys()
+    ):
         return Published(cells)
     mean = float(np.mean([cells[name] for name in unseen]))
     whole = [*unseen, row.source]

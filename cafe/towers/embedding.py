@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from cafe.arithmetic import arithmetic
 from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
-from cafe.data.manifest import Manifest
+from cafe.data.manifest import Pictures
 from cafe.errors import StorageError, UserError
 from cafe.learning.views import ViewPlan, normalise
 from cafe.towers.building import FrozenBackbone
@@ -43,7 +43,7 @@ class Embedder:
     def __init__(
         self,
         tower: FrozenBackbone,
-        manifest: Manifest,
+        manifest: Pictures,
         plan: ViewPlan,
         device: str,
         maps: bool = False,
@@ -87,8 +87,8 @@ class Embedder:
         path = self.manifest.path(row)
         if isinstance(error, MissingImageError) and not is_gone(path):
             raise StorageError(
-                f"{path} is missing with its whole folder on node {socket.gethostname()}: mount {self.manifest.root} "
-                "there, or index the set again if its faces are gone."
+                f"{path} is missing with its whole folder on node {socket.gethostname()}: mount its root there, or index "
+                "the set again if its faces are gone."
             )
 
     def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:

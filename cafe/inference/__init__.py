@@ -1,0 +1,1 @@
+"""A trained method at work: faces that are in no manifest, photographs and films."""

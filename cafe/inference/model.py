@@ -1,0 +1,122 @@
+"""A trained method with its frozen tower, ready for faces that are in no manifest.
+
+Faces go the way a run's own predictions went (`Embedder`, `FaceDataset`, the clean view 0), so that they are judged by the
+same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from upath import UPath
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.images import MAX_PIXELS, UnreadableImageError, image_pixels
+from cafe.errors import UserError
+from cafe.learning.loading import ARRAYS, FaceDataset
+from cafe.learning.training import predict_average
+from cafe.learning.views import ViewPlan
+from cafe.methods.method import Method
+from cafe.towers.building import FrozenBackbone
+from cafe.towers.embedding import Embedder
+
+Picture = np.ndarray | Image.Image
+BATCH_SIZE = 64  # faces per forward pass of a tower, as when features are stored
+
+
+@dataclass(frozen=True)
+class TowerInput:
+    """A frozen tower and how it is fed: `plan` holds its pixel statistics, `dtype` the number format of its features.
+
+    Every forward pass is filled up to `batch_size` faces; a smaller one answers sooner where few faces are asked for at a
+    time, and rounds differently.
+    """
+
+    backbone: FrozenBackbone
+    plan: ViewPlan
+    dtype: str = "float16"
+    batch_size: int = BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class Model:
+    """Trained methods that differ in nothing but their seed, whose probabilities are averaged; usually one.
+
+    `plan` holds the pixel statistics of the image branch and `image_size` its side in pixels; `tower` is there where the
+    method reads frozen features. All of it is on `device`.
+    """
+
+    name: str
+    methods: tuple[Method, ...]
+    plan: ViewPlan
+    image_size: int
+    tower: TowerInput | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def predict(self, images: Sequence[Picture]) -> np.ndarray:
+        """Return the probabilities (N, 7) float32 of N aligned faces, in the order of `EXPRESSIONS`.
+
+        An image is a picture of PIL or an array (H, W, 3) uint8 in RGB order, of any size; raises `UserError` for any other.
+        """
+        faces = FacesInMemory([read_pixels(image) for image in images])
+        if not len(faces.labels):
+            return np.zeros((0, len(EXPRESSIONS)), np.float32)
+        needs = self.methods[0].needs
+        dataset = FaceDataset(faces, self.plan, needs, self.image_size, self._embed(faces, "map" in needs))
+        return predict_average(self.methods, dataset, np.arange(len(faces.labels)), self.device)
+
+    def _embed(self, faces: FacesInMemory, maps: bool) -> Embedder | None:
+        if self.tower is None:
+            return None
+        tower = self.tower
+        return Embedder(tower.backbone, faces, tower.plan, str(self.device), maps, tower.dtype, tower.batch_size)
+
+
+def needs_features(method: type[Method]) -> bool:
+    """Return whether a method reads the features of a frozen tower."""
+    return not method.needs.isdisjoint(ARRAYS)
+
+
+@dataclass(frozen=True)
+class FacesInMemory:
+    """Pictures (H, W, 3) uint8 with the places of a manifest's faces: unlabelled rows."""
+
+    pictures: list[np.ndarray]
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Their numbers: the clean view does not depend on them."""
+        return [str(row) for row in range(len(self.pictures))]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Unknown: -1 for every row, (N,) int64."""
+        return np.full(len(self.pictures), -1)
+
+    def path(self, row: int) -> UPath:
+        """What an error calls a picture: its number."""
+        return UPath(str(row))
+
+    def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a picture, in the order of colours `rgb` or `bgr`."""
+        return self.pictures[row] if channels == "rgb" else self.pictures[row][..., ::-1]
+
+
+def read_pixels(image: Picture) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8 RGB; raise `UserError` when it is no image of that form."""
+    if isinstance(image, Image.Image):
+        try:
+            return image_pixels(image)
+        except UnreadableImageError as error:
+            raise UserError(f"An image cannot be used ({error}): give 8-bit RGB pixels.") from None
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"An image is a picture of PIL or an array, not a {type(image).__name__}: open the file first.")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(
+            f"An image is an array (H, W, 3) uint8, not {image.shape} {image.dtype}: give RGB pixels from 0 to 255."
+        )
+    return image
