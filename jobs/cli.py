@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "jobs.runs:evaluate",
     "benchmark": "jobs.runs:benchmark",
     "demo": "jobs.runs:demo",
+    "export": "jobs.exports:export",
     "compare": "jobs.results:compare",
     "mlflow": "jobs.results:mlflow",
     "ui": "jobs.results:ui",

@@ -177,6 +177,16 @@ class Mirror:
             return str(client.create_experiment(name, place))
         return str(found.experiment_id)
 
+    @contextmanager
+    def as_default(self, mlflow: Any) -> Iterator[None]:
+        """Make this server the one that MLflow's functions without an address talk to."""
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(self.address)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)
+
     def pull(self, experiment: str) -> list[UPath]:
         """Copy the runs of an experiment into the workspace's cache and return their folders; raise `UserError`.
 

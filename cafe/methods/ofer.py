@@ -75,6 +75,7 @@ class Ofer(Method):
     needs = frozenset({"image", "map", "placement"})
     policy = "ofer"
     clean_features = True
+    not_exported = "It paints as many patches as it finds hidden, more of one face than of another, which no graph can."
     recipe_type = Recipe
     # A large set teaches the frozen parts in fewer passes.
     recipe_changes: ClassVar = {
