@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "jobs.runs:evaluate",
     "benchmark": "jobs.runs:benchmark",
     "demo": "jobs.runs:demo",
+    "predict": "jobs.predict:predict",
     "export": "jobs.exports:export",
     "compare": "jobs.results:compare",
     "mlflow": "jobs.results:mlflow",
@@ -36,6 +37,7 @@ def main(ctx: click.Context, workspace: str) -> None:
     cafe train --source news --method cafe --seed 0      # train, then judge on every other manifest
     cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals
+    cafe predict cafe-news-s0 ~/photos                   # a trained run on photos and videos
     """
     ctx.obj = workspace
 

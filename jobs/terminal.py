@@ -92,8 +92,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """End the command at once when it is interrupted, saying how to go on; what still runs in threads ends with it.
+def interruptible(then: str = "the same command goes on where it was") -> Iterator[None]:
+    """End the command at once when it is interrupted, saying what then; what still runs in threads ends with it.
 
     A library that was at work may swallow the interrupt, so it is noted too: the next step of a progress bar raises it.
     """
@@ -101,7 +101,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo("Interrupted: the same command goes on where it was.", err=True)
+        click.echo(f"Interrupted: {then}.", err=True)
         sys.stdout.flush()
         os._exit(130)  # a thread that still waits for the Ray just left must not keep the command alive
     finally:

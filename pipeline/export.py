@@ -28,7 +28,7 @@ from cafe.results.predictions import load_predictions
 from cafe.results.scores import Run, flatten_scores, read_runs, read_scores
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
-from pipeline.models import load_model
+from pipeline.models import build_model
 from pipeline.runs import is_finished
 from pipeline.workspace import Workspace
 
@@ -57,7 +57,7 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
     runs = read_runs(workspace.run_path(other) for other in workspace.run_names())
     run = next(run for run in runs if run.folder == path)
     check_exports(run, folder)
-    model = load_model([path], batch_size=1)
+    model = build_model([path], batch_size=1)
     if model.tower and model.tower.backbone.precision != "fp32":
         raise UserError(
             f"The features of the run {run.name!r} are of precision {model.tower.backbone.precision}, and a graph computes "

@@ -44,7 +44,7 @@ def load_method(spec: RunSpec, run: UPath) -> Method:
     return method
 
 
-def load_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BATCH_SIZE) -> Model:
+def build_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BATCH_SIZE) -> Model:
     """Return trained runs that differ in nothing but their seed as one model, which averages them; usually one run.
 
     Raises `UserError` for a run without weights and where the tower's weights are no longer those it was trained on.

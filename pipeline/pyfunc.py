@@ -19,7 +19,7 @@ from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
 from cafe.files import read_json
 from cafe.results.scores import Run
-from pipeline.models import load_model
+from pipeline.models import build_model
 from pipeline.tracking import Mirror, find_run, quiet_mlflow
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Pyfunc:
     """What MLflow calls."""
 
     def __init__(self, folder: UPath) -> None:
-        self.model = load_model([folder])
+        self.model = build_model([folder])
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return for each record the most probable expression and seven probabilities; raise `UserError` for no image."""

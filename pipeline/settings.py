@@ -172,6 +172,27 @@ class AlignSettings:
 
 
 @dataclass(frozen=True)
+class PredictSettings:
+    """A trained run on photos and videos."""
+
+    best: Literal["source_val"] | None = setting(
+        None, "MODEL is an experiment: take its run with the best accuracy on held-out faces of the source."
+    )
+    ensemble: bool = setting(False, "Average all seeds of the run.")
+    aligned: bool = setting(False, "Every picture is one face, cropped and upright already: look for none.")
+    faces: Literal["largest", "all"] = setting("all", "Which faces of a picture to judge.")
+    smallest: Count = setting(20, "Narrowest face to judge, in pixels of the picture.")
+    confidence: float = setting(0.9, "Least confidence (0–1) at which something found counts as a face.")
+    rate: float = setting(5.0, "Frames a second to look at in a video.")
+    format: Literal["table", "jsonl", "csv", "parquet"] | None = setting(
+        None, "How rows are written; default: as the name of --output says, else a table."
+    )
+    output: str | None = setting(None, "File to write the rows to; default: standard output.")
+    annotate: str | None = setting(None, "Folder for copies of the pictures and videos with boxes and labels.")
+    use_gpu: bool | None = setting(None, "Predict on a GPU; default: when there is one.", flag="--gpu/--cpu")
+
+
+@dataclass(frozen=True)
 class DemoSettings(ClusterSettings):
     """The benchmark demo.toml, on drawn faces or on folders of one's own."""
 

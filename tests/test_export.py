@@ -22,7 +22,7 @@ from cafe.methods import METHODS, find_method
 from cafe.report.card import format_share, write_card
 from cafe.results.scores import read_runs
 from pipeline.export import cut_middle, export_run
-from pipeline.models import load_model
+from pipeline.models import build_model
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace
 
@@ -74,7 +74,7 @@ def test_every_method_is_a_graph_that_says_the_same_or_tells_why_not(
     if reason := find_method(method).not_exported:
         assert complaint(export_run, workspace, run.name, UPath(tmp_path)).endswith(f"cannot be exported. {reason}")
         return
-    write_onnx(load_model([run]), str(tmp_path / "model.onnx"))
+    write_onnx(build_model([run]), str(tmp_path / "model.onnx"))
     graph, faces = Onnx(str(tmp_path / "model.onnx"), threads=1), faces_of(workspace)
     np.testing.assert_allclose(graph.predict(faces), judged, atol=1e-4)
     np.testing.assert_allclose(graph.predict(faces[:1]), judged[:1], atol=1e-4)
@@ -97,8 +97,8 @@ def test_an_exported_folder_is_the_same_model_where_the_towers_own_files_are_gon
     for file in files:
         file.rename(tmp_path / file.name)
     try:
-        assert "No weights file" in complaint(load_model, [run]) or "Cannot read" in complaint(load_model, [run])
-        model = load_model([UPath(tmp_path / "model")])
+        assert "No weights file" in complaint(build_model, [run]) or "Cannot read" in complaint(build_model, [run])
+        model = build_model([UPath(tmp_path / "model")])
         assert model.name == run.name
         np.testing.assert_allclose(model.predict(list(faces_of(workspace))), judged, atol=1e-6)
     finally:

@@ -35,12 +35,13 @@ SMALLEST_SEARCHED = 20  # pixels on the canvas
 
 @dataclass(frozen=True)
 class Detection:
-    """A face in a photo, in its pixels: box (left, top, right, bottom), eyes (2, 2) and mouth (2,) as x, y."""
+    """A face in a photo, in its pixels: box (left, top, right, bottom), eyes (2, 2), mouth and nose (2,) as x, y."""
 
     box: tuple[float, float, float, float]
     eyes: np.ndarray
     mouth: np.ndarray
     confidence: float
+    nose: np.ndarray | None = None
 
     @property
     def size(self) -> float:
@@ -113,7 +114,7 @@ def _detection(box: Any, points: Any, chance: float, scale: float, corner: np.nd
     """Return a face found on a canvas in the pixels of its photo; the points are eyes, nose and corners of the mouth."""
     left, top, right, bottom = ((np.reshape(box, (2, 2)).astype(float) - corner) / scale).ravel().tolist()
     points = (np.asarray(points, float) - corner) / scale
-    return Detection((left, top, right, bottom), points[:2], points[3:].mean(axis=0), chance)
+    return Detection((left, top, right, bottom), points[:2], points[3:].mean(axis=0), chance, points[2])
 
 
 def _batches(photos: Sequence[np.ndarray]) -> Iterator[tuple[int, list[int]]]:

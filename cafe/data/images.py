@@ -64,6 +64,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 def image_pixels(image: Image.Image) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB of an image that is open; raise `UnreadableImageError`."""
+    _refuse_floats(image)
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -91,9 +92,13 @@ def _open(data: bytes) -> Image.Image:
         raise UnreadableImageError("not an image of a known format") from None
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS:,}")
+    _refuse_floats(image)
+    return image
+
+
+def _refuse_floats(image: Image.Image) -> None:
     if image.mode == "F":
         raise UnreadableImageError("floating-point pixels have no defined brightness")
-    return image
 
 
 @cache

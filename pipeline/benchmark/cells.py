@@ -18,6 +18,9 @@ from typing import Any
 
 from cafe.errors import UserError
 from cafe.files import write_file, write_json
+from cafe.report.formats import to_html, to_markdown
+from cafe.report.report import make_report
+from cafe.results.scores import read_runs, read_scores
 from pipeline import cluster
 from pipeline.benchmark.plan import BenchmarkPlan, Cell, StoreName, plan_benchmark
 from pipeline.cluster import Bar, Progress
@@ -50,6 +53,7 @@ def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Fa
         mirror.update_benchmark(plan.folder, plan.experiment, "KILLED")
         raise
     _write_outcomes(plan, failures)
+    write_comparison(plan)
     mirror.update_benchmark(plan.folder, plan.experiment, "FAILED" if failures else "FINISHED")
     return failures
 
@@ -199,3 +203,14 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
         for cell in plan.cells
     ]
     write_file(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())
+
+
+def write_comparison(plan: BenchmarkPlan) -> None:
+    """Write the comparison of a benchmark's runs as a table and as a page beside its file, where any was judged."""
+    runs = read_runs({cell.plan.run: None for cell in plan.runnable if cell.plan})
+    scores = read_scores(runs, plan.workspace.manifest_names())
+    protocol = plan.benchmark.protocol
+    if (scores["protocol"] == protocol).any():
+        report = make_report(runs, scores, protocol=protocol)
+        write_file(plan.folder / "comparison.md", to_markdown(report).encode())
+        write_file(plan.folder / "comparison.html", to_html(report).encode())

@@ -1,0 +1,116 @@
+"""Pictures with what was found in them: a box and the expression for every face, as pictures and as videos."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.inference.frames import is_video
+from cafe.inference.recognition import JudgedFace, JudgedFrame
+
+# Wong's palette ("Points of view: Color blindness", Nature Methods 2011), told apart by colour-blind readers too.
+COLOURS = {
+    "surprise": "#e69f00", "fear": "#cc79a7", "disgust": "#009e73", "happiness": "#f0e442", "sadness": "#56b4e9",
+    "anger": "#d55e00", "neutral": "#cccccc",
+}  # fmt: skip
+WRITTEN = (".jpg", ".jpeg", ".png")  # forms that pictures keep; others become JPEG
+Show = Callable[[Image.Image, float], None]
+
+TICKS = 1000  # a second, in which the times of a video are written
+
+
+def draw_faces(pixels: np.ndarray, faces: Sequence[JudgedFace]) -> Image.Image:
+    """Return a picture (H, W, 3) uint8 with a box and a label for every face."""
+    picture = Image.fromarray(pixels)
+    pen, width = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 400))
+    for face in faces:
+        left, top, across, down = face.box
+        colour = COLOURS[face.expression]
+        pen.rectangle((left, top, left + across, top + down), outline=colour, width=width)
+        font = ImageFont.load_default(max(12, min(10 * width, round(down / 6))))
+        label = f"{face.expression} {face.probabilities.max():.0%}"
+        box = pen.textbbox((0, 0), label, font)
+        low = max(0, top - box[3] - 2 * width)
+        pen.rectangle((left, low, left + box[2] + 2 * width, low + box[3] + 2 * width), fill=colour)
+        pen.text((left + width, low + width), label, "black", font)
+    return picture
+
+
+def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
+    """Return where in a folder the annotated copy of each file goes: as deep as below the folder that holds all files.
+
+    Raises `UserError` when a copy would overwrite an original.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give --annotate a folder.")
+    full = {str(file): file if file.protocol else file.absolute() for file in files}
+    above = posixpath.commonpath([file.parent.path for file in full.values()])
+    places = {}
+    for name, file in full.items():
+        forms = (".mp4",) if is_video(file) else WRITTEN
+        suffix = "" if file.suffix.casefold() in forms else forms[0]
+        places[name] = folder / (posixpath.relpath(file.path, above) + suffix)
+    originals = {file.resolve() for file in full.values()}
+    if taken := [place for place in places.values() if place.absolute().resolve() in originals]:
+        raise UserError(f"The annotated copy would overwrite {taken[0]}: give --annotate another folder.")
+    return places
+
+
+class Annotator:
+    """Writes the annotated copy of every frame that is added, those of one video into one video; use it as a context."""
+
+    def __init__(self, places: dict[str, UPath]) -> None:
+        self.places = places
+        self.file, self.end = "", ExitStack()  # of the video that is being written
+        self.show: Show | None = None
+
+    def __enter__(self) -> Annotator:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end.close()
+
+    def add(self, judged: JudgedFrame) -> None:
+        """Draw the faces of a frame that was judged with its pixels kept."""
+        frame, file = judged.frame, str(judged.frame.file)
+        if frame.pixels is None:
+            return
+        picture, place = draw_faces(frame.pixels, judged.faces), self.places[file]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if frame.time is None:
+            with place.open("wb") as sink:
+                picture.save(sink, "PNG" if place.suffix.casefold() == ".png" else "JPEG", quality=92)
+            return
+        if file != self.file:
+            self.end.close()
+            self.file, self.show = file, self.end.enter_context(write_video(place, picture.size))
+        assert self.show is not None
+        self.show(picture, frame.time)
+
+
+@contextmanager
+def write_video(place: UPath, size: tuple[int, int]) -> Iterator[Show]:
+    """Yield `show(picture, seconds)`, which adds a picture to an MP4 file (H.264) at its time, in the size of the first."""
+    width, height = (max(2, side - side % 2) for side in size)  # the usual colour format halves both sides
+    with place.open("wb") as sink, av.open(sink, "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=TICKS)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, TICKS)
+
+        def show(picture: Image.Image, seconds: float) -> None:
+            fitted = picture if picture.size == (width, height) else picture.resize((width, height))
+            frame = av.VideoFrame.from_ndarray(np.asarray(fitted), format="rgb24")
+            frame.pts, frame.time_base = round(seconds * TICKS), Fraction(1, TICKS)
+            container.mux(stream.encode(frame))
+
+        yield show
+        container.mux(stream.encode(None))

@@ -1,0 +1,188 @@
+"""Judged frames as rows of plain values, and the four forms in which they are written, row by row as they come.
+
+One row per face; a photo or frame without any has one row whose `error` says why.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.inference.recognition import JudgedFrame
+
+SCHEMA = pa.schema([
+    ("file", pa.string()),
+    ("frame", pa.int32()),  # of a video, from 0; null for a photo
+    ("time", pa.float64()),  # of a video, seconds from its beginning; null for a photo
+    ("face", pa.int32()),  # in its frame, from 0, the largest first; null where there is none
+    *((name, pa.int32()) for name in ("left", "top", "width", "height")),  # of its box, pixels of the frame
+    ("confidence", pa.float32()),  # of the detector; null for faces that were aligned already
+    ("expression", pa.string()),  # the most probable one
+    *((name, pa.float32()) for name in EXPRESSIONS),  # probabilities
+    *((name, pa.bool_()) for name in ("small", "blurred", "turned")),  # turned: null where no landmarks are known
+    ("error", pa.string()),  # why a frame has no face; null where it has
+])  # fmt: skip
+DIGITS = 6  # of a probability, where it is text
+
+Row = dict[str, Any]
+Write = Callable[[list[Row]], None]
+
+
+def list_rows(judged: JudgedFrame) -> list[Row]:
+    """Return a row of every column of `SCHEMA` for each face of a frame, or one that says why there is none."""
+    frame = judged.frame
+    place = {**dict.fromkeys(SCHEMA.names), "file": str(frame.file), "frame": frame.number, "time": frame.time}
+    if not judged.faces:
+        return [{**place, "error": judged.error}]
+    return [
+        {
+            **place,
+            "face": number,
+            **dict(zip(("left", "top", "width", "height"), face.box, strict=True)),
+            "confidence": face.confidence,
+            "expression": face.expression,
+            **dict(zip(EXPRESSIONS, map(float, face.probabilities), strict=True)),
+            **{name: getattr(face.quality, name) for name in ("small", "blurred", "turned")},
+        }
+        for number, face in enumerate(judged.faces)
+    ]
+
+
+@contextmanager
+def write_table(file: BinaryIO) -> Iterator[Write]:
+    """Write aligned columns to be read on a terminal; the file stands last, so that any name fits."""
+    form = "{:<11} {:>5}  {:<14} {:<20} {:>22}  {:>9}  {}\n"
+    _put(file, form.format("expression", "", "next", "doubts", "box", "time", "file"))
+
+    def write(rows: list[Row]) -> None:
+        _put(file, "".join(form.format(*_table_cells(row)) for row in rows))
+
+    yield write
+
+
+def _table_cells(row: Row) -> tuple[str, ...]:
+    time = "" if row["time"] is None else f"{row['time']:.2f} s"
+    if row["expression"] is None:
+        return "–", "", "", "", "", time, f"{row['file']}: {row['error']}"
+    first, second = sorted(EXPRESSIONS, key=lambda name: -row[name])[:2]
+    doubts = ", ".join(name for name in ("small", "blurred", "turned") if row[name])
+    box = f"{row['width']}×{row['height']} at {row['left']}, {row['top']}"
+    return first, f"{row[first]:.0%}", f"{second} {row[second]:.0%}", doubts, box, time, row["file"]
+
+
+@contextmanager
+def write_jsonl(file: BinaryIO) -> Iterator[Write]:
+    """Write a JSON object a line."""
+
+    def write(rows: list[Row]) -> None:
+        _put(file, "".join(json.dumps(_rounded(row), ensure_ascii=False) + "\n" for row in rows))
+
+    yield write
+
+
+@contextmanager
+def write_csv(file: BinaryIO) -> Iterator[Write]:
+    """Write comma-separated values with a header; true and false are 1 and 0."""
+
+    def write(rows: list[Row], header: bool = False) -> None:
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
+        if header:
+            table.writeheader()
+        table.writerows(
+            {name: int(value) if isinstance(value, bool) else value for name, value in _rounded(row).items()}
+            for row in rows
+        )
+        _put(file, text.getvalue())
+
+    write([], header=True)
+    yield write
+
+
+@contextmanager
+def write_parquet(file: BinaryIO) -> Iterator[Write]:
+    """Write Parquet, some thousand rows a group."""
+    waiting: list[Row] = []
+    with pq.ParquetWriter(file, SCHEMA) as table:
+
+        def write(rows: list[Row], least: int = 4096) -> None:
+            waiting.extend(rows)
+            if len(waiting) >= least:
+                table.write_table(pa.Table.from_pylist(waiting, schema=SCHEMA))
+                waiting.clear()
+
+        try:
+            yield write
+        finally:  # what was judged before an interruption is kept
+            write([], least=1)
+
+
+FORMATS: dict[str, Callable[[BinaryIO], AbstractContextManager[Write]]] = {
+    "table": write_table,
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+    "parquet": write_parquet,
+}
+
+
+def _put(file: BinaryIO, text: str) -> None:
+    file.write(text.encode("utf-8", "surrogateescape"))
+    file.flush()
+
+
+def _rounded(row: Row) -> Row:
+    return {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in row.items()}
+
+
+@dataclass
+class Summary:
+    """Counts of all that was looked at."""
+
+    photos: int = 0
+    frames: int = 0  # of videos
+    faces: int = 0
+    without: int = 0  # frames in which there is no face that can be used
+    several: int = 0  # frames with more than one face
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # file, reason
+    expressions: Counter[str] = field(default_factory=Counter)
+    doubts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, judged: JudgedFrame) -> None:
+        """Count a frame."""
+        frame = judged.frame
+        if frame.error:
+            self.unreadable.append((str(frame.file), frame.error))
+            return
+        self.photos += frame.number is None
+        self.frames += frame.number is not None
+        self.faces += len(judged.faces)
+        self.without += not judged.faces
+        self.several += judged.found > 1
+        self.expressions.update(face.expression for face in judged.faces)
+        self.doubts.update(flag for face in judged.faces for flag in face.quality.flags)
+
+    def sentences(self) -> list[str]:
+        """Say what came out: faces and their expressions, then what there was besides."""
+        looked = [f"{number:,} {name}" for number, name in ((self.photos, "photos"), (self.frames, "frames")) if number]
+        lines = [f"{self.faces:,} faces in {' and '.join(looked) or 'no pictures'}{_listed(self.expressions)}."]
+        counts = ((self.without, "without a face"), (self.several, "with several faces"))
+        lines += [f"Pictures {name}: {number:,}." for number, name in counts if number]
+        lines += [f"Doubtful faces{_listed(self.doubts)}."] if self.doubts else []
+        shown = self.unreadable[:10]
+        lines += [f"Unreadable: {file}: {reason}." for file, reason in shown]
+        more = len(self.unreadable) - len(shown)
+        return [*lines, *([f"Unreadable: {more:,} more, in the rows with an error."] if more else [])]
+
+
+def _listed(counts: Counter[str]) -> str:
+    return f": {', '.join(f'{name} {count:,}' for name, count in counts.most_common())}" if counts else ""

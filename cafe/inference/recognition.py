@@ -1,0 +1,139 @@
+"""Frames → faces → expressions: what `cafe predict` does to photographs and videos, in batches and in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cafe.data.alignment import Detection, align_faces
+from cafe.data.expressions import EXPRESSIONS
+from cafe.inference.frames import Frame
+from cafe.inference.model import Model
+from cafe.inference.quality import Quality, judge_quality
+
+CROP = 224  # pixels, as `cafe data align` makes its crops
+SEARCHED = 16  # frames, as the detector takes them
+HELD_BYTES = 2**28  # of pixels, before they are searched or judged whatever their number
+HELD_FACES = 64  # as a tower takes them
+HELD_FRAMES = 256
+
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+
+
+@dataclass(frozen=True)
+class Search:
+    """How faces are looked for: `aligned` takes every picture for one face, aligned already."""
+
+    aligned: bool = False
+    every_face: bool = True
+    smallest: int = 20  # pixels
+    confidence: float = 0.9
+
+
+@dataclass(frozen=True)
+class JudgedFace:
+    """A face in a frame and its probabilities (7,); `confidence` is the detector's, None for a face that was aligned."""
+
+    box: Box
+    confidence: float | None
+    quality: Quality
+    probabilities: np.ndarray
+
+    @property
+    def expression(self) -> str:
+        """The most probable expression."""
+        return EXPRESSIONS[int(self.probabilities.argmax())]
+
+
+@dataclass(frozen=True)
+class JudgedFrame:
+    """What became of a frame: its faces, the largest first; without any, `error` says why.
+
+    `found` counts all its faces, those that were not asked for among them.
+    """
+
+    frame: Frame
+    faces: list[JudgedFace]
+    found: int = 0
+    error: str = ""
+
+
+@dataclass
+class _Searched:
+    """A frame with the crops of its faces, which wait to be judged together with others."""
+
+    frame: Frame
+    crops: list[np.ndarray] = field(default_factory=list)
+    detections: list[Detection | None] = field(default_factory=list)
+    found: int = 0
+    error: str = ""
+
+
+def judge_frames(
+    frames: Iterable[Frame], model: Model, search: Search, keep_pixels: bool = False
+) -> Iterator[JudgedFrame]:
+    """Yield every frame with its faces judged, in order; pixels are dropped as soon as they were searched, unless kept."""
+    held: list[_Searched] = []
+    for searched in _search_frames(frames, search):
+        held.append(searched if keep_pixels else replace(searched, frame=replace(searched.frame, pixels=None)))
+        faces = sum(len(one.crops) for one in held)
+        if faces >= HELD_FACES or len(held) >= HELD_FRAMES or _count_bytes(one.frame for one in held) > HELD_BYTES:
+            yield from _judge(held, model)
+            held = []
+    yield from _judge(held, model)
+
+
+def _count_bytes(frames: Iterable[Frame]) -> int:
+    return sum(frame.pixels.nbytes for frame in frames if frame.pixels is not None)
+
+
+def _search_frames(frames: Iterable[Frame], search: Search) -> Iterator[_Searched]:
+    waiting: list[Frame] = []
+    for frame in frames:
+        waiting.append(frame)
+        if len(waiting) >= SEARCHED or _count_bytes(waiting) > HELD_BYTES:
+            yield from _search(waiting, search)
+            waiting = []
+    yield from _search(waiting, search)
+
+
+def _search(frames: list[Frame], search: Search) -> Iterator[_Searched]:
+    """Yield some frames with the crops of their faces."""
+    photos = [frame.pixels for frame in frames if frame.pixels is not None]
+    aligned = (
+        iter(align_faces(photos, CROP, search.smallest, search.every_face, search.confidence))
+        if photos and not search.aligned
+        else iter(())
+    )
+    for frame in frames:
+        if frame.pixels is None:
+            yield _Searched(frame, error=frame.error)
+        elif search.aligned:
+            yield _Searched(frame, [frame.pixels], [None], 1)
+        else:
+            faces = next(aligned)
+            yield _Searched(frame, faces.crops, list(faces.detections), faces.found, faces.reason)
+
+
+def _judge(held: list[_Searched], model: Model) -> Iterator[JudgedFrame]:
+    shares = iter(model.predict([crop for searched in held for crop in searched.crops]))
+    for searched in held:
+        faces = [
+            JudgedFace(
+                _find_box(crop, found),
+                found.confidence if found else None,
+                judge_quality(crop, found),
+                next(shares),
+            )
+            for crop, found in zip(searched.crops, searched.detections, strict=True)
+        ]
+        yield JudgedFrame(searched.frame, faces, searched.found, searched.error)
+
+
+def _find_box(crop: np.ndarray, found: Detection | None) -> Box:
+    if found is None:
+        return 0, 0, crop.shape[1], crop.shape[0]
+    left, top, right, bottom = (round(value) for value in found.box)
+    return left, top, right - left, bottom - top

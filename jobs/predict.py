@@ -1,0 +1,132 @@
+"""`cafe predict`: a trained run on photographs and videos."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from cafe.errors import IncompleteError, UserError
+from jobs.options import options
+from jobs.terminal import interruptible, open_workspace, progress_bar
+from pipeline.settings import PredictSettings
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+    from cafe.inference.model import Model
+
+SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+@click.command()
+@click.argument("model")
+@click.argument("places", nargs=-1, required=True, metavar="PATH...")
+@options(PredictSettings)
+def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
+    """Tell the expression of every face in photos and videos: `cafe predict cafe-news-s0 party.jpg`.
+
+    \b
+    cafe predict cafe-news-s0 ~/photos --output faces.csv          # folders with all that is below them
+    cafe predict cafe-news-s0 talk.mp4 --rate 2 --annotate shown   # a video, and a copy with boxes and labels
+    find . -name '*.jpg' | cafe predict table1 --best source_val --ensemble - --format jsonl
+
+    MODEL is the name of a run of this workspace or its unambiguous beginning; with --best an experiment. PATH is a photo, a
+    video, a folder, a pattern such as 'faces/*.jpg', or - for a list of paths on standard input.
+
+    Every face is a row, and so is every picture without one, with the reason; a broken file ends nothing. Exit code 0: at
+    least one face was judged; 1: none was; 2: a mistake in the command; 130: interrupted.
+    """
+    settings, workspace = PredictSettings(**values), open_workspace()
+    form = _choose_format(settings)
+    if settings.rate <= 0:
+        raise UserError(f"--rate is a number of frames a second above 0, not {settings.rate}.")
+
+    from cafe.inference.annotation import Annotator, place_copies
+    from cafe.inference.frames import count_frames, find_files, read_frames
+    from cafe.inference.output import FORMATS, Summary, list_rows
+    from cafe.inference.recognition import Search, judge_frames
+    from pipeline.library import find_runs
+    from pipeline.workspace import locate
+
+    runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
+    files = find_files(list(_read_places(places)))
+    copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
+    click.echo(chosen, err=True)
+    loaded = _load(runs, settings)
+    total = sum(count_frames(file, settings.rate) for file in files)
+    search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
+    summary, done = Summary(), 0
+    with ExitStack() as stack:
+        stack.enter_context(interruptible("what was judged so far is kept"))
+        file = stack.enter_context(_open_output(settings.output))
+        write = stack.enter_context(FORMATS[form](file))
+        progress = stack.enter_context(_show_progress(file))
+        annotator = stack.enter_context(copies or nullcontext())
+        for judged in judge_frames(read_frames(files, settings.rate), loaded, search, copies is not None):
+            write(list_rows(judged))
+            summary.add(judged)
+            if annotator:
+                annotator.add(judged)
+            done += 1
+            progress(done, max(done, total))
+    for sentence in summary.sentences():
+        click.echo(sentence, err=True)
+    for place in (settings.output, settings.annotate):
+        if place:
+            click.echo(f"Wrote {place}", err=True)
+    if not summary.faces:
+        raise IncompleteError("No face was judged: see the reasons above, or lower --smallest or --confidence.")
+
+
+def _choose_format(settings: PredictSettings) -> str:
+    """Return the format asked for, else what the name of the output says; raise `UserError`."""
+    suffix = settings.output[settings.output.rfind(".") :].casefold() if settings.output else ""
+    form = settings.format or SUFFIXES.get(suffix, "table")
+    if form == "parquet" and not settings.output:
+        raise UserError("Parquet is no text for a terminal: give --output FILE.parquet.")
+    return form
+
+
+def _read_places(places: tuple[str, ...]) -> Iterator[str]:
+    for place in places:
+        if place == "-":
+            yield from filter(None, (line.strip("\r\n") for line in sys.stdin))
+        else:
+            yield place
+
+
+def _load(runs: list[UPath], settings: PredictSettings) -> Model:
+    """Load the model, and the face detector where it is needed, so that what is missing is said before work begins."""
+    import torch
+
+    from cafe.data.alignment import find_detector
+    from pipeline.models import build_model
+
+    there = torch.cuda.is_available()
+    if settings.use_gpu and not there:
+        raise UserError("--gpu needs a GPU and this machine has none: use --cpu.")
+    if not settings.aligned:
+        find_detector()
+    return build_model(runs, "cuda" if there and settings.use_gpu is not False else "cpu")
+
+
+@contextmanager
+def _open_output(output: str | None) -> Iterator[BinaryIO]:
+    from pipeline.workspace import locate
+
+    if output is None:
+        yield sys.stdout.buffer
+        return
+    place = locate(output)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("wb") as file:
+        yield file
+
+
+def _show_progress(file: BinaryIO) -> Any:
+    """Return a bar, unless the rows themselves appear on the terminal."""
+    return nullcontext(lambda done, total: None) if file.isatty() else progress_bar("Predicting", "pictures")

@@ -1,0 +1,198 @@
+"""What `import cafe` offers: manifests, features, trained models and scores of a workspace, by name.
+
+Commands that use a trained model choose it here too. Torch is imported when a model is loaded, and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from upath import UPath
+
+from cafe.data.manifest import Manifest
+from cafe.errors import UserError, unknown
+from cafe.files import read_json
+from cafe.results.scores import Run, read_runs, read_scores
+from pipeline.runs import is_finished
+from pipeline.store import FeatureStore, find_stores
+from pipeline.workspace import Workspace, locate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cafe.inference.model import Model
+
+BATCH_SIZE = 64
+
+
+def load_manifest(name: str, workspace: str = "work") -> Manifest:
+    """Return a manifest of a workspace (a folder or URI); raise `UserError` naming those there are.
+
+    >>> manifest = load_manifest("two", workspace)
+    >>> len(manifest), len(manifest.rows("test")), manifest.read_face(0).shape
+    (48, 9, (24, 24, 3))
+    """
+    return Workspace.at(workspace).load_manifest(name)
+
+
+def load_store(manifest: str, workspace: str = "work", folder: str | None = None) -> FeatureStore:
+    """Return the features of a manifest: its only store, or the one in that folder; raise `UserError` naming all.
+
+    `read_view("pooled", 0)` gives those of the clean view, (N, C); `group` is the Zarr group itself.
+
+    >>> store = load_store("two", workspace)
+    >>> store.about.describe().partition(" of ")[0]
+    '2 views × 24 channels and 32×4×4 maps'
+    >>> store.read_view("pooled", 0).shape
+    (48, 24)
+    """
+    known = Workspace.at(workspace)
+    known.load_manifest(manifest)
+    stores = {path.name: (path, about) for path, about in find_stores(known.features, manifest)}
+    if folder is None and len(stores) != 1:
+        raise UserError(
+            f"{manifest!r} has {len(stores)} feature stores: give the folder of one, {', '.join(stores)}."
+            if stores
+            else f"There are no features of {manifest!r} yet: run `cafe extract {manifest}`."
+        )
+    chosen = folder or next(iter(stores))
+    if chosen not in stores:
+        raise unknown(f"feature store of {manifest!r}", chosen, stores)
+    return FeatureStore(*stores[chosen])
+
+
+def load_model(
+    name: str,
+    workspace: str = "work",
+    *,
+    best: str | None = None,
+    ensemble: bool = False,
+    device: str | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Model:
+    """Return a trained run as a model, by its name or the beginning of it, or an exported folder; raise `UserError`.
+
+    With `best="source_val"` the name is an experiment's, of whose runs the one with the best validation accuracy on the
+    source is taken; `ensemble` averages all seeds of the run. `device` is `cpu` or `cuda`; default: a GPU where there is
+    one. Passes of the tower are filled up to `batch_size` faces, which makes the numbers those of the run's predictions;
+    with 1 a single face is answered sooner.
+
+    >>> model = load_model("cafe-one-s0", workspace)
+    >>> faces = [load_manifest("two", workspace).read_face(row) for row in range(3)]
+    >>> probabilities = model.predict(faces)
+    >>> probabilities.shape, probabilities.dtype
+    ((3, 7), dtype('float32'))
+    >>> bool(abs(probabilities.sum(axis=1) - 1).max() < 1e-6)
+    True
+    """
+    import torch
+
+    from pipeline.models import build_model
+
+    runs, _ = find_runs(Workspace.at(workspace), name, best, ensemble)
+    return build_model(runs, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size)
+
+
+def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFrame:
+    """Return a row for every run, protocol and target, computed from the runs' predictions; of one experiment or of all.
+
+    The columns are those of `cafe.results.scores.read_scores`: accuracy, mean_class_accuracy, macro_f1, ece and a recall for
+    every expression, all from 0 to 1, beside what tells runs and targets apart.
+
+    >>> table = scores(workspace)
+    >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
+    [['cafe', 'one', 'two', 'unseen', 9]]
+    """
+    known = Workspace.at(workspace)
+    runs = read_runs(known.run_path(name) for name in known.run_names())
+    if experiment is not None:
+        runs = _members(runs, experiment)
+    return read_scores(runs, known.manifest_names())
+
+
+def find_runs(
+    workspace: Workspace, name: str, best: str | None = None, ensemble: bool = False
+) -> tuple[list[UPath], str]:
+    """Return the folders of the runs that a model consists of, and why these; raise `UserError`.
+
+    Without `best` the name is a run's, the path of an exported folder, or an address of MLflow's such as `models:/faces/1`.
+    `ensemble` adds the other seeds of a run.
+    """
+    if best is None and (folder := _find_exported(workspace, name)):
+        if ensemble:
+            raise UserError(f"{name!r} is one exported model without other seeds: leave --ensemble out.")
+        return [folder], f"Model {name}."
+    runs = read_runs(workspace.run_path(run) for run in workspace.run_names())
+    if best is not None:
+        if best != "source_val":
+            raise unknown("way to choose a run", best, ("source_val",))
+        chosen, reason = choose_best(_members(runs, name), name)
+    else:
+        if any(name in run.experiments for run in runs) and not any(run.name.startswith(name) for run in runs):
+            raise UserError(f"{name!r} is an experiment: give one of its runs, or --best source_val to choose it.")
+        found = workspace.find_run(name)
+        chosen = next(run for run in runs if run.name == found)
+        reason = f"Model {chosen.name}"
+    _check_finished(chosen.folder)
+    if not ensemble:
+        return [chosen.folder], f"{reason}."
+    seeds = [run for run in runs if run.group == chosen.group and is_finished(run.folder)]
+    return [run.folder for run in seeds], f"{reason}, averaged over {len(seeds)} seeds."
+
+
+def _find_exported(workspace: Workspace, name: str) -> UPath | None:
+    """Return the folder of an exported run, fetched from MLflow where the name is an address there; None for other names."""
+    if name.startswith(("models:/", "runs:/")):
+        from pipeline.tracking import Mirror
+
+        return Mirror(workspace).fetch_model(name)
+    folder = locate(name)
+    return folder if (folder / "model.json").exists() and (folder / "run.json").exists() else None
+
+
+def choose_best(runs: Sequence[Run], experiment: str) -> tuple[Run, str]:
+    """Return the run with the best accuracy on held-out faces of its source, the first among equals, and why.
+
+    No target is looked at. Raises `UserError` where no run was selected by `source_val`, and for runs of several sources,
+    whose accuracies are of different faces.
+    """
+    accuracies = {run.name: accuracy for run in runs if (accuracy := read_validation_accuracy(run)) is not None}
+    if not accuracies:
+        raise UserError(
+            f"No finished run of the experiment {experiment!r} knows its accuracy on held-out faces of the source: train "
+            "with --selection source_val, or give the name of a run."
+        )
+    judged = [run for run in runs if run.name in accuracies]
+    if len(sources := sorted({run.source for run in judged})) > 1:
+        raise UserError(
+            f"The runs of {experiment!r} learned from {', '.join(sources)}, whose validation accuracies cannot be compared: "
+            "give the name of a run."
+        )
+    chosen = max(judged, key=lambda run: accuracies[run.name])
+    others = f"; {len(runs) - len(judged)} runs without one were left out" if len(runs) > len(judged) else ""
+    return chosen, (
+        f"Model {chosen.name}: {accuracies[chosen.name]:.1%} on held-out faces of {sources[0]}, the best of {len(judged)} "
+        f"runs{others}"
+    )
+
+
+def read_validation_accuracy(run: Run) -> float | None:
+    """Return the accuracy by which the epoch of a run was selected on held-out faces of its source; None without one."""
+    result = read_json(run.folder / "result.json")
+    if run.selection != "source_val" or not result or not result.get("selected"):
+        return None
+    epoch = read_json(run.folder / "epochs" / f"{result['selected']:04d}.json") or {}
+    accuracy = epoch.get("selection/accuracy")
+    return None if accuracy is None else float(accuracy)
+
+
+def _members(runs: Sequence[Run], experiment: str) -> list[Run]:
+    if members := [run for run in runs if experiment in run.experiments]:
+        return members
+    raise unknown("experiment", experiment, {name for run in runs for name in run.experiments})
+
+
+def _check_finished(run: UPath) -> None:
+    if not is_finished(run):
+        raise UserError(f"The run {run.name!r} is not trained to its end: give its `cafe train` command again.")

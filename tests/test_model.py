@@ -1,0 +1,117 @@
+"""A trained run judges faces that are in no manifest, by the numbers of its own predictions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import complaint, draw_faces
+from PIL import Image
+from trained import fill_store, start_run, train_run
+from upath import UPath
+
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.files import read_json, write_json
+from cafe.inference.model import read_pixels
+from cafe.methods import METHODS
+from cafe.results.predictions import load_predictions
+from pipeline.models import build_model
+from pipeline.settings import ExtractSettings
+from pipeline.workspace import Workspace
+
+SETTINGS = {"source": "one", "targets": "two"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Workspace:
+    """Two domains with features of the tiny tower."""
+    workspace = Workspace.at(str(tmp_path_factory.mktemp("work")))
+    for name, tint in (("one", 0), ("two", 30)):
+        root = UPath(draw_faces(Path(str(workspace.root)) / "faces" / name, per_class=16, tint=tint))
+        index_files(name, DATASETS["folder"](root)).manifest.save(workspace.manifest_path(name))
+        fill_store(workspace, name, ExtractSettings(backbone=tiny_tower, views=2, maps=True))
+    return workspace
+
+
+def faces_of(workspace: Workspace, target: str = "two", split: str = "test") -> list[np.ndarray]:
+    manifest = workspace.load_manifest(target)
+    return [manifest.read_face(row) for row in manifest.rows(split)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_judges_arrays_as_it_judged_its_target(method: str, workspace: Workspace) -> None:
+    run, judged = start_run(workspace, method=method, **SETTINGS)
+    probabilities = build_model([run]).predict(faces_of(workspace))
+    assert (probabilities.dtype, probabilities.shape) == (np.float32, judged.shape)
+    np.testing.assert_allclose(probabilities, judged, atol=1e-6)
+
+
+def test_real_faces_get_the_probabilities_of_the_runs_own_predictions(real_faces: Path, tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    for domain in ("news", "cinema"):
+        for expression in ("happiness", "neutral", "surprise"):
+            (tmp_path / domain / expression).mkdir(parents=True)
+            for path in sorted((real_faces / domain / expression).iterdir())[:12]:
+                shutil.copy(path, tmp_path / domain / expression)
+        index_files(domain, DATASETS["folder"](UPath(tmp_path / domain))).manifest.save(workspace.manifest_path(domain))
+        fill_store(workspace, domain, ExtractSettings(backbone="face-resnet", views=2, input_size=96))
+    changes = ("epochs=2", "learning_rate=0.003", "features=standardised")
+    run = train_run(workspace, source="news", method="cafe", image_size=64, overrides=changes)
+    judged = load_predictions(run)["cinema"]
+    manifest = workspace.load_manifest("cinema")
+    pictures = [Image.open(Path(manifest.root) / sample) for sample in judged.sample_ids]
+    probabilities = build_model([run]).predict(pictures)
+    np.testing.assert_allclose(probabilities, judged.probabilities, atol=1e-5)
+    assert np.ptp(probabilities, axis=0).max() > 0.1  # the faces are told apart
+
+
+def test_seeds_are_averaged(workspace: Workspace) -> None:
+    (one, first), (two, second) = (start_run(workspace, method="cafe", seed=seed, **SETTINGS) for seed in (0, 1))
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_allclose(build_model([one, two]).predict(faces_of(workspace)), (first + second) / 2, atol=1e-6)
+
+
+def test_faces_are_judged_one_by_one_as_together_and_none_gives_none(workspace: Workspace) -> None:
+    run, _ = start_run(workspace, method="cafe", **SETTINGS)
+    model, faces = build_model([run]), faces_of(workspace)[:3]
+    alone = np.concatenate([model.predict([face]) for face in faces])
+    np.testing.assert_allclose(alone, model.predict(faces), atol=1e-6)
+    assert model.predict([]).shape == (0, 7)
+    quick = build_model([run], batch_size=1)  # no filling up
+    np.testing.assert_allclose(quick.predict(faces), alone, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "RGB"])
+def test_pictures_of_any_mode_become_rgb(mode: str) -> None:
+    grey = Image.new("RGB", (5, 4), (102, 102, 102)).convert(mode)
+    assert (np.abs(read_pixels(grey).astype(int) - 102) <= 1).all()
+    assert read_pixels(grey).shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "part"),
+    [
+        (np.zeros((4, 4, 3)), "not (4, 4, 3) float64"),
+        (np.zeros((4, 4), np.uint8), "not (4, 4) uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "not (0, 4, 3) uint8"),
+        ("face.jpg", "not a str: open the file first"),
+        (Image.new("F", (4, 4)), "floating-point pixels"),
+    ],
+)
+def test_what_is_no_image_is_answered_in_one_sentence(image: object, part: str) -> None:
+    assert part in complaint(read_pixels, image)
+
+
+def test_a_run_without_weights_or_with_another_tower_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    run, _ = start_run(workspace, method="linear_probe", **SETTINGS)
+    shutil.copytree(run, tmp_path / "other")
+    record = read_json(UPath(tmp_path / "other" / "run.json"))
+    assert record is not None
+    record["spec"]["features"]["weights"] = "0" * 64
+    write_json(UPath(tmp_path / "other" / "run.json"), record)
+    assert "are not those that the run" in complaint(build_model, [UPath(tmp_path / "other")])
+    (tmp_path / "other" / "model.safetensors").unlink()
+    assert "has no trained weights here" in complaint(build_model, [UPath(tmp_path / "other")])
