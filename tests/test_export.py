@@ -17,6 +17,7 @@ from upath import UPath
 
 from cafe.data import DATASETS
 from cafe.data.indexing import index_files
+from cafe.files import write_json
 from cafe.inference.graph import Onnx, Resize, write_onnx
 from cafe.methods import METHODS, find_method
 from cafe.report.card import format_share, write_card
@@ -145,3 +146,17 @@ def test_the_command_says_how_well_the_graph_agrees(workspace: Workspace, tmp_pa
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "README.md", "model.json", "model.onnx", "model.safetensors", "run.json", "tiny-cafe-vit.json", "tower.safetensors",
     }  # fmt: skip
+
+
+def test_the_run_to_ship_is_chosen_by_held_out_faces_of_the_source_and_not_by_a_target(tmp_path: Path) -> None:
+    workspace, labels = Workspace.at(str(tmp_path)), np.arange(70) % 7
+    for seed, (held_out, wrong) in enumerate([(0.7, 0), (0.8, 70)]):  # the better one is wrong on all of the target
+        run = write_run(workspace, seed=seed, source_kind="folder", selection="source_val")
+        write_predictions(run, "fer", labels, np.where(np.arange(70) < wrong, (labels + 1) % 7, labels))
+        write_json(run / "result.json", {"epochs": 2, "selected": 2})
+        write_json(run / "epochs" / "0002.json", {"selection/accuracy": held_out})
+    said = Cafe(tmp_path, "").succeed("compare", "--best", "source_val")
+    (line,) = [line for line in said.splitlines() if line.startswith("To ship: ")]
+    assert run.name in line
+    assert "80.0% on held-out faces of raf, the best of 2 runs" in line
+    assert line.endswith(f"no target's score was looked at: cafe export {run.name}")

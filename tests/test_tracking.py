@@ -18,6 +18,8 @@ from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.files import list_folder, read_json, write_json
 from cafe.results.predictions import load_predictions
+from cafe.results.scores import read_runs
+from pipeline.benchmark.cells import write_comparison
 from pipeline.tracking import PARENT, Mirror, default_uri, list_experiments
 from pipeline.workspace import Workspace
 
@@ -209,3 +211,13 @@ def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace)
     assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
         "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
     ]  # fmt: skip
+
+
+def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspace) -> None:
+    folder = workspace.root / "benchmarks" / "grid-0123abcd"
+    write_json(folder / "benchmark.json", {"name": "grid"})
+    write_comparison(folder, read_runs([judged(workspace)]), [], "clean")
+    Mirror(workspace).update_benchmark(folder, "grid", "FINISHED")
+    assert picture(workspace, "grid")["files"].keys() == {"benchmark.json", "comparison.md", "comparison.html"}
+    assert "| raf | cafe |" in (folder / "comparison.md").read_text()
+    assert (folder / "comparison.html").read_text().startswith("<!doctype html>")
