@@ -19,7 +19,7 @@ from cafe.towers.building import quiet
 
 OPSET = 18
 FACES, PROBABILITIES = "faces", "probabilities"  # names of the graph's input and output
-BITS = 22  # of the fixed-point numbers that Pillow's weights are
+UNIT = 1 << 22  # of the fixed-point numbers that Pillow's weights are
 BICUBIC = -0.5  # Pillow's free parameter of the cubic
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # how far a filter reaches, in pixels of the smaller picture
 
@@ -49,7 +49,7 @@ class Resize(nn.Module):
         reach = self.support * wide
         reached = (places >= (centres - reach + 0.5).floor()) & (places < (centres + reach + 0.5).floor())
         shares = torch.where(reached, self.filter(((places - centres + 0.5) / wide).abs()), 0.0)
-        fixed = shares / shares.sum(dim=1, keepdim=True) * 2**BITS
+        fixed = shares / shares.sum(dim=1, keepdim=True) * UNIT
         return (fixed + torch.where(fixed < 0, -0.5, 0.5)).trunc()
 
     def filter(self, distance: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Resize(nn.Module):
 
 def round_pixels(fixed: Tensor) -> Tensor:
     """Return fixed-point sums as whole numbers of 0–255."""
-    return (fixed / 2**BITS + 0.5).floor().clamp(0, 255)
+    return (fixed / UNIT + 0.5).floor().clamp(0, 255)
 
 
 class CleanView(nn.Module):
