@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from cafe.inference.model import Model
 
-BATCH_SIZE = 64
-
 
 def load_manifest(name: str, workspace: str = "work") -> Manifest:
     """Return a manifest of a workspace (a folder or URI); raise `UserError` naming those there are.
@@ -43,7 +41,7 @@ def load_store(manifest: str, workspace: str = "work", folder: str | None = None
 
     >>> store = load_store("two", workspace)
     >>> store.about.describe().partition(" of ")[0]
-    '2 views × 24 channels and 32×4×4 maps'
+    '2 views × 24 channels and 24×4×4 maps'
     >>> store.read_view("pooled", 0).shape
     (48, 24)
     """
@@ -69,14 +67,14 @@ def load_model(
     best: str | None = None,
     ensemble: bool = False,
     device: str | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Model:
     """Return a trained run as a model, by its name or the beginning of it, or an exported folder; raise `UserError`.
 
     With `best="source_val"` the name is an experiment's, of whose runs the one with the best validation accuracy on the
     source is taken; `ensemble` averages all seeds of the run. `device` is `cpu` or `cuda`; default: a GPU where there is
-    one. Passes of the tower are filled up to `batch_size` faces, which makes the numbers those of the run's predictions;
-    with 1 a single face is answered sooner.
+    one. Passes of the tower are filled up to `batch_size` faces; the default makes the numbers those of the run's
+    predictions, with 1 a single face is answered sooner.
 
     >>> model = load_model("cafe-one-s0", workspace)
     >>> faces = [load_manifest("two", workspace).read_face(row) for row in range(3)]
@@ -88,10 +86,11 @@ def load_model(
     """
     import torch
 
+    from cafe.inference.model import BATCH_SIZE
     from pipeline.models import build_model
 
     runs, _ = find_runs(Workspace.at(workspace), name, best, ensemble)
-    return build_model(runs, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size)
+    return build_model(runs, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size or BATCH_SIZE)
 
 
 def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFrame:

@@ -67,6 +67,7 @@ class _Searched:
     frame: Frame
     crops: list[np.ndarray] = field(default_factory=list)
     detections: list[Detection | None] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
     found: int = 0
     error: str = ""
 
@@ -111,29 +112,26 @@ def _search(frames: list[Frame], search: Search) -> Iterator[_Searched]:
         if frame.pixels is None:
             yield _Searched(frame, error=frame.error)
         elif search.aligned:
-            yield _Searched(frame, [frame.pixels], [None], 1)
+            height, width = frame.pixels.shape[:2]
+            yield _Searched(frame, [frame.pixels], [None], [(0, 0, width, height)], 1)
         else:
             faces = next(aligned)
-            yield _Searched(frame, faces.crops, list(faces.detections), faces.found, faces.reason)
+            boxes = [find_box(found, frame.pixels) for found in faces.detections]
+            yield _Searched(frame, faces.crops, list(faces.detections), boxes, faces.found, faces.reason)
 
 
 def _judge(held: list[_Searched], model: Model) -> Iterator[JudgedFrame]:
     shares = iter(model.predict([crop for searched in held for crop in searched.crops]))
     for searched in held:
         faces = [
-            JudgedFace(
-                _find_box(crop, found),
-                found.confidence if found else None,
-                judge_quality(crop, found),
-                next(shares),
-            )
-            for crop, found in zip(searched.crops, searched.detections, strict=True)
+            JudgedFace(box, found.confidence if found else None, judge_quality(crop, found), next(shares))
+            for crop, found, box in zip(searched.crops, searched.detections, searched.boxes, strict=True)
         ]
         yield JudgedFrame(searched.frame, faces, searched.found, searched.error)
 
 
-def _find_box(crop: np.ndarray, found: Detection | None) -> Box:
-    if found is None:
-        return 0, 0, crop.shape[1], crop.shape[0]
-    left, top, right, bottom = (round(value) for value in found.box)
+def find_box(face: Detection, pixels: np.ndarray) -> Box:
+    """Return the part of a face's box that lies in its picture (H, W, 3)."""
+    left, top, right, bottom = (max(0, round(value)) for value in face.box)
+    right, bottom = min(right, pixels.shape[1]), min(bottom, pixels.shape[0])
     return left, top, right - left, bottom - top

@@ -1,0 +1,102 @@
+"""`cafe predict` on photos, in faces per second, against the bare loop: detector and tower, and nothing else.
+
+Photos are made of real faces: each one on a plain ground, in the sizes of a camera's previews. Both sides take the same
+files and start with their networks loaded; reading, decoding and finding faces are a part of both.
+
+    python benchmarks/predict.py --workspace work --run cafe-news-s0 --faces ~/faces --photos 2000
+
+Besides what this package needs, the face detector must be there (`make` installs it).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from upath import UPath
+
+from cafe.data.alignment import find_detector
+from cafe.inference.frames import read_frames
+from cafe.inference.model import BATCH_SIZE, Model
+from cafe.inference.recognition import SEARCHED, Search, judge_frames
+from cafe.learning.views import normalise
+from pipeline.library import load_model
+
+GROUND = (96, 120, 96)
+SIZE = (512, 384)  # pixels, of a photo
+FACE = 240  # pixels
+
+
+@click.command()
+@click.option("--workspace", "-w", default="work", show_default=True)
+@click.option("--run", required=True, help="Trained run, one that reads frozen features.")
+@click.option("--faces", required=True, help="Folder of pictures of one face each.")
+@click.option("--photos", default=2000, show_default=True)
+@click.option("--repeats", default=1, show_default=True, help="Rounds, of which the median counts.")
+def main(workspace: str, run: str, faces: str, photos: int, repeats: int) -> None:
+    """Compare the speed of `cafe predict` with that of a bare loop."""
+    model = load_model(run, workspace, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_photos(Path(faces), Path(folder), photos)
+        (
+            rate_ours(files[:BATCH_SIZE], model),
+            rate_bare(files[:BATCH_SIZE], model),
+        )  # the first pass of a network is slow
+        rates = [(rate_ours(files, model), rate_bare(files, model)) for _ in range(repeats)]
+    ours, bare = np.median(np.array(rates), axis=0)
+    click.echo(f"{photos} photos: {ours:.1f} faces/s, {ours / bare:.2f} of a bare loop's ({bare:.1f})")
+
+
+def make_photos(faces: Path, folder: Path, count: int) -> list[UPath]:
+    """Put one face into each photo, going round the faces there are; returns the files."""
+    found = sorted(path for path in faces.rglob("*.*") if path.suffix.lower() in (".jpg", ".png"))
+    random, files = np.random.default_rng(0), []
+    for number in range(count):
+        photo = Image.new("RGB", SIZE, GROUND)
+        with Image.open(found[(7 * number) % len(found)]) as face:
+            place = tuple(int(random.integers(side - FACE + 1)) for side in SIZE)
+            photo.paste(face.convert("RGB").resize((FACE, FACE)), place)
+        files.append(UPath(folder / f"{number:05d}.jpg"))
+        photo.save(files[-1], quality=92)
+    return files
+
+
+def rate_ours(files: Sequence[UPath], model: Model) -> float:
+    """Return faces per second as the command finds, aligns and judges them."""
+    start = time.perf_counter()
+    faces = sum(len(judged.faces) for judged in judge_frames(read_frames(files, 1.0), model, Search()))
+    return faces / (time.perf_counter() - start)
+
+
+def rate_bare(files: Sequence[UPath], model: Model) -> float:
+    """Return faces per second of a loop that decodes, detects, cuts boxes out and embeds them: nothing is classified."""
+    assert model.tower is not None
+    detector, tower = find_detector(), model.tower.backbone
+    side, faces = tower.facts.input_size, 0
+    waiting: list[np.ndarray] = []
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for first in range(0, len(files), SEARCHED):
+            photos = [np.asarray(Image.open(path).convert("RGB")) for path in files[first : first + SEARCHED]]
+            boxes, _ = detector.detect(np.stack(photos))
+            for photo, found in zip(photos, boxes, strict=True):
+                for left, top, right, bottom in (found if found is not None else np.zeros((0, 4))).clip(0).astype(int):
+                    crop = Image.fromarray(photo[top : bottom + 1, left : right + 1]).resize((side, side))
+                    waiting.append(np.asarray(crop))
+            if len(waiting) >= BATCH_SIZE or first + SEARCHED >= len(files):
+                pixels, nothing = torch.from_numpy(np.stack(waiting)), torch.zeros(len(waiting), 4, dtype=torch.int64)
+                images = normalise(pixels, nothing, model.tower.plan.mean, model.tower.plan.std)
+                tower(images.contiguous(memory_format=torch.channels_last))
+                faces += len(waiting)
+                waiting = []
+    return faces / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

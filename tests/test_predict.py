@@ -1,0 +1,308 @@
+"""`cafe predict`: every face of photos and videos becomes a row, whatever else lies among them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from conftest import COLOURS, Cafe, draw_faces
+from PIL import Image, ImageFilter
+from test_alignment import needs_detector
+from trained import fill_store, start_run
+from upath import UPath
+
+from cafe.data import DATASETS
+from cafe.data.alignment import Detection, align_faces
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.indexing import index_files
+from cafe.files import write_json
+from cafe.inference.annotation import write_video
+from cafe.inference.frames import Frame, count_frames, read_video
+from cafe.inference.quality import judge_quality, measure_sharpness, measure_turn
+from cafe.inference.recognition import HELD_FACES, SEARCHED, Search, judge_frames
+from cafe.synthetic.domains import render
+from jobs.cli import main
+from pipeline.models import build_model
+from pipeline.settings import ExtractSettings
+from pipeline.workspace import Workspace
+
+MEADOW = (96, 120, 96)
+CHOSEN = {0: 0.5, 1: 0.75}  # seed: accuracy on held-out faces of the source
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Cafe:
+    """A workspace with runs of a linear probe: one as it is, and two seeds selected on held-out faces."""
+    cafe = Cafe(tmp_path_factory.mktemp("work"), address="")
+    workspace = Workspace.at(str(cafe.workspace))
+    root = UPath(draw_faces(cafe.workspace / "faces", per_class=16))
+    index_files("one", DATASETS["folder"](root)).manifest.save(workspace.manifest_path("one"))
+    fill_store(workspace, "one", ExtractSettings(backbone=tiny_tower, views=2))
+    settings = {"source": "one", "targets": "one", "method": "linear_probe", "epochs": 1}
+    start_run(workspace, "plain", tag="plain", **settings)
+    for seed, accuracy in CHOSEN.items():
+        run, _ = start_run(workspace, "table", seed=seed, selection="source_val", **settings)
+        write_json(run / "result.json", {"epochs": 2, "selected": 1})
+        for epoch, found in ((1, accuracy), (2, 0.25)):
+            write_json(run / "epochs" / f"{epoch:04d}.json", {"selection/accuracy": found})
+    return cafe
+
+
+def runs_of(command: Cafe, experiment: str) -> list[UPath]:
+    folders = sorted(UPath(command.workspace / "runs").iterdir(), key=lambda path: path.name)
+    return [folder for folder in folders if (folder / "experiments" / f"{experiment}.json").exists()]
+
+
+def answer(command: Cafe, *arguments: str, code: int = 0, stdin: str | None = None) -> tuple[list[dict[str, Any]], str]:
+    """Run `cafe predict … --format jsonl`; return the rows and what it says beside them."""
+    words = ["--workspace", str(command.workspace), "predict", *arguments, "--format", "jsonl"]
+    result = CliRunner().invoke(main, words, input=stdin)
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return [json.loads(line) for line in result.stdout.splitlines()], result.stderr
+
+
+def shares(rows: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([[row[name] for name in EXPRESSIONS] for row in rows])
+
+
+def album(root: Path) -> list[np.ndarray]:
+    """Four crops in folders, one behind a link; returns them in the order in which they are found."""
+    pictures = []
+    for number, (place, colour) in enumerate(zip(("a/1.png", "a/b/2.png", "c/3.png"), COLOURS.values(), strict=True)):
+        pixels = np.random.default_rng(number).normal(colour, 30, (40, 30, 3)).clip(0, 255).astype(np.uint8)
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / place)
+        pictures.append(pixels)
+    (root / "a" / "notes.txt").write_text("no picture")
+    (root / "linked").symlink_to(root / "a" / "b")
+    return [*pictures, pictures[1]]
+
+
+def drawn_face(number: int, side: int = 200) -> Image.Image:
+    return Image.fromarray(render(0, "studio", number, 3 * number % 7, 0)).resize((side, side))
+
+
+def photo(*places: tuple[int, int], size: tuple[int, int] = (640, 400)) -> Image.Image:
+    """Drawn faces of 200 pixels at some places (left, top) on a plain ground."""
+    picture = Image.new("RGB", size, MEADOW)
+    for number, place in enumerate(places):
+        picture.paste(drawn_face(number), place)
+    return picture
+
+
+def walk(place: Path, seconds: int = 2, rate: int = 10) -> None:
+    """Write a video of a face that moves to the right by 100 pixels a second."""
+    with write_video(UPath(place), (640, 400)) as show:
+        for number in range(seconds * rate):
+            show(photo((20 + 100 * number // rate, 100)), number / rate)
+
+
+def test_folders_patterns_links_and_standard_input_give_the_models_probabilities(command: Cafe, tmp_path: Path) -> None:
+    pictures = album(tmp_path)
+    (run,) = runs_of(command, "plain")
+    expected = build_model([run]).predict(pictures)
+    rows, said = answer(command, "linear_probe-one-s0-plain", str(tmp_path), "--aligned")
+    names = [str(Path(row["file"]).relative_to(tmp_path)) for row in rows]
+    assert names == ["a/1.png", "a/b/2.png", "c/3.png", "linked/2.png"]
+    np.testing.assert_allclose(shares(rows), expected, atol=2e-6)
+    assert [row["expression"] for row in rows] == [EXPRESSIONS[best] for best in expected.argmax(axis=1)]
+    assert (rows[0]["left"], rows[0]["top"], rows[0]["width"], rows[0]["height"]) == (0, 0, 30, 40)
+    assert (rows[0]["small"], rows[0]["turned"], rows[0]["error"], rows[0]["time"]) == (True, None, None, None)
+    assert f"Model {run.name}." in said
+    assert "4 faces in 4 photos" in said
+    listed, _ = answer(
+        command, run.name, "-", "--aligned", stdin=f"{tmp_path}/c/3.png\n\n{tmp_path}/a/*.png\n{tmp_path}/c\n"
+    )
+    assert [Path(row["file"]).name for row in listed] == ["3.png", "1.png"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl", "rows.txt"])
+def test_a_file_of_every_format_holds_the_same_rows(name: str, command: Cafe, tmp_path: Path) -> None:
+    album(tmp_path / "album")
+    (tmp_path / "album" / "torn.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    plain = ("linear_probe-one-s0-plain", str(tmp_path / "album"), "--aligned")
+    rows, _ = answer(command, *plain)
+    assert command("predict", *plain, "--output", str(tmp_path / name)).exit_code == 0
+    content = (tmp_path / name).read_bytes()
+    if name.endswith("txt"):
+        lines = content.decode().splitlines()[1:]
+        assert [line.split()[0] for line in lines] == [row["expression"] or "–" for row in rows]
+        assert lines[-1].endswith("torn.jpg: not an image of a known format")
+        return
+    found: list[dict[str, Any]]
+    if name.endswith("csv"):
+        found = list(csv.DictReader(io.StringIO(content.decode())))
+    elif name.endswith("parquet"):
+        found = pq.read_table(tmp_path / name).to_pylist()
+    else:
+        found = [json.loads(line) for line in content.splitlines()]
+    assert [set(row) for row in found] == [set(row) for row in rows]
+    assert [(row["file"], row["error"] or None) for row in found] == [(row["file"], row["error"]) for row in rows]
+    np.testing.assert_allclose(shares(found[:-1]).astype(float), shares(rows[:-1]), atol=2e-6)
+
+
+@needs_detector
+def test_every_face_of_a_photo_is_found_aligned_and_judged_and_what_has_none_says_why(
+    command: Cafe, tmp_path: Path
+) -> None:
+    photo((30, 60), (400, 150)).save(tmp_path / "two.png")
+    Image.new("RGB", (80, 80), MEADOW).save(tmp_path / "meadow.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "two.png").read_bytes()[:2000])
+    rows, said = answer(command, "linear_probe-one-s0-plain", str(tmp_path))
+    assert [(Path(row["file"]).name, row["face"]) for row in rows] == [
+        ("meadow.png", None), ("torn.png", None), ("two.png", 0), ("two.png", 1),
+    ]  # fmt: skip
+    assert rows[0]["error"] == "no face found"
+    assert rows[1]["error"].startswith("damaged image")
+    faces = sorted(rows[2:], key=lambda row: row["left"])
+    for face, (left, top) in zip(faces, ((30, 60), (400, 150)), strict=True):
+        middle = face["left"] + face["width"] / 2, face["top"] + face["height"] / 2
+        assert middle == pytest.approx((left + 100, top + 100), abs=40)
+        assert face["confidence"] > 0.9
+    (run,) = runs_of(command, "plain")
+    [aligned] = align_faces([np.asarray(photo((30, 60), (400, 150)))], every_face=True)
+    np.testing.assert_allclose(shares(rows[2:]), build_model([run]).predict(aligned.crops), atol=1e-4)
+    assert "2 faces in 2 photos" in said
+    assert "Pictures without a face: 1.\nPictures with several faces: 1.\n" in said
+    assert "torn.png: damaged image" in said
+
+
+@needs_detector
+def test_a_video_is_looked_at_in_its_rate_and_its_annotated_copy_shows_the_boxes(command: Cafe, tmp_path: Path) -> None:
+    walk(tmp_path / "walk.mp4")
+    rows, said = answer(
+        command,
+        "linear_probe-one-s0-plain",
+        str(tmp_path / "walk.mp4"),
+        "--rate",
+        "2",
+        "--annotate",
+        str(tmp_path / "shown"),
+    )
+    assert [(row["frame"], row["time"]) for row in rows] == [(0, 0.0), (5, 0.5), (10, 1.0), (15, 1.5)]
+    places = np.array([row["left"] for row in rows])
+    assert np.diff(places) == pytest.approx([50, 50, 50], abs=12)
+    assert "4 faces in 4 frames" in said
+    with av.open(str(tmp_path / "shown" / "walk.mp4")) as container:
+        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    assert [time for time, _ in frames] == pytest.approx([0, 0.5, 1.0, 1.5], abs=0.002)
+    for row, (_, pixels) in zip(rows, frames, strict=True):
+        edge = pixels[row["top"] + row["height"] // 2, row["left"]]
+        assert np.abs(edge.astype(int) - MEADOW).max() > 60  # the box is drawn there
+
+
+def test_annotated_pictures_keep_their_places_and_never_overwrite_originals(command: Cafe, tmp_path: Path) -> None:
+    album(tmp_path / "album")
+    Image.open(tmp_path / "album" / "c" / "3.png").save(tmp_path / "album" / "c" / "3.bmp")
+    arguments = ("predict", "linear_probe-one-s0-plain", str(tmp_path / "album"), "--aligned", "--annotate")
+    command.succeed(*arguments, str(tmp_path / "shown"))
+    copies = sorted(str(path.relative_to(tmp_path / "shown")) for path in (tmp_path / "shown").rglob("*.*"))
+    assert copies == ["a/1.png", "a/b/2.png", "c/3.bmp.jpg", "c/3.png", "linked/2.png"]
+    assert (
+        np.asarray(Image.open(tmp_path / "shown" / "c" / "3.png"))
+        != np.asarray(Image.open(tmp_path / "album" / "c" / "3.png"))
+    ).any()
+    assert "would overwrite" in command.fail(*arguments, str(tmp_path / "album"))
+
+
+def test_the_best_run_is_chosen_by_held_out_faces_of_the_source_and_seeds_are_averaged(
+    command: Cafe, tmp_path: Path
+) -> None:
+    pictures = album(tmp_path)[:3]
+    first, second = runs_of(command, "table")
+    where = (str(tmp_path / "a"), str(tmp_path / "c"), "--aligned")
+    alone = [build_model([run]).predict(pictures) for run in (first, second)]
+    best, said = answer(command, "table", *where, "--best", "source_val")
+    assert f"Model {second.name}: 75.0% on held-out faces of one, the best of 2 runs." in said
+    np.testing.assert_allclose(shares(best), alone[1], atol=2e-6)
+    both, said = answer(command, "table", *where, "--best", "source_val", "--ensemble")
+    assert "averaged over 2 seeds" in said
+    np.testing.assert_allclose(shares(both), (alone[0] + alone[1]) / 2, atol=2e-6)
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3
+
+
+def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: Path) -> None:
+    album(tmp_path)
+    (tmp_path / "empty").mkdir()
+    run, there = "linear_probe-one-s0-plain", str(tmp_path / "a" / "1.png")
+    for arguments, part in (
+        ((run, there, "nowhere.jpg"), "There is no file 'nowhere.jpg'"),
+        ((run, f"{tmp_path}/*.gif"), "There is no file"),
+        ((run, str(tmp_path / "empty")), "There is no photo or video below"),
+        ((run, there, "--format", "parquet"), "give --output FILE.parquet"),
+        ((run, there, "--rate", "0"), "above 0, not 0.0"),
+        (("other", there), "Unknown run 'other'"),
+        (("table", there), "'table' is an experiment"),
+        (("plain", there, "--best", "source_val"), "knows its accuracy on held-out faces"),
+        (("other", there, "--best", "source_val"), "Unknown experiment 'other'"),
+    ):
+        assert part in command.fail("predict", *arguments), arguments
+    Image.new("RGB", (9, 9)).save(tmp_path / "torn.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:40])
+    rows, said = answer(command, run, str(tmp_path / "torn.png"), "--aligned", code=1)
+    assert [row["expression"] for row in rows] == [None]
+    assert "No face was judged" in said
+
+
+def test_a_damaged_video_ends_with_the_reason(tmp_path: Path) -> None:
+    walk(tmp_path / "walk.mp4", seconds=1)
+    assert (count_frames(UPath(tmp_path / "walk.mp4"), 5), count_frames(UPath(tmp_path / "walk.mp4"), 100)) == (5, 10)
+    data = (tmp_path / "walk.mp4").read_bytes()
+    (tmp_path / "torn.mp4").write_bytes(data[: len(data) // 3])
+    (tmp_path / "none.avi").write_bytes(b"no video")
+    for name in ("torn.mp4", "none.avi"):
+        *_, last = read_video(UPath(tmp_path / name), 5)
+        assert last.pixels is None
+        assert "no readable video" in last.error
+
+
+def test_of_a_long_video_only_a_few_frames_are_in_memory(command: Cafe) -> None:
+    (run,) = runs_of(command, "plain")
+    counts = {"made": 0, "gone": 0, "most": 0}
+
+    def note_end() -> None:
+        counts["gone"] += 1
+
+    def film() -> Iterator[Frame]:
+        for number in range(400):
+            pixels = np.full((24, 24, 3), number % 256, np.uint8)
+            weakref.finalize(pixels, note_end)
+            counts["made"] += 1
+            counts["most"] = max(counts["most"], counts["made"] - counts["gone"])
+            yield Frame(UPath("long.mp4"), pixels, number, number / 5)
+
+    frames = list(judge_frames(film(), build_model([run]), Search(aligned=True)))
+    assert [judged.frame.number for judged in frames] == list(range(400))
+    assert all(judged.frame.pixels is None for judged in frames)
+    assert counts["most"] <= HELD_FACES + 2 * SEARCHED
+
+
+@pytest.mark.parametrize(("nose", "turn", "turned"), [(50, 0.0, False), (60, 0.25, False), (30, 0.5, True)])
+def test_a_face_is_turned_when_its_nose_leaves_the_middle_of_the_eyes(nose: int, turn: float, turned: bool) -> None:
+    eyes, mouth = np.array([[30.0, 40.0], [70.0, 40.0]]), np.array([50.0, 80.0])
+    face = Detection((0, 0, 100, 47), eyes, mouth, 1.0, np.array([float(nose), 60.0]))
+    assert measure_turn(face) == pytest.approx(turn)  # 10 of 40 pixels are a quarter
+    quality = judge_quality(np.asarray(drawn_face(0)), face)
+    assert (quality.turned, quality.small, quality.blurred) == (turned, True, False)
+
+
+def test_sharpness_falls_with_blur_and_does_not_depend_on_brightness() -> None:
+    face = drawn_face(1, 224)
+    sharp = measure_sharpness(np.asarray(face))
+    dark = measure_sharpness((np.asarray(face) * 0.4).astype(np.uint8))
+    blurred = [measure_sharpness(np.asarray(face.filter(ImageFilter.GaussianBlur(radius)))) for radius in (1, 3, 6)]
+    assert sharp > blurred[0] > blurred[1] > blurred[2]
+    assert dark == pytest.approx(sharp, rel=0.2)
+    checks = np.indices((112, 112)).sum(axis=0) % 2 * 255  # every pixel differs from its four neighbours by 255
+    assert measure_sharpness(np.repeat(checks[..., None], 3, axis=2).astype(np.uint8)) == pytest.approx(64, rel=0.1)
+    assert measure_sharpness(np.full((50, 50, 3), 7, np.uint8)) == 0
