@@ -133,7 +133,10 @@ class Mirror:
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"MLflow at {self.address} has no model {uri} ({reason}): check its name.") from None
-        return UPath(place) / "data"
+        found = next(iter((UPath(place) / "data").glob("*/run.json")), None)  # MLflow keeps the name of what was logged
+        if found is None:
+            raise UserError(f"The model {uri} was not exported by cafe: give one that `cafe export --register` made.")
+        return found.parent
 
     def pull(self, experiment: str) -> list[UPath]:
         """Copy the runs of an experiment into the workspace's cache and return their folders; raise `UserError`.
