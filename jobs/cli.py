@@ -16,6 +16,7 @@ COMMANDS = {
     "benchmark": "jobs.runs:benchmark",
     "demo": "jobs.runs:demo",
     "predict": "jobs.predict:predict",
+    "export": "jobs.exports:export",
     "compare": "jobs.results:compare",
     "mlflow": "jobs.results:mlflow",
     "ui": "jobs.results:ui",

@@ -34,8 +34,9 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     cafe predict cafe-news-s0 talk.mp4 --rate 2 --annotate shown   # a video, and a copy with boxes and labels
     find . -name '*.jpg' | cafe predict table1 --best source_val --ensemble - --format jsonl
 
-    MODEL is the name of a run of this workspace or its unambiguous beginning; with --best an experiment. PATH is a photo, a
-    video, a folder, a pattern such as 'faces/*.jpg', or - for a list of paths on standard input.
+    MODEL is the name of a run of this workspace or its unambiguous beginning, a folder of `cafe export`, or one of
+    MLflow's models such as models:/faces/1; with --best an experiment. PATH is a photo, a video, a folder, a pattern such as
+    'faces/*.jpg', or - for a list of paths on standard input.
 
     Every face is a row, and so is every picture without one, with the reason; a broken file ends nothing. Exit code 0: at
     least one face was judged; 1: none was; 2: a mistake in the command; 130: interrupted.

@@ -57,6 +57,9 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
 @click.option("--html", metavar="FILE", help="Write one page with figures, to be read, mailed or printed.")
 @click.option("--experiment", help="Only the runs of this experiment.")
+@click.option(
+    "--best", type=click.Choice(["source_val"]), help="Say which run to ship, by held-out faces of its source."
+)
 @click.option("--mlflow-uri", help="Compare the runs of this MLflow server instead of the workspace's.")
 def compare(
     metric: str,
@@ -65,6 +68,7 @@ def compare(
     protocol: str,
     exclude_leaks: bool,
     experiment: str | None,
+    best: str | None,
     mlflow_uri: str | None,
     **files: str | None,
 ) -> None:
@@ -81,15 +85,29 @@ def compare(
     from cafe.report.formats import FORMATS
 
     chosen = choose_runs(open_workspace(), experiment, mlflow_uri)
+    ship = [_say_best(chosen[0], experiment)] if best else []
     report = show_report(
         open_workspace(), chosen, protocol, exclude_leaks, metric=metric, per_class=per_class, versus=versus
     )
+    for sentence in ship:
+        click.echo(sentence)
     for name, file in files.items():
         if file:
             place = locate(file)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(FORMATS[name](report).encode())
             click.echo(f"Wrote {file}")
+
+
+def _say_best(runs: list[Run], experiment: str | None) -> str:
+    from pipeline.library import choose_best
+
+    if any(run.pulled for run in runs):
+        raise UserError(
+            "--best reads the epochs of runs, which a tracking server's copies lack: leave --mlflow-uri out."
+        )
+    run, reason = choose_best(runs, experiment or "all experiments")
+    return f"To ship: {reason}; no target's score was looked at: cafe export {run.name}"
 
 
 def show_report(
@@ -146,7 +164,7 @@ def choose_runs(
 @click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
     """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
-    from pipeline.tracking import default_uri, list_experiments
+    from pipeline.tracking import VIEW, default_uri, list_experiments
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -166,7 +184,8 @@ def ui(port: int) -> None:
             _await_answer(server, port)
             click.echo(f"MLflow at {address} (stop with Ctrl-C)")
             for name, number in experiments.items():  # MLflow's own front page leads to pages about language models
-                click.echo(f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning")
+                place = f"{address}/#/experiments/{number}/runs"
+                click.echo(f"{name}: {place}?workflowType=machine_learning&viewStateShareKey={VIEW}")
             server.wait()
         except KeyboardInterrupt:
             server.terminate()

@@ -12,7 +12,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import read_json
+from cafe.files import locate, read_json
 from cafe.results.scores import Run, read_runs, read_scores
 from pipeline.runs import is_finished
 from pipeline.store import FeatureStore, find_stores
@@ -69,7 +69,7 @@ def load_model(
     device: str | None = None,
     batch_size: int | None = None,
 ) -> Model:
-    """Return a trained run, by its name or the unambiguous beginning of it, as a model; raise `UserError`.
+    """Return a trained run as a model, by its name or the beginning of it, or an exported folder; raise `UserError`.
 
     With `best="source_val"` the name is an experiment's, of whose runs the one with the best validation accuracy on the
     source is taken; `ensemble` averages all seeds of the run. `device` is `cpu` or `cuda`; default: a GPU where there is
@@ -115,8 +115,13 @@ def find_runs(
 ) -> tuple[list[UPath], str]:
     """Return the folders of the runs that a model consists of, and why these; raise `UserError`.
 
-    Without `best` the name is a run's. `ensemble` adds the other seeds of the same run.
+    Without `best` the name is a run's, the path of an exported folder, or an address of MLflow's such as `models:/faces/1`.
+    `ensemble` adds the other seeds of a run.
     """
+    if best is None and (folder := _find_exported(workspace, name)):
+        if ensemble:
+            raise UserError(f"{name!r} is one exported model without other seeds: leave --ensemble out.")
+        return [folder], f"Model {name}."
     runs = read_runs(workspace.run_path(run) for run in workspace.run_names())
     if best is not None:
         if best != "source_val":
@@ -133,6 +138,16 @@ def find_runs(
         return [chosen.folder], f"{reason}."
     seeds = [run for run in runs if run.group == chosen.group and is_finished(run.folder)]
     return [run.folder for run in seeds], f"{reason}, averaged over {len(seeds)} seeds."
+
+
+def _find_exported(workspace: Workspace, name: str) -> UPath | None:
+    """Return the folder of an exported run, fetched from MLflow where the name is an address there; None for other names."""
+    if name.startswith(("models:/", "runs:/")):
+        from pipeline.tracking import Mirror
+
+        return Mirror(workspace).fetch_model(name)
+    folder = locate(name)
+    return folder if (folder / "model.json").exists() and (folder / "run.json").exists() else None
 
 
 def choose_best(runs: Sequence[Run], experiment: str) -> tuple[Run, str]:

@@ -17,6 +17,7 @@ from cafe.methods import find_method
 from cafe.methods.method import Inputs, Method
 from cafe.towers.building import NORMALISATIONS, load_backbone
 from cafe.towers.embedding import Embedder
+from cafe.towers.keeping import find_tower
 from pipeline.faces import Faces
 from pipeline.runs import RunSpec
 from pipeline.sources import UnitedFaces
@@ -53,11 +54,16 @@ def build_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BA
     for run in runs:
         if not (run / "model.safetensors").exists():
             raise UserError(f"The run {run.name!r} has no trained weights here: give its `cafe train` command again.")
+    name = specs[0].name
+    specs = [
+        replace(own, backbone=own.backbone and find_tower(own.backbone, run))
+        for own, run in zip(specs, runs, strict=True)
+    ]
     spec = specs[0]
     methods = [load_method(own, run).to(device) for own, run in zip(specs, runs, strict=True)]
     methods = [method.to(memory_format=torch.channels_last) for method in methods]
     tower = load_tower(spec, batch_size) if needs_features(find_method(spec.method)) else None
-    return Model(spec.name, tuple(methods), view_plan(spec), spec.image_size, tower, torch.device(device))
+    return Model(name, tuple(methods), view_plan(spec), spec.image_size, tower, torch.device(device))
 
 
 def load_tower(spec: RunSpec, batch_size: int) -> TowerInput:

@@ -6,96 +6,32 @@ A server that is down stops nothing: the mirror says so at the end, and `cafe ml
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from threading import RLock
 from typing import Any
 
 from upath import UPath
 
 from cafe.errors import UserError, unknown
-from cafe.files import list_folder, read_json, write_file, write_json
-from cafe.results.protocols import PROTOCOLS
-from cafe.results.scores import PULLED, Run, flatten_scores, read_run, read_scores
-from cafe.results.sources import SOURCE
+from cafe.files import write_file, write_json
+from cafe.results.scores import PULLED, Run, read_run
+from pipeline.pages import Page, describe_benchmark, describe_run, describe_view
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the server was last brought to
 UNNAMED = "Default"  # the experiment every server has
+VIEW = "comparison"  # the name of the view that compares the runs of an experiment
 LONGEST = 6000  # characters of a parameter that MLflow takes
 SLEEP = 60.0  # seconds until a server that was down is asked again
-
-
-@dataclass(frozen=True)
-class Page:
-    """What MLflow shall show of one run or benchmark."""
-
-    name: str
-    status: str
-    params: Mapping[str, Any]
-    points: Mapping[tuple[str, int], float]  # by metric and step
-    tags: Mapping[str, str]
-    files: Mapping[str, UPath]  # by artifact
-    inputs: tuple[tuple[str, str, str], ...] = ()  # context, name and digest of each data set
-    parent: str | None = None  # the benchmark it belongs to
-
-    @cached_property
-    def digest(self) -> str:
-        """Names all that is shown."""
-        points = [[name, step, value] for (name, step), value in sorted(self.points.items())]
-        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
-        rest = [self.status, self.params, points, self.tags, files, self.inputs, self.parent]
-        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: str | None) -> Page:
-    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions."""
-    scores = read_scores([run], workspace.manifest_names())
-    ended = read_json(run.folder / "status.json") or {}
-    reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
-    points = {
-        (name, int(path.stem)): value
-        for path in list_folder(run.folder / "epochs")
-        for name, value in (read_json(path) or {}).items()
-    }
-    points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
-    judged = [name for name in PROTOCOLS if (scores["protocol"] == name).any()]
-    inputs = {("training", source.name, source.digest) for source in run.sources}
-    inputs |= {("evaluation", row.target, row.manifest) for row in scores.itertuples() if row.relation != SOURCE}
-    files = {"run.json": run.folder / "run.json"}
-    for folder in ("predictions", "figures"):
-        paths = (path for path in (run.folder / folder).glob("**/*") if path.suffix in (".parquet", ".png"))
-        # Figures lie at the top, by their kind.
-        files |= {str(path.relative_to(run.folder)).removeprefix("figures/"): path for path in sorted(paths)}
-    tags = {"cafe.group": run.group, "cafe.protocols": ", ".join(judged), "cafe.reason": reason}
-    if "code" in run.derived:
-        tags["mlflow.source.git.commit"] = run.derived["code"]
-    status = status or ended.get("status", "RUNNING")
-    params = {**run.settings, **run.derived}
-    return Page(run.name, status, params, points, tags, files, tuple(sorted(inputs)), benchmark)
-
-
-def describe_benchmark(folder: UPath, status: str | None) -> Page:
-    """Return what MLflow shall show of a benchmark: its file, how many of its cells failed, and how each ended."""
-    files = {path.name: path for path in list_folder(folder) if path.suffix == ".json"}
-    cells = json.loads(files["cells.json"].read_bytes()) if "cells.json" in files else []
-    failed = sum(bool(cell["failure"]) for cell in cells)
-    points = {("cells", 0): float(len(cells)), ("cells_failed", 0): float(failed)}
-    record = read_json(folder / "benchmark.json") or {}
-    params = {
-        name: value if isinstance(value, str | int | float) else json.dumps(value) for name, value in record.items()
-    }
-    status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
-    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files)
 
 
 @dataclass
@@ -177,6 +113,30 @@ class Mirror:
             place = None if self.uri else (self.workspace.root / "artifacts").as_uri()
             return str(client.create_experiment(name, place))
         return str(found.experiment_id)
+
+    @contextmanager
+    def as_default(self, mlflow: Any) -> Iterator[None]:
+        """Make this server the one that MLflow's functions without an address talk to."""
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(self.address)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)
+
+    def fetch_model(self, uri: str) -> UPath:
+        """Copy an exported run that MLflow holds, `models:/NAME/VERSION`, to the cache and return it; raise `UserError`."""
+        folder = self.workspace.root / "pulled" / "models" / re.sub(r"[^A-Za-z0-9.-]+", "-", uri)
+        with quiet_mlflow() as mlflow, self.as_default(mlflow):
+            try:
+                place = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
+            except (mlflow.exceptions.MlflowException, OSError) as error:
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"MLflow at {self.address} has no model {uri} ({reason}): check its name.") from None
+        found = next(iter((UPath(place) / "data").glob("*/run.json")), None)  # MLflow keeps the name of what was logged
+        if found is None:
+            raise UserError(f"The model {uri} was not exported by cafe: give one that `cafe export --register` made.")
+        return found.parent
 
     def pull(self, experiment: str) -> list[UPath]:
         """Copy the runs of an experiment into the workspace's cache and return their folders; raise `UserError`.
@@ -270,9 +230,12 @@ def log_inputs(client: Any, tracked: Any, page: Page) -> None:
 
     there = {(found.dataset.name, found.dataset.digest) for found in tracked.inputs.dataset_inputs}
     missing = [
-        DatasetInput(Dataset(name, digest[:32], "local", name), [InputTag("mlflow.data.context", context)])
-        for context, name, digest in page.inputs
-        if (name, digest[:32]) not in there
+        DatasetInput(
+            Dataset(found.name, found.digest, "local", found.source, profile=found.profile),
+            [InputTag("mlflow.data.context", found.context)],
+        )
+        for found in page.inputs
+        if (found.name, found.digest) not in there
     ]
     if missing:
         client.log_inputs(tracked.info.run_id, missing)
@@ -304,10 +267,16 @@ def default_uri(workspace: Workspace) -> str:
 
 
 def list_experiments(workspace: Workspace) -> dict[str, str]:
-    """Return the id of every experiment in a workspace's own database by its name."""
+    """Return the id of every experiment in a workspace's own database by its name, having stored its view `VIEW` there."""
     with quiet_mlflow() as mlflow:
-        found = mlflow.MlflowClient(default_uri(workspace)).search_experiments()
-        return {place.name: place.experiment_id for place in found if place.name != UNNAMED}
+        client = mlflow.MlflowClient(default_uri(workspace))
+        found = [place for place in client.search_experiments() if place.name != UNNAMED]
+        for place in found:
+            runs = client.search_runs([place.experiment_id], max_results=50_000)
+            view = json.dumps(describe_view({name for run in runs for name in run.data.metrics}))
+            if place.tags.get(f"mlflow.sharedViewState.{VIEW}") != view:
+                client.set_experiment_tag(place.experiment_id, f"mlflow.sharedViewState.{VIEW}", view)
+        return {place.name: place.experiment_id for place in found}
 
 
 @contextmanager

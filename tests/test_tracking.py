@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import draw_faces
 from mlflow import MlflowClient
 from runs import write_predictions, write_run
 from upath import UPath
 
-from cafe.files import list_folder, write_json
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.files import list_folder, read_json, write_json
 from cafe.results.predictions import load_predictions
-from pipeline.tracking import PARENT, Mirror, default_uri
+from cafe.results.scores import read_runs
+from pipeline.benchmark.cells import write_comparison
+from pipeline.tracking import PARENT, Mirror, default_uri, list_experiments
 from pipeline.workspace import Workspace
 
 
@@ -72,7 +78,7 @@ def test_the_server_shows_all_the_folder_says(workspace: Workspace) -> None:
     assert shown["history"]["all/accuracy"] == [(0, pytest.approx(64 / 70))]
     assert shown["files"]["confusion"] == ["confusion/fer.png"]
     assert shown["files"]["predictions"] == ["predictions/fer.parquet", "predictions/raf.parquet"]
-    assert shown["inputs"] == {("raf", "training"), ("fer", "evaluation")}
+    assert shown["inputs"] == {("raf", "training"), ("fer", "test")}
 
 
 def test_what_is_shown_is_not_logged_again_and_what_a_kill_left_out_is_filled_in(workspace: Workspace) -> None:
@@ -164,3 +170,54 @@ def test_a_record_that_a_kill_left_half_written_is_not_one(workspace: Workspace)
     assert [path.name for path in list_folder(run / "epochs")] == ["0001.json", "0002.json"]
     Mirror(workspace).update(run)
     assert picture(workspace)["history"]["train/total"] == [(1, 1.0), (2, 0.5)]
+
+
+def test_data_sets_are_shown_with_their_counts_and_runs_with_source_and_version(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    root = UPath(draw_faces(tmp_path / "faces", per_class=10))
+    manifest = index_files("faces", DATASETS["folder"](root)).manifest
+    manifest.save(workspace.manifest_path("faces"))
+    run = write_run(workspace, source="faces", selection="source_val")
+    record = read_json(run / "run.json") or {}
+    write_json(run / "run.json", {**record, "source_digest": manifest.digest, "derived": {"code": "0123abcd"}})
+    labels = manifest.labels[manifest.rows("test")]
+    write_predictions(run, "other", labels, labels)
+    Mirror(workspace).update(run)
+    (shown,) = tracked(workspace)
+    found = {entry.tags[0].value: entry.dataset for entry in shown.inputs.dataset_inputs}
+    assert {context: dataset.name for context, dataset in found.items()} == {
+        "training": "faces", "validation": "faces@val", "test": "other",
+    }  # fmt: skip
+    counts = json.loads(found["training"].profile)
+    rows = manifest.rows("train")
+    assert (counts["split"], counts["faces"]) == ("train", len(rows))
+    assert counts["anger"] == int((manifest.labels[rows] == 5).sum()) > 0
+    assert json.loads(found["test"].profile) == {"split": "test"}  # nothing is known of a manifest that is not here
+    assert json.loads(found["training"].source)["uri"].endswith("manifests/faces.parquet")
+    assert shown.data.tags["mlflow.source.git.commit"] == "0123abcd"
+    assert shown.data.tags["mlflow.source.name"] == "cafe train --source faces --method cafe --seed 0"
+
+
+def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace) -> None:
+    Mirror(workspace).update(judged(workspace))
+    number = list_experiments(workspace)["cafe"]
+    tags = MlflowClient(default_uri(workspace)).get_experiment(number).tags
+    view = json.loads(tags["mlflow.sharedViewState.comparison"])
+    params = ["params.`source`", "params.`method`", "params.`seed`"]
+    metrics = ["metrics.`unseen/accuracy`", "metrics.`target/fer/accuracy`", "metrics.`target/raf/accuracy`"]
+    assert view["selectedColumns"] == params + metrics
+    assert [key["groupByData"] for key in view["groupBy"]["groupByKeys"]] == ["source", "method"]
+    assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
+        "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
+    ]  # fmt: skip
+
+
+def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspace) -> None:
+    folder = workspace.root / "benchmarks" / "grid-0123abcd"
+    write_json(folder / "benchmark.json", {"name": "grid"})
+    write_comparison(folder, read_runs([judged(workspace)]), [], "clean")
+    Mirror(workspace).update_benchmark(folder, "grid", "FINISHED")
+    assert picture(workspace, "grid")["files"].keys() == {"benchmark.json", "comparison.md", "comparison.html"}
+    assert "| raf | cafe |" in (folder / "comparison.md").read_text()
+    assert (folder / "comparison.html").read_text().startswith("<!doctype html>")

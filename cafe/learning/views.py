@@ -180,9 +180,14 @@ def normalise(pictures: torch.Tensor, boxes: torch.Tensor, mean: Sequence[float]
 
     Erased pixels are 0 after normalisation, that is, the mean colour.
     """
-    images = pictures.permute(0, 3, 1, 2).to(torch.float32).div(255)
-    images = images.sub(torch.tensor(mean, device=images.device).view(3, 1, 1))
-    images = images.div(torch.tensor(std, device=images.device).view(3, 1, 1))
+    images = scale(pictures.permute(0, 3, 1, 2), mean, std)
     for image, (top, left, rows, columns) in zip(images, boxes.tolist(), strict=True):
         image[:, top : top + rows, left : left + columns] = 0
     return images
+
+
+def scale(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Return pixels (N, 3, S, S) of 0–255 by the statistics of a tower or an image branch, float32."""
+    images = pixels.to(torch.float32).div(255)
+    images = images.sub(torch.tensor(mean, device=images.device).view(3, 1, 1))
+    return images.div(torch.tensor(std, device=images.device).view(3, 1, 1))

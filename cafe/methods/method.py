@@ -53,6 +53,7 @@ class Method(nn.Module):
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.learning.views.POLICIES`
     clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
+    not_exported: ClassVar[str] = ""  # why it cannot be one graph, as ONNX keeps it: a sentence; empty where it can
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
     recipe_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -51,6 +51,7 @@ class Ofer(Method):
     needs = frozenset({"image", "map", "placement"})
     policy = "ofer"
     clean_features = True
+    not_exported = "It paints as many patches as it finds hidden, more of one face than of another, which no graph can."
     recipe_type = Recipe
     # On a large set the frozen parts need fewer passes.
     recipe_changes: ClassVar = {

@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 PICTURE = 112  # longest side of an embedded picture in pixels
@@ -23,10 +23,10 @@ def embed(pixels: np.ndarray) -> str:
 
 
 def render(template: str, **values: Any) -> bytes:
-    """Fill a template of this package and return the page; a value the template lacks is an error."""
+    """Fill a template of this package and return the page or text; a value the template lacks is an error."""
     environment = Environment(
         loader=PackageLoader("cafe.report"),
-        autoescape=True,
+        autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

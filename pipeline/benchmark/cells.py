@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -16,8 +16,13 @@ from queue import Empty, SimpleQueue
 from threading import Event
 from typing import Any
 
+from upath import UPath
+
 from cafe.errors import UserError
 from cafe.files import write_file, write_json
+from cafe.report.formats import to_html, to_markdown
+from cafe.report.report import make_report
+from cafe.results.scores import Run, read_runs, read_scores
 from pipeline import cluster
 from pipeline.benchmark.grid import Cell, StoreName
 from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
@@ -57,6 +62,8 @@ def _work_off(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failur
         mirror.update_benchmark(plan.folder, plan.experiment, "KILLED")
         raise
     _write_outcomes(plan, failures)
+    runs = read_runs({cell.plan.run: None for cell in plan.runnable if cell.plan})
+    write_comparison(plan.folder, runs, plan.workspace.manifest_names(), plan.benchmark.protocol)
     mirror.update_benchmark(plan.folder, plan.experiment, "FAILED" if failures else "FINISHED")
     return failures
 
@@ -212,3 +219,15 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
         for cell in plan.cells
     ]
     write_file(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())
+
+
+def write_comparison(folder: UPath, runs: Sequence[Run], known: Collection[str], protocol: str) -> None:
+    """Write the comparison of runs as a table and as a page to a benchmark's folder, where any was judged.
+
+    `known` names the manifests of the workspace.
+    """
+    scores = read_scores(runs, known)
+    if (scores["protocol"] == protocol).any():
+        report = make_report(runs, scores, protocol=protocol)
+        write_file(folder / "comparison.md", to_markdown(report).encode())
+        write_file(folder / "comparison.html", to_html(report).encode())

@@ -1,0 +1,145 @@
+"""A model as one graph from pixels to probabilities, as ONNX keeps it: for programs without Python and without torch.
+
+Towers and image branches are fed with pictures that Pillow resized. A graph has no Pillow in it, so that the same arithmetic
+stands here in tensors: nobody who runs the graph has to prepare a picture, or can prepare it otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.inference.model import Model
+from cafe.learning.views import ViewPlan, scale
+from cafe.towers.building import quiet
+
+OPSET = 18
+FACES, PROBABILITIES = "faces", "probabilities"  # names of the graph's input and output
+UNIT = 1 << 22  # of the fixed-point numbers that Pillow's weights are
+BICUBIC = -0.5  # Pillow's free parameter of the cubic
+SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # how far a filter reaches, in pixels of the smaller picture
+
+
+class Resize(nn.Module):
+    """Pillow's resizing of 8-bit pictures, to the last bit where they are square.
+
+    Of others Pillow resizes the height first where that is less work, which can differ by a grey level, here always last.
+    """
+
+    def __init__(self, size: int, interpolation: str) -> None:
+        super().__init__()
+        self.size, self.interpolation, self.support = size, interpolation, SUPPORT[interpolation]
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return whole numbers of 0–255 (N, 3, S, S) float64 from pictures (N, H, W, 3) uint8."""
+        pixels = pictures.permute(0, 3, 1, 2).to(torch.float64)
+        narrowed = round_pixels(pixels @ self.weights(pictures.shape[2]).T)
+        return round_pixels(self.weights(pictures.shape[1]) @ narrowed)
+
+    def weights(self, length: int) -> Tensor:
+        """Return what each of `length` pixels of a line gives to each of S pixels, (S, length), in fixed point."""
+        ratio = torch.scalar_tensor(length, dtype=torch.float64) / self.size
+        wide = ratio.clamp(min=1)
+        centres = ((torch.arange(self.size, dtype=torch.float64) + 0.5) * ratio)[:, None]
+        places = torch.arange(length, dtype=torch.float64)
+        reach = self.support * wide
+        reached = (places >= (centres - reach + 0.5).floor()) & (places < (centres + reach + 0.5).floor())
+        shares = torch.where(reached, self.filter(((places - centres + 0.5) / wide).abs()), 0.0)
+        fixed = shares / shares.sum(dim=1, keepdim=True) * UNIT
+        return (fixed + torch.where(fixed < 0, -0.5, 0.5)).trunc()
+
+    def filter(self, distance: Tensor) -> Tensor:
+        """Return the weight of pixels at a distance from the middle."""
+        if self.interpolation == "bilinear":
+            return (-distance + 1).clamp(min=0)
+        near = ((BICUBIC + 2) * distance - (BICUBIC + 3)) * distance * distance + 1
+        far = (((distance - 5) * distance + 8) * distance - 4) * BICUBIC
+        return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def round_pixels(fixed: Tensor) -> Tensor:
+    """Return fixed-point sums as whole numbers of 0–255."""
+    return (fixed / UNIT + 0.5).floor().clamp(0, 255)
+
+
+class CleanView(nn.Module):
+    """The clean view of faces as a tower or an image branch takes it."""
+
+    def __init__(self, size: int, plan: ViewPlan) -> None:
+        super().__init__()
+        self.resize, self.mean, self.std = Resize(size, plan.interpolation), plan.mean, plan.std
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """Return (N, 3, S, S) float32 of faces (N, H, W, 3) uint8."""
+        pixels: Tensor = self.resize(faces)
+        return scale(pixels, self.mean, self.std)
+
+
+class Graph(nn.Module):
+    """Tower, standardisation, image branch, mask and classifier of a model of one method."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        (self.method,) = model.methods
+        self.method.eval()
+        self.view = CleanView(model.image_size, model.plan)
+        self.tower = self.tower_view = None
+        if model.tower:
+            self.tower, self.dtype = model.tower.backbone, getattr(torch, model.tower.dtype)
+            self.tower_view = CleanView(self.tower.facts.input_size, model.tower.plan)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """Return the probabilities (N, 7) float32 of aligned faces (N, H, W, 3) uint8, RGB, all of one size."""
+        needs, batch = self.method.needs, {}
+        if "image" in needs:
+            batch["image"] = self.view(faces)
+        if self.tower is not None and self.tower_view is not None:
+            features, spatial = self.tower(self.tower_view(faces), with_map="map" in needs)
+            read = {"features": features, "map": spatial}
+            # Methods learned from features as a store keeps them.
+            batch |= {name: read[name].to(self.dtype).float() for name in needs & read.keys()}
+        probabilities: Tensor = self.method(batch)["logits"].float().softmax(dim=1)
+        return probabilities
+
+
+def write_onnx(model: Model, path: str) -> None:
+    """Write a model as ONNX: `faces` (N, H, W, 3) uint8 of any N, H and W → `probabilities` (N, 7) float32.
+
+    Needs the packages of the extra `export`.
+    """
+    graph, anything = Graph(model).eval(), torch.export.Dim.DYNAMIC
+    example = torch.zeros(2, 101, 103, 3, dtype=torch.uint8)
+    with quiet():
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            input_names=[FACES],
+            output_names=[PROBABILITIES],
+            dynamic_shapes=({0: anything, 1: anything, 2: anything},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props["labels"] = json.dumps(EXPRESSIONS)
+    program.save(path)
+
+
+class Onnx:
+    """An exported graph at work on the CPU, by ONNX Runtime."""
+
+    def __init__(self, path: str, threads: int = 0) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3  # 0: all cores; errors alone
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def predict(self, faces: np.ndarray) -> np.ndarray:
+        """Return the probabilities (N, 7) float32 of faces (N, H, W, 3) uint8."""
+        (probabilities,) = self.session.run([PROBABILITIES], {FACES: faces})
+        return np.asarray(probabilities)

@@ -1,0 +1,95 @@
+"""The model card of an exported run: what it is for, what it is not, what it was made of, and how well it does where.
+
+"Model Cards for Model Reporting", Mitchell et al., FAT* 2019. Every number is computed from the run's predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+from scipy.stats import binomtest
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.report.pages import render
+from cafe.results.metrics import confusion, estimate
+from cafe.results.predictions import Predictions, load_predictions
+from cafe.results.protocols import PROTOCOLS
+from cafe.results.scores import Run, average_unseen, read_scores
+from cafe.results.sources import UNSEEN
+from cafe.towers.names import split_name
+
+TOWERS = {
+    "face-resnet": "dlib's face network: public domain (CC0); trained on three million faces collected from the internet",
+    "imagenet-lite0": "EfficientNet-Lite0: Apache-2.0; trained on ImageNet, whose pictures are for non-commercial research",
+    "clip-vit-b32": "OpenAI's CLIP ViT-B/32: MIT; by OpenAI's card not for deployed uses that were not tested",
+    "none": "no frozen tower",
+}
+DATA = {
+    "rafdb": "RAF-DB: non-commercial research only, on request",
+    "ferplus": "FERPlus: the votes under the MIT licence; the pictures are FER-2013's, see where you got them",
+    "ferplus-argmax": "FERPlus: the votes under the MIT licence; the pictures are FER-2013's, see where you got them",
+    "affectnet": "AffectNet: research only, by a signed agreement",
+    "sfew": "SFEW 2.0: academic research only, on request",
+    "mma": "MMA: see where you got it",
+    "synthetic": "drawn by this project: Apache-2.0",
+}
+
+
+def write_card(run: Run, seeds: Sequence[Run], known: Collection[str], record: dict[str, Any]) -> bytes:
+    """Return the card of a run in Markdown; `seeds` are the runs that differ from it in nothing but their seed.
+
+    `known` names the manifests of the workspace, `record` is what `model.json` will hold.
+    """
+    scores = read_scores([run], known)
+    tower = split_name(run.settings.get("backbone") or "none")[0]
+    tables = {name: list(list_domains(run, name, scores)) for name in PROTOCOLS if (scores["protocol"] == name).any()}
+    return render(
+        "card.md",
+        run=run,
+        record=record,
+        tower=TOWERS.get(tower, f"{tower}: see its authors' card"),
+        data=[
+            DATA.get(source.kind, f"{source.name}: your own; what may be done with it holds for this model too")
+            for source in run.sources
+        ],
+        expressions=EXPRESSIONS,
+        tables=tables,
+        unseen=describe_seeds(seeds, known),
+        protocols={name: PROTOCOLS[name].about for name in tables},
+    )
+
+
+def list_domains(run: Run, protocol: str, scores: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield for each target its name, what it is to the run, faces, and the shares of them that were judged rightly."""
+    relations = scores[scores["protocol"] == protocol].set_index("target")["relation"]
+    for target, predictions in load_predictions(run.folder, protocol, named=False).items():
+        yield {"name": target, "relation": relations[target], **count_right(predictions)}
+
+
+def count_right(predictions: Predictions) -> dict[str, Any]:
+    """Return faces and the accuracy with its interval, and the same of every expression, as they are printed."""
+    counts = confusion(predictions)
+    right, support = counts.diagonal(), counts.sum(axis=1)
+    recalls = {name: format_share(*pair) for name, *pair in zip(EXPRESSIONS, right, support, strict=True)}
+    return {"faces": len(predictions.labels), "accuracy": format_share(right.sum(), support.sum()), "recalls": recalls}
+
+
+def format_share(right: int, faces: int) -> str:
+    """Return a share in percent with its 95 % interval of Wilson over faces: `71.4 (45.4–88.3)`."""
+    if not faces:
+        return "–"
+    interval = binomtest(int(right), int(faces)).proportion_ci(0.95, "wilson")
+    return f"{100 * right / faces:.1f} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
+
+
+def describe_seeds(seeds: Sequence[Run], known: Collection[str]) -> str:
+    """Return the mean accuracy on unseen targets over all seeds of a run, in a sentence; nothing without such targets."""
+    scores = read_scores(seeds, known, ["clean"])
+    means = average_unseen(scores)
+    if not len(means):
+        return ""
+    targets = sorted(set(scores.loc[scores["relation"] == UNSEEN, "target"]))
+    several = f" (mean ± 95 % t-interval over {len(means)} seeds)" if len(means) > 1 else " (one seed)"
+    return f"{estimate([float(value) for value in means['accuracy']])} %{several} on {', '.join(targets)}"

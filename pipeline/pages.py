@@ -1,0 +1,177 @@
+"""What MLflow shall show of the workspace: a page for each run and benchmark, and how an experiment is opened.
+
+Nothing here talks to a server; `tracking` brings one to these pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from upath import UPath
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.files import list_folder, read_json
+from cafe.results.protocols import PROTOCOLS
+from cafe.results.scores import Run, flatten_scores, read_scores
+from cafe.results.sources import SOURCE
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Input:
+    """A data set as MLflow lists it: what it was used for, its name and digest, and as JSON where it is and its counts."""
+
+    context: str  # training, validation or test
+    name: str
+    digest: str
+    source: str
+    profile: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """What MLflow shall show of one run or benchmark."""
+
+    name: str
+    status: str
+    params: Mapping[str, Any]
+    points: Mapping[tuple[str, int], float]  # by metric and step
+    tags: Mapping[str, str]
+    files: Mapping[str, UPath]  # by artifact
+    inputs: tuple[Input, ...] = ()
+    parent: str | None = None  # the benchmark it belongs to
+
+    @cached_property
+    def digest(self) -> str:
+        """Names all that is shown."""
+        points = [[name, step, value] for (name, step), value in sorted(self.points.items())]
+        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
+        inputs = [astuple(found) for found in self.inputs]
+        rest = [self.status, self.params, points, self.tags, files, inputs, self.parent]
+        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: str | None) -> Page:
+    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions."""
+    scores = read_scores([run], workspace.manifest_names())
+    ended = read_json(run.folder / "status.json") or {}
+    reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
+    points = {
+        (name, int(path.stem)): value
+        for path in list_folder(run.folder / "epochs")
+        for name, value in (read_json(path) or {}).items()
+    }
+    points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
+    judged = [name for name in PROTOCOLS if (scores["protocol"] == name).any()]
+    files = {"run.json": run.folder / "run.json"}
+    for folder in ("predictions", "figures"):
+        paths = (path for path in (run.folder / folder).glob("**/*") if path.suffix in (".parquet", ".png"))
+        # Figures lie at the top, by their kind.
+        files |= {str(path.relative_to(run.folder)).removeprefix("figures/"): path for path in sorted(paths)}
+    tags = {"cafe.group": run.group, "cafe.protocols": ", ".join(judged), "cafe.reason": reason, **describe_code(run)}
+    status = status or ended.get("status", "RUNNING")
+    params = {"source": run.source, **run.settings, **run.derived}
+    inputs = tuple(describe_inputs(workspace, run, scores))
+    return Page(run.name, status, params, points, tags, files, inputs, benchmark)
+
+
+def describe_code(run: Run) -> dict[str, str]:
+    """Return what MLflow shows as source and version of a run: its command, and the commit or the release of this code."""
+    command = f"cafe train --source {run.source} --method {run.method} --seed {run.seed}"
+    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
+    code = run.derived.get("code", "")
+    released = " " in code  # `cafe 0.1.0`: no commit is known
+    return tags | ({"cafe.version": code} if released else {"mlflow.source.git.commit": code} if code else {})
+
+
+def describe_inputs(workspace: Workspace, run: Run, scores: pd.DataFrame) -> Iterator[Input]:
+    """Yield the data sets of a run: the sources it was trained on, what was held out of them, and the targets as tests."""
+    for source in run.sources:
+        yield _describe_input(workspace, "training", source.name, source.digest, "train")
+        if run.selection == "source_val":
+            yield _describe_input(workspace, "validation", source.name, source.digest, "val")
+    targets = {(row.target, row.manifest, row.split) for row in scores.itertuples() if row.relation != SOURCE}
+    for name, digest, split in sorted(targets):
+        yield _describe_input(workspace, "test", name, digest, split)
+
+
+def _describe_input(workspace: Workspace, context: str, name: str, digest: str, split: str) -> Input:
+    manifest_name = name.partition("@")[0]
+    counts: dict[str, Any] = {"split": split}
+    if manifest_name in workspace.manifest_names():
+        manifest = workspace.load_manifest(manifest_name)
+        if manifest.digest == digest:
+            labels = manifest.labels if split == "all" else manifest.labels[manifest.rows(split)]
+            counts |= {"faces": len(labels)}
+            counts |= dict(zip(EXPRESSIONS, np.bincount(labels, minlength=len(EXPRESSIONS)).tolist(), strict=True))
+    # A data set that is shown twice needs two names.
+    shown = f"{name}@val" if context == "validation" else name
+    source = json.dumps({"uri": str(workspace.manifest_path(manifest_name))})
+    return Input(context, shown, digest[:32], source, json.dumps(counts))
+
+
+def describe_benchmark(folder: UPath, status: str | None) -> Page:
+    """Return what MLflow shall show of a benchmark: its file, the end of every cell, and the comparison of its runs."""
+    files = {path.name: path for path in list_folder(folder) if path.suffix in (".json", ".md", ".html")}
+    cells = json.loads(files["cells.json"].read_bytes()) if "cells.json" in files else []
+    failed = sum(bool(cell["failure"]) for cell in cells)
+    points = {("cells", 0): float(len(cells)), ("cells_failed", 0): float(failed)}
+    record = read_json(folder / "benchmark.json") or {}
+    params = {
+        name: value if isinstance(value, str | int | float) else json.dumps(value) for name, value in record.items()
+    }
+    status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
+    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files)
+
+
+def describe_view(metrics: Collection[str]) -> dict[str, Any]:
+    """Return how MLflow's list of an experiment's runs is to be shown: the state that its own `Share` button writes.
+
+    Sorted by the accuracy on unseen targets, grouped by source and method, with a column and a bar chart for every target.
+    `metrics` names those that the runs of the experiment have.
+    """
+    shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
+    section = "accuracy"
+    charts = [
+        {
+            "type": "BAR",
+            "uuid": name,
+            "metricKey": name,
+            "displayName": name,
+            "metricSectionId": section,
+            "runsCountToCompare": 100,
+            "deleted": False,
+            "isGenerated": False,
+        }
+        for name in shown
+    ]
+    params = ("source", "method", "seed")
+    return {
+        "orderByKey": "metrics.`unseen/accuracy`",
+        "orderByAsc": False,
+        "selectedColumns": [*(f"params.`{name}`" for name in params), *(f"metrics.`{name}`" for name in shown)],
+        "groupBy": {
+            "aggregateFunction": "average",
+            "groupByKeys": [{"mode": "param", "groupByData": name} for name in ("source", "method")],
+        },
+        "runsHiddenMode": "SHOW_ALL",
+        "compareRunCharts": charts,
+        "compareRunSections": [
+            {
+                "uuid": section,
+                "name": "Accuracy",
+                "display": True,
+                "isReordered": False,
+                "deleted": False,
+                "isGenerated": False,
+            }
+        ],
+    }

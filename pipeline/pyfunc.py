@@ -1,0 +1,115 @@
+"""An exported run as a model of MLflow: pictures of faces in, expressions out, in Python or served over HTTP.
+
+MLflow loads it through this module of the installed package, from safetensors and JSON: nothing is unpickled.
+A record is the bytes of an image file in a column `image`; over HTTP they are written in base64.
+"""
+
+from __future__ import annotations
+
+import io
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from upath import UPath
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.images import UnreadableImageError, decode_image
+from cafe.errors import UserError
+from cafe.files import read_json
+from cafe.results.scores import Run
+from pipeline.models import build_model
+from pipeline.tracking import Mirror, find_run, quiet_mlflow
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAME = "model"  # of the logged model
+COLUMN = "image"
+
+
+class Pyfunc:
+    """What MLflow calls."""
+
+    def __init__(self, folder: UPath) -> None:
+        self.model = build_model([folder])
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Return for each record the most probable expression and seven probabilities; raise `UserError` for no image."""
+        import pandas as pd
+
+        faces = []
+        for number, content in enumerate(model_input[COLUMN]):
+            try:
+                faces.append(decode_image(bytes(content)))
+            except UnreadableImageError as error:
+                raise UserError(f"Record {number} is no image ({error}): send the bytes of an image file.") from None
+        probabilities = self.model.predict(faces)
+        table = pd.DataFrame(probabilities.astype(float), columns=list(EXPRESSIONS))
+        table.insert(0, "expression", [EXPRESSIONS[label] for label in probabilities.argmax(axis=1)])
+        return table
+
+
+def _load_pyfunc(path: str) -> Pyfunc:
+    """Load an exported folder; MLflow looks for this name."""
+    return Pyfunc(UPath(path))
+
+
+def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str | None = None) -> str:
+    """Log an exported run as the model of its run in MLflow, once, and register it where a name is given.
+
+    Returns the sentence to print. Raises `UserError` when the server cannot be reached.
+    """
+    run = mirror.update(run_folder)
+    assert run is not None
+    if mirror.warning:
+        raise UserError(f"MLflow at {mirror.address} could not be reached: start it, or check --mlflow-uri.")
+    tags, experiment = describe_tags(run), min(run.experiments)
+    with quiet_mlflow() as mlflow, mirror.as_default(mlflow):
+        client = mlflow.MlflowClient()
+        place = client.get_experiment_by_name(experiment).experiment_id
+        run_id = find_run(client, place, run.name).info.run_id
+        digest = sha256((exported / "model.json").read_bytes()).hexdigest()[:32]
+        there = client.search_logged_models([place], f"source_run_id = '{run_id}' AND tags.`cafe.export` = '{digest}'")
+        uri = there[0].model_uri if there else _log(mlflow, run_id, exported, {**tags, "cafe.export": digest})
+        said = f"MLflow at {mirror.address} holds the model {uri} of the run {run.name}"
+        if register is None:
+            return f"{said}."
+        known = client.search_model_versions(f"name = '{register}' AND run_id = '{run_id}'")
+        version = known[0] if known and there else mlflow.register_model(uri, register, tags=tags)
+        return f"{said}, registered as models:/{register}/{version.version}."
+
+
+def describe_tags(run: Run) -> dict[str, str]:
+    """Return what tells a registered model from others."""
+    about = {"source": run.source, "method": run.method, "seed": run.seed, "selection": run.selection, "run": run.name}
+    about |= {"experiment": min(run.experiments), "commit": run.derived.get("code", "unknown")}
+    return {f"cafe.{name}": str(value) for name, value in about.items()}
+
+
+def _log(mlflow: Any, run_id: str, exported: UPath, tags: dict[str, str]) -> str:
+    types, column = mlflow.types, mlflow.types.ColSpec
+    outputs = [column("string", "expression"), *(column("double", name) for name in EXPRESSIONS)]
+    info = mlflow.models.Model.log(
+        artifact_path=None,
+        flavor=mlflow.pyfunc,
+        name=NAME,
+        run_id=run_id,
+        tags=tags,
+        loader_module=__name__,
+        data_path=str(exported),
+        signature=mlflow.models.ModelSignature(types.Schema([column("binary", COLUMN)]), types.Schema(outputs)),
+        input_example=draw_example(),
+        pip_requirements=[f"cafe=={(read_json(exported / 'model.json') or {})['versions']['cafe']}"],
+    )
+    return str(info.model_uri)
+
+
+def draw_example() -> pd.DataFrame:
+    """Return a record as the model takes it: a grey picture, which shows no person."""
+    import pandas as pd
+
+    content = io.BytesIO()
+    Image.fromarray(np.full((112, 112, 3), 128, np.uint8)).save(content, "PNG")
+    return pd.DataFrame({COLUMN: [content.getvalue()]})

@@ -1,0 +1,135 @@
+"""One model, one answer: the run, its graph, MLflow's pyfunc, and MLflow's server over HTTP agree on real faces."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import Cafe
+from mlflow import MlflowClient
+from PIL import Image
+from trained import fill_store, start_run
+from upath import UPath
+
+from cafe.data import DATASETS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.indexing import index_files
+from cafe.errors import UserError
+from cafe.inference.graph import Onnx
+from pipeline.library import load_model
+from pipeline.pyfunc import Pyfunc
+from pipeline.settings import ExtractSettings
+from pipeline.tracking import default_uri
+from pipeline.workspace import Workspace
+
+PATIENCE = 300  # seconds a crowded machine may need to start the server
+
+
+@contextmanager
+def served(model: str, uri: str) -> Iterator[str]:
+    """MLflow's own server of a model on loopback; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": os.pathsep.join(sys.path)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **quiet) as server:  # type: ignore[call-overload]
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not answers(f"http://127.0.0.1:{port}/ping"):
+                assert server.poll() is None, "the server ended before it answered"
+                assert time.monotonic() < deadline, "the server does not answer"
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/invocations"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+def answers(address: str) -> bool:
+    try:
+        with urlopen(address) as answer:
+            return bool(answer.status == 200)
+    except URLError:
+        return False
+
+
+def test_run_graph_pyfunc_and_server_agree_on_real_faces(real_faces: Path, tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    for domain in ("news", "cinema"):
+        for expression in ("happiness", "neutral", "surprise"):
+            (tmp_path / domain / expression).mkdir(parents=True)
+            for path in sorted((real_faces / domain / expression).iterdir())[:12]:
+                shutil.copy(path, tmp_path / domain / expression)
+        index_files(domain, DATASETS["folder"](UPath(tmp_path / domain))).manifest.save(workspace.manifest_path(domain))
+        fill_store(workspace, domain, ExtractSettings(backbone="face-resnet", views=1, input_size=96))
+    run, _ = start_run(
+        workspace, source="news", targets="cinema", method="cafe", image_size=64, overrides=("features=standardised",)
+    )
+    folder = tmp_path / "model"
+    command = ("export", run.name, "--output", str(folder), "--register", "faces")
+    said = Cafe(tmp_path / "work", "").succeed(*command)
+    assert f"of the run {run.name}, registered as models:/faces/1.\n" in said
+
+    files = sorted((tmp_path / "news").glob("*/*"))[:8]
+    pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    expected = load_model(run.name, str(workspace.root)).predict(pictures)
+    assert np.ptp(expected, axis=0).max() > 1e-3  # the faces are told apart
+    graph = Onnx(str(folder / "model.onnx"), threads=1)
+    np.testing.assert_allclose(np.concatenate([graph.predict(face[None]) for face in pictures]), expected, atol=1e-4)
+    for name in (str(folder), "models:/faces/1"):
+        np.testing.assert_allclose(load_model(name, str(workspace.root)).predict(pictures), expected, atol=1e-6)
+
+    uri = default_uri(workspace)
+    mlflow.set_tracking_uri(uri)
+    model = mlflow.pyfunc.load_model("models:/faces/1")
+    assert model.metadata.signature.inputs.input_names() == ["image"]
+    assert model.metadata.saved_input_example_info is not None
+    records = pd.DataFrame({"image": [file.read_bytes() for file in files]})
+    answer = model.predict(records)
+    np.testing.assert_allclose(answer[list(EXPRESSIONS)], expected, atol=1e-6)
+    assert list(answer["expression"]) == [EXPRESSIONS[label] for label in expected.argmax(axis=1)]
+
+    version = MlflowClient(uri).get_model_version("faces", "1")
+    assert version.tags.items() >= {"cafe.source": "news", "cafe.method": "cafe", "cafe.seed": "0"}.items()
+    assert version.run_id == MlflowClient(uri).search_runs([version_experiment(uri)])[0].info.run_id
+    Cafe(tmp_path / "work", "").succeed(*command)  # nothing new: nothing is logged again
+    assert len(MlflowClient(uri).search_model_versions("name = 'faces'")) == 1
+
+    with served("models:/faces/1", uri) as address:
+        data = [[base64.b64encode(content).decode()] for content in records["image"]]
+        body = json.dumps({"dataframe_split": {"columns": ["image"], "data": data}}).encode()
+        with urlopen(Request(address, body, {"Content-Type": "application/json"})) as reply:
+            rows = json.load(reply)["predictions"]
+        got = np.array([[row[name] for name in EXPRESSIONS] for row in rows])
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def version_experiment(uri: str) -> str:
+    return str(MlflowClient(uri).get_experiment_by_name("cafe").experiment_id)
+
+
+def test_what_is_no_image_is_answered_in_one_sentence() -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    records = pd.DataFrame({"image": [content.getvalue(), b"not an image"]})
+    with pytest.raises(UserError, match="Record 1 is no image"):
+        Pyfunc.predict(object.__new__(Pyfunc), records)
