@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from cafe.results.published import load_published
 from cafe.results.sources import ALL_BUT_TARGET
 from jobs.terminal import make_table
 from pipeline import cluster
 from pipeline.benchmark.cells import Failures, first_line
+from pipeline.benchmark.grid import Cell
 from pipeline.benchmark.plan import BenchmarkPlan
 
 
@@ -35,8 +38,19 @@ def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
         f"{len(cells):,} cells ({shape}): {done:,} done, {begun:,} begun, {len(cells) - done - begun:,} to begin. {judged}",
         _training_cost(plan),
         _tower_cost(plan),
+        *_deviations(cells),
         *(f"{count} cells cannot run: {first_line(reason)}" for reason, count in obstacles.items()),
     ]
+
+
+def _deviations(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield in which settings methods with published numbers differ from what was published, and which they are."""
+    differing: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        if cell.deviations and cell.entry.method in load_published()["accuracy"]:
+            differing.setdefault(", ".join(cell.deviations), {})[cell.title] = None
+    for settings, titles in differing.items():
+        yield f"Not as published: {settings} ({'; '.join(titles)})."
 
 
 def _training_cost(plan: BenchmarkPlan) -> str:

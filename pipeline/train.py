@@ -98,7 +98,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     _check_names(settings, recipe)
     check_domains(settings, names)
     stores = choose_stores(workspace, manifest, settings)
-    spec = _specify(settings, manifest, recipe, describe_stores(manifest, stores, settings))
+    spec = specify(settings, manifest, recipe, describe_stores(manifest, stores, settings))
     method.check(find_inputs(spec))
     source = find_faces(workspace, manifest, stores)
     for part in source.parts:
@@ -150,7 +150,7 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
 
-def _specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
+def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
     """Return what names the run: the settings, with what they leave open taken from the store and the method."""
     method = find_method(settings.method)
     policy = settings.policy or method.policy

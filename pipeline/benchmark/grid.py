@@ -61,6 +61,7 @@ class Cell:
     tower_passes: int = 0  # of training and judging as published, without a store
     stores: tuple[StorePlan, ...] = ()
     plan: TrainPlan | None = None  # None while features are missing
+    deviations: tuple[str, ...] = ()  # from what was published of its method
     obstacle: str = ""  # why it cannot run
 
     @property

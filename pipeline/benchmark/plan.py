@@ -5,11 +5,11 @@ Nothing is computed here and no tower is loaded, so it can be looked at before a
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 from upath import UPath
@@ -25,10 +25,12 @@ from pipeline.benchmark.file import Benchmark, Entry
 from pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
 from pipeline.extract import Extraction
 from pipeline.faces import Faces, Store, Wanted, fitting_stores
+from pipeline.models import PUBLISHED_SIZE, find_deviations
+from pipeline.runs import RunSpec
 from pipeline.settings import BenchmarkSettings, ExtractSettings
 from pipeline.sources import choose_rows, unite_faces
-from pipeline.store import FeatureStore, describe_policy, find_stores
-from pipeline.train import TrainPlan, check_network, find_recipe, plan_training
+from pipeline.store import About, FeatureKey, FeatureStore, describe_policy, find_stores
+from pipeline.train import TrainPlan, check_network, find_recipe, plan_training, specify
 from pipeline.workspace import Workspace
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
@@ -103,8 +105,8 @@ class BenchmarkPlan:
                     speeds.setdefault(cell.title, []).append(record["faces_per_second"])
         if not speeds:
             return None
-        medians = {title: statistics.median(values) for title, values in speeds.items()}
-        usual = statistics.median(medians.values())
+        medians = {title: median(values) for title, values in speeds.items()}
+        usual = median(medians.values())
         left = ((cell.work - cell.worked) / medians.get(cell.title, usual) for cell in self.runnable)
         return sum(left) / parallel
 
@@ -226,7 +228,9 @@ class _Planner:
         except UserError as error:
             obstacle = obstacle or str(error)
         passes = seen if cell.entry.reads_features else 0
-        return replace(cell, faces=len(train), tower_passes=passes, stores=tuple(needed), plan=plan, obstacle=obstacle)
+        cell = replace(cell, faces=len(train), tower_passes=passes, stores=tuple(needed))
+        deviations = tuple(find_deviations(plan.spec if plan else specify_draft(cell, needed)))
+        return replace(cell, plan=plan, deviations=deviations, obstacle=obstacle)
 
     def plan_cell(self, cell: Cell, stores: Sequence[StorePlan]) -> TrainPlan:
         """Plan the training, where a tower is used with the very store of the source."""
@@ -235,6 +239,31 @@ class _Planner:
             own = [store.found for store in stores[: len(parts_of(cell.source))]]
             settings = replace(settings, backbone=None, store=",".join(found[1].folder for found in own if found))
         return plan_training(self.workspace, settings)
+
+
+def specify_draft(cell: Cell, stores: Sequence[StorePlan]) -> RunSpec:
+    """Return what is known of a run before its features are there.
+
+    The statistics of a tower that is not loaded are taken for ImageNet's, as published, unless the file names others.
+    """
+    about = None
+    if stores and cell.tower:
+        wanted = stores[0].settings
+        statistics = NORMALISATIONS.get(wanted.normalisation or "", NORMALISATIONS["imagenet"])
+        policy = describe_policy(wanted.policy)
+        key = FeatureKey(
+            stores[0].manifest.image_digest,
+            wanted.backbone,
+            "",
+            wanted.input_size or PUBLISHED_SIZE,
+            statistics,
+            policy,
+            wanted.precision,
+            wanted.interpolation,
+            views=wanted.views,
+        )
+        about = About(key, stores[0].manifest.name, wanted.backbone, len(stores[0].manifest), 0, None, 1)
+    return specify(cell.settings, cell.source, find_recipe(cell.settings, cell.source.kind), about)
 
 
 def describe_wanted(manifest: Manifest, settings: ExtractSettings) -> Wanted:
