@@ -113,6 +113,7 @@ def test_run_graph_pyfunc_and_server_agree_on_real_faces(real_faces: Path, tmp_p
     assert version.run_id == MlflowClient(uri).search_runs([version_experiment(uri)])[0].info.run_id
     Cafe(tmp_path / "work", "").succeed(*command)  # nothing new: nothing is logged again
     assert len(MlflowClient(uri).search_model_versions("name = 'faces'")) == 1
+    assert len(MlflowClient(uri).search_logged_models([version_experiment(uri)])) == 1
 
     with served("models:/faces/1", uri) as address:
         data = [[base64.b64encode(content).decode()] for content in records["image"]]
