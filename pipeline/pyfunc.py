@@ -70,9 +70,15 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
         client = mlflow.MlflowClient()
         place = client.get_experiment_by_name(experiment).experiment_id
         run_id = find_run(client, place, run.name).info.run_id
-        digest = sha256((exported / "model.json").read_bytes()).hexdigest()[:32]
-        there = client.search_logged_models([place], f"source_run_id = '{run_id}' AND tags.`cafe.export` = '{digest}'")
-        uri = there[0].model_uri if there else _log(mlflow, run_id, exported, {**tags, "cafe.export": digest})
+        weights = sha256((exported / "model.safetensors").read_bytes()).hexdigest()[:32]
+        there = client.search_logged_models(
+            [place], f"source_run_id = '{run_id}' AND tags.`cafe.weights` = '{weights}'"
+        )
+        if not there:  # in the experiment of the run, which MLflow would not look for by itself
+            about = {**tags, "cafe.weights": weights}
+            logged = client.create_logged_model(place, NAME, source_run_id=run_id, tags=about)
+            _log(mlflow, run_id, logged.model_id, exported)
+        uri = (there[0] if there else logged).model_uri
         said = f"MLflow at {mirror.address} holds the model {uri} of the run {run.name}"
         if register is None:
             return f"{said}."
@@ -88,22 +94,20 @@ def describe_tags(run: Run) -> dict[str, str]:
     return {f"cafe.{name}": str(value) for name, value in about.items()}
 
 
-def _log(mlflow: Any, run_id: str, exported: UPath, tags: dict[str, str]) -> str:
+def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
     types, column = mlflow.types, mlflow.types.ColSpec
     outputs = [column("string", "expression"), *(column("double", name) for name in EXPRESSIONS)]
-    info = mlflow.models.Model.log(
+    mlflow.models.Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
-        name=NAME,
         run_id=run_id,
-        tags=tags,
+        model_id=model_id,
         loader_module=__name__,
         data_path=str(exported),
         signature=mlflow.models.ModelSignature(types.Schema([column("binary", COLUMN)]), types.Schema(outputs)),
         input_example=draw_example(),
         pip_requirements=[f"cafe=={(read_json(exported / 'model.json') or {})['versions']['cafe']}"],
     )
-    return str(info.model_uri)
 
 
 def draw_example() -> pd.DataFrame:

@@ -51,6 +51,7 @@ def served(model: str, uri: str) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", model, "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where uvicorn is
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, env=environment, start_new_session=True, **quiet) as server:  # type: ignore[call-overload]
         try:
@@ -113,6 +114,7 @@ def test_run_graph_pyfunc_and_server_agree_on_real_faces(real_faces: Path, tmp_p
     assert version.run_id == MlflowClient(uri).search_runs([version_experiment(uri)])[0].info.run_id
     Cafe(tmp_path / "work", "").succeed(*command)  # nothing new: nothing is logged again
     assert len(MlflowClient(uri).search_model_versions("name = 'faces'")) == 1
+    assert len(MlflowClient(uri).search_logged_models([version_experiment(uri)])) == 1
 
     with served("models:/faces/1", uri) as address:
         data = [[base64.b64encode(content).decode()] for content in records["image"]]
