@@ -24,9 +24,9 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.inference.graph import Onnx
-from pipeline.export import cut_middle, export_run
-from pipeline.library import load_model
-from pipeline.pyfunc import Pyfunc
+from pipeline.release.export import cut_middle, export_run
+from pipeline.release.library import load_model
+from pipeline.release.pyfunc import Pyfunc
 from pipeline.workspace import Workspace
 
 

@@ -26,7 +26,7 @@ from cafe.inference.frames import read_frames
 from cafe.inference.model import BATCH_SIZE, Model
 from cafe.inference.recognition import SEARCHED, Search, judge_frames
 from cafe.learning.views import normalise
-from pipeline.library import load_model
+from pipeline.release.library import load_model
 
 GROUND = (96, 120, 96)
 SIZE = (512, 384)  # pixels, of a photo

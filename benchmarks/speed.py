@@ -34,10 +34,10 @@ from cafe.synthetic.domains import write
 from cafe.towers.building import FrozenBackbone, load_backbone
 from cafe.towers.embedding import Embedder
 from pipeline import cluster
-from pipeline.extract import extract
+from pipeline.features.extract import extract
+from pipeline.features.store import FeatureReader as StoredFeatures
+from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
-from pipeline.store import FeatureReader as StoredFeatures
-from pipeline.store import FeatureStore
 from pipeline.workspace import Workspace
 
 BATCH = 64  # of the tower

@@ -19,7 +19,7 @@ from cafe.files import locate
 from cafe.results.metrics import estimate
 from cafe.results.scores import flatten_scores, read_runs, read_scores
 from pipeline import cluster
-from pipeline.extract import extract
+from pipeline.features.extract import extract
 from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.tracking import Mirror
 from pipeline.train import plan_training, train_and_judge

@@ -22,10 +22,10 @@ from typing import Any
 
 OFFERED = {  # name: where it is; what needs a workspace belongs to the engine
     "Model": "cafe.inference.model",
-    "load_manifest": "pipeline.library",
-    "load_model": "pipeline.library",
-    "load_store": "pipeline.library",
-    "scores": "pipeline.library",
+    "load_manifest": "pipeline.release.library",
+    "load_model": "pipeline.release.library",
+    "load_store": "pipeline.release.library",
+    "scores": "pipeline.release.library",
 }
 __all__ = sorted(OFFERED)
 

@@ -102,7 +102,7 @@ def _needs(workspace: Workspace, file: str) -> Iterator[Finding]:
     from jobs.runs import find_file
     from pipeline.benchmark.file import read_benchmark
     from pipeline.benchmark.plan import plan_benchmark
-    from pipeline.extract import describe_store, know_tower
+    from pipeline.features.extract import describe_store, know_tower
     from pipeline.settings import BenchmarkSettings
 
     plan = plan_benchmark(workspace, read_benchmark(find_file(file)), BenchmarkSettings())

@@ -20,7 +20,7 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
     aligned face to seven probabilities, and is checked against PyTorch on real faces. Needs `pip install 'cafe[export]'`.
     """
     from cafe.files import locate
-    from pipeline.export import export_run
+    from pipeline.release.export import export_run
 
     workspace = open_workspace()
     name = workspace.find_run(run)
@@ -30,7 +30,7 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
         f"{exported.difference:.1e}. Read README.md there before you ship it."
     )
     if mlflow or register:
-        from pipeline.pyfunc import log_model
+        from pipeline.release.pyfunc import log_model
         from pipeline.tracking import Mirror
 
         click.echo(log_model(Mirror(workspace, mlflow_uri), workspace.run_path(name), exported.folder, register))

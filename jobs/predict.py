@@ -51,7 +51,7 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     from cafe.inference.frames import count_frames, find_files, read_frames
     from cafe.inference.output import FORMATS, Summary, list_rows
     from cafe.inference.recognition import Search, judge_frames
-    from pipeline.library import find_runs
+    from pipeline.release.library import find_runs
 
     runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))

@@ -100,7 +100,7 @@ def compare(
 
 
 def _say_best(runs: list[Run], experiment: str | None) -> str:
-    from pipeline.library import choose_best
+    from pipeline.release.library import choose_best
 
     if any(run.pulled for run in runs):
         raise UserError(

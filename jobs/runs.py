@@ -37,7 +37,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
 
     Interrupt it as you like: the same command goes on where it was.
     """
-    from pipeline.extract import extract as extract_features
+    from pipeline.features.extract import extract as extract_features
 
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in names]

@@ -22,9 +22,9 @@ from cafe.records import FORMAT
 from cafe.results.predictions import predictions_path
 from cafe.results.protocols import Protocol, find_protocol
 from cafe.towers.names import absolute_name, short_name
+from pipeline.features.store import About, FeatureReader, FeatureStore, find_stores
 from pipeline.runs import RunSpec
 from pipeline.settings import StoreChoice
-from pipeline.store import About, FeatureReader, FeatureStore, find_stores
 from pipeline.workspace import Workspace
 
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,

@@ -16,8 +16,8 @@ from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
 from cafe.methods import find_method
 from cafe.results.protocols import find_protocol
 from pipeline.faces import Faces, Store, any_store, choose_store
+from pipeline.features.store import About, FeatureReader, describe_policy, find_stores
 from pipeline.settings import TrainSettings
-from pipeline.store import About, FeatureReader, describe_policy, find_stores
 from pipeline.workspace import Workspace
 
 HELD_OUT = 0.1  # of the training faces of a source, for `source_val`

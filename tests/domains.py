@@ -14,8 +14,8 @@ from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.learning.checkpoints import read_tensors
+from pipeline.features.store import About, FeatureKey, FeatureStore, describe_policy
 from pipeline.settings import TrainSettings
-from pipeline.store import About, FeatureKey, FeatureStore, describe_policy
 from pipeline.train import TrainPlan, plan_training
 from pipeline.worker import Task, Worker
 from pipeline.workspace import Workspace

@@ -20,11 +20,11 @@ from cafe.methods import METHODS
 from cafe.methods.method import Inputs
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
-from pipeline.extract import describe_store
+from pipeline.features.extract import describe_store
+from pipeline.features.shards import ShardEmbedder
+from pipeline.features.store import FeatureReader as StoreReader
+from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
-from pipeline.shards import ShardEmbedder
-from pipeline.store import FeatureReader as StoreReader
-from pipeline.store import FeatureStore
 
 EPOCHS = 2
 CPU = torch.device("cpu")

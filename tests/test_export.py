@@ -22,8 +22,8 @@ from cafe.inference.graph import Onnx, Resize, write_onnx
 from cafe.methods import METHODS, find_method
 from cafe.report.card import format_share, write_card
 from cafe.results.scores import read_runs
-from pipeline.export import cut_middle, export_run
 from pipeline.models import build_model
+from pipeline.release.export import cut_middle, export_run
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace
 

@@ -17,8 +17,8 @@ from torchvision import transforms
 from upath import UPath
 
 from cafe.towers.building import load_backbone
-from pipeline.shards import prefetch
-from pipeline.store import FeatureStore, find_stores
+from pipeline.features.shards import prefetch
+from pipeline.features.store import FeatureStore, find_stores
 
 
 def open_store(cafe: Cafe, manifest: str) -> FeatureStore:

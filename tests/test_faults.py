@@ -22,11 +22,11 @@ from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
 from pipeline.cluster import versions
-from pipeline.extract import describe_store, know_tower
 from pipeline.faces import Faces
+from pipeline.features.extract import describe_store, know_tower
+from pipeline.features.shards import ShardEmbedder
+from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.shards import ShardEmbedder
-from pipeline.store import FeatureStore
 from pipeline.train import plan_training
 from pipeline.worker import Task, find_checkpoint, train_run
 from pipeline.workspace import Workspace

@@ -23,8 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from upath import UPath
 
-from cafe.data.isolation import find_killers
-from pipeline.store import FeatureStore, find_stores
+from pipeline.features.isolation import find_killers
+from pipeline.features.store import FeatureStore, find_stores
 
 ALONE = ("--num-cpus", "1")
 

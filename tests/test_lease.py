@@ -19,7 +19,7 @@ from upath import UPath
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
 from pipeline import lease
-from pipeline.extract import describe_store, know_tower
+from pipeline.features.extract import describe_store, know_tower
 from pipeline.lease import STALE_SECONDS, Lease, hold
 from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.train import plan_training

@@ -16,7 +16,7 @@ from upath import UPath
 import cafe
 from cafe.data import DATASETS
 from cafe.data.indexing import index_files
-from pipeline import library
+from pipeline.release import library
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace
 

@@ -23,8 +23,8 @@ from cafe.files import read_json
 from cafe.results.predictions import Predictions
 from cafe.results.scores import read_run
 from pipeline.benchmark.file import parse_benchmark, read_benchmark
+from pipeline.features.store import FeatureStore, find_stores
 from pipeline.runs import RunSpec, read_status
-from pipeline.store import FeatureStore, find_stores
 from pipeline.workspace import Workspace
 
 OFTEN = settings(

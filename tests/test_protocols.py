@@ -27,13 +27,13 @@ from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.scores import flatten_scores, read_runs, read_scores
 from pipeline import settings
 from pipeline.evaluate import is_judged, predict_target
-from pipeline.extract import describe_store, know_tower
 from pipeline.faces import any_store, choose_store, choose_target, choose_targets
+from pipeline.features.extract import describe_store, know_tower
+from pipeline.features.shards import ShardEmbedder
+from pipeline.features.store import FeatureStore
 from pipeline.models import build_method, find_inputs
 from pipeline.runs import RunSpec, add_experiment
 from pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
-from pipeline.shards import ShardEmbedder
-from pipeline.store import FeatureStore
 from pipeline.tracking import Mirror, default_uri
 from pipeline.train import plan_training
 from pipeline.workspace import Workspace

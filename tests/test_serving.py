@@ -33,8 +33,8 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.errors import UserError
 from cafe.inference.graph import Onnx
-from pipeline.library import load_model
-from pipeline.pyfunc import Pyfunc
+from pipeline.release.library import load_model
+from pipeline.release.pyfunc import Pyfunc
 from pipeline.settings import ExtractSettings
 from pipeline.tracking import default_uri
 from pipeline.workspace import Workspace

@@ -14,7 +14,7 @@ from upath import UPath
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
 from pipeline.faces import Wanted, fitting_stores
-from pipeline.store import About, FeatureKey, FeatureReader, FeatureStore, default_shard_rows, find_stores
+from pipeline.features.store import About, FeatureKey, FeatureReader, FeatureStore, default_shard_rows, find_stores
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
 KEY = FeatureKey(

@@ -13,11 +13,11 @@ from cafe.files import write_json
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import fit, predict
 from pipeline.evaluate import predict_target
-from pipeline.extract import ShardEmbedder, describe_store, know_tower
+from pipeline.features.extract import ShardEmbedder, describe_store, know_tower
+from pipeline.features.store import FeatureStore
 from pipeline.models import build_method, load_method, make_dataset
 from pipeline.runs import add_experiment, note_status
 from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.store import FeatureStore
 from pipeline.train import TrainPlan, plan_training
 from pipeline.worker import Task, Worker
 from pipeline.workspace import Workspace

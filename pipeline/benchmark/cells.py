@@ -27,8 +27,8 @@ from pipeline import cluster
 from pipeline.benchmark.grid import Cell, StoreName
 from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from pipeline.cluster import Bar, Progress
-from pipeline.extract import extract
 from pipeline.faces import Store
+from pipeline.features.extract import extract
 from pipeline.lease import hold
 from pipeline.runs import note_status, read_status
 from pipeline.settings import TrainSettings

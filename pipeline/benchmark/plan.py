@@ -23,13 +23,13 @@ from cafe.towers.building import NORMALISATIONS
 from cafe.towers.names import absolute_name
 from pipeline.benchmark.file import Benchmark, Entry
 from pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
-from pipeline.extract import Extraction
 from pipeline.faces import Faces, Store, Wanted, fitting_stores
+from pipeline.features.extract import Extraction
+from pipeline.features.store import About, FeatureKey, FeatureStore, describe_policy, find_stores
 from pipeline.models import PUBLISHED_SIZE, find_deviations
 from pipeline.runs import RunSpec
 from pipeline.settings import BenchmarkSettings, ExtractSettings
 from pipeline.sources import choose_rows, unite_faces
-from pipeline.store import About, FeatureKey, FeatureStore, describe_policy, find_stores
 from pipeline.train import TrainPlan, check_network, find_recipe, plan_training, specify
 from pipeline.workspace import Workspace
 

@@ -26,10 +26,10 @@ from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisatio
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
+from pipeline.features.shards import ShardEmbedder
+from pipeline.features.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
 from pipeline.lease import hold
 from pipeline.settings import ExtractSettings
-from pipeline.shards import ShardEmbedder
-from pipeline.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
 from pipeline.workspace import Workspace
 
 LISTED = 20  # faults of an extraction that are told

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from cafe.data.images import MISSING
-from cafe.data.isolation import find_killers
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate, retry
@@ -26,8 +25,9 @@ from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.names import parse_backbone
 from pipeline.cluster import check_versions
+from pipeline.features.isolation import find_killers
+from pipeline.features.store import About, FeatureStore
 from pipeline.settings import ExtractSettings
-from pipeline.store import About, FeatureStore
 
 KILLER = "kills its decoder"
 

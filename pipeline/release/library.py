@@ -14,8 +14,8 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import locate, read_json
 from cafe.results.scores import Run, read_runs, read_scores
+from pipeline.features.store import FeatureStore, find_stores
 from pipeline.runs import is_finished
-from pipeline.store import FeatureStore, find_stores
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
