@@ -178,6 +178,22 @@ def test_rows_are_told_apart_by_what_was_chosen_and_never_by_what_follows(worksp
     assert name_rows([[runs[0]], [runs[0]]]) == ["cafe #1", "cafe #2"]
 
 
+def test_what_most_rows_of_a_method_have_is_not_named(workspace: Workspace) -> None:
+    for changes in (
+        {},
+        {"prior": "adjusted"},
+        {"features": "raw"},
+        {"features": "raw", "prior": "adjusted"},
+        {"mask": "none"},
+    ):
+        recipe = {"prior": "source", "features": "standardised", "mask": "sigmoid"} | changes
+        write_run(workspace, **{f"recipe.{name}": value for name, value in recipe.items()})
+    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    assert sorted(name_rows([[run] for run in runs])) == [
+        "cafe", "cafe (features=raw)", "cafe (features=raw, prior=adjusted)", "cafe (mask=none)", "cafe (prior=adjusted)",
+    ]  # fmt: skip
+
+
 def test_long_values_keep_both_ends() -> None:
     assert shorten("file:/data/weights/msceleb.pth", 24) == "file:/data/…/msceleb.pth"
     assert shorten("clip-vit-b32", 24) == "clip-vit-b32"

@@ -202,7 +202,7 @@ def group_runs(runs: Sequence[Run], scores: pd.DataFrame) -> list[tuple[tuple[Ru
 
 
 def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Return the labels of rows: the method, with what a user chose otherwise than in its other rows on that source.
+    """Return the labels of rows: the method, with what a user chose otherwise than in most of its rows on that source.
 
     Long values are shortened in the middle as far as the rows stay apart; those that no choice tells apart are numbered.
     """
@@ -229,11 +229,14 @@ def _common_settings(group: Sequence[Run]) -> dict[str, object]:
 
 def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, object]], longest: int) -> str:
     told = {key: value for key, value in own.items() if key not in IDENTITY and value not in ("", None)}
-    differing = [
-        key
-        for key, value in sorted(told.items())
-        if any(rival.get(key) != value for rival in rivals) or (key == "selection" and value in PEEKING)
-    ]
+    differing = []
+    for key, value in sorted(told.items()):
+        others = [rival.get(key) for rival in rivals]
+        usual = (
+            2 * others.count(value) > len(others) and None not in others
+        )  # most rows have it: the others name theirs
+        if (not usual and any(other != value for other in others)) or (key == "selection" and value in PEEKING):
+            differing.append(key)
     texts = (f"{key.removeprefix('recipe.')}={shorten(str(told[key]), longest)}" for key in differing)
     return f"{method} ({', '.join(texts)})" if differing else method
 
