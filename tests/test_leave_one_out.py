@@ -242,6 +242,6 @@ def test_the_oracle_is_marked_and_neither_best_nor_tested_nor_ranked(workspace: 
     assert not any(test.row.oracle or test.reference.oracle for test in report.tests)
     assert report.ranks is None or not any("oracle" in label for label in report.ranks.labels)
     assert "oracle" in complaint(
-        make_report, runs, read_scores(runs), "accuracy", "clean", None, "cafe (selection=oracle)"
+        make_report, runs, read_scores(runs), "clean", None, "accuracy", None, "cafe (selection=oracle)"
     )
     assert "All but target: each target is judged by a training on all other domains" in " ".join(sheet.notes)

@@ -10,7 +10,7 @@ model.json           labels, preprocessing, origin, scores and versions; written
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -139,7 +139,8 @@ def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -
         preprocessing["image_branch"] = describe_view(model.image_size, plan)
     if model.tower:
         preprocessing["tower"] = describe_view(model.tower.backbone.facts.input_size, model.tower.plan)
-    origin = {name: getattr(run, name) for name in ("method", "source", "source_kind", "source_digest", "seed")}
+    origin = {name: getattr(run, name) for name in ("method", "source", "seed")}
+    origin["sources"] = [asdict(source) for source in run.sources]
     origin |= {"selection": run.selection, "experiments": sorted(run.experiments), "settings": run.settings}
     origin |= {"derived": run.derived, "not_as_published": list(run.not_as_published)}
     if tower:
