@@ -94,11 +94,18 @@ def read_run(folder: UPath) -> Run | None:
     deviations = record.get("not_as_published")
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
     alone = {"name": record["source"], "kind": record.get("source_kind"), "digest": record.get("source_digest")}
+    sources = record.get("sources") or [alone]
+    if not isinstance(sources, list) or not all(
+        isinstance(one, dict) and one.keys() == alone.keys() for one in sources
+    ):
+        raise UserError(
+            f"{folder}/run.json lists its sources in no known form: it was changed by hand; train the run again."
+        )
     return Run(
         folder,
         **described,
         fold=record.get("fold", ""),
-        sources=tuple(Source(**source) for source in record.get("sources") or [alone]),
+        sources=tuple(Source(**source) for source in sources),
         not_as_published=tuple(deviations) if isinstance(deviations, list) else (),
         experiments={name: member.get("benchmark") for name, member in experiments.items()},
         pulled=(folder / PULLED).exists(),
