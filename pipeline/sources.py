@@ -130,11 +130,12 @@ def _choose_store(workspace: Workspace, manifest: Manifest, settings: TrainSetti
 
 def _check_store(settings: TrainSettings, store: About | None) -> None:
     needs = find_method(settings.method).needs
-    if settings.backbone == "none" and not needs.isdisjoint({*ARRAYS, "tower"}):
+    needs_tower = not needs.isdisjoint({*ARRAYS, "tower"})
+    if settings.backbone == "none" and needs_tower:
         raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
     if settings.live and (needs.isdisjoint(ARRAYS) or not find_method(settings.method).trained):
         raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
-    if store is None and not needs.isdisjoint({*ARRAYS, "tower"}):
+    if store is None and needs_tower:
         raise UserError(
             f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
         )
