@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import complaint, draw_faces
 from PIL import Image
-from trained import fill_store, start_run, train_run
+from trained import extract_few, fill_store, start_run, train_run
 from upath import UPath
 
 from cafe.data import DATASETS
@@ -51,13 +51,7 @@ def test_every_method_judges_arrays_as_it_judged_its_target(method: str, workspa
 
 def test_real_faces_get_the_probabilities_of_the_runs_own_predictions(real_faces: Path, tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path / "work"))
-    for domain in ("news", "cinema"):
-        for expression in ("happiness", "neutral", "surprise"):
-            (tmp_path / domain / expression).mkdir(parents=True)
-            for path in sorted((real_faces / domain / expression).iterdir())[:12]:
-                shutil.copy(path, tmp_path / domain / expression)
-        index_files(domain, DATASETS["folder"](UPath(tmp_path / domain))).manifest.save(workspace.manifest_path(domain))
-        fill_store(workspace, domain, ExtractSettings(backbone="face-resnet", views=2, input_size=96))
+    extract_few(real_faces, tmp_path, workspace, views=2)
     changes = ("epochs=2", "learning_rate=0.003", "features=standardised")
     run = train_run(workspace, source="news", method="cafe", image_size=64, overrides=changes)
     judged = load_predictions(run)["cinema"]

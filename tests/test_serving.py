@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,17 +24,13 @@ import pytest
 from conftest import Cafe
 from mlflow import MlflowClient
 from PIL import Image
-from trained import fill_store, start_run
-from upath import UPath
+from trained import extract_few, start_run
 
-from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.indexing import index_files
 from cafe.errors import UserError
 from cafe.inference.graph import Onnx
 from pipeline.release.library import load_model
 from pipeline.release.pyfunc import Pyfunc
-from pipeline.settings import ExtractSettings
 from pipeline.tracking import default_uri
 from pipeline.workspace import Workspace
 
@@ -75,13 +70,7 @@ def answers(address: str) -> bool:
 
 def test_run_graph_pyfunc_and_server_agree_on_real_faces(real_faces: Path, tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path / "work"))
-    for domain in ("news", "cinema"):
-        for expression in ("happiness", "neutral", "surprise"):
-            (tmp_path / domain / expression).mkdir(parents=True)
-            for path in sorted((real_faces / domain / expression).iterdir())[:12]:
-                shutil.copy(path, tmp_path / domain / expression)
-        index_files(domain, DATASETS["folder"](UPath(tmp_path / domain))).manifest.save(workspace.manifest_path(domain))
-        fill_store(workspace, domain, ExtractSettings(backbone="face-resnet", views=1, input_size=96))
+    extract_few(real_faces, tmp_path, workspace, views=1)
     run, _ = start_run(
         workspace, source="news", targets="cinema", method="cafe", image_size=64, overrides=("features=standardised",)
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from upath import UPath
 
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
 from cafe.files import write_json
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import fit, predict
@@ -21,6 +25,17 @@ from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.train import TrainPlan, plan_training
 from pipeline.worker import Task, Worker
 from pipeline.workspace import Workspace
+
+
+def extract_few(real_faces: Path, folder: Path, workspace: Workspace, views: int) -> None:
+    """Index twelve real faces of three expressions of news and of cinema, and extract their features."""
+    for domain in ("news", "cinema"):
+        for expression in ("happiness", "neutral", "surprise"):
+            (folder / domain / expression).mkdir(parents=True)
+            for path in sorted((real_faces / domain / expression).iterdir())[:12]:
+                shutil.copy(path, folder / domain / expression)
+        index_files(domain, DATASETS["folder"](UPath(folder / domain))).manifest.save(workspace.manifest_path(domain))
+        fill_store(workspace, domain, ExtractSettings(backbone="face-resnet", views=views, input_size=96))
 
 
 def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> FeatureStore:
