@@ -1,0 +1,71 @@
+"""What README.md and the pages of docs/ point to is there, and every `cafe` command they show can be given."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from jobs.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
+
+
+def list_commands(page: Path) -> Iterator[str]:
+    """The lines of a page's code blocks that call `cafe`, without prompts, pipes and comments."""
+    for block in BLOCK.findall(page.read_text()):
+        for line in block.splitlines():
+            command = re.search(r"(?:^|\$ |&& |\| )(cafe .*)", line)
+            if command:
+                yield re.split(r" [#|] | && ", command[1])[0].strip()
+
+
+def parse(group: click.Group, words: list[str]) -> click.Command:
+    """Parse options and arguments as the command line does, and stop before anything is done."""
+    context = group.make_context("cafe", list(words))
+    command: click.Command = group
+    while isinstance(command, click.Group) and context._protected_args:
+        name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert found is not None, name
+        command, context = found, found.make_context(name, rest, parent=context)
+    return command
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and Sphinx make them."""
+    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.casefold()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(BLOCK.sub("", page.read_text())):
+        file, _, anchor = link.replace("\\_", "_").partition("#")
+        if re.match(r"\w+:", file):
+            continue
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name} points to {link}"
+        assert not anchor or anchor in headings(target), f"{page.name} points to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_has_options_that_exist(page: Path) -> None:
+    for line in list_commands(page):
+        try:
+            parse(main, shlex.split(line)[1:])
+        except click.exceptions.Exit:
+            pass  # --help
+        except click.ClickException as error:
+            pytest.fail(f"{page.name}: `{line}`: {error.format_message()}")
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    with pytest.raises(click.ClickException):
+        parse(main, ["train", "--sauce", "studio"])
