@@ -1,6 +1,6 @@
-"""How fast an exported graph judges faces, beside PyTorch, and how well it, PyTorch and MLflow's pyfunc agree.
+"""How fast an exported graph judges faces, beside PyTorch, and how well it, PyTorch, MLflow's pyfunc and its server agree.
 
-    python benchmarks/export.py WORKSPACE RUN MANIFEST
+    python benchmarks/export.py WORKSPACE RUN MANIFEST [--served http://127.0.0.1:5001/invocations]
 
 Exports the run to a folder of its own, judges faces of the manifest in batches by PyTorch and by ONNX Runtime on the same
 threads, one after the other, and prints the median of several rounds. What counts is processor time, which other programs on
@@ -10,11 +10,14 @@ the machine hardly change: with one thread it is the time a free core would take
 from __future__ import annotations
 
 import argparse
+import base64
 import io
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pandas as pd
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("workspace")
     parser.add_argument("run")
     parser.add_argument("manifest")
+    parser.add_argument("--served", help="address of `mlflow models serve` with the same run, to be asked as well")
     parser.add_argument("--faces", type=int, default=500, help="of which the agreement is taken")
     parser.add_argument("--timed", type=int, default=64, help="of which the speed is taken, in batches of 16")
     parser.add_argument("--rounds", type=int, default=5)
@@ -58,6 +62,9 @@ def main() -> None:
     compare("ONNX", expected, np.concatenate([graph.predict(face[None]) for face in faces]))
     records = pd.DataFrame({"image": [encode(face) for face in faces]})
     compare("pyfunc", expected, Pyfunc(folder).predict(records)[list(EXPRESSIONS)].to_numpy())
+
+    if options.served:
+        compare("served", expected, ask(options.served, records))
 
     side = options.side
     timed = np.stack([np.asarray(Image.fromarray(face).resize((side, side))) for face in faces[: options.timed]])
@@ -86,6 +93,17 @@ def compare(name: str, expected: np.ndarray, got: np.ndarray) -> None:
     print(
         f"{name} and PyTorch: {len(got)} faces, largest difference {np.abs(got - expected).max():.1e}, {same:.2%} alike"
     )
+
+
+def ask(address: str, records: pd.DataFrame) -> np.ndarray:
+    """Return the probabilities a server answers, some faces per request."""
+    rows = []
+    for first in range(0, len(records), 50):
+        data = [[base64.b64encode(content).decode()] for content in records["image"][first : first + 50]]
+        body = json.dumps({"dataframe_split": {"columns": ["image"], "data": data}}).encode()
+        with urlopen(Request(address, body, {"Content-Type": "application/json"})) as answer:  # noqa: S310  # the user's own
+            rows += json.load(answer)["predictions"]
+    return np.array([[row[name] for name in EXPRESSIONS] for row in rows])
 
 
 def encode(face: np.ndarray) -> bytes:
