@@ -28,7 +28,7 @@ from jobs.terminal import make_table, show
 
 TOWER = ("--backbone", "imagenet-lite0", "--input-size", "64")
 SMALL = ("--method", "cafe", "--image-size", "32", "--set", "features=standardised", "--set", "batch_size=64")
-ALONE = ("--num-cpus", "2")
+ALONE = ("--num-cpus", "1")
 GRID = """
 sources = ["faces"]
 targets = ["faces"]
@@ -61,7 +61,7 @@ class Stage:
 
 STAGES = {
     "extract": Stage(
-        ("extract", "faces", *TOWER, "--views", "5", "--shard-rows", "6", "--batch-size", "30", *ALONE),
+        ("extract", "faces", *TOWER, "--views", "5", "--shard-rows", "20", *ALONE),
         (),
         ("features/*/*/receipts/*.json",),
         ("features/**/*", "features/**/.*"),
@@ -73,7 +73,7 @@ STAGES = {
         ("runs/*/model.safetensors", "runs/*/predictions/*"),
     ),
     "benchmark": Stage(
-        ("benchmark", "grid.toml", "--parallel", "2", *ALONE),
+        ("benchmark", "grid.toml", "--parallel", "2", "--num-cpus", "2"),
         (),
         ("features/*/*/receipts/*.json", "runs/*/epochs/*.json"),
         ("features/**/*", "runs/*/model.safetensors", "runs/*/predictions/*"),

@@ -153,10 +153,13 @@ def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(wo
 
 
 HOOK = """
-import os, signal
+import os, signal, sys
 from PIL import ImageFile
 load = ImageFile.ImageFile.load
 def load_or_die(image):
+    if "--multiprocessing-fork" in sys.orig_argv and os.environ.get("TRIED"):
+        with open(os.environ["TRIED"], "a") as tried:
+            tried.write(".")
     if image.size == (13, 17):
         os.kill(os.getpid(), signal.SIGKILL)
     return load(image)
@@ -188,12 +191,13 @@ def test_no_picture_is_blamed_where_no_process_can_be_started(tmp_path: Path, de
 
 
 def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_all_others(
-    tmp_path: Path, tiny_tower: str, deadly_decoder: None
+    tmp_path: Path, tiny_tower: str, deadly_decoder: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRIED", str(tmp_path / "tried.txt"))
     cafe, faces = Cafe(tmp_path / "work", ""), draw_faces(tmp_path / "faces", per_class=12)
     Image.new("RGB", (13, 17)).save(faces / "happiness" / "poison.png")
     cafe.succeed("data", "index", "folder", str(faces), "--name", "tiny")
-    command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "10", "--num-cpus", "1"]
+    command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "4", "--num-cpus", "1"]
     program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
     done = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -204,3 +208,5 @@ def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_a
     samples = list(store.array("sample_id")[:])
     assert store.pending() == []
     assert store.valid().tolist() == [sample != "happiness/poison.png" for sample in samples]
+    # Of 37 pictures, those of the two shards that the worker had, and the guilty one a second time.
+    assert len((tmp_path / "tried.txt").read_text()) == 9
