@@ -1,11 +1,12 @@
-"""What random kills cost: `kill -9` of the driver, a worker or Ray's node, and the same command again until it is done.
+"""What random kills cost: `kill -9` of the driver, a worker or a node of Ray's, and the same command until it is done.
 
-    python benchmarks/chaos.py ~/faces/news --kills 100 --stage extract
-    python benchmarks/chaos.py ~/faces/news --kills 20 --stage train
+    python benchmarks/chaos.py ~/faces/news --folder /tmp/chaos --stage extract --kills 100 --nodes 2
+    python benchmarks/chaos.py ~/faces/news --folder /tmp/chaos --stage train --kills 20
 
-A kill falls at a random moment of a span as long as the undisturbed command. A driver that survives the kill of a worker
-goes on by itself, and may lose another. Whenever the command is done, what it made is compared with the undisturbed, byte
-by byte, and it begins anew until all kills are spent. The table says how much work they repeated.
+A kill falls at a random moment of a span as long as the undisturbed command. With `--nodes` there is a cluster of so many,
+and a command survives all but the kill of its driver; without, it starts a Ray of its own, whose end is its own. Whenever
+it is done, what it made is compared with the undisturbed, byte by byte, and it begins anew until all kills are spent. The
+table says how much work they repeated.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 
 import click
 import psutil
+from nodes import Nodes
 
 from jobs.terminal import make_table, show
 
@@ -45,6 +48,7 @@ image_size = 32
 set = { features = "standardised", batch_size = 64 }
 """
 VICTIMS = ("driver", "worker", "worker", "worker", "node", "driver")  # one of three is the driver
+WORKERS = ("ray::MapWorker", "ray::Worker", "ray::RayTrainWorker")
 PATIENCE = 600.0  # seconds after which a command that neither ends nor finishes anything hangs
 POLL = 0.1
 
@@ -61,19 +65,19 @@ class Stage:
 
 STAGES = {
     "extract": Stage(
-        ("extract", "faces", *TOWER, "--views", "5", "--shard-rows", "20", *ALONE),
+        ("extract", "faces", *TOWER, "--views", "5", "--shard-rows", "20"),
         (),
         ("features/*/*/receipts/*.json",),
         ("features/**/*", "features/**/.*"),
     ),
     "train": Stage(
-        ("train", "--source", "faces", "--epochs", "12", *SMALL, *ALONE),
+        ("train", "--source", "faces", "--epochs", "12", *SMALL),
         ("extract",),
         ("runs/*/epochs/*.json",),
         ("runs/*/model.safetensors", "runs/*/predictions/*"),
     ),
     "benchmark": Stage(
-        ("benchmark", "grid.toml", "--parallel", "2", "--num-cpus", "2"),
+        ("benchmark", "grid.toml", "--parallel", "1"),
         (),
         ("features/*/*/receipts/*.json", "runs/*/epochs/*.json"),
         ("features/**/*", "runs/*/model.safetensors", "runs/*/predictions/*"),
@@ -131,36 +135,111 @@ class Watch:
 @click.argument("faces", type=click.Path(exists=True, path_type=Path))
 @click.option("--stage", type=click.Choice(list(STAGES)), required=True)
 @click.option("--kills", default=20, show_default=True)
+@click.option("--nodes", default=0, show_default=True, help="Nodes of a cluster; 0: the command starts its own Ray.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments and the victims.")
 @click.option("--per-class", default=60, show_default=True, help="Faces to use of each expression.")
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where to work; it must not exist.")
-def main(faces: Path, stage: str, kills: int, seed: int, per_class: int, folder: Path) -> None:
+def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: int, folder: Path) -> None:
     """Kill what works on FACES, a folder for each expression, and print what it cost."""
-    chosen, base, chance = STAGES[stage], folder / "base", random.Random(seed)  # noqa: S311
+    chosen, base = STAGES[stage], folder / "base"
     _choose_faces(faces, folder / "faces", per_class)
     _succeed(base, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
     (base / "grid.toml").write_text(GRID)
     for name in chosen.before:
-        _succeed(base, STAGES[name].command)
+        _succeed(base, (*STAGES[name].command, *ALONE))
     whole = shutil.copytree(base, folder / "whole")
     started = time.time()
-    _succeed(whole, chosen.command)
+    _succeed(whole, (*chosen.command, *ALONE))
     span, expected = time.time() - started, _contents(whole, chosen)
     click.echo(f"undisturbed: {span:.0f} s, {len(_glob(whole, chosen.finished))} finished, {len(expected)} files")
 
     spent: list[Kill] = []
-    for number in range(kills):  # each round takes at least one kill, or the command is too fast for them
-        if len(spent) == kills:
-            break
-        workspace = shutil.copytree(base, folder / f"round{number}")
-        done = _disturb(workspace, chosen, chance, span, kills - len(spent))
-        spent += done
-        same = _contents(workspace, chosen) == expected
-        click.echo(f"round {number}: {len(done)} kills, {'identical' if same else 'DIFFERENT'}")
-        if not same:
-            sys.exit(1)
-        shutil.rmtree(workspace)
+    with Nodes(folder / "nodes", nodes) if nodes else nullcontext() as cluster:
+        chaos = Chaos(chosen, random.Random(seed), span, cluster)  # noqa: S311
+        for number in range(kills):  # each round takes at least one kill, or the command is too fast for them
+            if len(spent) == kills:
+                break
+            workspace = shutil.copytree(base, folder / f"round{number}")
+            done = chaos.work_off(workspace, kills - len(spent))
+            spent += done
+            same = _contents(workspace, chosen) == expected
+            click.echo(f"round {number}: {len(done)} kills, {'identical' if same else 'DIFFERENT'}")
+            if not same:
+                sys.exit(1)
+            shutil.rmtree(workspace)
     _print(stage, spent)
+
+
+@dataclass
+class Chaos:
+    """Works a command off, again and again until it is done, and kills at random moments of a span."""
+
+    stage: Stage
+    chance: random.Random
+    span: float
+    cluster: Nodes | None
+
+    def work_off(self, workspace: Path, most: int) -> list[Kill]:
+        """Get a command done with at most so many kills, and return these."""
+        kills: list[Kill] = []
+        watch = Watch(workspace, self.stage.finished)
+        thread = Thread(target=watch)
+        thread.start()
+        where = ("--address", self.cluster.address) if self.cluster else ALONE
+        environment = self.cluster.environment if self.cluster else None
+        try:
+            while True:
+                driver, before = _start(workspace, (*self.stage.command, *where), environment), len(kills)
+                self.kill_some(driver, kills, most)
+                code, errors = _wait(driver, watch), (workspace.parent / "errors.txt").read_text().strip()
+                if code == 0:
+                    return kills
+                if len(kills) == before:
+                    sys.exit(f"The command ended with {code} although nothing was killed: {errors}")
+                told = errors if "Traceback" in errors else errors.partition("\n")[0]
+                click.echo(f"  exit code {code} after the kill of {kills[-1].title}: {told}")
+        finally:
+            watch.ended.set()
+            thread.join()
+            watch.assign(kills)
+
+    def kill_some(self, driver: subprocess.Popen[bytes], kills: list[Kill], most: int) -> None:
+        """Kill at random moments until the driver has ended or enough is killed."""
+        while len(kills) < most and not _ended_within(driver, self.chance.uniform(0, self.span)):
+            victim, found = self.chance.choice(VICTIMS), list[psutil.Process]()
+            while not found and driver.poll() is None:
+                found = [process for process in self.family(driver) if _is(process, victim)]
+                time.sleep(POLL)
+            if not found:
+                return
+            process, own = self.chance.choice(found), _descendants(driver.pid)
+            workers = sum(_is(other, "worker") for other in self.family(driver))
+            kills.append(Kill(victim, time.time(), _title(process), workers))
+            click.echo(f"  {len(kills)}. {victim}: {kills[-1].title}")
+            if victim == "node" and self.cluster:
+                self.replace_node(process)
+                continue
+            process.kill()
+            if victim != "worker":
+                _expect_end([psutil.Process(driver.pid), *own] if driver.poll() is None else own)
+                return
+
+    def family(self, driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Return the driver and all that works for it."""
+        nodes = [node for name, node in self.cluster.running.items() if name != "head"] if self.cluster else []
+        own = [psutil.Process(driver.pid)] if driver.poll() is None else []
+        return [*own, *_descendants(driver.pid), *(child for node in nodes for child in _descendants(node.pid))]
+
+    def replace_node(self, raylet: psutil.Process) -> None:
+        """Kill a node with all that runs on it, and start another in its place."""
+        assert self.cluster
+        (name,) = (
+            name
+            for name, node in self.cluster.running.items()
+            if raylet in psutil.Process(node.pid).children(recursive=True)
+        )
+        self.cluster.kill(name)
+        self.cluster.start(name)
 
 
 def _choose_faces(source: Path, folder: Path, per_class: int) -> None:
@@ -170,11 +249,13 @@ def _choose_faces(source: Path, folder: Path, per_class: int) -> None:
             shutil.copy(path, folder / expression.name)
 
 
-def _start(workspace: Path, command: tuple[str, ...]) -> subprocess.Popen[bytes]:
-    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(workspace)]
+def _start(
+    workspace: Path, command: tuple[str, ...], environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(workspace), *command]
+    workspace.mkdir(exist_ok=True)
     with (workspace.parent / "errors.txt").open("wb") as errors:
-        place = {"cwd": workspace} if workspace.exists() else {}
-        return subprocess.Popen([*program, *command], stdout=subprocess.DEVNULL, stderr=errors, **place)
+        return subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=errors, cwd=workspace, env=environment)
 
 
 def _succeed(workspace: Path, command: tuple[str, ...]) -> None:
@@ -191,62 +272,9 @@ def _glob(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _disturb(workspace: Path, stage: Stage, chance: random.Random, span: float, most: int) -> list[Kill]:
-    """Give a command again and again until it is done, with at most so many kills, and return these."""
-    kills: list[Kill] = []
-    watch = Watch(workspace, stage.finished)
-    thread = Thread(target=watch)
-    thread.start()
+def _descendants(process: int) -> list[psutil.Process]:
     try:
-        while True:
-            driver, before = _start(workspace, stage.command), len(kills)
-            _kill_some(driver, kills, chance, span, most)
-            code = _wait(driver, watch)
-            errors = (workspace.parent / "errors.txt").read_text()
-            if code == 0:
-                return kills
-            if len(kills) == before:
-                sys.exit(f"The command ended with {code} although nothing was killed: {errors}")
-            if "Traceback" in errors:
-                click.echo(f"A kill of {kills[-1].title} ends in a traceback:\n{errors}")
-            elif errors.strip():
-                click.echo(f"  {kills[-1].title} → {code}: {errors.strip().splitlines()[0]}")
-    finally:
-        watch.ended.set()
-        thread.join()
-        watch.assign(kills)
-
-
-def _kill_some(
-    driver: subprocess.Popen[bytes], kills: list[Kill], chance: random.Random, span: float, most: int
-) -> None:
-    """Kill at random moments until the driver has ended or enough is killed."""
-    while len(kills) < most and not _ended_within(driver, chance.uniform(0, span)):
-        victim = chance.choice(VICTIMS)
-        family = _family(driver)
-        found: list[psutil.Process] = []
-        while not found and driver.poll() is None:
-            found = [process for process in _family(driver) if _is(process, victim)]
-            time.sleep(POLL)
-        if not found:
-            return
-        process, family = chance.choice(found), _family(driver)
-        under_way = sum(_is(other, "worker") for other in family)
-        title = _title(process)
-        process.kill()
-        kills.append(Kill(victim, time.time(), title, under_way))
-        click.echo(f"  {len(kills)}. {victim}: {title}")
-        if victim != "worker":
-            driver.wait(PATIENCE)
-            _, left = psutil.wait_procs(family, 60)
-            if left:
-                sys.exit(f"60 seconds after the kill of the {victim} these still run: {left}")
-            return
-
-
-def _family(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        return [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+        return psutil.Process(process).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
@@ -262,8 +290,13 @@ def _title(process: psutil.Process) -> str:
 def _is(process: psutil.Process, victim: str) -> bool:
     title = _title(process)
     if victim == "driver":
-        return process.ppid() == psutil.Process().pid
-    return title == "raylet" if victim == "node" else title.startswith(("ray::MapWorker", "ray::Worker"))
+        return title.startswith("python") and process.is_running() and process.ppid() == psutil.Process().pid
+    return title == "raylet" if victim == "node" else title.startswith(WORKERS)
+
+
+def _expect_end(processes: list[psutil.Process]) -> None:
+    if left := psutil.wait_procs(processes, PATIENCE)[1]:
+        sys.exit(f"{PATIENCE:.0f} seconds after a kill these still run: {left}")
 
 
 def _ended_within(driver: subprocess.Popen[bytes], seconds: float) -> bool:

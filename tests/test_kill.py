@@ -154,16 +154,18 @@ def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(wo
 
 HOOK = """
 import os, signal, sys
-from PIL import ImageFile
-load = ImageFile.ImageFile.load
+from PIL import Image, ImageFile
+load, open_image = ImageFile.ImageFile.load, Image.open
 def load_or_die(image):
-    if "--multiprocessing-fork" in sys.orig_argv and os.environ.get("TRIED"):
-        with open(os.environ["TRIED"], "a") as tried:
-            tried.write(".")
     if image.size == (13, 17):
         os.kill(os.getpid(), signal.SIGKILL)
     return load(image)
-ImageFile.ImageFile.load = load_or_die
+def note_and_open(file):
+    if "TRIED" in os.environ and "--multiprocessing-fork" in sys.orig_argv:
+        with open(os.environ["TRIED"], "a") as tried:
+            tried.write(".")
+    return open_image(file)
+ImageFile.ImageFile.load, Image.open = load_or_die, note_and_open
 """
 
 
