@@ -185,7 +185,7 @@ class Chaos:
         watch = Watch(workspace, self.stage.finished)
         thread = Thread(target=watch)
         thread.start()
-        where = ("--address", self.cluster.address) if self.cluster else ALONE
+        where = ("--address", self.cluster.address, "--scale-minutes", "10") if self.cluster else ALONE
         environment = self.cluster.environment if self.cluster else None
         try:
             while True:

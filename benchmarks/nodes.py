@@ -38,6 +38,7 @@ class Nodes:
         self.address = self.wait_for("head", r"--address='([^']+)'")
         for number in range(self.count):
             self.start(f"node{number}")
+            self.wait_for(f"node{number}", "(Ray runtime started)")
         return self
 
     def __exit__(self, *error: object) -> None:

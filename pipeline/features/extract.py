@@ -278,7 +278,8 @@ def _embed(
     from ray.util.annotations import RayDeprecationWarning
 
     asked = settings.use_gpu if settings.num_gpus is None else settings.num_gpus > 0
-    wanted = cluster.wants_gpu(asked, settings.num_gpus or 1)
+    wanted = cluster.wants_gpu(asked, settings.num_gpus or 1, settings.scale_minutes)
+    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(shards)), settings.scale_minutes)
     gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
     cores = cluster.count("CPU")
     actors, gpus_each = share_out(settings, len(shards), gpus, cores)
