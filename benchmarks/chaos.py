@@ -3,10 +3,10 @@
     python benchmarks/chaos.py ~/faces/news --folder /tmp/chaos --stage extract --kills 100 --nodes 2
     python benchmarks/chaos.py ~/faces/news --folder /tmp/chaos --stage train --kills 20
 
-A kill falls at a random moment of a span as long as the undisturbed command. With `--nodes` there is a cluster of so many,
-and a command survives all but the kill of its driver; without, it starts a Ray of its own, whose end is its own. Whenever
-it is done, what it made is compared with the undisturbed, byte by byte, and it begins anew until all kills are spent. The
-table says how much work they repeated.
+A kill falls at a random moment of a span as long as the undisturbed work, which begins, but for one of five, when there is
+a worker. With `--nodes` there is a cluster of so many, and a command survives all but the kill of its driver; without, it
+starts a Ray of its own, whose end is its own. Whenever it is done, what it made is compared with the undisturbed, byte by
+byte, and it begins anew until all kills are spent. The table says how much work they repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -51,6 +52,7 @@ VICTIMS = ("driver", "worker", "worker", "worker", "node", "driver")  # one of t
 WORKERS = ("ray::MapWorker", "ray::Worker", "ray::RayTrainWorker")
 PATIENCE = 600.0  # seconds after which a command that neither ends nor finishes anything hangs
 POLL = 0.1
+EARLY = 0.2  # of the kills may come before there is a worker
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,19 @@ class Watch:
             written[path] += 1
 
 
+@contextmanager
+def watching(workspace: Path, patterns: tuple[str, ...]) -> Iterator[Watch]:
+    """Watch what is finished in a workspace."""
+    watch = Watch(workspace, patterns)
+    thread = Thread(target=watch)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        watch.ended.set()
+        thread.join()
+
+
 @click.command()
 @click.argument("faces", type=click.Path(exists=True, path_type=Path))
 @click.option("--stage", type=click.Choice(list(STAGES)), required=True)
@@ -148,10 +163,10 @@ def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: 
     for name in chosen.before:
         _succeed(base, (*STAGES[name].command, *ALONE))
     whole = shutil.copytree(base, folder / "whole")
-    started = time.time()
-    _succeed(whole, (*chosen.command, *ALONE))
-    span, expected = time.time() - started, _contents(whole, chosen)
-    click.echo(f"undisturbed: {span:.0f} s, {len(_glob(whole, chosen.finished))} finished, {len(expected)} files")
+    with watching(whole, chosen.finished) as watch:
+        _succeed(whole, (*chosen.command, *ALONE))
+    span, expected = 2 * POLL + watch.writes[-1][0] - watch.writes[0][0], _contents(whole, chosen)
+    click.echo(f"undisturbed: {len(watch.writes)} finished in {span:.0f} s, {len(expected)} files")
 
     spent: list[Kill] = []
     with Nodes(folder / "nodes", nodes) if nodes else nullcontext() as cluster:
@@ -182,35 +197,31 @@ class Chaos:
     def work_off(self, workspace: Path, most: int) -> list[Kill]:
         """Get a command done with at most so many kills, and return these."""
         kills: list[Kill] = []
-        watch = Watch(workspace, self.stage.finished)
-        thread = Thread(target=watch)
-        thread.start()
         where = ("--address", self.cluster.address, "--scale-minutes", "10") if self.cluster else ALONE
         environment = self.cluster.environment if self.cluster else None
-        try:
+        with watching(workspace, self.stage.finished) as watch:
             while True:
                 driver, before = _start(workspace, (*self.stage.command, *where), environment), len(kills)
                 self.kill_some(driver, kills, most)
                 code, errors = _wait(driver, watch), (workspace.parent / "errors.txt").read_text().strip()
                 if code == 0:
-                    return kills
+                    break
                 if len(kills) == before:
                     sys.exit(f"The command ended with {code} although nothing was killed: {errors}")
                 told = errors if "Traceback" in errors else errors.partition("\n")[0]
                 click.echo(f"  exit code {code} after the kill of {kills[-1].title}: {told}")
-        finally:
-            watch.ended.set()
-            thread.join()
-            watch.assign(kills)
+        watch.assign(kills)
+        return kills
 
     def kill_some(self, driver: subprocess.Popen[bytes], kills: list[Kill], most: int) -> None:
         """Kill at random moments until the driver has ended or enough is killed."""
-        while len(kills) < most and not _ended_within(driver, self.chance.uniform(0, self.span)):
-            victim, found = self.chance.choice(VICTIMS), list[psutil.Process]()
-            while not found and driver.poll() is None:
-                found = [process for process in self.family(driver) if _is(process, victim)]
-                time.sleep(POLL)
-            if not found:
+        while len(kills) < most:
+            if self.chance.random() > EARLY:
+                self.find(driver, "worker")
+            if _ended_within(driver, self.chance.uniform(0, self.span)):
+                return
+            victim = self.chance.choice(VICTIMS)
+            if not (found := self.find(driver, victim)):
                 return
             process, own = self.chance.choice(found), _descendants(driver.pid)
             workers = sum(_is(other, "worker") for other in self.family(driver))
@@ -223,6 +234,14 @@ class Chaos:
             if victim != "worker":
                 _expect_end([psutil.Process(driver.pid), *own] if driver.poll() is None else own)
                 return
+
+    def find(self, driver: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
+        """Return the processes that could be killed as soon as there are any; nothing when the driver has ended before."""
+        found: list[psutil.Process] = []
+        while not found and driver.poll() is None:
+            time.sleep(POLL)
+            found = [process for process in self.family(driver) if _is(process, victim)]
+        return found
 
     def family(self, driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Return the driver and all that works for it."""
