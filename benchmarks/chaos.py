@@ -18,21 +18,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
 
 import click
+import commands
 import psutil
 from nodes import Nodes
 
 from jobs.terminal import make_table, show
 
-TOWER = ("--backbone", "imagenet-lite0", "--input-size", "64")
-SMALL = ("--method", "cafe", "--image-size", "32", "--set", "features=standardised", "--set", "batch_size=64")
-ALONE = ("--num-cpus", "1")
 GRID = """
 sources = ["faces"]
 targets = ["faces"]
@@ -51,7 +47,6 @@ set = { features = "standardised", batch_size = 64 }
 VICTIMS = ("driver", "worker", "worker", "worker", "node", "driver")  # one of three is the driver
 WORKERS = ("ray::MapWorker", "ray::Worker", "ray::RayTrainWorker")
 PATIENCE = 600.0  # seconds after which a command that neither ends nor finishes anything hangs
-POLL = 0.1
 EARLY = 0.2  # of the kills may come before there is a worker
 
 
@@ -66,23 +61,13 @@ class Stage:
 
 
 STAGES = {
-    "extract": Stage(
-        ("extract", "faces", *TOWER, "--views", "5", "--shard-rows", "20"),
-        (),
-        ("features/*/*/receipts/*.json",),
-        ("features/**/*", "features/**/.*"),
-    ),
-    "train": Stage(
-        ("train", "--source", "faces", "--epochs", "12", *SMALL),
-        ("extract",),
-        ("runs/*/epochs/*.json",),
-        ("runs/*/model.safetensors", "runs/*/predictions/*"),
-    ),
+    "extract": Stage(commands.EXTRACT, (), (commands.RECEIPTS,), commands.STORES),
+    "train": Stage((*commands.TRAIN, "--epochs", "12"), ("extract",), (commands.EPOCHS,), commands.RUNS),
     "benchmark": Stage(
         ("benchmark", "grid.toml", "--parallel", "1"),
         (),
-        ("features/*/*/receipts/*.json", "runs/*/epochs/*.json"),
-        ("features/**/*", "runs/*/model.safetensors", "runs/*/predictions/*"),
+        (commands.RECEIPTS, commands.EPOCHS),
+        (*commands.STORES, *commands.RUNS),
     ),
 }
 
@@ -99,51 +84,16 @@ class Kill:
     until_next: float | None = None  # seconds until more work is finished
 
 
-@dataclass
-class Watch:
-    """Notes in a thread each time that a record of finished work is written."""
-
-    workspace: Path
-    patterns: tuple[str, ...]
-    writes: list[tuple[float, str]] = field(default_factory=list)
-    ended: Event = field(default_factory=Event)
-
-    def __call__(self) -> None:
-        """Watch until it is ended."""
-        seen: dict[Path, int] = {}
-        while not self.ended.wait(POLL):
-            for path in _glob(self.workspace, self.patterns):
-                try:
-                    written = path.stat().st_mtime_ns
-                except FileNotFoundError:
-                    continue
-                if seen.get(path) != written:
-                    seen[path] = written
-                    self.writes.append((time.time(), str(path)))
-
-    def assign(self, kills: list[Kill]) -> None:
-        """Say of each kill how much was written again after it, and how soon anything was."""
-        written = Counter[str]()
-        for when, path in self.writes:
-            before = [kill for kill in kills if kill.when < when]
-            if before and before[-1].until_next is None:
-                before[-1].until_next = when - before[-1].when
-            if before and written[path]:
-                before[-1].again += 1
-            written[path] += 1
-
-
-@contextmanager
-def watching(workspace: Path, patterns: tuple[str, ...]) -> Iterator[Watch]:
-    """Watch what is finished in a workspace."""
-    watch = Watch(workspace, patterns)
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield watch
-    finally:
-        watch.ended.set()
-        thread.join()
+def assign(watch: commands.Watch, kills: list[Kill]) -> None:
+    """Say of each kill how much was written again after it, and how soon anything was."""
+    written = Counter[str]()
+    for when, path in watch.writes:
+        before = [kill for kill in kills if kill.when < when]
+        if before and before[-1].until_next is None:
+            before[-1].until_next = when - before[-1].when
+        if before and written[path]:
+            before[-1].again += 1
+        written[path] += 1
 
 
 @click.command()
@@ -157,15 +107,18 @@ def watching(workspace: Path, patterns: tuple[str, ...]) -> Iterator[Watch]:
 def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: int, folder: Path) -> None:
     """Kill what works on FACES, a folder for each expression, and print what it cost."""
     chosen, base = STAGES[stage], folder / "base"
-    _choose_faces(faces, folder / "faces", per_class)
-    _succeed(base, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
+    commands.choose_faces(faces, folder / "faces", per_class)
+    commands.succeed(base, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
     (base / "grid.toml").write_text(GRID)
     for name in chosen.before:
-        _succeed(base, (*STAGES[name].command, *ALONE))
+        commands.succeed(base, (*STAGES[name].command, *commands.ALONE))
     whole = shutil.copytree(base, folder / "whole")
-    with watching(whole, chosen.finished) as watch:
-        _succeed(whole, (*chosen.command, *ALONE))
-    span, expected = 2 * POLL + watch.writes[-1][0] - watch.writes[0][0], _contents(whole, chosen)
+    with commands.watching(whole, chosen.finished) as watch:
+        commands.succeed(whole, (*chosen.command, *commands.ALONE))
+    span, expected = (
+        2 * commands.POLL + watch.writes[-1][0] - watch.writes[0][0],
+        commands.read_results(whole, chosen.results),
+    )
     click.echo(f"undisturbed: {len(watch.writes)} finished in {span:.0f} s, {len(expected)} files")
 
     spent: list[Kill] = []
@@ -177,7 +130,7 @@ def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: 
             workspace = shutil.copytree(base, folder / f"round{number}")
             done = chaos.work_off(workspace, kills - len(spent))
             spent += done
-            same = _contents(workspace, chosen) == expected
+            same = commands.read_results(workspace, chosen.results) == expected
             click.echo(f"round {number}: {len(done)} kills, {'identical' if same else 'DIFFERENT'}")
             if not same:
                 sys.exit(1)
@@ -197,11 +150,11 @@ class Chaos:
     def work_off(self, workspace: Path, most: int) -> list[Kill]:
         """Get a command done with at most so many kills, and return these."""
         kills: list[Kill] = []
-        where = ("--address", self.cluster.address, "--scale-minutes", "10") if self.cluster else ALONE
+        where = ("--address", self.cluster.address, "--scale-minutes", "10") if self.cluster else commands.ALONE
         environment = self.cluster.environment if self.cluster else None
-        with watching(workspace, self.stage.finished) as watch:
+        with commands.watching(workspace, self.stage.finished) as watch:
             while True:
-                driver, before = _start(workspace, (*self.stage.command, *where), environment), len(kills)
+                driver, before = commands.start(workspace, (*self.stage.command, *where), environment), len(kills)
                 self.kill_some(driver, kills, most)
                 code, errors = _wait(driver, watch), (workspace.parent / "errors.txt").read_text().strip()
                 if code == 0:
@@ -210,7 +163,7 @@ class Chaos:
                     sys.exit(f"The command ended with {code} although nothing was killed: {errors}")
                 told = errors if "Traceback" in errors else errors.partition("\n")[0]
                 click.echo(f"  exit code {code} after the kill of {kills[-1].title}: {told}")
-        watch.assign(kills)
+        assign(watch, kills)
         return kills
 
     def kill_some(self, driver: subprocess.Popen[bytes], kills: list[Kill], most: int) -> None:
@@ -239,15 +192,14 @@ class Chaos:
         """Return the processes that could be killed as soon as there are any; nothing when the driver has ended before."""
         found: list[psutil.Process] = []
         while not found and driver.poll() is None:
-            time.sleep(POLL)
+            time.sleep(commands.POLL)
             found = [process for process in self.family(driver) if _is(process, victim)]
         return found
 
     def family(self, driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Return the driver and all that works for it."""
-        nodes = [node for name, node in self.cluster.running.items() if name != "head"] if self.cluster else []
         own = [psutil.Process(driver.pid)] if driver.poll() is None else []
-        return [*own, *_descendants(driver.pid), *(child for node in nodes for child in _descendants(node.pid))]
+        return [*own, *_descendants(driver.pid), *(self.cluster.processes() if self.cluster else [])]
 
     def replace_node(self, raylet: psutil.Process) -> None:
         """Kill a node with all that runs on it, and start another in its place."""
@@ -259,36 +211,6 @@ class Chaos:
         )
         self.cluster.kill(name)
         self.cluster.start(name)
-
-
-def _choose_faces(source: Path, folder: Path, per_class: int) -> None:
-    for expression in sorted(path for path in source.iterdir() if path.is_dir()):
-        (folder / expression.name).mkdir(parents=True)
-        for path in sorted(expression.iterdir())[:per_class]:
-            shutil.copy(path, folder / expression.name)
-
-
-def _start(
-    workspace: Path, command: tuple[str, ...], environment: dict[str, str] | None = None
-) -> subprocess.Popen[bytes]:
-    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(workspace), *command]
-    workspace.mkdir(exist_ok=True)
-    with (workspace.parent / "errors.txt").open("wb") as errors:
-        return subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=errors, cwd=workspace, env=environment)
-
-
-def _succeed(workspace: Path, command: tuple[str, ...]) -> None:
-    if code := _start(workspace, command).wait():
-        sys.exit(f"{command} ended with {code}: {(workspace.parent / 'errors.txt').read_text()}")
-
-
-def _contents(workspace: Path, stage: Stage) -> dict[str, bytes]:
-    paths = [path for path in _glob(workspace, stage.results) if path.is_file()]
-    return {str(path.relative_to(workspace)): path.read_bytes() for path in paths}
-
-
-def _glob(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _descendants(process: int) -> list[psutil.Process]:
@@ -326,14 +248,14 @@ def _ended_within(driver: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def _wait(driver: subprocess.Popen[bytes], watch: Watch) -> int:
+def _wait(driver: subprocess.Popen[bytes], watch: commands.Watch) -> int:
     """Return how a command ends; one that finishes no work for too long hangs, which ends the benchmark."""
     since = time.time()
     while driver.poll() is None:
         if time.time() - max([since, *(when for when, _ in watch.writes[-1:])]) > PATIENCE:
             driver.kill()
             sys.exit(f"The command hangs: nothing was finished for {PATIENCE:.0f} seconds.")
-        time.sleep(POLL)
+        time.sleep(commands.POLL)
     return driver.returncode
 
 

@@ -15,13 +15,15 @@ import time
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 START_SECONDS = 300.0
 
 
 class Nodes:
-    """The head and the nodes, each a group of processes; their logs lie in `folder`."""
+    """The head, with a dashboard where its port is given, and the nodes, each a group of processes with a log in `folder`."""
 
-    def __init__(self, folder: Path, nodes: int, dashboard: bool = False) -> None:
+    def __init__(self, folder: Path, nodes: int, dashboard: int = 0) -> None:
         folder.mkdir(parents=True)
         self.folder, self.count, self.dashboard, self.address = folder, nodes, dashboard, ""
         self.token = secrets.token_hex(32)
@@ -32,9 +34,14 @@ class Nodes:
         """What a command needs in order to be let in."""
         return {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
+    def processes(self) -> list[psutil.Process]:
+        """Return what runs on the nodes."""
+        nodes = [psutil.Process(node.pid) for name, node in self.running.items() if name != "head"]
+        return [process for node in nodes for process in node.children(recursive=True)]
+
     def __enter__(self) -> Self:
-        dashboard = str(self.dashboard).lower()
-        self._start("head", "--head", "--port=0", "--num-cpus=0", f"--include-dashboard={dashboard}")
+        dashboard = (f"--include-dashboard={bool(self.dashboard)}", f"--dashboard-port={self.dashboard}")
+        self._start("head", "--head", "--port=0", "--num-cpus=0", *dashboard)
         self.address = self.wait_for("head", r"--address='([^']+)'")
         for number in range(self.count):
             self.start(f"node{number}")
