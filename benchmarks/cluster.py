@@ -2,8 +2,8 @@
 
     python benchmarks/cluster.py ~/faces/news --folder /tmp/cluster
 
-The commands are jobs of Ray's (`ray job submit`, which needs the extra `cluster`), let in by the cluster's token. Its nodes
-know nothing of this code but what the jobs bring.
+The commands are jobs of Ray's (`ray job submit`, which needs the extra `cluster`), which bring their code along, and are let
+in by the cluster's token.
 """
 
 from __future__ import annotations

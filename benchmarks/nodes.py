@@ -21,7 +21,7 @@ START_SECONDS = 300.0
 
 
 class Nodes:
-    """The head, with a dashboard where its port is given, and the nodes, each a group of processes with a log in `folder`."""
+    """The head, with a dashboard where a port is given, and the nodes: groups of processes with logs in `folder`."""
 
     def __init__(self, folder: Path, nodes: int, dashboard: int = 0) -> None:
         folder.mkdir(parents=True)
