@@ -18,7 +18,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from cafe.errors import UserError, first_line
+from cafe.errors import IncompleteError, UserError, first_line
 from pipeline.settings import ClusterSettings
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -207,14 +207,23 @@ def _gather(resource: str, wanted: int, minutes: int) -> int:
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """Return the user's mistake among the causes of an error that crossed Ray, if there is one."""
+    """Return what a user can mend among the causes of an error that crossed Ray: a mistake, or a process that was killed."""
+    from ray.exceptions import RayError, RayTaskError
+
     if error is None:
         return None
     workers = getattr(error, "worker_failures", {}).values()  # of a training
     causes = [getattr(error, "cause", None), getattr(error, "_base_exc", None), error.__cause__, *workers]
     found = next((mistake for cause in causes if (mistake := user_error(cause))), None)
     # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
-    return found or (error if isinstance(error, UserError) else None)
+    if found or isinstance(error, UserError):
+        return found or error  # type: ignore[return-value]
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return IncompleteError(
+            f"A process of Ray's ended in the middle of its work ({first_line(error)}): give the same command again, and "
+            "where memory is short, fewer workers."
+        )
+    return None
 
 
 def cores() -> int:

@@ -145,6 +145,21 @@ def test_an_interrupted_training_is_killed_and_nothing_keeps_running(work: Cafe,
     assert all(record["status"] == "KILLED" for record in records)
 
 
+def test_a_training_whose_worker_is_killed_ends_with_a_sentence(work: Cafe) -> None:
+    driver, errors = start(work, (*TRAIN, *ALONE), "runs/*/epochs/0001.json")
+    (worker,) = (
+        process
+        for process in psutil.Process(driver.pid).children(recursive=True)
+        if process.cmdline()[:1] == ["ray::Worker.train"]
+    )
+    worker.kill()
+    assert driver.wait(120) == 1
+    (sentence,) = errors.read_text().splitlines()
+    assert sentence.startswith("Error: A process of Ray's ended in the middle of its work (The actor died")
+    (status,) = work.workspace.glob("runs/*/status.json")
+    assert json.loads(status.read_text())["status"] == "FAILED"
+
+
 def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(work: Cafe, tiny_tower: str) -> None:
     command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "30", "--shard-rows", "8")
     interrupt(work, command, "features/tiny/**/receipts/*.json")
