@@ -185,7 +185,7 @@ class Chaos:
                 continue
             process.kill()
             if victim != "worker":
-                _expect_end([psutil.Process(driver.pid), *own] if driver.poll() is None else own)
+                _expect_end(driver, own)
                 return
 
     def find(self, driver: subprocess.Popen[bytes], victim: str) -> list[psutil.Process]:
@@ -235,9 +235,12 @@ def _is(process: psutil.Process, victim: str) -> bool:
     return title == "raylet" if victim == "node" else title.startswith(WORKERS)
 
 
-def _expect_end(processes: list[psutil.Process]) -> None:
-    if left := psutil.wait_procs(processes, PATIENCE)[1]:
-        sys.exit(f"{PATIENCE:.0f} seconds after a kill these still run: {left}")
+def _expect_end(driver: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:
+    """Wait until a driver and all it started have ended, as they must."""
+    if not _ended_within(driver, PATIENCE):
+        sys.exit(f"{PATIENCE:.0f} seconds after a kill the driver still runs.")
+    if left := psutil.wait_procs(family, PATIENCE)[1]:
+        sys.exit(f"{PATIENCE:.0f} seconds after the end of the driver these still run: {left}")
 
 
 def _ended_within(driver: subprocess.Popen[bytes], seconds: float) -> bool:
