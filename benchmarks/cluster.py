@@ -79,10 +79,7 @@ def finish(job: subprocess.Popen[bytes], alone: Path, workspace: Path, patterns:
     """Wait until a job has succeeded, and compare what it made with what one machine made alone."""
     if code := job.wait():
         sys.exit(f"The job ended with {code}: {(workspace.parent / 'job.log').read_text()}")
-    expected, made = (commands.read_results(folder, patterns) for folder in (alone, workspace))
-    differing = [name for name in sorted({*expected, *made}) if expected.get(name) != made.get(name)]
-    click.echo(f"{len(expected)} files; different: {', '.join(differing) or 'none'}")
-    if differing:
+    if commands.compare(alone, workspace, patterns):
         sys.exit(1)
 
 

@@ -53,6 +53,14 @@ def read_results(workspace: Path, patterns: tuple[str, ...]) -> dict[str, bytes]
     return {str(path.relative_to(workspace)): path.read_bytes() for path in paths}
 
 
+def compare(whole: Path, workspace: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Say and return which files of a workspace differ from the undisturbed."""
+    expected, made = (read_results(folder, patterns) for folder in (whole, workspace))
+    differing = [name for name in sorted({*expected, *made}) if expected.get(name) != made.get(name)]
+    print(f"  in the end: {len(expected)} files; different: {', '.join(differing) or 'none'}", flush=True)
+    return differing
+
+
 def find(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Return what is in a folder, by patterns of paths."""
     return [path for pattern in patterns for path in folder.glob(pattern)]
