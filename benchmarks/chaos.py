@@ -103,28 +103,20 @@ def assign(watch: commands.Watch, kills: list[Kill]) -> None:
 @click.option("--nodes", default=0, show_default=True, help="Nodes of a cluster; 0: the command starts its own Ray.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments and the victims.")
 @click.option("--per-class", default=60, show_default=True, help="Faces to use of each expression.")
-@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where to work; it must not exist.")
+@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where to work, for one stage.")
 def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: int, folder: Path) -> None:
     """Kill what works on FACES, a folder for each expression, and print what it cost."""
-    chosen, base = STAGES[stage], folder / "base"
-    commands.choose_faces(faces, folder / "faces", per_class)
-    commands.succeed(base, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
-    (base / "grid.toml").write_text(GRID)
-    for name in chosen.before:
-        commands.succeed(base, (*STAGES[name].command, *commands.ALONE))
-    whole = shutil.copytree(base, folder / "whole")
-    with commands.watching(whole, chosen.finished) as watch:
-        commands.succeed(whole, (*chosen.command, *commands.ALONE))
-    span = watch.writes[-1][0] - watch.writes[0][0]
-    click.echo(f"undisturbed: {len(watch.writes)} finished in {span:.0f} s")
+    chosen = STAGES[stage]
+    base, whole, span = _work_undisturbed(chosen, faces, folder, per_class)
+    click.echo(f"undisturbed: {len(commands.find(whole, chosen.finished))} finished in {span:.0f} s")
 
     spent: list[Kill] = []
-    with Nodes(folder / "nodes", nodes) if nodes else nullcontext() as cluster:
+    with Nodes(folder / f"nodes{seed}", nodes) if nodes else nullcontext() as cluster:
         chaos = Chaos(chosen, random.Random(seed), span, cluster)  # noqa: S311
         for number in range(kills):  # each round takes at least one kill, or the command is too fast for them
             if len(spent) == kills:
                 break
-            workspace = shutil.copytree(base, folder / f"round{number}")
+            workspace = shutil.copytree(base, folder / f"round{seed}-{number}")
             done = chaos.work_off(workspace, kills - len(spent))
             spent += done
             click.echo(f"round {number}: {len(done)} kills")
@@ -132,6 +124,22 @@ def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: 
                 sys.exit(1)
             shutil.rmtree(workspace)
     _print(stage, spent)
+
+
+def _work_undisturbed(stage: Stage, faces: Path, folder: Path, per_class: int) -> tuple[Path, Path, float]:
+    """Return the workspace before and after a command, and the seconds of its work; what is there is used."""
+    base, whole, note = folder / "base", folder / "whole", folder / "span.txt"
+    if not note.exists():
+        commands.choose_faces(faces, folder / "faces", per_class)
+        commands.succeed(base, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
+        (base / "grid.toml").write_text(GRID)
+        for name in stage.before:
+            commands.succeed(base, (*STAGES[name].command, *commands.ALONE))
+        shutil.copytree(base, whole)
+        with commands.watching(whole, stage.finished) as watch:
+            commands.succeed(whole, (*stage.command, *commands.ALONE))
+        note.write_text(str(watch.writes[-1][0] - watch.writes[0][0]))
+    return base, whole, float(note.read_text())
 
 
 @dataclass
@@ -189,6 +197,8 @@ class Chaos:
         found: list[psutil.Process] = []
         while not found and driver.poll() is None:
             time.sleep(commands.POLL)
+            if self.cluster:
+                self.cluster.revive()
             found = [process for process in self.family(driver) if _is(process, victim)]
         return found
 

@@ -28,13 +28,14 @@ TRAINING = "ray::RayTrainWorker"  # the title of a process that trains
 @click.command()
 @click.argument("faces", type=click.Path(exists=True, path_type=Path))
 @click.option("--per-class", default=60, show_default=True, help="Faces to use of each expression.")
-@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where to work; it must not exist.")
+@click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where to work.")
 def main(faces: Path, per_class: int, folder: Path) -> None:
     """Extract and train on FACES, a folder for each expression, here and on a cluster, and compare."""
-    commands.choose_faces(faces, folder / "faces", per_class)
-    alone = folder / "alone"
-    commands.succeed(alone, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
-    cluster = shutil.copytree(alone, folder / "cluster")
+    alone, cluster = folder / "alone", folder / "cluster"
+    if not cluster.exists():
+        commands.choose_faces(faces, folder / "faces", per_class)
+        commands.succeed(alone, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
+        shutil.copytree(alone, cluster)
     for command in (commands.EXTRACT, TRAIN):
         commands.succeed(alone, (*command, "--num-cpus", "2"))
 
