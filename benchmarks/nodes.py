@@ -41,11 +41,15 @@ class Nodes:
 
     def __enter__(self) -> Self:
         dashboard = (f"--include-dashboard={bool(self.dashboard)}", f"--dashboard-port={self.dashboard}")
-        self._start("head", "--head", "--port=0", "--num-cpus=0", *dashboard)
-        self.address = self.wait_for("head", r"--address='([^']+)'")
-        for number in range(self.count):
-            self.start(f"node{number}")
-            self.wait_for(f"node{number}", "(Ray runtime started)")
+        try:
+            self._start("head", "--head", "--port=0", "--num-cpus=0", *dashboard)
+            self.address = self.wait_for("head", r"--address='([^']+)'")
+            for number in range(self.count):
+                self.start(f"node{number}")
+                self.wait_for(f"node{number}", "(Ray runtime started)")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
