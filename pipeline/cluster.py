@@ -10,19 +10,22 @@ import hashlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from cafe.errors import UserError
+from cafe.errors import IncompleteError, UserError, first_line
 from pipeline.settings import ClusterSettings
 
 Progress = Callable[[int, int], None]  # (done, total)
 Bar = Callable[[str, str], AbstractContextManager[Progress]]  # (title, unit)
 
 CONNECT_SECONDS = 5.0
+LOOK_SECONDS = 1.0  # between two looks at what an autoscaler has brought
 LIBRARIES = ("numpy", "open_clip_torch", "pillow", "timm", "torch", "torchvision")
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
@@ -30,6 +33,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # back-to-back reports otherwise wait 2 s each
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # within a job of Ray's, what a command says of its workers holds
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
@@ -58,28 +62,70 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         yield
         return
     if settings.address:
-        _check_answer(settings.address)
-    local = {} if settings.address else {"num_cpus": settings.num_cpus, "include_dashboard": False}
-    ray.init(settings.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        _join(settings.address)
+    else:
+        ray.init(
+            "local",
+            num_cpus=settings.num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _join(address: str) -> None:
+    """Join a cluster, whose workers then run the code of this command, in its environment; raise `UserError`."""
+    import ray
+    from ray.exceptions import RayError
+
+    import cafe
+    import pipeline
+
+    _check_answer(address)
+    _check_node(address)
+    workers = {"py_modules": [cafe, pipeline], "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
+    try:
+        ray.init(address, runtime_env=workers, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise UserError(
+            f"Ray does not let this command into the cluster at {address!r} ({first_line(error)}): check the address, and "
+            "that RAY_AUTH_MODE and RAY_AUTH_TOKEN are those of the cluster."
+        ) from None
+
+
 def _check_answer(address: str) -> None:
     """Raise `UserError` at once when nothing listens at an address; Ray itself would try for many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise UserError(
+            f"Ray Data does not run over Ray Client ({address!r}): submit the command as a job (`ray job submit`), or give "
+            "HOST:PORT on a node of the cluster."
+        )
+    host, _, port = address.rpartition(":")
     if not host:
-        if address in ("auto", "local"):
+        if address == "auto":
             return
-        raise UserError(f"Cannot read the address {address!r}: give HOST:PORT, ray://HOST:PORT or auto.")
+        raise UserError(f"Cannot read the address {address!r}: give HOST:PORT or auto.")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError):
         raise UserError(
             f"No Ray cluster answers at {address!r}: start one with `ray start --head`, or leave out --address."
         ) from None
+
+
+def _check_node(address: str) -> None:
+    """Raise `UserError` where no node of Ray's runs: a driver needs one beside it, and Ray would abort the process."""
+    import psutil
+
+    if not any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"])):
+        raise UserError(
+            f"This machine is no node of the Ray cluster at {address!r}: submit the command as a job (`ray job submit`), or "
+            f"run `ray start --address {address} --num-cpus 0` here first."
+        )
 
 
 class WorkerDiedError(Exception):
@@ -95,9 +141,9 @@ def quieten(library: str) -> None:
 def versions() -> dict[str, str]:
     """Return what numbers depend on besides the settings: the versions of libraries, and a digest of this code itself."""
     code = hashlib.sha256()
-    here = Path(__file__).parents[1]
-    for path in sorted(path for package in ("cafe", "pipeline") for path in (here / package).rglob("*.py")):
-        code.update(f"{path.relative_to(here)} {path.stat().st_size} ".encode() + path.read_bytes())
+    for folder in (Path(import_module(package).__path__[0]) for package in ("cafe", "pipeline")):  # Ray may part them
+        for path in sorted(folder.rglob("*.py")):
+            code.update(f"{path.relative_to(folder.parent)} {path.stat().st_size} ".encode() + path.read_bytes())
     return {"cafe": code.hexdigest()[:12], **{library: version(library) for library in LIBRARIES}}
 
 
@@ -125,29 +171,59 @@ def device() -> str:
     return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
 
 
-def wants_gpu(use_gpu: bool | None, least: int = 1) -> bool:
+def wants_gpu(use_gpu: bool | None, least: int = 1, minutes: int = 0) -> bool:
     """Return whether to compute on GPUs: as asked for, else where there are enough; raise `UserError` for too few."""
-    there = count("GPU")
+    there = _gather("GPU", least, minutes) if use_gpu else count("GPU")
     if use_gpu and there < least:
-        raise UserError(f"--gpu needs {least} GPUs and the cluster has {there}: use fewer workers, or --cpu.")
+        raise UserError(
+            f"--gpu needs {least} GPUs and the cluster has {there}: use fewer workers, --cpu, or --scale-minutes where an "
+            "autoscaler brings more."
+        )
     return there >= least if use_gpu is None else use_gpu
 
 
-def check_cores(workers: int) -> None:
+def check_cores(workers: int, minutes: int = 0) -> None:
     """Raise `UserError` for more workers than the cluster has cores, for which Ray would wait without a word."""
-    if (there := count("CPU")) < workers:
-        raise UserError(f"--num-workers {workers} needs as many cores and the cluster has {there}: use fewer workers.")
+    if (there := _gather("CPU", workers, minutes)) < workers:
+        raise UserError(
+            f"{workers} workers need as many cores and the cluster has {there}: use fewer workers, or --scale-minutes where "
+            "an autoscaler brings more."
+        )
+
+
+def _gather(resource: str, wanted: int, minutes: int) -> int:
+    """Return how many of a resource there are; where too few are, ask an autoscaler and wait for it so many minutes."""
+    from ray.autoscaler.sdk import request_resources
+
+    end = time.monotonic() + 60 * minutes
+    if minutes and (there := count(resource)) < wanted:
+        logging.getLogger(__name__).warning(
+            "Waiting %d minutes for %d more of the cluster's %ss.", minutes, wanted - there, resource
+        )
+        request_resources(bundles=[{resource: 1}] * wanted)
+    while (there := count(resource)) < wanted and time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
+    return there
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """Return the user's mistake among the causes of an error that crossed Ray, if there is one."""
+    """Return what a user can mend among the causes of an error that crossed Ray: a mistake, or a process that was killed."""
+    from ray.exceptions import RayError, RayTaskError
+
     if error is None:
         return None
     workers = getattr(error, "worker_failures", {}).values()  # of a training
     causes = [getattr(error, "cause", None), getattr(error, "_base_exc", None), error.__cause__, *workers]
     found = next((mistake for cause in causes if (mistake := user_error(cause))), None)
     # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
-    return found or (error if isinstance(error, UserError) else None)
+    if found or isinstance(error, UserError):
+        return found or error  # type: ignore[return-value]
+    if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        return IncompleteError(
+            f"A process of Ray's ended in the middle of its work ({first_line(error)}): give the same command again, and "
+            "where memory is short, fewer workers."
+        )
+    return None
 
 
 def cores() -> int:

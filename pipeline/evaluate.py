@@ -53,7 +53,7 @@ def predict_targets(
         done, waiting = ray.wait(waiting)
         try:
             ray.get(done)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayError as error:
             raise cluster.user_error(error) or error from None
     progress(len(targets), len(targets))
 

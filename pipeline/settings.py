@@ -30,10 +30,11 @@ def setting(default: Any, about: str, **click: Any) -> Any:
 class ClusterSettings:
     """Where the work runs: the same for every command that computes."""
 
-    address: str | None = setting(
-        None, "Ray cluster to join (host:port, ray://… or auto); default: this machine alone."
-    )
+    address: str | None = setting(None, "Ray cluster to join (HOST:PORT or auto); default: this machine alone.")
     num_cpus: int | None = setting(None, "Cores to use on this machine; default: all.")
+    scale_minutes: Number = setting(
+        0, "Minutes to wait for the cluster's autoscaler where GPUs or cores that are asked for are missing."
+    )
     wait: bool = setting(False, "Wait while another command works on the same thing, instead of an error.")
 
 

@@ -237,7 +237,9 @@ def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
     """Start a worker that trains one run after another, with its share of the machine where several run at a time."""
     import ray
 
-    gpus = min(1, cluster.count("GPU") / parallel) if cluster.wants_gpu(settings.use_gpu) else 0
+    minutes = settings.scale_minutes
+    gpus = min(1, cluster.count("GPU") / parallel) if cluster.wants_gpu(settings.use_gpu, minutes=minutes) else 0
+    cluster.check_cores(1, minutes)
     resources = {"num_cpus": min(1, cluster.count("CPU") / parallel), "num_gpus": gpus}
     retries = 3 if settings.address else 0  # a cluster's nodes come and go
     actor = ray.remote(Worker).options(**resources, max_restarts=retries, max_task_retries=retries)
@@ -331,8 +333,8 @@ def _train_together(task: Task, settings: TrainSettings) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cluster.check_cores(settings.num_workers)
-    gpu = cluster.wants_gpu(settings.use_gpu, settings.num_workers)
+    gpu = cluster.wants_gpu(settings.use_gpu, settings.num_workers, settings.scale_minutes)
+    cluster.check_cores(settings.num_workers, settings.scale_minutes)
     trainer = TorchTrainer(
         train_together,
         train_loop_config={"task": task},

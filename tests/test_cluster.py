@@ -93,7 +93,9 @@ def test_what_asks_for_no_gpu_gets_none_and_what_asks_for_too_much_is_told() -> 
     assert program.stdout.splitlines() == [
         "['cpu', 'cuda']",
         "True False",
-        "--num-workers 2 needs as many cores and the cluster has 1: use fewer workers.",
-        "--gpu needs 2 GPUs and the cluster has 1: use fewer workers, or --cpu.",
+        "2 workers need as many cores and the cluster has 1: use fewer workers, or --scale-minutes where an autoscaler "
+        "brings more.",
+        "--gpu needs 2 GPUs and the cluster has 1: use fewer workers, --cpu, or --scale-minutes where an autoscaler brings "
+        "more.",
         "enough",
     ]

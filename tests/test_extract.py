@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import psutil
 import pytest
 import torch
 from conftest import Cafe, draw_faces
@@ -256,3 +261,27 @@ def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Pa
     error = np.abs(store.read_view("pooled", 0) - expected).max() / np.abs(expected).max()
     assert error < 1e-3
     assert load_backbone(f"clip-vit-b32@{tmp_path / 'clip.pt'}").facts.width == 512
+
+
+def test_a_cluster_computes_with_the_code_of_the_command(indexed: Cafe, tmp_path: Path, tiny_tower: str) -> None:
+    for package in ("cafe", "pipeline", "jobs"):
+        shutil.copytree(Path(__file__).parents[1] / package, tmp_path / "code" / package)
+    with (tmp_path / "code" / "cafe" / "errors.py").open("a") as file:
+        file.write("# other code than the nodes have\n")
+    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(indexed.workspace), "extract", "tiny"]
+    program += ["--backbone", tiny_tower, "--address", indexed.address]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code")}
+    done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "computed 2 of 2 shards" in done.stdout, done.stderr
+
+
+def test_what_cannot_join_a_cluster_is_one_sentence(
+    indexed: Cafe, tiny_tower: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--address")
+    assert "Ray Data does not run over Ray Client ('ray://head:10001')" in indexed.fail(*command, "ray://head:10001")
+    monkeypatch.setattr(psutil, "process_iter", lambda attributes: iter(()))  # as on a laptop beside the cluster
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        message = f"This machine is no node of the Ray cluster at '{address}': submit the command as a job"
+        assert message in indexed.fail(*command, address)

@@ -145,6 +145,21 @@ def test_an_interrupted_training_is_killed_and_nothing_keeps_running(work: Cafe,
     assert all(record["status"] == "KILLED" for record in records)
 
 
+def test_a_training_whose_worker_is_killed_ends_with_a_sentence(work: Cafe) -> None:
+    driver, errors = start(work, (*TRAIN, *ALONE), "runs/*/epochs/0001.json")
+    (worker,) = (
+        process
+        for process in psutil.Process(driver.pid).children(recursive=True)
+        if process.cmdline()[:1] == ["ray::Worker.train"]
+    )
+    worker.kill()
+    assert driver.wait(120) == 1
+    (sentence,) = errors.read_text().splitlines()
+    assert sentence.startswith("Error: A process of Ray's ended in the middle of its work (The actor died")
+    (status,) = work.workspace.glob("runs/*/status.json")
+    assert json.loads(status.read_text())["status"] == "FAILED"
+
+
 def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(work: Cafe, tiny_tower: str) -> None:
     command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "30", "--shard-rows", "8")
     interrupt(work, command, "features/tiny/**/receipts/*.json")
@@ -153,14 +168,19 @@ def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(wo
 
 
 HOOK = """
-import os, signal
-from PIL import ImageFile
-load = ImageFile.ImageFile.load
+import os, signal, sys
+from PIL import Image, ImageFile
+load, open_image = ImageFile.ImageFile.load, Image.open
 def load_or_die(image):
     if image.size == (13, 17):
         os.kill(os.getpid(), signal.SIGKILL)
     return load(image)
-ImageFile.ImageFile.load = load_or_die
+def note_and_open(file):
+    if "TRIED" in os.environ and "--multiprocessing-fork" in sys.orig_argv:
+        with open(os.environ["TRIED"], "a") as tried:
+            tried.write(".")
+    return open_image(file)
+ImageFile.ImageFile.load, Image.open = load_or_die, note_and_open
 """
 
 
@@ -188,12 +208,13 @@ def test_no_picture_is_blamed_where_no_process_can_be_started(tmp_path: Path, de
 
 
 def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_all_others(
-    tmp_path: Path, tiny_tower: str, deadly_decoder: None
+    tmp_path: Path, tiny_tower: str, deadly_decoder: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TRIED", str(tmp_path / "tried.txt"))
     cafe, faces = Cafe(tmp_path / "work", ""), draw_faces(tmp_path / "faces", per_class=12)
     Image.new("RGB", (13, 17)).save(faces / "happiness" / "poison.png")
     cafe.succeed("data", "index", "folder", str(faces), "--name", "tiny")
-    command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "10", "--num-cpus", "1"]
+    command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "4", "--num-cpus", "1"]
     program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
     done = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -204,3 +225,5 @@ def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_a
     samples = list(store.array("sample_id")[:])
     assert store.pending() == []
     assert store.valid().tolist() == [sample != "happiness/poison.png" for sample in samples]
+    # Of 37 pictures, those of the two shards that the worker had, and the guilty one a second time.
+    assert len((tmp_path / "tried.txt").read_text()) == 9

@@ -85,7 +85,7 @@ def share_machine(plan: BenchmarkPlan) -> tuple[int, int]:
 
 def _here(plan: BenchmarkPlan) -> dict[str, Any]:
     """Return where and how this command runs, for everything it starts."""
-    return {name: getattr(plan.settings, name) for name in ("address", "num_cpus", "wait")}
+    return {name: getattr(plan.settings, name) for name in ("address", "num_cpus", "scale_minutes", "wait")}
 
 
 def first_line(reason: str) -> str:

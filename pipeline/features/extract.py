@@ -35,6 +35,7 @@ from pipeline.workspace import Workspace
 LISTED = 20  # faults of an extraction that are told
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 TRIES = 3  # of shards whose workers died
+HANDED_OUT = 2  # shards that Ray gives a worker at a time
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
 
 
 def _embed_patiently(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
-    """Compute shards, again and with care after a worker has died, until `TRIES` have died without a shard done."""
+    """Compute shards, again after a worker has died, until `TRIES` have died without a shard done."""
     died, shards = 0, step.shards
     while shards:
         try:
@@ -266,7 +267,10 @@ def _without_restarts() -> dict[str, int]:
 def _embed(
     step: _Pass, manifest: str, settings: ExtractSettings, shards: list[int], careful: bool
 ) -> Iterator[dict[str, Any]]:
-    """Compute shards under Ray; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
+    """Compute shards under Ray; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`.
+
+    `careful`: a worker died of one of the shards that were handed out, which are the first that are not done.
+    """
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
@@ -274,7 +278,8 @@ def _embed(
     from ray.util.annotations import RayDeprecationWarning
 
     asked = settings.use_gpu if settings.num_gpus is None else settings.num_gpus > 0
-    wanted = cluster.wants_gpu(asked, settings.num_gpus or 1)
+    wanted = cluster.wants_gpu(asked, settings.num_gpus or 1, settings.scale_minutes)
+    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(shards)), settings.scale_minutes)
     gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
     cores = cluster.count("CPU")
     actors, gpus_each = share_out(settings, len(shards), gpus, cores)
@@ -287,7 +292,7 @@ def _embed(
         replace(settings, decode_threads=decoders),
         1 if gpus else share,
         "cuda" if gpus else "cpu",
-        careful,
+        frozenset(shards[: HANDED_OUT * actors] if careful else ()),
         cluster.versions(),
     )
 
@@ -302,7 +307,7 @@ def _embed(
         ShardEmbedder,
         fn_constructor_args=arguments,
         batch_size=1,
-        compute=ActorPoolStrategy(size=actors),
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=HANDED_OUT),
         num_cpus=1,
         num_gpus=gpus_each,
         # On a cluster, whose nodes come and go, Ray starts a tower elsewhere.

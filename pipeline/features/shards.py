@@ -38,8 +38,8 @@ Result = TypeVar("Result")
 class ShardEmbedder:
     """A tower at work: shard number in, receipts out. Loaded once per actor, usable without Ray.
 
-    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}. A `careful` one decodes
-    each picture in another process first, and leaves those out that kill it.
+    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}. Of `suspects`
+    it decodes each picture in another process first, and leaves those out that kill it.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class ShardEmbedder:
         settings: ExtractSettings,
         threads: int,
         device: str,
-        careful: bool = False,
+        suspects: frozenset[int] = frozenset(),
         versions: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         torch.set_num_threads(threads)
         self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
         self.pending = [set(store.pending()) for store in self.stores]
         self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
-        self.manifest, self.settings, self.device, self.careful = manifest, settings, device, careful
+        self.manifest, self.settings, self.device, self.suspects = manifest, settings, device, suspects
         self.versions = versions  # of the driver
         decoders = settings.decode_threads or 0
         self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
@@ -113,7 +113,7 @@ class ShardEmbedder:
         lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
         layers = [self.layers[number] for number in lacking]
         rows, views = self.stores[0].rows_of(shard), self.stores[0].about.key.views
-        if self.careful:
+        if shard in self.suspects:
             paths = [self.embedder.manifest.path(row) for row in rows]
             killers = find_killers(paths, self.embedder.max_pixels)
             self.embedder.refused = dict.fromkeys([rows[position] for position in killers], KILLER)
