@@ -15,7 +15,6 @@ from upath import UPath
 
 from cafe.data.manifest import SPLITS, Manifest
 from cafe.errors import UserError
-from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.records import FORMAT
@@ -200,10 +199,10 @@ def choose_target(
     if not len(manifest.rows(chosen)):
         there = ", ".join(split for split in SPLITS if len(manifest.rows(split)))
         raise UserError(f"{name!r} has no faces in the split {chosen!r}: choose {there}, or leave it out.")
-    if find_method(spec.method).needs.isdisjoint(ARRAYS):
-        store = any_store(workspace, manifest)
+    if find_method(spec.method).needs_features():
+        store: Store | None = _matching_store(workspace, manifest, spec, protocol.channels(manifest.kind))
     else:
-        store = _matching_store(workspace, manifest, spec, protocol.channels(manifest.kind))
+        store = any_store(workspace, manifest)
     title = name if chosen == judged else f"{name}@{chosen}"
     faces = Faces.of(workspace, manifest, store, protocol=protocol.name, split=chosen, title=title)
     if not len(faces.rows(chosen)):

@@ -17,7 +17,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import MAX_PIXELS, UnreadableImageError, image_pixels
 from cafe.errors import UserError
-from cafe.learning.loading import ARRAYS, FaceDataset
+from cafe.learning.loading import FaceDataset
 from cafe.learning.training import predict_average
 from cafe.learning.views import ViewPlan
 from cafe.methods.method import Method
@@ -74,11 +74,6 @@ class Model:
             return None
         tower = self.tower
         return Embedder(tower.backbone, faces, tower.plan, str(self.device), maps, tower.dtype, tower.batch_size)
-
-
-def needs_features(method: type[Method]) -> bool:
-    """Return whether a method reads the features of a frozen tower."""
-    return not method.needs.isdisjoint(ARRAYS)
 
 
 @dataclass(frozen=True)
