@@ -168,7 +168,7 @@ def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, judge
     np.testing.assert_allclose(load_predictions(judged.run)["two"].probabilities, said[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("option", TEST_TIME)
+@pytest.mark.parametrize("option", ["tent", "t3a"])
 def test_judged_again_a_target_gets_the_same_numbers_apart_from_all_others(
     workspace: Workspace, judged: Judged, option: str
 ) -> None:
@@ -262,7 +262,7 @@ def test_rows_of_test_time_are_shown_where_they_are_named_tested_and_never_ranke
     assert float(rows["scn"]["mean"]) == 0.25  # both seeds alike
     ranks = table[table.index("Mean ranks") :]
     assert "cafe" in ranks
-    assert "test_time" not in ranks.partition("Some of")[0]
+    assert "(test_time" not in ranks
     assert "nothing to show by the protocol 'clean', as no run was judged with it: run `cafe evaluate RUN" in cafe.fail(
         "compare", "--test-time", "flip"
     )
