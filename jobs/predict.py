@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
@@ -112,7 +113,8 @@ def _load(runs: list[UPath], settings: PredictSettings) -> Model:
         raise UserError("--gpu needs a GPU and this machine has none: use --cpu.")
     if not settings.aligned:
         find_detector()
-    return build_model(runs, "cuda" if there and settings.use_gpu is not False else "cpu")
+    model = build_model(runs, "cuda" if there and settings.use_gpu is not False else "cpu")
+    return replace(model, flip=settings.flip)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from cafe.errors import IncompleteError, UserError, unknown
 from jobs.terminal import Commands, open_workspace, show
-from pipeline.settings import PROTOCOLS
+from pipeline.settings import PROTOCOLS, TEST_TIME
 
 if TYPE_CHECKING:
     from cafe.report.report import Report
@@ -51,6 +51,12 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 @click.option(
     "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
 )
+@click.option(
+    "--test-time",
+    multiple=True,
+    type=click.Choice([*TEST_TIME, "seeds"]),
+    help="Add rows as judged with this option; seeds: the mean over the seeds of each row. Repeatable.",
+)
 @click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
@@ -66,6 +72,7 @@ def compare(
     per_class: str | None,
     versus: str | None,
     protocol: str,
+    test_time: tuple[str, ...],
     exclude_leaks: bool,
     experiment: str | None,
     best: str | None,
@@ -87,7 +94,7 @@ def compare(
     chosen = choose_runs(open_workspace(), experiment, mlflow_uri)
     ship = [_say_best(chosen[0], experiment)] if best else []
     report = show_report(
-        open_workspace(), chosen, protocol, exclude_leaks, metric=metric, per_class=per_class, versus=versus
+        open_workspace(), chosen, protocol, exclude_leaks, test_time, metric=metric, per_class=per_class, versus=versus
     )
     for sentence in ship:
         click.echo(sentence)
@@ -115,18 +122,25 @@ def show_report(
     chosen: tuple[list[Run], list[str]],
     protocol: str = "clean",
     exclude_leaks: bool = False,
+    test_time: Sequence[str] = (),
     **choice: Any,
 ) -> Report:
     """Compare the chosen runs, print every table with its notes, and return the report; raise `UserError`.
 
-    `choice` is what else `make_report` takes: metric, per_class, versus.
+    `test_time` names options for which there are rows of their own. `choice` is what else `make_report` takes: metric,
+    per_class, versus.
     """
+    import pandas as pd
+
     from cafe.report.report import make_report
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.scores import read_scores
+    from cafe.results.variants import vary_runs
 
     (runs, about), known = chosen, workspace.manifest_names()
     scores = read_scores(runs, known)
+    if varied := vary_runs(runs, protocol, test_time):
+        runs, scores = [*runs, *varied], pd.concat([scores, read_scores(varied, known, [protocol])], ignore_index=True)
     leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
     report = make_report(runs, scores, protocol, leak_free, **choice)
     report.about.extend(about)

@@ -80,8 +80,9 @@ def evaluate(run: str, **values: Any) -> None:
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
     from cafe.results.leaks import load_leaks
+    from cafe.results.protocols import find_protocol, name_protocol
     from pipeline import cluster
-    from pipeline.evaluate import predict_targets
+    from pipeline.evaluate import check_option, predict_targets
     from pipeline.faces import choose_targets
     from pipeline.runs import RunSpec, add_experiment, is_finished
     from pipeline.tracking import Mirror
@@ -92,7 +93,9 @@ def evaluate(run: str, **values: Any) -> None:
     if not is_finished(path):
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
     spec = RunSpec.load(path)
-    targets = choose_targets(workspace, settings.targets, spec, settings.protocol, settings.split)
+    protocol = name_protocol(settings.protocol, settings.test_time)
+    check_option(spec, settings.test_time or "")
+    targets = choose_targets(workspace, settings.targets, spec, protocol, settings.split)
     for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
         for source in spec.trained_on:
             load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
@@ -101,7 +104,9 @@ def evaluate(run: str, **values: Any) -> None:
     judging = progress_bar("Judging", "targets")
     with interruptible(), keep_status(path, mirror), cluster.connect(settings), judging as progress:
         predict_targets(path, targets, settings.use_gpu, progress)
-    _show_scores(workspace, path, settings.protocol, settings.exclude_leaks)
+    _show_scores(workspace, path, protocol, settings.exclude_leaks)
+    if settings.test_time:
+        click.echo(f"Protocol {protocol}: {find_protocol(protocol).about}")
     _warn(mirror)
 
 

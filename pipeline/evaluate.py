@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,22 @@ from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
 from cafe.data.expressions import EXPRESSIONS
+from cafe.errors import UserError
 from cafe.files import locate, write_file
+from cafe.learning.adaptation import ADAPTATIONS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import heat_maps, mean_masks
-from cafe.learning.training import predict
+from cafe.learning.training import predict_average
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
 from cafe.report.figures import draw_confusion, draw_errors, draw_heat_maps, draw_masks, find_worst_mistakes
 from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions
-from cafe.results.protocols import find_protocol
+from cafe.results.protocols import OPTIONS, find_protocol
 from pipeline import cluster
 from pipeline.cluster import Progress
 from pipeline.faces import Faces
-from pipeline.models import load_method, make_dataset
+from pipeline.models import build_method, load_method, make_dataset
 from pipeline.runs import RunSpec
 
 MISTAKES = 24  # faces of the error gallery
@@ -70,7 +73,7 @@ def predict_target(run: str, target: Faces) -> None:
     predictions = Predictions(
         [manifest.sample_ids[row] for row in rows],
         manifest.labels[rows],
-        predict(method, dataset, rows, device),
+        _judge(method, dataset, rows, device, find_protocol(target.protocol).option),
         {
             "run": spec.name,
             "target": target.name,
@@ -92,6 +95,24 @@ def predict_target(run: str, target: Faces) -> None:
     predictions.save(place)  # last: from here on the target is judged
 
 
+def check_option(spec: RunSpec, option: str) -> None:
+    """Raise `UserError` when a run cannot be judged with an option of test time."""
+    if option in ADAPTATIONS:
+        ADAPTATIONS[option][0](build_method(spec, init="scratch"))
+    if option == "views" and spec.policy == "clean":
+        raise UserError(f"All views of {spec.name!r} are the clean one: judge it without --test-time views.")
+
+
+def _judge(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device, option: str) -> np.ndarray:
+    """Return the probabilities (n, 7) of rows, with an option of test time or, where it is empty, without."""
+    if option in ADAPTATIONS:
+        return ADAPTATIONS[option][1](method, dataset, rows, device)
+    views, policy = (OPTIONS[option].views, OPTIONS[option].policy) if option else (1, "")
+    if policy:
+        dataset = replace(dataset, plan=replace(dataset.plan, policy=policy))
+    return predict_average([method], dataset, rows, device, views)
+
+
 def draw_figures(
     spec: RunSpec,
     method: Method,
@@ -102,12 +123,14 @@ def draw_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Yield by kind the pictures of a run on a target: confusion, errors, and for CAFE what its mask selects."""
     title = f"{spec.method} trained on {spec.source}, judged on {predictions.about['target']}"
+    option = find_protocol(predictions.about["protocol"]).option
+    title += f" ({option})" if option else ""
     manifest = dataset.manifest
     yield "confusion", draw_confusion(confusion(predictions), title)
     mistakes = find_worst_mistakes(predictions, MISTAKES)
     images = [manifest.read_face(rows[position]) for position in mistakes]
     yield "errors", draw_errors(predictions, mistakes, images, f"{title}: the mistakes it was surest of")
-    if not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
+    if option or not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
         return
     seen = np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
     yield "masks", draw_masks(mean_masks(method, dataset, seen, device), f"{title}: what the mask selects")

@@ -15,12 +15,11 @@ from upath import UPath
 
 from cafe.data.manifest import SPLITS, Manifest
 from cafe.errors import UserError
-from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.records import FORMAT
 from cafe.results.predictions import predictions_path
-from cafe.results.protocols import Protocol, find_protocol
+from cafe.results.protocols import OPTIONS, Protocol, find_protocol
 from cafe.towers.names import absolute_name, short_name
 from pipeline.features.store import About, FeatureReader, FeatureStore, find_stores
 from pipeline.runs import RunSpec
@@ -200,10 +199,10 @@ def choose_target(
     if not len(manifest.rows(chosen)):
         there = ", ".join(split for split in SPLITS if len(manifest.rows(split)))
         raise UserError(f"{name!r} has no faces in the split {chosen!r}: choose {there}, or leave it out.")
-    if find_method(spec.method).needs.isdisjoint(ARRAYS):
-        store = any_store(workspace, manifest)
+    if find_method(spec.method).needs_features():
+        store: Store | None = _matching_store(workspace, manifest, spec, protocol)
     else:
-        store = _matching_store(workspace, manifest, spec, protocol.channels(manifest.kind))
+        store = any_store(workspace, manifest)
     title = name if chosen == judged else f"{name}@{chosen}"
     faces = Faces.of(workspace, manifest, store, protocol=protocol.name, split=chosen, title=title)
     if not len(faces.rows(chosen)):
@@ -224,22 +223,34 @@ def choose_targets(
     return [choose_target(workspace, name, spec, find_protocol(protocol), split) for name in names if name]
 
 
-def _matching_store(workspace: Workspace, manifest: Manifest, spec: RunSpec, channels: str) -> Store:
+def _matching_store(workspace: Workspace, manifest: Manifest, spec: RunSpec, protocol: Protocol) -> Store:
     assert spec.features is not None
-    maps = "map" in find_method(spec.method).needs
+    maps, channels = "map" in find_method(spec.method).needs, protocol.channels(manifest.kind)
     key = {name: value for name, value in vars(spec.features).items() if name not in TARGET_MAY_DIFFER}
-    wanted = Wanted({**key, "channels": channels}, maps=maps)
+    drawn = _find_views(spec, protocol)
+    equal = {"policy_name": drawn.policy, "view_seed": drawn.view_seed}
+    equal = {name: value for name, value in equal.items() if value is not None}
+    wanted = Wanted({**key, "channels": channels, **equal}, drawn.views or 1, maps)
     stores = find_stores(workspace.features, manifest.name)
     current = [store for store in stores if store[1].key.images == manifest.image_digest]
     if fitting := fitting_stores(current, wanted):
         return _finished(fitting[0])
     closest = min((wanted.differences(about) for _, about in current), key=len, default=None)
     reason = f"its closest store differs in {', '.join(closest)}" if closest else "it has none"
+    options = f"--backbone {spec.backbone}{' --maps' if maps else ''}{' --channels bgr' if channels == 'bgr' else ''}"
     raise UserError(
-        f"No features of {manifest.name!r} match this run's tower ({reason}): run `cafe extract {manifest.name} --backbone "
-        f"{spec.backbone}{' --maps' if maps else ''}{' --channels bgr' if channels == 'bgr' else ''}`, or leave it out with "
-        "--targets."
+        f"No features of {manifest.name!r} match this run's tower ({reason}): run `cafe extract {manifest.name} "
+        f"{f'{options} {_options(drawn)}'.strip()}`, or leave it out with --targets."
     )
+
+
+def _find_views(spec: RunSpec, protocol: Protocol) -> StoreChoice:
+    """Return which views of frozen features are judged: the clean one, unless an option of test time averages several."""
+    option = OPTIONS.get(protocol.option)
+    if option is None or option.views == 1 or find_method(spec.method).clean_features:
+        return StoreChoice()
+    own: dict[str, Any] = {"policy": spec.policy, "view_seed": spec.view_seed}
+    return StoreChoice(views=option.views, **({"policy": option.policy} if option.policy else own))
 
 
 def _names(about: About) -> tuple[str, ...]:

@@ -9,12 +9,12 @@ import torch
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.inference.model import BATCH_SIZE, Model, TowerInput, needs_features
+from cafe.inference.model import BATCH_SIZE, Model, TowerInput
 from cafe.learning.checkpoints import read_tensors
-from cafe.learning.loading import ARRAYS, FaceDataset
+from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
 from cafe.methods import find_method
-from cafe.methods.method import Inputs, Method
+from cafe.methods.method import ARRAYS, Inputs, Method
 from cafe.towers.building import NORMALISATIONS, load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.keeping import find_tower
@@ -62,7 +62,7 @@ def build_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BA
     spec = specs[0]
     methods = [load_method(own, run).to(device) for own, run in zip(specs, runs, strict=True)]
     methods = [method.to(memory_format=torch.channels_last) for method in methods]
-    tower = load_tower(spec, batch_size) if needs_features(find_method(spec.method)) else None
+    tower = load_tower(spec, batch_size) if find_method(spec.method).needs_features() else None
     return Model(name, tuple(methods), view_plan(spec), spec.image_size, tower, torch.device(device))
 
 

@@ -19,7 +19,7 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.files import list_folder, read_json
-from cafe.results.protocols import PROTOCOLS
+from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
 from cafe.results.sources import SOURCE
 from pipeline.workspace import Workspace
@@ -70,7 +70,7 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
         for name, value in (read_json(path) or {}).items()
     }
     points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
-    judged = [name for name in PROTOCOLS if (scores["protocol"] == name).any()]
+    judged = [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]
     files = {"run.json": run.folder / "run.json"}
     for folder in ("predictions", "figures"):
         paths = (path for path in (run.folder / folder).glob("**/*") if path.suffix in (".parquet", ".png"))

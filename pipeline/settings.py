@@ -16,9 +16,11 @@ Number = Annotated[int, Ge(0)]
 Side = Annotated[int, Ge(16)]  # of a picture, in pixels
 
 # Of cafe.learning.views and cafe.results.protocols, which take a second to import.
-Policy = Literal["paper", "scn", "eac", "ofer", "clean", "clean+flip"]
+Policy = Literal["paper", "scn", "eac", "ofer", "clean", "clean+flip", "flip"]
 Protocol = Literal["clean", "paper"]
 PROTOCOLS = get_args(Protocol)
+TestTime = Literal["flip", "views", "tent", "t3a"]
+TEST_TIME = get_args(TestTime)
 
 
 def setting(default: Any, about: str, **click: Any) -> Any:
@@ -162,6 +164,11 @@ class EvaluateSettings(ClusterSettings):
 
     targets: str | None = setting(None, "Manifests to judge on, comma-separated; default: all of the workspace.")
     protocol: Protocol = setting("clean", "How targets are judged: clean, or paper as the released readers do.")
+    test_time: TestTime | None = setting(
+        None,
+        "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a): "
+        "numbers apart from all others.",
+    )
     split: Literal["test", "val", "train", "all"] | None = setting(
         None, "Faces to judge on; default: those the protocol names."
     )
@@ -204,6 +211,7 @@ class PredictSettings:
         None, "MODEL is an experiment: take its run with the best accuracy on held-out faces of the source."
     )
     ensemble: bool = setting(False, "Average all seeds of the run.")
+    flip: bool = setting(False, "Average every face with its mirror image.")
     aligned: bool = setting(False, "Every picture is one face, cropped and upright already: look for none.")
     faces: Literal["largest", "all"] = setting("all", "Which faces of a picture to judge.")
     smallest: Count = setting(20, "Narrowest face to judge, in pixels of the picture.")

@@ -12,7 +12,7 @@ import numpy as np
 from cafe.data.manifest import Manifest, hold_out_rows
 from cafe.data.union import Union, parts_of, unite
 from cafe.errors import UserError
-from cafe.learning.loading import ARRAYS, SMALLEST_BATCH
+from cafe.learning.loading import SMALLEST_BATCH
 from cafe.methods import find_method
 from cafe.results.protocols import find_protocol
 from pipeline.faces import Faces, Store, any_store, choose_store
@@ -113,9 +113,8 @@ def choose_stores(workspace: Workspace, manifest: Manifest, settings: TrainSetti
 
 def _choose_store(workspace: Workspace, manifest: Manifest, settings: TrainSettings) -> Store | None:
     method = find_method(settings.method)
-    needs_tower = not method.needs.isdisjoint({*ARRAYS, "tower"})
     store = None
-    if settings.backbone != "none" and (needs_tower or settings.backbone or settings.store):
+    if settings.backbone != "none" and (method.needs_tower() or settings.backbone or settings.store):
         choice = settings
         if method.clean_features:  # it augments its images by itself, whatever the store holds
             choice = replace(settings, policy=None, views=None, view_seed=None)
@@ -129,17 +128,16 @@ def _choose_store(workspace: Workspace, manifest: Manifest, settings: TrainSetti
 
 
 def _check_store(settings: TrainSettings, store: About | None) -> None:
-    needs = find_method(settings.method).needs
-    needs_tower = not needs.isdisjoint({*ARRAYS, "tower"})
-    if settings.backbone == "none" and needs_tower:
+    method = find_method(settings.method)
+    if settings.backbone == "none" and method.needs_tower():
         raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
-    if settings.live and (needs.isdisjoint(ARRAYS) or not find_method(settings.method).trained):
+    if settings.live and not (method.needs_features() and method.trained):
         raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
-    if store is None and needs_tower:
+    if store is None and method.needs_tower():
         raise UserError(
             f"{settings.method} needs frozen features of {settings.source!r}: run `cafe extract {settings.source}` first."
         )
-    if store and store.map_shape is None and "map" in needs:
+    if store and store.map_shape is None and "map" in method.needs:
         raise UserError(
             f"{settings.method} needs feature maps of {settings.source!r}: run `cafe extract {settings.source} --maps`."
         )

@@ -380,7 +380,7 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
     manifests = {name: workspace.load_manifest(name) for name in SETS}
     judged = {"rafdb": "test", "ferplus": "test", "affectnet": "val", "sfew": "val", "mma": "test"}
     targets = sum(len(manifests[name].rows(split)) for name, split in judged.items())
-    readers = [entry for entry in grid.methods if entry.reads_features]
+    readers = [entry for entry in grid.methods if entry.kind.needs_features()]
     for entry in readers:
         for manifest in manifests.values():
             epochs = entry.kind.published_recipe(manifest.kind).epochs

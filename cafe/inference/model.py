@@ -7,7 +7,7 @@ same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import MAX_PIXELS, UnreadableImageError, image_pixels
 from cafe.errors import UserError
-from cafe.learning.loading import ARRAYS, FaceDataset
+from cafe.learning.loading import FaceDataset
 from cafe.learning.training import predict_average
 from cafe.learning.views import ViewPlan
 from cafe.methods.method import Method
@@ -47,7 +47,7 @@ class Model:
     """Trained methods that differ in nothing but their seed, whose probabilities are averaged; usually one.
 
     `plan` holds the pixel statistics of the image branch and `image_size` its side in pixels; `tower` is there where the
-    method reads frozen features. All of it is on `device`.
+    method reads frozen features. All of it is on `device`. With `flip` every face is averaged with its mirror image.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Model:
     image_size: int
     tower: TowerInput | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    flip: bool = False
 
     def predict(self, images: Sequence[Picture]) -> np.ndarray:
         """Return the probabilities (N, 7) float32 of N aligned faces, in the order of `EXPRESSIONS`.
@@ -66,19 +67,15 @@ class Model:
         if not len(faces.labels):
             return np.zeros((0, len(EXPRESSIONS)), np.float32)
         needs = self.methods[0].needs
-        dataset = FaceDataset(faces, self.plan, needs, self.image_size, self._embed(faces, "map" in needs))
-        return predict_average(self.methods, dataset, np.arange(len(faces.labels)), self.device)
+        plan = replace(self.plan, policy="flip")  # of which the clean view 0 knows nothing
+        dataset = FaceDataset(faces, plan, needs, self.image_size, self._embed(faces, "map" in needs))
+        return predict_average(self.methods, dataset, np.arange(len(faces.labels)), self.device, 1 + self.flip)
 
     def _embed(self, faces: FacesInMemory, maps: bool) -> Embedder | None:
         if self.tower is None:
             return None
-        tower = self.tower
-        return Embedder(tower.backbone, faces, tower.plan, str(self.device), maps, tower.dtype, tower.batch_size)
-
-
-def needs_features(method: type[Method]) -> bool:
-    """Return whether a method reads the features of a frozen tower."""
-    return not method.needs.isdisjoint(ARRAYS)
+        tower, plan = self.tower, replace(self.tower.plan, policy="flip")
+        return Embedder(tower.backbone, faces, plan, str(self.device), maps, tower.dtype, tower.batch_size)
 
 
 @dataclass(frozen=True)

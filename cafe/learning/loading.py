@@ -19,13 +19,12 @@ from cafe.data.manifest import Pictures
 from cafe.errors import UserError
 from cafe.learning.parallel import part_sizes, rank
 from cafe.learning.views import ViewPlan, normalise
-from cafe.methods.method import Batch, Recipe
+from cafe.methods.method import ARRAYS, Batch, Recipe
 from cafe.randomness import random_generator
 
 SMALLEST_BATCH = (
     8  # faces that a training needs, and that a batch has unless its recipe says otherwise or it is the last
 )
-ARRAYS = {"features": "pooled", "map": "map"}  # what a method may need → the store's array
 
 
 class FeatureReader(Protocol):

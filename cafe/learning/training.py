@@ -188,17 +188,24 @@ def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torc
 
 
 def predict_average(
-    methods: Sequence[Method], dataset: FaceDataset, rows: np.ndarray, device: torch.device
+    methods: Sequence[Method], dataset: FaceDataset, rows: np.ndarray, device: torch.device, views: int = 1
 ) -> np.ndarray:
-    """Return the mean of what several methods with the same needs predict, each face decoded and embedded once."""
+    """Return the mean of what several methods with the same needs predict of views 0 to `views` - 1 of some rows.
+
+    Each view of a face is decoded and embedded once.
+    """
     for method in methods:
         method.eval()
-    parts: list[Tensor] = []
-    with torch.no_grad():
-        for batch in dataset.load(_split(rows), 0, device):
-            shares = [method(batch)["logits"].float().softmax(dim=1) for method in methods]
-            parts.append(torch.stack(shares).mean(dim=0).cpu())
-    return torch.cat(parts).numpy()
+    frozen_view = 0 if methods[0].clean_features else None
+    by_view: list[Tensor] = []
+    for view in range(views):
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            for batch in dataset.load(_split(rows), view, device, frozen_view=frozen_view):
+                shares = [method(batch)["logits"].float().softmax(dim=1) for method in methods]
+                parts.append(torch.stack(shares).mean(dim=0).cpu())
+        by_view.append(torch.cat(parts))
+    return torch.stack(by_view).mean(dim=0).numpy()
 
 
 def _split(rows: np.ndarray, size: int = PREDICTION_BATCH) -> list[np.ndarray]:

@@ -50,6 +50,7 @@ POLICIES = {
     "ofer": ViewPolicy(flip_probability=0.5, erase_probability=0.5, turn_probability=0.2),
     "clean": ViewPolicy(),
     "clean+flip": ViewPolicy(flip_probability=0.5),
+    "flip": ViewPolicy(flip_probability=1),  # view 1 is the mirror image: for flip averaging at test time
 }
 
 

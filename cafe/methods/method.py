@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cafe.errors import UserError, unknown
 
 Batch = dict[str, Any]
+ARRAYS = {"features": "pooled", "map": "map"}  # what a method may need of a store → its array
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ class Method(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.inputs = inputs
+
+    @classmethod
+    def needs_features(cls) -> bool:
+        """Whether it reads the features of a frozen tower."""
+        return not cls.needs.isdisjoint(ARRAYS)
+
+    @classmethod
+    def needs_tower(cls) -> bool:
+        """Whether it cannot be built without a tower: it reads its features, or trains the tower itself."""
+        return cls.needs_features() or "tower" in cls.needs
 
     @classmethod
     def check(cls, inputs: Inputs) -> None:

@@ -15,7 +15,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.report.pages import render
 from cafe.results.metrics import confusion, estimate
 from cafe.results.predictions import Predictions, load_predictions
-from cafe.results.protocols import PROTOCOLS
+from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.scores import Run, average_unseen, read_scores
 from cafe.results.sources import UNSEEN
 from cafe.towers.names import split_name
@@ -44,7 +44,9 @@ def write_card(run: Run, seeds: Sequence[Run], known: Collection[str], record: d
     """
     scores = read_scores([run], known)
     tower = split_name(run.settings.get("backbone") or "none")[0]
-    tables = {name: list(list_domains(run, name, scores)) for name in PROTOCOLS if (scores["protocol"] == name).any()}
+    tables = {
+        name: list(list_domains(run, name, scores)) for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()
+    }
     return render(
         "card.md",
         run=run,
@@ -57,7 +59,7 @@ def write_card(run: Run, seeds: Sequence[Run], known: Collection[str], record: d
         expressions=EXPRESSIONS,
         tables=tables,
         unseen=describe_seeds(seeds, known),
-        protocols={name: PROTOCOLS[name].about for name in tables},
+        protocols={name: find_protocol(name).about for name in tables},
     )
 
 

@@ -22,7 +22,7 @@ from cafe.report.sheets import (
 from cafe.results.comparison import Comparison, Row, compare, compare_classes
 from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank
-from cafe.results.protocols import PROTOCOLS, find_protocol
+from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.scores import Run
 from cafe.results.sources import SOURCE
@@ -69,9 +69,20 @@ def make_report(
     sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
-    others = [name for name in PROTOCOLS if name != protocol and (scores["protocol"] == name).any()]
-    about += [f"Some of these runs were also judged by --protocol {name}: see its own table." for name in others]
+    about += list_others(comparison, scores)
     return Report("Trained on one data set, judged on all", about, sheets, comparison, published, tests, ranks)
+
+
+def list_others(comparison: Comparison, scores: pd.DataFrame) -> Iterator[str]:
+    """Yield how else runs of a comparison were judged, and how to see that."""
+    shown = {row.test_time for row in comparison.rows}
+    for name in ALL_PROTOCOLS:
+        plain, _, option = name.partition("-")
+        if (scores["protocol"] == name).any():
+            if not option and plain != comparison.protocol:
+                yield f"Some of these runs were also judged by --protocol {name}: see its own table."
+            if option not in shown and plain == comparison.protocol:
+                yield f"Some of these runs were also judged with --test-time {option}: name it to see rows of its own."
 
 
 def conclude(comparison: Comparison) -> str:

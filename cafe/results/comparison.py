@@ -12,7 +12,7 @@ import pandas as pd
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 from cafe.results.metrics import METRICS, Estimate, estimate
-from cafe.results.protocols import PROTOCOLS
+from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 
@@ -62,6 +62,16 @@ class Row:
     def oracle(self) -> bool:
         """Whether its epoch was chosen on its target: it is shown, and never compared."""
         return self.runs[0].selection == ORACLE
+
+    @property
+    def test_time(self) -> str:
+        """The option of test time with which it was judged: shown beside the others, and never ranked with them."""
+        return self.runs[0].test_time
+
+    @property
+    def contends(self) -> bool:
+        """Whether it may be the best of its source."""
+        return not (self.peeked or self.test_time)
 
     @property
     def unseen(self) -> Estimate:
@@ -182,7 +192,7 @@ def choose_judged(scores: pd.DataFrame, protocol: str) -> pd.DataFrame:
     own = scores[scores["protocol"] == protocol]
     if len(own):
         return own
-    if there := [name for name in PROTOCOLS if (scores["protocol"] == name).any()]:
+    if there := [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]:
         raise UserError(
             f"No run was judged by the protocol {protocol!r} yet, only by {', '.join(there)}: "
             f"run `cafe evaluate RUN --protocol {protocol}` first."

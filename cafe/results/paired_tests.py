@@ -11,7 +11,7 @@ import pandas as pd
 
 from cafe.errors import UserError, unknown
 from cafe.results.comparison import Comparison, Row
-from cafe.results.predictions import Predictions, load_predictions
+from cafe.results.predictions import Predictions
 from cafe.results.statistics import Difference, Ranking, holm, paired_test, rank_methods
 
 Judged = Sequence[dict[str, Predictions]]  # by seed and target
@@ -62,7 +62,7 @@ def load_judged(row: Row, protocol: str) -> Judged:
     """Return the predictions of every seed by target; those of a fold for the domain it leaves out alone."""
     judged: dict[int, dict[str, Predictions]] = {run.seed: {} for run in row.runs}
     for run in row.runs:
-        found = load_predictions(run.folder, protocol)
+        found = run.load_predictions(protocol)
         judged[run.seed] |= {target: predictions for target, predictions in found.items() if run.judges(target)}
     return list(judged.values())
 
@@ -73,8 +73,9 @@ def find_references(comparison: Comparison, versus: str) -> list[Row]:
     for source in dict.fromkeys(row.source for row in comparison.rows):
         rows = [row for row in comparison.rows if row.source == source and not row.oracle]
         named = [row for row in rows if row.label == versus]
-        named = named or [row for row in rows if row.runs[0].settings.get("tag") == versus]
-        named = named or [row for row in rows if row.method == versus]
+        plain = [row for row in rows if not row.test_time]
+        named = named or [row for row in plain if row.runs[0].settings.get("tag") == versus]
+        named = named or [row for row in plain if row.method == versus]
         named = [row for row in named if not row.peeked] or named
         if len(named) > 1:
             labels = ", ".join(repr(row.label) for row in named)
@@ -167,8 +168,9 @@ class Ranks:
 
 def rank(comparison: Comparison) -> Ranks | None:
     """Rank the methods that were trained on every source; None where there is nothing to rank."""
-    rows = {(row.source, row.label): row for row in comparison.rows if not row.peeked}
-    sources, everybody = ({getattr(row, name) for row in comparison.rows} for name in ("source", "label"))
+    rows = {(row.source, row.label): row for row in comparison.rows if row.contends}
+    ranked = [row for row in comparison.rows if not row.test_time]
+    sources, everybody = ({getattr(row, name) for row in ranked} for name in ("source", "label"))
     labels = sorted(label for label in everybody if all((source, label) in rows for source in sources))
     if len(labels) < 2:
         return None

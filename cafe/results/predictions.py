@@ -6,7 +6,7 @@ Every number, interval, test and figure is computed from these files, so that ea
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -42,13 +42,19 @@ class Predictions:
 
     def without(self, samples: Collection[str]) -> Predictions:
         """Return the predictions of all faces but the given ones."""
-        kept = [row for row, sample in enumerate(self.sample_ids) if sample not in samples]
+        return self._take([row for row, sample in enumerate(self.sample_ids) if sample not in samples])
+
+    def sort(self) -> Predictions:
+        """Return them in the order of the samples' ids."""
+        return self._take(sorted(range(len(self.labels)), key=self.sample_ids.__getitem__))
+
+    def _take(self, rows: list[int]) -> Predictions:
         return replace(
             self,
-            sample_ids=[self.sample_ids[row] for row in kept],
-            labels=self.labels[kept],
-            probabilities=self.probabilities[kept],
-            groups=[self.groups[row] for row in kept] if self.groups else None,
+            sample_ids=[self.sample_ids[row] for row in rows],
+            labels=self.labels[rows],
+            probabilities=self.probabilities[rows],
+            groups=[self.groups[row] for row in rows] if self.groups else None,
         )
 
     def save(self, path: UPath) -> None:
@@ -100,6 +106,21 @@ class Predictions:
             {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
             table["group"].to_numpy().tolist() if grouped else None,
         )
+
+
+def average(several: Sequence[Predictions]) -> Predictions:
+    """Return the mean of the probabilities of several runs for one target, on the faces that all of them judged.
+
+    Raises `UserError` when they share no face or disagree on a label: then they were judged on different manifests.
+    """
+    shared = set(several[0].sample_ids).intersection(*(one.sample_ids for one in several[1:]))
+    first, *others = (one.without(set(one.sample_ids) - shared).sort() for one in several)
+    if not shared or any((one.labels != first.labels).any() for one in others):
+        raise UserError(
+            f"The seeds of {first.about.get('run', 'a run')} were judged on different faces or labels of "
+            f"{first.about.get('target')!r}: judge them again with `cafe evaluate RUN`."
+        )
+    return replace(first, probabilities=np.mean([first.probabilities, *(one.probabilities for one in others)], axis=0))
 
 
 def predictions_path(run: UPath, target: str, protocol: str = "clean") -> UPath:

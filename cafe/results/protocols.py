@@ -1,12 +1,13 @@
-"""Protocols: which split of each data set a method is judged on, and in which order its colours are read.
+"""Protocols: which split of each data set a method is judged on, in which order of colours, and what is done at test time.
 
-Numbers of two protocols are not comparable, so every prediction says by which one it was made and no table mixes them.
+Numbers of two protocols are not comparable, so every prediction says by which one it was made and no table mixes them. What
+is done at test time is part of the protocol: `clean-tent` is the protocol `clean` with TENT.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cafe.errors import unknown
@@ -18,6 +19,23 @@ JUDGED = ("test", "val")  # the first of them that a set has: the labels of some
 
 
 @dataclass(frozen=True)
+class Option:
+    """What may be done at test time: the mean over some views, or an adaptation to the target's faces."""
+
+    about: str
+    views: int = 1  # to average
+    policy: str = ""  # how they are drawn; empty: as the run's own
+
+
+OPTIONS = {
+    "flip": Option("the mean over each face and its mirror image", views=2, policy="flip"),
+    "views": Option("the mean over the clean view and four augmented ones of the run's own policy", views=5),
+    "tent": Option("TENT (Wang et al., ICLR 2021) adapts the batch norms to the target's faces, 200 after 200"),
+    "t3a": Option("T3A (Iwasawa and Matsuo, NeurIPS 2021) adjusts the classifier to the target's faces, 32 after 32"),
+}
+
+
+@dataclass(frozen=True)
 class Protocol:
     """How targets are judged, by the kind of their data set. Training always reads RGB and the split `train`."""
 
@@ -25,6 +43,7 @@ class Protocol:
     about: str
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # instead of `JUDGED`
     bgr: frozenset[str] = frozenset()
+    option: str = ""  # of `OPTIONS`
 
     @property
     def prefix(self) -> str:
@@ -36,9 +55,9 @@ class Protocol:
         return "bgr" if kind in self.bgr else "rgb"
 
     def judges_like(self, other: Protocol, kind: str) -> bool:
-        """Whether another protocol judges targets of a kind on the same split in the same colours."""
-        same_split = self.splits.get(kind, JUDGED) == other.splits.get(kind, JUDGED)
-        return same_split and self.channels(kind) == other.channels(kind)
+        """Whether another protocol judges targets of a kind on the same split in the same colours by the same means."""
+        ours, theirs = ((one.splits.get(kind, JUDGED), one.channels(kind), one.option) for one in (self, other))
+        return ours == theirs
 
     def split(self, target: Manifest, *source_kinds: str) -> str | None:
         """Return the split of a target that is judged, or None when it has none that may be.
@@ -68,8 +87,22 @@ PROTOCOLS = {
 }
 
 
+def name_protocol(name: str, option: str | None) -> str:
+    """Return the name of a protocol with an option of test time, if any."""
+    return f"{name}-{option}" if option else name
+
+
+ALL_PROTOCOLS = tuple(name_protocol(name, option) for option in ("", *OPTIONS) for name in PROTOCOLS)
+
+
 def find_protocol(name: str) -> Protocol:
-    """Return a protocol by name; raise `UserError` naming those there are."""
-    if name not in PROTOCOLS:
+    """Return a protocol by name, with an option of test time or without; raise `UserError` naming those there are."""
+    plain, _, option = name.partition("-")
+    if plain not in PROTOCOLS:
         raise unknown("protocol", name, PROTOCOLS)
-    return PROTOCOLS[name]
+    if not option:
+        return PROTOCOLS[plain]
+    if option not in OPTIONS:
+        raise unknown("option of test time", option, OPTIONS)
+    about = f"{PROTOCOLS[plain].about} At test time: {OPTIONS[option].about}."
+    return replace(PROTOCOLS[plain], name=name, about=about, option=option)

@@ -70,7 +70,7 @@ def publish_rows(comparison: Comparison) -> list[Published | None]:
 
 def _publish(row: Row, kinds: dict[str, str], protocol: Protocol) -> Published | None:
     run = row.runs[0]
-    if len(run.sources) > 1 or run.fold:
+    if len(run.sources) > 1 or run.fold or run.test_time:
         return None
     numbers = find_published(row.method, run.sources[0].kind, _init(row), protocol)
     cells = {name: numbers[kinds[name]] for name in row.cells if kinds.get(name) in numbers}
@@ -93,7 +93,7 @@ def publish_classes(comparison: Comparison) -> list[Published | None]:
     protocol = find_protocol(comparison.protocol)
     found = (
         find_published_classes(row.method, row.runs[0].sources[0].kind, kind, _init(row), protocol)
-        if len(row.runs[0].sources) == 1 and not row.runs[0].fold
+        if len(row.runs[0].sources) == 1 and not (row.runs[0].fold or row.test_time)
         else {}
         for row in comparison.rows
     )

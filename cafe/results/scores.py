@@ -18,8 +18,8 @@ from cafe.errors import UserError
 from cafe.files import list_folder, read_json
 from cafe.records import FORMAT
 from cafe.results.metrics import METRICS, score
-from cafe.results.predictions import Predictions, load_predictions
-from cafe.results.protocols import PROTOCOLS, find_protocol
+from cafe.results.predictions import Predictions, average, load_predictions
+from cafe.results.protocols import ALL_PROTOCOLS, OPTIONS, find_protocol, name_protocol
 from cafe.results.sources import ALL_BUT_TARGET, SOURCE, UNKNOWN, UNSEEN, Source, find_relation
 
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
@@ -40,7 +40,8 @@ class Run:
     """A run as its folder describes it: what it was trained on and how.
 
     `settings` holds what a user can choose, `derived` what only follows from that; `experiments` gives for each experiment
-    the benchmark it belongs to there, or None.
+    the benchmark it belongs to there, or None. `test_time` and `ensemble` are set where it is judged otherwise than by
+    itself (`cafe.results.variants`).
     """
 
     folder: UPath
@@ -57,6 +58,8 @@ class Run:
     not_as_published: tuple[str, ...]
     experiments: dict[str, str | None]
     pulled: bool  # from a tracking server: it was judged on the manifests of another workspace
+    test_time: str = ""  # the option with which it was judged
+    ensemble: tuple[Run, ...] = ()  # the runs whose mean it is
 
     @property
     def trained_on(self) -> str:
@@ -66,6 +69,18 @@ class Run:
     def judges(self, target: str) -> bool:
         """Whether a table shows what this run says of a target: a fold counts for the domain it leaves out alone."""
         return self.fold in ("", target)
+
+    def load_predictions(self, protocol: str, named: bool = True) -> dict[str, Predictions]:
+        """Return what it predicted by a protocol, by target; of an ensemble, the mean where all of it judged a target."""
+        if not self.ensemble:
+            option = self.test_time if self.test_time in OPTIONS else None
+            return load_predictions(self.folder, name_protocol(protocol, option), named)
+        judged = [run.load_predictions(protocol) for run in self.ensemble]
+        return {
+            target: average([one[target] for one in judged])
+            for target in judged[0]
+            if all(target in one for one in judged)
+        }
 
     def relation(self, target: str, kind: str, manifest: str) -> str:
         """Return what a target, with the kind and the digest of its manifest, is to this run."""
@@ -115,7 +130,7 @@ def read_run(folder: UPath) -> Run | None:
 def read_scores(
     runs: Iterable[Run],
     known: Collection[str] = (),
-    protocols: Iterable[str] = PROTOCOLS,
+    protocols: Iterable[str] = ALL_PROTOCOLS,
     leave_out: Filter | None = None,
 ) -> pd.DataFrame:
     """Return one record per run, protocol and target, computed from the predictions.
@@ -127,8 +142,11 @@ def read_scores(
     """
     records = []
     for run in runs:
+        there = {path.name for path in list_folder(run.folder / "predictions")}
         for protocol in protocols:
-            for target, predictions in load_predictions(run.folder, protocol, named=leave_out is not None).items():
+            if find_protocol(protocol).prefix.rstrip("/") not in {"", *there}:
+                continue
+            for target, predictions in run.load_predictions(protocol, named=leave_out is not None).items():
                 kept = leave_out(run, target, predictions) if leave_out else predictions
                 about = {name: predictions.about.get(name, "") for name in ("split", "kind", "manifest")}
                 missing = known and not run.pulled and target.partition("@")[0] not in known

@@ -27,7 +27,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 from pydantic.dataclasses import dataclass
 
 from cafe.errors import UserError, unknown
-from cafe.learning.loading import ARRAYS
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.results.sources import ALL_BUT_TARGET
@@ -115,16 +114,6 @@ class Entry:
         names = {setting.name for setting in fields(self.kind.recipe_type)}
         return frozenset(names if self.kind.trained else names - {"epochs", "prior"})
 
-    @property
-    def reads_features(self) -> bool:
-        """Whether a frozen tower's features are trained on and judged with."""
-        return not self.kind.needs.isdisjoint(ARRAYS)
-
-    @property
-    def uses_tower(self) -> bool:
-        """Whether it needs to know a tower at all; without one it is the same for every tower."""
-        return self.reads_features or "tower" in self.kind.needs
-
 
 @dataclass(frozen=True, config=STRICT)
 class Benchmark:
@@ -186,7 +175,7 @@ class Benchmark:
         for source, _ in self.trainings:
             for entry in self.methods:
                 towers: Sequence[str | None] = (entry.tower,) if entry.tower else self.towers
-                for tower in towers if entry.uses_tower else (None,):
+                for tower in towers if entry.kind.needs_tower() else (None,):
                     yield source, entry, tower
 
     def train_settings(self, source: str, entry: Entry, tower: str | None) -> TrainSettings:

@@ -126,7 +126,7 @@ def plan_benchmark(
     first = []
     for cell in drafts:
         stores = [sources[sharing] for sharing in cell.sharings]
-        stores += [targets[name, cell.tower] for name in cell.judged] if cell.entry.reads_features else []
+        stores += [targets[name, cell.tower] for name in cell.judged] if cell.entry.kind.needs_features() else []
         first.append(planner.complete(cell, stores))
     seeds = [None] if benchmark.views_per_seed else benchmark.seeds  # all of the first seed come first
     cells = [cell if seed is None else cell.with_seed(seed) for seed in seeds for cell in first]
@@ -171,7 +171,7 @@ class _Planner:
     ) -> dict[tuple[str, str | None], StorePlan]:
         """Return for every target and tower the store of a source where one serves, else one of a single view."""
         stores: dict[tuple[str, str | None], StorePlan] = {}
-        for tower in dict.fromkeys(cell.tower for cell in cells if cell.entry.reads_features):
+        for tower in dict.fromkeys(cell.tower for cell in cells if cell.entry.kind.needs_features()):
             maps = any(cell.maps for cell in cells if cell.tower == tower)
             for target in self.benchmark.judged:
                 manifest = self.workspace.load_manifest(target)
@@ -227,7 +227,7 @@ class _Planner:
                 plan = replace(self.plan_cell(cell, needed), benchmark=self.benchmark.title)
         except UserError as error:
             obstacle = obstacle or str(error)
-        passes = seen if cell.entry.reads_features else 0
+        passes = seen if cell.entry.kind.needs_features() else 0
         cell = replace(cell, faces=len(train), tower_passes=passes, stores=tuple(needed))
         deviations = tuple(find_deviations(plan.spec if plan else specify_draft(cell, needed)))
         return replace(cell, plan=plan, deviations=deviations, obstacle=obstacle)

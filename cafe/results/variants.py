@@ -1,0 +1,56 @@
+"""Runs as rows of their own: judged with an option of test time, or the seeds of a row as an ensemble.
+
+They stand in a table only where they are named, beside the rows they are of, and take no part in its contest.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from cafe.errors import UserError
+from cafe.files import list_folder
+from cafe.results.protocols import find_protocol, name_protocol
+from cafe.results.scores import Run
+
+SEEDS = "seeds"  # the mean over the probabilities of all seeds of a row
+
+
+def vary_runs(runs: Sequence[Run], protocol: str, options: Iterable[str]) -> list[Run]:
+    """Return the runs as judged with each option; raise `UserError` for an option without any."""
+    varied: list[Run] = []
+    for option in options:
+        if option == SEEDS:
+            found = average_seeds(run for run in runs if _is_judged(run, protocol))
+            missing = "no method was judged with several seeds: train it with another --seed first"
+        else:
+            found = [_name(run, option) for run in runs if _is_judged(run, name_protocol(protocol, option))]
+            missing = f"no run was judged with it: run `cafe evaluate RUN --test-time {option}` first"
+        if not found:
+            raise UserError(f"--test-time {option} has nothing to show by the protocol {protocol!r}, as {missing}.")
+        varied += found
+    return varied
+
+
+def average_seeds(runs: Iterable[Run]) -> list[Run]:
+    """Return an ensemble for every group of several seeds; in leave-one-domain-out, for the folds of each domain."""
+    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.group, run.fold].append(run)
+    return [
+        replace(_name(members[0], SEEDS, f"mean of {len(members)} seeds"), ensemble=tuple(members))
+        for members in groups.values()
+        if len(members) > 1
+    ]
+
+
+def _is_judged(run: Run, protocol: str) -> bool:
+    files = list_folder(run.folder / "predictions" / find_protocol(protocol).prefix)
+    return any(path.suffix == ".parquet" for path in files)
+
+
+def _name(run: Run, option: str, label: str = "") -> Run:
+    name, group = (f"{text} {option}" for text in (run.name, run.group))
+    settings = {**run.settings, "test_time": label or option}
+    return replace(run, name=name, group=group, settings=settings, test_time=option)

@@ -1,0 +1,283 @@
+"""Options of test time: the papers' algorithms, the same numbers whenever judged again, and rows apart from all others."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import Cafe, complaint, draw_faces
+from runs import write_predictions, write_run
+from torch import Tensor, nn
+from trained import fill_store, start_run
+from upath import UPath
+
+from cafe.data import DATASETS
+from cafe.data.indexing import index_files
+from cafe.learning import adaptation
+from cafe.learning.adaptation import predict_t3a, predict_tent
+from cafe.learning.loading import FaceDataset
+from cafe.learning.training import predict
+from cafe.methods.method import Method
+from cafe.randomness import random_generator
+from cafe.results.predictions import load_predictions
+from cafe.results.protocols import OPTIONS, find_protocol
+from cafe.results.scores import flatten_scores, read_runs, read_scores
+from pipeline.evaluate import check_option, predict_target
+from pipeline.faces import choose_target
+from pipeline.models import build_model, load_method, make_dataset
+from pipeline.runs import RunSpec
+from pipeline.settings import TEST_TIME, ExtractSettings
+from pipeline.workspace import Workspace
+
+CPU = torch.device("cpu")
+
+
+class Judged(NamedTuple):
+    """A run with drawn weights, its method, and the target `two` with the rows that are judged."""
+
+    run: UPath
+    method: Method
+    dataset: FaceDataset
+    rows: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Workspace:
+    """A source, a target with the stores that every option needs, and one without."""
+    workspace = Workspace.at(str(tmp_path_factory.mktemp("work")))
+    for name, tint in (("one", 0), ("two", 30), ("three", 60)):
+        root = UPath(draw_faces(Path(str(workspace.root)) / "faces" / name, per_class=40, tint=tint))
+        index_files(name, DATASETS["folder"](root)).manifest.save(workspace.manifest_path(name))
+        fill_store(workspace, name, ExtractSettings(backbone=tiny_tower, views=1 if name == "three" else 5))
+    fill_store(workspace, "two", ExtractSettings(backbone=tiny_tower, views=2, policy="flip"))
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def judged(workspace: Workspace) -> Judged:
+    run, _ = start_run(workspace, method="cafe", source="one", targets="two", image_size=32)
+    spec = RunSpec.load(run)
+    target = choose_target(workspace, "two", spec, find_protocol("clean"))
+    predict_target(str(run), target)
+    return Judged(run, load_method(spec, run).eval(), make_dataset(spec, target), target.rows("test"))
+
+
+def judge(workspace: Workspace, run: UPath, option: str) -> np.ndarray:
+    """Judge the target as a worker does and return the probabilities that are kept."""
+    predict_target(str(run), choose_target(workspace, "two", RunSpec.load(run), find_protocol(f"clean-{option}")))
+    return load_predictions(run, f"clean-{option}")["two"].probabilities
+
+
+def batches_of(judged: Judged, size: int) -> tuple[np.ndarray, list[dict[str, Tensor]]]:
+    """The fixed order, written down once more: shuffled, `size` faces at a time, a rest of fewer than 8 with the last."""
+    order = random_generator("test time").permutation(len(judged.rows))
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    if len(parts[-1]) < 8:
+        parts[-2:] = [np.concatenate(parts[-2:])]
+    assert len(parts) > 1
+    return order, list(judged.dataset.load([judged.rows[part] for part in parts], 0, CPU))
+
+
+def unshuffle(order: np.ndarray, parts: list[Tensor]) -> np.ndarray:
+    return torch.cat(parts).softmax(1).numpy()[np.argsort(order)]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+def test_tent_is_the_papers_algorithm_and_leaves_the_method_as_it_was(
+    judged: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptation, "TENT_BATCH", 9)
+    before = copy.deepcopy(judged.method.state_dict())
+    got = predict_tent(*judged[1:], CPU)
+    assert all(torch.equal(value, before[name]) for name, value in judged.method.state_dict().items())
+
+    method, affine = copy.deepcopy(judged.method), []
+    for module in method.modules():  # the released configuration: statistics of the batch, scale and shift are learned
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+            affine += [module.weight, module.bias]
+    optimizer = torch.optim.Adam(affine, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    order, batches = batches_of(judged, 9)
+    said = []
+    for batch in batches:
+        logits = method(batch)["logits"]
+        said.append(logits.detach())
+        optimizer.zero_grad()
+        entropy(logits).mean(0).backward()
+        optimizer.step()
+    np.testing.assert_allclose(got, unshuffle(order, said), atol=1e-6)
+    assert np.abs(got - predict(*judged[1:], CPU)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kept", [1, 3, 100])
+def test_t3a_is_the_papers_algorithm(judged: Judged, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptation, "T3A_BATCH", 9)
+    monkeypatch.setattr(adaptation, "T3A_KEPT", kept)
+    got = predict_t3a(*judged[1:], CPU)
+
+    classifier: nn.Linear = judged.method.classifier  # type: ignore[assignment]
+    order, batches = batches_of(judged, 9)
+    said = []
+    with torch.no_grad():
+        first = entropy(classifier(classifier.weight)).tolist()
+        supports = {number: [(first[number], classifier.weight[number])] for number in range(7)}
+        for batch in batches:
+            features = judged.method(batch)["masked"]
+            logits = classifier(features)
+            for face, (choice, doubt) in enumerate(
+                zip(logits.argmax(1).tolist(), entropy(logits).tolist(), strict=True)
+            ):
+                supports[choice].append((doubt, features[face]))
+            surest = [sorted(own, key=lambda pair: pair[0])[:kept] for own in supports.values()]
+            means = [torch.stack([z / z.norm() for _, z in own]).mean(0) for own in surest]
+            said.append(features @ torch.stack([mean / mean.norm() for mean in means]).T)
+    np.testing.assert_allclose(got, unshuffle(order, said), atol=1e-6)
+    assert np.abs(got - predict(*judged[1:], CPU)).max() > 1e-3
+
+
+def test_flipped_faces_are_averaged_alike_from_stored_features_and_from_pictures(
+    workspace: Workspace, judged: Judged
+) -> None:
+    model, manifest = build_model([judged.run]), workspace.load_manifest("two")
+    faces = [manifest.read_face(row) for row in judged.rows]
+    plain, mirrored = model.predict(faces), model.predict([np.ascontiguousarray(face[:, ::-1]) for face in faces])
+    assert np.abs(plain - mirrored).max() > 1e-3
+    got = judge(workspace, judged.run, "flip")
+    np.testing.assert_allclose(got, (plain + mirrored) / 2, atol=1e-4)
+    np.testing.assert_allclose(replace(model, flip=True).predict(faces), got, atol=1e-6)
+
+
+def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, judged: Judged) -> None:
+    got = judge(workspace, judged.run, "views")
+    spec, said = RunSpec.load(judged.run), []
+    dataset = make_dataset(spec, choose_target(workspace, "two", spec, find_protocol("clean-views")))
+    with torch.no_grad():
+        for view in range(5):
+            (batch,) = dataset.load([judged.rows], view, CPU)
+            said.append(judged.method(batch)["logits"].softmax(1).numpy())
+    np.testing.assert_allclose(got, np.mean(said, axis=0), atol=1e-6)
+    np.testing.assert_allclose(load_predictions(judged.run)["two"].probabilities, said[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["tent", "t3a"])
+def test_judged_again_a_target_gets_the_same_numbers_apart_from_all_others(
+    workspace: Workspace, judged: Judged, option: str
+) -> None:
+    def read() -> dict[str, float]:
+        return flatten_scores(read_scores(read_runs([judged.run])))
+
+    plain = {name: value for name, value in read().items() if not name.startswith("clean-")}
+    first = judge(workspace, judged.run, option)
+    np.testing.assert_array_equal(judge(workspace, judged.run, option), first)
+    scores = read()
+    assert {name: value for name, value in scores.items() if not name.startswith("clean-")} == plain
+    labels = workspace.load_manifest("two").labels[judged.rows]
+    assert scores[f"clean-{option}/unseen/accuracy"] == pytest.approx((first.argmax(1) == labels).mean())
+
+
+def test_the_command_line_offers_the_options_there_are() -> None:
+    assert set(TEST_TIME) == set(OPTIONS)
+
+
+def test_views_that_no_store_has_are_one_sentence(workspace: Workspace, judged: Judged, tiny_tower: str) -> None:
+    spec = RunSpec.load(judged.run)
+    for option, options in (("flip", "--views 2 --policy flip"), ("views", "--views 5 --policy paper --view-seed 0")):
+        sentence = complaint(choose_target, workspace, "three", spec, find_protocol(f"clean-{option}"))
+        assert "No features of 'three' match" in sentence
+        assert f"run `cafe extract three --backbone {tiny_tower} {options}`" in sentence
+
+
+def test_what_a_method_lacks_for_an_option_is_one_sentence(workspace: Workspace) -> None:
+    def say(method: str, option: str) -> str:
+        run, _ = start_run(workspace, method=method, source="one", targets="two", image_size=32)
+        return complaint(check_option, RunSpec.load(run), option)
+
+    assert say("linear_probe", "tent").startswith("TENT adapts batch norms, and LinearProbe has none")
+    assert say("linear_probe", "t3a") == ""
+    assert say("scn", "t3a").startswith("T3A adjusts a last linear layer, and the logits of Scn come from none")
+    assert say("scn", "tent") == ""
+
+
+def test_too_few_faces_to_adapt_to_are_one_sentence(judged: Judged) -> None:
+    few = judged._replace(rows=judged.rows[:7])
+    assert complaint(predict_tent, *few[1:], CPU).startswith("7 faces are too few to adapt to: at least 8")
+
+
+def test_a_run_is_judged_with_an_option_on_the_command_line(workspace: Workspace, judged: Judged, cafe: Cafe) -> None:
+    here = Cafe(Path(str(workspace.root)), cafe.address)
+    told = here.succeed("evaluate", judged.run.name, "--targets", "two", "--test-time", "t3a", ray=True)
+    assert "At test time: T3A (Iwasawa and Matsuo, NeurIPS 2021)" in told
+    table = here.succeed("compare")
+    assert "test_time" not in table
+    assert "also judged with --test-time t3a" in table
+    table = here.succeed("compare", "--test-time", "t3a", "--versus", "cafe")
+    assert "cafe (test_time=t3a)" in table
+    assert "generalisation to unseen ones" in table
+
+
+LABELS = np.arange(100) % 7
+
+
+def write_seeds(workspace: Workspace, method: str, right: dict[int, list[int]], protocol: str = "clean") -> None:
+    """Write runs that are right on a face of `unseen` and `other` where their seed's list has a 1, over and over."""
+    for seed, pattern in right.items():
+        hits = np.resize(pattern, 100).astype(bool)
+        run = write_run(workspace, method, seed=seed)
+        for target in ("unseen", "other"):
+            write_predictions(run, target, LABELS, np.where(hits, LABELS, (LABELS + 1) % 7), protocol, sureness=0.9)
+
+
+def test_rows_of_test_time_are_shown_where_they_are_named_tested_and_never_ranked(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    cafe, file = Cafe(tmp_path / "work", ""), tmp_path / "table.csv"
+    write_seeds(workspace, "cafe", {0: [1, 1, 0, 0], 1: [1, 0, 1, 0], 2: [0, 1, 1, 0]})
+    write_seeds(workspace, "cafe", {0: [1, 1, 1, 1], 1: [1, 1, 1, 1], 2: [1, 1, 1, 0]}, "clean-tent")
+    write_seeds(workspace, "scn", {0: [1, 0, 0, 0], 1: [1, 0, 0, 0]})
+
+    def read(*options: str) -> tuple[dict[str, dict[str, str]], str]:
+        table = cafe.succeed("compare", "--csv", str(file), *options)
+        rows = [row for row in csv.DictReader(file.open()) if row["target"] == "unseen"]
+        return {row["row"]: row for row in rows}, table
+
+    rows, table = read()
+    assert set(rows) == {"cafe", "scn"}
+    assert "also judged with --test-time tent" in table
+    rows, table = read("--test-time", "tent", "--test-time", "seeds", "--versus", "cafe")
+    tent, seeds = rows["cafe (test_time=tent)"], rows["cafe (test_time=mean of 3 seeds)"]
+    assert float(rows["cafe"]["mean"]) == 0.5
+    assert (float(tent["mean"]), tent["seeds"]) == (pytest.approx(2.75 / 3), "3")
+    # Two of three seeds are right on three faces of four, and sure of it: so is their mean.
+    assert (float(seeds["mean"]), seeds["seeds"], seeds["half_width"]) == (0.75, "1", "")
+    assert float(tent["accuracy_difference"]) == pytest.approx(2.75 / 3 - 0.5)
+    assert float(seeds["accuracy_difference"]) == pytest.approx(0.25)
+    assert float(rows["scn"]["mean"]) == 0.25  # both seeds alike
+    ranks = table[table.index("Mean ranks") :]
+    assert "cafe" in ranks
+    assert "(test_time" not in ranks
+    assert "nothing to show by the protocol 'clean', as no run was judged with it: run `cafe evaluate RUN" in cafe.fail(
+        "compare", "--test-time", "flip"
+    )
+
+
+def test_only_rows_without_options_are_marked_best(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    write_seeds(workspace, "cafe", {0: [1, 0]})
+    write_seeds(workspace, "cafe", {0: [1, 1]}, "clean-tent")
+    write_seeds(workspace, "scn", {0: [0, 0]})
+    file = tmp_path / "table.md"
+    Cafe(tmp_path / "work", "").succeed("compare", "--test-time", "tent", "--markdown", str(file))
+    lines = [line for line in file.read_text().splitlines() if line.startswith("| raf ")]
+    assert [line for line in lines if "**50.0**" in line and "| cafe |" in line]
+    (tent,) = [line for line in lines if "test_time=tent" in line]
+    assert "100.0" in tent
+    assert "**" not in tent
+    assert "<u>" not in tent
