@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": "jobs.predict:predict",
     "export": "jobs.exports:export",
     "compare": "jobs.results:compare",
+    "report": "jobs.reports:report",
     "mlflow": "jobs.results:mlflow",
     "ui": "jobs.results:ui",
     "doctor": "jobs.doctor:doctor",
@@ -38,6 +39,7 @@ def main(ctx: click.Context, workspace: str) -> None:
     cafe train --source news --method cafe --seed 0      # train, then judge on every other manifest
     cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals
+    cafe report quickstart                               # the same as a page, with every method's mistakes
     cafe predict cafe-news-s0 ~/photos                   # a trained run on photos and videos
     """
     ctx.obj = workspace

@@ -61,7 +61,6 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
-@click.option("--html", metavar="FILE", help="Write one page with figures, to be read, mailed or printed.")
 @click.option("--experiment", help="Only the runs of this experiment.")
 @click.option(
     "--best", type=click.Choice(["source_val"]), help="Say which run to ship, by held-out faces of its source."
@@ -82,7 +81,7 @@ def compare(
     """Compare runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds.
 
     \b
-    cafe compare --versus cafe --html comparison.html
+    cafe compare --versus cafe --markdown comparison.md
     cafe compare --mlflow-uri http://tracking:5000 --experiment table1
 
     Everything is computed from the runs' predictions. Published numbers stand beside ours where a data set is judged as it
@@ -125,7 +124,21 @@ def show_report(
     test_time: Sequence[str] = (),
     **choice: Any,
 ) -> Report:
-    """Compare the chosen runs, print every table with its notes, and return the report; raise `UserError`.
+    """Compare the chosen runs as `compare_runs` does, and print every table with its notes."""
+    report = compare_runs(workspace, chosen, protocol, exclude_leaks, **choice)
+    for table in (*sheet_tables(report.sheets), *report.about):
+        show(table)
+    return report
+
+
+def compare_runs(
+    workspace: Workspace,
+    chosen: tuple[list[Run], list[str]],
+    protocol: str = "clean",
+    exclude_leaks: bool = False,
+    **choice: Any,
+) -> Report:
+    """Compare the chosen runs by one protocol; raise `UserError`.
 
     `test_time` names options for which there are rows of their own. `choice` is what else `make_report` takes: metric,
     per_class, versus.
@@ -144,8 +157,6 @@ def show_report(
     leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
     report = make_report(runs, scores, protocol, leak_free, **choice)
     report.about.extend(about)
-    for table in (*sheet_tables(report.sheets), *report.about):
-        show(table)
     return report
 
 

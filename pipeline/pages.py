@@ -106,12 +106,10 @@ def describe_inputs(workspace: Workspace, run: Run, scores: pd.DataFrame) -> Ite
 def _describe_input(workspace: Workspace, context: str, name: str, digest: str, split: str) -> Input:
     manifest_name = name.partition("@")[0]
     counts: dict[str, Any] = {"split": split}
-    if manifest_name in workspace.manifest_names():
-        manifest = workspace.load_manifest(manifest_name)
-        if manifest.digest == digest:
-            labels = manifest.labels if split == "all" else manifest.labels[manifest.rows(split)]
-            counts |= {"faces": len(labels)}
-            counts |= dict(zip(EXPRESSIONS, np.bincount(labels, minlength=len(EXPRESSIONS)).tolist(), strict=True))
+    if manifest := workspace.find_manifest(manifest_name, digest):
+        labels = manifest.labels if split == "all" else manifest.labels[manifest.rows(split)]
+        counts |= {"faces": len(labels)}
+        counts |= dict(zip(EXPRESSIONS, np.bincount(labels, minlength=len(EXPRESSIONS)).tolist(), strict=True))
     # A data set that is shown twice needs two names.
     shown = f"{name}@val" if context == "validation" else name
     source = json.dumps({"uri": str(workspace.manifest_path(manifest_name))})

@@ -73,6 +73,13 @@ class Workspace:
             self.manifests[name] = manifest
         return manifest
 
+    def find_manifest(self, name: str, digest: str) -> Manifest | None:
+        """Load a manifest, unless there is none of that name any more or it is another one than that with the digest."""
+        if name not in self.manifest_names():
+            return None
+        manifest = self.load_manifest(name)
+        return manifest if manifest.digest == digest else None
+
     def _no_manifest(self, name: str) -> UserError:
         from cafe.synthetic.domains import DOMAINS
 

@@ -216,8 +216,8 @@ def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace)
 def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspace) -> None:
     folder = workspace.root / "benchmarks" / "grid-0123abcd"
     write_json(folder / "benchmark.json", {"name": "grid"})
-    write_comparison(folder, read_runs([judged(workspace)]), [], "clean")
+    write_comparison(workspace, folder, read_runs([judged(workspace)]), "grid", "clean")
     Mirror(workspace).update_benchmark(folder, "grid", "FINISHED")
-    assert picture(workspace, "grid")["files"].keys() == {"benchmark.json", "comparison.md", "comparison.html"}
+    assert picture(workspace, "grid")["files"].keys() == {"benchmark.json", "comparison.md", "report.html"}
     assert "| raf | cafe |" in (folder / "comparison.md").read_text()
-    assert (folder / "comparison.html").read_text().startswith("<!doctype html>")
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")

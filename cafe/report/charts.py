@@ -1,4 +1,4 @@
-"""Charts of a comparison, drawn with matplotlib for a page: values with intervals, heat maps and mean ranks.
+"""Charts drawn with matplotlib for a page: values with intervals, heat maps, mean ranks and training curves.
 
 They have no background and one ink, which the page replaces by the colour of its text, light or dark.
 """
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cafe.results.statistics import Ranking
 
@@ -103,6 +104,30 @@ def draw_ranks(labels: Sequence[str], ranking: Ranking) -> Figure:
         axes.plot([1, 1 + critical], [-0.85, -0.85], color=ACCENT, linewidth=2, marker="|")
         axes.text(1 + critical + 0.05, -0.85, "critical difference", va="center", color=INK, fontsize=9)
     axes.axis("off")
+    return figure
+
+
+def draw_curves(epochs: pd.DataFrame) -> Figure:
+    """Draw how the trainings of a row went, a line per run: the loss, and the accuracy in percent; dashed where held out.
+
+    `epochs` has the columns run, epoch and any of train/total, train/accuracy and selection/accuracy (0–1).
+    """
+    figure = Figure(figsize=(2 * WIDTH, 2.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for _, own in epochs.groupby("run"):
+        for axes, name, scale, style in (
+            (panels[0], "train/total", 1, "-"),
+            (panels[1], "train/accuracy", 100, "-"),
+            (panels[1], "selection/accuracy", 100, "--"),
+        ):
+            if name in own:
+                axes.plot(own["epoch"], scale * own[name], style, marker=".", color=ACCENT, linewidth=1.4, markersize=5)
+    for axes, label in zip(panels, ("loss", "accuracy, percent"), strict=True):
+        axes.set_xlabel("epoch", color=INK)
+        axes.set_ylabel(label, color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
+        _ink(axes)
     return figure
 
 

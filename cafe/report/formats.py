@@ -1,4 +1,4 @@
-"""A report in the formats people use: Markdown, LaTeX, CSV, and one self-contained HTML page that prints well."""
+"""A comparison's tables in the formats people use: Markdown, LaTeX and CSV; its page is in `experiment`."""
 
 from __future__ import annotations
 
@@ -96,24 +96,8 @@ def _escape_latex(text: str, plus_minus: str = "") -> str:
     return "".join(character if character in plus_minus else LATEX.get(character, character) for character in text)
 
 
-def to_html(report: Report) -> str:
-    """Return one page with figures and tables that needs nothing else: no script, no font, no picture from elsewhere."""
-    from markupsafe import Markup
-
-    from cafe.report.charts import to_svg
-    from cafe.report.drawings import list_drawings
-    from cafe.report.pages import render
-
-    figures: dict[str, list[tuple[str, Markup]]] = {sheet.title: [] for sheet in report.sheets}
-    for number, drawing in enumerate(list_drawings(report)):
-        picture = Markup(to_svg(drawing.figure, f"figure{number}", drawing.caption))  # noqa: S704  # our own
-        figures[drawing.sheet].append((drawing.caption, picture))
-    return render("comparison.html", report=report, figures=figures).decode()
-
-
 FORMATS: dict[str, Callable[[Report], str]] = {
     "markdown": to_markdown,
     "latex": to_latex,
     "csv": to_csv,
-    "html": to_html,
 }

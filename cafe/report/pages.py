@@ -22,6 +22,13 @@ def embed(pixels: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
+def embed_figure(png: bytes) -> str:
+    """Return a drawn figure as a data URI, compressed to a few tens of kilobytes."""
+    data = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(data, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
 def render(template: str, **values: Any) -> bytes:
     """Fill a template of this package and return the page or text; a value the template lacks is an error."""
     environment = Environment(

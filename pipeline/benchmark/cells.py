@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -20,7 +20,7 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import write_file, write_json
-from cafe.report.formats import to_html, to_markdown
+from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
 from cafe.results.scores import Run, read_runs, read_scores
 from pipeline import cluster
@@ -34,6 +34,7 @@ from pipeline.runs import note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.tracking import Mirror
 from pipeline.train import start_worker, train_and_judge
+from pipeline.workspace import Workspace
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
 
@@ -63,7 +64,7 @@ def _work_off(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failur
         raise
     _write_outcomes(plan, failures)
     runs = read_runs({cell.plan.run: None for cell in plan.runnable if cell.plan})
-    write_comparison(plan.folder, runs, plan.workspace.manifest_names(), plan.benchmark.protocol)
+    write_comparison(plan.workspace, plan.folder, runs, plan.experiment, plan.benchmark.protocol)
     mirror.update_benchmark(plan.folder, plan.experiment, "FAILED" if failures else "FINISHED")
     return failures
 
@@ -221,13 +222,13 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
     write_file(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())
 
 
-def write_comparison(folder: UPath, runs: Sequence[Run], known: Collection[str], protocol: str) -> None:
-    """Write the comparison of runs as a table and as a page to a benchmark's folder, where any was judged.
+def write_comparison(workspace: Workspace, folder: UPath, runs: Sequence[Run], experiment: str, protocol: str) -> None:
+    """Write the comparison of runs, where any was judged, to a benchmark's folder: tables, and the page of `cafe report`."""
+    from cafe.report.experiment import draw_experiment
 
-    `known` names the manifests of the workspace.
-    """
-    scores = read_scores(runs, known)
+    scores = read_scores(runs, workspace.manifest_names())
     if (scores["protocol"] == protocol).any():
         report = make_report(runs, scores, protocol=protocol)
         write_file(folder / "comparison.md", to_markdown(report).encode())
-        write_file(folder / "comparison.html", to_html(report).encode())
+        page = draw_experiment(experiment, report, workspace.root, workspace.keeping_manifests().find_manifest)
+        write_file(folder / "report.html", page)

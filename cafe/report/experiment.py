@@ -1,0 +1,92 @@
+"""The page of an experiment: its comparison, every row at close range, and how the numbers were made, in one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from upath import UPath
+
+from cafe.data.expressions import EXPRESSIONS
+from cafe.report.charts import draw_curves, to_svg
+from cafe.report.details import CURVES, Detail, FindManifest, Gallery, Mistake, list_details, read_thumbnails
+from cafe.report.drawings import list_drawings
+from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
+from cafe.report.pages import embed_figure, render
+from cafe.report.report import Report
+
+GALLERY = Gallery()
+FIGURES = {
+    "masks": "Its mean mask over faces of each expression, and how that differs from the mean over all of them.",
+    "heat_maps": "Where on a face its mask is open.",
+}
+
+
+def draw_experiment(
+    name: str, report: Report, root: UPath, find_manifest: FindManifest, gallery: Gallery = GALLERY
+) -> bytes:
+    """Return the page of an experiment's comparison; it needs nothing else: no script, no font, no picture from elsewhere.
+
+    `root` is that of the workspace, where audits lie; `find_manifest` gives the faces of the galleries.
+    """
+    figures: dict[str, list[tuple[str, Markup]]] = {sheet.title: [] for sheet in report.sheets}
+    for number, drawing in enumerate(list_drawings(report)):
+        picture = _mark_safe(to_svg(drawing.figure, f"figure{number}", drawing.caption))
+        figures[drawing.sheet].append((drawing.caption, picture))
+    details = list_details(report.comparison, gallery)
+    thumbnails = read_thumbnails([mistake for detail in details for mistake in detail.mistakes], find_manifest)
+    return render(
+        "experiment.html",
+        title=f"Experiment {name}",
+        report=report,
+        figures=figures,
+        details=[_show(detail, number, thumbnails) for number, detail in enumerate(details)],
+        expressions=EXPRESSIONS,
+        gallery=gallery,
+        origins=[trainings_sheet(report.comparison), targets_sheet(report.comparison, root)],
+        versions=list_versions(),
+    )
+
+
+def _mark_safe(svg: str) -> Markup:
+    return Markup(svg)  # noqa: S704  # our own
+
+
+def _show(detail: Detail, number: int, thumbnails: dict[tuple[str, str], str]) -> dict[str, Any]:
+    """Return what the template writes of a row."""
+    row, epochs = detail.row, detail.epochs.dropna(axis=1, how="all")
+    title = f"{row.label}, trained on {row.source}{' †' if row.peeked else ''}"
+    curves = [name for name in CURVES if name in epochs]
+    about = f"{title}: {' and '.join(CURVES[name] for name in curves)} after every epoch, a line per seed"
+    return {
+        "id": f"row{number}",
+        "title": title,
+        "seen": row.seen,
+        "targets": detail.targets,
+        "recalls": detail.recalls,
+        "confusions": [(target, _share(counts)) for target, counts in detail.confusions.items()],
+        "seed": row.runs[0].seed,
+        "galleries": list(_group(detail.mistakes, thumbnails)),
+        "figures": [(FIGURES[kind], embed_figure(path.read_bytes())) for kind, path in detail.pictures.items()],
+        "curves": _mark_safe(to_svg(draw_curves(epochs), f"curves{number}", about)) if curves else "",
+        "curve_names": [CURVES[name] for name in curves],
+        "epochs": epochs.groupby("epoch")[curves].mean().reset_index().to_numpy().tolist() if curves else [],
+    }
+
+
+def _share(counts: np.ndarray) -> list[tuple[str, int, list[float]]]:
+    """Return of each true expression that has faces its name, their number, and the shares (7,) of what was predicted."""
+    return [
+        (EXPRESSIONS[label], round(own.sum()), (own / own.sum()).tolist())
+        for label, own in enumerate(counts)
+        if own.sum()
+    ]
+
+
+def _group(mistakes: Sequence[Mistake], thumbnails: dict[tuple[str, str], str]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield each target with its mistakes, each with its picture, which is empty where there is none."""
+    for target in dict.fromkeys(mistake.target for mistake in mistakes):
+        own = [mistake for mistake in mistakes if mistake.target == target]
+        yield target, [(mistake, thumbnails.get((target, mistake.sample_id), "")) for mistake in own]

@@ -1,0 +1,88 @@
+"""How the numbers of a comparison were made: what each row was trained with, what each target is, and by which versions."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib.metadata import version
+
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.report.sheets import Cell, Sheet
+from cafe.results.comparison import Comparison, Row
+from cafe.results.leaks import load_leaks
+from cafe.results.predictions import Predictions, load_predictions
+
+PACKAGES = ("cafe", "numpy", "scipy", "pandas")  # that compute what the page shows
+LONG_NUMBER = re.compile(r"\d+\.\d{5,}")
+SHORT = 12  # characters of a digest or a commit
+
+
+def trainings_sheet(comparison: Comparison) -> Sheet:
+    """What every row was trained with: a line per row."""
+    header = ["source", "method", "seeds", "epoch", "epochs", "tower", "views", "code", "not as published"]
+    lines = [list(map(Cell, _describe_training(row))) for row in comparison.rows]
+    notes = [
+        "Epoch: which one is judged. final: the last; source_val: the best on faces held out of the source. Code: the "
+        "commit or the release a run was trained by. Not as published: settings that differ from the method's paper, where "
+        "it has a published recipe. All settings of a run are in its run.json."
+    ]
+    return Sheet("Trainings", len(header), 1, header, lines, notes)
+
+
+def _describe_training(row: Row) -> list[str]:
+    first, settings = row.runs[0], row.runs[0].settings
+    seeds = dict.fromkeys(str(run.seed) for run in row.runs)
+    codes = dict.fromkeys(str(run.derived.get("code", "–")) for run in row.runs)
+    return [
+        row.source,
+        row.label,
+        ", ".join(seeds),
+        first.selection,
+        str(settings.get("recipe.epochs", "–")),
+        str(settings.get("backbone", "–")),
+        str(settings.get("views", "–")),
+        ", ".join(code if " " in code else code[:SHORT] for code in codes),
+        LONG_NUMBER.sub(lambda number: f"{float(number[0]):.4g}", ", ".join(first.not_as_published)) or "–",
+    ]
+
+
+def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
+    """What every target is, and how many of its judged faces are copies of each source's training faces.
+
+    Copies are those that the audits of the workspace at `root` found.
+    """
+    scores = comparison.scores
+    sources = sorted(
+        {(source.name, source.digest) for row in comparison.rows for run in row.runs for source in run.sources}
+    )
+    header = ["target", "data set", "split", "manifest", "faces", *(f"copies from {name}" for name, _ in sources)]
+    lines = []
+    for target in (name for name in comparison.columns if name in comparison.kinds):
+        own = scores[scores["target"] == target]
+        words = (" / ".join(sorted(set(own[name].str[:SHORT]))) for name in ("kind", "split", "manifest"))
+        faces = " / ".join(f"{count:,}" for count in sorted(set(own["faces"])))
+        runs = {run.name: run for row in comparison.rows for run in row.runs}
+        judged = load_predictions(runs[own["run"].iloc[0]].folder, comparison.protocol)[target]
+        copies = [_count_copies(root, source, judged) for source in sources]
+        lines.append(list(map(Cell, [target, *words, faces, *copies])))
+    notes = [
+        "Faces: those that were judged. Copies: how many of them `cafe data audit` found to be copies or near copies of the "
+        "source's training faces; `--exclude-leaks` adds the accuracy without them."
+    ]
+    return Sheet("Targets and leak audit", 4, 0, header, lines, notes)
+
+
+def _count_copies(root: UPath, source: tuple[str, str], judged: Predictions) -> str:
+    try:
+        copies = load_leaks(root, *source, judged.about["target"], judged.about["manifest"])
+    except UserError:  # there is no audit, or one of other manifests than these
+        return "not audited"
+    return f"{len(copies.intersection(judged.sample_ids)):,}"
+
+
+def list_versions() -> str:
+    """Return the versions this page is computed with, as a sentence."""
+    packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    return f"Computed with {packages} and Python {platform.python_version()}."

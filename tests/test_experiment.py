@@ -1,0 +1,324 @@
+"""`cafe report`: a page whose numbers are those of the table of scores, and whose mistakes are those of the predictions."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Cafe, draw_faces
+from PIL import Image
+from runs import write_predictions, write_run
+from upath import UPath
+
+from cafe.data import DATASETS
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.indexing import index_files
+from cafe.files import write_file, write_json
+from cafe.report.charts import INK
+from cafe.report.drawings import list_drawings
+from cafe.report.experiment import draw_experiment
+from cafe.report.report import make_report
+from cafe.results.leaks import audit_path
+from cafe.results.metrics import estimate
+from cafe.results.predictions import Predictions, load_predictions, predictions_path
+from cafe.results.scores import read_runs, read_scores
+from pipeline.workspace import Workspace
+
+SEEDS = (0, 1)
+METHODS = ("cafe", "linear_probe")
+
+
+class Page(HTMLParser):
+    """Reads a page as a browser would: tables by their name, pictures, headings, links, and whether all is closed."""
+
+    VOID = ("meta", "link", "img", "br", "path", "use")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.asked: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.items: list[tuple[str, str, str]] = []  # of lists: the picture's text, its address, and all text
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        known = {name: value or "" for name, value in attributes}
+        self.tags.append((tag, known))
+        self.asked += [known[name] for name in ("src", "href", "xlink:href") if name in known]
+        self.ids += [known["id"]] if "id" in known else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag == "li":
+            self.items.append(("", "", ""))
+        if tag == "img" and "li" in self.open:
+            self.items[-1] = (known["alt"], known["src"], "")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+        elif "li" in self.open:
+            picture, address, text = self.items[-1]
+            self.items[-1] = (picture, address, f"{text} {' '.join(data.split())}".strip())
+
+    @property
+    def mistakes(self) -> list[tuple[str, str, str]]:
+        """The faces of the galleries: (sample, address of the picture, text)."""
+        return [item for item in self.items if "taken for" in item[2]]
+
+    def with_header(self, *header: str) -> list[list[list[str]]]:
+        """The tables whose first line is this header, without it."""
+        return [table[1:] for table in self.tables if table[0] == list(header)]
+
+
+def judge(run: UPath, workspace: Workspace, target: str, seed: int) -> None:
+    """Predict the real faces of a manifest: about a third of them wrongly, each as sure as its number says."""
+    manifest = workspace.load_manifest(target)
+    random = np.random.default_rng([seed, len(run.name)])
+    count = len(manifest)
+    predicted = np.where(
+        random.random(count) < 1 / 3, (manifest.labels + random.integers(1, 7, count)) % 7, manifest.labels
+    )
+    sureness = random.permutation(np.linspace(0.4, 0.9, count))
+    probabilities = np.repeat((1 - sureness[:, None]) / 6, 7, axis=1)
+    probabilities[np.arange(count), predicted] = sureness
+    about = {"run": run.name, "target": target, "protocol": "clean", "split": "test", "kind": "folder"}
+    about["manifest"] = manifest.digest
+    Predictions(manifest.sample_ids, manifest.labels, probabilities, about).save(predictions_path(run, target))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Two methods × two seeds, judged on faces whose pictures are there (web), and on their source, of which none are."""
+    folder = tmp_path_factory.mktemp("experiment")
+    workspace = Workspace.at(str(folder / "work"))
+    draw_faces(folder / "faces", per_class=20)
+    index_files("web", DATASETS["folder"](UPath(folder / "faces"))).manifest.save(workspace.manifest_path("web"))
+    index_files("raf", DATASETS["folder"](UPath(folder / "faces"))).manifest.save(workspace.manifest_path("raf"))
+    for method in METHODS:
+        for seed in SEEDS:
+            run = write_run(workspace, method, "raf", seed, experiments={"trial": None})
+            labels = np.arange(140) % 7
+            predicted = np.where(np.random.default_rng(seed).random(140) < 0.5, labels, 0)
+            write_predictions(run, "raf", labels, predicted, kind="rafdb")
+            judge(run, workspace, "web", seed)
+            for epoch in (1, 2):
+                losses = {"train/total": (seed + 1) / epoch, "train/accuracy": 0.25 * epoch, "learning_rate": 0.1}
+                write_json(run / "epochs" / f"{epoch:04d}.json", losses)
+    picture = io.BytesIO()
+    Image.new("RGB", (300, 100), "white").save(picture, "PNG")
+    mask = workspace.run_path(next(name for name in workspace.run_names() if name.startswith("cafe-raf-s0")))
+    write_file(mask / "figures" / "masks" / "web.png", picture.getvalue())
+    return workspace
+
+
+def report(workspace: Workspace, *options: str) -> Page:
+    file = Path(str(workspace.root)) / "page.html"
+    cafe = Cafe(Path(str(workspace.root)), "")
+    assert "page.html (0." in cafe.succeed("report", "trial", "--output", str(file), *options)
+    return Page(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def page(workspace: Workspace) -> Page:
+    return report(workspace, "--count", "500")
+
+
+def predictions_of(workspace: Workspace, method: str, target: str) -> list[Predictions]:
+    names = sorted(name for name in workspace.run_names() if name.startswith(f"{method}-raf"))
+    return [load_predictions(workspace.run_path(name))[target] for name in names]
+
+
+def scores_of(workspace: Workspace) -> pd.DataFrame:
+    return read_scores(read_runs(map(workspace.run_path, workspace.run_names())), workspace.manifest_names())
+
+
+def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
+    """Each face a run was wrong about with what the page must say of it."""
+    return {
+        (sample, f"labelled {EXPRESSIONS[label]} taken for {EXPRESSIONS[said]} {100 * sure:.0f} %")
+        for sample, label, said, sure in zip(
+            predictions.sample_ids,
+            predictions.labels,
+            predictions.predicted,
+            predictions.probabilities.max(axis=1),
+            strict=True,
+        )
+        if label != said and (not labels or EXPRESSIONS[label] in labels)
+    }
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace) -> None:
+    runs = read_runs(map(workspace.run_path, workspace.run_names()))
+    found = make_report(runs, scores_of(workspace), versus="cafe")
+    text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
+    page = Page(text)
+    assert page.open == []
+    assert all(link.startswith(("#", "data:image/")) for link in page.asked)
+    assert {link[1:] for link in page.asked if link.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"url\((?!#)|@import", text)
+    for sheet in found.sheets:
+        assert [[cell.text for cell in line] for line in sheet.lines] in page.with_header(*sheet.header)
+    assert text.count("<svg") == len(list_drawings(found)) + len(METHODS)  # and the training curves
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    assert INK not in text
+
+
+def test_the_page_can_be_read_by_keyboard_and_by_ear(page: Page) -> None:
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    names = [tag for tag, _ in page.tags]
+    assert (names.count("main"), names.count("nav"), names.count("header")) == (1, 1, 1)
+    first = next(known for tag, known in page.tags if tag == "a")
+    assert (first["class"], first["href"]) == ("skip", "#main")
+    assert all(known.get("alt") for tag, known in page.tags if tag == "img")
+    assert all(known.get("role") == "img" and known.get("aria-label") for tag, known in page.tags if tag == "svg")
+    assert all(known.get("scope") for tag, known in page.tags if tag == "th")
+    assert all(known.get("aria-label") for _, known in page.tags if "tabindex" in known and known["tabindex"] == "0")
+
+
+def test_recalls_are_those_of_the_table_of_scores(workspace: Workspace, page: Page) -> None:
+    scores = scores_of(workspace)
+    tables = page.with_header("expression", "(raf)", "web")
+    assert len(tables) == len(METHODS)
+    for method, table in zip(METHODS, tables, strict=True):
+        own = scores[scores["method"] == method].sort_values("seed")
+        metrics = [*(f"recall/{name}" for name in EXPRESSIONS), "accuracy", "mean_class_accuracy"]
+        expected = [
+            [str(estimate(list(own.loc[own["target"] == target, metric].dropna()))) for target in ("raf", "web")]
+            for metric in metrics
+        ]
+        assert [line[1:] for line in table] == expected
+        assert [line[0] for line in table] == [*EXPRESSIONS, "overall", "mean"]
+
+
+def test_confusions_are_the_mean_shares_over_seeds(workspace: Workspace, page: Page) -> None:
+    tables = page.with_header("true", *(name[:3] for name in EXPRESSIONS))
+    assert len(tables) == len(METHODS) * 2
+    for number, (method, target) in enumerate((method, target) for method in METHODS for target in ("raf", "web")):
+        seeds = predictions_of(workspace, method, target)
+        for line in tables[number]:
+            name, faces = line[0].split()
+            rows = [seed.predicted[seed.labels == EXPRESSIONS.index(name)] for seed in seeds]
+            assert int(faces) == len(rows[0])
+            said = np.concatenate(rows)
+            assert line[1:] == [str(round(100 * float((said == label).mean()))) for label in range(7)]
+        assert [line[0].split()[0] for line in tables[number]] == [
+            name for label, name in enumerate(EXPRESSIONS) if (seeds[0].labels == label).any()
+        ]
+
+
+def test_the_gallery_lists_exactly_the_faces_the_first_seed_was_wrong_about(workspace: Workspace, page: Page) -> None:
+    expected = [wrong(predictions_of(workspace, method, "web")[0]) for method in METHODS]
+    shown = [(sample, text) for sample, _, text in page.mistakes]
+    assert set(shown[: len(expected[0])]) == expected[0]
+    assert set(shown[len(expected[0]) :]) == expected[1]
+    assert len(shown) == len(expected[0]) + len(expected[1])
+    sureness = [int(text.split()[-2]) for _, text in shown[: len(expected[0])]]
+    assert sureness == sorted(sureness, reverse=True)
+
+
+def test_the_gallery_shows_the_chosen_expressions_and_as_many_as_asked_for(workspace: Workspace) -> None:
+    (first,) = report(workspace, "--errors", "sadness", "--count", "1").mistakes[:1]
+    sad = wrong(predictions_of(workspace, "cafe", "web")[0], "sadness")
+    assert (first[0], first[2]) == max(sad, key=lambda entry: int(entry[1].split()[-2]))
+    both = report(workspace, "--errors", "sadness", "--errors", "anger", "--count", "500").mistakes
+    expected = [wrong(predictions_of(workspace, method, "web")[0], "sadness", "anger") for method in METHODS]
+    assert sorted((sample, text) for sample, _, text in both) == sorted([*expected[0], *expected[1]])
+    assert report(workspace, "--count", "0").mistakes == []
+
+
+def test_the_pictures_are_thumbnails_of_these_very_faces(workspace: Workspace, page: Page) -> None:
+    manifest = workspace.load_manifest("web")
+    for sample, address, _ in page.mistakes:
+        shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,"))))
+        face = manifest.read_face(manifest.sample_ids.index(sample))
+        assert shown.size == (24, 24)
+        assert np.abs(np.asarray(shown, float).mean(axis=(0, 1)) - face.mean(axis=(0, 1))).max() < 4
+
+
+def test_a_face_that_is_gone_is_named_in_place_of_its_picture(workspace: Workspace) -> None:
+    manifest = workspace.load_manifest("web")
+    sample = next(iter(wrong(predictions_of(workspace, "cafe", "web")[0])))[0]
+    path = Path(str(manifest.path(manifest.sample_ids.index(sample))))
+    content = path.read_bytes()
+    path.unlink()
+    try:
+        mistakes = report(workspace, "--count", "500").mistakes
+    finally:
+        path.write_bytes(content)
+    assert [text.split()[0] for picture, _, text in mistakes if not picture and sample in text] == [sample] * sum(
+        sample in {name for name, _ in wrong(predictions_of(workspace, method, "web")[0])} for method in METHODS
+    )
+
+
+def test_training_curves_stand_beside_their_means_over_seeds(page: Page) -> None:
+    tables = page.with_header("epoch", "loss", "accuracy")
+    assert tables == [[["1", "1.500", "0.250"], ["2", "0.750", "0.500"]]] * len(METHODS)
+
+
+def test_a_mask_is_shown_where_the_method_has_one(page: Page) -> None:
+    shown = [known["alt"] for tag, known in page.tags if tag == "img" and known["src"].startswith("data:image/webp")]
+    assert [text.partition(":")[0] for text in shown] == ["cafe, trained on raf"]
+
+
+def test_the_page_says_how_the_numbers_were_made(workspace: Workspace) -> None:
+    copies = predictions_of(workspace, "cafe", "web")[0].sample_ids[:3]
+    table = pa.table({"source_split": ["train", "train", "test"], "target_sample_id": copies})
+    about = {"source_digest": "digest of raf", "target_digest": workspace.load_manifest("web").digest}
+    path = audit_path(workspace.root, "raf", "web")
+    path.parent.mkdir(parents=True)
+    pq.write_table(table.replace_schema_metadata({"cafe.audit": json.dumps(about)}), str(path))
+    page = report(workspace)
+    (targets,) = page.with_header("target", "data set", "split", "manifest", "faces", "copies from raf")
+    assert targets == [
+        ["raf", "rafdb", "test", "digest of ra", "140", "not audited"],
+        ["web", "folder", "test", workspace.load_manifest("web").digest[:12], "60", "2"],
+    ]
+    (trainings,) = [table for table in page.tables if table[0][:4] == ["source", "method", "seeds", "epoch"]]
+    assert [line[:4] for line in trainings[1:]] == [["raf", method, "0, 1", "final"] for method in METHODS]
+
+
+def test_runs_judged_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    write_predictions(write_run(workspace), "raf@train", np.arange(14) % 7, np.zeros(14, int), kind="rafdb")
+    found = make_report(read_runs(map(workspace.run_path, workspace.run_names())), scores_of(workspace))
+    assert Page(draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()).open == []
+
+
+def test_mistakes_in_the_command_are_one_sentence(workspace: Workspace) -> None:
+    cafe = Cafe(Path(str(workspace.root)), "")
+    assert cafe.fail("report", "trail") == "Error: Unknown experiment 'trail': choose trial."
+    assert cafe.fail("report", "trial", "--errors", "joy").startswith("Error: Unknown expression 'joy': choose ")
+    assert "wrote" not in cafe.fail("report", "trial", "--versus", "scn").lower()
