@@ -35,7 +35,7 @@ from cafe.towers.building import FrozenBackbone, load_backbone
 from cafe.towers.embedding import Embedder
 from pipeline import cluster
 from pipeline.features.extract import extract
-from pipeline.features.store import FeatureReader as StoredFeatures
+from pipeline.features.reader import FeatureReader as StoredFeatures
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace

@@ -20,7 +20,7 @@ class IncompleteError(UserError):
     exit_code = 1
 
 
-class StorageError(IncompleteError):
+class StorageError(IncompleteError, OSError):
     """A file that could not be read or written although it was tried again: nothing is known of its content."""
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from upath import UPath
 
+from cafe.errors import StorageError, first_line
+
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
-CERTAIN = (
-    FileNotFoundError,
-    NotADirectoryError,
-    IsADirectoryError,
-)  # no fault of the storage: another try changes nothing
+OBJECT_PAUSES = (*PAUSES, 5.0, 10.0, 20.0, 30.0)  # those of an object store, whose outages pass
+# No fault of the storage: another try changes nothing.
+CERTAIN = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, StorageError)
 
 Result = TypeVar("Result")
 
@@ -32,34 +34,97 @@ def locate(location: str) -> UPath:
     return path if path.protocol else path.expanduser().absolute()
 
 
-def retry(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function that reads or writes files, again after each of `PAUSES` as long as the storage fails."""
-    for pause in PAUSES:
+def storage_errors() -> tuple[type[Exception], ...]:
+    """Return what a failing storage raises: `OSError`, and what the library of S3 has besides, where it is loaded."""
+    s3 = sys.modules.get("botocore.exceptions")
+    return (OSError, s3.BotoCoreError, s3.ClientError) if s3 else (OSError,)
+
+
+def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function that uses a file, again after each of the pauses as long as the storage fails.
+
+    Raises `StorageError`, which says that the path cannot be `verb`, such as *read*; errors that are certain are left alone.
+    """
+    pauses = OBJECT_PAUSES if path.protocol in OBJECT_STORES else PAUSES
+    for pause in (*pauses, None):
         try:
             return function(*arguments)
         except CERTAIN:
             raise
-        except OSError:
+        except storage_errors() as error:
+            if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+                raise
+            if pause is None:
+                reason = getattr(error, "strerror", None) or first_line(error)
+                raise StorageError(
+                    f"{path} cannot be {verb} ({reason}), though it was tried {len(pauses) + 1} times: mend the storage or "
+                    "the rights to it and give the command again."
+                ) from error
             time.sleep(pause)
-    return function(*arguments)
+    raise AssertionError("the last try returns or raises")
+
+
+def exists(path: UPath) -> bool:
+    """Whether there is a file or folder."""
+    return retry(path, "read", path.exists)
 
 
 def list_folder(folder: UPath) -> list[UPath]:
     """Return what a folder holds, sorted by name, without files half written; nothing when it is not there."""
     try:
-        whole = (path for path in folder.iterdir() if not path.name.startswith("."))
-        return sorted(whole, key=lambda path: path.name)
+        there = retry(folder, "listed", lambda: list(folder.iterdir()))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    return sorted((path for path in there if not path.name.startswith(".")), key=lambda path: path.name)
 
 
 def list_sizes(folder: UPath) -> dict[str, int]:
     """Return the bytes of each file of a folder by its name, from one listing; nothing when it is not there."""
     try:
-        entries = folder.fs.ls(folder.path, detail=True)
+        entries = retry(folder, "listed", lambda: folder.fs.ls(folder.path, detail=True))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+
+def list_tree(folder: UPath) -> dict[str, tuple[int, float]]:
+    """Return size and time of change, in seconds since 1970, of each file below a folder by its place there."""
+    found = retry(folder, "listed", lambda: folder.fs.find(folder.path, detail=True))
+    return {
+        name.removeprefix(folder.path).strip("/"): (
+            entry["size"],
+            _seconds(entry.get("mtime") or entry.get("LastModified")),
+        )
+        for name, entry in found.items()
+    }
+
+
+def _seconds(time: Any) -> float:
+    return float(time.timestamp() if hasattr(time, "timestamp") else time or 0.0)
+
+
+def remove_tree(folder: UPath) -> None:
+    """Remove a folder with all it holds, which may be gone already."""
+    try:
+        retry(folder, "removed", lambda: folder.fs.rm(folder.path, recursive=True))
+    except FileNotFoundError:
+        return
+
+
+def read_file(path: UPath) -> bytes:
+    """Return the content of a file, from an object store by one request."""
+    if path.protocol not in OBJECT_STORES:
+        return retry(path, "read", path.read_bytes)
+    whole = {"max_concurrency": 1} if path.protocol in ("s3", "s3a") else {}  # else it asks for the size before
+    return bytes(retry(path, "read", lambda: path.fs.cat_file(path.path, **whole)))
+
+
+def remove_file(path: UPath) -> None:
+    """Remove a file that may be gone already."""
+    try:
+        retry(path, "removed", path.unlink)
+    except FileNotFoundError:
+        return
 
 
 def write_file(path: UPath, content: bytes) -> None:
@@ -67,6 +132,13 @@ def write_file(path: UPath, content: bytes) -> None:
 
     An object store does so by itself; on a disk the content is written beside the file and then renamed.
     """
+    if path.protocol in OBJECT_STORES:
+        retry(path, "written", path.fs.pipe_file, path.path, content)
+        return
+    retry(path, "written", _write_beside, path, content)
+
+
+def _write_beside(path: UPath, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.protocol:
         path.write_bytes(content)
@@ -82,7 +154,7 @@ def write_file(path: UPath, content: bytes) -> None:
 def read_json(path: UPath) -> dict[str, Any] | None:
     """Return a JSON object, or None when the file is missing or damaged."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_file(path))
     except (
         FileNotFoundError,
         ValueError,
@@ -94,4 +166,9 @@ def read_json(path: UPath) -> dict[str, Any] | None:
 
 def write_json(path: UPath, record: dict[str, Any]) -> None:
     """Write a JSON object, with the same bytes for the same content."""
-    write_file(path, json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False).encode())
+    write_file(path, encode_json(record))
+
+
+def encode_json(record: dict[str, Any]) -> bytes:
+    """Return the bytes of a JSON object, the same for the same content."""
+    return json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")

@@ -11,6 +11,7 @@ COMMANDS = {
     "data": "jobs.data:data",
     "tower": "jobs.towers:tower",
     "extract": "jobs.runs:extract",
+    "store": "jobs.stores:store",
     "train": "jobs.runs:train",
     "evaluate": "jobs.runs:evaluate",
     "benchmark": "jobs.runs:benchmark",

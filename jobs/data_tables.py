@@ -10,7 +10,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import Difference, Index
 from cafe.data.manifest import SPLITS
 from jobs.terminal import make_table
-from pipeline.features.store import find_stores
+from pipeline.features.description import find_stores
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:  # they load a search library, which most commands do not need

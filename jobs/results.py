@@ -125,7 +125,7 @@ def show_report(
     **choice: Any,
 ) -> Report:
     """Compare the chosen runs as `compare_runs` does, and print every table with its notes."""
-    report = compare_runs(workspace, chosen, protocol, exclude_leaks, **choice)
+    report = compare_runs(workspace, chosen, protocol, exclude_leaks, test_time, **choice)
     for table in (*sheet_tables(report.sheets), *report.about):
         show(table)
     return report
@@ -136,6 +136,7 @@ def compare_runs(
     chosen: tuple[list[Run], list[str]],
     protocol: str = "clean",
     exclude_leaks: bool = False,
+    test_time: Sequence[str] = (),
     **choice: Any,
 ) -> Report:
     """Compare the chosen runs by one protocol; raise `UserError`.

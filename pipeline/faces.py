@@ -21,7 +21,11 @@ from cafe.records import FORMAT
 from cafe.results.predictions import predictions_path
 from cafe.results.protocols import OPTIONS, Protocol, find_protocol
 from cafe.towers.names import absolute_name, short_name
-from pipeline.features.store import About, FeatureReader, FeatureStore, find_stores
+from pipeline.features.description import check_description, find_stores
+from pipeline.features.key import About
+from pipeline.features.reader import FeatureReader
+from pipeline.features.receipts import Receipts
+from pipeline.features.store import FeatureStore
 from pipeline.runs import RunSpec
 from pipeline.settings import StoreChoice
 from pipeline.workspace import Workspace
@@ -178,7 +182,7 @@ def any_store(workspace: Workspace, manifest: Manifest) -> Store | None:
     """Return any finished store of a manifest: where nobody reads features, it tells which images are unreadable."""
     stores = find_stores(workspace.features, manifest.name)
     current = fitting_stores(stores, Wanted({"images": manifest.image_digest}))
-    return next((store for store in current if not FeatureStore(*store).pending()), None)
+    return next((store for store in current if not Receipts(*store).pending()), None)
 
 
 def choose_target(
@@ -269,7 +273,8 @@ def _options(choice: StoreChoice) -> str:
 
 def _finished(store: Store) -> Store:
     path, about = store
-    if pending := len(FeatureStore(path, about).pending()):
+    check_description(path)
+    if pending := len(Receipts(path, about).pending()):
         raise UserError(
             f"The features of {about.manifest!r} ({about.describe()}) lack {pending} shards: "
             f"run `cafe extract` with the same options again to finish them."

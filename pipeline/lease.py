@@ -50,6 +50,12 @@ class Lease:
             return False
 
 
+def find_holder(folder: UPath) -> str:
+    """Return who works on a folder, empty when nobody does."""
+    lease = _read(folder / ".lease.json")
+    return f"process {lease.process} on {lease.host}" if lease and lease.alive else ""
+
+
 @contextmanager
 def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
     """Hold the lease of a folder; yields what raises `UserError` once another has taken it over, to be called now and then.

@@ -27,7 +27,7 @@ from cafe.errors import UserError
 from cafe.files import read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.sources import Source
-from pipeline.features.store import FeatureKey
+from pipeline.features.key import FeatureKey
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

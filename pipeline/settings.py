@@ -21,6 +21,7 @@ Protocol = Literal["clean", "paper"]
 PROTOCOLS = get_args(Protocol)
 TestTime = Literal["flip", "views", "tent", "t3a"]
 TEST_TIME = get_args(TestTime)
+Normalisation = Literal["tower", "imagenet", "clip"]
 
 
 def setting(default: Any, about: str, **click: Any) -> Any:
@@ -52,7 +53,7 @@ class FeatureSettings:
     views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.")
     policy: Policy = setting("paper", "How views are augmented.")
     view_seed: int = setting(0, "Seed of the views (not of the training).")
-    normalisation: Literal["tower", "imagenet", "clip"] | None = setting(
+    normalisation: Normalisation | None = setting(
         None, "Pixel statistics; default: the backbone's own, ImageNet's for clip-vit-b32 as published."
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
@@ -87,7 +88,6 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     retry_skipped: bool = setting(
         False, "Compute shards again in which images were left out: they may be mended by now."
     )
-    verify: bool = setting(False, "Read every finished shard back and compute those again whose checksum is wrong.")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from cafe.learning.loading import SMALLEST_BATCH
 from cafe.methods import find_method
 from cafe.results.protocols import find_protocol
 from pipeline.faces import Faces, Store, any_store, choose_store
-from pipeline.features.store import About, FeatureReader, describe_policy, find_stores
+from pipeline.features.description import find_stores
+from pipeline.features.key import About, describe_policy
+from pipeline.features.reader import FeatureReader
 from pipeline.settings import TrainSettings
 from pipeline.workspace import Workspace
 

@@ -31,7 +31,7 @@ from pipeline import cluster
 from pipeline.cluster import Bar, Progress, no_bar
 from pipeline.evaluate import is_judged, predict_targets
 from pipeline.faces import Faces, choose_target, choose_targets
-from pipeline.features.store import About, describe_policy
+from pipeline.features.key import About, describe_policy
 from pipeline.lease import hold
 from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
 from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status

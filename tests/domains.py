@@ -14,7 +14,8 @@ from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.learning.checkpoints import read_tensors
-from pipeline.features.store import About, FeatureKey, FeatureStore, describe_policy
+from pipeline.features.key import About, FeatureKey, describe_policy
+from pipeline.features.store import FeatureStore
 from pipeline.settings import TrainSettings
 from pipeline.train import TrainPlan, plan_training
 from pipeline.worker import Task, Worker
@@ -48,7 +49,7 @@ def fill(workspace: Workspace, manifest: Manifest, features: np.ndarray, **key: 
     about = About(described, manifest.name, "timm:tiny", len(manifest), features.shape[2], None, 64)
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     for shard in store.pending():
-        store.write_shard(shard, {"pooled": features[store.rows_of(shard)]}, {})
+        store.write_shard(shard, {"pooled": features[store.about.rows_of(shard)]}, {})
     return store
 
 

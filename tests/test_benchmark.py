@@ -30,9 +30,10 @@ from pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Benchmar
 from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from pipeline.cluster import no_bar
 from pipeline.evaluate import predict_target
+from pipeline.features.description import find_stores
 from pipeline.features.extract import describe_store, know_tower
 from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import FeatureStore, find_stores
+from pipeline.features.store import FeatureStore
 from pipeline.models import build_method, make_dataset
 from pipeline.runs import is_finished
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings

@@ -25,7 +25,7 @@ from cafe.methods.method import Recipe
 from cafe.results.comparison import compare
 from cafe.results.leaks import audit_path, leave_out_leaks
 from cafe.results.scores import read_runs, read_scores
-from pipeline.features.store import FeatureKey
+from pipeline.features.key import FeatureKey
 from pipeline.runs import RunSpec
 from pipeline.sources import UnitedFaces, choose_rows
 from pipeline.workspace import Workspace

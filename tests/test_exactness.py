@@ -21,8 +21,8 @@ from cafe.methods.method import Inputs
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from pipeline.features.extract import describe_store
+from pipeline.features.reader import FeatureReader as StoreReader
 from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import FeatureReader as StoreReader
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
 
@@ -116,7 +116,7 @@ def test_layers_of_one_pass_are_byte_for_byte_those_taken_one_by_one(
         }
 
     embed([0, 1, 2])
-    together[1].receipt_path(2).unlink()  # as if killed between two stores of one shard
+    together[1].receipts.path(2).unlink()  # as if killed between two stores of one shard
     together[1].array("pooled")[22:33] = 0
     embed([2, 3, 4, 5])
     for store, expected in zip(together, alone, strict=True):

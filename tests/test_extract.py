@@ -22,8 +22,9 @@ from torchvision import transforms
 from upath import UPath
 
 from cafe.towers.building import load_backbone
+from pipeline.features.description import find_stores
 from pipeline.features.shards import prefetch
-from pipeline.features.store import FeatureStore, find_stores
+from pipeline.features.store import FeatureStore
 
 
 def open_store(cafe: Cafe, manifest: str) -> FeatureStore:
@@ -75,7 +76,7 @@ def test_resuming_gives_the_same_bytes_and_computes_only_what_is_missing(indexed
     indexed.succeed(*command, ray=True)
     store = open_store(indexed, "tiny")
     before = contents(store.path)
-    store.receipt_path(1).unlink()
+    store.receipts.path(1).unlink()
     store.array("pooled")[15:20] = 0  # as if killed in the middle of shard 1
     assert "computed 1 of 4 shards" in indexed.succeed(*command, ray=True)
     assert contents(store.path) == before
@@ -110,15 +111,22 @@ def test_what_is_wrong_with_layers_is_one_sentence(indexed: Cafe, tiny_tower: st
     assert "no finer grid" in indexed.fail(*command, tiny_tower, "--layers", "final,final/5x5")
 
 
-def test_verify_computes_a_damaged_shard_again(indexed: Cafe, tiny_tower: str) -> None:
-    command = ("extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "15")
+def test_repair_computes_a_damaged_shard_again_and_no_other(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "15", "--normalisation", "imagenet")
     indexed.succeed(*command, ray=True)
     store = open_store(indexed, "tiny")
     before = contents(store.path)
     store.array("pooled")[59] = 0
+    receipts = {shard: store.receipts.path(shard).stat().st_mtime_ns for shard in range(4)}
     assert "nothing to do" in indexed.succeed(*command)
-    assert "computed 1 of 4 shards" in indexed.succeed(*command, "--verify", ray=True)
+    (store.path / "store.zarr" / "label" / "zarr.json").unlink()
+    name = f"tiny/{store.path.name}"
+    output = indexed.succeed("store", "repair", "tiny", ray=True)
+    assert f"{name}: 2 damaged files written again, computed 1 shards" in output
     assert contents(store.path) == before
+    written = [shard for shard in range(4) if store.receipts.path(shard).stat().st_mtime_ns != receipts[shard]]
+    assert written == [3]
+    assert f"{name}: nothing to do" in indexed.succeed("store", "repair", "tiny")
 
 
 def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(

@@ -90,9 +90,9 @@ def test_a_picture_that_is_gone_is_skipped_until_skipped_ones_are_asked_for(extr
     assert set(extraction.run().values()) == {""}
     store, manifest = extraction.store, extraction.workspace.load_manifest("tiny")
     assert store.pending() == []
-    assert store.skipped_paths(manifest) == [("anger/019.png", "file not found")]
+    assert store.receipts.skipped_paths(manifest) == [("anger/019.png", "file not found")]
     picture.write_bytes(content)
-    store.discard_skipped()
+    store.receipts.discard_skipped()
     assert extraction.run() == {1: ""}
     assert extraction.store.valid().all()
 
@@ -120,7 +120,7 @@ def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extr
     extraction.cafe.succeed("data", "index", "folder", str(extraction.faces), "--name", "tiny")
     extraction.settings = replace(extraction.settings, max_megapixels=1)
     assert set(extraction.run().values()) == {""}
-    skipped = extraction.store.skipped_paths(extraction.workspace.load_manifest("tiny"))
+    skipped = extraction.store.receipts.skipped_paths(extraction.workspace.load_manifest("tiny"))
     assert skipped == [("anger/019.png", "1001×1000 pixels are more than 1,000,000")]
 
 

@@ -23,8 +23,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from upath import UPath
 
+from pipeline.features.description import find_stores
 from pipeline.features.isolation import find_killers
-from pipeline.features.store import FeatureStore, find_stores
+from pipeline.features.store import FeatureStore
 
 ALONE = ("--num-cpus", "1")
 
@@ -67,11 +68,11 @@ def test_an_extraction_loses_only_unfinished_shards(work: Cafe, whole: Cafe, tin
     kill_at(work, command, "features/tiny/**/receipts/*.json")
     ((path, about),) = find_stores(UPath(work.workspace / "features"), "tiny")
     killed = FeatureStore(path, about)
-    assert 0 < len(killed.pending()) < killed.shards
+    assert 0 < len(killed.pending()) < killed.about.shards
 
     rerun = work.succeed(*command)
-    assert f"of {killed.shards} shards" in rerun
-    assert f"computed {killed.shards} of" not in rerun
+    assert f"of {killed.about.shards} shards" in rerun
+    assert f"computed {killed.about.shards} of" not in rerun
     whole.succeed(*command)
     features = [cafe.workspace / "features" for cafe in (work, whole)]
     resumed, uninterrupted = (

@@ -23,7 +23,9 @@ from cafe.files import read_json
 from cafe.results.predictions import Predictions
 from cafe.results.scores import read_run
 from pipeline.benchmark.file import parse_benchmark, read_benchmark
-from pipeline.features.store import FeatureStore, find_stores
+from pipeline.features.description import find_stores
+from pipeline.features.store import FeatureStore
+from pipeline.features.verify import find_damage
 from pipeline.runs import RunSpec, read_status
 from pipeline.workspace import Workspace
 
@@ -63,12 +65,12 @@ def test_a_receipt_of_any_content(tmp_path: Path, steps: list[int], value: Any, 
     path = tmp_path / "whole"
     store = FeatureStore(*find_stores(UPath(tmp_path), "whole")[0]) if path.exists() else filled(path)
     store.write_shard(1, features(1, store), {5: "file is empty"})
-    whole = read_json(store.receipt_path(1))
-    store.receipt_path(1).write_bytes(json.dumps(put(whole, steps, value)).encode() if text is None else text)
-    complaint(store.skipped_paths, MANIFEST)
+    whole = read_json(store.receipts.path(1))
+    store.receipts.path(1).write_bytes(json.dumps(put(whole, steps, value)).encode() if text is None else text)
+    complaint(store.receipts.skipped_paths, MANIFEST)
     complaint(store.read_view, "pooled", 0)
-    complaint(store.discard_skipped)
-    store.discard_damaged()
+    complaint(store.receipts.discard_skipped)
+    assert isinstance(find_damage(store.path), list)
 
 
 @OFTEN

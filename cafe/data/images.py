@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from upath import UPath
 
-from cafe.errors import StorageError
-from cafe.files import PAUSES, list_folder, retry
+from cafe.files import list_folder, read_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
@@ -45,7 +44,7 @@ def read_bytes(path: UPath) -> bytes:
     A storage that fails is tried again; then it raises `StorageError`, which says nothing of the picture.
     """
     try:
-        data: bytes = retry(path.read_bytes)
+        data = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise MissingImageError(MISSING) from None
     except IsADirectoryError:
@@ -55,10 +54,7 @@ def read_bytes(path: UPath) -> bytes:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UnreadableImageError("a name that is too long for a file") from None
-        raise StorageError(
-            f"{path} cannot be read ({error.strerror or error}), though it was tried {len(PAUSES) + 1} times: mend the "
-            "storage or the rights to it and give the command again."
-        ) from None
+        raise
     if not data:
         raise UnreadableImageError("file is empty")
     return data

@@ -17,7 +17,7 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.files import list_folder, retry, write_file
+from cafe.files import list_folder, read_file, write_file
 from cafe.results.protocols import find_protocol
 
 
@@ -84,7 +84,7 @@ class Predictions:
         Without `named`, the ids and groups of the faces are left out, which takes most of the time.
         """
         try:
-            content = retry(path.read_bytes)
+            content = read_file(path)
         except FileNotFoundError:
             return None
         try:

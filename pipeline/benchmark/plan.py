@@ -24,8 +24,10 @@ from cafe.towers.names import absolute_name
 from pipeline.benchmark.file import Benchmark, Entry
 from pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
 from pipeline.faces import Faces, Store, Wanted, fitting_stores
+from pipeline.features.description import find_stores
 from pipeline.features.extract import Extraction
-from pipeline.features.store import About, FeatureKey, FeatureStore, describe_policy, find_stores
+from pipeline.features.key import About, FeatureKey, describe_policy
+from pipeline.features.receipts import Receipts
 from pipeline.models import PUBLISHED_SIZE, find_deviations
 from pipeline.runs import RunSpec
 from pipeline.settings import BenchmarkSettings, ExtractSettings
@@ -203,11 +205,11 @@ class _Planner:
         if len(found) != 1:  # several differ in something only the tower can tell
             return StorePlan(manifest, settings, pending=len(manifest))
         path, about = found[0]
-        store = FeatureStore(path, about)
-        pending = store.pending()
-        faces = sum(len(store.rows_of(shard)) for shard in pending)
-        skipped = [] if pending else store.skipped_paths(manifest)
-        extraction = Extraction(path, about, store.shards, 0, skipped)
+        receipts = Receipts(path, about)
+        pending = receipts.pending()
+        faces = sum(len(about.rows_of(shard)) for shard in pending)
+        skipped = [] if pending else receipts.skipped_paths(manifest)
+        extraction = Extraction(path, about, 0, skipped)
         complaint = extraction.complaint(settings.max_skipped) if len(skipped) > settings.max_skipped else ""
         return StorePlan(manifest, settings, (path, about), faces, complaint)
 

@@ -26,8 +26,9 @@ from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisatio
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
+from pipeline.features.key import About, FeatureKey, default_shard_rows, describe_policy
 from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import About, FeatureKey, FeatureStore, default_shard_rows, describe_policy
+from pipeline.features.store import FeatureStore
 from pipeline.lease import hold
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace
@@ -40,17 +41,16 @@ HANDED_OUT = 2  # shards that Ray gives a worker at a time
 
 @dataclass(frozen=True)
 class Extraction:
-    """What an extract command did: `computed` shards of `shards`, and why the `skipped` images have no features."""
+    """What an extract command did: so many shards `computed`, and why the `skipped` images have no features."""
 
     store: UPath
     about: About
-    shards: int
     computed: int
     skipped: list[tuple[str, str]]
 
     def sentence(self) -> str:
         """Say what happened, for the end of a command."""
-        what = f"computed {self.computed} of {self.shards} shards" if self.computed else "nothing to do"
+        what = f"computed {self.computed} of {self.about.shards} shards" if self.computed else "nothing to do"
         unreadable = f", {len(self.skipped)} unreadable images left out" if self.skipped else ""
         return f"{self.about.manifest}: {what}{unreadable}; {self.about.describe()} in {self.store}"
 
@@ -158,7 +158,7 @@ def _run(workspace: Workspace, passes: list[_Pass], settings: ExtractSettings, p
     total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
     with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
         for step in passes:
-            done += len(step.manifest) - sum(len(step.stores[0].rows_of(shard)) for shard in step.shards)
+            done += len(step.manifest) - sum(len(step.stores[0].about.rows_of(shard)) for shard in step.shards)
             path = str(workspace.manifest_path(step.manifest.name))
             for shard in _embed_patiently(step, path, settings) if step.shards else ():
                 done += shard["rows"]
@@ -166,7 +166,7 @@ def _run(workspace: Workspace, passes: list[_Pass], settings: ExtractSettings, p
                 step.check_leases()
                 progress(done, total)
             for store in step.stores:
-                store.sweep()
+                store.finish()
     _check_finished(passes, faults)
 
 
@@ -196,7 +196,7 @@ class _Pass:
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
         return [
-            Extraction(store.path, store.about, store.shards, len(pending), store.skipped_paths(self.manifest))
+            Extraction(store.path, store.about, len(pending), store.receipts.skipped_paths(self.manifest))
             for store, pending in zip(self.stores, self.pending, strict=True)
         ]
 
@@ -213,10 +213,10 @@ def _plan(
     leases = [held.enter_context(hold(folder / name, settings.wait)) for name in names]
     for about in asked:
         store = FeatureStore.create(folder, replace(about, shard_rows=step), manifest)
-        if settings.verify:
-            store.discard_damaged()
         if settings.retry_skipped:
-            store.discard_skipped()
+            store.receipts.discard_skipped()
+        if store.pending():
+            store.receipts.discard([])  # what is summed up may be wrong soon
         alike[store.about.shard_rows].append(store)
     return [_Pass(manifest, stores, [store.pending() for store in stores], leases) for stores in alike.values()]
 
@@ -227,8 +227,8 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
     if lacking:
         listed = "".join(f"\n  {fault} ({count} shards)" for fault, count in faults.most_common(LISTED) if fault)
         raise IncompleteError(
-            f"{lacking} of {sum(store.shards for step in passes for store in step.stores)} shards could not be computed; "
-            f"all others are kept: give the same command again.{listed}"
+            f"{lacking} of {sum(store.about.shards for step in passes for store in step.stores)} shards could not be "
+            f"computed; all others are kept: give the same command again.{listed}"
         )
 
 

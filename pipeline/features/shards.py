@@ -20,13 +20,14 @@ import torch
 from cafe.data.images import MISSING
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
-from cafe.files import locate, retry
+from cafe.files import locate
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.names import parse_backbone
 from pipeline.cluster import check_versions
 from pipeline.features.isolation import find_killers
-from pipeline.features.store import About, FeatureStore
+from pipeline.features.key import About
+from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
 
 KILLER = "kills its decoder"
@@ -106,13 +107,13 @@ class ShardEmbedder:
         (shard,) = batch["shard"].tolist()
         try:
             return {"shard": [shard], "rows": [self._embed(shard)], "fault": [""]}
-        except (StorageError, OSError, MemoryError) as error:
+        except (OSError, MemoryError) as error:
             return {"shard": [shard], "rows": [0], "fault": [str(error) or repr(error)]}
 
     def _embed(self, shard: int) -> int:
         lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
         layers = [self.layers[number] for number in lacking]
-        rows, views = self.stores[0].rows_of(shard), self.stores[0].about.key.views
+        rows, views = self.stores[0].about.rows_of(shard), self.stores[0].about.key.views
         if shard in self.suspects:
             paths = [self.embedder.manifest.path(row) for row in rows]
             killers = find_killers(paths, self.embedder.max_pixels)
@@ -132,7 +133,7 @@ class ShardEmbedder:
                 name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
                 for name, values in parts.items()
             }
-            retry(self.stores[number].write_shard, shard, arrays, skipped)
+            self.stores[number].write_shard(shard, arrays, skipped)
         return len(rows)
 
     def _check_node(self, skipped: dict[int, str], faces: int) -> None:

@@ -14,7 +14,8 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import locate, read_json
 from cafe.results.scores import Run, read_runs, read_scores
-from pipeline.features.store import FeatureStore, find_stores
+from pipeline.features.description import find_stores
+from pipeline.features.store import FeatureStore
 from pipeline.runs import is_finished
 from pipeline.workspace import Workspace
 

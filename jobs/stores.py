@@ -1,0 +1,138 @@
+"""`cafe store …`: list feature stores, verify and repair them, and remove those nobody needs."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cafe.errors import IncompleteError
+from jobs.options import options
+from jobs.terminal import Commands, interruptible, make_table, open_workspace, progress_bar, show
+from pipeline.settings import ClusterSettings
+
+if TYPE_CHECKING:
+    from pipeline.stores import StoreFacts
+
+DAY = 86_400.0
+as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
+names_argument = click.argument("names", nargs=-1, metavar="[STORE]...")
+
+
+@click.group(cls=Commands)
+def store() -> None:
+    """Feature stores: what there is, whether it is whole, and what can go.
+
+    STORE is MANIFEST/FOLDER as `cafe store ls` shows it, its unambiguous beginning, or a manifest for all of its stores.
+    """
+
+
+@store.command("ls")
+@names_argument
+@as_json
+def list_all(names: tuple[str, ...], as_json: bool) -> None:
+    """List stores with size, age and the runs that use them: `cafe store ls`."""
+    from pipeline.stores import find_paths, list_stores
+
+    workspace = open_workspace()
+    stores = list_stores(workspace, find_paths(workspace, names))
+    if as_json:
+        click.echo(json.dumps([facts.record() for facts in stores], indent=1))
+        return
+    header = ["store", "features", "worked on by", "shards", "faces", "MB", "days old", "runs trained", "runs judged"]
+    show(make_table(header, [_line(facts) for facts in stores], words=3, title=str(workspace.root)))
+
+
+def _line(facts: StoreFacts) -> tuple[object, ...]:
+    about = facts.about
+    described = (
+        (about.describe(), facts.holder, f"{facts.done} of {about.shards}", about.rows)
+        if about
+        else ("unknown", "", "", "")
+    )
+    age = f"{(time.time() - facts.made) / DAY:.1f}"
+    return (facts.name, *described, f"{facts.bytes / 1e6:,.1f}", age, len(facts.trained), len(facts.judged))
+
+
+@store.command("verify")
+@names_argument
+@as_json
+def verify(names: tuple[str, ...], as_json: bool) -> None:
+    """Read stores back, every byte, and name the files that are not what was written: `cafe store verify news`."""
+    from pipeline.features.description import store_name
+    from pipeline.features.verify import find_damage
+    from pipeline.stores import find_paths
+
+    found = {}
+    with interruptible("nothing was changed"), progress_bar("Verifying", "shards") as progress:
+        for path in find_paths(open_workspace(), names):
+            found[store_name(path)] = find_damage(path, progress)
+    damaged = {name: damages for name, damages in found.items() if damages}
+    if as_json:
+        click.echo(
+            json.dumps([{"name": name, "damaged": list(map(vars, files))} for name, files in found.items()], indent=1)
+        )
+    else:
+        for name in found.keys() - damaged.keys():
+            click.echo(f"{name}: every byte is what was written")
+    if damaged:
+        listed = "".join(f"\n  {name}/{one.file} {one.problem}" for name, files in damaged.items() for one in files)
+        count = sum(map(len, damaged.values()))
+        raise IncompleteError(f"{count} files are damaged: run `cafe store repair {' '.join(damaged)}`.{listed}")
+
+
+@store.command("repair")
+@click.argument("names", nargs=-1, required=True, metavar="STORE...")
+@options(ClusterSettings)
+def repair(names: tuple[str, ...], **values: Any) -> None:
+    """Verify stores, then compute damaged shards again, and no others: `cafe store repair news`.
+
+    Interrupt it as you like: the same command goes on where it was.
+    """
+    from pipeline.features.description import store_name
+    from pipeline.stores import find_paths
+    from pipeline.stores import repair as repair_store
+
+    workspace = open_workspace()
+    with interruptible(), progress_bar("Repairing") as progress:
+        for path in find_paths(workspace, names):
+            damages = repair_store(workspace, path, ClusterSettings(**values), progress)
+            shards = len({damage.shard for damage in damages} - {None})
+            done = (
+                f"{len(damages)} damaged files written again, computed {shards} shards" if damages else "nothing to do"
+            )
+            click.echo(f"{store_name(path)}: {done}")
+
+
+@store.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="STORE...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove(names: tuple[str, ...], yes: bool) -> None:
+    """Remove stores, after saying what that means: `cafe store rm news/clip-vit-b32-v61-0a1b2c3d4e5f`."""
+    from pipeline.stores import find_paths, list_stores
+    from pipeline.stores import remove as remove_store
+
+    workspace = open_workspace()
+    stores = list_stores(workspace, find_paths(workspace, names))
+    for facts in stores:
+        click.echo(_consequences(facts))
+    if not yes:
+        click.confirm(f"Remove {len(stores)} stores?", abort=True)
+    for facts in stores:
+        remove_store(facts.path)
+        click.echo(f"Removed {facts.name}")
+
+
+def _consequences(facts: StoreFacts) -> str:
+    about, used = facts.about, sorted({*facts.trained, *facts.judged})
+    what = f"{about.describe()}, {about.rows:,} faces" if about else "nobody can tell what it holds"
+    again = f"; to have it again takes {about.rows * about.key.views:,} passes of the tower" if about else ""
+    users = (
+        f"used by {len(used)} runs ({', '.join(used)}), which keep their weights and scores, but need it to go on, to be "
+        "judged again or repeated"
+        if used
+        else "used by no run"
+    )
+    return f"{facts.name}: {what}, {facts.bytes / 1e6:,.1f} MB{again}; {users}."

@@ -1,0 +1,168 @@
+"""The feature stores of a workspace as things to keep: what there is, who uses it, what to repair, what can go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from upath import UPath
+
+from cafe.data.manifest import Manifest
+from cafe.errors import UserError, unknown
+from cafe.files import list_folder, list_tree, remove_tree
+from pipeline.cluster import Progress
+from pipeline.faces import TARGET_MAY_DIFFER
+from pipeline.features.description import recover_about, store_name
+from pipeline.features.extract import describe_store, extract, know_tower
+from pipeline.features.key import About
+from pipeline.features.receipts import Receipts, in_parallel
+from pipeline.features.verify import Damage, discard_damage, find_damage
+from pipeline.lease import find_holder, hold
+from pipeline.runs import RunSpec
+from pipeline.settings import ClusterSettings, ExtractSettings, Normalisation
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class StoreFacts:
+    """A store as a list shows it: `about` is None where that cannot be told; `made` is in seconds since 1970."""
+
+    path: UPath
+    about: About | None
+    done: int
+    bytes: int
+    made: float
+    trained: list[str]  # runs that learned from it
+    judged: list[str]  # runs that were judged on it
+    holder: str  # who works on it now
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+        return store_name(self.path)
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it as plain JSON values."""
+        about = asdict(self.about) if self.about else None
+        facts = {name: value for name, value in vars(self).items() if name != "path"}
+        shards = self.about.shards if self.about else None
+        return {"name": self.name, "place": str(self.path), **facts, "about": about, "shards": shards}
+
+
+def find_paths(workspace: Workspace, names: Sequence[str] = ()) -> list[UPath]:
+    """Return the folders of stores by MANIFEST/FOLDER, an unambiguous beginning of it or a manifest; by default all."""
+    manifests = list_folder(workspace.features)
+    there = {store_name(path): path for manifest in manifests for path in list_folder(manifest)}
+    chosen = dict[str, UPath]() if names else there
+    for name in names:
+        found = [one for one in there if one == name] or [one for one in there if one.startswith(name)]
+        if not found or (len(found) > 1 and any(one.partition("/")[0] != name for one in found)):
+            raise unknown("feature store", name, found or there)
+        chosen |= {one: there[one] for one in found}
+    return list(chosen.values())
+
+
+def list_stores(workspace: Workspace, paths: Sequence[UPath]) -> list[StoreFacts]:
+    """Return what there is to know of stores without reading their arrays."""
+    runs = _read_runs(workspace)
+    return [_look_at(path, runs) for path in paths]
+
+
+def _look_at(path: UPath, runs: dict[str, tuple[RunSpec, list[str]]]) -> StoreFacts:
+    try:
+        about = recover_about(path)
+    except UserError:
+        about = None
+    files = list_tree(path)
+    trained = [run for run, (spec, _) in runs.items() if about and _learns_from(spec, about)]
+    judged = [
+        run for run, (spec, targets) in runs.items() if about and about.manifest in targets and _fits(spec, about)
+    ]
+    return StoreFacts(
+        path,
+        about,
+        len(Receipts(path, about).done()) if about else 0,
+        sum(size for size, _ in files.values()),
+        min((changed for _, changed in files.values()), default=0.0),
+        trained,
+        judged,
+        find_holder(path),
+    )
+
+
+def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
+    """Return the specification of each run, and the manifests it was judged on."""
+
+    def read(name: str) -> tuple[RunSpec, list[str]] | None:
+        run = workspace.run_path(name)
+        try:
+            spec = RunSpec.load(run)
+        except UserError:  # of another format: none of these stores serves it
+            return None
+        folders = (run / "predictions", run / "predictions" / "paper")
+        files = [path.stem for folder in folders for path in list_folder(folder) if path.suffix == ".parquet"]
+        return spec, [file.partition("@")[0] for file in files]
+
+    names = workspace.run_names()
+    return {name: found for name, found in zip(names, in_parallel(read, names), strict=True) if found}
+
+
+def _fits(spec: RunSpec, about: About, may_differ: Sequence[str] = TARGET_MAY_DIFFER) -> bool:
+    if spec.features is None:
+        return False
+    return all(value == vars(about.key)[name] for name, value in vars(spec.features).items() if name not in may_differ)
+
+
+def _learns_from(spec: RunSpec, about: About) -> bool:
+    sources = {source.name for source in spec.trained_on}
+    several = ("images",) if len(sources) > 1 else ()
+    return about.manifest in sources and _fits(spec, about, (*several, "views", "maps"))
+
+
+def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progress: Progress) -> list[Damage]:
+    """Write again what is damaged in a store, its shards by computing them, and return what was.
+
+    Raises `UserError` where the manifest or the tower are no longer those it was made with.
+    """
+    with hold(path, settings.wait):
+        damages = find_damage(path, progress)
+        if not damages:
+            return []
+        manifest = workspace.load_manifest(path.parent.name)
+        again = any(damage.shard is not None for damage in damages)
+        asked = _ask_again(workspace, manifest, recover_about(path), settings) if again else None
+        discard_damage(path, manifest, damages)
+    if asked:
+        extract(workspace, [manifest], asked, progress)
+    return damages
+
+
+def _ask_again(workspace: Workspace, manifest: Manifest, about: About, settings: ClusterSettings) -> ExtractSettings:
+    """Return the settings of the extraction that made a store; raise `UserError` where they would make another now."""
+    key = about.key
+    same = "views view_seed interpolation input_size precision maps dtype channels"
+    fixed: dict[str, Any] = {name: getattr(key, name) for name in same.split()}
+    fixed |= {
+        "backbone": about.backbone_name,
+        "policy": key.policy["name"],
+        "max_skipped": about.rows,
+        **vars(settings),
+    }
+    choices = [ExtractSettings(**fixed, normalisation=name) for name in (None, *get_args(Normalisation))]
+    tower = know_tower(workspace, choices[0])
+    keys = [describe_store(manifest, choice, tower).key for choice in choices]
+    if key in keys:
+        return choices[keys.index(key)]
+    differing = [name for name, value in vars(key).items() if vars(keys[0])[name] != value]
+    raise UserError(
+        f"The features of {manifest.name!r} cannot be computed again, since their {differing[0]} is another now: remove "
+        "them with `cafe store rm` and run `cafe extract` again."
+    )
+
+
+def remove(path: UPath, wait: bool = False) -> None:
+    """Remove a store; receipts go first, so that one half removed by a kill counts as unfinished."""
+    with hold(path, wait):
+        remove_tree(path / "receipts")
+        remove_tree(path)
