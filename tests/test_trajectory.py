@@ -37,7 +37,7 @@ CHANNELS = 512  # of the frozen features and of the image branch's map, as publi
 SETTINGS = {"scn": {"relabel_after": 2, "relabel_margin": 0.01}}  # so that labels are replaced within 4 epochs
 
 
-def build_small(weights: Any) -> nn.Module:
+def build_small() -> nn.Module:
     """Two convolutions with batch norms, instead of ResNet-18's twenty: (N, 3, 12, 12) → (N, 512, 3, 3)."""
     return nn.Sequential(
         OrderedDict(
@@ -245,7 +245,7 @@ PUBLISHED = {"cafe": PublishedCafe, "scn": PublishedScn, "rul": PublishedRul, "e
 @pytest.fixture(params=PUBLISHED)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     layers = ("conv1", "bn1", "relu", "conv2", "bn2", "relu2")
-    monkeypatch.setitem(NETWORKS, "small", Network(build_small, None, CHANNELS, layers))
+    monkeypatch.setitem(NETWORKS, "small", Network(build_small, CHANNELS, layers))
     return request.param
 
 

@@ -10,12 +10,11 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision import models
 
 from cafe.errors import UserError, unknown
 from cafe.towers.weights import read_state_dict
@@ -26,20 +25,40 @@ LEAST_LOADED = 0.9  # below this share of its tensors a branch is not "pre-train
 
 @dataclass(frozen=True)
 class Network:
-    """An image branch: how torchvision builds it, its channels, and the layers that make its last spatial map."""
+    """An image branch: how it is built, its channels, and the layers that make its last spatial map."""
 
-    build: Callable[..., nn.Module]
-    weights: Any  # torchvision's enumeration member
+    build: Callable[[], nn.Module]
     width: int
     layers: tuple[str, ...]
+    fetch: Callable[[], Mapping[str, Tensor]] | None = None  # its ImageNet weights; raises `OSError`
+
+
+def from_torchvision(name: str, width: int, layers: tuple[str, ...]) -> Network:
+    """Return an image branch that torchvision has; it is imported when one is built, since that takes as long as torch."""
+
+    def build() -> nn.Module:
+        from torchvision.models import get_model
+
+        network: nn.Module = get_model(name)
+        return network
+
+    def fetch() -> Mapping[str, Tensor]:
+        from torchvision.models import get_model_weights
+
+        tensors: Mapping[str, Tensor] = get_model_weights(name).IMAGENET1K_V1.get_state_dict(
+            progress=False, check_hash=True
+        )
+        return tensors
+
+    return Network(build, width, layers, fetch)
 
 
 RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 NETWORKS: dict[str, Network] = {
-    "resnet18": Network(models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1, 512, RESNET_LAYERS),
-    "resnet50": Network(models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1, 2048, RESNET_LAYERS),
-    "mobilenet_v2": Network(models.mobilenet_v2, models.MobileNet_V2_Weights.IMAGENET1K_V1, 1280, ("features",)),
+    "resnet18": from_torchvision("resnet18", 512, RESNET_LAYERS),
+    "resnet50": from_torchvision("resnet50", 2048, RESNET_LAYERS),
+    "mobilenet_v2": from_torchvision("mobilenet_v2", 1280, ("features",)),
 }
 
 
@@ -80,7 +99,7 @@ def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvis
         raise unknown("image branch", name, NETWORKS)
     network = NETWORKS[name]
     weights = _read_init(name, network, init)
-    model = network.build(weights=None)
+    model = network.build()
     trunk = nn.Sequential(OrderedDict((layer, model.get_submodule(layer)) for layer in network.layers))
     if weights is not None:
         _load(trunk, weights, name, init)
@@ -96,16 +115,16 @@ def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] |
         return None
     if init.startswith("file:"):
         return read_state_dict(init.removeprefix("file:"))
-    if init != "imagenet":
-        raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
+    if init != "imagenet" or network.fetch is None:
+        offered = ("imagenet",) if network.fetch else ()
+        raise unknown("initialisation", init, ("scratch", *offered, "file:PATH"))
     try:
-        tensors: Mapping[str, Tensor] = network.weights.get_state_dict(progress=False, check_hash=True)
+        return network.fetch()
     except OSError as error:
         raise UserError(
             f"Cannot fetch the imagenet weights of '{name}' ({getattr(error, 'reason', error)}): "
             f"download torchvision's file elsewhere and give it as 'file:PATH', or start from 'scratch'."
         ) from error
-    return tensors
 
 
 def _load(trunk: nn.Module, weights: Mapping[str, Tensor], name: str, init: str) -> None:
