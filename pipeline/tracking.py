@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -23,6 +24,7 @@ from upath import UPath
 from cafe.errors import UserError, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run
+from pipeline.database import has_tag, make_database
 from pipeline.pages import Page, describe_benchmark, describe_run, describe_view
 from pipeline.workspace import Workspace, check_name
 
@@ -90,11 +92,13 @@ class Mirror:
     def _show(self, experiment: str, page: Page) -> None:
         """Bring the server to a page; what goes wrong there is remembered and never raised."""
         with self._lock:
-            if self._shown.get((experiment, page.name)) == page.digest:
+            if self._shown.get((experiment, page.name)) == page.digest or self._has(experiment, page):
                 return
             self.behind.add(page.name)
             if time.monotonic() < self._asleep_until:
                 return
+            if not self.uri:
+                make_database(database_path(self.workspace))
             with quiet_mlflow() as mlflow:
                 try:
                     client = mlflow.MlflowClient(self.address)
@@ -105,6 +109,11 @@ class Mirror:
                 else:
                     self._shown[experiment, page.name] = page.digest
                     self.behind.discard(page.name)
+
+    def _has(self, experiment: str, page: Page) -> bool:
+        """Whether the workspace's own database shows a page already; another server is always asked."""
+        path = None if self.uri else database_path(self.workspace)
+        return path is not None and has_tag(path, experiment, page.name, MIRRORED, page.digest)
 
     def _find_experiment(self, client: Any, name: str) -> str:
         found = client.get_experiment_by_name(name)
@@ -263,7 +272,12 @@ def default_uri(workspace: Workspace) -> str:
     if not workspace.local:
         raise UserError(f"A workspace at {workspace.root} cannot hold MLflow's database: give --mlflow-uri.")
     workspace.root.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{workspace.root}/mlflow.db"
+    return f"sqlite:///{database_path(workspace)}"
+
+
+def database_path(workspace: Workspace) -> Path:
+    """Return where a local workspace keeps MLflow's database."""
+    return Path(f"{workspace.root}/mlflow.db")
 
 
 def list_experiments(workspace: Workspace) -> dict[str, str]:

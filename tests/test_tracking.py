@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from cafe.files import list_folder, read_json, write_json
 from cafe.results.predictions import load_predictions
 from cafe.results.scores import read_runs
 from pipeline.benchmark.cells import write_comparison
+from pipeline.database import make_database
 from pipeline.tracking import PARENT, Mirror, default_uri, list_experiments
 from pipeline.workspace import Workspace
 
@@ -109,6 +114,38 @@ def test_a_lost_database_is_rebuilt_from_the_workspace(workspace: Workspace) -> 
     (workspace.root / "mlflow.db").unlink()
     Mirror(workspace).update(run)
     assert picture(workspace) == before
+
+
+def test_the_empty_database_is_the_one_that_mlflow_makes_itself(tmp_path: Path) -> None:
+    make_database(tmp_path / "ours.db")
+    MlflowClient(f"sqlite:///{tmp_path}/theirs.db").search_experiments()
+    ours, theirs = (
+        [line for line in sqlite3.connect(tmp_path / name).iterdump() if 'INTO "experiments"' not in line]
+        for name in ("ours.db", "theirs.db")
+    )
+    # MLflow makes indices and lists of choices in another order each time.
+    words = [sorted(re.findall(r"\w+", "".join(lines))) for lines in (ours, theirs)]
+    assert words[0] == words[1], "replace pipeline/mlflow-VERSION.sql by the lines of `theirs`"
+    before = (tmp_path / "ours.db").read_bytes()
+    make_database(tmp_path / "ours.db")
+    assert (tmp_path / "ours.db").read_bytes() == before
+
+
+def test_what_the_database_shows_already_needs_no_mlflow(workspace: Workspace) -> None:
+    run = judged(workspace)
+    Mirror(workspace).update(run)
+    code = (
+        "import sys; from upath import UPath; from pipeline.tracking import Mirror, Workspace;"
+        f"Mirror(Workspace.at({str(workspace.root)!r})).update(UPath({str(run)!r})); print('mlflow' in sys.modules)"
+    )
+
+    def asked() -> str:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert asked() == "False"
+    write_json(run / "status.json", {"status": "FAILED", "reason": "The disk is full."})
+    assert asked() == "True"
+    assert picture(workspace)["status"] == "FAILED"
 
 
 def test_the_status_and_its_reason_are_those_of_the_folder(workspace: Workspace) -> None:
