@@ -57,10 +57,14 @@ def train(**values: Any) -> None:
 
     Interrupt it as you like: the same command goes on from its last checkpoint.
     """
+    from pipeline.cluster import set_environment
+
+    settings, workspace = TrainSettings(**values), open_workspace()
+    set_environment(settings)
+
     from pipeline.tracking import Mirror
     from pipeline.train import plan_training, train_and_judge
 
-    settings, workspace = TrainSettings(**values), open_workspace()
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     plan = plan_training(workspace, settings)
     with interruptible():
@@ -79,16 +83,20 @@ def evaluate(run: str, **values: Any) -> None:
 
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
+    from pipeline.cluster import set_environment
+
+    settings, workspace = EvaluateSettings(**values), open_workspace()
+    set_environment(settings)
+
     from cafe.results.leaks import load_leaks
     from cafe.results.protocols import find_protocol, name_protocol
-    from pipeline import cluster
-    from pipeline.evaluate import check_option, predict_targets
+    from pipeline.evaluate import check_option, judge_anywhere, predict_targets
     from pipeline.faces import choose_targets
     from pipeline.runs import RunSpec, add_experiment, is_finished
     from pipeline.tracking import Mirror
     from pipeline.train import keep_status
+    from pipeline.worker import find_worker
 
-    settings, workspace = EvaluateSettings(**values), open_workspace()
     path = workspace.run_path(workspace.find_run(run))
     if not is_finished(path):
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
@@ -102,8 +110,8 @@ def evaluate(run: str, **values: Any) -> None:
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     add_experiment(path, settings.experiment)
     judging = progress_bar("Judging", "targets")
-    with interruptible(), keep_status(path, mirror), cluster.connect(settings), judging as progress:
-        predict_targets(path, targets, settings.use_gpu, progress)
+    with interruptible(), keep_status(path, mirror), find_worker(settings) as worker, judging as progress:
+        predict_targets(path, targets, progress, worker.judge if worker else judge_anywhere(settings.use_gpu))
     _show_scores(workspace, path, protocol, settings.exclude_leaks)
     if settings.test_time:
         click.echo(f"Protocol {protocol}: {find_protocol(protocol).about}")

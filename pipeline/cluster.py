@@ -51,11 +51,16 @@ def no_bar(title: str, unit: str) -> Iterator[Progress]:
     yield lambda done, total: None
 
 
+def set_environment(settings: ClusterSettings) -> None:
+    """Say to libraries how to work, here and in every process that is started; to be called before they are imported."""
+    for name, value in (ENVIRONMENT if settings.address else ENVIRONMENT | LOCAL).items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def connect(settings: ClusterSettings) -> Iterator[None]:
     """Start Ray here or join the cluster at `settings.address`, and leave it at the end; raise `UserError`."""
-    for name, value in (ENVIRONMENT if settings.address else ENVIRONMENT | LOCAL).items():
-        os.environ.setdefault(name, value)
+    set_environment(settings)
     import ray
 
     if ray.is_initialized():
@@ -169,6 +174,16 @@ def device() -> str:
     import ray
 
     return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
+
+
+def own_device(use_gpu: bool | None) -> str:
+    """Return `cuda` where this process is to compute on a GPU, else `cpu`; raise `UserError` where there is none."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if use_gpu and not there:
+        raise UserError("--gpu needs 1 GPUs and this machine has 0: use --cpu.")
+    return "cuda" if there and use_gpu is not False else "cpu"
 
 
 def wants_gpu(use_gpu: bool | None, least: int = 1, minutes: int = 0) -> bool:

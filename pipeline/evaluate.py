@@ -5,14 +5,12 @@ Targets are read here and nowhere else; training never sees one.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, as_completed
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
@@ -25,7 +23,6 @@ from cafe.learning.masks import heat_maps, mean_masks
 from cafe.learning.training import predict_average
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
-from cafe.report.figures import draw_confusion, draw_errors, draw_heat_maps, draw_masks, find_worst_mistakes
 from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import OPTIONS, find_protocol
@@ -38,35 +35,36 @@ from pipeline.runs import RunSpec
 MISTAKES = 24  # faces of the error gallery
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
 
+Judge = Callable[[str, Faces], Future[None]]  # has a target predicted, given the run's folder
 
-def predict_targets(
-    run: UPath, targets: list[Faces], use_gpu: bool | None, progress: Progress, worker: Any = None
-) -> None:
-    """Predict the judged split of each target, side by side on the connected cluster or one by one by a worker.
 
-    `progress(done, total)` counts targets. Predictions that are there already are made again.
+def predict_targets(run: UPath, targets: list[Faces], progress: Progress, judge: Judge) -> None:
+    """Predict the judged split of each target; `progress(done, total)` counts targets.
+
+    Predictions that are there already are made again.
     """
+    progress(0, len(targets))
+    waiting = [judge(str(run), target) for target in targets]
+    for number, judged in enumerate(as_completed(waiting), start=1):
+        if error := judged.exception():
+            raise cluster.user_error(error) or error
+        progress(number, len(targets))
+
+
+def judge_anywhere(use_gpu: bool | None) -> Judge:
+    """Return what has targets predicted side by side, wherever the connected cluster has room."""
     import ray
 
-    alone = ray.remote(predict_target).options(num_cpus=1, num_gpus=int(cluster.wants_gpu(use_gpu)))
-    task = worker.judge if worker else alone
-    waiting = [task.remote(str(run), target) for target in targets]
-    while waiting:
-        progress(len(targets) - len(waiting), len(targets))
-        done, waiting = ray.wait(waiting)
-        try:
-            ray.get(done)
-        except ray.exceptions.RayError as error:
-            raise cluster.user_error(error) or error from None
-    progress(len(targets), len(targets))
+    task = ray.remote(predict_target).options(num_cpus=1, num_gpus=int(cluster.wants_gpu(use_gpu)))
+    return lambda run, target: task.remote(run, target).future()
 
 
-def predict_target(run: str, target: Faces) -> None:
+def predict_target(run: str, target: Faces, device: torch.device | None = None) -> None:
     """Predict the judged split of one target and write it to the run's folder; the part that runs on a worker."""
     path = locate(run)
     spec = RunSpec.load(path)
     rows, manifest = target.rows(target.split), target.manifest
-    device = torch.device(cluster.device())
+    device = device or torch.device(cluster.device())
     set_arithmetic(spec.precision)
     method = load_method(spec, path).to(device).to(memory_format=torch.channels_last)
     dataset = make_dataset(spec, target)
@@ -87,11 +85,9 @@ def predict_target(run: str, target: Faces) -> None:
         manifest.table["group"].take(rows).to_pylist(),
     )
     place = target.predictions_path(path)
-    for kind, figure in draw_figures(spec, method, dataset, rows, predictions, device):
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
+    for kind, picture in draw_figures(spec, method, dataset, rows, predictions, device):
         folder = path / "figures" / kind / find_protocol(target.protocol).prefix
-        write_file(folder / f"{place.stem}.png", picture.getvalue())
+        write_file(folder / f"{place.stem}.png", picture)
     predictions.save(place)  # last: from here on the target is judged
 
 
@@ -120,26 +116,31 @@ def draw_figures(
     rows: np.ndarray,
     predictions: Predictions,
     device: torch.device,
-) -> Iterator[tuple[str, Figure]]:
-    """Yield by kind the pictures of a run on a target: confusion, errors, and for CAFE what its mask selects."""
+) -> Iterator[tuple[str, bytes]]:
+    """Yield by kind the pictures of a run on a target, PNG: confusion, errors, and for CAFE what its mask selects."""
+    from cafe.report import figures  # with matplotlib, which takes as long as a small training
+
     title = f"{spec.method} trained on {spec.source}, judged on {predictions.about['target']}"
     option = find_protocol(predictions.about["protocol"]).option
     title += f" ({option})" if option else ""
     manifest = dataset.manifest
-    yield "confusion", draw_confusion(confusion(predictions), title)
-    mistakes = find_worst_mistakes(predictions, MISTAKES)
+    yield "confusion", figures.to_png(figures.draw_confusion(confusion(predictions), title))
+    mistakes = figures.find_worst_mistakes(predictions, MISTAKES)
     images = [manifest.read_face(rows[position]) for position in mistakes]
-    yield "errors", draw_errors(predictions, mistakes, images, f"{title}: the mistakes it was surest of")
+    errors = figures.draw_errors(predictions, mistakes, images, f"{title}: the mistakes it was surest of")
+    yield "errors", figures.to_png(errors)
     if option or not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
         return
     seen = np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
-    yield "masks", draw_masks(mean_masks(method, dataset, seen, device), f"{title}: what the mask selects")
+    masks = figures.draw_masks(mean_masks(method, dataset, seen, device), f"{title}: what the mask selects")
+    yield "masks", figures.to_png(masks)
     if "map" in method.needs:
         shown = [int(seen[manifest.labels[seen] == label][0]) for label in np.unique(manifest.labels[seen])]
         heats = heat_maps(method, dataset, np.array(shown), device)
         names = [EXPRESSIONS[label].capitalize() for label in manifest.labels[shown]]
         images = [manifest.read_face(row) for row in shown]
-        yield "heat_maps", draw_heat_maps(images, heats, names, f"{title}: where the mask is open")
+        drawn = figures.draw_heat_maps(images, heats, names, f"{title}: where the mask is open")
+        yield "heat_maps", figures.to_png(drawn)
 
 
 def is_judged(run: UPath, target: Faces) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from cafe.results.sources import Source
 from cafe.towers.building import NORMALISATIONS
 from pipeline import cluster
 from pipeline.cluster import Bar, Progress, no_bar
-from pipeline.evaluate import is_judged, predict_targets
+from pipeline.evaluate import is_judged, judge_anywhere, predict_targets
 from pipeline.faces import Faces, choose_target, choose_targets
 from pipeline.features.key import About, describe_policy
 from pipeline.lease import hold
@@ -46,7 +46,7 @@ from pipeline.sources import (
     split_names,
 )
 from pipeline.tracking import Mirror
-from pipeline.worker import Task, Worker, train_together
+from pipeline.worker import Hands, Task, find_worker, train_together
 from pipeline.workspace import Workspace, check_name
 
 PREPARE_SECONDS = 24 * 3600  # that the other workers wait for the first one, while it prepares a method
@@ -195,10 +195,10 @@ def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: 
     )
 
 
-def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: Any = None) -> None:
+def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: Hands | None = None) -> None:
     """Train, then judge on every target not judged yet, with a worker that runs already or one of its own.
 
-    A plan that is done costs no Ray. Interrupt it at any time: the same plan goes on from its last checkpoint.
+    A plan that is done costs nothing. Interrupt it at any time: the same plan goes on from its last checkpoint.
     """
     plan.spec.save(plan.run, list(find_deviations(plan.spec)))
     add_experiment(plan.run, plan.settings.experiment, plan.benchmark)
@@ -206,15 +206,18 @@ def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: 
         note_status(plan.run, "FINISHED")
         mirror.update(plan.run)
         return
-    with hold(plan.run, plan.settings.wait) as check, keep_status(plan.run, mirror), cluster.connect(plan.settings):
-        if plan.settings.num_workers == 1:
-            worker = worker or start_worker(plan.settings)
+    with (
+        hold(plan.run, plan.settings.wait) as check,
+        keep_status(plan.run, mirror),
+        nullcontext(worker) if worker else find_worker(plan.settings) as worker,
+    ):
         if not is_finished(plan.run):
             with bar(f"Training {plan.spec.name}", "steps") as progress:
                 _train_all(plan, mirror, progress, worker, check)
         if remaining := plan.remaining:
             with bar("Judging", "targets") as progress:
-                predict_targets(plan.run, remaining, plan.settings.use_gpu, progress, worker)
+                judge = worker.judge if worker else judge_anywhere(plan.settings.use_gpu)
+                predict_targets(plan.run, remaining, progress, judge)
 
 
 @contextmanager
@@ -233,20 +236,9 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
         mirror.update(run)
 
 
-def start_worker(settings: TrainSettings, parallel: int = 1) -> Any:
-    """Start a worker that trains one run after another, with its share of the machine where several run at a time."""
-    import ray
-
-    minutes = settings.scale_minutes
-    gpus = min(1, cluster.count("GPU") / parallel) if cluster.wants_gpu(settings.use_gpu, minutes=minutes) else 0
-    cluster.check_cores(1, minutes)
-    resources = {"num_cpus": min(1, cluster.count("CPU") / parallel), "num_gpus": gpus}
-    retries = 3 if settings.address else 0  # a cluster's nodes come and go
-    actor = ray.remote(Worker).options(**resources, max_restarts=retries, max_task_retries=retries)
-    return actor.remote()
-
-
-def _train_all(plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Any, check: Callable[[], None]) -> None:
+def _train_all(
+    plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Hands | None, check: Callable[[], None]
+) -> None:
     """Train the folds, each a run of its own; then the run itself, where there are any up to the epoch they choose."""
     count = len(plan.folds) + 1
     for number, fold in enumerate(plan.folds):
@@ -279,7 +271,7 @@ def _train(
     plan: TrainPlan,
     mirror: Mirror,
     progress: Progress,
-    worker: Any,
+    worker: Hands | None,
     check: Callable[[], None],
     epochs: int | None = None,
 ) -> None:
@@ -299,7 +291,7 @@ def _train(
         if worker is None:
             outcome: Future[Any] = background.submit(_train_together, task, settings)
         else:
-            outcome = worker.train.remote(task).future()
+            outcome = worker.train(task)
         _follow(plan, outcome, mirror, progress, check, epochs or plan.spec.recipe["epochs"])
     finally:
         background.shutdown(wait=False)  # when interrupted, leaving Ray ends the training

@@ -1,14 +1,18 @@
 """The part of a training that runs on a worker: restore, train epoch by epoch, checkpoint; the first one writes the records.
 
-One process can train and judge many runs, one after another; several processes share one training through Ray Train.
+One worker can train and judge many runs, one after another: in this process where it works on this machine alone, which
+needs no Ray, or in one of Ray's. Several share one training through Ray Train. What they do is the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from threading import Event
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from pipeline.evaluate import predict_target
 from pipeline.faces import Faces
 from pipeline.models import build_method, make_dataset, make_live_dataset
 from pipeline.runs import RunSpec
+from pipeline.settings import EvaluateSettings, TrainSettings
 from pipeline.sources import UnitedFaces, choose_rows
 
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
@@ -46,19 +51,94 @@ class Task:
 class Worker:
     """Trains and judges runs one after another in one process, which keeps the faces of a source and of its targets."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
+        self.device = torch.device(device or cluster.device())
         self.source: Faces | UnitedFaces | None = None
         self.targets: dict[str, Faces] = {}
 
-    def train(self, task: Task) -> None:
-        """Train a run to its end."""
+    def train(self, task: Task, check: Callable[[], None] = lambda: None) -> None:
+        """Train a run to its end, or until `check` raises between two steps."""
         if task.source != self.source:
             self.source, self.targets = task.source, {}
-        train_run(task, self.source, torch.device(cluster.device()))
+        train_run(task, self.source, self.device, check=check)
 
     def judge(self, run: str, target: Faces) -> None:
         """Predict one target of a run that is trained."""
-        predict_target(run, self.targets.setdefault(f"{target.place} {target.store} {target.title}", target))
+        name = f"{target.place} {target.store} {target.title}"
+        predict_target(run, self.targets.setdefault(name, target), self.device)
+
+
+class Hands(Protocol):
+    """A worker that is told what to do next, wherever it is; it does one thing after another."""
+
+    def train(self, task: Task) -> Future[None]:
+        """Train a run to its end."""
+
+    def judge(self, run: str, target: Faces) -> Future[None]:
+        """Predict one target of a run that is trained."""
+
+
+class Here:
+    """A worker in a thread of this process; only one at a time, since torch's random numbers belong to the process."""
+
+    def __init__(self, device: str) -> None:
+        self.worker, self.pool, self.ended = Worker(device), ThreadPoolExecutor(1), Event()
+
+    def train(self, task: Task) -> Future[None]:
+        """Train a run to its end."""
+        return self.pool.submit(self.worker.train, task, self._check)
+
+    def judge(self, run: str, target: Faces) -> Future[None]:
+        """Predict one target of a run that is trained."""
+        return self.pool.submit(self.worker.judge, run, target)
+
+    def end(self) -> None:
+        """Let a training that still runs end after its step, and nothing else begin."""
+        self.ended.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _check(self) -> None:
+        if self.ended.is_set():
+            raise InterruptedError("The command that this training belongs to has ended.")
+
+
+class Elsewhere:
+    """A worker in a process of Ray's, with its share of the machine where `parallel` of them work at a time."""
+
+    def __init__(self, settings: TrainSettings, parallel: int = 1) -> None:
+        import ray
+
+        minutes = settings.scale_minutes
+        gpus = min(1, cluster.count("GPU") / parallel) if cluster.wants_gpu(settings.use_gpu, minutes=minutes) else 0
+        cluster.check_cores(1, minutes)
+        resources = {"num_cpus": min(1, cluster.count("CPU") / parallel), "num_gpus": gpus}
+        retries = 3 if settings.address else 0  # a cluster's nodes come and go
+        self.actor = ray.remote(Worker).options(**resources, max_restarts=retries, max_task_retries=retries).remote()
+
+    def train(self, task: Task) -> Future[None]:
+        """Train a run to its end."""
+        future: Future[None] = self.actor.train.remote(task).future()
+        return future
+
+    def judge(self, run: str, target: Faces) -> Future[None]:
+        """Predict one target of a run that is trained."""
+        future: Future[None] = self.actor.judge.remote(run, target).future()
+        return future
+
+
+@contextmanager
+def find_worker(settings: TrainSettings | EvaluateSettings) -> Iterator[Hands | None]:
+    """Yield a worker in this process or, on a cluster, one of Ray's; None where several are to work side by side."""
+    single = not isinstance(settings, TrainSettings) or settings.num_workers == 1
+    if settings.address is None and single:
+        here = Here(cluster.own_device(settings.use_gpu))
+        try:
+            yield here
+        finally:
+            here.end()
+        return
+    with cluster.connect(settings):
+        yield Elsewhere(settings) if single and isinstance(settings, TrainSettings) else None
 
 
 def train_together(config: dict[str, Task]) -> None:
@@ -79,8 +159,12 @@ def train_run(
     device: torch.device,
     wrap: Callable[[nn.Module], nn.Module] = lambda method: method,
     cores: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train a run to its end, from its last checkpoint where there is one; `wrap` makes the module that is trained."""
+    """Train a run to its end, from its last checkpoint where there is one; `wrap` makes the module that is trained.
+
+    `check` is called after every step, and ends the training by what it raises.
+    """
     cluster.check_versions(task.versions)
     run = locate(task.run)
     spec = RunSpec.load(run)
@@ -111,7 +195,7 @@ def train_run(
     if prepared:  # it may have taken hours
         save_checkpoint(run / "checkpoints" / "0000", method, optimizer, selection.record(0), selection.weights)
     last = task.epochs or spec.recipe["epochs"]
-    _train(training, selection, run, range(done + 1, last + 1), task.checkpoint_every)
+    _train(training, selection, run, range(done + 1, last + 1), task.checkpoint_every, check)
 
 
 def find_checkpoint(run: UPath) -> UPath | None:
@@ -127,10 +211,17 @@ def _restore(checkpoint: UPath, training: Training, selection: Selection) -> int
     return int(record["epoch"])
 
 
-def _train(training: Training, selection: Selection, run: UPath, epochs: range, checkpoint_every: int) -> None:
+def _train(
+    training: Training,
+    selection: Selection,
+    run: UPath,
+    epochs: range,
+    checkpoint_every: int,
+    check: Callable[[], None],
+) -> None:
     metrics: dict[str, float] = {}
     for epoch in epochs:
-        metrics = training.run_epoch(epoch, _Notes(run, epoch))
+        metrics = training.run_epoch(epoch, _Notes(run, epoch, check))
         if rank() > 0:
             continue
         metrics |= selection.judge(training, epoch)
@@ -164,10 +255,11 @@ def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any])
 class _Notes:
     """Writes now and then how many faces were trained, for the progress bar of the driver."""
 
-    def __init__(self, run: UPath, epoch: int) -> None:
-        self.path, self.epoch, self.last = run / "progress.json", epoch, 0.0
+    def __init__(self, run: UPath, epoch: int, check: Callable[[], None]) -> None:
+        self.path, self.epoch, self.check, self.last = run / "progress.json", epoch, check, 0.0
 
     def __call__(self, done: int, total: int) -> None:
+        self.check()
         now = time.monotonic()
         if rank() == 0 and (done == total or now - self.last > PROGRESS_SECONDS):
             self.last = now
