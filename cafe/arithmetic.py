@@ -13,6 +13,14 @@ def set_arithmetic(precision: str) -> None:
     _set(precision == "tf32", precision == "tf32", True, False)
 
 
+def choose_precision() -> str:
+    """Return `bf16` where this machine's GPU or, without one, its cores compute with it, else `fp32`."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+
+
 @contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
     """Compute as `set_arithmetic` says, and then again as before."""

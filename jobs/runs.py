@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,12 +68,28 @@ def train(**values: Any) -> None:
 
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     plan = plan_training(workspace, settings)
+    for sentence in explain_choices(settings, plan.spec.precision, plan.spec.recipe["batch_size"]):
+        click.echo(sentence)
     with interruptible():
         train_and_judge(plan, mirror, progress_bar)
     if plan.targets:
         _show_scores(workspace, plan.run, settings.protocol)
     click.echo(f"Run {plan.spec.name} in {plan.run}")
     _warn(mirror)
+
+
+def explain_choices(settings: TrainSettings, precision: str, batch_size: int) -> Iterator[str]:
+    """Yield what a user should know of a training before it begins: a choice made for them, or what workers are worth."""
+    if settings.precision == "auto":
+        yield f"Precision {precision}, as this machine computes."
+    workers, share = settings.num_workers, batch_size // settings.num_workers
+    if workers > 1 and settings.scale_batch:
+        yield f"Batches of {batch_size} faces at {workers} times the learning rate, {share} for each worker: not published."
+    elif workers > 1:
+        yield (
+            f"{workers} workers share each batch of {batch_size} faces, {share} each: as published, and seldom faster than "
+            "one worker; --scale-batch gives each a whole batch, which is not as published."
+        )
 
 
 @click.command()

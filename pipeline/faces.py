@@ -15,12 +15,14 @@ from upath import UPath
 
 from cafe.data.manifest import SPLITS, Manifest
 from cafe.errors import UserError
+from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.records import FORMAT
 from cafe.results.predictions import predictions_path
 from cafe.results.protocols import OPTIONS, Protocol, find_protocol
 from cafe.towers.names import absolute_name, short_name
+from pipeline.cluster import free_memory
 from pipeline.features.description import check_description, find_stores
 from pipeline.features.key import About
 from pipeline.features.reader import FeatureReader
@@ -33,6 +35,8 @@ from pipeline.workspace import Workspace
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,
 # since only the clean view 0 is judged.
 TARGET_MAY_DIFFER = ("images", "policy", "view_seed", "views", "maps")
+
+PICTURES_SHARE = 0.2  # of the free memory that decoded pictures of a source may take
 
 Store = tuple[UPath, About]
 
@@ -81,6 +85,11 @@ class Faces:
         if manifest.digest != self.digest:
             raise UserError(f"The manifest {self.name!r} has changed since this command began: give it again.")
         return manifest
+
+    @cached_property
+    def pictures(self) -> KeptPictures:
+        """The pictures of the manifest, kept decoded while there is room."""
+        return KeptPictures(self.manifest, int(PICTURES_SHARE * free_memory()))
 
     @cached_property
     def features(self) -> FeatureStore | None:

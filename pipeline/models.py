@@ -85,11 +85,12 @@ def view_plan(spec: RunSpec) -> ViewPlan:
     return ViewPlan(spec.policy, spec.view_seed, spec.views, spec.interpolation, spec.mean, spec.std)
 
 
-def make_dataset(spec: RunSpec, faces: Faces | UnitedFaces) -> FaceDataset:
-    """Return faces as the method needs them, with the features of their store."""
+def make_dataset(spec: RunSpec, faces: Faces | UnitedFaces, keep: bool = False) -> FaceDataset:
+    """Return faces as the method needs them, with the features of their store; `keep` what is decoded for other epochs."""
     needs = find_method(spec.method).needs
     names = [ARRAYS[need] for need in needs if need in ARRAYS]
-    return FaceDataset(faces.manifest, view_plan(spec), needs, spec.image_size, faces.reader(names), faces.channels)
+    pictures = faces.pictures if keep else faces.manifest
+    return FaceDataset(pictures, view_plan(spec), needs, spec.image_size, faces.reader(names), faces.channels)
 
 
 def make_live_dataset(spec: RunSpec, source: Faces | UnitedFaces, device: str) -> FaceDataset:
@@ -102,8 +103,8 @@ def make_live_dataset(spec: RunSpec, source: Faces | UnitedFaces, device: str) -
     tower = load_backbone(spec.backbone, key.precision, key.input_size)
     mean, std = key.normalisation
     towers_plan = replace(plan, mean=mean, std=std)
-    embedder = Embedder(tower, source.manifest, towers_plan, device, "map" in needs, key.dtype, about.batch_size)
-    return FaceDataset(source.manifest, plan, needs, spec.image_size, embedder)
+    embedder = Embedder(tower, source.pictures, towers_plan, device, "map" in needs, key.dtype, about.batch_size)
+    return FaceDataset(source.pictures, plan, needs, spec.image_size, embedder)
 
 
 def find_deviations(spec: RunSpec) -> Iterator[str]:

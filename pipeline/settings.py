@@ -143,7 +143,9 @@ class TrainSettings(ClusterSettings, StoreChoice):
         "training on the others, or, only to know what a choice could gain, on the training faces of --fold.",
     )
     image_size: Side | None = setting(None, "Side of the image branch's input; default: the tower's input.")
-    precision: Literal["fp32", "tf32", "bf16"] = setting("fp32", "Arithmetic of training (bf16: autocast).")
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = setting(
+        "fp32", "Arithmetic of training (bf16: autocast; auto: bf16 where this machine computes with it, else fp32)."
+    )
     targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
     protocol: Protocol = setting("clean", "How targets are judged; training does not depend on it.")
     num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")
@@ -151,7 +153,14 @@ class TrainSettings(ClusterSettings, StoreChoice):
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
     )
     threads: Count | None = setting(None, "Threads of each worker; default: its share of the machine's cores.")
-    loader_workers: Number = setting(0, "Processes per worker that decode images ahead.")
+    loader_workers: Number | None = setting(
+        None, "Processes per worker that decode images ahead; default: up to 8 cores of a GPU's share, none on CPU."
+    )
+    scale_batch: bool = setting(
+        False,
+        "Give each of several workers a whole batch of the recipe, and multiply the learning rate by their number: not as "
+        "published.",
+    )
     checkpoint_every: Count = setting(1, "Epochs between checkpoints.")
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")

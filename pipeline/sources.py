@@ -12,10 +12,11 @@ import numpy as np
 from cafe.data.manifest import Manifest, hold_out_rows
 from cafe.data.union import Union, parts_of, unite
 from cafe.errors import UserError
-from cafe.learning.loading import SMALLEST_BATCH
+from cafe.learning.loading import SMALLEST_BATCH, KeptPictures
 from cafe.methods import find_method
 from cafe.results.protocols import find_protocol
-from pipeline.faces import Faces, Store, any_store, choose_store
+from pipeline.cluster import free_memory
+from pipeline.faces import PICTURES_SHARE, Faces, Store, any_store, choose_store
 from pipeline.features.description import find_stores
 from pipeline.features.key import About, describe_policy
 from pipeline.features.reader import FeatureReader
@@ -43,6 +44,11 @@ class UnitedFaces:
         union = unite([part.manifest for part in self.parts])
         assert isinstance(union, Union)
         return union
+
+    @cached_property
+    def pictures(self) -> KeptPictures:
+        """The pictures of all of them, kept decoded while there is room."""
+        return KeptPictures(self.manifest, int(PICTURES_SHARE * free_memory()))
 
     @property
     def about(self) -> About | None:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
+from cafe.arithmetic import choose_precision
 from cafe.data.manifest import Manifest
 from cafe.data.union import parts_of, unite
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError
 from cafe.files import list_folder, locate, read_json, write_json
 from cafe.learning.loading import SMALLEST_BATCH
-from cafe.learning.networks import NETWORKS
+from cafe.learning.networks import check_network
 from cafe.methods import find_method
 from cafe.methods.method import Recipe, apply_overrides
 from cafe.records import changed_fields
@@ -128,17 +129,21 @@ def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
     """Return the published recipe of the method for a kind of source with the changes asked for; raise `UserError`."""
     shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
     published = find_method(settings.method).published_recipe(kind)
-    return apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+    recipe = apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+    if not settings.scale_batch:
+        return recipe
+    # Linear scaling of the rate with the batch: Goyal et al., "Accurate, Large Minibatch SGD", 2017.
+    batch, rate = settings.num_workers * recipe.batch_size, settings.num_workers * recipe.learning_rate
+    return apply_overrides(recipe, [f"batch_size={batch}", f"learning_rate={rate:.12g}"], settings.method)
 
 
-def check_network(name: str, init: str) -> None:
-    """Raise `UserError` for an unknown image branch or initialisation."""
-    if name not in NETWORKS:
-        raise unknown("network", name, NETWORKS)
-    if init not in ("scratch", "imagenet") and not init.startswith("file:"):
-        raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
-    if init.startswith("file:") and not UPath(init.removeprefix("file:")).is_file():
-        raise UserError(f"There is no file of initial weights at {init.removeprefix('file:')!r}: check the path.")
+def find_precision(settings: TrainSettings) -> str:
+    """Return the arithmetic asked for, or that which suits this machine; raise `UserError` where others compute."""
+    if settings.precision != "auto":
+        return settings.precision
+    if settings.address:
+        raise UserError("--precision auto looks at this machine, not at a cluster's: name fp32, tf32 or bf16.")
+    return choose_precision()
 
 
 def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
@@ -174,7 +179,7 @@ def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: 
         network=settings.network,
         init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
         image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
-        precision=settings.precision,
+        precision=find_precision(settings),
         policy=policy if key is None or own else key.policy["name"],
         view_seed=settings.view_seed or 0 if key is None or own else key.view_seed,
         views=settings.views if settings.views and key is None else views,

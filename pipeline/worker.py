@@ -31,6 +31,7 @@ from pipeline.runs import RunSpec
 from pipeline.settings import EvaluateSettings, TrainSettings
 from pipeline.sources import UnitedFaces, choose_rows
 
+MOST_LOADERS = 8  # processes that decode for one GPU
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 
 
@@ -41,7 +42,9 @@ class Task:
     run: str
     source: Faces | UnitedFaces
     threads: int | None  # None: the worker's share of the cores
-    loader_workers: int
+    loader_workers: (
+        int | None
+    )  # None: on a GPU those of its share of the cores, else the training's own process decodes
     checkpoint_every: int
     versions: dict[str, str] = field(default_factory=dict)  # of the driver
     validation: Faces | None = None  # the domain by whose training faces the epoch is chosen, instead of the source's
@@ -179,16 +182,19 @@ def train_run(
             fit(method, make_dataset(spec, source), rows, device)
             _save_result(run, method.state_dict(), {"epochs": 0})
         return
-    dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source)
+    dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source, keep=True)
+    loaders = task.loader_workers
+    if loaders is None:
+        loaders = min(MOST_LOADERS, cores - 1) if device.type == "cuda" else 0
     checkpoint, prepared = find_checkpoint(run), False
     if rank() == 0 and checkpoint is None:
-        prepared = prepare(method, dataset, rows, spec.seed, device, task.loader_workers)
+        prepared = prepare(method, dataset, rows, spec.seed, device, loaders)
     if world_size() > 1:
         share_batch_norm(method)
     module, selection = wrap(method), Selection(held_out)
     if task.validation:
         selection = Selection(task.validation.rows("train"), make_dataset(spec, task.validation))
-    optimizer, loaders = method.optimizer(), task.loader_workers
+    optimizer = method.optimizer()
     domains = source.manifest.domains if isinstance(source, UnitedFaces) and spec.sampler == "balanced" else None
     training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders, domains)
     done = _restore(checkpoint, training, selection) if checkpoint else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,16 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
-from cafe.learning.loading import FaceDataset, epoch_order
+from cafe.learning.loading import FaceDataset, KeptPictures, epoch_order
 from cafe.learning.training import Selection, Training, predict, prepare
 from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Recipe, apply_overrides
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
+from jobs.runs import explain_choices
+from pipeline.settings import TrainSettings
+from pipeline.train import find_precision, find_recipe
 
 PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CPU = torch.device("cpu")
@@ -40,6 +44,31 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def features(manifest: Manifest, tiny_tower: str) -> Embedder:
     """The tower run on the fly on every view."""
     return Embedder(load_backbone(tiny_tower), manifest, PLAN, "cpu", maps=True, dtype="float32", batch_size=16)
+
+
+def test_no_face_is_decoded_twice_while_there_is_room(manifest: Manifest) -> None:
+    rows, decoded = list(range(10)), list[int]()
+
+    class Counting(Manifest):
+        def read_face(self, row: int, *arguments: Any) -> np.ndarray:
+            decoded.append(row)
+            return super().read_face(row, *arguments)
+
+    counting = Counting(**vars(replace(manifest)))
+    kept = KeptPictures(counting, room=5 * manifest.read_face(0).nbytes)
+    for row in [*rows, *rows[5:]]:
+        np.testing.assert_array_equal(kept.read_face(row), manifest.read_face(row))
+    assert decoded == rows  # the last five had room
+    np.testing.assert_array_equal(kept.read_face(9, "bgr"), manifest.read_face(9)[..., ::-1])
+    kept.read_face(5)
+    assert decoded == [*rows, 9, 5]  # the one used longest ago went
+    whole = FaceDataset(KeptPictures(counting, 10**9), PLAN, frozenset({"image"}), 16)
+    plain = replace(whole, manifest=manifest)
+    decoded.clear()
+    for view in (1, 2):
+        ours, theirs = (list(each.load([np.arange(60)], view, CPU)) for each in (whole, plain))
+        assert torch.equal(ours[0]["image"], theirs[0]["image"])
+    assert sorted(decoded) == list(range(60))
 
 
 QUICK = {name: {"mae_epochs": 2, "detector_epochs": 2, "quantile": 0.5} for name in ("ofer", "ofer_own")}
@@ -274,3 +303,28 @@ def test_too_few_faces_are_one_sentence() -> None:
 def test_a_wrong_setting_is_one_sentence(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         apply_overrides(METHODS["cafe"].recipe_type(), [override], "cafe")
+
+
+def test_workers_with_a_batch_each_train_at_a_scaled_rate_and_are_told_what_else_they_share() -> None:
+    settings = TrainSettings(source="any", method="rul", num_workers=4)
+    published, scaled = find_recipe(settings, "rafdb"), find_recipe(replace(settings, scale_batch=True), "rafdb")
+    rates = (published.learning_rate, published.classifier_learning_rate)
+    assert scaled.batch_size == 4 * published.batch_size
+    assert (scaled.learning_rate, scaled.classifier_learning_rate) == tuple(pytest.approx(4 * rate) for rate in rates)
+    (sentence,) = explain_choices(settings, "fp32", 32)
+    assert sentence.startswith("4 workers share each batch of 32 faces, 8 each: as published, and seldom faster")
+    (sentence,) = explain_choices(replace(settings, scale_batch=True), "fp32", 128)
+    assert sentence == "Batches of 128 faces at 4 times the learning rate, 32 for each worker: not published."
+
+
+def test_the_arithmetic_that_suits_a_machine_is_chosen_only_where_it_is_asked_for() -> None:
+    settings = TrainSettings(source="any")
+    assert find_precision(settings) == "fp32"
+    able = torch.cpu.get_capabilities()
+    expected = "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    assert torch.cuda.is_available() or find_precision(replace(settings, precision="auto")) == expected
+    assert list(explain_choices(replace(settings, precision="auto"), "bf16", 32)) == [
+        "Precision bf16, as this machine computes."
+    ]
+    with pytest.raises(UserError, match="--precision auto looks at this machine, not at a cluster's"):
+        find_precision(replace(settings, precision="auto", address="head:6379"))

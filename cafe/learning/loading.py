@@ -5,6 +5,7 @@ The order of an epoch, the view it uses and each worker's part are plain numbers
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -13,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from upath import UPath
 
-from cafe.data.images import UnreadableImageError
+from cafe.data.images import MAX_PIXELS, UnreadableImageError
 from cafe.data.manifest import Pictures
 from cafe.errors import UserError
 from cafe.learning.parallel import part_sizes, rank
@@ -32,6 +34,45 @@ class FeatureReader(Protocol):
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return pooled (n, C) and, where there are maps, map (n, C, H, W) of one view of some rows."""
+
+
+class KeptPictures:
+    """Pictures that remember what they decoded, as uint8, while there is `room` for it in bytes.
+
+    So an epoch decodes no face twice, nor a training on the fly each face for both of its networks. Where there is no room
+    for all, those used longest ago go first.
+    """
+
+    def __init__(self, pictures: Pictures, room: int) -> None:
+        self.pictures, self.room = pictures, room
+        self.kept: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """The sample_id of every row."""
+        return self.pictures.sample_ids
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of every row, (N,) int64."""
+        return self.pictures.labels
+
+    def path(self, row: int) -> UPath:
+        """Where the image of a row lies."""
+        return self.pictures.path(row)
+
+    def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a face (H, W, 3) uint8, not to be written to."""
+        face = self.kept.get((row, channels))
+        if face is None:
+            face = np.ascontiguousarray(self.pictures.read_face(row, channels, max_pixels))
+            self.kept[row, channels] = face
+            self.room -= face.nbytes
+            while self.room < 0:
+                self.room += self.kept.popitem(last=False)[1].nbytes
+        else:
+            self.kept.move_to_end((row, channels))
+        return face
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from upath import UPath
 
 from cafe.errors import UserError, unknown
 from cafe.towers.weights import read_state_dict
@@ -108,6 +109,16 @@ def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvis
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()
     return ImageBranch(trunk, network.width)
+
+
+def check_network(name: str, init: str) -> None:
+    """Raise `UserError` for an unknown image branch or initialisation."""
+    if name not in NETWORKS:
+        raise unknown("network", name, NETWORKS)
+    if init not in ("scratch", "imagenet") and not init.startswith("file:"):
+        raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
+    if init.startswith("file:") and not UPath(init.removeprefix("file:")).is_file():
+        raise UserError(f"There is no file of initial weights at {init.removeprefix('file:')!r}: check the path.")
 
 
 def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] | None:

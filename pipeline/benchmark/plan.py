@@ -18,6 +18,7 @@ from cafe.data.manifest import Manifest
 from cafe.data.union import parts_of, unite
 from cafe.errors import UserError
 from cafe.files import read_json
+from cafe.learning.networks import check_network
 from cafe.results.protocols import find_protocol
 from cafe.towers.building import NORMALISATIONS
 from cafe.towers.names import absolute_name
@@ -32,7 +33,7 @@ from pipeline.models import PUBLISHED_SIZE, find_deviations
 from pipeline.runs import RunSpec
 from pipeline.settings import BenchmarkSettings, ExtractSettings
 from pipeline.sources import choose_rows, unite_faces
-from pipeline.train import TrainPlan, check_network, find_recipe, plan_training, specify
+from pipeline.train import TrainPlan, find_recipe, plan_training, specify
 from pipeline.workspace import Workspace
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
