@@ -137,7 +137,7 @@ def check_network(name: str, init: str) -> None:
         raise unknown("network", name, NETWORKS)
     if init not in ("scratch", "imagenet") and not init.startswith("file:"):
         raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
-    if init.startswith("file:") and not UPath(init.removeprefix("file:")).is_file():
+    if init.startswith("file:") and not locate(init.removeprefix("file:")).is_file():
         raise UserError(f"There is no file of initial weights at {init.removeprefix('file:')!r}: check the path.")
 
 

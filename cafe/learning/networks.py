@@ -18,6 +18,7 @@ from torch.nn import functional
 from torchvision import models
 
 from cafe.errors import UserError, unknown
+from cafe.files import copy_here
 from cafe.towers.weights import read_state_dict
 
 Scratch = Literal["torchvision", "pytorch"]
@@ -95,7 +96,7 @@ def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] |
     if init == "scratch":
         return None
     if init.startswith("file:"):
-        return read_state_dict(init.removeprefix("file:"))
+        return read_state_dict(copy_here(init.removeprefix("file:")))
     if init != "imagenet":
         raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
     try:
