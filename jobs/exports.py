@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.terminal import open_workspace
+from jobs.terminal import open_workspace, say
 
 
 @click.command()
@@ -25,7 +25,7 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
     workspace = open_workspace()
     name = workspace.find_run(run)
     exported = export_run(workspace, name, locate(output) if output else workspace.root / "exports" / name)
-    click.echo(
+    say(
         f"Wrote {exported.folder}: on {exported.faces} faces the graph differs from PyTorch by at most "
         f"{exported.difference:.1e}. Read README.md there before you ship it."
     )
@@ -33,4 +33,4 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
         from pipeline.release.pyfunc import log_model
         from pipeline.tracking import Mirror
 
-        click.echo(log_model(Mirror(workspace, mlflow_uri), workspace.run_path(name), exported.folder, register))
+        say(log_model(Mirror(workspace, mlflow_uri), workspace.run_path(name), exported.folder, register))

@@ -12,7 +12,7 @@ import click
 
 from cafe.errors import IncompleteError, UserError
 from jobs.options import options
-from jobs.terminal import interruptible, open_workspace, progress_bar
+from jobs.terminal import interruptible, open_workspace, progress_bar, say
 from pipeline.settings import PredictSettings
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
-    click.echo(chosen, err=True)
+    say(chosen, err=True)
     loaded = _load(runs, settings)
     total = sum(count_frames(file, settings.rate) for file in files)
     search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
@@ -76,10 +76,10 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
             done += 1
             progress(done, max(done, total))
     for sentence in summary.sentences():
-        click.echo(sentence, err=True)
+        say(sentence, err=True)
     for place in (settings.output, settings.annotate):
         if place:
-            click.echo(f"Wrote {place}", err=True)
+            say(f"Wrote {place}", err=True)
     if not summary.faces:
         raise IncompleteError("No face was judged: see the reasons above, or lower --smallest or --confidence.")
 

@@ -27,7 +27,7 @@ class Drawing(NamedTuple):
 def list_drawings(report: Report) -> list[Drawing]:
     """Draw the figures of a report, in the order of its sheets."""
     if report.target:
-        return [_draw_classes(report), *_draw_tests(report)]
+        return [_draw_classes(report)]
     return [*_draw_means(report), *_draw_maps(report), *_draw_tests(report), *_draw_ranks(report)]
 
 
