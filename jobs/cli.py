@@ -17,7 +17,7 @@ COMMANDS = {
     "benchmark": "jobs.runs:benchmark",
     "demo": "jobs.runs:demo",
     "predict": "jobs.predict:predict",
-    "export": "jobs.exports:export",
+    "export": "jobs.predict:export",
     "compare": "jobs.results:compare",
     "report": "jobs.reports:report",
     "mlflow": "jobs.results:mlflow",
