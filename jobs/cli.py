@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.terminal import Commands
+from jobs.terminal import Commands, set_loudness
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
@@ -17,20 +17,31 @@ COMMANDS = {
     "benchmark": "jobs.runs:benchmark",
     "demo": "jobs.runs:demo",
     "predict": "jobs.predict:predict",
-    "export": "jobs.exports:export",
+    "export": "jobs.predict:export",
     "compare": "jobs.results:compare",
     "report": "jobs.reports:report",
     "mlflow": "jobs.results:mlflow",
     "ui": "jobs.results:ui",
+    "runs": "jobs.listings:runs",
+    "methods": "jobs.listings:methods",
     "doctor": "jobs.doctor:doctor",
+    "completion": "jobs.listings:completion",
 }
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 something could not be done, what was finished is kept; 2 a mistake in the command, said in one "
+    "sentence before any work; 130 interrupted. Colours follow NO_COLOR."
+)
 
 
-@click.group(cls=Commands, places=COMMANDS, context_settings=HELP)
+@click.group(cls=Commands, places=COMMANDS, context_settings=HELP, epilog=EXIT_CODES)
 @click.option("--workspace", "-w", default="work", show_default=True, help="Folder or URI that holds everything.")
+@click.option("--quiet", "-q", is_flag=True, help="Print results and errors alone.")
+@click.option(
+    "--verbose", "-v", is_flag=True, help="Print what libraries and workers report, and where an error was found."
+)
 @click.version_option(package_name="cafe")
 @click.pass_context
-def main(ctx: click.Context, workspace: str) -> None:
+def main(ctx: click.Context, workspace: str, quiet: bool, verbose: bool) -> None:
     """Facial-expression recognition that generalises: train on one data set, be judged on all the others.
 
     \b
@@ -44,6 +55,7 @@ def main(ctx: click.Context, workspace: str) -> None:
     cafe predict cafe-news-s0 ~/photos                   # a trained run on photos and videos
     """
     ctx.obj = workspace
+    set_loudness(quiet, verbose)
 
 
 if __name__ == "__main__":

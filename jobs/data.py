@@ -10,7 +10,7 @@ import click
 
 from cafe.errors import UserError, unknown
 from jobs.options import options
-from jobs.terminal import Commands, open_workspace, progress_bar, show
+from jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
 from pipeline.settings import AlignSettings
 
 if TYPE_CHECKING:
@@ -77,11 +77,11 @@ def index(
     for table in index_tables(result):
         show(table)
     if train_faces:
-        click.echo(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
+        say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
     _check_counts(listing, counts, accept_counts, warn=True)
     path = workspace.manifest_path(name)
     result.manifest.save(path)
-    click.echo(f"Wrote {path}")
+    say(f"Wrote {path}")
 
 
 def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
@@ -136,7 +136,7 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
     with progress_bar("Drawing faces", "domains") as progress:
         manifests = draw_domains(open_workspace(), list(domains or DOMAINS), faces, seed, progress)
     for manifest in manifests:
-        click.echo(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
+        say(f"{manifest.name}: {len(manifest):,} faces in {manifest.root}")
 
 
 @data.command("check")
@@ -155,7 +155,7 @@ def check(name: str) -> None:
         result, page = report_check(workspace, workspace.load_manifest(name), progress)
     for table in check_tables(result):
         show(table)
-    click.echo(f"Wrote {page}")
+    say(f"Wrote {page}")
 
 
 @data.command("audit")
@@ -180,7 +180,7 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     for result in results:
         if result.broken:
             show(unreadable(result.broken))
-        click.echo(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
+        say(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
 
 
 @data.command("align")
@@ -204,12 +204,18 @@ def align(source: str, **values: Any) -> None:
         result = align_photos(workspace, photos, settings, progress)
     for table in alignment_tables(result):
         show(table)
-    click.echo(f"Wrote {result.manifest or result.folder}")
+    say(f"Wrote {result.manifest or result.folder}")
 
 
 @data.command("list")
-def list_data() -> None:
+@json_option
+def list_data(as_json: bool) -> None:
     """List the manifests of the workspace and the feature stores each of them has."""
-    from jobs.data_tables import manifests_table
+    from jobs.data_tables import list_manifests
 
-    show(manifests_table(open_workspace()))
+    workspace = open_workspace()
+    records = list(list_manifests(workspace))
+    if not (records or as_json):
+        show(f"No manifest in {workspace.root} yet: make one with `cafe data index folder ROOT --name NAME`.")
+        return
+    show_records(records, as_json, words=3, title=str(workspace.root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
@@ -137,15 +138,10 @@ def alignment_tables(alignment: Alignment) -> list[Table | str]:
     ]
 
 
-def manifests_table(workspace: Workspace) -> Table | str:
-    """The manifests of a workspace and what features there are of each."""
-    names = workspace.manifest_names()
-    if not names:
-        return f"No manifest in {workspace.root} yet: make one with `cafe data index folder ROOT --name NAME`."
-    table = Table("manifest", "kind", "faces", *SPLITS, "features", title=str(workspace.root))
-    for name in names:
+def list_manifests(workspace: Workspace) -> Iterator[dict[str, object]]:
+    """Yield the manifests of a workspace with their faces and what features there are of each."""
+    for name in workspace.manifest_names():
         manifest = workspace.load_manifest(name)
-        stores = "\n".join(about.describe() for _, about in find_stores(workspace.features, name)) or "none"
-        sizes = (f"{len(manifest.rows(split)):,}" for split in SPLITS)
-        table.add_row(name, manifest.kind, f"{len(manifest):,}", *sizes, stores)
-    return table
+        sizes = {split: len(manifest.rows(split)) for split in SPLITS}
+        stores = [about.describe() for _, about in find_stores(workspace.features, name)]
+        yield {"manifest": name, "kind": manifest.kind, "features": stores, "faces": len(manifest), **sizes}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cafe.errors import IncompleteError, UserError
-from jobs.terminal import open_workspace, show
+from jobs.terminal import json_option, open_workspace, show_records
 
 if TYPE_CHECKING:
     from pipeline.workspace import Workspace
@@ -29,22 +29,19 @@ Finding = tuple[str, str, str]  # what was looked at, what was found, and what i
 
 @click.command()
 @click.argument("file", required=False)
-def doctor(file: str | None) -> None:
+@json_option
+def doctor(file: str | None, as_json: bool) -> None:
     """Look at this machine and, with FILE, at what a benchmark needs: `cafe doctor table1.toml`.
 
     Versions, processor, memory, GPUs, the workspace, and whether weights can be fetched. Exit code 1 when something is
     wrong.
     """
-    from rich.table import Table
-
     workspace = open_workspace()
     findings = [*_software(), *_hardware(), *_storage(workspace), _hub()]
     if file:
         findings += _needs(workspace, file)
-    table = Table("", "found", "problem")
-    for finding in findings:
-        table.add_row(*finding)
-    show(table)
+    records = [dict(zip(("point", "found", "problem"), finding, strict=True)) for finding in findings]
+    show_records(records, as_json, words=3)
     problems = [problem for _, _, problem in findings if problem]
     if problems:
         raise IncompleteError(f"{len(problems)} of {len(findings)} points need attention: see the last column.")

@@ -1,4 +1,4 @@
-"""`cafe predict`: a trained run on photographs and videos."""
+"""`cafe predict` and `cafe export`: a trained run on photographs and videos, and as a folder for other programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 from cafe.errors import IncompleteError, UserError
 from jobs.options import options
-from jobs.terminal import interruptible, open_workspace, progress_bar
+from jobs.terminal import interruptible, open_workspace, progress_bar, say
 from pipeline.settings import PredictSettings
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
-    click.echo(chosen, err=True)
+    say(chosen, err=True)
     loaded = _load(runs, settings)
     total = sum(count_frames(file, settings.rate) for file in files)
     search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
@@ -76,10 +76,10 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
             done += 1
             progress(done, max(done, total))
     for sentence in summary.sentences():
-        click.echo(sentence, err=True)
+        say(sentence, err=True)
     for place in (settings.output, settings.annotate):
         if place:
-            click.echo(f"Wrote {place}", err=True)
+            say(f"Wrote {place}", err=True)
     if not summary.faces:
         raise IncompleteError("No face was judged: see the reasons above, or lower --smallest or --confidence.")
 
@@ -133,3 +133,32 @@ def _open_output(output: str | None) -> Iterator[BinaryIO]:
 def _show_progress(file: BinaryIO) -> Any:
     """Return a bar, unless the rows themselves appear on the terminal."""
     return nullcontext(lambda done, total: None) if file.isatty() else progress_bar("Predicting", "pictures")
+
+
+@click.command()
+@click.argument("run")
+@click.option("--output", metavar="FOLDER", help="Where to write it; default: exports/RUN in the workspace.")
+@click.option("--mlflow", is_flag=True, help="Log the exported model in MLflow too, with signature and input example.")
+@click.option("--register", metavar="NAME", help="Log it and register it under this name in MLflow's model registry.")
+@click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
+def export(run: str, output: str | None, mlflow: bool, register: str | None, mlflow_uri: str | None) -> None:
+    """Export a trained run as ONNX, safetensors and a model card: `cafe export cafe-news-s0 --output model`.
+
+    RUN is the name of a run of this workspace or its unambiguous beginning. The graph holds everything from the pixels of an
+    aligned face to seven probabilities, and is checked against PyTorch on real faces. Needs `pip install 'cafe[export]'`.
+    """
+    from cafe.files import locate
+    from pipeline.release.export import export_run
+
+    workspace = open_workspace()
+    name = workspace.find_run(run)
+    exported = export_run(workspace, name, locate(output) if output else workspace.root / "exports" / name)
+    say(
+        f"Wrote {exported.folder}: on {exported.faces} faces the graph differs from PyTorch by at most "
+        f"{exported.difference:.1e}. Read README.md there before you ship it."
+    )
+    if mlflow or register:
+        from pipeline.release.pyfunc import log_model
+        from pipeline.tracking import Mirror
+
+        say(log_model(Mirror(workspace, mlflow_uri), workspace.run_path(name), exported.folder, register))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.terminal import open_workspace
+from jobs.terminal import open_workspace, say
 from pipeline.settings import PROTOCOLS
 
 
@@ -57,4 +57,4 @@ def report(
     page = draw_experiment(experiment, found, workspace.root, workspace.find_manifest, gallery)
     place = locate(output) if output else workspace.root / "reports" / f"{experiment}.html"
     write_file(place, page)
-    click.echo(f"Wrote {place} ({len(page) / 1e6:.1f} MB)")
+    say(f"Wrote {place} ({len(page) / 1e6:.1f} MB)")

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cafe.errors import IncompleteError, UserError, unknown
-from jobs.terminal import Commands, open_workspace, show
+from jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
 from pipeline.settings import PROTOCOLS, TEST_TIME
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
+@json_option
 @click.option("--experiment", help="Only the runs of this experiment.")
 @click.option(
     "--best", type=click.Choice(["source_val"]), help="Say which run to ship, by held-out faces of its source."
@@ -73,6 +74,7 @@ def compare(
     protocol: str,
     test_time: tuple[str, ...],
     exclude_leaks: bool,
+    as_json: bool,
     experiment: str | None,
     best: str | None,
     mlflow_uri: str | None,
@@ -92,9 +94,10 @@ def compare(
 
     chosen = choose_runs(open_workspace(), experiment, mlflow_uri)
     ship = [_say_best(chosen[0], experiment)] if best else []
-    report = show_report(
+    report = compare_runs(
         open_workspace(), chosen, protocol, exclude_leaks, test_time, metric=metric, per_class=per_class, versus=versus
     )
+    show_report(report, as_json)
     for sentence in ship:
         click.echo(sentence)
     for name, file in files.items():
@@ -102,7 +105,7 @@ def compare(
             place = locate(file)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(FORMATS[name](report).encode())
-            click.echo(f"Wrote {file}")
+            say(f"Wrote {file}")
 
 
 def _say_best(runs: list[Run], experiment: str | None) -> str:
@@ -116,19 +119,15 @@ def _say_best(runs: list[Run], experiment: str | None) -> str:
     return f"To ship: {reason}; no target's score was looked at: cafe export {run.name}"
 
 
-def show_report(
-    workspace: Workspace,
-    chosen: tuple[list[Run], list[str]],
-    protocol: str = "clean",
-    exclude_leaks: bool = False,
-    test_time: Sequence[str] = (),
-    **choice: Any,
-) -> Report:
-    """Compare the chosen runs as `compare_runs` does, and print every table with its notes."""
-    report = compare_runs(workspace, chosen, protocol, exclude_leaks, test_time, **choice)
+def show_report(report: Report, as_json: bool = False) -> None:
+    """Print every table with its notes, or in JSON a record for every cell, as in the CSV file."""
+    from cafe.report.report import list_records
+
+    if as_json:
+        show_records(list(list_records(report)), as_json)
+        return
     for table in (*sheet_tables(report.sheets), *report.about):
         show(table)
-    return report
 
 
 def compare_runs(
@@ -139,7 +138,7 @@ def compare_runs(
     test_time: Sequence[str] = (),
     **choice: Any,
 ) -> Report:
-    """Compare the chosen runs by one protocol; raise `UserError`.
+    """Return the report of the chosen runs; raise `UserError`.
 
     `test_time` names options for which there are rows of their own. `choice` is what else `make_report` takes: metric,
     per_class, versus.
@@ -233,8 +232,11 @@ def mlflow() -> None:
 
 
 @mlflow.command()
+@click.option(
+    "--models", is_flag=True, help="Export every run and log it as a model; each takes the room of its tower."
+)
 @click.option("--mlflow-uri", help=URI_HELP)
-def sync(mlflow_uri: str | None) -> None:
+def sync(models: bool, mlflow_uri: str | None) -> None:
     """Show every run and benchmark of the workspace as its folder says: `cafe mlflow sync`.
 
     Rebuilds a lost or a new server, and fills in what an interrupted training left out; what is there already stays.
@@ -246,7 +248,15 @@ def sync(mlflow_uri: str | None) -> None:
     count = mirror.update_all()
     if mirror.warning:
         raise IncompleteError(mirror.warning)
-    click.echo(f"MLflow at {mirror.address} shows all {count} runs of {workspace.root}.")
+    say(f"MLflow at {mirror.address} shows all {count} runs of {workspace.root}.")
+    if models:
+        from pipeline.release.pyfunc import log_models
+
+        with progress_bar("Exporting", "runs") as progress:
+            left_out = log_models(mirror, progress)
+        for name, reason in left_out.items():
+            click.echo(f"No model of {name}: {reason}", err=True)
+        say(f"It holds the models of {count - len(left_out)} of them.")
 
 
 @mlflow.command()
@@ -264,4 +274,4 @@ def pull(mlflow_uri: str, experiment: str) -> None:
     folders = Mirror(workspace, mlflow_uri).pull(experiment)
     adopted = [folder.name for folder in folders if adopt_run(workspace, folder)]
     there = f"; {len(folders) - len(adopted)} were there already" if len(folders) > len(adopted) else ""
-    click.echo(f"Fetched {len(adopted)} runs into {workspace.root / 'runs'}{there}.")
+    say(f"Fetched {len(adopted)} runs into {workspace.root / 'runs'}{there}.")

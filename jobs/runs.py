@@ -11,7 +11,7 @@ import click
 
 from cafe.errors import IncompleteError, UserError
 from jobs.options import options
-from jobs.terminal import interruptible, open_workspace, progress_bar, show
+from jobs.terminal import interruptible, open_workspace, progress_bar, say, show
 from pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
     with interruptible(), progress_bar("Extracting") as progress:
         results = extract_features(workspace, manifests, ExtractSettings(**values), progress)
     for result in results:
-        click.echo(result.sentence())
+        say(result.sentence())
 
 
 @click.command()
@@ -74,7 +74,7 @@ def train(**values: Any) -> None:
         train_and_judge(plan, mirror, progress_bar)
     if plan.targets:
         _show_scores(workspace, plan.run, settings.protocol)
-    click.echo(f"Run {plan.spec.name} in {plan.run}")
+    say(f"Run {plan.spec.name} in {plan.run}")
     _warn(mirror)
 
 
@@ -131,7 +131,7 @@ def evaluate(run: str, **values: Any) -> None:
         predict_targets(path, targets, progress, worker.judge if worker else judge_anywhere(settings.use_gpu))
     _show_scores(workspace, path, protocol, settings.exclude_leaks)
     if settings.test_time:
-        click.echo(f"Protocol {protocol}: {find_protocol(protocol).about}")
+        say(f"Protocol {protocol}: {find_protocol(protocol).about}")
     _warn(mirror)
 
 
@@ -160,7 +160,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, judged on both
     """
     from cafe.report.report import conclude
-    from jobs.results import choose_runs, show_report
+    from jobs.results import choose_runs, compare_runs, show_report
     from pipeline.benchmark.file import read_benchmark
 
     workspace = open_workspace()
@@ -170,9 +170,10 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
     grid = replace(grid, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
     _work_off(workspace, grid, BenchmarkSettings(**cluster))
-    report = show_report(workspace, choose_runs(workspace, grid.name))
+    report = compare_runs(workspace, choose_runs(workspace, grid.name))
+    show_report(report)
     click.echo(conclude(report.comparison))
-    click.echo(NEXT_STEPS.format(workspace=click.get_current_context().obj))
+    say(NEXT_STEPS.format(workspace=click.get_current_context().obj))
 
 
 def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
@@ -212,7 +213,7 @@ def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings
         return
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     with interruptible():
-        failures = run_benchmark(plan, mirror, progress_bar, click.echo)
+        failures = run_benchmark(plan, mirror, progress_bar, say)
     _warn(mirror)
     if failures:
         show(failures_table(failures))
@@ -220,7 +221,7 @@ def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings
             f"{len(failures)} of {len(plan.cells)} cells failed, all others are done: mend what the table says and give the "
             "same command again."
         )
-    click.echo(f"All {len(plan.cells)} cells are done: cafe compare --experiment {plan.experiment}")
+    say(f"All {len(plan.cells)} cells are done: cafe compare --experiment {plan.experiment}")
 
 
 def find_file(name: str) -> Path:

@@ -10,14 +10,13 @@ import click
 
 from cafe.errors import IncompleteError
 from jobs.options import options
-from jobs.terminal import Commands, interruptible, make_table, open_workspace, progress_bar, show
+from jobs.terminal import Commands, interruptible, json_option, make_table, open_workspace, progress_bar, show
 from pipeline.settings import ClusterSettings
 
 if TYPE_CHECKING:
     from pipeline.stores import StoreFacts
 
 DAY = 86_400.0
-as_json = click.option("--json", "as_json", is_flag=True, help="Print a JSON list instead of a table.")
 names_argument = click.argument("names", nargs=-1, metavar="[STORE]...")
 
 
@@ -31,7 +30,7 @@ def store() -> None:
 
 @store.command("ls")
 @names_argument
-@as_json
+@json_option
 def list_all(names: tuple[str, ...], as_json: bool) -> None:
     """List stores with size, age and the runs that use them: `cafe store ls`."""
     from pipeline.stores import find_paths, list_stores
@@ -58,7 +57,7 @@ def _line(facts: StoreFacts) -> tuple[object, ...]:
 
 @store.command("verify")
 @names_argument
-@as_json
+@json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
     """Read stores back, every byte, and name the files that are not what was written: `cafe store verify news`."""
     from pipeline.features.description import store_name

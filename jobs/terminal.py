@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import os
 import signal
 import sys
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.workspace import Workspace
 
 
+QUIET = "cafe.quiet"  # where click's context keeps it
 GRACE_SECONDS = 4.0  # for an interrupted command to put its things in order
 
 _interrupted = Event()
@@ -54,6 +58,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
+            logging.getLogger(__name__).info("Where this was found:", exc_info=error)
             sentence = click.ClickException(str(error))
             sentence.exit_code = error.exit_code  # type: ignore[misc]  # click's own default is a class variable
             raise sentence from None
@@ -66,9 +71,30 @@ def open_workspace() -> Workspace:
     return Workspace.at(click.get_current_context().obj)
 
 
+def set_loudness(quiet: bool, verbose: bool) -> None:
+    """Let all commands say less, or more: what the libraries and Ray's workers report, and where an error was found."""
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose say the opposite: leave one of them out.")
+    click.get_current_context().meta[QUIET] = quiet
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
+
+
+def say(sentence: str, err: bool = False) -> None:
+    """Print what was done: no result, so nothing with --quiet."""
+    if not is_quiet():
+        click.echo(sentence, err=err)
+
+
 @contextmanager
 def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], None]]:
-    """Show one bar with rate and time left on a terminal, and nothing elsewhere; yields `update(done, total)`."""
+    """Show one bar with rate and time left on a terminal, nothing elsewhere or if quiet; yields `update(done, total)`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -80,7 +106,7 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
         TextColumn(f"{unit} {{task.fields[rate]}}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal) as bar:
         task = bar.add_task("", total=None, rate="")
 
         def update(done: int, total: int) -> None:
@@ -146,3 +172,24 @@ def make_table(
     for line in lines:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line))
     return table
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def show_records(records: Sequence[Mapping[str, Any]], as_json: bool, words: int = 1, title: str | None = None) -> None:
+    """Print records as a table, the first `words` columns left-aligned and lists line by line, or as a list in JSON."""
+    if as_json:
+        plain = [{name: _as_json(value) for name, value in record.items()} for record in records]
+        click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+        return
+    header = [name.replace("_", " ") for name in (records[0] if records else ())]
+    lines = [
+        ["\n".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row.values()] for row in records
+    ]
+    show(make_table(header, lines, words, title))
+
+
+def _as_json(value: object) -> object:
+    """Return a value that JSON has: what is not known is null there."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jobs.terminal import Commands, open_workspace, progress_bar, show
+from jobs.terminal import Commands, json_option, open_workspace, progress_bar, show_records
 
 
 class _Towers(Commands):
@@ -32,25 +32,24 @@ def tower() -> None:
 @click.option(
     "--input-size", type=click.IntRange(min=16), help="Side of the input in pixels; default: the tower's own."
 )
-def layers(backbone: str, input_size: int | None) -> None:
+@json_option
+def layers(backbone: str, input_size: int | None, as_json: bool) -> None:
     """List the layers of a tower, e.g. `cafe tower face-resnet`, with their maps and what a face costs up to them."""
-    from rich.table import Table
-
     from cafe.towers.building import load_backbone
     from cafe.towers.names import END, FINAL, Layer
     from cafe.towers.probe import time_layer
 
     loaded = load_backbone(backbone, input_size=input_size)
     facts = loaded.facts
-    table = Table("layer", "map", title=f"{backbone} at {facts.input_size} px: {loaded.layer}, {facts.width} channels")
-    for column in ("channels", "ms per face"):
-        table.add_column(column, justify="right")
+    records = []
     for name in loaded.layers:
         layer = END if name == FINAL else Layer(name, "1x1")
         there = loaded.describe(layer)
         shape = "×".join(map(str, there.map_shape)) if there.map_shape else "none"
-        table.add_row(name, shape, str(there.width), f"{1000 * time_layer(loaded, layer):.1f}")
-    show(table)
+        cost = round(1000 * time_layer(loaded, layer), 1)
+        records.append({"layer": name, "map": shape, "channels": there.width, "ms_per_face": cost})
+    title = f"{backbone} at {facts.input_size} px: {loaded.layer}, {facts.width} channels"
+    show_records(records, as_json, words=2, title=title)
 
 
 @tower.command()
@@ -62,14 +61,14 @@ def layers(backbone: str, input_size: int | None) -> None:
 @click.option(
     "--input-size", type=click.IntRange(min=16), help="Side of the input in pixels; default: the tower's own."
 )
-def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int | None) -> None:
+@json_option
+def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int | None, as_json: bool) -> None:
     """Find the layer that knows expressions best, e.g. `cafe tower probe news --backbone face-resnet`.
 
     A linear classifier is fitted on training faces of SOURCE and asked for others of them that were held out; no target
     plays a part. The best line is what to write behind `cafe extract --backbone`.
     """
     import torch
-    from rich.table import Table
 
     from cafe.towers.building import load_backbone
     from cafe.towers.names import split_name
@@ -84,10 +83,17 @@ def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int |
         with progress_bar(f"Probing {name}") as progress:
             head = split_name(name)[0]
             answers += [(head, answer) for answer in probe_layers(loaded, manifest, fitted, asked, device, progress)]
-    table = Table("backbone", title=f"{source}: fitted on {len(fitted):,} faces, asked for {len(asked):,} held out")
-    for column in ("channels", "accuracy %", "mean-class %"):
-        table.add_column(column, justify="right")
-    for head, answer in sorted(answers, key=lambda pair: -pair[1].accuracy):
-        accuracy = f"{100 * answer.accuracy:.1f} ± {100 * answer.error:.1f}"
-        table.add_row(f"{head}#{answer.layer}", str(answer.width), accuracy, f"{100 * answer.mean_class_accuracy:.1f}")
-    show(table)
+    records = [
+        {
+            "backbone": f"{head}#{answer.layer}", "channels": answer.width,
+            "accuracy_percent": _percent(answer.accuracy), "error_percent": _percent(answer.error),
+            "mean_class_percent": _percent(answer.mean_class_accuracy),
+        }
+        for head, answer in sorted(answers, key=lambda pair: -pair[1].accuracy)
+    ]  # fmt: skip
+    title = f"{source}: fitted on {len(fitted):,} faces, asked for {len(asked):,} held out"
+    show_records(records, as_json, title=title)
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 1)

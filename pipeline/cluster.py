@@ -69,17 +69,17 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     if settings.address:
         _join(settings.address)
     else:
-        ray.init(
-            "local",
-            num_cpus=settings.num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        ray.init("local", num_cpus=settings.num_cpus, include_dashboard=False, **_find_loudness())
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _find_loudness() -> dict[str, int]:
+    """Return what Ray reports: errors alone, unless the program asks for information."""
+    verbose = logging.getLogger().isEnabledFor(logging.INFO)
+    return {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
 
 
 def _join(address: str) -> None:
@@ -94,7 +94,7 @@ def _join(address: str) -> None:
     _check_node(address)
     workers = {"py_modules": [cafe, pipeline], "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
     try:
-        ray.init(address, runtime_env=workers, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address, runtime_env=workers, **_find_loudness())
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise UserError(
             f"Ray does not let this command into the cluster at {address!r} ({first_line(error)}): check the address, and "

@@ -100,8 +100,9 @@ def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
             spec = RunSpec.load(run)
         except UserError:  # of another format: none of these stores serves it
             return None
-        folders = (run / "predictions", run / "predictions" / "paper")
-        files = [path.stem for folder in folders for path in list_folder(folder) if path.suffix == ".parquet"]
+        top = list_folder(run / "predictions")
+        nested = [path for folder in top if not folder.suffix for path in list_folder(folder)]  # of other protocols
+        files = [path.stem for path in (*top, *nested) if path.suffix == ".parquet"]
         return spec, [file.partition("@")[0] for file in files]
 
     names = workspace.run_names()

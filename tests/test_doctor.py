@@ -1,5 +1,6 @@
 """`cafe doctor` against a workspace that can be written, one that cannot, and a benchmark that lacks something."""
 
+import json
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -20,6 +21,10 @@ def test_a_workspace_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None
     result = CliRunner().invoke(main, ["-w", str(tmp_path / "file"), "doctor"])
     assert result.exit_code == 1
     assert "cannot be written" in result.output
+    result = CliRunner().invoke(main, ["-w", str(tmp_path / "file"), "doctor", "--json"])
+    assert result.exit_code == 1
+    (problem,) = [finding for finding in json.loads(result.stdout) if finding["problem"]]
+    assert problem["point"] == "workspace"
 
 
 def test_what_keeps_a_benchmark_from_running_is_named(tmp_path: Path) -> None:

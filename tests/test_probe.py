@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,14 @@ def test_the_commands_print_layers_and_what_they_know(manifest: Manifest, tiny_t
     assert [row[1] for row in rows] == ["block1", "block2", "final"]
     assert [row[3] for row in rows] == ["32×4×4", "32×4×4", "24×4×4"]
 
-    probed = CliRunner().invoke(main, ["-w", workspace, "tower", "probe", "tiny", "--backbone", tiny_tower])
+    command = ["-w", workspace, "tower", "probe", "tiny", "--backbone", tiny_tower]
+    probed = CliRunner().invoke(main, command)
     assert probed.exit_code == 0, probed.output
-    values = [float(line.split("│")[3].split("±")[0]) for line in probed.output.splitlines() if "±" in line]
+    cells = [line.split("│")[3].strip() for line in probed.output.splitlines() if line.count("│") > 3]
+    values = [float(cell) for cell in cells if cell]
     assert len(values) == 12
     assert values == sorted(values, reverse=True)
+    records = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert [record["accuracy_percent"] for record in records] == values
+    listed = CliRunner().invoke(main, ["-w", workspace, "tower", tiny_tower, "--json"])
+    assert [record["channels"] for record in json.loads(listed.stdout)] == [32, 32, 24]

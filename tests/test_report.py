@@ -393,7 +393,33 @@ def test_the_command_writes_every_format(workspace: Workspace, tmp_path: Path) -
     for name, path in files.items():
         assert path.read_text() == expected[name](report)  # and so the same bytes for the same runs
         assert f"Wrote {path}" in output
-    assert "leave it or --per-class out" in cafe.fail("compare", "--versus", "cafe", "--per-class", "raf")
+
+
+def test_expressions_are_tested_against_a_row_on_the_faces_of_each(workspace: Workspace) -> None:
+    report = report_all(workspace, per_class="fer", versus="cafe")
+    tests = sheet(report, "Against cafe, trained on raf")
+    assert tests.header[1] == "expression"
+    lines = [line for line in tests.lines if line[0].text == "scn"]
+    assert [line[1].text for line in lines] == [*EXPRESSIONS, "mean of recalls"]
+    difference = correct(workspace, "scn", "raf", "fer").mean(axis=0) - correct(workspace, "cafe", "raf", "fer").mean(
+        axis=0
+    )
+    differences = [difference[np.arange(250) % 7 == label] for label in range(7)]
+    single = [paired_bootstrap([values]) for values in differences]
+    for line, values, expected, adjusted in zip(
+        lines, differences, single, holm([test.p for test in single]), strict=False
+    ):
+        assert line[2].text == str(len(values))
+        assert line[3].text == f"{100 * expected.mean:+.1f}".replace("-", "−")
+        assert line[4].text == f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f}".replace("-", "−")
+        assert line[6].text == (f"{adjusted:.3f}" if adjusted >= 0.001 else "<0.001")
+    mean = paired_bootstrap(differences)
+    assert (lines[-1][3].text, lines[-1][6].text) == (f"{100 * mean.mean:+.1f}".replace("-", "−"), "–")
+    records = list(csv.DictReader(io.StringIO(to_csv(report))))
+    told = {r["expression"]: r for r in records if (r["source"], r["method"]) == ("raf", "scn")}
+    assert float(told["fear"]["accuracy_difference"]) == pytest.approx(differences[1].mean())
+    assert float(told["mean"]["accuracy_difference"]) == pytest.approx(mean.mean)
+    assert told["overall"]["accuracy_difference"] == ""
 
 
 def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Workspace, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from cafe.errors import UserError
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
@@ -51,18 +50,17 @@ def make_report(
     per_class: str | None = None,
     versus: str | None = None,
 ) -> Report:
-    """Compare runs, on all targets or by expression on one, with tests against one method; raise `UserError`.
+    """Compare runs, on all targets or by expression on one, with paired tests against one method; raise `UserError`.
 
     `scores` are those of the runs; `leak_free` the same without copies of the source's training faces.
     """
-    if per_class and versus:
-        raise UserError("--versus tests the accuracy over all expressions: leave it or --per-class out.")
     about = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
     if per_class:
         classes = compare_classes(runs, scores, per_class, protocol)
         published = publish_classes(classes)
-        sheets = [class_sheet(classes, per_class, published)]
-        return Report(f"Every expression of {per_class}", about, sheets, classes, published, target=per_class)
+        tests = pair_rows(classes, versus, per_class) if versus else []
+        sheets = [class_sheet(classes, per_class, published), *tests_sheets(tests)]
+        return Report(f"Every expression of {per_class}", about, sheets, classes, published, tests, target=per_class)
     comparison = compare(runs, scores, metric, protocol, leak_free)
     published, ranks = publish_rows(comparison), rank(comparison)
     tests = pair_rows(comparison, versus) if versus else []
@@ -121,7 +119,8 @@ def list_records(report: Report) -> Iterator[dict[str, object]]:
                 role = SOURCE if name in row.source.split("+") else "same set" if name in row.seen else "unseen"
                 where = {"target": name, "role": role, "metric": metric}
             described = _describe(comparison, row, where, estimate, numbers.cells.get(name, math.nan))
-            yield described | _describe_test(tested.get((id(row), name)))
+            mean = report.target and name == "mean"
+            yield described | _describe_test(tested.get((id(row), "" if mean else name)))
         means = {
             "unseen": ("mean of unseen", metric, numbers.unseen),
             "unseen macro_f1": ("mean of unseen", "macro_f1", math.nan),

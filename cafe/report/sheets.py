@@ -11,7 +11,7 @@ import pandas as pd
 
 from cafe.results.comparison import Comparison, Row
 from cafe.results.metrics import METRICS, TITLES, Estimate
-from cafe.results.paired_tests import Paired, Ranks
+from cafe.results.paired_tests import RECALLS, Paired, Ranks
 from cafe.results.published import Published
 from cafe.results.scores import average_unseen
 from cafe.results.sources import SAME_SET, UNKNOWN
@@ -224,7 +224,7 @@ def points(difference: float) -> str:
 TESTED = (
     "Accuracy minus that of the reference, in percentage points. The interval and p measure what other faces would change, "
     "not other seeds: a bootstrap over faces, each with all seeds of both methods; where faces belong to groups (a person, "
-    "a film), a jackknife over groups with Student's t. p (Holm) is corrected over the targets of a method and source. "
+    "a film), a jackknife over groups with Student's t. p (Holm) is corrected over a row's targets or expressions. "
     "Seeds apart: every seed of one method is ahead of every seed of the other. Bold: p (Holm), or p for the mean, is below "
     "0.05, and the seeds are not mixed."
 )
@@ -235,7 +235,8 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
     sheets: list[Sheet] = []
     for source, block in groupby(tests, lambda test: test.row.source):
         own = list(block)
-        header = ["method", "target", "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
+        what = "expression" if own[0].mean == RECALLS else "target"
+        header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
         notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
         if incomplete := [test for test in own if test.left_out and test.target]:
             missing = (f"{test.left_out:,} of {test.target} ({test.row.label})" for test in incomplete)
@@ -261,8 +262,8 @@ def _test_line(test: Paired) -> list[Cell]:
 
 
 def name_target(test: Paired) -> str:
-    """Return the name of a test's target, in brackets where the row was trained on that set."""
-    return f"({test.target})" if test.target in test.row.seen else test.target or "mean of unseen"
+    """Return the name of a test's target or expression, in brackets where the row was trained on that set."""
+    return f"({test.target})" if test.target in test.row.seen else test.target or test.mean
 
 
 def _p(value: float) -> str:

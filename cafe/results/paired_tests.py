@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 from cafe.results.comparison import Comparison, Row
 from cafe.results.predictions import Predictions
 from cafe.results.statistics import Difference, Ranking, holm, paired_test, rank_methods
 
+RECALLS = "mean of recalls"  # what the tests by expression end with
 Judged = Sequence[dict[str, Predictions]]  # by seed and target
 
 
@@ -26,11 +28,12 @@ class Paired:
 
     row: Row
     reference: Row
-    target: str  # empty for the mean over the unseen targets
+    target: str  # or the expression on one target; empty for the mean
     difference: Difference
     left_out: int  # faces that not all of the runs have judged
     apart: bool | None
-    adjusted_p: float = math.nan  # Holm's, over the targets of this row; the mean is no member of that family
+    adjusted_p: float = math.nan  # Holm's, over the targets or expressions of this row; the mean is not one of them
+    mean: str = "mean of unseen"  # what the mean is taken over
 
     @property
     def peeked(self) -> bool:
@@ -43,18 +46,22 @@ class Paired:
         return (self.adjusted_p if self.target else self.difference.p) < 0.05 and self.apart is not False
 
 
-def pair_rows(comparison: Comparison, versus: str) -> list[Paired]:
+def pair_rows(comparison: Comparison, versus: str, target: str = "") -> list[Paired]:
     """Test the accuracy of every row against the one of that name trained on the same source; raise `UserError`.
 
-    A row whose epoch was chosen on its target is neither tested nor tested against.
+    With a `target`, the recall of every expression on it, and their mean. A row whose epoch was chosen on its target is
+    neither tested nor tested against.
     """
-    tests = []
+    tests: list[Paired] = []
     for reference in find_references(comparison, versus):
         theirs = load_judged(reference, comparison.protocol)
         for row in comparison.rows:
             if row.source == reference.source and row is not reference and not row.oracle:
                 ours = load_judged(row, comparison.protocol)
-                tests += list(_test(row, reference, ours, theirs, comparison))
+                if target:
+                    tests += _test_classes(row, reference, ours, theirs, target)
+                else:
+                    tests += _test(row, reference, ours, theirs, comparison)
     return tests
 
 
@@ -96,12 +103,31 @@ def _test(row: Row, reference: Row, ours: Judged, theirs: Judged, comparison: Co
         for target in targets
         if all(target in run for run in (*ours, *theirs))
     }
-    tests = [_judge(row, reference, target, [faces]) for target, faces in paired.items()]
-    adjusted = holm([test.difference.p for test in tests])
-    yield from (replace(test, adjusted_p=p) for test, p in zip(tests, adjusted, strict=True))
+    yield from _test_all(row, reference, paired)
     unseen = [target for target in targets if target not in row.seen and any(run.judges(target) for run in row.runs)]
     if len(unseen) > 1 and paired.keys() >= set(unseen):
         yield _judge(row, reference, "", [paired[target] for target in unseen])
+
+
+def _test_classes(row: Row, reference: Row, ours: Judged, theirs: Judged, target: str) -> Iterator[Paired]:
+    """The tests of a row on the faces of each expression of a target, then of the mean over its recalls."""
+    if not all(target in run for run in (*ours, *theirs)):
+        return
+    one, other = ([run[target] for run in runs] for runs in (ours, theirs))
+    pair_faces(one, other)  # labels that differ would otherwise be faces that not all have judged
+    paired = {
+        name: pair_faces([run.of_class(label) for run in one], [run.of_class(label) for run in other])
+        for label, name in enumerate(EXPRESSIONS)
+        if (other[0].labels == label).any()
+    }
+    tests = [*_test_all(row, reference, paired), _judge(row, reference, "", list(paired.values()))]
+    yield from (replace(test, mean=RECALLS) for test in tests)
+
+
+def _test_all(row: Row, reference: Row, paired: dict[str, PairedFaces]) -> Iterator[Paired]:
+    tests = [_judge(row, reference, name, [faces]) for name, faces in paired.items()]
+    adjusted = holm([test.difference.p for test in tests])
+    yield from (replace(test, adjusted_p=p) for test, p in zip(tests, adjusted, strict=True))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class Predictions:
         """Return the predictions of all faces but the given ones."""
         return self._take([row for row, sample in enumerate(self.sample_ids) if sample not in samples])
 
+    def of_class(self, label: int) -> Predictions:
+        """Return the predictions of the faces with a label."""
+        return self._take(np.flatnonzero(self.labels == label).tolist())
+
     def sort(self) -> Predictions:
         """Return them in the order of the samples' ids."""
         return self._take(sorted(range(len(self.labels)), key=self.sample_ids.__getitem__))

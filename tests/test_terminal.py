@@ -1,0 +1,127 @@
+"""What all commands share on a terminal: listings in JSON, how loud they are, colours, completion, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import draw_faces
+from runs import write_predictions, write_run
+
+from cafe.methods import METHODS
+from jobs.cli import main
+from pipeline.workspace import Workspace
+
+
+def run(tmp_path: Path, *arguments: str, code: int = 0) -> str:
+    """Run a command in a workspace and return its standard output, or what it complains of."""
+    result = CliRunner().invoke(main, ["-w", str(tmp_path / "work"), *arguments])
+    assert result.exit_code == code, result.output
+    return result.stderr if code else result.stdout
+
+
+def test_every_listing_is_json_on_request(tmp_path: Path) -> None:
+    assert json.loads(run(tmp_path, "data", "list", "--json")) == []
+    faces = draw_faces(tmp_path / "faces", per_class=5)
+    run(tmp_path, "data", "index", "folder", str(faces), "--name", "mine")
+    (listed,) = json.loads(run(tmp_path, "data", "list", "--json"))
+    assert listed["manifest"] == "mine"
+    assert listed["faces"] == listed["train"] + listed["test"]
+    assert listed["features"] == []
+
+    assert "No run in" in run(tmp_path, "runs")
+    workspace, labels = Workspace.at(str(tmp_path / "work")), np.arange(14) % 7
+    folder = write_run(workspace, "scn", source="mine", source_kind="folder")
+    write_predictions(folder, "mine", labels, labels)
+    (listed,) = json.loads(run(tmp_path, "runs", "--json"))
+    assert (listed["run"], listed["status"], listed["experiments"]) == (folder.name, "FINISHED", ["cafe"])
+    assert folder.name in run(tmp_path, "runs")
+    cell, *_, mean = json.loads(run(tmp_path, "compare", "--json"))
+    assert (cell["target"], cell["role"], cell["mean"], cell["half_width"]) == ("mine", "source", 1.0, None)
+    assert (mean["target"], mean["mean"]) == ("mean of all", 1.0)
+
+    listed = json.loads(run(tmp_path, "methods", "--json"))
+    assert [record["method"] for record in listed] == list(METHODS)
+    assert listed[0] | {"about": ""} == {"method": "cafe", "reads": ["features", "image"], "epochs": 60, "about": ""}
+
+
+def test_quiet_leaves_results_and_errors(tmp_path: Path) -> None:
+    faces = str(draw_faces(tmp_path / "faces", per_class=5))
+    index = ("data", "index", "folder", faces, "--name")
+    assert "Wrote" in run(tmp_path, *index, "loud")
+    quiet = run(tmp_path, "--quiet", *index, "quiet")
+    assert "quiet: " in quiet
+    assert "Wrote" not in quiet
+    assert run(tmp_path, "-q", "data", "check", "nobody", code=2).startswith("Error: ")
+    assert "say the opposite" in run(tmp_path, "-qv", "data", "list", code=2)
+
+
+def test_verbose_says_where_a_mistake_was_found(tmp_path: Path) -> None:
+    def complain(*options: str) -> str:
+        command = [sys.executable, "-m", "jobs.cli", *options, "data", "index", "nothing", str(tmp_path), "--name", "x"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert len(complain().splitlines()) == 1
+    assert "Traceback" in complain("--verbose")
+
+
+def show_on_terminal(code: str, **environment: str) -> str:
+    """Return what a program writes to a terminal."""
+    mine, theirs = pty.openpty()
+    known = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", **environment}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=known) as program:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(mine, 4096)
+            except OSError:  # Linux's end of a terminal
+                break
+            if not part:
+                break
+            shown += part
+    os.close(mine)
+    assert program.returncode == 0, shown
+    return shown.decode()
+
+
+def test_no_color_switches_colours_off() -> None:
+    code = "from jobs.terminal import progress_bar\nwith progress_bar('Working') as update: update(1, 2)"
+    coloured, plain = show_on_terminal(code, NO_COLOR=""), show_on_terminal(code, NO_COLOR="1")
+    assert "Working" in plain
+    assert "\x1b[38;5;" in coloured
+    assert "\x1b[38;5;" not in plain
+    assert "\x1b[3" not in plain
+
+
+def test_help_names_the_exit_codes() -> None:
+    told = " ".join(CliRunner().invoke(main, ["--help"]).output.split())
+    assert "Exit codes: 0 done; 1 something could not be done, what was finished is kept; 2 a mistake" in told
+
+
+@pytest.mark.parametrize(("shell", "part"), [("bash", "complete -o nosort"), ("zsh", "compdef"), ("fish", "complete ")])
+def test_shells_are_told_how_to_complete(shell: str, part: str) -> None:
+    printed = CliRunner().invoke(main, ["completion", shell]).output
+    assert part in printed
+    assert "_CAFE_COMPLETE" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("cafe ev", {"evaluate"}), ("cafe data in", {"index"}), ("cafe evaluate x --test-time t", {"tent", "t3a"})],
+)
+def test_commands_options_and_choices_are_completed(words: str, expected: set[str]) -> None:
+    environment = {**os.environ, "_CAFE_COMPLETE": "bash_complete", "COMP_WORDS": words}
+    environment["COMP_CWORD"] = str(len(words.split()) - 1)
+    code = "from jobs.cli import main; main(prog_name='cafe')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
