@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
@@ -19,10 +19,13 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.files import list_folder, read_json
+from cafe.results.comparison import name_rows
 from cafe.results.protocols import PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
 from cafe.results.sources import SOURCE
 from pipeline.workspace import Workspace
+
+ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
 
 
 @dataclass(frozen=True)
@@ -130,11 +133,20 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
     return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files)
 
 
+def name_rows_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Return for each run, by name, the source and the label of its row in a comparison of these runs."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    labels = zip(groups.values(), name_rows(list(groups.values())), strict=True)
+    return {run.name: f"{run.trained_on}: {label}" for group, label in labels for run in group}
+
+
 def describe_view(metrics: Collection[str]) -> dict[str, Any]:
     """Return how MLflow's list of an experiment's runs is to be shown: the state that its own `Share` button writes.
 
-    Sorted by the accuracy on unseen targets, grouped by source and method, with a column and a bar chart for every target.
-    `metrics` names those that the runs of the experiment have.
+    Sorted by the accuracy on unseen targets, grouped by the rows of `cafe compare`, with a column and a bar chart for every
+    target. `metrics` names those that the runs of the experiment have.
     """
     shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
     section = "accuracy"
@@ -158,7 +170,7 @@ def describe_view(metrics: Collection[str]) -> dict[str, Any]:
         "selectedColumns": [*(f"params.`{name}`" for name in params), *(f"metrics.`{name}`" for name in shown)],
         "groupBy": {
             "aggregateFunction": "average",
-            "groupByKeys": [{"mode": "param", "groupByData": name} for name in ("source", "method")],
+            "groupByKeys": [{"mode": "tag", "groupByData": ROW}],
         },
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": charts,
@@ -167,6 +179,7 @@ def describe_view(metrics: Collection[str]) -> dict[str, Any]:
                 "uuid": section,
                 "name": "Accuracy",
                 "display": True,
+                "columns": 2,
                 "isReordered": False,
                 "deleted": False,
                 "isGenerated": False,

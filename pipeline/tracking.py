@@ -23,7 +23,7 @@ from upath import UPath
 from cafe.errors import UserError, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run
-from pipeline.pages import Page, describe_benchmark, describe_run, describe_view
+from pipeline.pages import ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
@@ -267,12 +267,21 @@ def default_uri(workspace: Workspace) -> str:
 
 
 def list_experiments(workspace: Workspace) -> dict[str, str]:
-    """Return the id of every experiment in a workspace's own database by its name, having stored its view `VIEW` there."""
+    """Return the id of every experiment in a workspace's own database by its name, having stored its view `VIEW` there.
+
+    The view groups runs by the tag `ROW`, which depends on what else is in an experiment and is brought up to date here.
+    """
+    known = [run for name in workspace.run_names() if (run := read_run(workspace.run_path(name)))]
     with quiet_mlflow() as mlflow:
         client = mlflow.MlflowClient(default_uri(workspace))
         found = [place for place in client.search_experiments() if place.name != UNNAMED]
         for place in found:
             runs = client.search_runs([place.experiment_id], max_results=50_000)
+            rows = name_rows_of([run for run in known if place.name in run.experiments])
+            for run in runs:
+                row = rows.get(run.info.run_name, "")
+                if run.data.tags.get(ROW, "") != row:
+                    client.set_tag(run.info.run_id, ROW, row)
             view = json.dumps(describe_view({name for run in runs for name in run.data.metrics}))
             if place.tags.get(f"mlflow.sharedViewState.{VIEW}") != view:
                 client.set_experiment_tag(place.experiment_id, f"mlflow.sharedViewState.{VIEW}", view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -207,10 +208,27 @@ def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace)
     params = ["params.`source`", "params.`method`", "params.`seed`"]
     metrics = ["metrics.`unseen/accuracy`", "metrics.`target/fer/accuracy`", "metrics.`target/raf/accuracy`"]
     assert view["selectedColumns"] == params + metrics
-    assert [key["groupByData"] for key in view["groupBy"]["groupByKeys"]] == ["source", "method"]
+    assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
     assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
         "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
     ]  # fmt: skip
+
+
+def test_runs_are_grouped_by_the_rows_of_the_comparison(workspace: Workspace) -> None:
+    """Those that differ only in their seed, by a name that tells them apart from all others of the experiment."""
+    settings = [{"seed": 0}, {"seed": 1}, {"seed": 0, "tag": "long"}, {"seed": 0, "method": "scn"}]
+    runs = [judged(workspace, **own) for own in settings[:3]]
+    mirror = Mirror(workspace)
+    for run in runs:
+        mirror.update(run)
+    list_experiments(workspace)
+    rows = {run.info.run_name: run.data.tags["cafe.row"] for run in tracked(workspace)}
+    assert [rows[run.name] for run in runs] == ["raf: cafe", "raf: cafe", "raf: cafe (tag=long)"]
+    shutil.rmtree(str(runs[2]))  # then nothing has to tell the others apart
+    mirror.update(other := judged(workspace, **settings[3]))
+    list_experiments(workspace)
+    rows = {run.info.run_name: run.data.tags.get("cafe.row", "") for run in tracked(workspace)}
+    assert [rows[run.name] for run in (*runs[:2], other)] == ["raf: cafe", "raf: cafe", "raf: scn"]
 
 
 def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspace) -> None:
