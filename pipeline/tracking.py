@@ -30,6 +30,7 @@ PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the server was last brought to
 UNNAMED = "Default"  # the experiment every server has
 VIEW = "comparison"  # the name of the view that compares the runs of an experiment
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those of language models
 LONGEST = 6000  # characters of a parameter that MLflow takes
 SLEEP = 60.0  # seconds until a server that was down is asked again
 
@@ -111,7 +112,7 @@ class Mirror:
         if found is None:
             # A server chooses its own place for artifacts; the local database keeps them beside it.
             place = None if self.uri else (self.workspace.root / "artifacts").as_uri()
-            return str(client.create_experiment(name, place))
+            return str(client.create_experiment(name, place, KIND))
         return str(found.experiment_id)
 
     @contextmanager
@@ -282,7 +283,8 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
                 row = rows.get(run.info.run_name, "")
                 if run.data.tags.get(ROW, "") != row:
                     client.set_tag(run.info.run_id, ROW, row)
-            view = json.dumps(describe_view({name for run in runs for name in run.data.metrics}))
+            metrics = {name for run in runs for name in run.data.metrics}
+            view = json.dumps(describe_view(metrics, set(rows.values())))
             if place.tags.get(f"mlflow.sharedViewState.{VIEW}") != view:
                 client.set_experiment_tag(place.experiment_id, f"mlflow.sharedViewState.{VIEW}", view)
         return {place.name: place.experiment_id for place in found}
