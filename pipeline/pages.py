@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
@@ -19,10 +19,14 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.files import list_folder, read_json
+from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
 from cafe.results.sources import SOURCE
 from pipeline.workspace import Workspace
+
+NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
+ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,20 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
         # Figures lie at the top, by their kind.
         files |= {str(path.relative_to(run.folder)).removeprefix("figures/"): path for path in sorted(paths)}
     tags = {"cafe.group": run.group, "cafe.protocols": ", ".join(judged), "cafe.reason": reason, **describe_code(run)}
+    tags[NOTE] = describe_scores(run, scores)
     status = status or ended.get("status", "RUNNING")
     params = {"source": run.source, **run.settings, **run.derived}
     inputs = tuple(describe_inputs(workspace, run, scores))
     return Page(run.name, status, params, points, tags, files, inputs, benchmark)
+
+
+def describe_scores(run: Run, scores: pd.DataFrame) -> str:
+    """Return a run in a sentence, and for each protocol by which it was judged its accuracy on all targets."""
+    sentences = [f"`{run.method}` trained on {run.trained_on} with seed {run.seed}; judged epoch: {run.selection}."]
+    for protocol, own in scores.groupby("protocol", sort=False):
+        shares = (f"{row.target} {100 * row.accuracy:.1f} % ({row.relation})" for row in own.itertuples())
+        sentences.append(f"Accuracy by the protocol {protocol}: {', '.join(shares)}.")
+    return "\n\n".join(sentences)
 
 
 def describe_code(run: Run) -> dict[str, str]:
@@ -127,14 +141,30 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
         name: value if isinstance(value, str | int | float) else json.dumps(value) for name, value in record.items()
     }
     status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
-    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name}, files)
+    note = f"{record.get('about') or record.get('name', folder.name)}. The table is `comparison.md`, the page `report.html`."
+    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name, NOTE: note}, files)
 
 
-def describe_view(metrics: Collection[str]) -> dict[str, Any]:
+def name_rows_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Return for each run, by name, the label of its row in a comparison of these runs, with its source where they differ.
+
+    The label stands first: MLflow shows the beginning of long names.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    labels = zip(groups.values(), name_rows(list(groups.values())), strict=True)
+    several = len({run.trained_on for run in runs}) > 1
+    return {
+        run.name: f"{label} from {run.trained_on}" if several else label for group, label in labels for run in group
+    }
+
+
+def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, Any]:
     """Return how MLflow's list of an experiment's runs is to be shown: the state that its own `Share` button writes.
 
-    Sorted by the accuracy on unseen targets, grouped by source and method, with a column and a bar chart for every target.
-    `metrics` names those that the runs of the experiment have.
+    Sorted by the accuracy on unseen targets, grouped by the rows of `cafe compare`, with a column and a bar chart for every
+    target; the runs of a row are folded away. `metrics` and `rows` name those that the runs of the experiment have.
     """
     shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
     section = "accuracy"
@@ -158,8 +188,9 @@ def describe_view(metrics: Collection[str]) -> dict[str, Any]:
         "selectedColumns": [*(f"params.`{name}`" for name in params), *(f"metrics.`{name}`" for name in shown)],
         "groupBy": {
             "aggregateFunction": "average",
-            "groupByKeys": [{"mode": "param", "groupByData": name} for name in ("source", "method")],
+            "groupByKeys": [{"mode": "tag", "groupByData": ROW}],
         },
+        "groupsExpanded": {f"tag.{ROW}.{row}": False for row in sorted(rows)},
         "runsHiddenMode": "SHOW_ALL",
         "compareRunCharts": charts,
         "compareRunSections": [
@@ -167,6 +198,7 @@ def describe_view(metrics: Collection[str]) -> dict[str, Any]:
                 "uuid": section,
                 "name": "Accuracy",
                 "display": True,
+                "columns": 2,
                 "isReordered": False,
                 "deleted": False,
                 "isGenerated": False,

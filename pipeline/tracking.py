@@ -25,13 +25,14 @@ from cafe.errors import UserError, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run
 from pipeline.database import has_tag, make_database
-from pipeline.pages import Page, describe_benchmark, describe_run, describe_view
+from pipeline.pages import ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the server was last brought to
 UNNAMED = "Default"  # the experiment every server has
 VIEW = "comparison"  # the name of the view that compares the runs of an experiment
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those of language models
 LONGEST = 6000  # characters of a parameter that MLflow takes
 SLEEP = 60.0  # seconds until a server that was down is asked again
 
@@ -120,7 +121,7 @@ class Mirror:
         if found is None:
             # A server chooses its own place for artifacts; the local database keeps them beside it.
             place = None if self.uri else (self.workspace.root / "artifacts").as_uri()
-            return str(client.create_experiment(name, place))
+            return str(client.create_experiment(name, place, KIND))
         return str(found.experiment_id)
 
     @contextmanager
@@ -281,13 +282,23 @@ def database_path(workspace: Workspace) -> Path:
 
 
 def list_experiments(workspace: Workspace) -> dict[str, str]:
-    """Return the id of every experiment in a workspace's own database by its name, having stored its view `VIEW` there."""
+    """Return the id of every experiment in a workspace's own database by its name, having stored its view `VIEW` there.
+
+    The view groups runs by the tag `ROW`, which depends on what else is in an experiment and is brought up to date here.
+    """
+    known = [run for name in workspace.run_names() if (run := read_run(workspace.run_path(name)))]
     with quiet_mlflow() as mlflow:
         client = mlflow.MlflowClient(default_uri(workspace))
         found = [place for place in client.search_experiments() if place.name != UNNAMED]
         for place in found:
             runs = client.search_runs([place.experiment_id], max_results=50_000)
-            view = json.dumps(describe_view({name for run in runs for name in run.data.metrics}))
+            rows = name_rows_of([run for run in known if place.name in run.experiments])
+            for run in runs:
+                row = rows.get(run.info.run_name, "")
+                if run.data.tags.get(ROW, "") != row:
+                    client.set_tag(run.info.run_id, ROW, row)
+            metrics = {name for run in runs for name in run.data.metrics}
+            view = json.dumps(describe_view(metrics, set(rows.values())))
             if place.tags.get(f"mlflow.sharedViewState.{VIEW}") != view:
                 client.set_experiment_tag(place.experiment_id, f"mlflow.sharedViewState.{VIEW}", view)
         return {place.name: place.experiment_id for place in found}

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.files import write_file, write_json
 from cafe.report.charts import INK
+from cafe.report.details import Gallery, list_details
 from cafe.report.drawings import list_drawings
 from cafe.report.experiment import draw_experiment
 from cafe.report.report import make_report
@@ -308,6 +310,25 @@ def test_the_page_says_how_the_numbers_were_made(workspace: Workspace) -> None:
     ]
     (trainings,) = [table for table in page.tables if table[0][:4] == ["source", "method", "seeds", "epoch"]]
     assert [line[:4] for line in trainings[1:]] == [["raf", method, "0, 1", "final"] for method in METHODS]
+
+
+def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    labels = np.arange(70) % 7
+    for fold, right in (("web", 1), ("news", 4)):
+        source = "news" if fold == "web" else "web"
+        run = write_run(workspace, source=source, sources=[(source, "folder"), ("raf", "rafdb")], fold=fold)
+        for target in ("web", "news"):  # a fold knows its own sources better, which counts for nothing
+            knows = right if target == fold else 7
+            write_predictions(run, target, labels, np.where(labels < knows, labels, 6))
+    runs = read_runs(map(workspace.run_path, workspace.run_names()))
+    (detail,) = list_details(make_report(runs, scores_of(workspace)).comparison, Gallery(500))
+    assert {target: counts.diagonal().tolist() for target, counts in detail.confusions.items()} == {
+        "news": [10.0, 10.0, 10.0, 10.0, 0.0, 0.0, 10.0],
+        "web": [10.0, 0.0, 0.0, 0.0, 0.0, 0.0, 10.0],
+    }
+    assert [float(cell.mean) for cell in detail.recalls["fear"]] == [1.0, 0.0]
+    assert Counter(mistake.target for mistake in detail.mistakes) == {"news": 20, "web": 50}
 
 
 def test_runs_judged_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:

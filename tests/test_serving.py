@@ -100,6 +100,10 @@ def test_run_graph_pyfunc_and_server_agree_on_real_faces(real_faces: Path, tmp_p
 
     version = MlflowClient(uri).get_model_version("faces", "1")
     assert version.tags.items() >= {"cafe.source": "news", "cafe.method": "cafe", "cafe.seed": "0"}.items()
+    card = (folder / "README.md").read_text()[:5000]
+    (logged,) = MlflowClient(uri).search_logged_models([version_experiment(uri)])
+    assert (version.description, logged.tags["mlflow.note.content"], logged.name) == (card, card, run.name)
+    assert logged.params.items() >= {"source": "news", "method": "cafe", "recipe.features": "standardised"}.items()
     assert version.run_id == MlflowClient(uri).search_runs([version_experiment(uri)])[0].info.run_id
     Cafe(tmp_path / "work", "").succeed(*command)  # nothing new: nothing is logged again
     assert len(MlflowClient(uri).search_model_versions("name = 'faces'")) == 1

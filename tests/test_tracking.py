@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -84,6 +85,10 @@ def test_the_server_shows_all_the_folder_says(workspace: Workspace) -> None:
     assert shown["files"]["confusion"] == ["confusion/fer.png"]
     assert shown["files"]["predictions"] == ["predictions/fer.parquet", "predictions/raf.parquet"]
     assert shown["inputs"] == {("raf", "training"), ("fer", "test")}
+    assert tracked(workspace)[0].data.tags["mlflow.note.content"] == (
+        "`cafe` trained on raf with seed 0; judged epoch: final.\n\n"
+        "Accuracy by the protocol clean: fer 82.9 % (unseen), raf 91.4 % (source)."
+    )
 
 
 def test_what_is_shown_is_not_logged_again_and_what_a_kill_left_out_is_filled_in(workspace: Workspace) -> None:
@@ -244,10 +249,30 @@ def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace)
     params = ["params.`source`", "params.`method`", "params.`seed`"]
     metrics = ["metrics.`unseen/accuracy`", "metrics.`target/fer/accuracy`", "metrics.`target/raf/accuracy`"]
     assert view["selectedColumns"] == params + metrics
-    assert [key["groupByData"] for key in view["groupBy"]["groupByKeys"]] == ["source", "method"]
+    assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
     assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
         "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
     ]  # fmt: skip
+
+
+def test_runs_are_grouped_by_the_rows_of_the_comparison(workspace: Workspace) -> None:
+    """Those that differ only in their seed, by a name that tells them apart from all others of the experiment."""
+    settings = [{"seed": 0}, {"seed": 1}, {"seed": 0, "tag": "long"}, {"seed": 0, "source": "fer"}]
+    runs = [judged(workspace, **own) for own in settings[:3]]
+    mirror = Mirror(workspace)
+    for run in runs:
+        mirror.update(run)
+    list_experiments(workspace)
+    rows = {run.info.run_name: run.data.tags["cafe.row"] for run in tracked(workspace)}
+    assert [rows[run.name] for run in runs] == ["cafe", "cafe", "cafe (tag=long)"]
+    shutil.rmtree(str(runs[2]))  # then nothing has to tell the others apart
+    mirror.update(other := judged(workspace, **settings[3]))
+    list_experiments(workspace)
+    rows = {run.info.run_name: run.data.tags.get("cafe.row", "") for run in tracked(workspace)}
+    assert [rows[run.name] for run in (*runs[:2], other)] == ["cafe from raf", "cafe from raf", "cafe from fer"]
+    tags = MlflowClient(default_uri(workspace)).get_experiment_by_name("cafe").tags
+    view = json.loads(tags["mlflow.sharedViewState.comparison"])
+    assert view["groupsExpanded"] == {"tag.cafe.row.cafe from fer": False, "tag.cafe.row.cafe from raf": False}
 
 
 def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspace) -> None:

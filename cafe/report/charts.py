@@ -22,6 +22,7 @@ from cafe.results.statistics import Ranking
 
 INK, ACCENT = "#010203", "#c8763a"  # nothing else has the ink's colour, so that it can be replaced
 LINE = 0.3  # height of a chart's line in inches
+LETTER = 0.08  # and the width of a letter
 WIDTH = 5.4
 POINTS = ["name", "value", "low", "high", "published"]  # columns of what `draw_points` draws
 
@@ -83,20 +84,23 @@ def draw_ranks(labels: Sequence[str], ranking: Ranking) -> Figure:
     bars = find_ties(ranks, critical)
     left = math.ceil(count / 2)  # names hang below the line, the better half to its left and the others to its right
     depth = 0.5 + 0.28 * len(bars)
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.3 * (depth / 0.5 + left)), layout="constrained")
+    line = max(2.2, 0.3 * (count - 1))  # inches from the first rank to the last
+    sides = [0.3 + LETTER * (5 + max(map(len, names))) for names in (labels[:left], labels[left:])]
+    figure = Figure(figsize=(line + sum(sides), 0.8 + 0.3 * (depth / 0.5 + left)), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlim(1 - 0.75 * (count - 1) / 2, count + 0.75 * (count - 1) / 2)
+    unit = (count - 1) / line  # ranks in an inch
+    axes.set_xlim(1 - unit * sides[0], count + unit * sides[1])
     axes.set_ylim(depth + 0.5 * left, -1.1)
     axes.plot([1, count], [0, 0], color=INK, linewidth=1.2)
     for tick in range(1, count + 1):
         axes.plot([tick, tick], [0, -0.15], color=INK, linewidth=1.2)
         axes.text(tick, -0.25, str(tick), ha="center", va="bottom", color=INK, fontsize=9)
     for place, (label, rank) in enumerate(zip(labels, ranks, strict=True)):
-        line = depth + 0.5 * min(place, count - 1 - place)
-        end, gap, side = (0.9, -0.04, "right") if place < left else (count + 0.1, 0.04, "left")
-        axes.plot([rank, rank, end], [0, line, line], color=INK, linewidth=0.9)
+        depth_here = depth + 0.5 * min(place, count - 1 - place)
+        end, gap, side = (1 - 0.1 * unit, -0.05, "right") if place < left else (count + 0.1 * unit, 0.05, "left")
+        axes.plot([rank, rank, end], [0, depth_here, depth_here], color=INK, linewidth=0.9)
         text = f"{label}  {rank:.2f}"
-        axes.text(end + gap * count / 3, line, text, ha=side, va="center", color=INK, fontsize=9.5)
+        axes.text(end + gap * unit, depth_here, text, ha=side, va="center", color=INK, fontsize=9.5)
     for number, (first, last) in enumerate(bars):
         height = 0.3 + 0.28 * number
         axes.plot([ranks[first] - 0.03, ranks[last] + 0.03], [height, height], color=ACCENT, linewidth=4)

@@ -7,6 +7,7 @@ A record is the bytes of an image file in a column `image`; over HTTP they are w
 from __future__ import annotations
 
 import io
+import re
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from cafe.errors import UserError
 from cafe.files import read_json
 from cafe.results.scores import Run
 from pipeline.models import build_model
+from pipeline.pages import NOTE
 from pipeline.tracking import Mirror, find_run, quiet_mlflow
 
 if TYPE_CHECKING:
     import pandas as pd
 
-NAME = "model"  # of the logged model
+LONGEST_NOTE = 5000  # characters of a description that MLflow takes
 COLUMN = "image"
 
 
@@ -66,6 +68,7 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
     if mirror.warning:
         raise UserError(f"MLflow at {mirror.address} could not be reached: start it, or check --mlflow-uri.")
     tags, experiment = describe_tags(run), min(run.experiments)
+    card = (exported / "README.md").read_text(encoding="utf-8")[:LONGEST_NOTE]
     with quiet_mlflow() as mlflow, mirror.as_default(mlflow):
         client = mlflow.MlflowClient()
         place = client.get_experiment_by_name(experiment).experiment_id
@@ -76,7 +79,9 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
         )
         if not there:  # in the experiment of the run, which MLflow would not look for by itself
             about = {**tags, "cafe.weights": weights}
-            logged = client.create_logged_model(place, NAME, source_run_id=run_id, tags=about)
+            name = re.sub(r"[/:.%\"']", "-", run.name)  # signs that MLflow refuses
+            params = {"source": run.source, **{key: str(value) for key, value in run.settings.items()}}
+            logged = client.create_logged_model(place, name, run_id, {**about, NOTE: card}, params)
             _log(mlflow, run_id, logged.model_id, exported)
         uri = (there[0] if there else logged).model_uri
         said = f"MLflow at {mirror.address} holds the model {uri} of the run {run.name}"
@@ -84,6 +89,7 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
             return f"{said}."
         known = client.search_model_versions(f"name = '{register}' AND run_id = '{run_id}'")
         version = known[0] if known and there else mlflow.register_model(uri, register, tags=tags)
+        client.update_model_version(register, version.version, card)
         return f"{said}, registered as models:/{register}/{version.version}."
 
 
