@@ -62,7 +62,7 @@ class Stage:
 
 STAGES = {
     "extract": Stage(commands.EXTRACT, (), (commands.RECEIPTS,), commands.STORES),
-    "train": Stage((*commands.TRAIN, "--epochs", "12"), ("extract",), (commands.EPOCHS,), commands.RUNS),
+    "train": Stage((*commands.TRAIN, "--epochs", "6"), ("extract",), (commands.EPOCHS,), commands.RUNS),
     "benchmark": Stage(
         ("benchmark", "grid.toml", "--parallel", "1"),
         (),
