@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -66,7 +67,8 @@ class Nodes:
     def kill(self, name: str) -> None:
         """Kill a node with -9, as if its machine were gone."""
         node = self.running.pop(name)
-        os.killpg(node.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
     def revive(self) -> None:
