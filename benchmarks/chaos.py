@@ -47,6 +47,7 @@ set = { features = "standardised", batch_size = 64 }
 VICTIMS = ("driver", "worker", "worker", "worker", "node", "driver")  # one of three is the driver
 WORKERS = ("ray::MapWorker", "ray::Worker", "ray::RayTrainWorker")
 PATIENCE = 600.0  # seconds after which a command that neither ends nor finishes anything hangs
+TOO_SLOW = "timed out during startup"  # Ray's own words on a machine that is too busy to start it
 EARLY = 0.2  # of the kills may come before there is a worker
 
 
@@ -62,7 +63,7 @@ class Stage:
 
 STAGES = {
     "extract": Stage(commands.EXTRACT, (), (commands.RECEIPTS,), commands.STORES),
-    "train": Stage((*commands.TRAIN, "--epochs", "12"), ("extract",), (commands.EPOCHS,), commands.RUNS),
+    "train": Stage((*commands.TRAIN, "--epochs", "6"), ("extract",), (commands.EPOCHS,), commands.RUNS),
     "benchmark": Stage(
         ("benchmark", "grid.toml", "--parallel", "1"),
         (),
@@ -163,10 +164,10 @@ class Chaos:
                 code, errors = _wait(driver, watch), (workspace.parent / "errors.txt").read_text().strip()
                 if code == 0:
                     break
-                if len(kills) == before:
+                if len(kills) == before and TOO_SLOW not in errors:
                     sys.exit(f"The command ended with {code} although nothing was killed: {errors}")
                 told = errors if "Traceback" in errors else errors.partition("\n")[0]
-                click.echo(f"  exit code {code} after the kill of {kills[-1].title}: {told}")
+                click.echo(f"  exit code {code} after {len(kills)} kills: {told}")
         assign(watch, kills)
         return kills
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -40,9 +41,8 @@ class Nodes:
         return [process for node in nodes for process in node.children(recursive=True)]
 
     def __enter__(self) -> Self:
-        dashboard = (f"--include-dashboard={bool(self.dashboard)}", f"--dashboard-port={self.dashboard}")
         try:
-            self._start("head", "--head", "--port=0", "--num-cpus=0", *dashboard)
+            self.start("head")
             self.address = self.wait_for("head", r"--address='([^']+)'")
             for number in range(self.count):
                 self.start(f"node{number}")
@@ -57,26 +57,31 @@ class Nodes:
             self.kill(name)
 
     def start(self, name: str) -> None:
-        """Start a node, without waiting until the cluster has it."""
-        self._start(name, f"--address={self.address}", "--num-cpus=1")
+        """Start the head or a node, without waiting until it is there."""
+        if name == "head":
+            dashboard = (f"--include-dashboard={bool(self.dashboard)}", f"--dashboard-port={self.dashboard}")
+            self._start(name, "--head", "--port=0", "--num-cpus=0", *dashboard)
+        else:
+            self._start(name, f"--address={self.address}", "--num-cpus=1")
 
     def kill(self, name: str) -> None:
         """Kill a node with -9, as if its machine were gone."""
         node = self.running.pop(name)
-        os.killpg(node.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
     def revive(self) -> None:
         """Start nodes again that have given up, as one does whose first handshake takes too long on a busy machine."""
         for name, node in list(self.running.items()):
-            if node.poll() is not None and name != "head":
+            if node.poll() is not None and (name != "head" or not self.address):
                 self.start(name)
 
     def wait_for(self, name: str, pattern: str) -> str:
         """Return the first group of a pattern as soon as a node's log has it."""
         deadline = time.monotonic() + START_SECONDS
         while not (found := re.search(pattern, (self.folder / f"{name}.log").read_text())):
-            if self.running["head"].poll() is not None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 sys.exit(f"{name} does not start: {(self.folder / f'{name}.log').read_text()}")
             self.revive()
             time.sleep(0.1)

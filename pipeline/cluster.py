@@ -92,7 +92,8 @@ def _join(address: str) -> None:
 
     _check_answer(address)
     _check_node(address)
-    workers = {"py_modules": [cafe, pipeline], "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
+    code = [*cafe.__path__, *pipeline.__path__]
+    workers = {"py_modules": code, "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
     try:
         ray.init(address, runtime_env=workers, **_find_loudness())
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:

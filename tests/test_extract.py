@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -271,14 +272,18 @@ def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Pa
     assert load_backbone(f"clip-vit-b32@{tmp_path / 'clip.pt'}").facts.width == 512
 
 
-def test_a_cluster_computes_with_the_code_of_the_command(indexed: Cafe, tmp_path: Path, tiny_tower: str) -> None:
+def test_a_cluster_computes_with_the_code_of_the_command_also_of_a_job(
+    indexed: Cafe, tmp_path: Path, tiny_tower: str
+) -> None:
     for package in ("cafe", "pipeline", "jobs"):
         shutil.copytree(Path(__file__).parents[1] / package, tmp_path / "code" / package)
     with (tmp_path / "code" / "cafe" / "errors.py").open("a") as file:
         file.write("# other code than the nodes have\n")
     program = [sys.executable, "-m", "jobs.cli", "--workspace", str(indexed.workspace), "extract", "tiny"]
     program += ["--backbone", tiny_tower, "--address", indexed.address]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code")}
+    # As `ray job submit` starts a command; that the job says something else of its workers must not end it.
+    job = json.dumps({"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "ACTIVE"}}, "metadata": {}})
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code"), "RAY_JOB_CONFIG_JSON_ENV_VAR": job}
     done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "computed 2 of 2 shards" in done.stdout, done.stderr
 
