@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Cafe, complaint, draw_faces
+from mlflow import MlflowClient
 from PIL import Image
 from runs import write_predictions, write_run
 from trained import fill_store, start_run
@@ -25,6 +26,7 @@ from cafe.results.scores import read_runs
 from pipeline.models import build_model
 from pipeline.release.export import cut_middle, export_run
 from pipeline.settings import ExtractSettings
+from pipeline.tracking import default_uri
 from pipeline.workspace import Workspace
 
 SETTINGS = {"source": "one", "targets": "two"}
@@ -146,6 +148,22 @@ def test_the_command_says_how_well_the_graph_agrees(workspace: Workspace, tmp_pa
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "README.md", "model.json", "model.onnx", "model.safetensors", "run.json", "tiny-cafe-vit.json", "tower.safetensors",
     }  # fmt: skip
+
+
+def test_models_of_runs_that_were_trained_before_are_logged_once(workspace: Workspace) -> None:
+    for name in workspace.run_names():
+        shutil.rmtree(str(workspace.run_path(name)))
+    kept, _ = start_run(workspace, method="linear_probe", **SETTINGS)
+    broken, _ = start_run(workspace, method="mlp", **SETTINGS)
+    (broken / "result.json").unlink()
+    for _ in range(2):
+        said = Cafe(Path(str(workspace.root)), "").succeed("mlflow", "sync", "--models")
+        assert f"No model of {broken.name}: The run {broken.name!r} is not trained to its end" in said
+        assert "It holds the models of 1 of them." in said
+    client = MlflowClient(default_uri(workspace))
+    experiment = client.get_experiment_by_name("cafe")
+    (logged,) = client.search_logged_models([experiment.experiment_id])
+    assert logged.tags["cafe.run"] == kept.name
 
 
 def test_the_run_to_ship_is_chosen_by_held_out_faces_of_the_source_and_not_by_a_target(tmp_path: Path) -> None:

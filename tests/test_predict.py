@@ -126,6 +126,16 @@ def test_folders_patterns_links_and_standard_input_give_the_models_probabilities
     assert [Path(row["file"]).name for row in listed] == ["3.png", "1.png"]
 
 
+def test_faces_are_averaged_with_their_mirror_images_on_request(command: Cafe, tmp_path: Path) -> None:
+    pictures = album(tmp_path)
+    (run,) = runs_of(command, "plain")
+    model = build_model([run])
+    plain, mirrored = (model.predict([face[:, ::step] for face in pictures]) for step in (1, -1))
+    assert np.abs(plain - mirrored).max() > 1e-4
+    rows, _ = answer(command, run.name, str(tmp_path), "--aligned", "--flip")
+    np.testing.assert_allclose(shares(rows), (plain + mirrored) / 2, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl", "rows.txt"])
 def test_a_file_of_every_format_holds_the_same_rows(name: str, command: Cafe, tmp_path: Path) -> None:
     album(tmp_path / "album")

@@ -20,8 +20,10 @@ from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
 from cafe.files import read_json
 from cafe.results.scores import Run
+from pipeline.cluster import Progress
 from pipeline.models import build_model
 from pipeline.pages import NOTE
+from pipeline.release.export import export_run
 from pipeline.tracking import Mirror, find_run, quiet_mlflow
 
 if TYPE_CHECKING:
@@ -91,6 +93,23 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
         version = known[0] if known and there else mlflow.register_model(uri, register, tags=tags)
         client.update_model_version(register, version.version, card)
         return f"{said}, registered as models:/{register}/{version.version}."
+
+
+def log_models(mirror: Mirror, progress: Progress) -> dict[str, str]:
+    """Log the model of every run of the workspace, exporting those that are not yet; return why others have none, by run."""
+    workspace, left_out = mirror.workspace, dict[str, str]()
+    names = workspace.run_names()
+    for number, name in enumerate(names):
+        progress(number, len(names))
+        folder = workspace.root / "exports" / name
+        try:
+            if not (folder / "model.json").exists():
+                export_run(workspace, name, folder)
+            log_model(mirror, workspace.run_path(name), folder)
+        except UserError as error:
+            left_out[name] = str(error)
+    progress(len(names), len(names))
+    return left_out
 
 
 def describe_tags(run: Run) -> dict[str, str]:
