@@ -14,6 +14,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
 from cafe.errors import unknown
 from cafe.files import list_folder, read_json
+from cafe.report.figures import find_worst_mistakes
 from cafe.report.pages import embed
 from cafe.results.comparison import Comparison, Row, compare_classes
 from cafe.results.metrics import Estimate, confusion
@@ -111,13 +112,10 @@ def find_mistakes(row: Row, targets: Sequence[str], protocol: str, gallery: Gall
         predictions = load_predictions(run.folder, protocol).get(target)
         if predictions is None:  # the first seed was not judged on it
             continue
-        wrong = np.flatnonzero((predictions.predicted != predictions.labels) & np.isin(predictions.labels, wanted))
-        sureness = predictions.probabilities[wrong].max(axis=1)
-        order = np.argsort(-sureness, kind="stable")[: gallery.count]
-        for rank, (place, sure) in enumerate(zip(wrong[order], sureness[order], strict=True)):
+        for rank, place in enumerate(find_worst_mistakes(predictions, gallery.count, wanted)):
             label, predicted = (EXPRESSIONS[classes[place]] for classes in (predictions.labels, predictions.predicted))
-            digest = predictions.about.get("manifest", "")
-            mistake = Mistake(target, digest, predictions.sample_ids[place], label, predicted, float(sure))
+            sureness, digest = float(predictions.probabilities[place].max()), predictions.about.get("manifest", "")
+            mistake = Mistake(target, digest, predictions.sample_ids[place], label, predicted, sureness)
             ranked.append((rank, number, mistake))
     shown = sorted(ranked, key=lambda entry: entry[:2])[: gallery.count]
     return [mistake for _, _, mistake in sorted(shown, key=lambda entry: (entry[1], entry[0]))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -42,9 +43,11 @@ def draw_confusion(counts: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def find_worst_mistakes(predictions: Predictions, count: int) -> np.ndarray:
-    """Return the positions (n,) of the mistakes a run was most confident in, the most confident first."""
-    wrong = np.flatnonzero(predictions.predicted != predictions.labels)
+def find_worst_mistakes(
+    predictions: Predictions, count: int, classes: Sequence[int] = range(len(EXPRESSIONS))
+) -> np.ndarray:
+    """Return the positions (n,) of the mistakes on faces of these classes that a run was surest of, the surest first."""
+    wrong = np.flatnonzero((predictions.predicted != predictions.labels) & np.isin(predictions.labels, classes))
     sureness = predictions.probabilities[wrong].max(axis=1)
     return wrong[np.argsort(-sureness, kind="stable")[:count]]
 

@@ -68,8 +68,8 @@ def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
         copies = [_count_copies(root, source, judged) for source in sources]
         lines.append(list(map(Cell, [target, *words, faces, *copies])))
     notes = [
-        "Faces: those that were judged. Copies: how many of them `cafe data audit` found to be copies or near copies of the "
-        "source's training faces; `--exclude-leaks` adds the accuracy without them."
+        "Faces: those that were judged. Copies: how many of them cafe data audit found to be copies or near copies of the "
+        "source's training faces; --exclude-leaks adds the accuracy without them."
     ]
     return Sheet("Targets and leak audit", 4, 0, header, lines, notes)
 
