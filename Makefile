@@ -3,12 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # `make docs` builds the pages of docs/ into docs/_build.
-.PHONY: demo test check format docs
+.PHONY: demo test check format docs bench
 demo: .venv/ready
 	$(BIN)/cafe demo
 
 test: .venv/ready
 	$(BIN)/pytest -n 2  # what needs Ray in one process, the rest in the other
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/speed.py  # three minutes on a quiet machine; compares with benchmarks/speed.json
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

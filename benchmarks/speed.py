@@ -1,21 +1,30 @@
-"""What the pipeline costs and what its cache saves, each as a ratio to a bare loop timed beside it.
+"""What the pipeline costs, each part as a multiple of a bare loop timed beside it: `make bench`, three minutes.
 
-    python benchmarks/speed.py --faces 600
+Commands are compared with `import torch`; stage one with a loop that decodes, resizes and embeds pictures and keeps nothing;
+stage two, from the cache and with the tower on the fly, with a loop over torchvision's transforms and the branch alone;
+a read of the store with a read of the same bytes; a cell of a benchmark with `import torch` again. `speed.json` holds the
+multiples of the machine it names: what exceeds them by more than noise is marked. `--write` renews it.
 
-Stage one: `cafe extract` on one core, from its first finished shard to its last, against a loop that decodes, resizes and
-embeds pictures and keeps nothing. Stage two: an epoch of CAFE from the cache, and one with the tower on the fly, against a
-loop over torchvision's transforms and the image branch alone. On a shared machine only the ratios mean anything.
+Commands are measured in CPU seconds of their own process, which other programs disturb least; the rest by the clock.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
@@ -34,58 +43,154 @@ from cafe.synthetic.domains import write
 from cafe.towers.building import FrozenBackbone, load_backbone
 from cafe.towers.embedding import Embedder
 from pipeline import cluster
+from pipeline.benchmark.cells import run_benchmark
+from pipeline.benchmark.file import read_benchmark
+from pipeline.benchmark.plan import plan_benchmark
 from pipeline.features.extract import extract
 from pipeline.features.reader import FeatureReader as StoredFeatures
 from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
+from pipeline.settings import BenchmarkSettings, ExtractSettings
+from pipeline.tracking import Mirror
 from pipeline.workspace import Workspace
 
+KNOWN = Path(__file__).with_name("speed.json")
+NOISE = 1.25  # what a multiple may exceed the known one by, and its own spread
+BACKBONE, INPUT_SIZE, IMAGE_SIZE = "imagenet-lite0", 128, 64
 BATCH = 64  # of the tower
 VIEWS = 2
+READS = 20  # of a view of the store, for one measurement
 CPU = torch.device("cpu")
+GRID = """
+sources = ["studio"]
+targets = ["studio"]
+seeds = 4
+methods = ["linear_probe"]
+towers = ["imagenet-lite0"]
+views = 1
+[features]
+input_size = 128
+[train]
+epochs = 1
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A workspace with drawn faces in it, and the settings of their extraction."""
+
+    workspace: Workspace
+    manifest: Manifest
+    settings: ExtractSettings
+
+    @classmethod
+    def make(cls, folder: Path, manifest: Manifest) -> Place:
+        """Put a manifest into a new workspace."""
+        workspace = Workspace.at(str(folder))
+        manifest.save(workspace.manifest_path(manifest.name))
+        settings = ExtractSettings(
+            backbone=BACKBONE,
+            input_size=INPUT_SIZE,
+            views=VIEWS,
+            shard_rows=BATCH // VIEWS,
+            batch_size=BATCH,
+            num_cpus=1,
+        )
+        return cls(workspace, manifest, settings)
 
 
 @click.command()
-@click.option("--faces", default=600, show_default=True, help="Synthetic faces to draw.")
-@click.option("--backbone", default="imagenet-lite0", show_default=True)
-@click.option("--input-size", default=128, show_default=True, help="Of the tower, pixels.")
-@click.option("--image-size", default=64, show_default=True, help="Of the image branch, pixels.")
+@click.option("--faces", default=300, show_default=True, help="Synthetic faces to draw.")
 @click.option("--repeats", default=3, show_default=True)
-def main(faces: int, backbone: str, input_size: int, image_size: int, repeats: int) -> None:
-    """Time both stages and the bare loops in turn and print the medians."""
+@click.option("--write", "renew", is_flag=True, help="Keep what is measured as what is known of this machine.")
+def main(faces: int, repeats: int, renew: bool) -> None:
+    """Measure all parts several times in turn and print the medians beside those that are known."""
     torch.set_num_threads(1)
-    settings = ExtractSettings(
-        backbone=backbone, input_size=input_size, views=VIEWS, shard_rows=BATCH // VIEWS, batch_size=BATCH, num_cpus=1
-    )
-    with TemporaryDirectory() as folder, cluster.connect(settings):
+    os.chdir(Path(__file__).parents[1])
+    found: dict[str, list[float]] = {}
+    with TemporaryDirectory() as folder:
         write(Path(folder), "studio", faces)
         manifest = index_files("studio", DATASETS["synthetic"](UPath(folder) / "studio")).manifest
-        places = [Workspace.at(f"{folder}/work{number}") for number in range(repeats)]
-        for place in places:
-            manifest.save(place.manifest_path("studio"))
-        tower = load_backbone(backbone, input_size=input_size)
-        first = [
-            (rate_extraction(place, manifest, settings), rate_bare_tower(manifest, tower, input_size))
-            for place in places
-        ]
-        ours, bare = (statistics.median(rates) for rates in zip(*first, strict=True))
-        click.echo(f"stage one: {ours:.0f} views/s, {ours / bare:.2f} of a bare loop's ({bare:.0f})")
+        tower = load_backbone(BACKBONE, input_size=INPUT_SIZE)
+        for number in range(repeats):
+            place = Place.make(Path(folder) / f"work{number}", manifest)
+            for name, multiple in measure(place, tower):
+                found.setdefault(name, []).append(multiple)
+                click.echo(f"  {name}: {multiple:.2f}", err=True)
+    known = json.loads(KNOWN.read_text()) if KNOWN.exists() else {"multiples": {}}
+    click.echo(f"known of: {known.get('machine', 'no machine')}; load now {os.getloadavg()[0]:.1f}")
+    click.echo(f"{'times the bare baseline':<28}{'median':>8}{'spread':>16}{'known':>8}")
+    for name, values in found.items():
+        middle, there = statistics.median(values), known["multiples"].get(name)
+        slow = there is not None and middle > NOISE * there * max(values) / middle
+        spread, shown = f"{min(values):.2f} – {max(values):.2f}", "" if there is None else f"{there:.2f}"
+        click.echo(f"{name:<28}{middle:>8.2f}{spread:>16}{shown:>8}{'  slower than known' if slow else ''}")
+    if renew:
+        machine = f"{platform.machine()}, {cluster.cores()} cores, torch {torch.__version__}"
+        multiples = {name: round(statistics.median(values), 3) for name, values in found.items()}
+        KNOWN.write_text(json.dumps({"machine": machine, "multiples": multiples}, indent=1) + "\n")
 
-        (done,) = extract(places[0], [manifest], settings, lambda done, total: None)
-        cached = StoredFeatures(FeatureStore(done.store, done.about), ["pooled"])
-        live = Embedder(tower, manifest, done.about.key.view_plan, "cpu", batch_size=BATCH)
-        names = ("from the cache", "tower on the fly", "image branch alone")
-        epochs: Sequence[Callable[[], float]] = (
-            lambda: rate_epoch(manifest, cached, done.about.key.view_plan, tower.facts.width, image_size),
-            lambda: rate_epoch(manifest, live, done.about.key.view_plan, tower.facts.width, image_size),
-            lambda: rate_bare_branch(manifest, image_size),
-        )
-        rates = [
-            statistics.median(column)
-            for column in zip(*([run() for run in epochs] for _ in range(repeats)), strict=True)
-        ]
-        for name, rate in zip(names, rates, strict=True):
-            click.echo(f"stage two, {name}: {rate:.0f} faces/s, {rate / rates[-1]:.2f} of the bare loop's")
+
+def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
+    """Yield the name of every part and its multiple of the bare baseline."""
+    settings, manifest = place.settings, place.manifest
+    with cluster.connect(settings):
+        ours = rate_extraction(place.workspace, manifest, settings)
+        yield "stage one", rate_bare_tower(manifest, tower, INPUT_SIZE) / ours
+    (done,) = extract(place.workspace, [manifest], settings, lambda done, total: None)
+    starting = cpu_seconds("-c", "import torch")
+    for name, command in {
+        "cafe --help": ("--help",),
+        "extract, nothing to do": ("extract", "studio", "--backbone", BACKBONE, "--input-size", "128", "--views", "2"),
+        "train, new workspace": ("train", "--source", "studio", "--method", "linear_probe", "--epochs", "1"),
+        "train, nothing to do": ("train", "--source", "studio", "--method", "linear_probe", "--epochs", "1"),
+        "compare": ("compare",),
+    }.items():
+        yield name, cpu_seconds("-m", "jobs.cli", "--workspace", str(place.workspace.root), *command) / starting
+
+    yield "cell of a benchmark", seconds_per_cell(place) / starting
+
+    store = FeatureStore(done.store, done.about)
+    yield "store, read of a view", seconds_of_reads(store)
+    cached, plan, width = StoredFeatures(store, ["pooled"]), done.about.key.view_plan, tower.facts.width
+    live = Embedder(tower, manifest, plan, "cpu", batch_size=BATCH)
+    bare = rate_bare_branch(manifest, IMAGE_SIZE)
+    yield "stage two, cache", bare / rate_epoch(manifest, cached, plan, width, IMAGE_SIZE)
+    yield "stage two, on the fly", bare / rate_epoch(manifest, live, plan, width, IMAGE_SIZE)
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """Return the CPU seconds of a Python process and of what it waits for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def seconds_per_cell(place: Place) -> float:
+    """Return the seconds between the ends of two cells that train for a moment, one after another."""
+    file, ends = Path(f"{place.workspace.root}/grid.toml"), list[float]()
+    file.write_text(GRID)
+    plan = plan_benchmark(place.workspace, read_benchmark(file), BenchmarkSettings(parallel=1, num_cpus=1))
+    failures = run_benchmark(
+        plan, Mirror(place.workspace), cluster.no_bar, lambda text: ends.append(time.perf_counter())
+    )
+    assert not failures
+    return statistics.median(np.diff(ends).tolist())
+
+
+def seconds_of_reads(store: FeatureStore) -> float:
+    """Return how much longer a view of the store takes, with its checksums, than the same bytes of a file."""
+    view = store.read_view("pooled", 0)
+    plain = Path(f"{store.path}/plain.bin")
+    view.tofile(plain)
+    times = []
+    for read in (lambda: store.read_view("pooled", 0), lambda: np.fromfile(plain, view.dtype)):
+        start = time.perf_counter()
+        for _ in range(READS):
+            read()
+        times.append(time.perf_counter() - start)
+    plain.unlink()
+    return times[0] / times[1]
 
 
 def rate_extraction(place: Workspace, manifest: Manifest, settings: ExtractSettings) -> float:
