@@ -24,8 +24,8 @@ from PIL import Image
 TRAIN = (*commands.TRAIN, "--epochs", "3", *commands.ALONE)
 EXTRACT = (*commands.EXTRACT, *commands.ALONE)
 GROUPS = Path("/sys/fs/cgroup/memory")
-MEMORY = 3 * 2**30  # that the extraction may use; the picture takes three times 1.2 GB
-SIDE = 20_000  # of the picture
+MEMORY = 5 * 2**29  # that the extraction may use; the picture takes 3.6 GB
+SIDE = 30_000  # of the picture
 
 
 @click.command()
@@ -84,7 +84,7 @@ def poison(folder: Path) -> None:
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(MEMORY))
     join = f"echo $$ > {group}/cgroup.procs && exec "
-    command = [sys.executable, "-m", "jobs.cli", "--workspace", str(work), *EXTRACT, "--max-megapixels", "500"]
+    command = [sys.executable, "-m", "jobs.cli", "--workspace", str(work), *EXTRACT, "--max-megapixels", "1000"]
     with (folder / "errors.txt").open("wb") as errors:
         driver = subprocess.Popen(["sh", "-c", join + " ".join(command)], stderr=errors, stdout=subprocess.DEVNULL)
     report(driver, work, "extract with a picture that kills its decoder")
