@@ -59,11 +59,12 @@ class Stage:
     before: tuple[str, ...]  # the stages that have to be done first
     finished: tuple[str, ...]  # the records of finished work
     results: tuple[str, ...]
+    alone: bool = False  # on one machine it needs no process but its own
 
 
 STAGES = {
     "extract": Stage(commands.EXTRACT, (), (commands.RECEIPTS,), commands.STORES),
-    "train": Stage((*commands.TRAIN, "--epochs", "6"), ("extract",), (commands.EPOCHS,), commands.RUNS),
+    "train": Stage((*commands.TRAIN, "--epochs", "6"), ("extract",), (commands.EPOCHS,), commands.RUNS, alone=True),
     "benchmark": Stage(
         ("benchmark", "grid.toml", "--parallel", "1"),
         (),
@@ -174,11 +175,12 @@ class Chaos:
     def kill_some(self, driver: subprocess.Popen[bytes], kills: list[Kill], most: int) -> None:
         """Kill at random moments until the driver has ended or enough is killed."""
         while len(kills) < most:
-            if self.chance.random() > EARLY:
+            alone = self.stage.alone and not self.cluster  # the driver is all there is
+            if self.chance.random() > EARLY and not alone:
                 self.find(driver, "worker")
             if _ended_within(driver, self.chance.uniform(0, self.span)):
                 return
-            victim = self.chance.choice(VICTIMS)
+            victim = "driver" if alone else self.chance.choice(VICTIMS)
             if not (found := self.find(driver, victim)):
                 return
             process, own = self.chance.choice(found), _descendants(driver.pid)

@@ -90,6 +90,8 @@ def _join(address: str) -> None:
     import cafe
     import pipeline
 
+    if address == "auto":  # a job's own cluster, where several have nodes here
+        address = os.environ.get("RAY_ADDRESS", address)
     _check_answer(address)
     _check_node(address)
     code = [*cafe.__path__, *pipeline.__path__]

@@ -146,19 +146,20 @@ def test_an_interrupted_training_is_killed_and_nothing_keeps_running(work: Cafe,
     assert all(record["status"] == "KILLED" for record in records)
 
 
-def test_a_training_whose_worker_is_killed_ends_with_a_sentence(work: Cafe) -> None:
-    driver, errors = start(work, (*TRAIN, *ALONE), "runs/*/epochs/0001.json")
+def test_a_cell_whose_worker_is_killed_fails_with_a_sentence_and_the_next_is_done(work: Cafe) -> None:
+    (work.workspace / "grid.toml").write_text(GRID.replace("epochs = 60", "epochs = 5"))
+    driver, _ = start(work, ("benchmark", f"{work.workspace}/grid.toml", *ALONE), "runs/*/epochs/0001.json")
     (worker,) = (
         process
         for process in psutil.Process(driver.pid).children(recursive=True)
         if process.cmdline()[:1] == ["ray::Worker.train"]
     )
     worker.kill()
-    assert driver.wait(120) == 1
-    (sentence,) = errors.read_text().splitlines()
-    assert sentence.startswith("Error: A process of Ray's ended in the middle of its work (The actor died")
-    (status,) = work.workspace.glob("runs/*/status.json")
-    assert json.loads(status.read_text())["status"] == "FAILED"
+    assert driver.wait(240) == 1
+    (cells,) = work.workspace.glob("benchmarks/grid-*/cells.json")
+    reasons = [cell["failure"] for cell in json.loads(cells.read_text())]
+    assert reasons[0].startswith("A process of Ray's ended in the middle of its work (The actor died unexpectedly")
+    assert reasons[1] is None
 
 
 def test_an_interrupted_extraction_keeps_its_shards_and_nothing_keeps_running(work: Cafe, tiny_tower: str) -> None:
