@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from upath import UPath
 
-from cafe.errors import StorageError, first_line
+from cafe.errors import StorageError, UserError, first_line
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
@@ -119,6 +119,21 @@ def read_file(path: UPath) -> bytes:
     return bytes(retry(path, "read", lambda: path.fs.cat_file(path.path, **whole)))
 
 
+def copy_here(location: str) -> str:
+    """Return the path of a local file as it is; of another that of a copy, fetched when it is new or has changed."""
+    if "://" not in location:
+        return location
+    path = locate(location)
+    try:
+        version = retry(path, "read", path.fs.ukey, path.path)
+    except FileNotFoundError:
+        return location  # whoever opens it says that it is missing
+    copy = UPath.home() / ".cache" / "cafe" / version[:16] / path.name
+    if not copy.exists():
+        write_file(copy, read_file(path))
+    return str(copy)
+
+
 def remove_file(path: UPath) -> None:
     """Remove a file that may be gone already."""
     try:
@@ -132,10 +147,24 @@ def write_file(path: UPath, content: bytes) -> None:
 
     An object store does so by itself; on a disk the content is written beside the file and then renamed.
     """
+    retry(path, "written", _put if path.protocol in OBJECT_STORES else _write_beside, path, content)
+
+
+def create_file(path: UPath, content: bytes) -> None:
+    """Write a file that nobody else can have made at the same time; raise `FileExistsError` where there is one."""
     if path.protocol in OBJECT_STORES:
-        retry(path, "written", path.fs.pipe_file, path.path, content)
+        retry(path, "written", _put, path, content, "create")
         return
-    retry(path, "written", _write_beside, path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
+
+
+def _put(path: UPath, content: bytes, mode: str = "overwrite") -> None:
+    try:
+        path.fs.pipe_file(path.path, content, mode=mode)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} cannot be written ({first_line(error)}): make its bucket first.") from None
 
 
 def _write_beside(path: UPath, content: bytes) -> None:

@@ -6,7 +6,6 @@ lives. One that was not renewed for `STALE_SECONDS`, or whose process has ended 
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -20,7 +19,7 @@ import psutil
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import read_json, write_json
+from cafe.files import create_file, encode_json, read_json, remove_file, write_json
 from cafe.records import check_record
 
 STALE_SECONDS = 120.0  # far more than clocks of a cluster differ
@@ -92,19 +91,19 @@ def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
         ended.set()
         thread.join()
         if _holder(path) == mine.owner:
-            path.unlink()
+            remove_file(path)
 
 
 def _take(path: UPath, mine: Lease) -> Lease | None:
     """Write a lease unless another lives, which is returned; only one of several at a time succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with path.open("xb") as file:  # nobody else can make it at the same time
-            file.write(json.dumps(asdict(mine)).encode())
+        create_file(path, encode_json(asdict(mine)))
         return None
     except FileExistsError:
         pass
     there = _read(path)
+    if there is not None and there.owner == mine.owner:  # made by a request whose answer was lost
+        return None
     if there is None:  # just removed, or about to be written
         time.sleep(SETTLE_SECONDS)
         there = _read(path)

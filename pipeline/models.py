@@ -9,6 +9,7 @@ import torch
 from upath import UPath
 
 from cafe.errors import UserError
+from cafe.files import exists
 from cafe.inference.model import BATCH_SIZE, Model, TowerInput
 from cafe.learning.checkpoints import read_tensors
 from cafe.learning.loading import FaceDataset
@@ -52,7 +53,7 @@ def build_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BA
     """
     specs = [RunSpec.load(run) for run in runs]
     for run in runs:
-        if not (run / "model.safetensors").exists():
+        if not exists(run / "model.safetensors"):
             raise UserError(f"The run {run.name!r} has no trained weights here: give its `cafe train` command again.")
     name = specs[0].name
     specs = [

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import read_json, write_json
+from cafe.files import exists, read_json, write_json
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.sources import Source
 from pipeline.features.key import FeatureKey
@@ -168,7 +168,7 @@ def code_version() -> str:
 
 def is_finished(run: UPath) -> bool:
     """Whether a run was trained to its end."""
-    return (run / "result.json").exists()
+    return exists(run / "result.json")
 
 
 def add_experiment(run: UPath, experiment: str, benchmark: str | None = None) -> None:

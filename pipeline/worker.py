@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
-from cafe.files import list_folder, locate, write_json
+from cafe.files import exists, list_folder, locate, remove_file, remove_tree, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
@@ -207,7 +207,7 @@ def train_run(
 def find_checkpoint(run: UPath) -> UPath | None:
     """Return the folder of a run's last whole checkpoint, whose JSON is written last."""
     folders = list_folder(run / "checkpoints")
-    return next((folder for folder in reversed(folders) if (folder / "state.json").exists()), None)
+    return next((folder for folder in reversed(folders) if exists(folder / "state.json")), None)
 
 
 def _restore(checkpoint: UPath, training: Training, selection: Selection) -> int:
@@ -246,10 +246,8 @@ def _remove_checkpoints(run: UPath, keep: UPath | None = None) -> None:
     for folder in list_folder(run / "checkpoints"):
         if keep is None or folder.name != keep.name:
             # Its record goes first, so that a kill leaves no checkpoint that looks whole; half-written files go too.
-            for path in sorted(folder.iterdir(), key=lambda path: path.name != "state.json"):
-                path.unlink()
-            if not folder.protocol:
-                folder.rmdir()
+            remove_file(folder / "state.json")
+            remove_tree(folder)
 
 
 def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from upath import UPath
 
 from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import list_folder, locate
+from cafe.files import exists, list_folder, locate
 
 
 def check_name(name: str) -> str:
@@ -66,7 +66,7 @@ class Workspace:
         if self.manifests is not None and name in self.manifests:
             return self.manifests[name]
         path = self.manifest_path(name)
-        if not path.exists():
+        if not exists(path):
             raise self._no_manifest(name)
         manifest = Manifest.load(path)
         if self.manifests is not None:
@@ -94,7 +94,7 @@ class Workspace:
 
     def run_names(self) -> list[str]:
         """The runs there are, finished or not."""
-        return [path.name for path in list_folder(self.root / "runs") if (path / "run.json").exists()]
+        return [path.name for path in list_folder(self.root / "runs") if exists(path / "run.json")]
 
     def find_run(self, name: str) -> str:
         """Return the run of that name, or the only one that begins so; raise `UserError`."""

@@ -21,6 +21,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from upath import UPath
 from xdist.scheduler import LoadScopeScheduling
 
 from cafe.errors import UserError
@@ -35,6 +36,7 @@ COLOURS = {"happiness": (220, 180, 40), "sadness": (40, 60, 160), "anger": (200,
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outage", type=float, default=5.0, help="seconds that the object store of a test is away")
     parser.addoption("--golden", default=str(SHARED / "golden"), help="folder of reference numbers (.npz)")
 
 
@@ -149,7 +151,7 @@ def complaint(function: Callable[..., object], *arguments: object) -> str:
 class Cafe:
     """Runs `cafe` commands in a workspace, in this process."""
 
-    def __init__(self, workspace: Path, address: str) -> None:
+    def __init__(self, workspace: Path | UPath, address: str) -> None:
         self.workspace, self.address = workspace, address
 
     def __call__(self, *arguments: str, ray: bool = False) -> Result:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import miniatures
-import numpy as np
 import pytest
 import torch
 from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
+from trained import embed
 from upath import UPath
 
 from cafe.data import DATASETS
@@ -175,9 +175,9 @@ def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) ->
     """Fill a store as the actors of stage one do, in this process."""
     about = describe_store(manifest, settings, know_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
-    embedder = ShardEmbedder({str(store.path): about}, str(workspace.manifest_path(manifest.name)), settings, 1, "cpu")
+    embedder = ShardEmbedder({str(store.path): about}, manifest, settings, 1, "cpu")
     for shard in store.pending():
-        embedder({"shard": np.array([shard])})
+        embed(embedder, manifest, shard)
 
 
 def fill_all(workspace: Workspace, grid: Benchmark) -> None:

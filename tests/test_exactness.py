@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_faces
+from trained import embed
 from upath import UPath
 
 from cafe.data import DATASETS
@@ -42,11 +43,9 @@ def fill_store(folder: Path, manifest: Manifest, settings: ExtractSettings) -> F
     tower = load_backbone(settings.backbone, input_size=settings.input_size)
     about = describe_store(manifest, settings, tower.facts)
     store = FeatureStore.create(UPath(folder), about, manifest)
-    embedder = ShardEmbedder(
-        {str(store.path): about}, f"{manifest.root}/tiny.parquet", settings, threads=1, device="cpu"
-    )
+    embedder = ShardEmbedder({str(store.path): about}, manifest, settings, threads=1, device="cpu")
     for shard in store.pending():
-        embedder({"shard": np.array([shard])})
+        embed(embedder, manifest, shard)
     return store
 
 
@@ -106,9 +105,9 @@ def test_layers_of_one_pass_are_byte_for_byte_those_taken_one_by_one(
 
     def embed(shards: list[int]) -> None:
         stores = {str(store.path): store.about for store in together}
-        embedder = ShardEmbedder(stores, f"{manifest.root}/tiny.parquet", settings, threads=1, device="cpu")
+        embedder = ShardEmbedder(stores, manifest, settings, threads=1, device="cpu")
         for shard in shards:
-            embedder({"shard": np.array([shard])})
+            embed(embedder, manifest, shard)
 
     def contents(store: FeatureStore) -> dict[str, bytes]:
         return {

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
-import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import Cafe, draw_faces
 from fsspec import AbstractFileSystem
 from PIL import Image
+from trained import embed
 from upath import UPath
 
 from cafe.data.manifest import Manifest
@@ -24,7 +25,7 @@ from cafe.learning.views import ViewPlan
 from pipeline.cluster import versions
 from pipeline.faces import Faces
 from pipeline.features.extract import describe_store, know_tower
-from pipeline.features.shards import ShardEmbedder
+from pipeline.features.shards import ShardEmbedder, pack_shard
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.train import plan_training
@@ -42,21 +43,23 @@ class Extraction:
         self.settings = ExtractSettings(backbone=tower, shard_rows=15)
 
     @property
+    def manifest(self) -> Manifest:
+        return self.workspace.load_manifest("tiny")
+
+    @property
     def store(self) -> FeatureStore:
         manifest = self.workspace.load_manifest("tiny")
         about = describe_store(manifest, self.settings, know_tower(self.workspace, self.settings))
         return FeatureStore.create(self.workspace.features / "tiny", about, manifest)
 
     def embedder(self) -> ShardEmbedder:
-        path = str(self.workspace.manifest_path("tiny"))
-        return ShardEmbedder({str(self.store.path): self.store.about}, path, self.settings, 1, "cpu")
+        return ShardEmbedder({str(self.store.path): self.store.about}, self.manifest, self.settings, 1, "cpu")
 
     def run(self) -> dict[int, str]:
         """Compute what is pending and return the fault of each shard."""
         embedder, done = self.embedder(), dict[int, str]()
         for shard in self.store.pending():
-            receipt: dict[str, Any] = embedder({"shard": np.array([shard])})
-            done[shard] = receipt["fault"][0]
+            done[shard] = embed(embedder, self.manifest, shard)["fault"][0]
         return done
 
 
@@ -105,13 +108,17 @@ def test_a_picture_that_was_replaced_since_it_was_indexed_is_named(extraction: E
     assert extraction.store.pending() == [3]
 
 
-def test_a_worker_refuses_a_manifest_that_is_not_the_one_planned_with(extraction: Extraction) -> None:
-    path = extraction.workspace.manifest_path("tiny")
-    stores = {str(extraction.store.path): extraction.store.about}
-    manifest = Manifest.load(path)
-    replace(manifest, table=manifest.table.slice(1)).save(path)
-    with pytest.raises(UserError, match=r"'tiny' on node .* lists other images than the store was planned with"):
-        ShardEmbedder(stores, str(path), extraction.settings, 1, "cpu")({"shard": np.array([0])})
+def test_a_worker_is_given_the_rows_of_its_shard_alone(extraction: Extraction) -> None:
+    store, manifest = extraction.store, extraction.manifest
+    packed = pack_shard(manifest, store.about, 1)
+    table = pa.ipc.open_stream(packed["faces"]).read_all()
+    assert table == manifest.table.slice(15, 15)
+    assert len(packed["faces"]) < 6_000
+    alone = replace(manifest, table=manifest.table.slice(0, 0))
+    embedder = ShardEmbedder({str(store.path): store.about}, alone, extraction.settings, 1, "cpu")
+    (extraction.faces / manifest.table["path"][29].as_py()).unlink()
+    assert embed(embedder, manifest, 1)["fault"] == [""]
+    assert [skipped.row for skipped in store.receipts.skipped()] == [29]
 
 
 def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extraction) -> None:
@@ -170,11 +177,13 @@ def test_a_listing_shows_what_other_machines_have_written_since() -> None:
 def test_a_node_with_other_code_or_libraries_is_one_sentence(extraction: Extraction) -> None:
     there = versions()
     assert there["torch"] == torch.__version__.partition("+")[0]
-    stores, path = {str(extraction.store.path): extraction.store.about}, str(extraction.workspace.manifest_path("tiny"))
+    stores = {str(extraction.store.path): extraction.store.about}
     for name in ("cafe", "pillow"):
-        embedder = ShardEmbedder(stores, path, extraction.settings, 1, "cpu", versions={**there, name: "0.1"})
+        embedder = ShardEmbedder(
+            stores, extraction.manifest, extraction.settings, 1, "cpu", versions={**there, name: "0.1"}
+        )
         with pytest.raises(UserError, match=f"Node {socket.gethostname()} has {name} {there[name]}, and the command"):
-            embedder({"shard": np.array([0])})
+            embed(embedder, extraction.manifest, 0)
     source = Faces.of(extraction.workspace, extraction.workspace.load_manifest("tiny"))
     task = Task("nowhere", source, 1, 0, 1, {"torch": "1.0"})
     with pytest.raises(UserError, match=r"has torch .* and the command was given with torch 1.0"):
@@ -193,7 +202,7 @@ def test_only_tf32_shortens_the_factors_of_float32(extraction: Extraction, preci
     convolution.register_forward_hook(
         lambda *_: seen.append((matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark))
     )
-    embedder({"shard": np.array([0])})
+    embed(embedder, extraction.manifest, 0)
     assert set(seen) == {(short, short, True, False)}
     assert (matmul.allow_tf32, cudnn.allow_tf32) == usual
 

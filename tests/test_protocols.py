@@ -12,6 +12,7 @@ import torch
 from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
 from PIL import Image
+from trained import embed
 from upath import UPath
 
 from cafe.data import DATASETS
@@ -95,9 +96,9 @@ def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> Feature
     faces = workspace.load_manifest(name)
     about = describe_store(faces, chosen, know_tower(workspace, chosen))
     store = FeatureStore.create(workspace.features / name, about, faces)
-    embedder = ShardEmbedder({str(store.path): about}, str(workspace.manifest_path(name)), chosen, 1, "cpu")
+    embedder = ShardEmbedder({str(store.path): about}, faces, chosen, 1, "cpu")
     for shard in store.pending():
-        embedder({"shard": np.array([shard])})
+        embed(embedder, faces, shard)
     return store
 
 

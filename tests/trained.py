@@ -13,11 +13,13 @@ from upath import UPath
 
 from cafe.data import DATASETS
 from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
 from cafe.files import write_json
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import fit, predict
 from pipeline.evaluate import predict_target
-from pipeline.features.extract import ShardEmbedder, describe_store, know_tower
+from pipeline.features.extract import describe_store, know_tower
+from pipeline.features.shards import ShardEmbedder, pack_shard
 from pipeline.features.store import FeatureStore
 from pipeline.models import build_method, load_method, make_dataset
 from pipeline.runs import add_experiment, note_status
@@ -44,10 +46,16 @@ def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> Fe
     settings = replace(settings, decode_threads=0)
     about = describe_store(manifest, settings, know_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / name, about, manifest)
-    embedder = ShardEmbedder({str(store.path): about}, str(workspace.manifest_path(name)), settings, 1, "cpu")
+    embedder = ShardEmbedder({str(store.path): about}, manifest, settings, 1, "cpu")
     for shard in store.pending():
-        embedder({"shard": np.array([shard])})
+        embed(embedder, manifest, shard)
     return store
+
+
+def embed(embedder: ShardEmbedder, manifest: Manifest, shard: int) -> dict[str, Any]:
+    """Compute a shard; return what became of it."""
+    packed = pack_shard(manifest, embedder.stores[0].about, shard)
+    return embedder({name: [value] for name, value in packed.items()})
 
 
 def train_run(workspace: Workspace, experiment: str = "cafe", **settings: Any) -> UPath:

@@ -16,6 +16,7 @@ from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
 from cafe.data.manifest import SPLITS
 from cafe.errors import UserError, first_line, unknown
+from cafe.files import read_file, retry
 
 COLUMNS = ("path", "label", "split", "group")
 
@@ -72,9 +73,9 @@ def read_table(file: UPath, root: UPath | None = None) -> Listing:
 
 def _load(file: UPath) -> tuple[list[str], list[dict[str, object]]]:
     """Return the columns and the rows of a table."""
-    if not file.is_file():
+    if not retry(file, "read", file.is_file):
         raise UserError(f"{file} is not a file: give a CSV or Parquet table with the columns path and label.")
-    data = pa.BufferReader(file.read_bytes())
+    data = pa.BufferReader(read_file(file))
     try:
         if file.suffix.lower() == ".parquet":
             table = pa.parquet.read_table(data)

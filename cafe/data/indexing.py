@@ -22,6 +22,7 @@ from cafe.data.expressions import EXPRESSIONS, OTHERS, parse_expression
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
 from cafe.errors import UserError
+from cafe.files import write_file
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
@@ -203,8 +204,6 @@ def index_files(
     if any(file.pixels is not None for file in listing.files):
         assert images is not None
         root = images
-        for folder in {(root / file.path).parent for file in listing.files}:
-            folder.mkdir(parents=True, exist_ok=True)
     faces, broken = [], list(listing.rejected)
     for done, result in enumerate(map_threads(lambda file: _open(root, file), listing.files), start=1):
         if isinstance(result, Face):
@@ -238,5 +237,5 @@ def _write_pixels(path: UPath, pixels: np.ndarray) -> bytes:
     """Write grey pixels as a PNG and return its bytes: uncompressed, so that no version of a library changes them."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG", compress_level=0)
-    path.write_bytes(sink.getvalue())
+    write_file(path, sink.getvalue())
     return sink.getvalue()

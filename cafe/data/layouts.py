@@ -7,6 +7,7 @@ like a disk.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from cafe.data.expressions import OTHERS, parse_expression
 from cafe.data.images import SUFFIXES
 from cafe.data.indexing import Expected, Listing
 from cafe.errors import UserError
+from cafe.files import read_file, retry
 
 SPLIT_NAMES = {
     "train": "train",
@@ -43,7 +45,7 @@ class Tree:
     @classmethod
     def open(cls, root: UPath) -> Tree:
         """List a folder; raise `UserError` when it is none."""
-        if not root.is_dir():
+        if not retry(root, "read", root.is_dir):
             raise UserError(f"{root} is not a folder: give the one that holds the data set.")
         return cls(root, list_files(root))
 
@@ -117,7 +119,7 @@ def list_files(root: UPath) -> list[str]:
     if root.protocol in ("", "file"):
         return sorted(_walk(root.path, "", frozenset()))
     base = root.path.rstrip("/") + "/"
-    found = (path.removeprefix(base) for path in root.fs.find(root.path))
+    found = (path.removeprefix(base) for path in retry(root, "listed", root.fs.find, root.path))
     return sorted(path for path in found if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
 
 
@@ -179,7 +181,8 @@ def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
 
     Raises `UserError` for a file that is no CSV.
     """
-    with file.open("r", encoding="utf-8-sig", errors="replace", newline="") as stream:
+    text = read_file(file).decode("utf-8-sig", errors="replace")
+    with io.StringIO(text, newline="") as stream:
         lines = csv.reader(stream)
         try:
             for cells in lines:

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from upath import UPath
 
-from cafe.files import write_file
+from cafe.files import read_file, write_file
 
 
 def save_checkpoint(
@@ -40,8 +40,8 @@ def load_checkpoint(
     folder: UPath, method: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore a training's state from a folder and return its record and the selected weights."""
-    tensors = load_tensors((folder / "state.safetensors").read_bytes())
-    record: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
+    tensors = load_tensors(read_file(folder / "state.safetensors"))
+    record: dict[str, Any] = json.loads(read_file(folder / "state.json"))
     method.load_state_dict(_below(tensors, "method."))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in _below(tensors, "optimizer.").items():
@@ -65,7 +65,7 @@ def write_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:
 
 def read_tensors(path: UPath) -> dict[str, Tensor]:
     """Read named tensors from a safetensors file."""
-    return dict(load_tensors(path.read_bytes()))
+    return dict(load_tensors(read_file(path)))
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

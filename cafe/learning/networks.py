@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from upath import UPath
 
 from cafe.errors import UserError, unknown
+from cafe.files import copy_here, locate
 from cafe.towers.weights import read_state_dict
 
 Scratch = Literal["torchvision", "pytorch"]
@@ -117,7 +117,7 @@ def check_network(name: str, init: str) -> None:
         raise unknown("network", name, NETWORKS)
     if init not in ("scratch", "imagenet") and not init.startswith("file:"):
         raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
-    if init.startswith("file:") and not UPath(init.removeprefix("file:")).is_file():
+    if init.startswith("file:") and not locate(init.removeprefix("file:")).is_file():
         raise UserError(f"There is no file of initial weights at {init.removeprefix('file:')!r}: check the path.")
 
 
@@ -125,7 +125,7 @@ def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] |
     if init == "scratch":
         return None
     if init.startswith("file:"):
-        return read_state_dict(init.removeprefix("file:"))
+        return read_state_dict(copy_here(init.removeprefix("file:")))
     if init != "imagenet" or network.fetch is None:
         offered = ("imagenet",) if network.fetch else ()
         raise unknown("initialisation", init, ("scratch", *offered, "file:PATH"))

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cafe.errors import UserError
+from cafe.files import exists, read_file
 from cafe.results.predictions import Predictions
 from cafe.results.scores import Run
 
@@ -30,9 +31,9 @@ def load_leaks(root: UPath, source: str, source_digest: str, target: str, target
     Raises `UserError` when the target was not audited, or other manifests than those with the digests were.
     """
     path = audit_path(root, source, target)
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{target!r} was not audited against {source!r} yet: run `{audit_command(source, target)}`.")
-    table = pq.read_table(pa.BufferReader(path.read_bytes()))
+    table = pq.read_table(pa.BufferReader(read_file(path)))
     about = json.loads(table.schema.metadata[b"cafe.audit"])
     for name, digest, audited in (
         (source, source_digest, about["source_digest"]),

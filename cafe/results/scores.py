@@ -15,7 +15,7 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.files import list_folder, read_json
+from cafe.files import exists, list_folder, read_json
 from cafe.records import FORMAT
 from cafe.results.metrics import METRICS, score
 from cafe.results.predictions import Predictions, average, load_predictions
@@ -123,7 +123,7 @@ def read_run(folder: UPath) -> Run | None:
         sources=tuple(Source(**source) for source in sources),
         not_as_published=tuple(deviations) if isinstance(deviations, list) else (),
         experiments={name: member.get("benchmark") for name, member in experiments.items()},
-        pulled=(folder / PULLED).exists(),
+        pulled=exists(folder / PULLED),
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.errors import UserError, unknown
+from cafe.files import copy_here, locate
 
 PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
 
@@ -101,18 +102,19 @@ def parse_backbone(name: str) -> BackboneSpec:
     """Return the tower a name stands for, without loading it.
 
     A name is a key of `BACKBONES`, `open_clip:MODEL/TAG` or `timm:MODEL`; `@FILE` behind the model (or the key) takes
-    the weights from a local file. `open_clip:PATH.json@FILE` builds a model from your own open_clip configuration.
+    the weights from a file, local or at a URI. `open_clip:PATH.json@FILE` builds a model from a configuration of your own.
     `#LAYER` or `#LAYER/GRID` at the end reads that layer instead of what the tower is usually read at, with its map
     averaged to the grid: `#stage3/3x3`, `#block8/1x1`, `#final` for the tower's end; `/all` keeps the whole map.
     OpenAI's weights need a `-quickgelu` model; with a file nobody can check that, with a tag it is checked here.
     Raises UserError for anything unknown or missing.
     """
     head, file, layer = split_name(name)
+    file = copy_here(file) if file else ""
     if head in BACKBONES:
         spec = BACKBONES[head]
         spec = replace(spec, tag=None, package=None, file=file) if file else replace(spec, file=_packaged(spec.package))
     elif head.startswith("open_clip:"):
-        spec = _parse_open_clip(name, head.removeprefix("open_clip:"), file or None)
+        spec = _parse_open_clip(name, copy_here(head.removeprefix("open_clip:")), file or None)
     elif head.startswith("timm:"):
         spec = _parse_timm(name, head.removeprefix("timm:"), file or None)
     else:
@@ -136,7 +138,7 @@ def absolute_name(name: str) -> str:
     """
     head, file, layer = split_name(name)
     default = BACKBONES[head].layer if head in BACKBONES else END
-    at = f"@{Path(file).expanduser().absolute()}" if file else ""
+    at = f"@{locate(file)}" if file else ""
     return f"{head}{at}" + (f"#{layer}" if layer and layer != default else "")
 
 

@@ -27,7 +27,7 @@ from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
 from pipeline.features.key import About, FeatureKey, default_shard_rows, describe_policy
-from pipeline.features.shards import ShardEmbedder
+from pipeline.features.shards import ShardEmbedder, pack_shard
 from pipeline.features.store import FeatureStore
 from pipeline.lease import hold
 from pipeline.settings import ExtractSettings
@@ -37,6 +37,7 @@ LISTED = 20  # faults of an extraction that are told
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 TRIES = 3  # of shards whose workers died
 HANDED_OUT = 2  # shards that Ray gives a worker at a time
+AT_ONCE = 1024  # shards given to Ray together, whose rows take about 1 GB
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def extract(
     with ExitStack() as leases:
         by_name = sorted(manifests, key=lambda manifest: manifest.name)  # so that no two wait for each other
         passes = [step for manifest in by_name for step in _plan(workspace, manifest, settings, towers, leases)]
-        _run(workspace, passes, settings, progress)
+        _run(passes, settings, progress)
         results = [result for step in passes for result in step.results()]
     for result in results:
         if len(result.skipped) > settings.max_skipped:
@@ -153,14 +154,13 @@ def extract(
     return results
 
 
-def _run(workspace: Workspace, passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> None:
+def _run(passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> None:
     """Compute what the stores lack; raise `IncompleteError` when they still lack something then."""
     total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
     with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
         for step in passes:
             done += len(step.manifest) - sum(len(step.stores[0].about.rows_of(shard)) for shard in step.shards)
-            path = str(workspace.manifest_path(step.manifest.name))
-            for shard in _embed_patiently(step, path, settings) if step.shards else ():
+            for shard in _embed_patiently(step, settings):
                 done += shard["rows"]
                 faults[str(shard["fault"])] += 1
                 step.check_leases()
@@ -232,17 +232,21 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
         )
 
 
-def _embed_patiently(step: _Pass, manifest: str, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
-    """Compute shards, again after a worker has died, until `TRIES` have died without a shard done."""
+def _embed_patiently(step: _Pass, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
+    """Compute shards, so many at a time that their rows have room in memory.
+
+    After a worker has died they are computed again, until `TRIES` have died without a shard done.
+    """
     died, shards = 0, step.shards
     while shards:
+        some = shards[:AT_ONCE]
         try:
-            for shard in _embed(step, manifest, settings, shards, careful=died > 0):
+            for shard in _embed(step, settings, some, careful=died > 0):
                 died = min(died, 1)
                 yield shard
-            return
+            shards = shards[AT_ONCE:]
         except cluster.WorkerDiedError as error:
-            died, shards = died + 1, step.lacking()
+            died, shards = died + 1, sorted(set(step.lacking()).intersection(shards))
             if shards and died == TRIES:
                 raise IncompleteError(
                     f"The worker of shard {shards[0]} of {step.manifest.name!r} died {died} times ({error}): if memory is "
@@ -264,9 +268,7 @@ def _without_restarts() -> dict[str, int]:
     return {"max_restarts": 0}
 
 
-def _embed(
-    step: _Pass, manifest: str, settings: ExtractSettings, shards: list[int], careful: bool
-) -> Iterator[dict[str, Any]]:
+def _embed(step: _Pass, settings: ExtractSettings, shards: list[int], careful: bool) -> Iterator[dict[str, Any]]:
     """Compute shards under Ray; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`.
 
     `careful`: a worker died of one of the shards that were handed out, which are the first that are not done.
@@ -288,7 +290,7 @@ def _embed(
     decoders = settings.decode_threads if settings.decode_threads is not None else (share if gpus else 0)
     arguments = (
         {str(store.path): store.about for store in step.stores},
-        manifest,
+        replace(step.manifest, table=step.manifest.table.slice(0, 0)),
         replace(settings, decode_threads=decoders),
         1 if gpus else share,
         "cuda" if gpus else "cpu",
@@ -300,7 +302,8 @@ def _embed(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    packed = [pack_shard(step.manifest, step.stores[0].about, shard) for shard in shards]
+    rows = ray.data.from_items(packed, override_num_blocks=len(shards))
     # Of its last argument, which has no successor yet.
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     receipts = rows.map_batches(

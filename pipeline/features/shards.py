@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import socket
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from cafe.data.fetching import FetchedFaces
 from cafe.data.images import MISSING
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
@@ -37,16 +41,17 @@ Result = TypeVar("Result")
 
 
 class ShardEmbedder:
-    """A tower at work: shard number in, receipts out. Loaded once per actor, usable without Ray.
+    """A tower at work: a shard with its faces in, receipts out. Loaded once per actor, usable without Ray.
 
-    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}. Of `suspects`
-    it decodes each picture in another process first, and leaves those out that kill it.
+    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}; `manifest` is without
+    its rows, which come with each shard, so that memory does not grow with the data set. Of `suspects` it decodes each
+    picture in another process first, and leaves those out that kill it.
     """
 
     def __init__(
         self,
         stores: dict[str, About],
-        manifest: str,
+        manifest: Manifest,
         settings: ExtractSettings,
         threads: int,
         device: str,
@@ -78,7 +83,7 @@ class ShardEmbedder:
             )
         return Embedder(
             tower,
-            self.faces,
+            self.manifest,
             about.key.view_plan,
             self.device,
             about.key.maps,
@@ -88,58 +93,48 @@ class ShardEmbedder:
             settings.max_megapixels * 1_000_000,
         )
 
-    @cached_property
-    def faces(self) -> Manifest:
-        """The manifest as this node reads it; raises `UserError` where it is not the one that was planned with."""
-        faces = Manifest.load(locate(self.manifest))
-        if faces.image_digest != self.stores[0].about.key.images:
-            raise UserError(
-                f"The manifest {faces.name!r} on node {socket.gethostname()} lists other images than the store was planned "
-                "with: give the command again."
-            )
-        return faces
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Embed one shard, write it to the stores that lack it and return {shard, rows, fault}.
+    def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
+        """Embed one shard, as `pack_shard` gives it, write it to the stores that lack it and return {shard, rows, fault}.
 
         A storage that goes on failing is told as the fault; the shard then has no receipt.
         """
-        (shard,) = batch["shard"].tolist()
+        shard, faces = int(batch["shard"][0]), batch["faces"][0]
+        faces = replace(self.manifest, table=pa.ipc.open_stream(faces).read_all())
         try:
-            return {"shard": [shard], "rows": [self._embed(shard)], "fault": [""]}
+            return {"shard": [shard], "rows": [self._embed(shard, faces)], "fault": [""]}
         except (OSError, MemoryError) as error:
             return {"shard": [shard], "rows": [0], "fault": [str(error) or repr(error)]}
 
-    def _embed(self, shard: int) -> int:
+    def _embed(self, shard: int, faces: Manifest) -> int:
         lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
         layers = [self.layers[number] for number in lacking]
-        rows, views = self.stores[0].about.rows_of(shard), self.stores[0].about.key.views
-        if shard in self.suspects:
-            paths = [self.embedder.manifest.path(row) for row in rows]
-            killers = find_killers(paths, self.embedder.max_pixels)
-            self.embedder.refused = dict.fromkeys([rows[position] for position in killers], KILLER)
+        first, views = self.stores[0].about.rows_of(shard).start, self.stores[0].about.key.views
+        rows, fetched = range(len(faces)), FetchedFaces(faces) if faces.remote else nullcontext(faces)
+        paths = [faces.path(row) for row in rows] if shard in self.suspects else []
+        self.embedder.refused = dict.fromkeys(find_killers(paths, self.embedder.max_pixels), KILLER) if paths else {}
         batches = self.embedder.batches(list(product(rows, range(views))))
 
         skipped: dict[int, str] = {}
         features: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in lacking]
-        for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
-            skipped |= rendered.unreadable
-            for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
-                for name, values in read.items():
-                    parts[name].append(values)
+        with fetched as self.embedder.manifest:
+            for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
+                skipped |= rendered.unreadable
+                for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
+                    for name, values in read.items():
+                        parts[name].append(values)
         self._check_node(skipped, len(rows))
         for number, parts in zip(lacking, features, strict=True):
             arrays = {
                 name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
                 for name, values in parts.items()
             }
-            self.stores[number].write_shard(shard, arrays, skipped)
+            self.stores[number].write_shard(shard, arrays, {first + row: reason for row, reason in skipped.items()})
         return len(rows)
 
     def _check_node(self, skipped: dict[int, str], faces: int) -> None:
         """Raise `StorageError` where most pictures of a shard are missing, or kill: that is the node, not a picture."""
         counts = Counter(skipped.values())
-        here = f"below {self.faces.root} on node {socket.gethostname()}"
+        here = f"below {self.manifest.root} on node {socket.gethostname()}"
         if 2 * counts[MISSING] > faces:
             raise StorageError(
                 f"{counts[MISSING]} of the {faces} pictures of a shard are missing {here}: mount the folder there, or index "
@@ -149,6 +144,14 @@ class ShardEmbedder:
             raise StorageError(
                 f"{counts[KILLER]} of the {faces} pictures of a shard {here} kill their decoder: it has too little memory."
             )
+
+
+def pack_shard(manifest: Manifest, about: About, shard: int) -> dict[str, Any]:
+    """Return a shard as a row of Ray: its number and its rows of the manifest."""
+    rows, sink = about.rows_of(shard), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
+        stream.write_table(manifest.table.slice(rows.start, len(rows)))
+    return {"shard": shard, "faces": sink.getvalue().to_pybytes()}
 
 
 def prefetch(

@@ -12,7 +12,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import locate, read_json
+from cafe.files import exists, locate, read_json
 from cafe.results.scores import Run, read_runs, read_scores
 from pipeline.features.description import find_stores
 from pipeline.features.store import FeatureStore
@@ -148,7 +148,7 @@ def _find_exported(workspace: Workspace, name: str) -> UPath | None:
 
         return Mirror(workspace).fetch_model(name)
     folder = locate(name)
-    return folder if (folder / "model.json").exists() and (folder / "run.json").exists() else None
+    return folder if exists(folder / "model.json") and exists(folder / "run.json") else None
 
 
 def choose_best(runs: Sequence[Run], experiment: str) -> tuple[Run, str]:

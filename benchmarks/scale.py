@@ -1,0 +1,153 @@
+"""What planning, writing, resuming, reading and verifying cost by the number of faces, with a tower that does nothing.
+
+    python benchmarks/scale.py --rows 10000 --rows 100000 --repeats 3
+
+Each size runs in a process of its own, so that its peak of memory is its own. Manifests are made up: no picture is read, the
+tower returns numbers that tell rows apart, all else is what `cafe extract` does. On a shared machine compare the columns.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+
+from cafe.data.manifest import SCHEMA, Manifest
+from cafe.towers.building import TowerFacts
+from cafe.towers.embedding import Rendered, Sample
+from pipeline.features import extract as extraction
+from pipeline.features.shards import ShardEmbedder
+from pipeline.features.verify import find_damage
+from pipeline.settings import ExtractSettings
+from pipeline.workspace import Workspace
+
+WIDTH = 512
+PARTS = 1_000_000  # rows of a manifest made at a time
+FACTS = TowerFacts("null:tower", "0", WIDTH, None, 1, (0.5,) * 3, (0.5,) * 3, "tower")
+
+
+class NullTower:
+    """In place of an `Embedder`: reads nothing and returns the number of the row, modulo 1000, as its features."""
+
+    max_pixels, manifest = 0, None
+
+    def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+        """All of a shard at once."""
+        return [samples]
+
+    def render(self, samples: Sequence[Sample]) -> Rendered:
+        """The rows in place of pictures."""
+        rows = np.array([row for row, _ in samples])
+        return Rendered(rows, rows, {})
+
+    def embed_layers(self, rendered: Rendered, layers: Sequence[object]) -> list[dict[str, np.ndarray]]:
+        """The numbers of the rows."""
+        values = (rendered.pictures % 1000).astype(np.float16)
+        return [{"pooled": np.repeat(values[:, None], WIDTH, axis=1)} for _ in layers]
+
+
+class NullEmbedder(ShardEmbedder):
+    """A worker of an extraction with the null tower; notes its peak of memory where the stores are."""
+
+    embedder = NullTower()  # type: ignore[assignment]
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Compute a shard."""
+        done = super().__call__(batch)
+        Path(self.stores[0].path.parent / "worker.txt").write_text(str(peak()))
+        return done
+
+
+def peak() -> int:
+    """Return the peak of this process's memory in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def make_manifest(rows: int) -> Manifest:
+    """Return a manifest of made-up faces, 20 of each person, with ids and digests as long as real ones."""
+    parts = []
+    for start in range(0, rows, PARTS):
+        numbers = range(start, min(start + PARTS, rows))
+        names = pa.array([f"person{number // 20:08d}/photo{number:010d}.jpg" for number in numbers])
+        labels, sides = pa.array(np.arange(len(numbers)) % 7, pa.int8()), pa.array(np.full(len(numbers), 100, np.int32))
+        columns = {"sample_id": names, "path": names, "label": labels, "width": sides, "height": sides}
+        columns |= {"split": pa.array(["train"] * len(numbers)), "digest": pa.array([f"{n:064x}" for n in numbers])}
+        columns |= {name: pa.nulls(len(numbers), SCHEMA.field(name).type) for name in ("group", "box")}
+        parts.append(pa.table(columns).select(SCHEMA.names).cast(SCHEMA))
+    return Manifest("faces", "/nowhere", pa.concat_tables(parts))
+
+
+def measure(rows: int, planning_only: bool) -> dict[str, float]:
+    """Return seconds and megabytes of each step for one size."""
+    measured: dict[str, float] = {"rows": rows}
+
+    def timed(name: str, step: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = step()
+        measured[f"{name} s"] = time.perf_counter() - begin
+        return result
+
+    extraction.ShardEmbedder = NullEmbedder  # type: ignore[misc]
+    extraction.know_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
+    settings = ExtractSettings(backbone="clip-vit-b32", num_cpus=1)
+    with TemporaryDirectory(dir=Path.cwd()) as folder:
+        workspace = Workspace.at(folder)
+        subprocess.run([sys.executable, __file__, "--make", folder, "--rows", str(rows)], check=True)
+        manifest = timed("load", lambda: workspace.load_manifest("faces"))
+        about = timed("digest", lambda: extraction.describe_store(manifest, settings, FACTS))
+        store = timed("create", lambda: extraction.FeatureStore.create(workspace.features / "faces", about, manifest))
+        timed("pending", store.pending)
+        measured["planning MB"] = peak()
+        if not planning_only:
+            run = lambda: extraction.extract(workspace, [manifest], settings, lambda done, total: None)  # noqa: E731
+            timed("extract", run)
+            timed("no-op", run)
+            measured["driver MB"] = peak()
+            measured["worker MB"] = int((workspace.features / "faces" / "worker.txt").read_text())
+            view = timed("read", lambda: store.read_view("pooled", 0))
+            assert (view[:: max(1, rows // 1000), 0] == np.arange(0, rows, max(1, rows // 1000)) % 1000).all()
+            timed("verify", lambda: find_damage(store.path))
+    return measured
+
+
+@click.command()
+@click.option("--rows", multiple=True, type=int, default=(10_000, 100_000), show_default=True, help="Faces.")
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--planning-only", is_flag=True, help="Plan, and compute nothing.")
+@click.option("--one", is_flag=True, hidden=True)
+@click.option("--make", hidden=True)
+def main(rows: tuple[int, ...], repeats: int, planning_only: bool, one: bool, make: str | None) -> None:
+    """Print the median of each measurement for each size."""
+    if make:
+        make_manifest(rows[0]).save(Workspace.at(make).manifest_path("faces"))
+        return
+    if one:
+        print(json.dumps(measure(rows[0], planning_only)))
+        return
+    for size in rows:
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            "--rows",
+            str(size),
+            *(["--planning-only"] if planning_only else []),
+        ]
+        output = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(repeats)]
+        runs = [json.loads(text.splitlines()[-1]) for text in output]
+        print("  ".join(f"{name} {statistics.median(run[name] for run in runs):,.2f}" for name in runs[0]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
