@@ -103,7 +103,7 @@ def test_layers_of_one_pass_are_byte_for_byte_those_taken_one_by_one(
     alone = [fill_store(tmp_path / "alone", manifest, replace(settings, backbone=name)) for name in names]
     together = [FeatureStore.create(UPath(tmp_path / "together"), store.about, manifest) for store in alone]
 
-    def embed(shards: list[int]) -> None:
+    def embed_all(shards: list[int]) -> None:
         stores = {str(store.path): store.about for store in together}
         embedder = ShardEmbedder(stores, manifest, settings, threads=1, device="cpu")
         for shard in shards:
@@ -114,10 +114,10 @@ def test_layers_of_one_pass_are_byte_for_byte_those_taken_one_by_one(
             str(path.relative_to(store.path)): path.read_bytes() for path in store.path.rglob("*") if path.is_file()
         }
 
-    embed([0, 1, 2])
+    embed_all([0, 1, 2])
     together[1].receipts.path(2).unlink()  # as if killed between two stores of one shard
     together[1].array("pooled")[22:33] = 0
-    embed([2, 3, 4, 5])
+    embed_all([2, 3, 4, 5])
     for store, expected in zip(together, alone, strict=True):
         assert contents(store) == contents(expected)
 

@@ -56,7 +56,7 @@ def study(workspace: str, faces: str, tower: str, database: Path) -> str:
     cafe = Cafe(locate(workspace), "")
     cafe.succeed("data", "index", "folder", faces, "--name", "tiny")
     cafe.succeed("extract", "tiny", "--backbone", tower, "--shard-rows", "8")
-    cafe.succeed(*TRAIN, "--targets", "none", *mirror)
+    cafe.succeed(*TRAIN, "--targets", "none", "--threads", "1", *mirror)
     (name,) = [path.name for path in list_folder(locate(f"{workspace}/runs"))]
     cafe.succeed("evaluate", name, "--targets", "tiny", *mirror)
     assert "linear_probe" in cafe.succeed("compare")
@@ -65,10 +65,11 @@ def study(workspace: str, faces: str, tower: str, database: Path) -> str:
 
 
 def test_a_study_in_an_object_store_that_stutters_is_that_on_a_disk(
-    s3: FaultyS3, tmp_path: Path, tiny_tower: str, request: pytest.FixtureRequest
+    s3: FaultyS3, tmp_path: Path, tiny_tower: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
+    monkeypatch.chdir(tmp_path)  # where MLflow puts pictures
     for path in draw_faces(tmp_path / "faces", per_class=12).rglob("*.*"):
         write_file(locate(f"{BUCKET}/{path.relative_to(tmp_path)}"), path.read_bytes())
     head, _, weights = tiny_tower.partition("@")

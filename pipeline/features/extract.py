@@ -235,7 +235,7 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
 def _embed_patiently(step: _Pass, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
     """Compute shards, so many at a time that their rows have room in memory.
 
-    They are computed again after a worker has died, until `TRIES` have died without a shard done.
+    After a worker has died they are computed again, until `TRIES` have died without a shard done.
     """
     died, shards = 0, step.shards
     while shards:

@@ -110,9 +110,8 @@ class ShardEmbedder:
         layers = [self.layers[number] for number in lacking]
         first, views = self.stores[0].about.rows_of(shard).start, self.stores[0].about.key.views
         rows, fetched = range(len(faces)), FetchedFaces(faces) if faces.remote else nullcontext(faces)
-        if shard in self.suspects:
-            killers = find_killers([faces.path(row) for row in rows], self.embedder.max_pixels)
-            self.embedder.refused = dict.fromkeys(killers, KILLER)
+        paths = [faces.path(row) for row in rows] if shard in self.suspects else []
+        self.embedder.refused = dict.fromkeys(find_killers(paths, self.embedder.max_pixels), KILLER) if paths else {}
         batches = self.embedder.batches(list(product(rows, range(views))))
 
         skipped: dict[int, str] = {}
