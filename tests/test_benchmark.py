@@ -402,7 +402,7 @@ def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
     assert cafe.fail("benchmark", "table9.toml") == (
         "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation.toml, "
         "demo.toml, ferplus.toml, leave_one_out.toml, leave_one_out_drawn.toml, mask.toml, quickstart.toml, "
-        "supplement.toml, table1.toml, table2.toml."
+        "rivals.toml, supplement.toml, table1.toml, table2.toml."
     )
 
 
