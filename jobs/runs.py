@@ -142,8 +142,8 @@ def benchmark(file: str, **values: Any) -> None:
     """Train and judge a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
 
     FILE says what is in it; with this package come demo, quickstart, ferplus, rivals, mask, leave_one_out,
-    leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared, cells run side by side,
-    one that fails stops no other. Interrupt it as you like: the same command goes on where it was.
+    leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared,
+    cells run side by side, one that fails stops no other. Interrupt it as you like: the same command goes on where it was.
     """
     from pipeline.benchmark.file import read_benchmark
 
