@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,7 +28,8 @@ from cafe.data.manifest import SCHEMA, Manifest
 from cafe.towers.building import TowerFacts
 from cafe.towers.embedding import Rendered, Sample
 from pipeline.features import extract as extraction
-from pipeline.features.shards import ShardEmbedder
+from pipeline.features.shards import ShardEmbedder, pack_shard
+from pipeline.features.store import FeatureStore
 from pipeline.features.verify import find_damage
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace
@@ -39,7 +40,7 @@ FACTS = TowerFacts("null:tower", "0", WIDTH, None, 1, (0.5,) * 3, (0.5,) * 3, "t
 
 
 class NullTower:
-    """In place of an `Embedder`: reads nothing and returns the number of the row, modulo 1000, as its features."""
+    """In place of an `Embedder`: reads nothing and returns the number of the row in its shard, modulo 1000, as features."""
 
     max_pixels, manifest = 0, None
 
@@ -59,15 +60,9 @@ class NullTower:
 
 
 class NullEmbedder(ShardEmbedder):
-    """A worker of an extraction with the null tower; notes its peak of memory where the stores are."""
+    """A worker of an extraction with the null tower."""
 
     embedder = NullTower()  # type: ignore[assignment]
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Compute a shard."""
-        done = super().__call__(batch)
-        Path(self.stores[0].path.parent / "worker.txt").write_text(str(peak()))
-        return done
 
 
 def peak() -> int:
@@ -91,37 +86,42 @@ def make_manifest(rows: int) -> Manifest:
     return Manifest("faces", "/nowhere", pa.concat_tables(parts))
 
 
+def write(store: FeatureStore, manifest: Manifest, settings: ExtractSettings) -> None:
+    """Compute all shards as the driver and a worker do, without Ray between them."""
+    without = replace(manifest, table=manifest.table.slice(0, 0))
+    embedder = NullEmbedder({str(store.path): store.about}, without, settings, 1, "cpu")
+    for shard in store.pending():
+        done = embedder({name: [value] for name, value in pack_shard(manifest, store.about, shard).items()})
+        assert done["fault"] == [""]
+    store.finish()
+
+
 def measure(rows: int, planning_only: bool) -> dict[str, float]:
     """Return seconds of this process's cores, which neighbours do not change, and megabytes of each step for one size."""
     measured: dict[str, float] = {"rows": rows}
 
     def timed(name: str, step: Callable[[], Any]) -> Any:
-        begin, worked = time.perf_counter(), time.process_time()
+        worked = time.process_time()
         result = step()
         measured[f"{name} s"] = time.process_time() - worked
-        if name == "extract":  # most of which the worker does
-            measured["extract wall s"] = time.perf_counter() - begin
         return result
 
-    extraction.ShardEmbedder = NullEmbedder  # type: ignore[misc]
     extraction.know_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
-    settings = ExtractSettings(backbone="clip-vit-b32", num_cpus=1)
+    settings = ExtractSettings(backbone="clip-vit-b32", decode_threads=0)
     with TemporaryDirectory() as folder:
         workspace = Workspace.at(folder)
         subprocess.run([sys.executable, __file__, "--make", folder, "--rows", str(rows)], check=True)
         manifest = timed("load", lambda: workspace.load_manifest("faces"))
         about = timed("digest", lambda: extraction.describe_store(manifest, settings, FACTS))
-        store = timed("create", lambda: extraction.FeatureStore.create(workspace.features / "faces", about, manifest))
+        store = timed("create", lambda: FeatureStore.create(workspace.features / "faces", about, manifest))
         timed("pending", store.pending)
         measured["planning MB"] = peak()
         if not planning_only:
-            run = lambda: extraction.extract(workspace, [manifest], settings, lambda done, total: None)  # noqa: E731
-            timed("extract", run)
-            timed("no-op", run)
-            measured["driver MB"] = peak()
-            measured["worker MB"] = int((workspace.features / "faces" / "worker.txt").read_text())
+            timed("write", lambda: write(store, manifest, settings))
+            timed("no-op", lambda: extraction.extract(workspace, [manifest], settings, lambda done, total: None))
+            measured["writing MB"] = peak()
             view = timed("read", lambda: store.read_view("pooled", 0))
-            assert (view[:: max(1, rows // 1000), 0] == np.arange(0, rows, max(1, rows // 1000)) % 1000).all()
+            assert (view[:, 0] == np.arange(rows) % store.about.shard_rows % 1000).all()
             timed("verify", lambda: find_damage(store.path))
     return measured
 
