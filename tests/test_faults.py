@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from pipeline.features.shards import ShardEmbedder, pack_shard
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.train import plan_training
-from pipeline.worker import Task, find_checkpoint, train_run
+from pipeline.worker import Here, Task, find_checkpoint, train_run
 from pipeline.workspace import Workspace
 
 
@@ -228,3 +229,16 @@ def test_what_a_method_prepares_is_never_learned_twice(extraction: Extraction) -
     again = plan_training(extraction.workspace, settings).source
     train_run(task, again, device)
     assert (read_json(plan.run / "result.json") or {})["epochs"] == 1
+
+
+def test_a_training_ends_after_its_step_when_its_command_has_ended(extraction: Extraction) -> None:
+    settings = TrainSettings(source="tiny", method="image_only", epochs=500, image_size=32, targets="none")
+    plan, here = plan_training(extraction.workspace, settings), Here("cpu")
+    plan.spec.save(plan.run)
+    training = here.train(Task(str(plan.run), plan.source, 1, 0, 500))
+    while not training.running():
+        time.sleep(0.01)
+    here.end()
+    with pytest.raises(InterruptedError, match="The command that this training belongs to has ended"):
+        training.result(300)
+    assert not (plan.run / "result.json").exists()

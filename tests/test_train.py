@@ -121,6 +121,23 @@ def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) ->
     assert "two@all" not in table
 
 
+def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker(ready: Cafe) -> None:
+    import ray
+
+    def contents() -> dict[str, bytes]:
+        found = [path for path in only_run(ready).rglob("*") if path.suffix in (".safetensors", ".parquet", ".png")]
+        return {str(path.relative_to(ready.workspace)): path.read_bytes() for path in found}
+
+    ready.succeed(*TRAIN, "--method", "linear_probe", ray=True)
+    there = contents()
+    shutil.rmtree(ready.workspace / "runs")
+    ray.shutdown()
+    ready.succeed(*TRAIN, "--method", "linear_probe")
+    assert not ray.is_initialized()
+    assert contents() == there
+    assert len(there) == 1 + 3 * 3  # weights; predictions and two figures of three targets
+
+
 def test_image_only_needs_no_features(ready: Cafe) -> None:
     shutil.rmtree(ready.workspace / "features")
     ready.succeed(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "two", ray=True)
