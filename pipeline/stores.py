@@ -106,7 +106,7 @@ def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
         return spec, [file.partition("@")[0] for file in files]
 
     names = workspace.run_names()
-    return {name: found for name, found in zip(names, in_parallel(read, names), strict=True) if found}
+    return {name: found for name, found in zip(names, in_parallel(workspace.root, read, names), strict=True) if found}
 
 
 def _fits(spec: RunSpec, about: About, may_differ: Sequence[str] = TARGET_MAY_DIFFER) -> bool:

@@ -21,7 +21,8 @@ from cafe.records import check_record, read_sealed, write_sealed
 from pipeline.features.description import damaged
 from pipeline.features.key import About
 
-READERS = 16  # threads that wait for the disk or the network
+READERS = 16  # threads that wait for an object store
+READERS_HERE = 2  # that read a disk: more would only wait for each other
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -96,7 +97,7 @@ class Receipts:
     def read_all(self) -> Iterator[tuple[int, Receipt]]:
         """Yield the receipt of every shard that is done."""
         done = self.done()
-        for shard, receipt in zip(done, in_parallel(self.read, done), strict=True):
+        for shard, receipt in zip(done, in_parallel(self.store, self.read, done), strict=True):
             if receipt:
                 yield shard, receipt
 
@@ -139,7 +140,7 @@ class Receipts:
         self.discard([shard for shard, receipt in self.read_all() if receipt.skipped])
 
 
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield `function(item)` in order; many wait at once for the disk or the network."""
-    with ThreadPoolExecutor(READERS) as pool:
+def in_parallel(folder: UPath, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield `function(item)`, which reads or writes below a folder, in order; many wait at once for an object store."""
+    with ThreadPoolExecutor(READERS if folder.protocol else READERS_HERE) as pool:
         yield from pool.map(function, items)

@@ -152,7 +152,7 @@ class FeatureStore:
             rows = self.about.rows_of(shard)
             result[rows.start : rows.stop] = self.read_shard(shard, name, view)
 
-        for _ in in_parallel(read, range(self.about.shards)):
+        for _ in in_parallel(self.path, read, range(self.about.shards)):
             pass
         return result
 
@@ -169,7 +169,7 @@ class FeatureStore:
 def describe(path: UPath, about: About, manifest: Manifest) -> None:
     """Write all files of a store that belong to no shard, `about.json` last: from then on the store exists."""
     files = {f"store.zarr/{key}": content for key, content in _make_arrays(about, manifest).items()}
-    for _ in in_parallel(lambda file: write_file(path / file, files[file]), files):
+    for _ in in_parallel(path, lambda file: write_file(path / file, files[file]), files):
         pass
     facts = encode_json(asdict(about))
     checksums = {file: digest(content) for file, content in {**files, ABOUT: facts}.items()}

@@ -43,7 +43,7 @@ def find_damage(store: UPath, progress: Callable[[int, int], None] = lambda done
             receipts.skipped()
         except UserError:
             damages.append(Damage(receipts.summary.name, CHANGED))
-    for count, found in enumerate(in_parallel(partial(_check_shard, receipts), done), start=1):
+    for count, found in enumerate(in_parallel(store, partial(_check_shard, receipts), done), start=1):
         damages += found
         progress(count, len(done))
     return damages
