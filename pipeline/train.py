@@ -47,7 +47,7 @@ from pipeline.sources import (
     split_names,
 )
 from pipeline.tracking import Mirror
-from pipeline.worker import Hands, Task, find_worker, train_together
+from pipeline.worker import AnyWorker, Task, find_worker, train_together
 from pipeline.workspace import Workspace, check_name
 
 PREPARE_SECONDS = 24 * 3600  # that the other workers wait for the first one, while it prepares a method
@@ -200,7 +200,7 @@ def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: 
     )
 
 
-def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: Hands | None = None) -> None:
+def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: AnyWorker | None = None) -> None:
     """Train, then judge on every target not judged yet, with a worker that runs already or one of its own.
 
     A plan that is done costs nothing. Interrupt it at any time: the same plan goes on from its last checkpoint.
@@ -242,7 +242,7 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
 
 
 def _train_all(
-    plan: TrainPlan, mirror: Mirror, progress: Progress, worker: Hands | None, check: Callable[[], None]
+    plan: TrainPlan, mirror: Mirror, progress: Progress, worker: AnyWorker | None, check: Callable[[], None]
 ) -> None:
     """Train the folds, each a run of its own; then the run itself, where there are any up to the epoch they choose."""
     count = len(plan.folds) + 1
@@ -276,7 +276,7 @@ def _train(
     plan: TrainPlan,
     mirror: Mirror,
     progress: Progress,
-    worker: Hands | None,
+    worker: AnyWorker | None,
     check: Callable[[], None],
     epochs: int | None = None,
 ) -> None:

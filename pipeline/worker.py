@@ -71,7 +71,7 @@ class Worker:
         predict_target(run, self.targets.setdefault(name, target), self.device)
 
 
-class Hands(Protocol):
+class AnyWorker(Protocol):
     """A worker that is told what to do next, wherever it is; it does one thing after another."""
 
     def train(self, task: Task) -> Future[None]:
@@ -81,7 +81,7 @@ class Hands(Protocol):
         """Predict one target of a run that is trained."""
 
 
-class Here:
+class LocalWorker:
     """A worker in a thread of this process; only one at a time, since torch's random numbers belong to the process."""
 
     def __init__(self, device: str) -> None:
@@ -105,7 +105,7 @@ class Here:
             raise InterruptedError("The command that this training belongs to has ended.")
 
 
-class Elsewhere:
+class RayWorker:
     """A worker in a process of Ray's, with its share of the machine where `parallel` of them work at a time."""
 
     def __init__(self, settings: TrainSettings, parallel: int = 1) -> None:
@@ -130,18 +130,18 @@ class Elsewhere:
 
 
 @contextmanager
-def find_worker(settings: TrainSettings | EvaluateSettings) -> Iterator[Hands | None]:
+def find_worker(settings: TrainSettings | EvaluateSettings) -> Iterator[AnyWorker | None]:
     """Yield a worker in this process or, on a cluster, one of Ray's; None where several are to work side by side."""
     single = not isinstance(settings, TrainSettings) or settings.num_workers == 1
     if settings.address is None and single:
-        here = Here(cluster.own_device(settings.use_gpu))
+        local = LocalWorker(cluster.own_device(settings.use_gpu))
         try:
-            yield here
+            yield local
         finally:
-            here.end()
+            local.end()
         return
     with cluster.connect(settings):
-        yield Elsewhere(settings) if single and isinstance(settings, TrainSettings) else None
+        yield RayWorker(settings) if single and isinstance(settings, TrainSettings) else None
 
 
 def train_together(config: dict[str, Task]) -> None:

@@ -30,7 +30,7 @@ from pipeline.features.shards import ShardEmbedder, pack_shard
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.train import plan_training
-from pipeline.worker import Here, Task, find_checkpoint, train_run
+from pipeline.worker import LocalWorker, Task, find_checkpoint, train_run
 from pipeline.workspace import Workspace
 
 
@@ -233,7 +233,7 @@ def test_what_a_method_prepares_is_never_learned_twice(extraction: Extraction) -
 
 def test_a_training_ends_after_its_step_when_its_command_has_ended(extraction: Extraction) -> None:
     settings = TrainSettings(source="tiny", method="image_only", epochs=500, image_size=32, targets="none")
-    plan, here = plan_training(extraction.workspace, settings), Here("cpu")
+    plan, here = plan_training(extraction.workspace, settings), LocalWorker("cpu")
     plan.spec.save(plan.run)
     training = here.train(Task(str(plan.run), plan.source, 1, 0, 500))
     while not training.running():

@@ -34,7 +34,7 @@ from pipeline.runs import note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.tracking import Mirror
 from pipeline.train import train_and_judge
-from pipeline.worker import Elsewhere, Hands
+from pipeline.worker import AnyWorker, RayWorker
 from pipeline.workspace import Workspace
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
@@ -159,16 +159,16 @@ class _Workers:
     """The workers that wait for a cell, at most one for each cell at a time; none waits where some cells use Ray Train."""
 
     def __init__(self, parallel: int, single: bool) -> None:
-        self.parallel, self.single, self.idle = parallel, single, SimpleQueue[Hands]()
+        self.parallel, self.single, self.idle = parallel, single, SimpleQueue[AnyWorker]()
 
     @contextmanager
-    def take(self, settings: TrainSettings) -> Iterator[Hands | None]:
+    def take(self, settings: TrainSettings) -> Iterator[AnyWorker | None]:
         """Yield a worker, which goes back when its cell is done; one whose cell failed is left to end."""
-        worker: Hands | None
+        worker: AnyWorker | None
         try:
             worker = self.idle.get_nowait()
         except Empty:
-            worker = Elsewhere(settings, self.parallel) if settings.num_workers == 1 else None
+            worker = RayWorker(settings, self.parallel) if settings.num_workers == 1 else None
         yield worker
         if worker and self.single:
             self.idle.put(worker)
