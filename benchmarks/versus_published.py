@@ -107,6 +107,7 @@ def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) ->
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     without_rows = replace(manifest, table=manifest.table.slice(0, 0))
     embedder = ShardEmbedder({str(store.path): store.about}, without_rows, settings, cluster.cores(), "cpu")
+    assert embedder.embedder.tower.facts.width == about.width  # loaded before the clock starts, as for the other way
     start = time.process_time()
     for shard in store.pending():
         faces = np.array([pack_shard(manifest, store.about, shard)["faces"]], object)
