@@ -49,6 +49,7 @@ def main(faces: Path, per_class: int, folder: Path) -> None:
         click.echo(f"A node was killed after {len(list(cluster.glob(commands.RECEIPTS)))} shards.")
         finish(job, alone, cluster, commands.STORES)
         nodes.start("node1")
+        nodes.wait_for("node1", "(Ray runtime started)")
 
         job = submit(nodes, cluster, (*TRAIN, "--scale-minutes", "10"))
         wait_for(job, cluster, commands.EPOCHS)
