@@ -26,8 +26,6 @@ class Drawing(NamedTuple):
 
 def list_drawings(report: Report) -> list[Drawing]:
     """Draw the figures of a report, in the order of its sheets."""
-    if report.target:
-        return [_draw_classes(report)]
     return [*_draw_means(report), *_draw_maps(report), *_draw_tests(report), *_draw_ranks(report)]
 
 
@@ -86,12 +84,3 @@ def _draw_ranks(report: Report) -> Iterator[Drawing]:
     if report.ranks and not math.isnan(report.ranks.ranking.p):
         caption = "Mean ranks over pairs of source and unseen target. A bar joins methods that cannot be told apart."
         yield Drawing("Mean ranks", caption, draw_ranks(report.ranks.labels, report.ranks.ranking))
-
-
-def _draw_classes(report: Report) -> Drawing:
-    comparison = report.comparison
-    values = np.array([[estimate.mean for estimate in row.cells.values()] for row in comparison.rows])
-    seen = np.array([[bool(row.seen)] * values.shape[1] for row in comparison.rows])
-    labels = [f"{row.source}: {row.label}" for row in comparison.rows]
-    figure = draw_heat_map(labels, comparison.columns, values, (0.0, 1.0), seen)
-    return Drawing(report.sheets[0].title, f"{report.title}, percent.", figure)
