@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from cafe.learning.checkpoints import write_tensors
 from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
+from cafe.records import write_sealed
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.scores import flatten_scores, read_runs, read_scores
@@ -30,6 +31,7 @@ from pipeline import settings
 from pipeline.evaluate import is_judged, predict_target
 from pipeline.faces import any_store, choose_store, choose_target, choose_targets
 from pipeline.features.extract import describe_store, know_tower
+from pipeline.features.receipts import Skipped
 from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
 from pipeline.models import build_method, find_inputs
@@ -163,16 +165,16 @@ def test_a_target_without_a_readable_face_is_one_sentence(workspace: Workspace, 
     manifest = workspace.load_manifest("fer")
     store = any_store(workspace, manifest)
     assert store is not None
-    valid = FeatureStore(*store).array("valid")
-    before = valid[:]
-    valid[:] = np.zeros_like(before)
+    summary = FeatureStore(*store).receipts.summary
+    assert not summary.exists()
+    write_sealed(summary, {"skipped": [asdict(Skipped(row, "missing")) for row in range(len(manifest))]})
     try:
         with pytest.raises(
             UserError, match="No face of 'fer' in the split 'test' is readable: see why with `cafe data"
         ):
             choose_target(workspace, "fer", spec, find_protocol("clean"))
     finally:
-        valid[:] = before
+        summary.unlink()
 
 
 def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Workspace) -> None:

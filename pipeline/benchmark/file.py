@@ -45,7 +45,6 @@ DECIDED_FEATURES = (
     "policy",
     "maps",
     "channels",
-    "verify",
 )
 DECIDED_TRAINING = (
     "address", "num_cpus", "wait", "source", "fold", "method", "seed", "overrides", "backbone", "views", "policy",
