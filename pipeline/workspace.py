@@ -81,11 +81,13 @@ class Workspace:
         return manifest if manifest.digest == digest else None
 
     def _no_manifest(self, name: str) -> UserError:
+        from cafe.data import DATASETS
         from cafe.synthetic.domains import DOMAINS
 
         names = self.manifest_names()
         hint = f"choose {', '.join(names)}" if names else "this workspace has none yet"
-        command = "cafe data synth" if name in DOMAINS else f"cafe data index folder ROOT --name {name}"
+        kind = name if name in DATASETS else "folder"
+        command = "cafe data synth" if name in DOMAINS else f"cafe data index {kind} ROOT --name {name}"
         return UserError(f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with `{command}`.")
 
     def run_path(self, name: str) -> UPath:

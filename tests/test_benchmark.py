@@ -399,6 +399,8 @@ def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
     missing = cafe.fail("benchmark", "quickstart.toml", "--dry-run")
     assert "Unknown manifest 'studio'" in missing
     assert "make it with `cafe data synth`" in missing
+    published = cafe.fail("benchmark", "table1.toml", "--dry-run")
+    assert "make it with `cafe data index rafdb ROOT --name rafdb`" in published
     assert cafe.fail("benchmark", "table9.toml") == (
         "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation.toml, "
         "demo.toml, ferplus.toml, leave_one_out.toml, leave_one_out_drawn.toml, mask.toml, quickstart.toml, "

@@ -173,8 +173,9 @@ class Summary:
 
     def sentences(self) -> list[str]:
         """Say what came out: faces and their expressions, then what there was besides."""
-        looked = [f"{number:,} {name}" for number, name in ((self.photos, "photos"), (self.frames, "frames")) if number]
-        lines = [f"{self.faces:,} faces in {' and '.join(looked) or 'no pictures'}{_listed(self.expressions)}."]
+        looked = [_count(number, name) for number, name in ((self.photos, "photo"), (self.frames, "frame")) if number]
+        faces = _count(self.faces, "face")
+        lines = [f"{faces} in {' and '.join(looked) or 'no pictures'}{_listed(self.expressions)}."]
         counts = ((self.without, "without a face"), (self.several, "with several faces"))
         lines += [f"Pictures {name}: {number:,}." for number, name in counts if number]
         lines += [f"Doubtful faces{_listed(self.doubts)}."] if self.doubts else []
@@ -182,6 +183,10 @@ class Summary:
         lines += [f"Unreadable: {file}: {reason}." for file, reason in shown]
         more = len(self.unreadable) - len(shown)
         return [*lines, *([f"Unreadable: {more:,} more, in the rows with an error."] if more else [])]
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def _listed(counts: Counter[str]) -> str:
