@@ -103,17 +103,14 @@ def _read_places(places: tuple[str, ...]) -> Iterator[str]:
 
 def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     """Load the model, and the face detector where it is needed, so that what is missing is said before work begins."""
-    import torch
-
     from cafe.data.alignment import find_detector
+    from pipeline.cluster import own_device
     from pipeline.models import build_model
 
-    there = torch.cuda.is_available()
-    if settings.use_gpu and not there:
-        raise UserError("--gpu needs a GPU and this machine has none: use --cpu.")
+    device = own_device(settings.use_gpu)
     if not settings.aligned:
         find_detector()
-    model = build_model(runs, "cuda" if there and settings.use_gpu is not False else "cpu")
+    model = build_model(runs, device)
     return replace(model, flip=settings.flip)
 
 

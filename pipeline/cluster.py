@@ -185,7 +185,7 @@ def own_device(use_gpu: bool | None) -> str:
 
     there = torch.cuda.is_available()
     if use_gpu and not there:
-        raise UserError("--gpu needs 1 GPUs and this machine has 0: use --cpu.")
+        raise UserError("--gpu needs a GPU and this machine has none: use --cpu.")
     return "cuda" if there and use_gpu is not False else "cpu"
 
 
