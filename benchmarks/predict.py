@@ -26,7 +26,7 @@ from cafe.data.alignment import find_detector
 from cafe.inference.frames import read_frames
 from cafe.inference.model import BATCH_SIZE, Model
 from cafe.inference.recognition import SEARCHED, Search, judge_frames
-from cafe.learning.views import normalise
+from cafe.learning.pixels import normalise
 from pipeline.release.library import load_model
 
 GROUND = (96, 120, 96)

@@ -107,7 +107,7 @@ def measure(rows: int, planning_only: bool) -> dict[str, float]:
         return result
 
     extraction.know_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
-    settings = ExtractSettings(backbone="clip-vit-b32", decode_threads=0)
+    settings = ExtractSettings(backbone="clip-vit-b32", decoders=0)
     with TemporaryDirectory() as folder:
         workspace = Workspace.at(folder)
         subprocess.run([sys.executable, __file__, "--make", folder, "--rows", str(rows)], check=True)

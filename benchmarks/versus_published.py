@@ -28,8 +28,9 @@ from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.learning.loading import FaceDataset, epoch_order
+from cafe.learning.pixels import normalise
 from cafe.learning.training import Training
-from cafe.learning.views import ViewPlan, normalise
+from cafe.learning.views import ViewPlan
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
 from cafe.randomness import random_generator

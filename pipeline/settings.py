@@ -77,9 +77,11 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     )
     use_gpu: bool | None = setting(None, "Run towers on GPUs; default: when the cluster has one.", flag="--gpu/--cpu")
     num_gpus: Number | None = setting(None, "GPUs to use; default: all of the cluster.")
-    num_actors: Count | None = setting(None, "Towers at work; default: one per GPU, or one per core without.")
-    decode_threads: Number | None = setting(
-        None, "Threads that decode ahead of each tower; default: the GPU's share of cores, none on CPU."
+    num_actors: Count | None = setting(
+        None, "Towers at work; default: one per GPU, or without one per core of a cluster and per four of a machine."
+    )
+    decoders: Number | None = setting(
+        None, "Processes that decode ahead of each tower; default: a GPU's share of the cores, one on a CPU."
     )
     batch_size: Count = setting(64, "Views per forward pass of the tower.")
     shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")

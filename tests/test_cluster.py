@@ -79,13 +79,19 @@ def test_a_worker_takes_the_share_of_its_threads(tmp_path: Path) -> None:
         (2, 16, 100, 3, (3, 0.5)),  # three fit on two
         (2, 16, 100, 8, (8, 0.25)),
         (0, 6, 100, None, (6, 0.0)),
+        (0, 6, 100, 5, (5, 0.0)),
         (0, 6, 2, None, (2, 0.0)),
     ],
 )
 def test_towers_share_gpus_such_that_all_of_them_fit(
     gpus: int, cores: int, shards: int, asked: int | None, expected: tuple[int, float]
 ) -> None:
-    assert share_out(ExtractSettings(num_actors=asked), shards, gpus, cores) == expected
+    assert share_out(ExtractSettings(address="auto", num_actors=asked), shards, gpus, cores) == expected
+
+
+@pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])
+def test_a_tower_on_this_machine_works_with_four_cores(cores: int, towers: int) -> None:
+    assert share_out(ExtractSettings(), 100, 0, cores) == (towers, 0.0)
 
 
 def test_what_asks_for_no_gpu_gets_none_and_what_asks_for_too_much_is_told() -> None:

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from upath import UPath
 
 from cafe.towers.building import load_backbone
 from pipeline.features.description import find_stores
-from pipeline.features.shards import prefetch
 from pipeline.features.store import FeatureStore
 
 
@@ -184,28 +182,11 @@ def test_a_fault_of_the_storage_leaves_its_shard_undone_and_no_other(indexed: Ca
 
 def test_decoding_ahead_changes_nothing(indexed: Cafe, tiny_tower: str) -> None:
     command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "2", "--batch-size", "16")
-    indexed.succeed(*command, "--decode-threads", "3", ray=True)
+    indexed.succeed(*command, "--decoders", "3", ray=True)
     ahead = contents(open_store(indexed, "tiny").path)
     shutil.rmtree(indexed.workspace / "features")
     indexed.succeed(*command, ray=True)
     assert contents(open_store(indexed, "tiny").path) == ahead
-
-
-def test_prefetch_keeps_the_order_and_at_most_so_many_under_way() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    started: list[int] = []
-
-    def square(number: int) -> int:
-        started.append(number)
-        time.sleep(0.001 * (number % 3))
-        return number**2
-
-    with ThreadPoolExecutor(4) as pool:
-        results = prefetch(square, range(20), pool, ahead=4)
-        assert next(results) == 0
-        assert len(started) <= 6
-        assert list(results) == [number**2 for number in range(1, 20)]
 
 
 def test_one_view_is_the_same_store_whatever_the_policy(indexed: Cafe, tiny_tower: str) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional
 
 from cafe.errors import UserError
-from cafe.learning.views import normalise
+from cafe.learning.pixels import normalise
 from cafe.methods.baselines.finetune import find_trained
 from cafe.synthetic.domains import render
 from cafe.towers import names

@@ -23,8 +23,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from upath import UPath
 
+from cafe.data.manifest import Face, Manifest
+from cafe.learning.rendering import Renderer
+from cafe.learning.views import ViewPlan
+from pipeline.features.decoding import KILLER, Decoders
 from pipeline.features.description import find_stores
-from pipeline.features.isolation import find_killers
 from pipeline.features.store import FeatureStore
 
 ALONE = ("--num-cpus", "1")
@@ -194,19 +197,52 @@ def deadly_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), *sys.path]))
 
 
-def test_pictures_that_kill_their_decoder_are_found(tmp_path: Path, deadly_decoder: None) -> None:
-    sizes = [(8, 8), (13, 17), (17, 13), (13, 17)]
+def renderer_of(folder: Path, sizes: list[tuple[int, int]]) -> Renderer:
+    """What decodes pictures of some sizes, and of a last one that is none."""
     for number, size in enumerate(sizes):
-        Image.new("RGB", size).save(tmp_path / f"{number}.png")
-    (tmp_path / "4.png").write_text("no picture")
-    assert find_killers([UPath(tmp_path / f"{number}.png") for number in range(6)]) == {1, 3}
+        Image.new("RGB", size).save(folder / f"{number}.png")
+    (folder / f"{len(sizes)}.png").write_text("no picture")
+    faces = [Face(f"{number}.png", f"{number}.png", 0, "train", None, 8, 8, "") for number in range(len(sizes) + 1)]
+    plan = ViewPlan("clean", 0, 1, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    return Renderer(Manifest.from_faces("odd", str(folder), faces), plan, 8)
+
+
+def test_pictures_that_kill_their_decoder_are_left_out_and_all_others_decoded(
+    tmp_path: Path, deadly_decoder: None
+) -> None:
+    renderer = renderer_of(tmp_path, [(8, 8), (13, 17), (17, 13), (13, 17), (9, 9)])
+    batches = [[(0, 0), (1, 0)], [(2, 0), (3, 0)], [(4, 0), (5, 0)]]
+    rendered = list(Decoders(1).work(renderer, batches))
+    reasons = [batch.unreadable for batch in rendered]
+    assert reasons == [{1: KILLER}, {3: KILLER}, {5: "not an image of a known format"}]
+    assert [len(batch.pictures) for batch in rendered] == [2, 2, 2]
 
 
 def test_no_picture_is_blamed_where_no_process_can_be_started(tmp_path: Path, deadly_decoder: None) -> None:
     hook = 'import os, sys\nif "--multiprocessing-fork" in sys.orig_argv:\n    os._exit(1)\n'
     (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
-    with pytest.raises(OSError, match="no process can be started to try pictures in"):
-        find_killers([UPath(tmp_path / "0.png")])
+    with pytest.raises(OSError, match="no process can be started to decode pictures in"):
+        Decoders(1).work(renderer_of(tmp_path, [(8, 8)]), [[(0, 0)]])
+
+
+def test_processes_that_decode_end_with_their_parent(tmp_path: Path) -> None:
+    program = (
+        "import time\nfrom pipeline.features.decoding import Decoders\n"
+        "if __name__ == '__main__':\n"
+        "    decoders = Decoders(1)\n    decoders.renew(None)\n    print('ready', flush=True)\n    time.sleep(600)\n"
+    )
+    (tmp_path / "parent.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert children
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(children, 20)[1] == []
 
 
 def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_all_others(
@@ -227,5 +263,5 @@ def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_a
     samples = list(store.array("sample_id")[:])
     assert store.pending() == []
     assert store.valid().tolist() == [sample != "happiness/poison.png" for sample in samples]
-    # Of 37 pictures, those of the two shards that the worker had, and the guilty one a second time.
-    assert len((tmp_path / "tried.txt").read_text()) == 9
+    # Each of 37 pictures once, and those of the two shards that were under way two to four times.
+    assert 37 < len((tmp_path / "tried.txt").read_text()) <= 37 + 3 * 8

@@ -152,7 +152,7 @@ def test_a_picture_is_one_request_and_several_are_under_way_at_once(s3: FaultyS3
     )
     assert there.remote
     s3.requests = s3.most = 0
-    with FetchedFaces(there) as fetched:
+    with FetchedFaces(there, range(60)) as fetched:
         for row in range(60):
             np.testing.assert_array_equal(fetched.read_face(row), here.read_face(row))
     assert s3.requests == 60

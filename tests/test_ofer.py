@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from cafe.errors import UserError
-from cafe.learning.views import normalise
+from cafe.learning.pixels import normalise
 from cafe.methods.method import Inputs
 from cafe.methods.occlusion import SMALLEST, MaskedAutoencoder, OcclusionDetector
 from cafe.methods.ofer import AttentionHead, Ofer, OferOwn, Recipe, find_region, keep_top_half, merge_heads

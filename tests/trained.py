@@ -43,7 +43,7 @@ def extract_few(real_faces: Path, folder: Path, workspace: Workspace, views: int
 def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> FeatureStore:
     """Extract the features of a manifest."""
     manifest = workspace.load_manifest(name)
-    settings = replace(settings, decode_threads=0)
+    settings = replace(settings, decoders=0)
     about = describe_store(manifest, settings, know_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / name, about, manifest)
     embedder = ShardEmbedder({str(store.path): about}, manifest, settings, 1, "cpu")

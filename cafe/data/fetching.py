@@ -1,9 +1,9 @@
-"""Pictures of an object store, fetched ahead of whoever decodes them: one by one, each would be waited for."""
+"""Pictures of an object store, fetched side by side: one by one, each would be waited for."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -13,15 +13,14 @@ from cafe.data.images import MAX_PIXELS, read_bytes
 from cafe.data.manifest import Manifest
 
 AT_ONCE = 32  # requests under way
-AHEAD = 64  # pictures that may lie in memory
 
 
 class FetchedFaces:
-    """The faces of a manifest, read in the order of their rows by one thread or several; a `Pictures`."""
+    """Some rows of a manifest, all of which are being fetched; a `Pictures` that reads each of them once."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest, self.next, self.lock = manifest, 0, Lock()
-        self.pool, self.fetched = ThreadPoolExecutor(AT_ONCE), dict[int, Future[bytes]]()
+    def __init__(self, manifest: Manifest, rows: Sequence[int]) -> None:
+        self.manifest, self.pool = manifest, ThreadPoolExecutor(AT_ONCE)
+        self.fetched = {row: self.pool.submit(read_bytes, manifest.path(row)) for row in rows}
 
     def __enter__(self) -> FetchedFaces:
         return self
@@ -44,11 +43,5 @@ class FetchedFaces:
         return self.manifest.path(row)
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
-        """Return the pixels of a face as its manifest does, and have the next ones fetched."""
-        with self.lock:
-            for ahead in range(self.next, min(row + AHEAD, len(self.manifest))):
-                self.fetched[ahead] = self.pool.submit(read_bytes, self.path(ahead))
-                self.next = ahead + 1
-            fetched = self.fetched.pop(row, None)  # none where its views are parted between two batches
-        data = fetched.result() if fetched else read_bytes(self.path(row))
-        return self.manifest.decode_face(row, data, channels, max_pixels)
+        """Return the pixels of a face as its manifest does."""
+        return self.manifest.decode_face(row, self.fetched.pop(row).result(), channels, max_pixels)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.inference.model import Model
-from cafe.learning.views import ViewPlan, scale
+from cafe.learning.pixels import scale
+from cafe.learning.views import ViewPlan
 from cafe.towers.building import quiet
 
 OPSET = 18

@@ -20,7 +20,8 @@ from cafe.data.images import MAX_PIXELS, UnreadableImageError
 from cafe.data.manifest import Pictures
 from cafe.errors import UserError
 from cafe.learning.parallel import part_sizes, rank
-from cafe.learning.views import ViewPlan, normalise
+from cafe.learning.pixels import normalise
+from cafe.learning.views import ViewPlan
 from cafe.methods.method import ARRAYS, Batch, Recipe
 from cafe.randomness import random_generator
 

@@ -6,31 +6,23 @@ numbers.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from cafe.arithmetic import arithmetic
-from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
+from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import Pictures
-from cafe.errors import StorageError, UserError
-from cafe.learning.views import ViewPlan, normalise
+from cafe.errors import UserError
+from cafe.learning.device_views import make_views
+from cafe.learning.pixels import normalise
+from cafe.learning.rendering import Drawn, Rendered, Renderer, Sample
+from cafe.learning.views import ViewPlan
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.names import Layer
-
-Sample = tuple[int, int]  # manifest row, view
-
-
-class Rendered(NamedTuple):
-    """Views as a tower takes them: pictures (n, S, S, 3) uint8, erased boxes (n, 4), and why rows are unreadable."""
-
-    pictures: np.ndarray
-    boxes: np.ndarray
-    unreadable: dict[int, str]
 
 
 class Embedder:
@@ -53,62 +45,42 @@ class Embedder:
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.tower = tower.to(device).to(memory_format=torch.channels_last)  # convolutions are 1.6 × faster
-        self.manifest, self.plan, self.device, self.channels = manifest, plan, device, channels
-        self.max_pixels, self.refused = max_pixels, dict[int, str]()  # rows not to decode, with the reason
-        self.maps, self.dtype, self.batch_size = maps, np.dtype(dtype), batch_size
+        self.plan, self.device = plan, device
+        self.renderer = Renderer(manifest, plan, tower.facts.input_size, channels, max_pixels)
+        self.maps, self.dtype, self.batch_size = maps, getattr(torch, dtype), batch_size
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
         """Part samples into forward passes."""
         return [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
 
-    def render(self, samples: Sequence[Sample]) -> Rendered:
-        """Decode and augment the samples of one forward pass; an unreadable image is black there."""
-        side = self.tower.facts.input_size
-        pictures = np.zeros((len(samples), side, side, 3), np.uint8)
-        boxes = np.zeros((len(samples), 4), np.int64)
-        unreadable = {row: self.refused[row] for row, _ in samples if row in self.refused}
-        decoded: tuple[int, np.ndarray] | None = None  # views of one face follow each other
-        for position, (row, view) in enumerate(samples):
-            if row in unreadable:
-                continue
-            try:
-                if decoded is None or decoded[0] != row:
-                    decoded = (row, self.manifest.read_face(row, self.channels, self.max_pixels))
-            except UnreadableImageError as error:
-                self._check_gone(row, error)
-                unreadable[row] = str(error)
-                continue
-            sample_id = self.manifest.sample_ids[row]
-            pictures[position], boxes[position] = self.plan.render(decoded[1], sample_id, view, side)
-        return Rendered(pictures, boxes, unreadable)
-
-    def _check_gone(self, row: int, error: UnreadableImageError) -> None:
-        """Raise `StorageError` for a picture that is missing where its folder does not show that it is gone."""
-        path = self.manifest.path(row)
-        if isinstance(error, MissingImageError) and not is_gone(path):
-            raise StorageError(
-                f"{path} is missing with its whole folder on node {socket.gethostname()}: mount its root there, or index "
-                "the set again if its faces are gone."
-            )
-
-    def embed_layers(self, rendered: Rendered, layers: Sequence[Layer]) -> list[dict[str, np.ndarray]]:
-        """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), in the store's type."""
-        count = len(rendered.pictures)
-        missing = self.batch_size - count
+    def embed_layers(self, views: Rendered | Drawn, layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
+        """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), on the device."""
         with torch.inference_mode(), arithmetic(self.tower.precision):
-            pictures = torch.from_numpy(rendered.pictures).to(self.device)
-            images = normalise(pictures, torch.from_numpy(rendered.boxes), self.plan.mean, self.plan.std)
+            pictures = self._make(views)
+            missing = self.batch_size - len(pictures)
+            images = normalise(pictures, torch.from_numpy(views.boxes), self.plan.mean, self.plan.std)
             images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
             images = images.contiguous(memory_format=torch.channels_last)
             read = self.tower.read(images, layers, with_map=self.maps)
-        return [
-            {
-                name: values[:count].cpu().numpy().astype(self.dtype, order="C")
-                for name, values in (("pooled", pooled), ("map", spatial if self.maps else None))
-                if values is not None
-            }
-            for pooled, spatial in read
-        ]
+            return [
+                {
+                    name: values[: len(pictures)].to(self.dtype)
+                    for name, values in (("pooled", pooled), ("map", spatial if self.maps else None))
+                    if values is not None
+                }
+                for pooled, spatial in read
+            ]
+
+    def _make(self, views: Rendered | Drawn) -> Tensor:
+        """Return the pictures (n, S, S, 3) uint8 on the device."""
+        if isinstance(views, Drawn):
+            return make_views(views, self.tower.facts.input_size, self.plan, self.device)
+        pictures = torch.from_numpy(views.pictures)
+        return (
+            pictures.to(self.device)
+            if self.device == "cpu"
+            else pictures.pin_memory().to(self.device, non_blocking=True)
+        )
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return the features of one view of some rows; raise `UserError` for an unreadable image."""
@@ -118,11 +90,14 @@ class Embedder:
         """Return what `read` gives for each of several layers."""
         parts = []
         for batch in self.batches([(int(row), view) for row in rows]):
-            rendered = self.render(batch)
+            rendered = self.renderer(batch, {})
             for row, reason in rendered.unreadable.items():
-                raise UserError(f"{self.manifest.path(row)} is unreadable ({reason}): mend it or leave it out.")
+                path = self.renderer.pictures.path(row)
+                raise UserError(f"{path} is unreadable ({reason}): mend it or leave it out.")
             parts.append(self.embed_layers(rendered, layers))
-        return [
-            {name: np.concatenate([part[name] for part in layer]) for name in layer[0]}
-            for layer in zip(*parts, strict=True)
-        ]
+        return [join_batches([part[number] for part in parts]) for number in range(len(layers))]
+
+
+def join_batches(batches: Sequence[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Return {array: (n, …)} of what was read of one layer batch by batch; all of it is waited for here."""
+    return {name: torch.cat([batch[name].contiguous() for batch in batches]).cpu().numpy() for name in batches[0]}

@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +37,8 @@ from pipeline.workspace import Workspace
 LISTED = 20  # faults of an extraction that are told
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 TRIES = 3  # of shards whose workers died
-HANDED_OUT = 2  # shards that Ray gives a worker at a time
+HANDED_OUT = 2  # shards that a tower has at a time
+CORES_EACH = 4  # of this machine for a tower; more speed it up little
 AT_ONCE = 1024  # shards given to Ray together, whose rows take about 1 GB
 
 
@@ -157,7 +159,7 @@ def extract(
 def _run(passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> None:
     """Compute what the stores lack; raise `IncompleteError` when they still lack something then."""
     total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
-    with cluster.connect(settings) if any(step.shards for step in passes) else nullcontext():
+    with cluster.connect(settings) if any(needs_ray(settings, len(step.shards)) for step in passes) else nullcontext():
         for step in passes:
             done += len(step.manifest) - sum(len(step.stores[0].about.rows_of(shard)) for shard in step.shards)
             for shard in _embed_patiently(step, settings):
@@ -241,8 +243,8 @@ def _embed_patiently(step: _Pass, settings: ExtractSettings) -> Iterator[dict[st
     while shards:
         some = shards[:AT_ONCE]
         try:
-            for shard in _embed(step, settings, some, careful=died > 0):
-                died = min(died, 1)
+            for shard in _embed(step, settings, some):
+                died = 0
                 yield shard
             shards = shards[AT_ONCE:]
         except cluster.WorkerDiedError as error:
@@ -256,8 +258,62 @@ def _embed_patiently(step: _Pass, settings: ExtractSettings) -> Iterator[dict[st
 
 def share_out(settings: ExtractSettings, shards: int, gpus: int, cores: int) -> tuple[int, float]:
     """Return how many towers work side by side and what each has of a GPU, so that all fit; never more than one."""
-    actors = min(settings.num_actors or gpus or cores, shards)
+    # The cores of a cluster may lie on as many nodes; on one machine a tower works with several.
+    towers = cores if settings.address else max(1, cores // CORES_EACH)
+    actors = min(settings.num_actors or gpus or towers, shards)
     return actors, 1 / -(-actors // gpus) if gpus else 0.0
+
+
+def _embed(step: _Pass, settings: ExtractSettings, shards: list[int]) -> Iterator[dict[str, Any]]:
+    """Compute shards; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
+    packed = [pack_shard(step.manifest, step.stores[0].about, shard) for shard in shards]
+    return (
+        _embed_with_ray(step, settings, packed)
+        if needs_ray(settings, len(shards))
+        else _embed_here(step, settings, packed)
+    )
+
+
+def needs_ray(settings: ExtractSettings, shards: int) -> bool:
+    """Whether shards are computed on a cluster, or by several towers of this machine; one tower works in this process."""
+    return shards > 0 and (settings.address is not None or share_out(settings, shards, *_count_here(settings))[0] > 1)
+
+
+def _asked_for_gpu(settings: ExtractSettings) -> bool | None:
+    return settings.use_gpu if settings.num_gpus is None else settings.num_gpus > 0
+
+
+def _count_here(settings: ExtractSettings) -> tuple[int, int]:
+    """Return the GPUs and the cores of this machine that may be used; raise `UserError` where a GPU is missing."""
+    import torch
+
+    gpus = torch.cuda.device_count() if cluster.own_device(_asked_for_gpu(settings)) == "cuda" else 0
+    return (settings.num_gpus or gpus) if gpus else 0, settings.num_cpus or cluster.cores()
+
+
+def _arguments(step: _Pass, settings: ExtractSettings, gpus: int, share: int) -> tuple[Any, ...]:
+    """Return what a `ShardEmbedder` is made of that has a share of the cores."""
+    decoders = max(1, share - 1) if gpus else 1  # on a CPU the tower is what everything waits for
+    return (
+        {str(store.path): store.about for store in step.stores},
+        replace(step.manifest, table=step.manifest.table.slice(0, 0)),
+        replace(settings, decoders=decoders if settings.decoders is None else settings.decoders),
+        1 if gpus else share,
+        "cuda" if gpus else "cpu",
+        cluster.versions(),
+    )
+
+
+def _embed_here(step: _Pass, settings: ExtractSettings, packed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Compute shards in this process, two at a time: one has the tower, the other is being decoded or written."""
+    embedder = ShardEmbedder(*_arguments(step, settings, *_count_here(settings)))
+    pool = ThreadPoolExecutor(HANDED_OUT)
+    try:
+        for receipt in pool.map(embedder, ({name: [value] for name, value in shard.items()} for shard in packed)):
+            yield {name: value for name, (value,) in receipt.items()}
+    finally:
+        embedder.end()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _bounded_restarts() -> dict[str, int]:
@@ -268,47 +324,29 @@ def _without_restarts() -> dict[str, int]:
     return {"max_restarts": 0}
 
 
-def _embed(step: _Pass, settings: ExtractSettings, shards: list[int], careful: bool) -> Iterator[dict[str, Any]]:
-    """Compute shards under Ray; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`.
-
-    `careful`: a worker died of one of the shards that were handed out, which are the first that are not done.
-    """
+def _embed_with_ray(step: _Pass, settings: ExtractSettings, packed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError, RayTaskError
     from ray.util.annotations import RayDeprecationWarning
 
-    asked = settings.use_gpu if settings.num_gpus is None else settings.num_gpus > 0
-    wanted = cluster.wants_gpu(asked, settings.num_gpus or 1, settings.scale_minutes)
-    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(shards)), settings.scale_minutes)
+    wanted = cluster.wants_gpu(_asked_for_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
+    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(packed)), settings.scale_minutes)
     gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
     cores = cluster.count("CPU")
-    actors, gpus_each = share_out(settings, len(shards), gpus, cores)
-    share = max(1, cores // actors)
-    # On a CPU the tower is the bottleneck, so decoding shares its thread; a GPU never waits for the decoders.
-    decoders = settings.decode_threads if settings.decode_threads is not None else (share if gpus else 0)
-    arguments = (
-        {str(store.path): store.about for store in step.stores},
-        replace(step.manifest, table=step.manifest.table.slice(0, 0)),
-        replace(settings, decode_threads=decoders),
-        1 if gpus else share,
-        "cuda" if gpus else "cpu",
-        frozenset(shards[: HANDED_OUT * actors] if careful else ()),
-        cluster.versions(),
-    )
+    actors, gpus_each = share_out(settings, len(packed), gpus, cores)
 
     cluster.quieten("ray.data")
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    packed = [pack_shard(step.manifest, step.stores[0].about, shard) for shard in shards]
-    rows = ray.data.from_items(packed, override_num_blocks=len(shards))
+    rows = ray.data.from_items(packed, override_num_blocks=len(packed))
     # Of its last argument, which has no successor yet.
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     receipts = rows.map_batches(
         ShardEmbedder,
-        fn_constructor_args=arguments,
+        fn_constructor_args=_arguments(step, settings, gpus, max(1, cores // actors)),
         batch_size=1,
         compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=HANDED_OUT),
         num_cpus=1,

@@ -6,46 +6,41 @@ A shard is computed whole or left without a receipt, so that a fault of the stor
 from __future__ import annotations
 
 import socket
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
+from threading import Event, Lock
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from cafe.data.fetching import FetchedFaces
 from cafe.data.images import MISSING
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate
 from cafe.towers.building import load_backbone
-from cafe.towers.embedding import Embedder
+from cafe.towers.embedding import Embedder, join_batches
 from cafe.towers.names import parse_backbone
 from pipeline.cluster import check_versions
-from pipeline.features.isolation import find_killers
+from pipeline.features.decoding import KILLER, Decoders
 from pipeline.features.key import About
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
 
-KILLER = "kills its decoder"
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+MANY_VIEWS = 4  # of a face, from which on a GPU makes them: before, decoding it costs more
 
 
 class ShardEmbedder:
-    """A tower at work: a shard with its faces in, receipts out. Loaded once per actor, usable without Ray.
+    """A tower at work: a shard with its faces in, receipts out. Loaded once per worker, usable without Ray.
 
     `stores` are those of one manifest that take different layers of one pass: {folder: what it is}; `manifest` is without
-    its rows, which come with each shard, so that memory does not grow with the data set. Of `suspects` it decodes each
-    picture in another process first, and leaves those out that kill it.
+    its rows, which come with each shard, so that memory does not grow with the data set. Two threads may call it: while one
+    has the tower, the other has its pictures decoded, or writes.
     """
 
     def __init__(
@@ -55,18 +50,16 @@ class ShardEmbedder:
         settings: ExtractSettings,
         threads: int,
         device: str,
-        suspects: frozenset[int] = frozenset(),
         versions: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         torch.set_num_threads(threads)
         self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
         self.pending = [set(store.pending()) for store in self.stores]
         self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
-        self.manifest, self.settings, self.device, self.suspects = manifest, settings, device, suspects
+        self.manifest, self.settings, self.device = manifest, settings, device
         self.versions = versions  # of the driver
-        decoders = settings.decode_threads or 0
-        self.pool: Executor | None = ThreadPoolExecutor(decoders) if decoders else None
-        self.ahead = 2 * decoders
+        self.decoders = Decoders(settings.decoders or 0)
+        self.turn, self.ended = Lock(), Event()
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -105,31 +98,37 @@ class ShardEmbedder:
         except (OSError, MemoryError) as error:
             return {"shard": [shard], "rows": [0], "fault": [str(error) or repr(error)]}
 
+    def end(self) -> None:
+        """Give up what is under way, after the next forward pass."""
+        self.ended.set()
+        self.decoders.close()
+
     def _embed(self, shard: int, faces: Manifest) -> int:
         lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
         layers = [self.layers[number] for number in lacking]
         first, views = self.stores[0].about.rows_of(shard).start, self.stores[0].about.key.views
-        rows, fetched = range(len(faces)), FetchedFaces(faces) if faces.remote else nullcontext(faces)
-        paths = [faces.path(row) for row in rows] if shard in self.suspects else []
-        self.embedder.refused = dict.fromkeys(find_killers(paths, self.embedder.max_pixels), KILLER) if paths else {}
-        batches = self.embedder.batches(list(product(rows, range(views))))
+        with self.turn:  # loading the tower
+            embedder = self.embedder
+        for_device = self.device != "cpu" and views >= MANY_VIEWS
+        renderer = replace(embedder.renderer, pictures=faces, for_device=for_device)
+        decoded = self.decoders.work(renderer, embedder.batches(list(product(range(len(faces)), range(views)))))
 
         skipped: dict[int, str] = {}
-        features: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in lacking]
-        with fetched as self.embedder.manifest:
-            for rendered in prefetch(self.embedder.render, batches, self.pool, self.ahead):
-                skipped |= rendered.unreadable
-                for parts, read in zip(features, self.embedder.embed_layers(rendered, layers), strict=True):
-                    for name, values in read.items():
-                        parts[name].append(values)
-        self._check_node(skipped, len(rows))
-        for number, parts in zip(lacking, features, strict=True):
+        read: list[list[dict[str, Tensor]]] = []
+        with self.turn:
+            for batch in decoded:
+                if self.ended.is_set():
+                    raise InterruptedError("the command that this shard belongs to has ended")
+                skipped |= batch.unreadable
+                read.append(embedder.embed_layers(batch, layers))
+        self._check_node(skipped, len(faces))
+        for number, batches in zip(lacking, zip(*read, strict=True), strict=True):
             arrays = {
-                name: np.concatenate(values).reshape(len(rows), views, *values[0].shape[1:])
-                for name, values in parts.items()
+                name: values.reshape(len(faces), views, *values.shape[1:])
+                for name, values in join_batches(batches).items()
             }
             self.stores[number].write_shard(shard, arrays, {first + row: reason for row, reason in skipped.items()})
-        return len(rows)
+        return len(faces)
 
     def _check_node(self, skipped: dict[int, str], faces: int) -> None:
         """Raise `StorageError` where most pictures of a shard are missing, or kill: that is the node, not a picture."""
@@ -152,19 +151,3 @@ def pack_shard(manifest: Manifest, about: About, shard: int) -> dict[str, Any]:
     with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
         stream.write_table(manifest.table.slice(rows.start, len(rows)))
     return {"shard": shard, "faces": sink.getvalue().to_pybytes()}
-
-
-def prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], pool: Executor | None, ahead: int
-) -> Iterator[Result]:
-    """Yield `function(item)` in order, with up to `ahead` of them under way in the pool; without a pool, one by one."""
-    if pool is None:
-        yield from map(function, items)
-        return
-    under_way: deque[Any] = deque()
-    for item in items:
-        under_way.append(pool.submit(function, item))
-        if len(under_way) > ahead:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()

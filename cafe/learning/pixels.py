@@ -1,0 +1,27 @@
+"""Pixels as networks take them: scaled by the statistics of a tower or an image branch, erased where a view says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def normalise(pictures: torch.Tensor, boxes: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Return views as a tower takes them: (N, 3, S, S) float32 from (N, S, S, 3) uint8 and boxes (N, 4).
+
+    Erased pixels are 0 after normalisation, that is, the mean colour.
+    """
+    images = scale(pictures.permute(0, 3, 1, 2), mean, std)
+    top, left, rows, columns = boxes.to(images.device, non_blocking=True)[:, :, None, None].unbind(1)
+    across = torch.arange(images.shape[2], device=images.device)
+    down = across[:, None]
+    erased = (down >= top) & (down < top + rows) & (across >= left) & (across < left + columns)  # (N, S, S)
+    return images.masked_fill_(erased[:, None], 0)  # one step for all, where a device waits for every single one
+
+
+def scale(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Return pixels (N, 3, S, S) of 0–255 by the statistics of a tower or an image branch, float32."""
+    images = pixels.to(torch.float32).div(255)
+    images = images.sub(torch.tensor(mean, device=images.device).view(3, 1, 1))
+    return images.div(torch.tensor(std, device=images.device).view(3, 1, 1))
