@@ -81,7 +81,8 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
         None, "Towers at work; default: one per GPU, or without one per core of a cluster and per four of a machine."
     )
     decoders: Number | None = setting(
-        None, "Processes that decode ahead of each tower; default: a GPU's share of the cores, one on a CPU."
+        None,
+        "Processes that decode ahead of each tower; default: one; for a GPU four, or its cores where views are few.",
     )
     batch_size: Count = setting(64, "Views per forward pass of the tower.")
     shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")

@@ -23,6 +23,7 @@ from cafe.files import exists, list_folder, locate, remove_file, remove_tree, wr
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
+from cafe.learning.views import POLICIES
 from pipeline import cluster
 from pipeline.evaluate import predict_target
 from pipeline.faces import Faces
@@ -31,7 +32,7 @@ from pipeline.runs import RunSpec
 from pipeline.settings import EvaluateSettings, TrainSettings
 from pipeline.sources import UnitedFaces, choose_rows
 
-MOST_LOADERS = 8  # processes that decode for one GPU
+MOST_LOADERS = 8  # processes that make views for a GPU which cannot
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 
 
@@ -44,7 +45,7 @@ class Task:
     threads: int | None  # None: the worker's share of the cores
     loader_workers: (
         int | None
-    )  # None: on a GPU those of its share of the cores, else the training's own process decodes
+    )  # None: the training's own process decodes, unless it trains on a GPU with views that no GPU makes
     checkpoint_every: int
     versions: dict[str, str] = field(default_factory=dict)  # of the driver
     validation: Faces | None = None  # the domain by whose training faces the epoch is chosen, instead of the source's
@@ -185,7 +186,8 @@ def train_run(
     dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source, keep=True)
     loaders = task.loader_workers
     if loaders is None:
-        loaders = min(MOST_LOADERS, cores - 1) if device.type == "cuda" else 0
+        turned = POLICIES[dataset.plan.policy].turn_probability > 0  # which no GPU does
+        loaders = min(MOST_LOADERS, cores - 1) if device.type == "cuda" and turned else 0
     checkpoint, prepared = find_checkpoint(run), False
     if rank() == 0 and checkpoint is None:
         prepared = prepare(method, dataset, rows, spec.seed, device, loaders)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from itertools import product
 
 import numpy as np
@@ -11,8 +15,9 @@ from PIL import Image
 from upath import UPath
 
 from cafe.data.images import MAX_PIXELS, UnreadableImageError
-from cafe.learning.device_views import make_views, philox, resize
+from cafe.learning.device_views import make_views, philox
 from cafe.learning.rendering import Drawn, Rendered, Renderer
+from cafe.learning.resizing import resize
 from cafe.learning.views import INTERPOLATIONS, POLICIES, ViewPlan
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
@@ -32,6 +37,29 @@ def test_a_device_draws_the_numbers_of_numpys_philox() -> None:
     for key, words in zip(keys, philox(torch.from_numpy(keys.view(np.int64)), 1001).numpy(), strict=True):
         generator = np.random.Philox(key=int(key[0]) + (int(key[1]) << 64))
         np.testing.assert_array_equal(words.view(np.uint64), generator.random_raw(1001))
+
+
+KERNEL = """
+import numpy as np, torch
+from cafe.learning.device_views import add_noise
+from cafe.learning.noise_kernel import add_noise as kernel
+from cafe.learning.views import gaussian_levels
+random = np.random.default_rng(0)
+images = torch.from_numpy(random.integers(0, 256, (3, 21, 17, 3), np.uint8))
+keys = torch.from_numpy(random.integers(0, 2**64, (3, 2), np.uint64).view(np.int64))
+for start in (3, 43):
+    wanted = add_noise(images, keys, start, 30.0)
+    assert not torch.equal(wanted, images)
+    assert torch.equal(kernel(images, keys, start, torch.from_numpy(gaussian_levels(30.0))), wanted)
+"""
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="needs Triton, which is not installed")
+def test_the_kernel_adds_the_same_noise() -> None:
+    """Without a graphics card Triton interprets the kernel with NumPy."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class Arrays:

@@ -19,7 +19,8 @@ from upath import UPath
 from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.files import write_json
-from cafe.inference.graph import Onnx, Resize, write_onnx
+from cafe.inference.graph import Onnx, write_onnx
+from cafe.learning.resizing import Resize
 from cafe.methods import METHODS, find_method
 from cafe.report.card import format_share, write_card
 from cafe.results.scores import read_runs

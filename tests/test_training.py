@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,13 @@ def test_the_arithmetic_that_suits_a_machine_is_chosen_only_where_it_is_asked_fo
     ]
     with pytest.raises(UserError, match="--precision auto looks at this machine, not at a cluster's"):
         find_precision(replace(settings, precision="auto", address="head:6379"))
+
+
+def test_a_gpu_is_given_the_same_pictures_as_pillow_makes(manifest: Manifest) -> None:
+    dataset = FaceDataset(manifest, PLAN, frozenset({"image"}), 32)
+    batches = [manifest.rows("train")[:10], manifest.rows("train")[10:13]]
+    decoded, made = (list(route(batches, 1, CPU)) for route in (partial(dataset._decode, workers=0), dataset._make))
+    assert len(made) == 2
+    for wanted, found in zip(decoded, made, strict=True):
+        for part, other in zip(wanted, found, strict=True):
+            assert torch.equal(part, other)

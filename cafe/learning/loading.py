@@ -5,9 +5,10 @@ The order of an epoch, the view it uses and each worker's part are plain numbers
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -16,11 +17,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from upath import UPath
 
-from cafe.data.images import MAX_PIXELS, UnreadableImageError
+from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import Pictures
-from cafe.errors import UserError
+from cafe.errors import StorageError, UserError
+from cafe.learning.device_views import let_threads_alternate, make_views
 from cafe.learning.parallel import part_sizes, rank
 from cafe.learning.pixels import normalise
+from cafe.learning.rendering import Drawn, Rendered, Renderer
 from cafe.learning.views import ViewPlan
 from cafe.methods.method import ARRAYS, Batch, Recipe
 from cafe.randomness import random_generator
@@ -28,6 +31,8 @@ from cafe.randomness import random_generator
 SMALLEST_BATCH = (
     8  # faces that a training needs, and that a batch has unless its recipe says otherwise or it is the last
 )
+THREADS = 4  # that decode and draw for a GPU
+Pixels = tuple[torch.Tensor, torch.Tensor]  # pictures (n, S, S, 3) uint8 and erased boxes (n, 4)
 
 
 class FeatureReader(Protocol):
@@ -64,15 +69,13 @@ class KeptPictures:
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8, not to be written to."""
-        face = self.kept.get((row, channels))
+        face = self.kept.pop((row, channels), None)
         if face is None:
             face = np.ascontiguousarray(self.pictures.read_face(row, channels, max_pixels))
-            self.kept[row, channels] = face
             self.room -= face.nbytes
-            while self.room < 0:
-                self.room += self.kept.popitem(last=False)[1].nbytes
-        else:
-            self.kept.move_to_end((row, channels))
+        self.kept[row, channels] = face
+        while self.room < 0 and self.kept:
+            self.room += self.kept.popitem(last=False)[1].nbytes
         return face
 
 
@@ -99,18 +102,13 @@ class FaceDataset:
 
         `image` is (n, 3, S, S), normalised on the device, `placement` (n, 2, 3) says which part of the clean picture it
         shows, `features` is (n, C), `map` (n, C, H, W), both of `frozen_view` where that is another. `workers` processes
-        decode ahead. A batch may be empty, but not the first.
+        decode ahead; without any a GPU makes the views itself. A batch may be empty, but not the first.
         """
-        pictures: Iterable[Any] = repeat(None)
+        pictures: Iterable[Pixels | None] = repeat(None)
         if "image" in self.needs:
-            samples = [batch.tolist() for batch in batches]
-            pinned = device.type == "cuda"
-            pictures = DataLoader(
-                _Decoding(self, view), batch_sampler=samples, collate_fn=_as_is, num_workers=workers, pin_memory=pinned
-            )
+            made_there = device.type == "cuda" and workers == 0
+            pictures = self._make(batches, view, device) if made_there else self._decode(batches, view, device, workers)
         for rows, picture in zip(batches, pictures, strict=False):
-            if isinstance(picture, UserError):
-                raise picture
             batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
             if self.features is not None:
                 if len(rows):
@@ -130,37 +128,68 @@ class FaceDataset:
                     batch["flipped_image"] = image.flip(3).contiguous(memory_format=torch.channels_last)
             yield batch
 
+    def _decode(self, batches: Sequence[np.ndarray], view: int, device: torch.device, workers: int) -> Iterator[Pixels]:
+        """Yield views that Pillow makes, in `workers` processes or in this one."""
+        for rendered in DataLoader(
+            _Decoding(self._renderer, view),
+            batch_sampler=[batch.tolist() for batch in batches],
+            collate_fn=_as_is,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        ):
+            if isinstance(rendered, Exception):
+                raise rendered
+            pictures, boxes, unreadable = rendered
+            self._check(unreadable)
+            yield pictures, boxes
+
+    def _make(self, batches: Sequence[np.ndarray], view: int, device: torch.device) -> Iterator[Pixels]:
+        """Yield views that are made on a device; threads decode and draw those of the next batches."""
+        let_threads_alternate()
+        renderer = replace(self._renderer, for_device=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            waiting = deque(batches)
+            under_way = deque[Future[Rendered | Drawn]]()
+            while waiting or under_way:
+                while waiting and len(under_way) < 2 * THREADS:
+                    samples = [(row, view) for row in waiting.popleft().tolist()]
+                    under_way.append(pool.submit(renderer, samples, {}))
+                views = under_way.popleft().result()
+                self._check(views.unreadable)
+                if isinstance(views, Drawn):
+                    pictures = make_views(views, self.image_size, self.plan, str(device))
+                else:
+                    pictures = torch.from_numpy(views.pictures)
+                yield pictures, torch.from_numpy(views.boxes)
+
+    @property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.manifest, self.plan, self.image_size, self.channels)
+
+    def _check(self, unreadable: dict[int, str]) -> None:
+        for row, reason in unreadable.items():
+            raise UserError(
+                f"{self.manifest.path(row)} is unreadable ({reason}): mend it, or extract features once so that it is "
+                "known and left out."
+            )
+
     def _place(self, row: int, view: int) -> list[list[float]]:
         return self.plan.draw(self.manifest.sample_ids[row], view).placement()
 
 
 @dataclass(frozen=True)
 class _Decoding(Dataset[Any]):
-    """What decoding processes work on: pictures (n, S, S, 3) uint8 and erased boxes (n, 4) of rows in one view."""
+    """What decoding processes work on: pictures, erased boxes and unreadable rows of a batch in one view."""
 
-    faces: FaceDataset
+    renderer: Renderer
     view: int
 
-    def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | UserError:
-        size = self.faces.image_size
-        pictures, boxes = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros((len(rows), 4), np.int64)
+    def __getitems__(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]] | Exception:
         try:
-            for position, row in enumerate(rows):
-                pictures[position], boxes[position] = self._render(row)
-        except UserError as error:  # raised in a decoding process, it would arrive as a traceback
+            rendered = self.renderer.render([(row, self.view) for row in rows], {})
+        except (UserError, StorageError) as error:  # raised in a decoding process, it would arrive as a traceback
             return error
-        return torch.from_numpy(pictures), torch.from_numpy(boxes)
-
-    def _render(self, row: int) -> tuple[np.ndarray, tuple[int, ...]]:
-        faces = self.faces
-        try:
-            image = faces.manifest.read_face(row, faces.channels)
-        except UnreadableImageError as error:
-            raise UserError(
-                f"{faces.manifest.path(row)} is unreadable ({error}): mend it, or extract features once so that it is "
-                "known and left out."
-            ) from None
-        return faces.plan.render(image, faces.manifest.sample_ids[row], self.view, faces.image_size)
+        return torch.from_numpy(rendered.pictures), torch.from_numpy(rendered.boxes), rendered.unreadable
 
 
 def _as_is(batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -23,5 +24,9 @@ def normalise(pictures: torch.Tensor, boxes: torch.Tensor, mean: Sequence[float]
 def scale(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Return pixels (N, 3, S, S) of 0–255 by the statistics of a tower or an image branch, float32."""
     images = pixels.to(torch.float32).div(255)
-    images = images.sub(torch.tensor(mean, device=images.device).view(3, 1, 1))
-    return images.div(torch.tensor(std, device=images.device).view(3, 1, 1))
+    return images.sub_(_colours(tuple(mean), images.device)).div_(_colours(tuple(std), images.device))
+
+
+@cache
+def _colours(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, device=device).view(3, 1, 1)

@@ -6,7 +6,8 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Embedder:
         self.tower = tower.to(device).to(memory_format=torch.channels_last)  # convolutions are 1.6 × faster
         self.plan, self.device = plan, device
         self.renderer = Renderer(manifest, plan, tower.facts.input_size, channels, max_pixels)
+        self.recorded: dict[tuple[Layer, ...], Recorded] = {}
         self.maps, self.dtype, self.batch_size = maps, getattr(torch, dtype), batch_size
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
@@ -57,19 +59,27 @@ class Embedder:
         """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), on the device."""
         with torch.inference_mode(), arithmetic(self.tower.precision):
             pictures = self._make(views)
-            missing = self.batch_size - len(pictures)
             images = normalise(pictures, torch.from_numpy(views.boxes), self.plan.mean, self.plan.std)
-            images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
-            images = images.contiguous(memory_format=torch.channels_last)
-            read = self.tower.read(images, layers, with_map=self.maps)
+            if missing := self.batch_size - len(pictures):
+                images = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
+            read = self._read(images.contiguous(memory_format=torch.channels_last), tuple(layers))
             return [
                 {
-                    name: values[: len(pictures)].to(self.dtype)
+                    name: values[: len(pictures)].to(self.dtype, copy=True)
                     for name, values in (("pooled", pooled), ("map", spatial if self.maps else None))
                     if values is not None
                 }
                 for pooled, spatial in read
             ]
+
+    def _read(self, images: Tensor, layers: tuple[Layer, ...]) -> list[tuple[Tensor, Tensor | None]]:
+        """Run the tower over a full batch; what it returns holds until the next one."""
+        read = partial(self.tower.read, layers=layers, with_map=self.maps)
+        if not images.is_cuda:
+            return read(images)
+        if layers not in self.recorded:
+            self.recorded[layers] = Recorded(read, images)
+        return self.recorded[layers](images)
 
     def _make(self, views: Rendered | Drawn) -> Tensor:
         """Return the pictures (n, S, S, 3) uint8 on the device."""
@@ -96,6 +106,26 @@ class Embedder:
                 raise UserError(f"{path} is unreadable ({reason}): mend it or leave it out.")
             parts.append(self.embed_layers(rendered, layers))
         return [join_batches([part[number] for part in parts]) for number in range(len(layers))]
+
+
+class Recorded:
+    """A tower's pass over batches of one size, recorded as a CUDA graph: one launch instead of hundreds."""
+
+    def __init__(self, read: Callable[[Tensor], list[tuple[Tensor, Tensor | None]]], images: Tensor) -> None:
+        self.images, self.graph = images.clone(memory_format=torch.channels_last), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what a first pass chooses and allocates must not be part of the record
+            read(self.images)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.result = read(self.images)
+
+    def __call__(self, images: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what the tower gives, which the next call overwrites."""
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.result
 
 
 def join_batches(batches: Sequence[dict[str, Tensor]]) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
 from pipeline.features.key import About, FeatureKey, default_shard_rows, describe_policy
-from pipeline.features.shards import ShardEmbedder, pack_shard
+from pipeline.features.shards import MANY_VIEWS, ShardEmbedder, pack_shard
 from pipeline.features.store import FeatureStore
 from pipeline.lease import hold
 from pipeline.settings import ExtractSettings
@@ -38,6 +38,7 @@ LISTED = 20  # faults of an extraction that are told
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 TRIES = 3  # of shards whose workers died
 HANDED_OUT = 2  # shards that a tower has at a time
+FEW_DECODERS = 4  # which decode enough for a GPU that makes many views of each face; more only disturb
 CORES_EACH = 4  # of this machine for a tower; more speed it up little
 AT_ONCE = 1024  # shards given to Ray together, whose rows take about 1 GB
 
@@ -293,7 +294,8 @@ def _count_here(settings: ExtractSettings) -> tuple[int, int]:
 
 def _arguments(step: _Pass, settings: ExtractSettings, gpus: int, share: int) -> tuple[Any, ...]:
     """Return what a `ShardEmbedder` is made of that has a share of the cores."""
-    decoders = max(1, share - 1) if gpus else 1  # on a CPU the tower is what everything waits for
+    enough = share - 1 if step.stores[0].about.key.views < MANY_VIEWS else FEW_DECODERS
+    decoders = max(1, min(share - 1, enough)) if gpus else 1  # on a CPU everything waits for the tower
     return (
         {str(store.path): store.about for store in step.stores},
         replace(step.manifest, table=step.manifest.table.slice(0, 0)),

@@ -23,6 +23,7 @@ from cafe.data.images import MISSING
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate
+from cafe.learning.device_views import let_threads_alternate
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder, join_batches
 from cafe.towers.names import parse_backbone
@@ -53,6 +54,8 @@ class ShardEmbedder:
         versions: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         torch.set_num_threads(threads)
+        if device != "cpu":
+            let_threads_alternate()
         self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
         self.pending = [set(store.pending()) for store in self.stores]
         self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]
