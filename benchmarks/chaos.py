@@ -4,9 +4,10 @@
     python benchmarks/chaos.py ~/faces/news --folder /tmp/chaos --stage train --kills 20
 
 A kill falls at a random moment of a span as long as the undisturbed work, which begins, but for one of five, when there is
-a worker. With `--nodes` there is a cluster of so many, and a command survives all but the kill of its driver; without, it
-starts a Ray of its own, whose end is its own. Whenever it is done, what it made is compared with the undisturbed, byte by
-byte, and it begins anew until all kills are spent. The table says how much work they repeated.
+a worker. With `--nodes` there is a cluster of so many, and a command survives all but the kill of its driver. Without, an
+extraction's workers are the processes that decode for it, and a benchmark starts a Ray of its own, whose end is its own.
+Whenever it is done, what it made is compared with the undisturbed, byte by byte, and it begins anew until all kills are
+spent. The table says how much work they repeated.
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ class Stage:
     finished: tuple[str, ...]  # the records of finished work
     results: tuple[str, ...]
     alone: bool = False  # on one machine it needs no process but its own
+    in_process: bool = False  # on one machine it needs no Ray
 
 
 STAGES = {
-    "extract": Stage(commands.EXTRACT, (), (commands.RECEIPTS,), commands.STORES),
+    "extract": Stage(commands.EXTRACT, (), (commands.RECEIPTS,), commands.STORES, in_process=True),
     "train": Stage((*commands.TRAIN, "--epochs", "6"), ("extract",), (commands.EPOCHS,), commands.RUNS, alone=True),
     "benchmark": Stage(
         ("benchmark", "grid.toml", "--parallel", "1"),
@@ -181,6 +183,8 @@ class Chaos:
             if _ended_within(driver, self.chance.uniform(0, self.span)):
                 return
             victim = "driver" if alone else self.chance.choice(VICTIMS)
+            if victim == "node" and not self.cluster and self.stage.in_process:
+                victim = "worker"
             if not (found := self.find(driver, victim)):
                 return
             process, own = self.chance.choice(found), _descendants(driver.pid)
@@ -241,7 +245,15 @@ def _is(process: psutil.Process, victim: str) -> bool:
     title = _title(process)
     if victim == "driver":
         return title.startswith("python") and process.is_running() and process.ppid() == psutil.Process().pid
-    return title == "raylet" if victim == "node" else title.startswith(WORKERS)
+    return title == "raylet" if victim == "node" else title.startswith(WORKERS) or _decodes(process)
+
+
+def _decodes(process: psutil.Process) -> bool:
+    """Whether a process decodes for a tower that works in the driver."""
+    try:
+        return "--multiprocessing-fork" in process.cmdline()
+    except psutil.Error:
+        return False
 
 
 def _expect_end(driver: subprocess.Popen[bytes], family: list[psutil.Process]) -> None:

@@ -31,7 +31,7 @@ from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.learning.device_views import make_views
-from cafe.learning.loading import FaceDataset
+from cafe.learning.loading import FaceDataset, KeptPictures
 from cafe.learning.rendering import Drawn, Renderer
 from cafe.learning.training import Training, autocast
 from cafe.learning.views import ViewPlan
@@ -151,7 +151,7 @@ def make_training(manifest: Manifest, store: FeatureStore, rows: np.ndarray, pre
     torch.manual_seed(0)
     method = Cafe(Recipe(), Inputs(store.about.width, image_size=SIDE)).to(CUDA).to(memory_format=torch.channels_last)
     features = FeatureReader(store, ["pooled"])
-    dataset = FaceDataset(manifest, store.about.key.view_plan, method.needs, SIDE, features)
+    dataset = FaceDataset(KeptPictures(manifest, 2**34), store.about.key.view_plan, method.needs, SIDE, features)
     return Training(method, method, method.optimizer(), dataset, rows, 0, CUDA, precision)
 
 
