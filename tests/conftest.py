@@ -41,7 +41,7 @@ COLOURS = {"happiness": (220, 180, 40), "sadness": (40, 60, 160), "anger": (200,
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outage", type=float, default=5.0, help="seconds that the object store of a test is away")
+    parser.addoption("--outage", type=float, default=2.0, help="seconds that the object store of a test is away")
     parser.addoption("--golden", default=str(SHARED / "golden"), help="folder of reference numbers (.npz)")
 
 
