@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,14 +22,18 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from torch import nn
 from upath import UPath
 from xdist.scheduler import LoadScopeScheduling
 
+from cafe import files
 from cafe.errors import UserError
+from cafe.learning.networks import NETWORKS, Network
 
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per training
 torch.set_num_threads(1)
+files.PAUSES = (0.01, 0.02, 0.04)  # as many tries as users get, without their waits
 
 SHARED = Path(__file__).parents[2] / "shared"
 NEED_RAY = {"test_benchmark.py", "test_extract.py", "test_train.py"}
@@ -36,7 +41,7 @@ COLOURS = {"happiness": (220, 180, 40), "sadness": (40, 60, 160), "anger": (200,
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outage", type=float, default=5.0, help="seconds that the object store of a test is away")
+    parser.addoption("--outage", type=float, default=2.0, help="seconds that the object store of a test is away")
     parser.addoption("--golden", default=str(SHARED / "golden"), help="folder of reference numbers (.npz)")
 
 
@@ -100,6 +105,28 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     torch.save(open_clip.create_model("tiny-cafe-vit").state_dict(), folder / "tiny.pt")
     return f"open_clip:{folder / 'tiny-cafe-vit.json'}@{folder / 'tiny.pt'}"
+
+
+def build_small() -> nn.Module:
+    """Two convolutions with batch norms, instead of ResNet-18's twenty: (N, 3, 12, 12) → (N, 512, 3, 3)."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 8, 3, 2, 1, bias=False),
+            bn1=nn.BatchNorm2d(8),
+            relu=nn.ReLU(),
+            conv2=nn.Conv2d(8, 512, 3, 2, 1, bias=False),
+            bn2=nn.BatchNorm2d(512),
+            relu2=nn.ReLU(),
+        )
+    )
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an image branch of two convolutions, with as many channels as ResNet-18."""
+    layers = ("conv1", "bn1", "relu", "conv2", "bn2", "relu2")
+    monkeypatch.setitem(NETWORKS, "small", Network(build_small, 512, layers))
+    return "small"
 
 
 def start_node(log: Path, *arguments: str) -> subprocess.Popen[bytes]:

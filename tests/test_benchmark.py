@@ -160,10 +160,10 @@ def workspace(faces: Path, tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture
-def small(tiny_tower: str) -> Benchmark:
+def small(tiny_tower: str, small_network: str) -> Benchmark:
     """Two methods that share one store and one that has no use for it."""
     methods = ["linear_probe", {"method": "cafe", "epochs": 3}, "scn"]
-    train = {"epochs": 2, "image_size": 32, "set": {"batch_size": 16}}
+    train = {"epochs": 2, "image_size": 32, "network": small_network, "set": {"batch_size": 16}}
     return grid_of(methods=methods, targets=["one", "two"], seeds=2, towers=[tiny_tower], train=train)
 
 
@@ -427,6 +427,9 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
         set = {{ batch_size = 16 }}
         """
     )
+    workspace = Workspace.at(str(cafe.workspace))
+    source, _ = plan(workspace, read_benchmark(tmp_path / "pair.toml")).missing_stores
+    fill(workspace, source.manifest, source.settings)  # the target's is for the command to fill
     command = ("benchmark", str(tmp_path / "pair.toml"), "--parallel", "2")
     cafe.join()  # and no --address: on a cluster a failed training is tried again, three times
     result = cafe(*command)
@@ -438,7 +441,6 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
     runs = {path.name.partition("-")[0]: UPath(path) for path in (cafe.workspace / "runs").iterdir()}
     assert (is_finished(runs["linear_probe"]), is_finished(runs["cafe"])) == (True, False)
 
-    workspace = Workspace.at(str(cafe.workspace))
     found = {run.info.run_name: run for run in tracked(workspace, "pair")}
     parent = next(run for run in found.values() if "cafe.benchmark" in run.data.tags)
     children = {name: run for name, run in found.items() if run is not parent}

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -19,11 +20,14 @@ import torch
 from conftest import Cafe, draw_faces
 from PIL import Image
 from torchvision import transforms
+from trained import fill_store
 from upath import UPath
 
 from cafe.towers.building import load_backbone
 from pipeline.features.description import find_stores
 from pipeline.features.store import FeatureStore
+from pipeline.settings import ExtractSettings
+from pipeline.workspace import Workspace
 
 
 def open_store(cafe: Cafe, manifest: str) -> FeatureStore:
@@ -37,6 +41,13 @@ def open_stores(cafe: Cafe, manifest: str) -> list[FeatureStore]:
 
 def contents(folder: UPath) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def extract_here(cafe: Cafe, tower: str, **settings: Any) -> FeatureStore:
+    """The finished store of `tiny`, made in this process by what Ray's workers run."""
+    store = fill_store(Workspace.at(str(cafe.workspace)), "tiny", ExtractSettings(backbone=tower, **settings))
+    store.finish()
+    return store
 
 
 @pytest.fixture
@@ -72,8 +83,7 @@ def test_features_are_what_the_library_gives_and_a_rerun_does_nothing(indexed: C
 
 def test_resuming_gives_the_same_bytes_and_computes_only_what_is_missing(indexed: Cafe, tiny_tower: str) -> None:
     command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "2", "--shard-rows", "15")
-    indexed.succeed(*command, ray=True)
-    store = open_store(indexed, "tiny")
+    store = extract_here(indexed, tiny_tower, views=2, shard_rows=15)
     before = contents(store.path)
     store.receipts.path(1).unlink()
     store.array("pooled")[15:20] = 0  # as if killed in the middle of shard 1
@@ -96,24 +106,9 @@ def test_layers_of_one_pass_have_a_store_each(indexed: Cafe, tiny_tower: str) ->
     assert "nothing to do" in indexed.succeed("extract", "tiny", "--backbone", f"{tiny_tower}#block1/2x2")
 
 
-def test_what_is_wrong_with_layers_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
-    command = ("extract", "tiny", "--backbone")
-    assert indexed.fail(*command, tiny_tower, "--layers", "block1,head").endswith(
-        "Cannot read the layer 'head': write #LAYER/GRID behind the tower, such as #stage3/3x3 or #block8/all."
-    )
-    assert "#block1 and --layers block2 name layers: use one." in indexed.fail(
-        *command, f"{tiny_tower}#block1", "--layers", "block2"
-    )
-    sentence = "Unknown layer of 'open_clip:tiny-cafe-vit' 'block9': choose block1, block2, final."
-    assert sentence in indexed.fail(*command, f"{tiny_tower}#block9/2x2")
-    assert "The map of the layer 'block1' is 4x4" in indexed.fail(*command, f"{tiny_tower}#block1/5x5")
-    assert "no finer grid" in indexed.fail(*command, tiny_tower, "--layers", "final,final/5x5")
-
-
 def test_repair_computes_a_damaged_shard_again_and_no_other(indexed: Cafe, tiny_tower: str) -> None:
     command = ("extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "15", "--normalisation", "imagenet")
-    indexed.succeed(*command, ray=True)
-    store = open_store(indexed, "tiny")
+    store = extract_here(indexed, tiny_tower, shard_rows=15, normalisation="imagenet")
     before = contents(store.path)
     store.array("pooled")[59] = 0
     receipts = {shard: store.receipts.path(shard).stat().st_mtime_ns for shard in range(4)}
@@ -176,7 +171,8 @@ def test_a_fault_of_the_storage_leaves_its_shard_undone_and_no_other(indexed: Ca
     assert store.pending() == [1]
     picture.unlink()
     picture.write_bytes(content)
-    assert "computed 1 of 4 shards" in indexed.succeed(*command, ray=True)
+    assert extract_here(indexed, tiny_tower, shard_rows=15).path == store.path
+    assert store.pending() == []
     assert store.valid().all()
 
 
@@ -185,13 +181,12 @@ def test_decoding_ahead_changes_nothing(indexed: Cafe, tiny_tower: str) -> None:
     indexed.succeed(*command, "--decoders", "3", ray=True)
     ahead = contents(open_store(indexed, "tiny").path)
     shutil.rmtree(indexed.workspace / "features")
-    indexed.succeed(*command, ray=True)
-    assert contents(open_store(indexed, "tiny").path) == ahead
+    assert contents(extract_here(indexed, tiny_tower, views=2, batch_size=16).path) == ahead  # decodes as it goes
 
 
 def test_one_view_is_the_same_store_whatever_the_policy(indexed: Cafe, tiny_tower: str) -> None:
+    extract_here(indexed, tiny_tower)
     command = ("extract", "tiny", "--backbone", tiny_tower)
-    indexed.succeed(*command, ray=True)
     assert "nothing to do" in indexed.succeed(*command, "--policy", "clean", "--view-seed", "9")
 
 
@@ -200,30 +195,9 @@ def test_changed_weights_are_another_store(indexed: Cafe, tiny_tower: str, tmp_p
     state = torch.load(weights, weights_only=True)
     state["visual.proj"][0, 0] += 1
     torch.save(state, tmp_path / "tuned.pt")
-    indexed.succeed("extract", "tiny", "--backbone", tiny_tower, ray=True)
-    indexed.succeed("extract", "tiny", "--backbone", f"{head}@{tmp_path / 'tuned.pt'}", ray=True)
+    for file in (weights, tmp_path / "tuned.pt"):
+        extract_here(indexed, f"{head}@{file}")
     assert len(find_stores(UPath(indexed.workspace / "features"), "tiny")) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("extract", "nothing"), "Unknown manifest 'nothing'"),
-        (("extract", "tiny", "--backbone", "resnet"), "Unknown backbone 'resnet': choose clip-vit-b32, face-resnet, "),
-        (("extract", "tiny", "--backbone", "open_clip:ViT-B-32@/no/file.pt"), "No weights file at '/no/file.pt'"),
-        (("extract", "tiny", "--views", "0"), "0 is not in the range x>=1"),
-        (("extract", "tiny", "--policy", "strong"), "'strong' is not one of 'paper', 'scn'"),
-    ],
-)
-def test_a_wrong_call_is_one_sentence_before_ray_starts(
-    indexed: Cafe, arguments: tuple[str, ...], message: str
-) -> None:
-    assert message in indexed.fail(*arguments)
-
-
-def test_an_address_without_a_cluster_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
-    message = indexed.fail("extract", "tiny", "--backbone", tiny_tower, "--address", "127.0.0.1:1")
-    assert "No Ray cluster answers at '127.0.0.1:1'" in message
 
 
 def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Path, cafe: Cafe, tmp_path: Path) -> None:
@@ -267,6 +241,44 @@ def test_a_cluster_computes_with_the_code_of_the_command_also_of_a_job(
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code"), "RAY_JOB_CONFIG_JSON_ENV_VAR": job}
     done = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "computed 2 of 2 shards" in done.stdout, done.stderr
+
+
+# --- mistakes: last, since each leaves the cluster -------------------------------------------------------------------
+
+
+def test_what_is_wrong_with_layers_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
+    command = ("extract", "tiny", "--backbone")
+    assert indexed.fail(*command, tiny_tower, "--layers", "block1,head").endswith(
+        "Cannot read the layer 'head': write #LAYER/GRID behind the tower, such as #stage3/3x3 or #block8/all."
+    )
+    assert "#block1 and --layers block2 name layers: use one." in indexed.fail(
+        *command, f"{tiny_tower}#block1", "--layers", "block2"
+    )
+    sentence = "Unknown layer of 'open_clip:tiny-cafe-vit' 'block9': choose block1, block2, final."
+    assert sentence in indexed.fail(*command, f"{tiny_tower}#block9/2x2")
+    assert "The map of the layer 'block1' is 4x4" in indexed.fail(*command, f"{tiny_tower}#block1/5x5")
+    assert "no finer grid" in indexed.fail(*command, tiny_tower, "--layers", "final,final/5x5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("extract", "nothing"), "Unknown manifest 'nothing'"),
+        (("extract", "tiny", "--backbone", "resnet"), "Unknown backbone 'resnet': choose clip-vit-b32, face-resnet, "),
+        (("extract", "tiny", "--backbone", "open_clip:ViT-B-32@/no/file.pt"), "No weights file at '/no/file.pt'"),
+        (("extract", "tiny", "--views", "0"), "0 is not in the range x>=1"),
+        (("extract", "tiny", "--policy", "strong"), "'strong' is not one of 'paper', 'scn'"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence_before_ray_starts(
+    indexed: Cafe, arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in indexed.fail(*arguments)
+
+
+def test_an_address_without_a_cluster_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
+    message = indexed.fail("extract", "tiny", "--backbone", tiny_tower, "--address", "127.0.0.1:1")
+    assert "No Ray cluster answers at '127.0.0.1:1'" in message
 
 
 def test_what_cannot_join_a_cluster_is_one_sentence(

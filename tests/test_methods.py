@@ -46,12 +46,13 @@ def features(domain: Manifest, tiny_tower: str) -> Embedder:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_steps_and_the_same_predictions_from_its_file(
-    name: str, domain: Manifest, features: Embedder, tmp_path: Path
+    name: str, domain: Manifest, features: Embedder, small_network: str, tmp_path: Path
 ) -> None:
     method_type = METHODS[name]
     recipe = replace(method_type.recipe_type(), batch_size=11, **QUICK.get(name, {}))
     grid = features.tower.facts.map_shape[1:] if features.tower.facts.map_shape else None
-    inputs = Inputs(features.tower.facts.width, image_size=SIZE, backbone=features.tower.name, grid=grid)
+    network = "resnet18" if domain.name == "studio" else small_network
+    inputs = Inputs(features.tower.facts.width, network, image_size=SIZE, backbone=features.tower.name, grid=grid)
     method_type.check(inputs)
     torch.manual_seed(0)
     method = method_type(recipe, inputs)

@@ -22,7 +22,7 @@ from pipeline.models import build_model
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace
 
-SETTINGS = {"source": "one", "targets": "two"}
+SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,11 @@ def faces_of(workspace: Workspace, target: str = "two", split: str = "test") -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_judges_arrays_as_it_judged_its_target(method: str, workspace: Workspace) -> None:
-    run, judged = start_run(workspace, method=method, **SETTINGS)
+def test_every_method_judges_arrays_as_it_judged_its_target(
+    method: str, workspace: Workspace, small_network: str
+) -> None:
+    network = "resnet18" if method == "cafe" else small_network
+    run, judged = start_run(workspace, method=method, network=network, **SETTINGS)
     probabilities = build_model([run]).predict(faces_of(workspace))
     assert (probabilities.dtype, probabilities.shape) == (np.float32, judged.shape)
     np.testing.assert_allclose(probabilities, judged, atol=1e-6)

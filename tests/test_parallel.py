@@ -48,15 +48,23 @@ def step(store: str, number: int, workers: int, results: str, total: int) -> Non
         distributed.destroy_process_group()
 
 
-def start(number: int, store: str, results: str, total: int) -> None:
-    step(store, number, 2, results, total)
+def start(number: int, folder: str) -> None:
+    for total in TOTALS:
+        step(f"{folder}/store-{total}", number, 2, f"{folder}/two-{total}.pt", total)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two workers computed."""
+    folder = tmp_path_factory.mktemp("workers")
+    multiprocessing.spawn(start, (str(folder),), nprocs=2)
+    return folder
 
 
 @pytest.mark.parametrize("total", TOTALS)
-def test_gradients_and_statistics_of_two_workers_are_those_of_one(total: int, tmp_path: Path) -> None:
-    step("", 0, 1, str(tmp_path / "one.pt"), total)
-    multiprocessing.spawn(start, (str(tmp_path / "store"), str(tmp_path / "two.pt"), total), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+def test_gradients_and_statistics_of_two_workers_are_those_of_one(total: int, together: Path) -> None:
+    step("", 0, 1, str(together / f"one-{total}.pt"), total)
+    one, two = (torch.load(together / f"{name}-{total}.pt", weights_only=True) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-12, msg=name)

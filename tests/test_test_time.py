@@ -212,9 +212,9 @@ def test_too_few_faces_to_adapt_to_are_one_sentence(judged: Judged) -> None:
     assert complaint(predict_tent, *few[1:], CPU).startswith("7 faces are too few to adapt to: at least 8")
 
 
-def test_a_run_is_judged_with_an_option_on_the_command_line(workspace: Workspace, judged: Judged, cafe: Cafe) -> None:
-    here = Cafe(Path(str(workspace.root)), cafe.address)
-    told = here.succeed("evaluate", judged.run.name, "--targets", "two", "--test-time", "t3a", ray=True)
+def test_a_run_is_judged_with_an_option_on_the_command_line(workspace: Workspace, judged: Judged) -> None:
+    here = Cafe(Path(str(workspace.root)), "")
+    told = here.succeed("evaluate", judged.run.name, "--targets", "two", "--test-time", "t3a")
     assert "At test time: T3A (Iwasawa and Matsuo, NeurIPS 2021)" in told
     table = here.succeed("compare")
     assert "test_time" not in table

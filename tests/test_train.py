@@ -15,6 +15,7 @@ import torch
 from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
 from safetensors.torch import load_file
+from trained import fill_store
 from upath import UPath
 
 from cafe.data.manifest import Manifest
@@ -22,7 +23,7 @@ from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions
 from pipeline.models import find_deviations, view_plan
 from pipeline.runs import RunSpec
-from pipeline.settings import TrainSettings
+from pipeline.settings import ExtractSettings, TrainSettings
 from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 
@@ -37,7 +38,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory, ray_address: str, tiny_t
     for seed, (name, tint) in enumerate((("one", 0), ("two", 30), ("three", -40))):
         faces = draw_faces(folder / name, per_class=16, seed=seed, tint=tint)
         cafe.succeed("data", "index", "folder", str(faces), "--name", name)
-    cafe.succeed("extract", "one", "--backbone", tiny_tower, "--views", "3", ray=True)
+    fill_store(Workspace.at(str(cafe.workspace)), "one", ExtractSettings(backbone=tiny_tower, views=3)).finish()
     cafe.succeed("extract", "two", "three", "--backbone", tiny_tower, ray=True)
     return folder / "work"
 
@@ -63,7 +64,8 @@ def tracked(cafe: Cafe) -> list[Any]:
 
 
 def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Cafe) -> None:
-    output = ready.succeed(*TRAIN, "--method", "cafe", ray=True)
+    command = (*TRAIN, "--method", "cafe", "--image-size", "64")
+    output = ready.succeed(*command)
     assert "mean of unseen" in output
     run = only_run(ready)
     (logged,) = tracked(ready)
@@ -92,11 +94,11 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
 
     one = model(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    ready.succeed(*TRAIN, "--method", "cafe")  # finished: no Ray, nothing changes
+    ready.succeed(*command)  # finished: nothing changes
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
     shutil.rmtree(ready.workspace / "runs")
-    ready.succeed(*TRAIN, "--method", "cafe", "--num-workers", "2", "--targets", "none", ray=True)
+    ready.succeed(*command, "--num-workers", "2", "--targets", "none", ray=True)
     two = model(only_run(ready))
     assert one.keys() == two.keys()
     # Adam turns rounding in a vanishing gradient into whole steps, so single weights may differ; test_parallel compares
@@ -110,7 +112,7 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
 
 def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) -> None:
     for seed in ("0", "1"):
-        ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, ray=True)
+        ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed)
     names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
     output = ready.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "all", ray=True)
     assert "two@all" in output
@@ -140,7 +142,7 @@ def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker
 
 def test_image_only_needs_no_features(ready: Cafe) -> None:
     shutil.rmtree(ready.workspace / "features")
-    ready.succeed(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "two", ray=True)
+    ready.succeed(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "two")
     assert (only_run(ready) / "predictions" / "two.parquet").exists()
 
 
@@ -164,14 +166,14 @@ def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_judges_the_domain_l
     assert "all but target" in table
     shutil.rmtree(runs["one+two"])
     before = {path: path.stat().st_mtime_ns for path in runs["one"].rglob("*.safetensors")}
-    ready.succeed(*command, ray=True)  # the folds are done: only the training they choose for is made again
+    ready.succeed(*command)  # the folds are done: only the training they choose for is made again
     assert {path: path.stat().st_mtime_ns for path in runs["one"].rglob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize(("method", "workers"), [("zero_shot", "1"), ("nearest_class_mean", "2")])
 def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str, workers: str) -> None:
     command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", workers)
-    ready.succeed(*command, ray=True)
+    ready.succeed(*command, ray=workers != "1")
     run = only_run(ready)
     assert json.loads((run / "result.json").read_text()) == {"epochs": 0}
     (logged,) = tracked(ready)
@@ -216,7 +218,8 @@ def test_a_wrong_call_is_one_sentence_before_ray_starts(ready: Cafe, arguments: 
 
 def test_a_target_of_another_tower_says_which_field_differs(ready: Cafe, tiny_tower: str) -> None:
     shutil.rmtree(ready.workspace / "features" / "two")
-    ready.succeed("extract", "two", "--backbone", tiny_tower, "--interpolation", "bicubic", ray=True)
+    bicubic = ExtractSettings(backbone=tiny_tower, interpolation="bicubic")
+    fill_store(Workspace.at(str(ready.workspace)), "two", bicubic)
     message = ready.fail("train", "--source", "one")
     assert "its closest store differs in interpolation: bilinear against bicubic" in message
 
@@ -252,9 +255,10 @@ def test_a_method_that_needs_no_features_learns_as_published_unless_told_otherwi
 
 
 def test_ofer_reads_the_clean_view_of_any_store_and_augments_by_itself(ready: Cafe, tiny_tower: str) -> None:
-    ready.succeed("extract", "one", "--backbone", tiny_tower, "--maps", ray=True)
+    workspace = Workspace.at(str(ready.workspace))
+    fill_store(workspace, "one", ExtractSettings(backbone=tiny_tower, maps=True))
     settings = TrainSettings(source="one", method="ofer", epochs=4, targets="none")
-    spec = plan_training(Workspace.at(str(ready.workspace)), settings).spec
+    spec = plan_training(workspace, settings).spec
     assert spec.features is not None
     assert (spec.features.views, spec.features.maps, spec.views, spec.policy) == (1, True, 5, "ofer")
 
@@ -300,7 +304,7 @@ def test_a_tracking_server_that_is_down_stops_no_training(ready: Cafe) -> None:
         probe.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{probe.getsockname()[1]}"
     command = (*TRAIN, "--method", "linear_probe", "--targets", "two", "--mlflow-uri", address)
-    result = ready(*command, ray=True)
+    result = ready(*command)
     assert result.exit_code == 0, result.output
     assert "Warning: MLflow at" in result.output
     assert "cafe mlflow sync" in result.output

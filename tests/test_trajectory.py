@@ -6,7 +6,6 @@ anew, in float64, by nothing of this project: the image branch, batch norm, loss
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_faces
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from upath import UPath
 
@@ -23,7 +22,6 @@ from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.learning.loading import FaceDataset
-from cafe.learning.networks import NETWORKS, Network
 from cafe.learning.parallel import GlobalDropout
 from cafe.learning.training import Training
 from cafe.learning.views import ViewPlan
@@ -35,20 +33,6 @@ CPU = torch.device("cpu")
 EPOCHS, BATCH, FACES = 4, 8, 40  # 5 steps an epoch
 CHANNELS = 512  # of the frozen features and of the image branch's map, as published
 SETTINGS = {"scn": {"relabel_after": 2, "relabel_margin": 0.01}}  # so that labels are replaced within 4 epochs
-
-
-def build_small() -> nn.Module:
-    """Two convolutions with batch norms, instead of ResNet-18's twenty: (N, 3, 12, 12) → (N, 512, 3, 3)."""
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(3, 8, 3, 2, 1, bias=False),
-            bn1=nn.BatchNorm2d(8),
-            relu=nn.ReLU(),
-            conv2=nn.Conv2d(8, CHANNELS, 3, 2, 1, bias=False),
-            bn2=nn.BatchNorm2d(CHANNELS),
-            relu2=nn.ReLU(),
-        )
-    )
 
 
 @dataclass(frozen=True)
@@ -243,9 +227,7 @@ PUBLISHED = {"cafe": PublishedCafe, "scn": PublishedScn, "rul": PublishedRul, "e
 
 
 @pytest.fixture(params=PUBLISHED)
-def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    layers = ("conv1", "bn1", "relu", "conv2", "bn2", "relu2")
-    monkeypatch.setitem(NETWORKS, "small", Network(build_small, CHANNELS, layers))
+def name(request: pytest.FixtureRequest, small_network: str) -> str:
     return request.param
 
 
