@@ -25,10 +25,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cafe.data.manifest import SCHEMA, Manifest
-from cafe.towers.building import TowerFacts
 from cafe.towers.embedding import Rendered, Sample
+from cafe.towers.facts import TowerFacts
 from pipeline.features import extract as extraction
-from pipeline.features.shards import ShardEmbedder, pack_shard
+from pipeline.features.extract import pack_shard
+from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
 from pipeline.features.verify import find_damage
 from pipeline.settings import ExtractSettings

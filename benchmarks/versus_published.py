@@ -37,10 +37,10 @@ from cafe.randomness import random_generator
 from cafe.synthetic.domains import write
 from cafe.towers.building import FrozenBackbone, load_backbone
 from pipeline import cluster
-from pipeline.features.extract import describe_store, know_tower
+from pipeline.features.extract import describe_store, know_tower, pack_shard
 from pipeline.features.key import About
 from pipeline.features.reader import FeatureReader
-from pipeline.features.shards import ShardEmbedder, pack_shard
+from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace

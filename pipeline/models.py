@@ -16,8 +16,9 @@ from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
 from cafe.methods import find_method
 from cafe.methods.method import ARRAYS, Inputs, Method
-from cafe.towers.building import NORMALISATIONS, load_backbone
+from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
+from cafe.towers.facts import NORMALISATIONS
 from cafe.towers.keeping import find_tower
 from pipeline.faces import Faces
 from pipeline.runs import RunSpec

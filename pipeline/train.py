@@ -27,7 +27,7 @@ from cafe.methods.method import Recipe, apply_overrides
 from cafe.records import changed_fields
 from cafe.results.protocols import find_protocol
 from cafe.results.sources import Source
-from cafe.towers.building import NORMALISATIONS
+from cafe.towers.facts import NORMALISATIONS
 from pipeline import cluster
 from pipeline.cluster import Bar, Progress, no_bar
 from pipeline.evaluate import is_judged, judge_anywhere, predict_targets

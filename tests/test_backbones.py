@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from cafe.errors import UserError
-from cafe.towers.building import NORMALISATIONS, load_backbone, resolve_normalisation
+from cafe.towers.building import load_backbone
+from cafe.towers.facts import NORMALISATIONS, resolve_normalisation
 from cafe.towers.names import BACKBONES, parse_backbone
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}

@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
-from scipy.special import ndtri
 
 from cafe.randomness import random_generator
 
@@ -122,6 +121,8 @@ def gaussian_levels(variance: float) -> np.ndarray:
 
     Adding it is what the released script does (add float noise, clip, truncate), five times faster than drawing normals.
     """
+    from scipy.special import ndtri
+
     quantiles = (np.arange(LEVELS) + 0.5) / LEVELS
     return np.asarray(np.floor(math.sqrt(variance) * ndtri(quantiles)), dtype=np.int16)
 

@@ -21,31 +21,12 @@ from torch import Tensor, nn
 from cafe.errors import UserError, first_line, unknown
 from cafe.towers import face
 from cafe.towers.face import FaceResnet
+from cafe.towers.facts import TowerFacts
 from cafe.towers.layers import FACE_READER, Reader, choose_open_clip_reader, choose_timm_reader, read_layers
 from cafe.towers.names import FINAL, BackboneSpec, Layer, open_clip_name, parse_backbone, timm_name
 from cafe.towers.weights import digest_state_dict, read_weights
 
-Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and standard deviation, RGB in 0–1
-
-NORMALISATIONS: dict[str, Statistics] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TowerFacts:
-    """All that is known of a tower read at a layer; `map_shape` is (C, H, W), or None for a tower whose map is not known."""
-
-    architecture: str  # library:MODEL#LAYER, without file paths
-    weights_digest: str
-    width: int
-    map_shape: tuple[int, int, int] | None
-    input_size: int
-    mean: tuple[float, float, float]  # its own statistics, RGB in 0–1
-    std: tuple[float, float, float]
-    normalisation: str  # the choice its name stands for
 
 
 class FrozenBackbone(nn.Module):
@@ -114,16 +95,6 @@ class FrozenBackbone(nn.Module):
         """Stay in evaluation mode, also inside a method that is being trained."""
         super().train(False)
         return self
-
-
-def resolve_normalisation(tower: TowerFacts, choice: str | None = None) -> Statistics:
-    """Return mean and standard deviation for `tower`, `imagenet` or `clip` (default: what the name stands for)."""
-    choice = choice or tower.normalisation
-    if choice == "tower":
-        return tower.mean, tower.std
-    if choice not in NORMALISATIONS:
-        raise unknown("normalisation", choice, ("tower", *NORMALISATIONS))
-    return NORMALISATIONS[choice]
 
 
 def load_backbone(name: str, precision: str = "fp32", input_size: int | None = None) -> FrozenBackbone:

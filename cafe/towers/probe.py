@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from cafe.data.manifest import Manifest, hold_out_rows
 from cafe.errors import UserError
 from cafe.learning.views import ViewPlan
-from cafe.towers.building import FrozenBackbone, resolve_normalisation
+from cafe.towers.building import FrozenBackbone
 from cafe.towers.embedding import Embedder
+from cafe.towers.facts import resolve_normalisation
 from cafe.towers.names import END, FINAL, Layer
 
 GRIDS = ("1x1", "2x2", "3x3", "4x4")

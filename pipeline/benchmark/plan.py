@@ -20,7 +20,7 @@ from cafe.errors import UserError
 from cafe.files import read_json
 from cafe.learning.networks import check_network
 from cafe.results.protocols import find_protocol
-from cafe.towers.building import NORMALISATIONS
+from cafe.towers.facts import NORMALISATIONS
 from cafe.towers.names import absolute_name
 from pipeline.benchmark.file import Benchmark, Entry
 from pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from cafe.errors import StorageError, UserError
 from cafe.learning.rendering import Sample, rows_of
 
+MANY_VIEWS = 4  # of a face, from which on a GPU makes them: before, decoding it costs more
 KILLER = "kills its decoder"
 TRIES = 2  # of a picture; a process can also be killed by chance
 DEATHS = 3  # of processes that no picture is to blame for, after which a shard is left for another time
@@ -50,6 +51,16 @@ class Decoders:
         queue = _Queue(self, function, batches)
         queue.fill()
         return iter(queue)
+
+    def start(self) -> None:
+        """Begin to start the processes, for which `work` then waits and says what goes wrong."""
+
+        def start() -> None:
+            with suppress(OSError):
+                self.renew(None)
+
+        if self.processes:
+            Thread(target=start, daemon=True).start()
 
     def renew(self, broken: ProcessPoolExecutor | None) -> None:
         """Start processes, at first or again, unless another shard that met the same death has."""

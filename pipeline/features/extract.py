@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError
 from cafe.files import read_json, write_json
 from cafe.records import check_record
-from cafe.towers.building import TowerFacts, load_backbone, resolve_normalisation
+from cafe.towers.facts import TowerFacts, resolve_normalisation
 from cafe.towers.names import absolute_name, parse_backbone
 from pipeline import cluster
 from pipeline.cluster import Progress
+from pipeline.features.decoding import MANY_VIEWS
 from pipeline.features.key import About, FeatureKey, default_shard_rows, describe_policy
-from pipeline.features.shards import MANY_VIEWS, ShardEmbedder, pack_shard
 from pipeline.features.store import FeatureStore
 from pipeline.lease import hold
 from pipeline.settings import ExtractSettings
@@ -118,6 +119,8 @@ def know_layers(workspace: Workspace, settings: ExtractSettings, names: Sequence
         name: check_record(record, TowerFacts, str(note)) for name, note in notes.items() if (record := read_json(note))
     }
     if len(known) < len(names):
+        from cafe.towers.building import load_backbone
+
         tower = load_backbone(names[0], settings.precision, settings.input_size)
         for name in names:
             known[name] = tower.describe(parse_backbone(name).layer)
@@ -235,6 +238,14 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
         )
 
 
+def pack_shard(manifest: Manifest, about: About, shard: int) -> dict[str, Any]:
+    """Return a shard as a row of Ray: its number and its rows of the manifest."""
+    rows, sink = about.rows_of(shard), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
+        stream.write_table(manifest.table.slice(rows.start, len(rows)))
+    return {"shard": shard, "faces": sink.getvalue().to_pybytes()}
+
+
 def _embed_patiently(step: _Pass, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
     """Compute shards, so many at a time that their rows have room in memory.
 
@@ -308,6 +319,8 @@ def _arguments(step: _Pass, settings: ExtractSettings, gpus: int, share: int) ->
 
 def _embed_here(step: _Pass, settings: ExtractSettings, packed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Compute shards in this process, two at a time: one has the tower, the other is being decoded or written."""
+    from pipeline.features.shards import ShardEmbedder
+
     embedder = ShardEmbedder(*_arguments(step, settings, *_count_here(settings)))
     pool = ThreadPoolExecutor(HANDED_OUT)
     try:
@@ -332,6 +345,8 @@ def _embed_with_ray(step: _Pass, settings: ExtractSettings, packed: list[dict[st
     from ray.data import ActorPoolStrategy, DataContext
     from ray.exceptions import RayError, RayTaskError
     from ray.util.annotations import RayDeprecationWarning
+
+    from pipeline.features.shards import ShardEmbedder
 
     wanted = cluster.wants_gpu(_asked_for_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
     cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(packed)), settings.scale_minutes)

@@ -28,12 +28,10 @@ from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder, join_batches
 from cafe.towers.names import parse_backbone
 from pipeline.cluster import check_versions
-from pipeline.features.decoding import KILLER, Decoders
+from pipeline.features.decoding import KILLER, MANY_VIEWS, Decoders
 from pipeline.features.key import About
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings
-
-MANY_VIEWS = 4  # of a face, from which on a GPU makes them: before, decoding it costs more
 
 
 class ShardEmbedder:
@@ -62,6 +60,7 @@ class ShardEmbedder:
         self.manifest, self.settings, self.device = manifest, settings, device
         self.versions = versions  # of the driver
         self.decoders = Decoders(settings.decoders or 0)
+        self.decoders.start()  # while the tower is loaded
         self.turn, self.ended = Lock(), Event()
 
     @cached_property
@@ -146,11 +145,3 @@ class ShardEmbedder:
             raise StorageError(
                 f"{counts[KILLER]} of the {faces} pictures of a shard {here} kill their decoder: it has too little memory."
             )
-
-
-def pack_shard(manifest: Manifest, about: About, shard: int) -> dict[str, Any]:
-    """Return a shard as a row of Ray: its number and its rows of the manifest."""
-    rows, sink = about.rows_of(shard), pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
-        stream.write_table(manifest.table.slice(rows.start, len(rows)))
-    return {"shard": shard, "faces": sink.getvalue().to_pybytes()}
