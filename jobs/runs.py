@@ -168,7 +168,8 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     grid = read_benchmark(SHIPPED / "demo.toml")
     sources = names[:1] if faces else grid.sources
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
-    grid = replace(grid, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
+    about = f"Demo: trained on {names[0]}, judged on {', '.join(names)}" if faces else grid.about
+    grid = replace(grid, about=about, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
     _work_off(workspace, grid, BenchmarkSettings(**cluster))
     report = compare_runs(workspace, choose_runs(workspace, grid.name))
     show_report(report)

@@ -27,6 +27,8 @@ from pipeline.workspace import Workspace
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
+LETTER = 7  # pixels of a letter in MLflow's tables
+BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, 
     """Return how MLflow's list of an experiment's runs is to be shown: the state that its own `Share` button writes.
 
     Sorted by the accuracy on unseen targets, grouped by the rows of `cafe compare`, with a column and a bar chart for every
-    target; the runs of a row are folded away. `metrics` and `rows` name those that the runs of the experiment have.
+    target, the unseen ones' mean first; the runs of a row are folded away. `metrics` and `rows` name those that the runs of
+    the experiment have.
     """
     shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
     section = "accuracy"
@@ -181,11 +184,17 @@ def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, 
         }
         for name in shown
     ]
-    params = ("source", "method", "seed")
+    metric_columns = {f"metrics.`{name}`": name for name in shown}
+    param_columns = {f"params.`{name}`": name for name in ("source", "method", "seed")}
+    longest = max(map(len, rows), default=0)
+    widths = {"attributes.`Run Name`": 150 + LETTER * min(longest, 40), "runDateAndNestInfo": 100, "duration": 80}
+    widths |= {column: 45 + LETTER * len(name) for column, name in (metric_columns | param_columns).items()}
     return {
         "orderByKey": "metrics.`unseen/accuracy`",
         "orderByAsc": False,
-        "selectedColumns": [*(f"params.`{name}`" for name in params), *(f"metrics.`{name}`" for name in shown)],
+        "selectedColumns": [*param_columns, *metric_columns],
+        "columnOrder": list(widths),
+        "columnWidths": widths,
         "groupBy": {
             "aggregateFunction": "average",
             "groupByKeys": [{"mode": "tag", "groupByData": ROW}],

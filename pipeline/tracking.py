@@ -25,7 +25,7 @@ from cafe.errors import UserError, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run
 from pipeline.database import has_tag, make_database
-from pipeline.pages import ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
+from pipeline.pages import BENCHMARK, ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
@@ -293,6 +293,7 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
         for place in found:
             runs = client.search_runs([place.experiment_id], max_results=50_000)
             rows = name_rows_of([run for run in known if place.name in run.experiments])
+            rows |= {run.info.run_name: BENCHMARK for run in runs if "cafe.benchmark" in run.data.tags}
             for run in runs:
                 row = rows.get(run.info.run_name, "")
                 if run.data.tags.get(ROW, "") != row:

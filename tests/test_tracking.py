@@ -249,6 +249,8 @@ def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace)
     params = ["params.`source`", "params.`method`", "params.`seed`"]
     metrics = ["metrics.`unseen/accuracy`", "metrics.`target/fer/accuracy`", "metrics.`target/raf/accuracy`"]
     assert view["selectedColumns"] == params + metrics
+    assert [name for name in view["columnOrder"] if name in metrics] == metrics  # MLflow's own order is the alphabet's
+    assert view["columnWidths"]["metrics.`target/fer/accuracy`"] == 45 + 7 * len("target/fer/accuracy")
     assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
     assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
         "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
@@ -281,5 +283,7 @@ def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspac
     write_comparison(workspace, folder, read_runs([judged(workspace)]), "grid", "clean")
     Mirror(workspace).update_benchmark(folder, "grid", "FINISHED")
     assert picture(workspace, "grid")["files"].keys() == {"benchmark.json", "comparison.md", "report.html"}
+    list_experiments(workspace)
+    assert tracked(workspace, "grid")[0].data.tags["cafe.row"] == "benchmark"  # else it is among the `Additional runs`
     assert "| raf | cafe |" in (folder / "comparison.md").read_text()
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
