@@ -9,6 +9,14 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import click
 
+from pipeline.settings import TEST_TIME
+
+test_time_option = click.option(
+    "--test-time",
+    multiple=True,
+    type=click.Choice([*TEST_TIME, "seeds"]),
+    help="Add rows as judged with this option; seeds: the mean over the seeds of each row. Repeatable.",
+)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
