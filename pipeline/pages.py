@@ -18,7 +18,7 @@ import pandas as pd
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.files import list_folder, read_json
+from cafe.files import list_folder, read_json, time_written
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
@@ -54,6 +54,8 @@ class Page:
     files: Mapping[str, UPath]  # by artifact
     inputs: tuple[Input, ...] = ()
     parent: str | None = None  # the benchmark it belongs to
+    started: int | None = None  # milliseconds since 1970
+    ended: int | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -61,12 +63,15 @@ class Page:
         points = [[name, step, value] for (name, step), value in sorted(self.points.items())]
         files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
         inputs = [astuple(found) for found in self.inputs]
-        rest = [self.status, self.params, points, self.tags, files, inputs, self.parent]
+        rest = [self.status, self.params, points, self.tags, files, inputs, self.parent, self.started, self.ended]
         return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: str | None) -> Page:
-    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions."""
+    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions.
+
+    It lasted from its description to the end of its training: no record holds a time, as the same run has the same files.
+    """
     scores = read_scores([run], workspace.manifest_names())
     ended = read_json(run.folder / "status.json") or {}
     reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
@@ -87,7 +92,8 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
     status = status or ended.get("status", "RUNNING")
     params = {"source": run.source, **run.settings, **run.derived}
     inputs = tuple(describe_inputs(workspace, run, scores))
-    return Page(run.name, status, params, points, tags, files, inputs, benchmark)
+    started, trained, told = (time_written(run.folder / name) for name in ("run.json", "result.json", "status.json"))
+    return Page(run.name, status, params, points, tags, files, inputs, benchmark, started, trained or told)
 
 
 def describe_scores(run: Run, scores: pd.DataFrame) -> str:
@@ -144,7 +150,9 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
     }
     status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
     note = f"{record.get('about') or record.get('name', folder.name)}. The table is `comparison.md`, the page `report.html`."
-    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name, NOTE: note}, files)
+    started, ended = (time_written(folder / name) for name in ("benchmark.json", "cells.json"))
+    tags = {"cafe.benchmark": folder.name, NOTE: note}
+    return Page(folder.name, status, params, points, tags, files, started=started, ended=ended)
 
 
 def name_rows_of(runs: Sequence[Run]) -> dict[str, str]:

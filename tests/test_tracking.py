@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -160,6 +161,28 @@ def test_the_status_and_its_reason_are_those_of_the_folder(workspace: Workspace)
     assert (picture(workspace)["status"], picture(workspace)["tags"]["cafe.reason"]) == ("FAILED", "The disk is full.")
     mirror.update(run, status="RUNNING")
     assert (picture(workspace)["status"], picture(workspace)["tags"]["cafe.reason"]) == ("RUNNING", "")
+
+
+def test_a_run_lasted_as_long_as_its_training_however_late_it_is_mirrored(workspace: Workspace) -> None:
+    folder = workspace.root / "benchmarks" / "grid-0123abcd"
+    run = judged(workspace, experiments={"grid": folder.name})
+    write_json(run / "result.json", {})
+    write_json(folder / "benchmark.json", {"name": "grid"})
+    (folder / "cells.json").write_text(json.dumps([{"cell": "raf/cafe/s0", "run": run.name, "failure": None}]))
+    write_json(run / "status.json", {"status": "FINISHED", "reason": ""})
+    moments = {"run.json": 1000, "result.json": 1090, "status.json": 5000, "benchmark.json": 900, "cells.json": 2000.5}
+    for name, seconds in moments.items():
+        path = (run if (run / name).exists() else folder) / name
+        os.utime(path, (seconds, seconds))
+    for _ in range(2):
+        Mirror(workspace).update_all()
+        infos = [shown.info for shown in tracked(workspace, "grid")]
+        lasted = {info.run_name: (info.start_time, info.end_time) for info in infos}
+        assert lasted == {run.name: (1_000_000, 1_090_000), folder.name: (900_000, 2_000_500)}
+    os.utime(run / "result.json", (1100, 1100))
+    Mirror(workspace).update(run)
+    ends = {shown.info.run_name: shown.info.end_time for shown in tracked(workspace, "grid")}
+    assert ends[run.name] == 1_100_000
 
 
 def test_a_run_of_two_experiments_is_shown_in_both_and_below_its_benchmark(workspace: Workspace) -> None:

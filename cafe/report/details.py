@@ -56,8 +56,8 @@ class Detail:
 
     `recalls` holds by expression, then `overall` and `mean`, an estimate for each of the row's `targets`; `confusions` the
     mean counts (7, 7) of true × predicted by target; `epochs` the columns seed, epoch and those of `CURVES`; `masks` the
-    mean mask (C,) over faces of each expression, of the first seed that has one. Judged with an option of test time, a row has
-    the training and the masks of its plain row, which are shown there.
+    mean mask (C,) over faces of each expression, of the first seed that has one. Judged with an option of test time, a row
+    has the training and the masks of its plain row, which are shown there.
     """
 
     row: Row
