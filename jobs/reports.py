@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from jobs.options import test_time_option
+from jobs.options import complete, test_time_option
 from jobs.terminal import open_workspace, say
 from pipeline.settings import PROTOCOLS
 
 
 @click.command()
-@click.argument("experiment")
+@click.argument("experiment", shell_complete=complete("experiment"))
 @click.option(
     "--output", metavar="FILE", help="Where to write the page; default: reports/EXPERIMENT.html in the workspace."
 )

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cafe.errors import IncompleteError, UserError, unknown
-from jobs.options import test_time_option
+from jobs.options import complete, test_time_option
 from jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
 from pipeline.settings import PROTOCOLS
 
@@ -58,7 +58,7 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
 @json_option
-@click.option("--experiment", help="Only the runs of this experiment.")
+@click.option("--experiment", help="Only the runs of this experiment.", shell_complete=complete("experiment"))
 @click.option(
     "--best", type=click.Choice(["source_val"]), help="Say which run to ship, by held-out faces of its source."
 )
@@ -111,7 +111,7 @@ def _say_best(runs: list[Run], experiment: str | None) -> str:
         raise UserError(
             "--best reads the epochs of runs, which a tracking server's copies lack: leave --mlflow-uri out."
         )
-    run, reason = choose_best(runs, experiment or "all experiments")
+    run, reason = choose_best(runs, f"the experiment {experiment!r}" if experiment else "this workspace")
     return f"To ship: {reason}; no target's score was looked at: cafe export {run.name}"
 
 
