@@ -188,6 +188,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace
     runs = read_runs(map(workspace.run_path, workspace.run_names()))
     found = make_report(runs, scores_of(workspace), versus="cafe")
     text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
+    assert found.ranks is None  # over a single unseen target they are its order again
     page = Page(text)
     assert page.open == []
     assert all(link.startswith(("#", "data:image/")) for link in page.asked)
@@ -384,3 +385,8 @@ def test_mistakes_in_the_command_are_one_sentence(workspace: Workspace) -> None:
     assert cafe.fail("report", "trail") == "Error: Unknown experiment 'trail': choose trial."
     assert cafe.fail("report", "trial", "--errors", "joy").startswith("Error: Unknown expression 'joy': choose ")
     assert "wrote" not in cafe.fail("report", "trial", "--versus", "scn").lower()
+    assert cafe.fail("report", "trial", "--test-time", "tent").startswith("Error: --test-time tent has nothing to show")
+    unheld = "knows its accuracy on held-out faces of the source"
+    assert f"No finished run of this workspace {unheld}" in cafe.fail("compare", "--best", "source_val")
+    best = cafe.fail("compare", "--best", "source_val", "--experiment", "trial")
+    assert f"No finished run of the experiment 'trial' {unheld}" in best
