@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cafe.errors import UserError, unknown
-from jobs.options import options
+from jobs.options import complete, options
 from jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
 from pipeline.settings import AlignSettings
 
@@ -140,7 +140,7 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
 
 
 @data.command("check")
-@click.argument("name")
+@click.argument("name", shell_complete=complete("manifest"))
 def check(name: str) -> None:
     """Check the pictures of a data set: `cafe data check news`.
 
@@ -159,8 +159,8 @@ def check(name: str) -> None:
 
 
 @data.command("audit")
-@click.argument("source")
-@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@click.argument("source", shell_complete=complete("manifest"))
+@click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=complete("manifest"))
 def audit(source: str, targets: tuple[str, ...]) -> None:
     """Find copies of a source's faces in targets: `cafe data audit ferplus mma`.
 
@@ -184,7 +184,7 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
 
 
 @data.command("align")
-@click.argument("source")
+@click.argument("source", shell_complete=complete("manifest"))
 @options(AlignSettings)
 def align(source: str, **values: Any) -> None:
     """Find, turn upright and crop the faces of raw photos: `cafe data align photos --name photos-aligned`.

@@ -50,7 +50,7 @@ def _about(kind: type) -> str:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print what lets a shell complete commands and options.
+    """Print what lets a shell complete commands, options, and the names of runs, manifests and experiments of a workspace.
 
     \b
     eval "$(cafe completion bash)"                       # in ~/.bashrc; zsh: in ~/.zshrc

@@ -5,11 +5,38 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
+from pipeline.settings import TEST_TIME
+
+test_time_option = click.option(
+    "--test-time",
+    multiple=True,
+    type=click.Choice([*TEST_TIME, "seeds"]),
+    help="Add rows as judged with this option; seeds: the mean over the seeds of each row. Repeatable.",
+)
+NAMED = {"run": "runs/*/run.json", "manifest": "manifests/*.parquet", "experiment": "runs/*/experiments/*.json"}
+COMPLETED = {"source": "manifest", "targets": "manifest", "experiment": "experiment"}  # fields of settings
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def complete(*kinds: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Return what completes names of such `NAMED` kinds in a workspace on this machine; of several with commas, the last.
+
+    It looks at file names alone: what reads these files takes longer to import than a shell may wait.
+    """
+
+    def find(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+        root = Path(ctx.find_root().params.get("workspace") or "work").expanduser()
+        before, comma, begun = incomplete.rpartition(",")
+        paths = [path for kind in kinds for path in root.glob(NAMED[kind])]
+        names = {path.parent.name if path.name == "run.json" else path.stem for path in paths}
+        return sorted(before + comma + name for name in names if name.startswith(begun))
+
+    return find
 
 
 def options(settings: type[Any]) -> Callable[[Command], Command]:
@@ -30,6 +57,8 @@ def _option(field: Field[Any], hint: Any) -> Callable[[Command], Command]:
     known: dict[str, Any] = {"help": about["help"], "show_default": field.default not in (None, "", (), False)}
     known |= {"required": True} if about.get("required") else {"default": field.default}
     kind = next((part for part in get_args(hint) if part is not types.NoneType), hint) if _optional(hint) else hint
+    if field.name in COMPLETED:
+        known["shell_complete"] = complete(COMPLETED[field.name])
     if kind is bool:
         known |= {} if "/" in name else {"is_flag": True}
     elif about.get("multiple"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from cafe.errors import IncompleteError, UserError
-from jobs.options import options
+from jobs.options import complete, options
 from jobs.terminal import interruptible, open_workspace, progress_bar, say
 from pipeline.settings import PredictSettings
 
@@ -24,7 +24,7 @@ SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete("run", "experiment"))
 @click.argument("places", nargs=-1, required=True, metavar="PATH...")
 @options(PredictSettings)
 def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
@@ -133,7 +133,7 @@ def _show_progress(file: BinaryIO) -> Any:
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete("run"))
 @click.option("--output", metavar="FOLDER", help="Where to write it; default: exports/RUN in the workspace.")
 @click.option("--mlflow", is_flag=True, help="Log the exported model in MLflow too, with signature and input example.")
 @click.option("--register", metavar="NAME", help="Log it and register it under this name in MLflow's model registry.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from jobs.options import complete, test_time_option
 from jobs.terminal import open_workspace, say
 from pipeline.settings import PROTOCOLS
 
 
 @click.command()
-@click.argument("experiment")
+@click.argument("experiment", shell_complete=complete("experiment"))
 @click.option(
     "--output", metavar="FILE", help="Where to write the page; default: reports/EXPERIMENT.html in the workspace."
 )
@@ -17,6 +18,7 @@ from pipeline.settings import PROTOCOLS
 @click.option(
     "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
 )
+@test_time_option
 @click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
 @click.option(
     "--errors", multiple=True, metavar="EXPRESSION", help="Show mistakes on faces of this expression only; repeatable."
@@ -33,6 +35,7 @@ def report(
     output: str | None,
     versus: str | None,
     protocol: str,
+    test_time: tuple[str, ...],
     exclude_leaks: bool,
     errors: tuple[str, ...],
     count: int,
@@ -53,7 +56,7 @@ def report(
 
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
     runs, _ = choose_runs(workspace, experiment)
-    found = compare_runs(workspace, (runs, []), protocol, exclude_leaks, versus=versus)
+    found = compare_runs(workspace, (runs, []), protocol, exclude_leaks, test_time, versus=versus)
     page = draw_experiment(experiment, found, workspace.root, workspace.find_manifest, gallery)
     place = locate(output) if output else workspace.root / "reports" / f"{experiment}.html"
     write_file(place, page)

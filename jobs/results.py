@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cafe.errors import IncompleteError, UserError, unknown
+from jobs.options import complete, test_time_option
 from jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
-from pipeline.settings import PROTOCOLS, TEST_TIME
+from pipeline.settings import PROTOCOLS
 
 if TYPE_CHECKING:
     from cafe.report.report import Report
@@ -51,18 +52,13 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 @click.option(
     "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
 )
-@click.option(
-    "--test-time",
-    multiple=True,
-    type=click.Choice([*TEST_TIME, "seeds"]),
-    help="Add rows as judged with this option; seeds: the mean over the seeds of each row. Repeatable.",
-)
+@test_time_option
 @click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
 @json_option
-@click.option("--experiment", help="Only the runs of this experiment.")
+@click.option("--experiment", help="Only the runs of this experiment.", shell_complete=complete("experiment"))
 @click.option(
     "--best", type=click.Choice(["source_val"]), help="Say which run to ship, by held-out faces of its source."
 )
@@ -115,7 +111,7 @@ def _say_best(runs: list[Run], experiment: str | None) -> str:
         raise UserError(
             "--best reads the epochs of runs, which a tracking server's copies lack: leave --mlflow-uri out."
         )
-    run, reason = choose_best(runs, experiment or "all experiments")
+    run, reason = choose_best(runs, f"the experiment {experiment!r}" if experiment else "this workspace")
     return f"To ship: {reason}; no target's score was looked at: cafe export {run.name}"
 
 

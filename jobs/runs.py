@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cafe.errors import IncompleteError, UserError
-from jobs.options import options
+from jobs.options import complete, options
 from jobs.terminal import interruptible, open_workspace, progress_bar, say, show
 from pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
@@ -31,7 +31,7 @@ NEXT_STEPS = """Next steps
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete("manifest"))
 @options(ExtractSettings)
 def extract(names: tuple[str, ...], **values: Any) -> None:
     """Compute frozen features once: `cafe extract news --backbone face-resnet --views 5`.
@@ -93,7 +93,7 @@ def explain_choices(settings: TrainSettings, precision: str, batch_size: int) ->
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete("run"))
 @options(EvaluateSettings)
 def evaluate(run: str, **values: Any) -> None:
     """Judge a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
@@ -168,7 +168,8 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     grid = read_benchmark(SHIPPED / "demo.toml")
     sources = names[:1] if faces else grid.sources
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
-    grid = replace(grid, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
+    about = f"Demo: trained on {names[0]}, judged on {', '.join(names)}" if faces else grid.about
+    grid = replace(grid, about=about, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
     _work_off(workspace, grid, BenchmarkSettings(**cluster))
     report = compare_runs(workspace, choose_runs(workspace, grid.name))
     show_report(report)

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from jobs.options import complete
 from jobs.terminal import Commands, json_option, open_workspace, progress_bar, show_records
 
 
@@ -53,7 +54,7 @@ def layers(backbone: str, input_size: int | None, as_json: bool) -> None:
 
 
 @tower.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete("manifest"))
 @click.option(
     "--backbone", "backbones", required=True, multiple=True, help="Tower to probe; may be given several times."
 )

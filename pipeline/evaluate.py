@@ -5,6 +5,7 @@ Targets are read here and nowhere else; training never sees one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from dataclasses import replace
@@ -85,9 +86,9 @@ def predict_target(run: str, target: Faces, device: torch.device | None = None) 
         manifest.table["group"].take(rows).to_pylist(),
     )
     place = target.predictions_path(path)
-    for kind, picture in draw_figures(spec, method, dataset, rows, predictions, device):
+    for kind, ending, content in draw_figures(spec, method, dataset, rows, predictions, device):
         folder = path / "figures" / kind / find_protocol(target.protocol).prefix
-        write_file(folder / f"{place.stem}.png", picture)
+        write_file(folder / f"{place.stem}{ending}", content)
     predictions.save(place)  # last: from here on the target is judged
 
 
@@ -116,31 +117,38 @@ def draw_figures(
     rows: np.ndarray,
     predictions: Predictions,
     device: torch.device,
-) -> Iterator[tuple[str, bytes]]:
-    """Yield by kind the pictures of a run on a target, PNG: confusion, errors, and for CAFE what its mask selects."""
+) -> Iterator[tuple[str, str, bytes]]:
+    """Yield the pictures of a run on a target by kind and ending: confusion, errors, and for CAFE what its mask selects.
+
+    They are PNG; the mean masks by expression are given in numbers too, as JSON.
+    """
     from cafe.report import figures  # with matplotlib, which takes as long as a small training
 
     title = f"{spec.method} trained on {spec.source}, judged on {predictions.about['target']}"
     option = find_protocol(predictions.about["protocol"]).option
     title += f" ({option})" if option else ""
     manifest = dataset.manifest
-    yield "confusion", figures.to_png(figures.draw_confusion(confusion(predictions), title))
+    yield "confusion", ".png", figures.to_png(figures.draw_confusion(confusion(predictions), title))
     mistakes = figures.find_worst_mistakes(predictions, MISTAKES)
     images = [manifest.read_face(rows[position]) for position in mistakes]
     errors = figures.draw_errors(predictions, mistakes, images, f"{title}: the mistakes it was surest of")
-    yield "errors", figures.to_png(errors)
+    yield "errors", ".png", figures.to_png(errors)
     if option or not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
         return
     seen = np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
-    masks = figures.draw_masks(mean_masks(method, dataset, seen, device), f"{title}: what the mask selects")
-    yield "masks", figures.to_png(masks)
+    masks = mean_masks(method, dataset, seen, device)
+    yield "masks", ".png", figures.to_png(figures.draw_masks(masks, f"{title}: what the mask selects"))
+    numbers = {
+        name: mask.round(4).tolist() for name, mask in zip(EXPRESSIONS, masks, strict=True) if not np.isnan(mask[0])
+    }
+    yield "masks", ".json", json.dumps(numbers).encode()
     if "map" in method.needs:
         shown = [int(seen[manifest.labels[seen] == label][0]) for label in np.unique(manifest.labels[seen])]
         heats = heat_maps(method, dataset, np.array(shown), device)
         names = [EXPRESSIONS[label].capitalize() for label in manifest.labels[shown]]
         images = [manifest.read_face(row) for row in shown]
         drawn = figures.draw_heat_maps(images, heats, names, f"{title}: where the mask is open")
-        yield "heat_maps", figures.to_png(drawn)
+        yield "heat_maps", ".png", figures.to_png(drawn)
 
 
 def is_judged(run: UPath, target: Faces) -> bool:

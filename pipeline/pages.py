@@ -18,7 +18,7 @@ import pandas as pd
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.files import list_folder, read_json
+from cafe.files import list_folder, read_json, time_written
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
@@ -27,6 +27,8 @@ from pipeline.workspace import Workspace
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
+LETTER = 7  # pixels of a letter in MLflow's tables
+BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Page:
     files: Mapping[str, UPath]  # by artifact
     inputs: tuple[Input, ...] = ()
     parent: str | None = None  # the benchmark it belongs to
+    started: int | None = None  # milliseconds since 1970
+    ended: int | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -59,12 +63,15 @@ class Page:
         points = [[name, step, value] for (name, step), value in sorted(self.points.items())]
         files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
         inputs = [astuple(found) for found in self.inputs]
-        rest = [self.status, self.params, points, self.tags, files, inputs, self.parent]
+        rest = [self.status, self.params, points, self.tags, files, inputs, self.parent, self.started, self.ended]
         return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: str | None) -> Page:
-    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions."""
+    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions.
+
+    It lasted from its description to the end of its training: no record holds a time, as the same run has the same files.
+    """
     scores = read_scores([run], workspace.manifest_names())
     ended = read_json(run.folder / "status.json") or {}
     reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
@@ -85,7 +92,8 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
     status = status or ended.get("status", "RUNNING")
     params = {"source": run.source, **run.settings, **run.derived}
     inputs = tuple(describe_inputs(workspace, run, scores))
-    return Page(run.name, status, params, points, tags, files, inputs, benchmark)
+    started, trained, told = (time_written(run.folder / name) for name in ("run.json", "result.json", "status.json"))
+    return Page(run.name, status, params, points, tags, files, inputs, benchmark, started, trained or told)
 
 
 def describe_scores(run: Run, scores: pd.DataFrame) -> str:
@@ -142,7 +150,9 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
     }
     status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
     note = f"{record.get('about') or record.get('name', folder.name)}. The table is `comparison.md`, the page `report.html`."
-    return Page(folder.name, status, params, points, {"cafe.benchmark": folder.name, NOTE: note}, files)
+    started, ended = (time_written(folder / name) for name in ("benchmark.json", "cells.json"))
+    tags = {"cafe.benchmark": folder.name, NOTE: note}
+    return Page(folder.name, status, params, points, tags, files, started=started, ended=ended)
 
 
 def name_rows_of(runs: Sequence[Run]) -> dict[str, str]:
@@ -164,7 +174,8 @@ def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, 
     """Return how MLflow's list of an experiment's runs is to be shown: the state that its own `Share` button writes.
 
     Sorted by the accuracy on unseen targets, grouped by the rows of `cafe compare`, with a column and a bar chart for every
-    target; the runs of a row are folded away. `metrics` and `rows` name those that the runs of the experiment have.
+    target, the unseen ones' mean first; the runs of a row are folded away. `metrics` and `rows` name those that the runs of
+    the experiment have.
     """
     shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
     section = "accuracy"
@@ -181,11 +192,17 @@ def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, 
         }
         for name in shown
     ]
-    params = ("source", "method", "seed")
+    metric_columns = {f"metrics.`{name}`": name for name in shown}
+    param_columns = {f"params.`{name}`": name for name in ("source", "method", "seed")}
+    longest = max(map(len, rows), default=0)
+    widths = {"attributes.`Run Name`": 150 + LETTER * min(longest, 40), "runDateAndNestInfo": 100, "duration": 80}
+    widths |= {column: 45 + LETTER * len(name) for column, name in (metric_columns | param_columns).items()}
     return {
         "orderByKey": "metrics.`unseen/accuracy`",
         "orderByAsc": False,
-        "selectedColumns": [*(f"params.`{name}`" for name in params), *(f"metrics.`{name}`" for name in shown)],
+        "selectedColumns": [*param_columns, *metric_columns],
+        "columnOrder": list(widths),
+        "columnWidths": widths,
         "groupBy": {
             "aggregateFunction": "average",
             "groupByKeys": [{"mode": "tag", "groupByData": ROW}],

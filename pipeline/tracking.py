@@ -23,9 +23,9 @@ from upath import UPath
 
 from cafe.errors import UserError, unknown
 from cafe.files import write_file, write_json
-from cafe.results.scores import PULLED, Run, read_run
+from cafe.results.scores import PULLED, Run, read_run, read_runs
 from pipeline.database import has_tag, make_database
-from pipeline.pages import ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
+from pipeline.pages import BENCHMARK, ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
@@ -82,12 +82,11 @@ class Mirror:
     def update_all(self) -> int:
         """Show every run and benchmark of the workspace; return how many runs there are."""
         folders = [self.workspace.run_path(name) for name in self.workspace.run_names()]
-        benchmarks: set[tuple[str, str]] = set()
-        for folder in folders:
-            if run := self.update(folder):
-                benchmarks |= {(name, experiment) for experiment, name in run.experiments.items() if name}
-        for name, experiment in sorted(benchmarks):
+        belongs = [entry for run in read_runs(folders) for entry in run.experiments.items()]
+        for experiment, name in sorted({(experiment, name) for experiment, name in belongs if name}):
             self.update_benchmark(self.workspace.root / "benchmarks" / name, experiment)
+        for folder in folders:
+            self.update(folder)
         return len(folders)
 
     def _show(self, experiment: str, page: Page) -> None:
@@ -191,7 +190,7 @@ def copy_folder(folder: UPath, place: UPath) -> None:
 
 def bring(client: Any, experiment: str, page: Page) -> None:
     """Make the one run of a page's name in an experiment show the page: add what it lacks, and its status last."""
-    tracked = find_run(client, experiment, page.name)
+    tracked = find_run(client, experiment, page.name, page.started)
     family = {PARENT: find_run(client, experiment, page.parent).info.run_id} if page.parent else {}
     run_id, there = tracked.info.run_id, tracked.data.tags
     if there.get(MIRRORED) == page.digest and family.items() <= there.items():
@@ -201,15 +200,15 @@ def bring(client: Any, experiment: str, page: Page) -> None:
     log_files(client, tracked, page)
     if page.status == "RUNNING":
         client.update_run(run_id, page.status)
-    elif page.status != tracked.info.status:
-        client.set_terminated(run_id, page.status)
+    elif page.status != tracked.info.status or page.ended not in (None, tracked.info.end_time):
+        client.set_terminated(run_id, page.status, page.ended)
     client.set_tag(run_id, MIRRORED, page.digest)
 
 
-def find_run(client: Any, experiment: str, name: str) -> Any:
-    """Return the run of a name in an experiment, created when there is none."""
+def find_run(client: Any, experiment: str, name: str, started: int | None = None) -> Any:
+    """Return the run of a name in an experiment, created when there is none; from then on its start stays as it is."""
     found = client.search_runs([experiment], f"attributes.run_name = '{name}'", order_by=["attributes.start_time ASC"])
-    return found[0] if found else client.create_run(experiment, run_name=name)
+    return found[0] if found else client.create_run(experiment, started, run_name=name)
 
 
 def log(client: Any, tracked: Any, page: Page, tags: Mapping[str, str]) -> None:
@@ -293,6 +292,7 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
         for place in found:
             runs = client.search_runs([place.experiment_id], max_results=50_000)
             rows = name_rows_of([run for run in known if place.name in run.experiments])
+            rows |= {run.info.run_name: BENCHMARK for run in runs if "cafe.benchmark" in run.data.tags}
             for run in runs:
                 row = rows.get(run.info.run_name, "")
                 if run.data.tags.get(ROW, "") != row:

@@ -32,7 +32,7 @@ from cafe.report.experiment import draw_experiment
 from cafe.report.report import make_report
 from cafe.results.leaks import audit_path
 from cafe.results.metrics import estimate
-from cafe.results.predictions import Predictions, load_predictions, predictions_path
+from cafe.results.predictions import Predictions, average, load_predictions, predictions_path
 from cafe.results.scores import read_runs, read_scores
 from pipeline.workspace import Workspace
 
@@ -115,6 +115,10 @@ def judge(run: UPath, workspace: Workspace, target: str, seed: int) -> None:
     Predictions(manifest.sample_ids, manifest.labels, probabilities, about).save(predictions_path(run, target))
 
 
+def first_run(workspace: Workspace, method: str) -> str:
+    return next(name for name in workspace.run_names() if name.startswith(f"{method}-raf-s0"))
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Two methods × two seeds, judged on faces whose pictures are there (web), and on their source, of which none are."""
@@ -135,8 +139,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
                 write_json(run / "epochs" / f"{epoch:04d}.json", losses)
     picture = io.BytesIO()
     Image.new("RGB", (300, 100), "white").save(picture, "PNG")
-    mask = workspace.run_path(next(name for name in workspace.run_names() if name.startswith("cafe-raf-s0")))
-    write_file(mask / "figures" / "masks" / "web.png", picture.getvalue())
+    mask, older = (workspace.run_path(first_run(workspace, method)) for method in METHODS)
+    for run, kind in ((mask, "masks"), (mask, "heat_maps"), (older, "masks")):
+        write_file(run / "figures" / kind / "web.png", picture.getvalue())
+    # Fourteen channels, two in the group of each expression, and nothing for the faces of five.
+    masks = {"surprise": [0.1, 0.3, *[0.5] * 12], "neutral": [0.5] * 14}
+    write_json(mask / "figures" / "masks" / "web.json", masks)
     return workspace
 
 
@@ -180,6 +188,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace
     runs = read_runs(map(workspace.run_path, workspace.run_names()))
     found = make_report(runs, scores_of(workspace), versus="cafe")
     text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
+    assert found.ranks is None  # over a single unseen target they are its order again
     page = Page(text)
     assert page.open == []
     assert all(link.startswith(("#", "data:image/")) for link in page.asked)
@@ -189,7 +198,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace
     assert not re.search(r"url\((?!#)|@import", text)
     for sheet in found.sheets:
         assert [[cell.text for cell in line] for line in sheet.lines] in page.with_header(*sheet.header)
-    assert text.count("<svg") == len(list_drawings(found)) + len(METHODS)  # and the training curves
+    assert text.count("<svg") == len(list_drawings(found)) + len(METHODS) + 1  # and the training curves and the mask
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
     assert INK not in text
@@ -241,6 +250,35 @@ def test_confusions_are_the_mean_shares_over_seeds(workspace: Workspace, page: P
         ]
 
 
+def test_the_mask_is_shown_in_the_colours_of_the_page_with_its_numbers(page: Page) -> None:
+    """The mean over the two channels of each group: .2 of the first for surprise, .5 of all others."""
+    (table,) = page.with_header("faces of", *(name[:3] for name in EXPRESSIONS))
+    assert table == [["surprise", "0.200", *["0.500"] * 6], ["neutral", *["0.500"] * 7]]
+    pictures = [known["xlink:href"] for tag, known in page.tags if tag == "image"]
+    above, below = (np.asarray(Image.open(io.BytesIO(base64.b64decode(one.partition(",")[2])))) for one in pictures)
+    assert above.shape == (2, 14, 4)  # a pixel for each channel, transparent where the mask is shut
+    np.testing.assert_allclose(above[0, :3, 3], [0.1 * 255, 0.3 * 255, 0.5 * 255], atol=1)
+    np.testing.assert_allclose(below[:, :3, 3], [[255, 127.5, 0]] * 2, atol=1)  # .2, .1 and 0 from the mean
+    assert below[0, 0, 2] > below[0, 0, 0]  # less open: cool
+    assert below[1, 0, 0] > below[1, 0, 2]
+
+
+def test_a_row_judged_with_an_option_of_test_time_is_shown_by_its_own_predictions(workspace: Workspace) -> None:
+    page = report(workspace, "--test-time", "seeds", "--count", "500")
+    tables = page.with_header("true", *(name[:3] for name in EXPRESSIONS))
+    assert len(tables) == len(METHODS) * 2 * 2
+    mean = average(predictions_of(workspace, "cafe", "web"))
+    expected = []
+    for label in np.unique(mean.labels):
+        said = mean.predicted[mean.labels == label]
+        shares = [str(round(100 * float((said == other).mean()))) for other in range(7)]
+        expected.append([f"{EXPRESSIONS[label]} {len(said)}", *shares])
+    assert tables.count(expected) == 1
+    assert wrong(mean) <= {(sample, text) for sample, _, text in page.mistakes}
+    assert len(page.with_header("epoch", "loss", "accuracy")) == len(METHODS)  # an ensemble was not trained as one
+    assert len(page.with_header("faces of", *(name[:3] for name in EXPRESSIONS))) == 1
+
+
 def test_the_gallery_lists_exactly_the_faces_the_first_seed_was_wrong_about(workspace: Workspace, page: Page) -> None:
     expected = [wrong(predictions_of(workspace, method, "web")[0]) for method in METHODS]
     shown = [(sample, text) for sample, _, text in page.mistakes]
@@ -290,9 +328,13 @@ def test_training_curves_stand_beside_their_means_over_seeds(page: Page) -> None
     assert tables == [[["1", "1.500", "0.250"], ["2", "0.750", "0.500"]]] * len(METHODS)
 
 
-def test_a_mask_is_shown_where_the_method_has_one(page: Page) -> None:
+def test_a_picture_of_a_mask_is_shown_where_there_is_one_and_no_numbers_of_it(page: Page) -> None:
     shown = [known["alt"] for tag, known in page.tags if tag == "img" and known["src"].startswith("data:image/webp")]
-    assert [text.partition(":")[0] for text in shown] == ["cafe, trained on raf"]
+    assert shown == [
+        "cafe, trained on raf: Where on a face its mask is open.",
+        "linear_probe, trained on raf: Its mean mask over faces of each expression, and how that differs from the mean over "
+        "all of them.",
+    ]
 
 
 def test_the_page_says_how_the_numbers_were_made(workspace: Workspace) -> None:
@@ -343,3 +385,8 @@ def test_mistakes_in_the_command_are_one_sentence(workspace: Workspace) -> None:
     assert cafe.fail("report", "trail") == "Error: Unknown experiment 'trail': choose trial."
     assert cafe.fail("report", "trial", "--errors", "joy").startswith("Error: Unknown expression 'joy': choose ")
     assert "wrote" not in cafe.fail("report", "trial", "--versus", "scn").lower()
+    assert cafe.fail("report", "trial", "--test-time", "tent").startswith("Error: --test-time tent has nothing to show")
+    unheld = "knows its accuracy on held-out faces of the source"
+    assert f"No finished run of this workspace {unheld}" in cafe.fail("compare", "--best", "source_val")
+    best = cafe.fail("compare", "--best", "source_val", "--experiment", "trial")
+    assert f"No finished run of the experiment 'trial' {unheld}" in best

@@ -26,8 +26,9 @@ from cafe.report.card import format_share, write_card
 from cafe.results.scores import read_runs
 from pipeline.models import build_model
 from pipeline.release.export import cut_middle, export_run
+from pipeline.release.pyfunc import log_model
 from pipeline.settings import ExtractSettings
-from pipeline.tracking import default_uri
+from pipeline.tracking import Mirror, default_uri
 from pipeline.workspace import Workspace
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
@@ -175,6 +176,11 @@ def test_models_of_runs_that_were_trained_before_are_logged_once(workspace: Work
     experiment = client.get_experiment_by_name("cafe")
     (logged,) = client.search_logged_models([experiment.experiment_id])
     assert logged.tags["cafe.run"] == kept.name
+    log_model(Mirror(workspace), kept, workspace.root / "exports" / kept.name, "faces")
+    assert "model card" in client.get_registered_model("faces").description
+    client.update_registered_model("faces", "Ours.")
+    log_model(Mirror(workspace), kept, workspace.root / "exports" / kept.name, "faces")
+    assert client.get_registered_model("faces").description == "Ours."
 
 
 def test_the_run_to_ship_is_chosen_by_held_out_faces_of_the_source_and_not_by_a_target(tmp_path: Path) -> None:

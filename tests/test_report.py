@@ -213,9 +213,11 @@ def test_markdown_shows_every_sheet_and_the_protocol(report: Report) -> None:
     for table in report.sheets:
         assert f"## {table.title}\n" in text
         for line in table.lines:
-            marked = [{BEST: f"**{c.text}**", SECOND: f"<u>{c.text}</u>"}.get(c.mark, c.text) for c in line]
+            marked = [{BEST: f"**{c.text}**", SECOND: f"*{c.text}*"}.get(c.mark, c.text) for c in line]
             assert f"| {' | '.join(marked)} |" in text
     assert "Protocol clean: RGB; SFEW is judged on val" in text
+    assert "the best is bold and the second in italics" in text
+    assert "<u>" not in text  # which MLflow shows as it stands
 
 
 DOCUMENT = r"""\documentclass{article}

@@ -120,8 +120,41 @@ def test_shells_are_told_how_to_complete(shell: str, part: str) -> None:
     [("cafe ev", {"evaluate"}), ("cafe data in", {"index"}), ("cafe evaluate x --test-time t", {"tent", "t3a"})],
 )
 def test_commands_options_and_choices_are_completed(words: str, expected: set[str]) -> None:
+    assert completed(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("evaluate cafe-", {"cafe-one-s0-1", "cafe-two-s0-2"}),
+        ("predict cafe-t", {"cafe-two-s0-2"}),
+        ("predict t", {"table1"}),
+        ("report t", {"table1"}),
+        ("compare --experiment t", {"table1"}),
+        ("extract one tw", {"two", "twelve"}),
+        ("train --source one,tw", {"one,two", "one,twelve"}),
+        ("evaluate cafe-one-s0-1 --targets o", {"one"}),
+        ("data audit one tw", {"two", "twelve"}),
+    ],
+)
+def test_names_of_the_workspace_are_completed(tmp_path: Path, words: str, expected: set[str]) -> None:
+    for run, experiment in (("cafe-one-s0-1", "table1"), ("cafe-two-s0-2", "cafe"), ("mlp-one-s0-3", "cafe")):
+        (tmp_path / "runs" / run / "experiments").mkdir(parents=True)
+        (tmp_path / "runs" / run / "run.json").touch()
+        (tmp_path / "runs" / run / "experiments" / f"{experiment}.json").touch()
+    (tmp_path / "manifests").mkdir()
+    for name in ("one", "two", "twelve"):
+        (tmp_path / "manifests" / f"{name}.parquet").touch()
+    assert completed(f"cafe -w {tmp_path} {words}") == expected
+
+
+def completed(words: str) -> set[str]:
+    """What Bash is told, by a process that must not import what takes seconds."""
     environment = {**os.environ, "_CAFE_COMPLETE": "bash_complete", "COMP_WORDS": words}
     environment["COMP_CWORD"] = str(len(words.split()) - 1)
-    code = "from jobs.cli import main; main(prog_name='cafe')"
+    code = (
+        "import sys\nfrom jobs.cli import main\ntry:\n    main(prog_name='cafe')\n"
+        "finally:\n    assert not {'torch', 'mlflow', 'ray', 'pyarrow', 'pandas'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
+    return {line.partition(",")[2] for line in done.stdout.splitlines()}

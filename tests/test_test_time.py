@@ -280,4 +280,4 @@ def test_only_rows_without_options_are_marked_best(tmp_path: Path) -> None:
     (tent,) = [line for line in lines if "test_time=tent" in line]
     assert "100.0" in tent
     assert "**" not in tent
-    assert "<u>" not in tent
+    assert "| *" not in tent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -162,6 +163,28 @@ def test_the_status_and_its_reason_are_those_of_the_folder(workspace: Workspace)
     assert (picture(workspace)["status"], picture(workspace)["tags"]["cafe.reason"]) == ("RUNNING", "")
 
 
+def test_a_run_lasted_as_long_as_its_training_however_late_it_is_mirrored(workspace: Workspace) -> None:
+    folder = workspace.root / "benchmarks" / "grid-0123abcd"
+    run = judged(workspace, experiments={"grid": folder.name})
+    write_json(run / "result.json", {})
+    write_json(folder / "benchmark.json", {"name": "grid"})
+    (folder / "cells.json").write_text(json.dumps([{"cell": "raf/cafe/s0", "run": run.name, "failure": None}]))
+    write_json(run / "status.json", {"status": "FINISHED", "reason": ""})
+    moments = {"run.json": 1000, "result.json": 1090, "status.json": 5000, "benchmark.json": 900, "cells.json": 2000.5}
+    for name, seconds in moments.items():
+        path = (run if (run / name).exists() else folder) / name
+        os.utime(path, (seconds, seconds))
+    for _ in range(2):
+        Mirror(workspace).update_all()
+        infos = [shown.info for shown in tracked(workspace, "grid")]
+        lasted = {info.run_name: (info.start_time, info.end_time) for info in infos}
+        assert lasted == {run.name: (1_000_000, 1_090_000), folder.name: (900_000, 2_000_500)}
+    os.utime(run / "result.json", (1100, 1100))
+    Mirror(workspace).update(run)
+    ends = {shown.info.run_name: shown.info.end_time for shown in tracked(workspace, "grid")}
+    assert ends[run.name] == 1_100_000
+
+
 def test_a_run_of_two_experiments_is_shown_in_both_and_below_its_benchmark(workspace: Workspace) -> None:
     run, mirror = judged(workspace, experiments={"cafe": None, "grid": "grid-0123abcd"}), Mirror(workspace)
     folder = workspace.root / "benchmarks" / "grid-0123abcd"
@@ -249,6 +272,8 @@ def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace)
     params = ["params.`source`", "params.`method`", "params.`seed`"]
     metrics = ["metrics.`unseen/accuracy`", "metrics.`target/fer/accuracy`", "metrics.`target/raf/accuracy`"]
     assert view["selectedColumns"] == params + metrics
+    assert [name for name in view["columnOrder"] if name in metrics] == metrics  # MLflow's own order is the alphabet's
+    assert view["columnWidths"]["metrics.`target/fer/accuracy`"] == 45 + 7 * len("target/fer/accuracy")
     assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
     assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
         "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
@@ -281,5 +306,7 @@ def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspac
     write_comparison(workspace, folder, read_runs([judged(workspace)]), "grid", "clean")
     Mirror(workspace).update_benchmark(folder, "grid", "FINISHED")
     assert picture(workspace, "grid")["files"].keys() == {"benchmark.json", "comparison.md", "report.html"}
+    list_experiments(workspace)
+    assert tracked(workspace, "grid")[0].data.tags["cafe.row"] == "benchmark"  # else it is among the `Additional runs`
     assert "| raf | cafe |" in (folder / "comparison.md").read_text()
     assert (folder / "report.html").read_text().startswith("<!doctype html>")

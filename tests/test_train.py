@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from trained import fill_store
 from upath import UPath
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
 from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions
@@ -90,6 +91,9 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
     artifacts = {str(path.relative_to(ready.workspace)) for path in (ready.workspace / "artifacts").rglob("*.*")}
     for kind in ("confusion", "errors", "masks"):
         assert any(path.endswith(f"{kind}/two.png") for path in artifacts), kind
+    masks = json.loads((run / "figures" / "masks" / "two.json").read_text())
+    assert masks.keys() <= set(EXPRESSIONS)
+    assert all(0 < value < 1 for mask in masks.values() for value in mask)
     assert any(path.endswith("predictions/three.parquet") for path in artifacts)
 
     one = model(run)

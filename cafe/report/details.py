@@ -18,11 +18,10 @@ from cafe.report.figures import find_worst_mistakes
 from cafe.report.pages import embed
 from cafe.results.comparison import Comparison, Row, compare_classes
 from cafe.results.metrics import Estimate, confusion
-from cafe.results.predictions import load_predictions
 from cafe.results.protocols import find_protocol
 
 CURVES = {"train/total": "loss", "train/accuracy": "accuracy", "selection/accuracy": "held-out accuracy"}
-PICTURED = ("masks", "heat_maps")  # what was drawn of a mask when the run was judged
+PICTURED = ("masks", "heat_maps")  # what was drawn of a mask when the run was judged; it has numbers, too, since then
 
 FindManifest = Callable[[str, str], Manifest | None]  # by name and digest
 
@@ -56,7 +55,9 @@ class Detail:
     """One row at close range: all numbers are over its seeds, the mistakes those of its first seed.
 
     `recalls` holds by expression, then `overall` and `mean`, an estimate for each of the row's `targets`; `confusions` the
-    mean counts (7, 7) of true × predicted by target; `epochs` the columns seed, epoch and those of `CURVES`.
+    mean counts (7, 7) of true × predicted by target; `epochs` the columns seed, epoch and those of `CURVES`; `masks` the
+    mean mask (C,) over faces of each expression, of the first seed that has one. Judged with an option of test time, a row
+    has the training and the masks of its plain row, which are shown there.
     """
 
     row: Row
@@ -65,6 +66,7 @@ class Detail:
     confusions: dict[str, np.ndarray]
     mistakes: list[Mistake]
     epochs: pd.DataFrame
+    masks: dict[str, np.ndarray]
     pictures: dict[str, UPath]  # of its mask, by kind
 
 
@@ -84,6 +86,10 @@ def _judged(row: Row, classes: dict[tuple[str, str], Row]) -> list[str]:
 
 def _describe(row: Row, classes: dict[tuple[str, str], Row], protocol: str, gallery: Gallery) -> Detail:
     targets = _judged(row, classes)
+    drawn = [] if row.test_time else [*sorted(row.seen), *targets]
+    place = find_figure(row, drawn, protocol, "masks", ".json")
+    masks = (read_json(place) if place else None) or {}
+    pictures = {kind: find_figure(row, drawn, protocol, kind, ".png") for kind in PICTURED}
     cells = [classes[target, row.runs[0].group].cells for target in targets]
     return Detail(
         row,
@@ -92,14 +98,15 @@ def _describe(row: Row, classes: dict[tuple[str, str], Row], protocol: str, gall
         {target: count_confusions(row, target, protocol) for target in targets},
         find_mistakes(row, [name for name in targets if name not in row.seen] or targets, protocol, gallery),
         read_epochs(row),
-        find_pictures(row, [*sorted(row.seen), *targets], protocol),
+        {name: np.array(masks[name]) for name in EXPRESSIONS if name in masks},
+        {kind: place for kind, place in pictures.items() if place and not (kind == "masks" and masks)},
     )
 
 
 def count_confusions(row: Row, target: str, protocol: str) -> np.ndarray:
     """Return the counts (7, 7) of true × predicted expressions on a target, their mean over the seeds of a row."""
     judging = [run for run in row.runs if run.judges(target)]
-    found = (load_predictions(run.folder, protocol, named=False).get(target) for run in judging)
+    found = (run.load_predictions(protocol, named=False).get(target) for run in judging)
     return np.asarray(np.mean([confusion(predictions) for predictions in found if predictions], axis=0))
 
 
@@ -109,7 +116,7 @@ def find_mistakes(row: Row, targets: Sequence[str], protocol: str, gallery: Gall
     ranked = []
     for number, target in enumerate(targets):
         run = next(run for run in row.runs if run.judges(target))
-        predictions = load_predictions(run.folder, protocol).get(target)
+        predictions = run.load_predictions(protocol).get(target)
         if predictions is None:  # the first seed was not judged on it
             continue
         for rank, place in enumerate(find_worst_mistakes(predictions, gallery.count, wanted)):
@@ -139,25 +146,21 @@ def read_thumbnails(mistakes: Sequence[Mistake], find_manifest: FindManifest) ->
 
 
 def read_epochs(row: Row) -> pd.DataFrame:
-    """Return what the runs of a row noted after each epoch; empty where nothing was trained by epochs."""
+    """Return what the runs of a row noted after each epoch; empty where nothing was trained by epochs, or for this row."""
     records = [
         {"run": run.name, "seed": run.seed, "epoch": int(path.stem), **(read_json(path) or {})}
-        for run in row.runs
+        for run in ([] if row.test_time else row.runs)
         for path in list_folder(run.folder / "epochs")
         if path.stem.isdecimal()
     ]
     return pd.DataFrame(records, columns=["run", "seed", "epoch", *CURVES])
 
 
-def find_pictures(row: Row, targets: Sequence[str], protocol: str) -> dict[str, UPath]:
-    """Return the pictures of the mask of a row's first seed that has any, drawn on the first of these targets."""
-    found: dict[str, UPath] = {}
-    for kind in PICTURED:
-        places = (
-            run.folder / "figures" / kind / find_protocol(protocol).prefix / f"{target}.png"
-            for run in row.runs
-            for target in targets
-        )
-        if place := next((place for place in places if place.exists()), None):
-            found[kind] = place
-    return found
+def find_figure(row: Row, targets: Sequence[str], protocol: str, kind: str, ending: str) -> UPath | None:
+    """Return what was drawn of a kind for a row's first seed that has any, on the first of these targets."""
+    places = (
+        run.folder / "figures" / kind / find_protocol(protocol).prefix / f"{target}{ending}"
+        for run in row.runs
+        for target in targets
+    )
+    return next((place for place in places if place.exists()), None)

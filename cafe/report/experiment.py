@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from markupsafe import Markup
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.report.charts import draw_curves, to_svg
+from cafe.report.charts import draw_curves, draw_masks, to_svg
 from cafe.report.details import CURVES, Detail, FindManifest, Gallery, Mistake, list_details, read_thumbnails
 from cafe.report.drawings import list_drawings
 from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
@@ -18,8 +18,9 @@ from cafe.report.pages import embed_figure, render
 from cafe.report.report import Report
 
 GALLERY = Gallery()
+MASK = "Its mean mask over faces of each expression, and how that differs from the mean over all of them."
 FIGURES = {
-    "masks": "Its mean mask over faces of each expression, and how that differs from the mean over all of them.",
+    "masks": MASK,
     "heat_maps": "Where on a face its mask is open.",
 }
 
@@ -67,8 +68,12 @@ def _show(detail: Detail, number: int, thumbnails: dict[tuple[str, str], str]) -
         "targets": detail.targets,
         "recalls": detail.recalls,
         "confusions": [(target, _share(counts)) for target, counts in detail.confusions.items()],
-        "seed": row.runs[0].seed,
+        "judge": "the mean over seeds" if row.runs[0].ensemble else f"seed {row.runs[0].seed}",
         "galleries": list(_group(detail.mistakes, thumbnails)),
+        "mask": _mark_safe(to_svg(draw_masks(detail.masks), f"mask{number}", f"{title}: {MASK}"))
+        if detail.masks
+        else "",
+        "mask_groups": _pool(detail.masks) if detail.masks else [],
         "figures": [(FIGURES[kind], embed_figure(path.read_bytes())) for kind, path in detail.pictures.items()],
         "curves": _mark_safe(to_svg(draw_curves(epochs), f"curves{number}", about)) if curves else "",
         "curve_names": [CURVES[name] for name in curves],
@@ -83,6 +88,17 @@ def _share(counts: np.ndarray) -> list[tuple[str, int, list[float]]]:
         for label, own in enumerate(counts)
         if own.sum()
     ]
+
+
+def _pool(masks: Mapping[str, np.ndarray]) -> list[tuple[str, list[float], list[float]]]:
+    """Return for each expression its name and the means (7,) of its mask over the groups of channels that separation pools.
+
+    Then the same as a share of the way from the smallest to the largest of all.
+    """
+    size = len(next(iter(masks.values()))) // len(EXPRESSIONS)
+    means = {name: mask[: size * len(EXPRESSIONS)].reshape(-1, size).mean(axis=1) for name, mask in masks.items()}
+    low, high = (reach(list(means.values())) for reach in (np.min, np.max))
+    return [(name, own.tolist(), ((own - low) / ((high - low) or 1)).tolist()) for name, own in means.items()]
 
 
 def _group(mistakes: Sequence[Mistake], thumbnails: dict[tuple[str, str], str]) -> Iterator[tuple[str, list[Any]]]:

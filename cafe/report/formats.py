@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pandas as pd
 
 from cafe.report.report import Report, list_records
-from cafe.report.sheets import BEST, SECOND, Cell, Sheet
+from cafe.report.sheets import BEST, SECOND, UNDERLINED, Cell, Sheet
 
 WIDE = 8  # columns of a table, more than which LaTeX sets across both columns of a page that has two
 
 
 def to_markdown(report: Report) -> str:
-    """Return the tables with their notes as Markdown; the best bold, the second underlined."""
+    """Return the tables with their notes as Markdown; the best bold, the second in italics, as no viewer shows all tags."""
     parts = [f"# {_escape(report.title)}", *map(_escape, report.about)]
     for sheet in report.sheets:
         rule = ["---"] * sheet.words + ["---:"] * (len(sheet.header) - sheet.words)
@@ -25,13 +25,17 @@ def to_markdown(report: Report) -> str:
             *([_markdown_cell(cell) for cell in line] for line in sheet.lines),
         ]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts += [f"## {_escape(sheet.title)}", table, *map(_escape, sheet.notes)]
+        parts += [
+            f"## {_escape(sheet.title)}",
+            table,
+            *(_escape(note).replace(UNDERLINED, "in italics") for note in sheet.notes),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_cell(cell: Cell) -> str:
     text = _escape(cell.text)
-    return {BEST: f"**{text}**", SECOND: f"<u>{text}</u>"}.get(cell.mark, text)
+    return {BEST: f"**{text}**", SECOND: f"*{text}*"}.get(cell.mark, text)
 
 
 def _escape(text: str) -> str:

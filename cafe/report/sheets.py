@@ -17,6 +17,7 @@ from cafe.results.scores import average_unseen
 from cafe.results.sources import SAME_SET, UNKNOWN
 
 BEST, SECOND = "best", "second"
+UNDERLINED = "underlined"  # how the second is shown, which not every format can
 HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row of a comparison
 NOISE = (
     "Published numbers are single runs; the choice of their test faces alone moves them by ±4.7 (SFEW), ±1.7 (AffectNet), "
@@ -155,7 +156,7 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
     one_draw = any(len({run.settings.get("view_seed") for run in row.runs}) == 1 for row in several)
     own_draws = any(row.runs[0].settings.get("views_per_seed") for row in several)
     said = {
-        "For each source, the best is bold and the second underlined, whether or not they differ significantly.":
+        f"For each source, the best is bold and the second {UNDERLINED}, whether or not they differ significantly.":
             len(rows) > len({row.source for row in rows}),
         PEEKED: any(row.peeked and not row.oracle for row in rows),
         ORACLES: any(row.oracle for row in rows),

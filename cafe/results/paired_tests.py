@@ -193,7 +193,7 @@ class Ranks:
 
 
 def rank(comparison: Comparison) -> Ranks | None:
-    """Rank the methods that were trained on every source; None where there is nothing to rank."""
+    """Rank the methods that were trained on every source, by their mean over two or more targets; else None."""
     rows = {(row.source, row.label): row for row in comparison.rows if row.contends}
     ranked = [row for row in comparison.rows if not row.test_time]
     sources, everybody = ({getattr(row, name) for row in ranked} for name in ("source", "label"))
@@ -207,7 +207,7 @@ def rank(comparison: Comparison) -> Ranks | None:
         if target not in rows[source, labels[0]].seen and not target.endswith(" leak-free")
     ]
     scores = np.array([column for column in columns if not np.isnan(column).any()]).T  # (methods, targets)
-    if scores.size == 0:
+    if scores.ndim < 2 or scores.shape[1] < 2:
         return None
     ranking = rank_methods(-scores if comparison.metric == "ece" else scores)
     order = np.argsort(ranking.ranks, kind="stable")

@@ -127,7 +127,7 @@ def find_runs(
     if best is not None:
         if best != "source_val":
             raise unknown("way to choose a run", best, ("source_val",))
-        chosen, reason = choose_best(_members(runs, name), name)
+        chosen, reason = choose_best(_members(runs, name), f"the experiment {name!r}")
     else:
         if any(name in run.experiments for run in runs) and not any(run.name.startswith(name) for run in runs):
             raise UserError(f"{name!r} is an experiment: give one of its runs, or --best source_val to choose it.")
@@ -151,22 +151,22 @@ def _find_exported(workspace: Workspace, name: str) -> UPath | None:
     return folder if exists(folder / "model.json") and exists(folder / "run.json") else None
 
 
-def choose_best(runs: Sequence[Run], experiment: str) -> tuple[Run, str]:
+def choose_best(runs: Sequence[Run], where: str) -> tuple[Run, str]:
     """Return the run with the best accuracy on held-out faces of its source, the first among equals, and why.
 
-    No target is looked at. Raises `UserError` where no run was selected by `source_val`, and for runs of several sources,
-    whose accuracies are of different faces.
+    No target is looked at; `where` says in messages what runs these are. Raises `UserError` where no run was selected by
+    `source_val`, and for runs of several sources, whose accuracies are of different faces.
     """
     accuracies = {run.name: accuracy for run in runs if (accuracy := read_validation_accuracy(run)) is not None}
     if not accuracies:
         raise UserError(
-            f"No finished run of the experiment {experiment!r} knows its accuracy on held-out faces of the source: train "
+            f"No finished run of {where} knows its accuracy on held-out faces of the source: train "
             "with --selection source_val, or give the name of a run."
         )
     judged = [run for run in runs if run.name in accuracies]
     if len(sources := sorted({run.source for run in judged})) > 1:
         raise UserError(
-            f"The runs of {experiment!r} learned from {', '.join(sources)}, whose validation accuracies cannot be compared: "
+            f"The runs of {where} learned from {', '.join(sources)}, whose validation accuracies cannot be compared: "
             "give the name of a run."
         )
     chosen = max(judged, key=lambda run: accuracies[run.name])

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LONGEST_NOTE = 5000  # characters of a description that MLflow takes
 COLUMN = "image"
+ABOUT = "Classifiers of facial expressions, exported by cafe. The description of each version is its model card."
 
 
 class Pyfunc:
@@ -92,6 +93,8 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
         known = client.search_model_versions(f"name = '{register}' AND run_id = '{run_id}'")
         version = known[0] if known and there else mlflow.register_model(uri, register, tags=tags)
         client.update_model_version(register, version.version, card)
+        if not client.get_registered_model(register).description:
+            client.update_registered_model(register, ABOUT)
         return f"{said}, registered as models:/{register}/{version.version}."
 
 
