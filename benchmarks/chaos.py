@@ -48,7 +48,7 @@ set = { features = "standardised", batch_size = 64 }
 VICTIMS = ("driver", "worker", "worker", "worker", "node", "driver")  # one of three is the driver
 WORKERS = ("ray::MapWorker", "ray::Worker", "ray::RayTrainWorker")
 PATIENCE = 600.0  # seconds after which a command that neither ends nor finishes anything hangs
-TOO_SLOW = "timed out during startup"  # Ray's own words on a machine that is too busy to start it
+TOO_SLOW = "Ray did not start in its time"  # on a machine that is too busy
 EARLY = 0.2  # of the kills may come before there is a worker
 
 

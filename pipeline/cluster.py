@@ -25,6 +25,7 @@ Progress = Callable[[int, int], None]  # (done, total)
 Bar = Callable[[str, str], AbstractContextManager[Progress]]  # (title, unit)
 
 CONNECT_SECONDS = 5.0
+TOO_SLOW = "timed out during startup"  # Ray's words
 LOOK_SECONDS = 1.0  # between two looks at what an autoscaler has brought
 LIBRARIES = ("numpy", "open_clip_torch", "pillow", "timm", "torch", "torchvision")
 ENVIRONMENT = {
@@ -69,11 +70,25 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     if settings.address:
         _join(settings.address)
     else:
-        ray.init("local", num_cpus=settings.num_cpus, include_dashboard=False, **_find_loudness())
+        _start(settings.num_cpus)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(cores: int | None) -> None:
+    """Start Ray on this machine; raise `IncompleteError` where it does not come up in time."""
+    import ray
+
+    try:
+        ray.init("local", num_cpus=cores, include_dashboard=False, **_find_loudness())
+    except Exception as error:  # Ray has no class for it
+        if TOO_SLOW not in str(error):
+            raise
+        raise IncompleteError(
+            "Ray did not start in its time, most likely because this machine is too busy: give the same command again."
+        ) from None
 
 
 def _find_loudness() -> dict[str, int]:
