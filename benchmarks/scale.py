@@ -28,7 +28,7 @@ from cafe.data.manifest import SCHEMA, Manifest
 from cafe.towers.embedding import Rendered, Sample
 from cafe.towers.facts import TowerFacts
 from pipeline.features import extract as extraction
-from pipeline.features.extract import pack_shard
+from pipeline.features.computing import pack_shard
 from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
 from pipeline.features.verify import find_damage

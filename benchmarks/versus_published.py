@@ -37,7 +37,8 @@ from cafe.randomness import random_generator
 from cafe.synthetic.domains import write
 from cafe.towers.building import FrozenBackbone, load_backbone
 from pipeline import cluster
-from pipeline.features.extract import describe_store, know_tower, pack_shard
+from pipeline.features.computing import pack_shard
+from pipeline.features.extract import describe_store, know_tower
 from pipeline.features.key import About
 from pipeline.features.reader import FeatureReader
 from pipeline.features.shards import ShardEmbedder

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.cluster import cores, free_memory
-from pipeline.features.extract import share_out
+from pipeline.features.computing import share_out
 from pipeline.settings import ExtractSettings
 
 DEVICES = """

@@ -25,7 +25,8 @@ from cafe.learning.loading import FaceDataset
 from cafe.learning.views import ViewPlan
 from pipeline.cluster import versions
 from pipeline.faces import Faces
-from pipeline.features.extract import describe_store, know_tower, pack_shard
+from pipeline.features.computing import pack_shard
+from pipeline.features.extract import describe_store, know_tower
 from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
 from pipeline.settings import ExtractSettings, TrainSettings

@@ -18,7 +18,8 @@ from cafe.files import write_json
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import fit, predict
 from pipeline.evaluate import predict_target
-from pipeline.features.extract import describe_store, know_tower, pack_shard
+from pipeline.features.computing import pack_shard
+from pipeline.features.extract import describe_store, know_tower
 from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
 from pipeline.models import build_method, load_method, make_dataset
