@@ -15,6 +15,17 @@ SHOWN = """
 SELECT 1 FROM tags JOIN runs USING (run_uuid) JOIN experiments USING (experiment_id)
 WHERE experiments.name = ? AND runs.name = ? AND runs.lifecycle_stage = 'active' AND tags.key = ? AND tags.value = ?
 """
+ELSEWHERE = """
+SELECT DISTINCT artifact_location FROM experiments
+WHERE artifact_location LIKE 'file:%/artifacts' AND artifact_location != ?
+"""
+MOVES = (
+    "UPDATE runs SET artifact_uri = :new || substr(artifact_uri, length(:old) + 1)"
+    " WHERE substr(artifact_uri, 1, length(:old)) = :old",
+    "UPDATE logged_models SET artifact_location = :new || substr(artifact_location, length(:old) + 1)"
+    " WHERE substr(artifact_location, 1, length(:old)) = :old",
+    "UPDATE experiments SET artifact_location = :new WHERE artifact_location = :old",
+)
 
 
 def make_database(path: Path) -> None:
@@ -43,3 +54,13 @@ def has_tag(path: Path, experiment: str, run: str, tag: str, value: str) -> bool
             return database.execute(SHOWN, (experiment, run, tag, value)).fetchone() is not None
     except sqlite3.Error:
         return False
+
+
+def move_artifacts(path: Path, place: str) -> None:
+    """Have all runs keep their files at `place`, a URI, beside a database that was moved or copied with its workspace."""
+    if not path.exists():
+        return
+    with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database, database:
+        for (old,) in database.execute(ELSEWHERE, (place,)).fetchall():
+            for statement in MOVES:
+                database.execute(statement, {"old": old, "new": place})

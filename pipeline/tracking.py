@@ -24,7 +24,7 @@ from upath import UPath
 from cafe.errors import UserError, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run, read_runs
-from pipeline.database import has_tag, make_database
+from pipeline.database import has_tag, make_database, move_artifacts
 from pipeline.pages import BENCHMARK, ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
 from pipeline.workspace import Workspace, check_name
 
@@ -46,6 +46,7 @@ class Mirror:
     behind: set[str] = field(default_factory=set)  # runs the server does not show as they are
     _asleep_until: float = 0.0
     _shown: dict[tuple[str, str], str] = field(default_factory=dict)  # the digest of each page by experiment and name
+    _settled: bool = False  # whether runs are known to keep their files in this workspace
     _lock: RLock = field(default_factory=RLock)
 
     @property
@@ -92,6 +93,9 @@ class Mirror:
     def _show(self, experiment: str, page: Page) -> None:
         """Bring the server to a page; what goes wrong there is remembered and never raised."""
         with self._lock:
+            if not self.uri and not self._settled:
+                move_artifacts(database_path(self.workspace), self._artifacts)
+                self._settled = True
             if self._shown.get((experiment, page.name)) == page.digest or self._has(experiment, page):
                 return
             self.behind.add(page.name)
@@ -110,6 +114,11 @@ class Mirror:
                     self._shown[experiment, page.name] = page.digest
                     self.behind.discard(page.name)
 
+    @property
+    def _artifacts(self) -> str:
+        """Where runs of the workspace's own database keep their files."""
+        return str((self.workspace.root / "artifacts").as_uri())
+
     def _has(self, experiment: str, page: Page) -> bool:
         """Whether the workspace's own database shows a page already; another server is always asked."""
         path = None if self.uri else database_path(self.workspace)
@@ -119,7 +128,7 @@ class Mirror:
         found = client.get_experiment_by_name(name)
         if found is None:
             # A server chooses its own place for artifacts; the local database keeps them beside it.
-            place = None if self.uri else (self.workspace.root / "artifacts").as_uri()
+            place = None if self.uri else self._artifacts
             return str(client.create_experiment(name, place, KIND))
         return str(found.experiment_id)
 

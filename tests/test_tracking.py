@@ -137,6 +137,22 @@ def test_the_empty_database_is_the_one_that_mlflow_makes_itself(tmp_path: Path) 
     assert (tmp_path / "ours.db").read_bytes() == before
 
 
+def test_a_workspace_that_was_moved_keeps_its_files_where_it_is(workspace: Workspace, tmp_path: Path) -> None:
+    name = judged(workspace).name
+    Mirror(workspace).update_all()
+    moved = Workspace.at(str(tmp_path / "moved"))
+    Path(f"{workspace.root}").rename(f"{moved.root}")
+    write_predictions(UPath(f"{moved.root}/runs/{name}"), "sfew", np.arange(7), np.arange(7))
+    # MLflow remembers within a process where a run keeps its files.
+    code = f"from pipeline.tracking import Mirror, Workspace; Mirror(Workspace.at({str(moved.root)!r})).update_all()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (run,) = tracked(moved)
+    assert run.info.artifact_uri.startswith(f"file://{tmp_path}/moved/artifacts/")
+    predictions = Path(run.info.artifact_uri.removeprefix("file://"), "predictions")
+    assert {path.name for path in predictions.iterdir()} == {"fer.parquet", "raf.parquet", "sfew.parquet"}
+    assert not Path(f"{workspace.root}").exists()
+
+
 def test_what_the_database_shows_already_needs_no_mlflow(workspace: Workspace) -> None:
     run = judged(workspace)
     Mirror(workspace).update(run)
