@@ -14,7 +14,7 @@ import click
 import numpy as np
 from matplotlib.figure import Figure
 
-from cafe.files import list_folder, read_json
+from cafe.files import exists, list_folder, read_json
 from cafe.results.comparison import name_rows
 from cafe.results.scores import Run, read_runs
 from pipeline.workspace import Workspace
@@ -27,11 +27,11 @@ ACCURACY = "train/accuracy"
 @click.option("--experiment", required=True)
 @click.option("--output", required=True, type=click.Path(path_type=Path))
 def main(workspace: str, experiment: str, output: Path) -> None:
-    """Draw the curves and print the last two epochs of each row."""
+    """Draw the curves of finished runs and print the last two epochs of each row."""
     place = Workspace.at(workspace)
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in read_runs(place.run_path(name) for name in place.run_names()):
-        if experiment in run.experiments:
+        if experiment in run.experiments and exists(run.folder / "result.json"):
             groups[run.group].append(run)
     names = name_rows(list(groups.values()))
     figure = Figure(figsize=(9, 5.5), layout="constrained")
