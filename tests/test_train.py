@@ -191,12 +191,12 @@ def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None
     path = UPath(ready.workspace / "manifests" / "two.parquet")
     replace(Manifest.load(path), root=str(ready.workspace / "gone")).save(path)
     result = ready(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "one,two", ray=True)
-    assert result.exit_code == 2
-    assert "file not found" in result.output
+    assert result.exit_code == 1
+    assert "is missing with its whole folder" in result.output
     assert "Traceback" not in result.output
     assert (only_run(ready) / "model.safetensors").exists()
     status = json.loads((only_run(ready) / "status.json").read_text())
-    assert (status["status"], "file not found" in status["reason"]) == ("FAILED", True)
+    assert (status["status"], "is missing with its whole folder" in status["reason"]) == ("FAILED", True)
     assert tracked(ready)[0].info.status == "FAILED"
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from cafe.learning.pixels import normalise
+from cafe.learning.pixels import normalise, scale
 from cafe.learning.views import POLICIES, ViewPlan, draw_view, turn_picture
 
 RECORDED = ((False, False, (7, 9, 165, 74)), [148, 117, 116])
@@ -190,3 +190,17 @@ def test_erased_rectangles_are_distributed_as_torchvisions() -> None:
 def test_epochs_use_view_e_and_cycle_when_there_are_fewer(views: int, expected: list[int]) -> None:
     plan = ViewPlan("paper", 0, views, "bilinear", PLAN.mean, PLAN.std)
     assert [plan.view_of(epoch) for epoch in (1, 2, 3)] == expected
+
+
+def test_tracing_a_graph_leaves_nothing_behind_that_is_computed_with_later() -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return scale(pixels, (0.11, 0.22, 0.33), (0.5, 0.6, 0.7))
+
+    pixels = torch.from_numpy(IMAGE[None, :26].copy())  # square
+    traced = torch.export.export(Scaled(), (pixels.permute(0, 3, 1, 2).double(),))
+    wanted = (IMAGE[:26] / 255 - (0.11, 0.22, 0.33)) / (0.5, 0.6, 0.7)
+    found = normalise(pixels, torch.zeros(1, 4, dtype=torch.int64), (0.11, 0.22, 0.33), (0.5, 0.6, 0.7))
+    np.testing.assert_allclose(found[0].permute(1, 2, 0), wanted, atol=1e-6)
+    (scaled,) = traced.module()(pixels.permute(0, 3, 1, 2).double())
+    np.testing.assert_allclose(scaled.permute(1, 2, 0), wanted, atol=1e-6)
