@@ -71,7 +71,7 @@ def main(folder: Path, faces: int, train_faces: int, parallel: int) -> None:
         bare = statistics.median(rate_forward(backbone) for _ in range(REPEATS))
         click.echo(f"bare forward pass {bare:,.0f} views/s")
         for decoders in (4, 4, 4, 2):
-            shutil.rmtree(f"{place}/work/features", ignore_errors=True)
+            shutil.rmtree(str(workspace.features), ignore_errors=True)
             done, rate = rate_extraction(workspace, manifest, replace(settings, decoders=decoders))
             click.echo(
                 f"stage one, {decoders} processes decode: {rate:,.0f} views/s, {rate / bare:.2f} of the bare pass"

@@ -157,7 +157,8 @@ class TrainSettings(ClusterSettings, StoreChoice):
     )
     threads: Count | None = setting(None, "Threads of each worker; default: its share of the machine's cores.")
     loader_workers: Number | None = setting(
-        None, "Processes per worker that decode images ahead; default: up to 8 cores of a GPU's share, none on CPU."
+        None,
+        "Processes per worker that make views ahead; default: none, or up to 8 for a GPU and a policy that turns faces.",
     )
     scale_batch: bool = setting(
         False,

@@ -23,7 +23,6 @@ from cafe.files import exists, list_folder, locate, remove_file, remove_tree, wr
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
-from cafe.learning.views import POLICIES
 from pipeline import cluster
 from pipeline.evaluate import predict_target
 from pipeline.faces import Faces
@@ -186,8 +185,7 @@ def train_run(
     dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source, keep=True)
     loaders = task.loader_workers
     if loaders is None:
-        turned = POLICIES[dataset.plan.policy].turn_probability > 0  # which no GPU does
-        loaders = min(MOST_LOADERS, cores - 1) if device.type == "cuda" and turned else 0
+        loaders = min(MOST_LOADERS, cores - 1) if device.type == "cuda" and dataset.plan.turns else 0
     checkpoint, prepared = find_checkpoint(run), False
     if rank() == 0 and checkpoint is None:
         prepared = prepare(method, dataset, rows, spec.seed, device, loaders)

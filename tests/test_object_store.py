@@ -155,5 +155,6 @@ def test_a_picture_is_one_request_and_several_are_under_way_at_once(s3: FaultyS3
     with FetchedFaces(there, range(60)) as fetched:
         for row in range(60):
             np.testing.assert_array_equal(fetched.read_face(row), here.read_face(row))
+        np.testing.assert_array_equal(fetched.read_face(0), here.read_face(0))  # where all views are begun again
     assert s3.requests == 60
     assert s3.most > 1

@@ -16,7 +16,7 @@ AT_ONCE = 32  # requests under way
 
 
 class FetchedFaces:
-    """Some rows of a manifest, all of which are being fetched; a `Pictures` that reads each of them once."""
+    """Some rows of a manifest, each fetched once; a `Pictures` of these."""
 
     def __init__(self, manifest: Manifest, rows: Sequence[int]) -> None:
         self.manifest, self.pool = manifest, ThreadPoolExecutor(AT_ONCE)
@@ -44,4 +44,4 @@ class FetchedFaces:
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face as its manifest does."""
-        return self.manifest.decode_face(row, self.fetched.pop(row).result(), channels, max_pixels)
+        return self.manifest.decode_face(row, self.fetched[row].result(), channels, max_pixels)

@@ -49,14 +49,14 @@ def make_views(drawn: Drawn, size: int, plan: ViewPlan, device: str) -> Tensor:
         most = max(1, AT_ONCE // (height * width * 3))
         for some in (positions[first : first + most] for first in range(0, len(positions), most)):
             used, faces = np.unique(drawn.face[some], return_inverse=True)
-            images = _send(np.stack([drawn.faces[face] for face in used]), device)
+            images = send(np.stack([drawn.faces[face] for face in used]), device)
             if len(used) < len(some):
-                images = images[_send(faces, device)]
+                images = images[send(faces, device)]
             if start != NO_NOISE:
-                images = add_noise(images, _send(drawn.keys[some].view(np.int64), device), start, variance)
+                images = add_noise(images, send(drawn.keys[some].view(np.int64), device), start, variance)
             images = resize(images, size, plan.interpolation)
-            flips = _send(drawn.flips[some], device)[:, None, None, None]
-            pictures[_send(np.array(some), device)] = torch.where(flips, images.flip(2), images)
+            flips = send(drawn.flips[some], device)[:, None, None, None]
+            pictures[send(np.array(some), device)] = torch.where(flips, images.flip(2), images)
     return pictures
 
 
@@ -109,7 +109,8 @@ def _high_product(words: Tensor, factor: int) -> Tensor:
     return high * factor_high + ((middle >> 32) & LOW) + ((lower >> 32) & LOW)
 
 
-def _send(values: np.ndarray, device: str) -> Tensor:
+def send(values: np.ndarray, device: str) -> Tensor:
+    """Return an array on a device, to which it travels while others compute."""
     tensor = torch.from_numpy(values)
     return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 

@@ -17,7 +17,7 @@ from cafe.data.fetching import FetchedFaces
 from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
 from cafe.data.manifest import Manifest, Pictures
 from cafe.errors import StorageError
-from cafe.learning.views import POLICIES, View, ViewPlan
+from cafe.learning.views import View, ViewPlan
 
 Sample = tuple[int, int]  # manifest row, view
 
@@ -69,7 +69,7 @@ class Renderer:
         if isinstance(self.pictures, Manifest) and self.pictures.remote:
             with FetchedFaces(self.pictures, rows_of(samples)) as fetched:
                 return replace(self, pictures=fetched)(samples, refused)
-        if self.for_device and not POLICIES[self.plan.policy].turn_probability:
+        if self.for_device and not self.plan.turns:
             return self.draw(samples, refused)
         return self.render(samples, refused)
 

@@ -101,6 +101,11 @@ class ViewPlan:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def turns(self) -> bool:
+        """Whether some views are turned, which no device makes."""
+        return POLICIES[self.policy].turn_probability > 0
+
     def view_of(self, epoch: int) -> int:
         """Return the view that training epoch 1, 2, … uses: view e when there are enough, else views 1..V-1 in turn."""
         return 0 if self.views == 1 else 1 + (epoch - 1) % (self.views - 1)

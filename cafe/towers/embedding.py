@@ -18,7 +18,7 @@ from cafe.arithmetic import arithmetic
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import Pictures
 from cafe.errors import UserError
-from cafe.learning.device_views import make_views
+from cafe.learning.device_views import make_views, send
 from cafe.learning.pixels import normalise
 from cafe.learning.rendering import Drawn, Rendered, Renderer, Sample
 from cafe.learning.views import ViewPlan
@@ -85,12 +85,7 @@ class Embedder:
         """Return the pictures (n, S, S, 3) uint8 on the device."""
         if isinstance(views, Drawn):
             return make_views(views, self.tower.facts.input_size, self.plan, self.device)
-        pictures = torch.from_numpy(views.pictures)
-        return (
-            pictures.to(self.device)
-            if self.device == "cpu"
-            else pictures.pin_memory().to(self.device, non_blocking=True)
-        )
+        return send(views.pictures, self.device)
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return the features of one view of some rows; raise `UserError` for an unreadable image."""
