@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.copies import CopyIndex, draw_thumbnail
 from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.synthetic.domains import DOMAINS, write
 
 

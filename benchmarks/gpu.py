@@ -27,9 +27,9 @@ import torch
 from safetensors.torch import save_file
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.device_views import make_views
 from cafe.learning.loading import FaceDataset, KeptPictures
 from cafe.learning.rendering import Drawn, Renderer

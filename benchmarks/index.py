@@ -25,7 +25,7 @@ from upath import UPath
 
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
-from cafe.data.mma import read_mma
+from cafe.data.readers.mma import read_mma
 
 FOLDERS = [f"{split}/{name}" for split in ("train", "valid", "test") for name in ("angry", "happy", "neutral", "sad")]
 LINKS = 30_000  # of one file; file systems allow 65,000

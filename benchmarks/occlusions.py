@@ -22,10 +22,10 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import PREDICTION_BATCH, prepare
 from cafe.learning.views import ViewPlan

@@ -31,9 +31,9 @@ from torch.nn import functional
 from torchvision import models, transforms
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset, FeatureReader
 from cafe.learning.training import Training
 from cafe.learning.views import ViewPlan
@@ -50,7 +50,7 @@ from pipeline.features.extract import extract
 from pipeline.features.reader import FeatureReader as StoredFeatures
 from pipeline.features.store import FeatureStore
 from pipeline.settings import BenchmarkSettings, ExtractSettings
-from pipeline.tracking import Mirror
+from pipeline.tracking.mirror import Mirror
 from pipeline.workspace import Workspace
 
 KNOWN = Path(__file__).with_name("speed.json")

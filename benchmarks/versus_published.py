@@ -24,9 +24,9 @@ from torch.nn import functional
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset, epoch_order
 from cafe.learning.pixels import normalise
 from cafe.learning.training import Training

@@ -21,7 +21,7 @@ from cafe.results.scores import flatten_scores, read_runs, read_scores
 from pipeline import cluster
 from pipeline.features.extract import extract
 from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.tracking import Mirror
+from pipeline.tracking.mirror import Mirror
 from pipeline.train import plan_training, train_and_judge
 from pipeline.workspace import Workspace
 

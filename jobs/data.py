@@ -86,7 +86,7 @@ def index(
 
 def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
     """List a data set with the options that its kind knows; raise `UserError` for others."""
-    from cafe.data import DATASETS
+    from cafe.data.readers import DATASETS
     from cafe.files import locate
 
     if kind not in DATASETS:

@@ -156,6 +156,6 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
     )
     if mlflow or register:
         from pipeline.release.pyfunc import log_model
-        from pipeline.tracking import Mirror
+        from pipeline.tracking.mirror import Mirror
 
         say(log_model(Mirror(workspace, mlflow_uri), workspace.run_path(name), exported.folder, register))

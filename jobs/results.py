@@ -163,7 +163,7 @@ def choose_runs(
     from cafe.results.scores import read_runs
 
     if mlflow_uri:
-        from pipeline.tracking import Mirror
+        from pipeline.tracking.mirror import Mirror
 
         if not experiment:
             raise UserError("--mlflow-uri needs to know which runs to compare: give --experiment NAME too.")
@@ -185,7 +185,7 @@ def choose_runs(
 @click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
     """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
-    from pipeline.tracking import VIEW, default_uri, list_experiments
+    from pipeline.tracking.mirror import VIEW, default_uri, list_experiments
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -237,7 +237,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
 
     Rebuilds a lost or a new server, and fills in what an interrupted training left out; what is there already stays.
     """
-    from pipeline.tracking import Mirror
+    from pipeline.tracking.mirror import Mirror
 
     workspace = open_workspace()
     mirror = Mirror(workspace, mlflow_uri)
@@ -264,7 +264,7 @@ def pull(mlflow_uri: str, experiment: str) -> None:
     \b
     cafe mlflow pull --mlflow-uri http://tracking:5000 --experiment table1
     """
-    from pipeline.tracking import Mirror, adopt_run
+    from pipeline.tracking.mirror import Mirror, adopt_run
 
     workspace = open_workspace()
     folders = Mirror(workspace, mlflow_uri).pull(experiment)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from upath import UPath
 
     from pipeline.benchmark.file import Benchmark
-    from pipeline.tracking import Mirror
+    from pipeline.tracking.mirror import Mirror
     from pipeline.workspace import Workspace
 
 SHIPPED = Path(__file__).parent / "benchmarks"
@@ -63,7 +63,7 @@ def train(**values: Any) -> None:
     settings, workspace = TrainSettings(**values), open_workspace()
     set_environment(settings)
 
-    from pipeline.tracking import Mirror
+    from pipeline.tracking.mirror import Mirror
     from pipeline.train import plan_training, train_and_judge
 
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
@@ -110,7 +110,7 @@ def evaluate(run: str, **values: Any) -> None:
     from pipeline.evaluate import check_option, judge_anywhere, predict_targets
     from pipeline.faces import choose_targets
     from pipeline.runs import RunSpec, add_experiment, is_finished
-    from pipeline.tracking import Mirror
+    from pipeline.tracking.mirror import Mirror
     from pipeline.train import keep_status
     from pipeline.worker import find_worker
 
@@ -188,8 +188,8 @@ def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
 
 def _index_folder(workspace: Workspace, folder: str) -> str:
     """Index a folder of faces under its own name and return that."""
-    from cafe.data import DATASETS
     from cafe.data.indexing import index_files
+    from cafe.data.readers import DATASETS
     from cafe.files import locate
     from pipeline.workspace import check_name
 
@@ -205,7 +205,7 @@ def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings
     from jobs.run_tables import failures_table, plan_tables
     from pipeline.benchmark.cells import run_benchmark
     from pipeline.benchmark.plan import plan_benchmark
-    from pipeline.tracking import Mirror
+    from pipeline.tracking.mirror import Mirror
 
     plan = plan_benchmark(workspace, grid, settings)
     for table in plan_tables(plan):

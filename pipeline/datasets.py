@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.alignment import Aligned, align_faces
 from cafe.data.images import SUFFIXES, UnreadableImageError
 from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import locate, write_file
 from cafe.results.leaks import audit_path

@@ -46,7 +46,7 @@ from pipeline.sources import (
     find_faces,
     split_names,
 )
-from pipeline.tracking import Mirror
+from pipeline.tracking.mirror import Mirror
 from pipeline.worker import AnyWorker, Task, find_worker, train_together
 from pipeline.workspace import Workspace, check_name
 

@@ -81,7 +81,7 @@ class Workspace:
         return manifest if manifest.digest == digest else None
 
     def _no_manifest(self, name: str) -> UserError:
-        from cafe.data import DATASETS
+        from cafe.data.readers import DATASETS
         from cafe.synthetic.domains import DOMAINS
 
         names = self.manifest_names()

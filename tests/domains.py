@@ -10,9 +10,9 @@ import torch
 from conftest import draw_faces
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.checkpoints import read_tensors
 from pipeline.features.key import About, FeatureKey, describe_policy
 from pipeline.features.store import FeatureStore

@@ -14,11 +14,11 @@ from conftest import Cafe
 from PIL import Image, ImageEnhance
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.copies import CopyIndex, draw_thumbnail
 from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.report.audit import audit
 from cafe.report.sheets import main_sheet, run_sheet

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import fit, predict

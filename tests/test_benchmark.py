@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from trained import embed
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import write_json
 from cafe.learning.checkpoints import write_tensors
@@ -38,7 +38,7 @@ from pipeline.models import build_method, make_dataset
 from pipeline.runs import is_finished
 from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
 from pipeline.sources import choose_rows
-from pipeline.tracking import PARENT, Mirror
+from pipeline.tracking.mirror import PARENT, Mirror
 from pipeline.train import TrainPlan
 from pipeline.worker import Task, Worker
 from pipeline.workspace import Workspace

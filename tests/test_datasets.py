@@ -18,11 +18,11 @@ from miniatures import draw, ferplus_pixels
 from PIL import Image
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.ferplus import choose_majority, choose_most_voted
 from cafe.data.indexing import Expected, Index, count_differences, index_files, read_expected
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
+from cafe.data.readers.ferplus import choose_majority, choose_most_voted
 
 Row = tuple[str, str, str]  # sample_id, expression, split
 

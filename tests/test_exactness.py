@@ -12,9 +12,9 @@ from conftest import draw_faces
 from trained import embed
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset, FeatureReader
 from cafe.learning.training import Training
 from cafe.methods import METHODS

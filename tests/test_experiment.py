@@ -21,9 +21,9 @@ from PIL import Image
 from runs import write_predictions, write_run
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.files import write_file, write_json
 from cafe.report.charts import INK
 from cafe.report.details import Gallery, list_details

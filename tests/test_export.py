@@ -16,8 +16,8 @@ from runs import write_predictions, write_run
 from trained import fill_store, start_run
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.files import write_json
 from cafe.inference.graph import Onnx, write_onnx
 from cafe.learning.resizing import Resize
@@ -28,7 +28,7 @@ from pipeline.models import build_model
 from pipeline.release.export import cut_middle, export_run
 from pipeline.release.pyfunc import log_model
 from pipeline.settings import ExtractSettings
-from pipeline.tracking import Mirror, default_uri
+from pipeline.tracking.mirror import Mirror, default_uri
 from pipeline.workspace import Workspace
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional
 from torchvision import models
 
-from cafe.data import DATASETS
+from cafe.data.readers import DATASETS
 from cafe.learning.networks import NETWORKS
 from cafe.methods import METHODS
 from cafe.towers.names import BACKBONES

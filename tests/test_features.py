@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.learning.checkpoints import load_checkpoint, read_tensors, save_checkpoint, write_tensors
 from cafe.learning.loading import FaceDataset

@@ -14,8 +14,8 @@ from trained import fill_store, train_run
 from upath import UPath
 
 import cafe
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from pipeline.release import library
 from pipeline.settings import ExtractSettings
 from pipeline.workspace import Workspace

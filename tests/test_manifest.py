@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import Index, index_files
 from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 
 

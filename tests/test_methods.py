@@ -10,9 +10,9 @@ import pytest
 import torch
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.checkpoints import read_tensors, write_tensors
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import Training, fit, predict, prepare

@@ -12,8 +12,8 @@ from PIL import Image
 from trained import extract_few, fill_store, start_run, train_run
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.files import read_json, write_json
 from cafe.inference.model import read_pixels
 from cafe.methods import METHODS

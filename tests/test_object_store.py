@@ -16,9 +16,9 @@ from trained import fill_store, train_run
 from upath import UPath
 
 from cafe import files
-from cafe.data import DATASETS
 from cafe.data.fetching import FetchedFaces
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.files import create_file, list_folder, list_tree, locate, read_file, write_file
 from cafe.results.predictions import Predictions
 from pipeline.lease import hold

@@ -21,10 +21,10 @@ from test_alignment import needs_detector
 from trained import fill_store, start_run
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.alignment import Detection, align_faces
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.files import write_json
 from cafe.inference.annotation import write_video
 from cafe.inference.frames import Frame, count_frames, read_video

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from conftest import draw_faces
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.towers.building import load_backbone
 from cafe.towers.names import Layer

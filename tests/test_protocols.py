@@ -15,9 +15,9 @@ from PIL import Image
 from trained import embed
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Face, Manifest
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.loading import FaceDataset
@@ -37,7 +37,7 @@ from pipeline.features.store import FeatureStore
 from pipeline.models import build_method, find_inputs
 from pipeline.runs import RunSpec, add_experiment
 from pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
-from pipeline.tracking import Mirror, default_uri
+from pipeline.tracking.mirror import Mirror, default_uri
 from pipeline.train import plan_training
 from pipeline.workspace import Workspace
 

@@ -31,7 +31,7 @@ from cafe.errors import UserError
 from cafe.inference.graph import Onnx
 from pipeline.release.library import load_model
 from pipeline.release.pyfunc import Pyfunc
-from pipeline.tracking import default_uri
+from pipeline.tracking.mirror import default_uri
 from pipeline.workspace import Workspace
 
 PATIENCE = 300  # seconds a crowded machine may need to start the server

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.expressions import EXPRESSIONS
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.synthetic.domains import DOMAINS, PROTOTYPES, list_samples, render, write
 from cafe.synthetic.face import View, project, trace

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from trained import fill_store, start_run
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.learning import adaptation
 from cafe.learning.adaptation import predict_t3a, predict_tent
 from cafe.learning.loading import FaceDataset

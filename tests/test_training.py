@@ -14,9 +14,9 @@ import torch
 from conftest import draw_faces
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset, KeptPictures, epoch_order

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.parallel import GlobalDropout
 from cafe.learning.training import Training

@@ -13,7 +13,7 @@ from conftest import Cafe
 from mlflow import MlflowClient
 from runs import write_run
 
-from pipeline.tracking import Mirror, default_uri
+from pipeline.tracking.mirror import Mirror, default_uri
 from pipeline.workspace import Workspace
 
 

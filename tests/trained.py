@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from upath import UPath
 
-from cafe.data import DATASETS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
 from cafe.files import write_json
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import fit, predict

@@ -32,7 +32,7 @@ from pipeline.features.extract import extract
 from pipeline.lease import hold
 from pipeline.runs import note_status, read_status
 from pipeline.settings import TrainSettings
-from pipeline.tracking import Mirror
+from pipeline.tracking.mirror import Mirror
 from pipeline.train import train_and_judge
 from pipeline.worker import AnyWorker, RayWorker
 from pipeline.workspace import Workspace

@@ -144,7 +144,7 @@ def find_runs(
 def _find_exported(workspace: Workspace, name: str) -> UPath | None:
     """Return the folder of an exported run, fetched from MLflow where the name is an address there; None for other names."""
     if name.startswith(("models:/", "runs:/")):
-        from pipeline.tracking import Mirror
+        from pipeline.tracking.mirror import Mirror
 
         return Mirror(workspace).fetch_model(name)
     folder = locate(name)

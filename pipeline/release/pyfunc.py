@@ -22,9 +22,9 @@ from cafe.files import read_json
 from cafe.results.scores import Run
 from pipeline.cluster import Progress
 from pipeline.models import build_model
-from pipeline.pages import NOTE
 from pipeline.release.export import export_run
-from pipeline.tracking import Mirror, find_run, quiet_mlflow
+from pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
+from pipeline.tracking.pages import NOTE
 
 if TYPE_CHECKING:
     import pandas as pd

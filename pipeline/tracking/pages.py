@@ -1,6 +1,6 @@
 """What MLflow shall show of the workspace: a page for each run and benchmark, and how an experiment is opened.
 
-Nothing here talks to a server; `tracking` brings one to these pages.
+Nothing here talks to a server; `mirror` brings one to these pages.
 """
 
 from __future__ import annotations

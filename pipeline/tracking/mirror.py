@@ -24,8 +24,8 @@ from upath import UPath
 from cafe.errors import UserError, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run, read_runs
-from pipeline.database import has_tag, make_database, move_artifacts
-from pipeline.pages import BENCHMARK, ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
+from pipeline.tracking.database import has_tag, make_database, move_artifacts
+from pipeline.tracking.pages import BENCHMARK, ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"

@@ -1,0 +1,26 @@
+"""Readers: each turns one distributed layout into the faces of a manifest. A new data set is a file and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cafe.data.indexing import Listing
+from cafe.data.readers.affectnet import read_affectnet
+from cafe.data.readers.ferplus import read_ferplus
+from cafe.data.readers.folder import read_folder, read_synthetic, read_table
+from cafe.data.readers.mma import read_mma
+from cafe.data.readers.rafdb import read_rafdb
+from cafe.data.readers.sfew import read_sfew
+
+Reader = Callable[..., Listing]  # of the root, and what else the set lets choose
+
+DATASETS: dict[str, Reader] = {
+    "affectnet": read_affectnet,
+    "ferplus": read_ferplus,  # rule: majority or argmax
+    "folder": read_folder,  # ROOT[/SPLIT]/EXPRESSION/**/*.jpg
+    "mma": read_mma,
+    "rafdb": read_rafdb,
+    "sfew": read_sfew,
+    "synthetic": read_synthetic,  # a domain drawn by `cafe data synth`
+    "table": read_table,  # CSV or Parquet of path,label[,split,group]
+}
