@@ -1,9 +1,11 @@
 """What planning, writing, resuming, reading and verifying cost by the number of faces, with a tower that does nothing.
 
     python benchmarks/scale.py --rows 10000 --rows 100000 --repeats 3
+    python benchmarks/scale.py --rows 10000000 --repeats 3 --ray 2
 
 Each size runs in a process of its own, so that its peak of memory is its own. Manifests are made up: no picture is read, the
-tower returns numbers that tell rows apart, all else is what `cafe extract` does.
+tower returns numbers that tell rows apart, all else is what `cafe extract` does. With `--ray` so many workers of Ray write,
+and the seconds of `extract` are those of the clock.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from cafe.data.manifest import SCHEMA, Manifest
 from cafe.towers.embedding import Rendered, Sample
 from cafe.towers.facts import TowerFacts
 from pipeline.features import extract as extraction
+from pipeline.features import shards
 from pipeline.features.computing import pack_shard
 from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
@@ -97,18 +100,24 @@ def write(store: FeatureStore, manifest: Manifest, settings: ExtractSettings) ->
     store.finish()
 
 
-def measure(rows: int, planning_only: bool) -> dict[str, float]:
+def extract(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> None:
+    """Do what `cafe extract` does."""
+    extraction.extract(workspace, [manifest], settings, lambda done, total: None)
+
+
+def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
     """Return seconds of this process's cores, which neighbours do not change, and megabytes of each step for one size."""
     measured: dict[str, float] = {"rows": rows}
 
-    def timed(name: str, step: Callable[[], Any]) -> Any:
-        worked = time.process_time()
+    def timed(name: str, step: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> Any:
+        since = clock()
         result = step()
-        measured[f"{name} s"] = time.process_time() - worked
+        measured[f"{name} s"] = clock() - since
         return result
 
     extraction.know_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
-    settings = ExtractSettings(backbone="clip-vit-b32", decoders=0)
+    shards.ShardEmbedder = NullEmbedder  # type: ignore[misc]
+    settings = ExtractSettings(backbone="clip-vit-b32", decoders=0, num_actors=workers or None)
     with TemporaryDirectory() as folder:
         workspace = Workspace.at(folder)
         subprocess.run([sys.executable, __file__, "--make", folder, "--rows", str(rows)], check=True)
@@ -118,8 +127,11 @@ def measure(rows: int, planning_only: bool) -> dict[str, float]:
         timed("pending", store.pending)
         measured["planning MB"] = peak()
         if not planning_only:
-            timed("write", lambda: write(store, manifest, settings))
-            timed("no-op", lambda: extraction.extract(workspace, [manifest], settings, lambda done, total: None))
+            if workers:
+                timed("extract", lambda: extract(workspace, manifest, settings), time.monotonic)
+            else:
+                timed("write", lambda: write(store, manifest, settings))
+            timed("no-op", lambda: extract(workspace, manifest, settings))
             measured["writing MB"] = peak()
             view = timed("read", lambda: store.read_view("pooled", 0))
             assert (view[:, 0] == np.arange(rows) % store.about.shard_rows % 1000).all()
@@ -131,15 +143,16 @@ def measure(rows: int, planning_only: bool) -> dict[str, float]:
 @click.option("--rows", multiple=True, type=int, default=(10_000, 100_000), show_default=True, help="Faces.")
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--planning-only", is_flag=True, help="Plan, and compute nothing.")
+@click.option("--ray", "workers", default=0, help="Workers of Ray that write; 0: this process does.")
 @click.option("--one", is_flag=True, hidden=True)
 @click.option("--make", hidden=True)
-def main(rows: tuple[int, ...], repeats: int, planning_only: bool, one: bool, make: str | None) -> None:
+def main(rows: tuple[int, ...], repeats: int, planning_only: bool, workers: int, one: bool, make: str | None) -> None:
     """Print the median of each measurement for each size."""
     if make:
         make_manifest(rows[0]).save(Workspace.at(make).manifest_path("faces"))
         return
     if one:
-        print(json.dumps(measure(rows[0], planning_only)))
+        print(json.dumps(measure(rows[0], planning_only, workers)))
         return
     for size in rows:
         command = [
@@ -148,6 +161,8 @@ def main(rows: tuple[int, ...], repeats: int, planning_only: bool, one: bool, ma
             "--one",
             "--rows",
             str(size),
+            "--ray",
+            str(workers),
             *(["--planning-only"] if planning_only else []),
         ]
         output = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(repeats)]

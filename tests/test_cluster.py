@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
+import ray._private.node
 import torch
 
-from pipeline.cluster import cores, free_memory
+from cafe.errors import IncompleteError
+from pipeline.cluster import connect, cores, free_memory
 from pipeline.features.computing import share_out
 from pipeline.settings import ExtractSettings
 
@@ -105,3 +110,18 @@ def test_what_asks_for_no_gpu_gets_none_and_what_asks_for_too_much_is_told() -> 
         "more.",
         "enough",
     ]
+
+
+def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    (words,) = re.findall(r'Exception\(\s*"(The current node .*?) "', inspect.getsource(ray._private.node))
+
+    def time_out(*_: object, **__: object) -> None:
+        raise Exception(words)  # as Ray does, which has no class for it
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests share one
+    monkeypatch.setattr(ray, "init", time_out)
+    with (
+        pytest.raises(IncompleteError, match="most likely because this machine is too busy"),
+        connect(ExtractSettings()),
+    ):
+        pass
