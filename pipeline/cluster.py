@@ -187,6 +187,24 @@ def count(resource: str) -> int:
     return int(ray.cluster_resources().get(resource, 0))
 
 
+def share(workers: int, there: int) -> float:
+    """Return what each of so many workers has of one core or GPU, such that all find room on those there are."""
+    return 1 / -(-workers // there) if there else 0.0
+
+
+def gpu_memory() -> int:
+    """Return the bytes of memory of a GPU of the connected cluster, whose GPUs are taken to be alike."""
+    import ray
+
+    return int(ray.get(ray.remote(_own_gpu_memory).options(num_cpus=0, num_gpus=0.01).remote()))
+
+
+def _own_gpu_memory() -> int:
+    import torch
+
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+
+
 def device() -> str:
     """Return `cuda` in a worker that was given a GPU, else `cpu`: Ray leaves GPUs visible to those without any."""
     import ray

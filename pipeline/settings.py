@@ -198,7 +198,7 @@ class BenchmarkSettings(ClusterSettings):
     dry_run: bool = setting(False, "Show the plan and what it costs, and do nothing.")
     only: str | None = setting(None, "Only cells whose SOURCE/METHOD/SEED matches, e.g. 'rafdb/*' or '*/cafe*/s0'.")
     parallel: Count | None = setting(
-        None, "Cells at a time; default: one per GPU, or per core without, as far as the memory goes."
+        None, "Cells at a time; default: as many as have room on the GPUs, or one per core without any."
     )
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
     experiment: str | None = setting(None, "MLflow experiment; default: the name of the file.")

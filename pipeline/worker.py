@@ -112,11 +112,11 @@ class RayWorker:
         import ray
 
         minutes = settings.scale_minutes
-        gpus = min(1, cluster.count("GPU") / parallel) if cluster.wants_gpu(settings.use_gpu, minutes=minutes) else 0
+        gpus = cluster.count("GPU") if cluster.wants_gpu(settings.use_gpu, minutes=minutes) else 0
         cluster.check_cores(1, minutes)
-        resources = {"num_cpus": min(1, cluster.count("CPU") / parallel), "num_gpus": gpus}
+        shares = {"num_cpus": cluster.share(parallel, cluster.count("CPU")), "num_gpus": cluster.share(parallel, gpus)}
         retries = 3 if settings.address else 0  # a cluster's nodes come and go
-        self.actor = ray.remote(Worker).options(**resources, max_restarts=retries, max_task_retries=retries).remote()
+        self.actor = ray.remote(Worker).options(**shares, max_restarts=retries, max_task_retries=retries).remote()
 
     def train(self, task: Task) -> Future[None]:
         """Train a run to its end."""

@@ -16,7 +16,8 @@ import ray._private.node
 import torch
 
 from cafe.errors import IncompleteError
-from pipeline.cluster import connect, cores, free_memory
+from pipeline.benchmark.cells import count_slots
+from pipeline.cluster import connect, cores, free_memory, share
 from pipeline.features.computing import share_out
 from pipeline.settings import ExtractSettings
 
@@ -27,6 +28,7 @@ from pipeline import cluster
 ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
 print(ray.get([ray.remote(cluster.device).options(num_gpus=gpus).remote() for gpus in (0, 1)]))
 print(cluster.wants_gpu(None), cluster.wants_gpu(False))
+print(cluster.gpu_memory())
 for check, wanted in ((cluster.check_cores, 2), (lambda gpus: cluster.wants_gpu(True, gpus), 2), (cluster.check_cores, 1)):
     try:
         check(wanted)
@@ -99,11 +101,33 @@ def test_a_tower_on_this_machine_works_with_four_cores(cores: int, towers: int) 
     assert share_out(ExtractSettings(), 100, 0, cores) == (towers, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "cores", "memory", "slots"),
+    [
+        (0, 6, 0, 6),
+        (1, 16, 80, 8),  # two cores for each
+        (1, 64, 80, 10),  # eight gigabytes for each
+        (2, 16, 80, 8),
+        (1, 1, 80, 1),
+        (8, 64, 0, 8),  # of a memory that nobody knows
+    ],
+)
+def test_as_many_cells_run_on_a_gpu_as_have_room(gpus: int, cores: int, memory: int, slots: int) -> None:
+    assert count_slots(gpus, cores, memory * 2**30) == slots
+
+
+@pytest.mark.parametrize(("workers", "there"), [(1, 2), (4, 2), (5, 2), (7, 6), (3, 1)])
+def test_all_workers_find_room_on_whole_gpus_and_cores(workers: int, there: int) -> None:
+    fit = there * int(1 / share(workers, there))
+    assert fit >= workers
+
+
 def test_what_asks_for_no_gpu_gets_none_and_what_asks_for_too_much_is_told() -> None:
     program = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, check=True)
     assert program.stdout.splitlines() == [
         "['cpu', 'cuda']",
         "True False",
+        "0",  # Ray takes a GPU for granted that torch does not find
         "2 workers need as many cores and the cluster has 1: use fewer workers, or --scale-minutes where an autoscaler "
         "brings more.",
         "--gpu needs 2 GPUs and the cluster has 1: use fewer workers, --cpu, or --scale-minutes where an autoscaler brings "

@@ -38,6 +38,8 @@ from pipeline.worker import AnyWorker, RayWorker
 from pipeline.workspace import Workspace
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
+GPU_CELL_BYTES = 8 * 2**30  # memory of a GPU for a cell: CUDA's own, a branch at 224 pixels and the source's pictures
+GPU_CELL_CORES = 2  # cores that a cell on a GPU keeps busy
 
 Failures = dict[Cell, str]  # of the cells that failed, why
 Say = Callable[[str], None]
@@ -79,10 +81,15 @@ def share_machine(plan: BenchmarkPlan) -> tuple[int, int]:
     workers = max(settings.num_workers for settings in training)
     cores = cluster.count("CPU")
     gpus = 0 if all(settings.use_gpu is False for settings in training) else cluster.count("GPU")
-    slots = gpus or cores
+    slots = count_slots(gpus, cores, cluster.gpu_memory() if gpus and workers == 1 else 0)
     memory = cluster.count("memory") // CELL_BYTES
     parallel = plan.settings.parallel or max(1, min(slots // workers, memory))
     return parallel, max(1, cores // (parallel * workers))
+
+
+def count_slots(gpus: int, cores: int, gpu_memory: int) -> int:
+    """Return how many workers have room: one per core, or several on each GPU, which small branches leave idle."""
+    return gpus * max(1, min(gpu_memory // GPU_CELL_BYTES, cores // gpus // GPU_CELL_CORES)) if gpus else cores
 
 
 def _here(plan: BenchmarkPlan) -> dict[str, Any]:

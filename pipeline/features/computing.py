@@ -28,7 +28,7 @@ def share_out(settings: ExtractSettings, shards: int, gpus: int, cores: int) -> 
     # The cores of a cluster may lie on as many nodes; on one machine a tower works with several.
     towers = cores if settings.address else max(1, cores // CORES_EACH)
     actors = min(settings.num_actors or gpus or towers, shards)
-    return actors, 1 / -(-actors // gpus) if gpus else 0.0
+    return actors, cluster.share(actors, gpus)
 
 
 def compute_shards(
