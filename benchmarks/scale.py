@@ -16,8 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,14 +25,15 @@ import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
 
 from cafe.data.manifest import SCHEMA, Manifest
-from cafe.towers.embedding import Rendered, Sample
+from cafe.learning.rendering import Rendered, Sample
 from cafe.towers.facts import TowerFacts
 from pipeline.features import extract as extraction
 from pipeline.features import shards
 from pipeline.features.computing import pack_shard
-from pipeline.features.shards import ShardEmbedder
 from pipeline.features.store import FeatureStore
 from pipeline.features.verify import find_damage
 from pipeline.settings import ExtractSettings
@@ -43,30 +44,44 @@ PARTS = 1_000_000  # rows of a manifest made at a time
 FACTS = TowerFacts("null:tower", "0", WIDTH, None, 1, (0.5,) * 3, (0.5,) * 3, "tower")
 
 
-class NullTower:
-    """In place of an `Embedder`: reads nothing and returns the number of the row in its shard, modulo 1000, as features."""
+@dataclass(frozen=True)
+class NullRenderer:
+    """In place of a `Renderer`: reads nothing and returns the rows in place of pictures."""
 
-    max_pixels, manifest = 0, None
+    pictures: object = None
+    for_device: bool = False
+
+    def __call__(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> Rendered:
+        """The numbers of the rows in their shard."""
+        rows = np.array([row for row, _ in samples])
+        return Rendered(rows, rows, {})
+
+
+class NullTower:
+    """In place of an `Embedder`: returns the number of the row in its shard, modulo 1000, as features."""
+
+    renderer = NullRenderer()
 
     def batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
         """All of a shard at once."""
         return [samples]
 
-    def render(self, samples: Sequence[Sample]) -> Rendered:
-        """The rows in place of pictures."""
-        rows = np.array([row for row, _ in samples])
-        return Rendered(rows, rows, {})
-
-    def embed_layers(self, rendered: Rendered, layers: Sequence[object]) -> list[dict[str, np.ndarray]]:
+    def embed_layers(self, rendered: Rendered, layers: Sequence[object]) -> list[dict[str, Tensor]]:
         """The numbers of the rows."""
-        values = (rendered.pictures % 1000).astype(np.float16)
-        return [{"pooled": np.repeat(values[:, None], WIDTH, axis=1)} for _ in layers]
+        values = torch.from_numpy(rendered.pictures % 1000).to(torch.float16)
+        return [{"pooled": values[:, None].expand(-1, WIDTH)} for _ in layers]
 
 
-class NullEmbedder(ShardEmbedder):
+class NullEmbedder:
     """A worker of an extraction with the null tower."""
 
-    embedder = NullTower()  # type: ignore[assignment]
+    def __init__(self, *arguments: Any) -> None:
+        self.worker = shards.ShardEmbedder(*arguments)
+        vars(self.worker)["embedder"] = NullTower()
+
+    def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
+        """Compute one shard."""
+        return self.worker(batch)
 
 
 def peak() -> int:
@@ -116,7 +131,6 @@ def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
         return result
 
     extraction.know_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
-    shards.ShardEmbedder = NullEmbedder  # type: ignore[misc]
     settings = ExtractSettings(backbone="clip-vit-b32", decoders=0, num_actors=workers or None)
     with TemporaryDirectory() as folder:
         workspace = Workspace.at(folder)
@@ -128,6 +142,7 @@ def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
         measured["planning MB"] = peak()
         if not planning_only:
             if workers:
+                shards.ShardEmbedder = NullEmbedder  # type: ignore[assignment, misc]
                 timed("extract", lambda: extract(workspace, manifest, settings), time.monotonic)
             else:
                 timed("write", lambda: write(store, manifest, settings))
