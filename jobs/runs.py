@@ -125,7 +125,8 @@ def evaluate(run: str, **values: Any) -> None:
         for source in spec.trained_on:
             load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
-    add_experiment(path, settings.experiment)
+    if settings.experiment:
+        add_experiment(path, settings.experiment)
     judging = progress_bar("Judging", "targets")
     with interruptible(), keep_status(path, mirror), find_worker(settings) as worker, judging as progress:
         predict_targets(path, targets, progress, worker.judge if worker else judge_anywhere(settings.use_gpu))

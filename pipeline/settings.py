@@ -188,7 +188,7 @@ class EvaluateSettings(ClusterSettings):
     exclude_leaks: bool = setting(False, "Give the numbers without copies of the source's training faces too.")
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
-    experiment: str = setting("cafe", "MLflow experiment.")
+    experiment: str | None = setting(None, "MLflow experiment to show it in as well; default: those it is in.")
 
 
 @dataclass(frozen=True)

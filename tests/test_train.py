@@ -116,10 +116,11 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
 
 def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) -> None:
     for seed in ("0", "1"):
-        ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed)
+        ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, "--experiment", "mine")
     names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
     output = ready.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "all", ray=True)
     assert "two@all" in output
+    assert [path.name for path in (ready.workspace / "runs" / names[0] / "experiments").iterdir()] == ["mine.json"]
     assert len(load_predictions(UPath(ready.workspace / "runs" / names[0]))["two@all"].labels) == 48
 
     table = ready.succeed("compare")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,21 @@ def test_no_face_is_decoded_twice_while_there_is_room(manifest: Manifest) -> Non
         ours, theirs = (list(each.load([np.arange(60)], view, CPU)) for each in (whole, plain))
         assert torch.equal(ours[0]["image"], theirs[0]["image"])
     assert sorted(decoded) == list(range(60))
+
+
+def test_a_face_that_two_threads_decode_at_once_takes_its_room_once(manifest: Manifest) -> None:
+    both = Barrier(2, timeout=20)
+
+    class Waiting(Manifest):
+        def read_face(self, row: int, *arguments: Any) -> np.ndarray:
+            both.wait()
+            return super().read_face(row, *arguments)
+
+    kept = KeptPictures(Waiting(**vars(replace(manifest))), room=10**9)
+    with ThreadPoolExecutor(2) as pool:
+        faces = list(pool.map(kept.read_face, [3, 3]))
+    np.testing.assert_array_equal(*faces)
+    assert kept.room == 10**9 - faces[0].nbytes
 
 
 QUICK = {name: {"mae_epochs": 2, "detector_epochs": 2, "quantile": 0.5} for name in ("ofer", "ofer_own")}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import repeat
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,6 +50,8 @@ class KeptPictures:
     for all, those used longest ago go first.
     """
 
+    lock = Lock()  # one for all, since none can be sent to another process
+
     def __init__(self, pictures: Pictures, room: int) -> None:
         self.pictures, self.room = pictures, room
         self.kept: OrderedDict[tuple[int, str], np.ndarray] = OrderedDict()
@@ -69,13 +72,16 @@ class KeptPictures:
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8, not to be written to."""
-        face = self.kept.pop((row, channels), None)
+        face = self.kept.get((row, channels))
         if face is None:
             face = np.ascontiguousarray(self.pictures.read_face(row, channels, max_pixels))
-            self.room -= face.nbytes
-        self.kept[row, channels] = face
-        while self.room < 0 and self.kept:
-            self.room += self.kept.popitem(last=False)[1].nbytes
+        with self.lock:
+            if (row, channels) not in self.kept:  # another thread may have decoded it too
+                self.kept[row, channels] = face
+                self.room -= face.nbytes
+            self.kept.move_to_end((row, channels))
+            while self.room < 0 and self.kept:
+                self.room += self.kept.popitem(last=False)[1].nbytes
         return face
 
 
