@@ -19,7 +19,7 @@ COMMANDS = {
     "predict": "jobs.predict:predict",
     "export": "jobs.predict:export",
     "compare": "jobs.results:compare",
-    "report": "jobs.reports:report",
+    "report": "jobs.results:report",
     "mlflow": "jobs.results:mlflow",
     "ui": "jobs.results:ui",
     "runs": "jobs.listings:runs",

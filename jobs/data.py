@@ -63,8 +63,7 @@ def index(
     from pipeline.workspace import check_name
 
     check_name(name)
-    workspace = open_workspace()
-    listing = _read(kind, root, **choices)
+    workspace, listing = open_workspace(), _read(kind, root, **choices)
     if split:
         listing.put_into(split)
     if not accept_counts:
@@ -79,8 +78,7 @@ def index(
     if train_faces:
         say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
     _check_counts(listing, counts, accept_counts, warn=True)
-    path = workspace.manifest_path(name)
-    result.manifest.save(path)
+    result.manifest.save(path := workspace.manifest_path(name))
     say(f"Wrote {path}")
 
 

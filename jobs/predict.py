@@ -18,7 +18,9 @@ from pipeline.settings import PredictSettings
 if TYPE_CHECKING:
     from upath import UPath
 
+    from cafe.inference.annotation import Annotator
     from cafe.inference.model import Model
+    from cafe.inference.output import Summary
 
 SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
@@ -49,32 +51,14 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
 
     from cafe.files import locate
     from cafe.inference.annotation import Annotator, place_copies
-    from cafe.inference.frames import count_frames, find_files, read_frames
-    from cafe.inference.output import FORMATS, Summary, list_rows
-    from cafe.inference.recognition import Search, judge_frames
+    from cafe.inference.frames import find_files
     from pipeline.release.library import find_runs
 
     runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
-    loaded = _load(runs, settings)
-    total = sum(count_frames(file, settings.rate) for file in files)
-    search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
-    summary, done = Summary(), 0
-    with ExitStack() as stack:
-        stack.enter_context(interruptible("what was judged so far is kept"))
-        file = stack.enter_context(_open_output(settings.output))
-        write = stack.enter_context(FORMATS[form](file))
-        progress = stack.enter_context(_show_progress(file))
-        annotator = stack.enter_context(copies or nullcontext())
-        for judged in judge_frames(read_frames(files, settings.rate), loaded, search, copies is not None):
-            write(list_rows(judged))
-            summary.add(judged)
-            if annotator:
-                annotator.add(judged)
-            done += 1
-            progress(done, max(done, total))
+    summary = _judge(files, _load(runs, settings), settings, form, copies)
     for sentence in summary.sentences():
         say(sentence, err=True)
     for place in (settings.output, settings.annotate):
@@ -82,6 +66,30 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
             say(f"Wrote {place}", err=True)
     if not summary.faces:
         raise IncompleteError("No face was judged: see the reasons above, or lower --smallest or --confidence.")
+
+
+def _judge(files: list[UPath], model: Model, settings: PredictSettings, form: str, copies: Annotator | None) -> Summary:
+    """Judge all frames of the files, write their rows and the copies that are wanted, and return what they come to."""
+    from cafe.inference.frames import count_frames, read_frames
+    from cafe.inference.output import FORMATS, Summary, list_rows
+    from cafe.inference.recognition import Search, judge_frames
+
+    search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
+    summary, total = Summary(), sum(count_frames(file, settings.rate) for file in files)
+    with ExitStack() as stack:
+        stack.enter_context(interruptible("what was judged so far is kept"))
+        file = stack.enter_context(_open_output(settings.output))
+        write = stack.enter_context(FORMATS[form](file))
+        progress = stack.enter_context(_show_progress(file))
+        annotator = stack.enter_context(copies or nullcontext())
+        frames = judge_frames(read_frames(files, settings.rate), model, search, copies is not None)
+        for done, judged in enumerate(frames, start=1):
+            write(list_rows(judged))
+            summary.add(judged)
+            if annotator:
+                annotator.add(judged)
+            progress(done, max(done, total))
+    return summary
 
 
 def _choose_format(settings: PredictSettings) -> str:

@@ -9,32 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from upath import UPath
 
-from cafe.arithmetic import choose_precision
-from cafe.data.manifest import Manifest
-from cafe.data.union import parts_of, unite
+from cafe.data.union import unite
 from cafe.errors import UserError
-from cafe.files import list_folder, locate, read_json, write_json
+from cafe.files import list_folder, read_json, write_json
 from cafe.learning.loading import SMALLEST_BATCH
 from cafe.learning.networks import check_network
 from cafe.methods import find_method
-from cafe.methods.method import Recipe, apply_overrides
-from cafe.records import changed_fields
+from cafe.methods.method import Recipe
 from cafe.results.protocols import find_protocol
-from cafe.results.sources import Source
-from cafe.towers.facts import NORMALISATIONS
 from pipeline import cluster
 from pipeline.cluster import Bar, Progress, no_bar
 from pipeline.evaluate import is_judged, judge_anywhere, predict_targets
 from pipeline.faces import Faces, choose_target, choose_targets
-from pipeline.features.key import About, describe_policy
 from pipeline.lease import hold
-from pipeline.models import PUBLISHED_SIZE, find_deviations, find_inputs
+from pipeline.models import find_deviations, find_inputs, find_recipe, specify
 from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.sources import (
@@ -125,27 +119,6 @@ def _plan_fold(plan: TrainPlan, left_out: Faces) -> TrainPlan:
     return plan_training(plan.workspace, replace(plan.settings, selection="oracle", targets="none", **changes))
 
 
-def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
-    """Return the published recipe of the method for a kind of source with the changes asked for; raise `UserError`."""
-    shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
-    published = find_method(settings.method).published_recipe(kind)
-    recipe = apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
-    if not settings.scale_batch:
-        return recipe
-    # Linear scaling of the rate with the batch: Goyal et al., "Accurate, Large Minibatch SGD", 2017.
-    batch, rate = settings.num_workers * recipe.batch_size, settings.num_workers * recipe.learning_rate
-    return apply_overrides(recipe, [f"batch_size={batch}", f"learning_rate={rate:.12g}"], settings.method)
-
-
-def find_precision(settings: TrainSettings) -> str:
-    """Return the arithmetic asked for, or that which suits this machine; raise `UserError` where others compute."""
-    if settings.precision != "auto":
-        return settings.precision
-    if settings.address:
-        raise UserError("--precision auto looks at this machine, not at a cluster's: name fp32, tf32 or bf16.")
-    return choose_precision()
-
-
 def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
     check_network(settings.network, settings.init)
     check_name(settings.experiment)
@@ -153,51 +126,6 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
         check_name(settings.tag)
     if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
-
-
-def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
-    """Return what names the run: the settings, with what they leave open taken from the store and the method."""
-    method = find_method(settings.method)
-    policy = settings.policy or method.policy
-    key = store.key if store else None
-    if key and settings.live:
-        key = replace(key, views=recipe.epochs + 1, policy=describe_policy(policy))
-    # As published, every image branch sees the same pixel statistics, whatever its tower takes; a learning tower its own.
-    mean, std = key.normalisation if key and "tower" in method.needs else NORMALISATIONS["imagenet"]
-    own = key is None or method.clean_features  # views of its own: one for every epoch and the clean one
-    views = recipe.epochs + 1 if key is None or own or settings.live else settings.views or key.views
-    shape = store.map_shape if store and "map" in method.needs else None
-    sources = tuple(Source(part.name, part.kind, part.digest) for part in parts_of(manifest))
-    return RunSpec(
-        source=manifest.name,
-        source_digest=manifest.digest,
-        source_kind=manifest.kind,
-        method=settings.method,
-        recipe=asdict(recipe),
-        recipe_changes=changed_fields(recipe),
-        seed=settings.seed,
-        network=settings.network,
-        init=f"file:{locate(settings.init[5:])}" if settings.init.startswith("file:") else settings.init,
-        image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
-        precision=find_precision(settings),
-        policy=policy if key is None or own else key.policy["name"],
-        view_seed=settings.view_seed or 0 if key is None or own else key.view_seed,
-        views=settings.views if settings.views and key is None else views,
-        interpolation=key.interpolation if key else "bilinear",
-        mean=tuple(mean),
-        std=tuple(std),
-        features=key,
-        backbone=store.backbone_name if store else None,
-        width=shape[0] if shape else store.width if store else None,
-        grid=shape[1:] if shape else None,
-        live=settings.live,
-        selection=settings.selection,
-        tag=settings.tag,
-        sources=sources if len(sources) > 1 else (),
-        sampler=settings.sampler,
-        fold=settings.fold,
-        views_per_seed=settings.views_per_seed,
-    )
 
 
 def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: AnyWorker | None = None) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from upath import UPath
@@ -21,6 +22,7 @@ from upath import UPath
 from cafe.arithmetic import set_arithmetic
 from cafe.files import exists, list_folder, locate, remove_file, remove_tree, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
+from cafe.learning.loading import FaceDataset
 from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
 from pipeline import cluster
@@ -164,10 +166,7 @@ def train_run(
     cores: int | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train a run to its end, from its last checkpoint where there is one; `wrap` makes the module that is trained.
-
-    `check` is called after every step, and ends the training by what it raises.
-    """
+    """Train a run from its last checkpoint to its end; `wrap` makes the module trained, `check` may raise after any step."""
     cluster.check_versions(task.versions)
     run = locate(task.run)
     spec = RunSpec.load(run)
@@ -183,18 +182,13 @@ def train_run(
             _save_result(run, method.state_dict(), {"epochs": 0})
         return
     dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source, keep=True)
-    loaders = task.loader_workers
-    if loaders is None:
-        loaders = min(MOST_LOADERS, cores - 1) if device.type == "cuda" and dataset.plan.turns else 0
+    loaders = _count_loaders(task, device, dataset, cores)
     checkpoint, prepared = find_checkpoint(run), False
     if rank() == 0 and checkpoint is None:
         prepared = prepare(method, dataset, rows, spec.seed, device, loaders)
     if world_size() > 1:
         share_batch_norm(method)
-    module, selection = wrap(method), Selection(held_out)
-    if task.validation:
-        selection = Selection(task.validation.rows("train"), make_dataset(spec, task.validation))
-    optimizer = method.optimizer()
+    module, selection, optimizer = wrap(method), _choose_selection(task, spec, held_out), method.optimizer()
     domains = source.manifest.domains if isinstance(source, UnitedFaces) and spec.sampler == "balanced" else None
     training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders, domains)
     done = _restore(checkpoint, training, selection) if checkpoint else 0
@@ -202,6 +196,20 @@ def train_run(
         save_checkpoint(run / "checkpoints" / "0000", method, optimizer, selection.record(0), selection.weights)
     last = task.epochs or spec.recipe["epochs"]
     _train(training, selection, run, range(done + 1, last + 1), task.checkpoint_every, check)
+
+
+def _count_loaders(task: Task, device: torch.device, dataset: FaceDataset, cores: int) -> int:
+    """Return how many processes make views: as asked for, else those a GPU needs that cannot make them itself."""
+    if task.loader_workers is not None:
+        return task.loader_workers
+    return min(MOST_LOADERS, cores - 1) if device.type == "cuda" and dataset.plan.turns else 0
+
+
+def _choose_selection(task: Task, spec: RunSpec, held_out: np.ndarray) -> Selection:
+    """Return what chooses the epoch: the domain left out, where there is one, else faces held out of the source."""
+    if task.validation:
+        return Selection(task.validation.rows("train"), make_dataset(spec, task.validation))
+    return Selection(held_out)
 
 
 def find_checkpoint(run: UPath) -> UPath | None:

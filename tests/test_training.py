@@ -29,8 +29,8 @@ from cafe.methods.method import Inputs, Recipe, apply_overrides
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from jobs.runs import explain_choices
+from pipeline.models import find_precision, find_recipe
 from pipeline.settings import TrainSettings
-from pipeline.train import find_precision, find_recipe
 
 PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CPU = torch.device("cpu")

@@ -29,11 +29,11 @@ from pipeline.features.description import find_stores
 from pipeline.features.extract import Extraction
 from pipeline.features.key import About, FeatureKey, describe_policy
 from pipeline.features.receipts import Receipts
-from pipeline.models import PUBLISHED_SIZE, find_deviations
+from pipeline.models import PUBLISHED_SIZE, find_deviations, find_recipe, specify
 from pipeline.runs import RunSpec
 from pipeline.settings import BenchmarkSettings, ExtractSettings
 from pipeline.sources import choose_rows, unite_faces
-from pipeline.train import TrainPlan, find_recipe, plan_training, specify
+from pipeline.train import TrainPlan, plan_training
 from pipeline.workspace import Workspace
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken

@@ -103,11 +103,9 @@ def _without_restarts() -> dict[str, int]:
 def _compute_with_ray(
     manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, packed: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    import ray
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError, RayTaskError
-    from ray.util.annotations import RayDeprecationWarning
 
     from pipeline.features.shards import ShardEmbedder
 
@@ -117,13 +115,8 @@ def _compute_with_ray(
     cores = cluster.count("CPU")
     actors, gpus_each = share_out(settings, len(packed), gpus, cores)
 
-    cluster.quieten("ray.data")
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    _quieten_ray_data()
     rows = ray.data.from_items(packed, override_num_blocks=len(packed))
-    # Of its last argument, which has no successor yet.
-    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     receipts = rows.map_batches(
         ShardEmbedder,
         fn_constructor_args=_arguments(manifest, stores, settings, gpus, max(1, cores // actors)),
@@ -140,6 +133,18 @@ def _compute_with_ray(
         raise cluster.user_error(error) or error from None
     except RayError as error:
         raise cluster.WorkerDiedError(str(error).strip().partition("\n")[0]) from error
+
+
+def _quieten_ray_data() -> None:
+    from ray.data import DataContext
+    from ray.util.annotations import RayDeprecationWarning
+
+    cluster.quieten("ray.data")
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # `ray_remote_args_fn` has no successor yet.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
 
 
 def pack_shard(manifest: Manifest, about: About, shard: int) -> dict[str, Any]:

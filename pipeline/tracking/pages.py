@@ -28,6 +28,8 @@ from pipeline.workspace import Workspace
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
 LETTER = 7  # pixels of a letter in MLflow's tables
+SECTION = "accuracy"  # of MLflow's charts
+MADE_BY_HAND = {"deleted": False, "isGenerated": False}  # so that MLflow keeps a chart as it is
 BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
 
 
@@ -178,20 +180,6 @@ def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, 
     the experiment have.
     """
     shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
-    section = "accuracy"
-    charts = [
-        {
-            "type": "BAR",
-            "uuid": name,
-            "metricKey": name,
-            "displayName": name,
-            "metricSectionId": section,
-            "runsCountToCompare": 100,
-            "deleted": False,
-            "isGenerated": False,
-        }
-        for name in shown
-    ]
     metric_columns = {f"metrics.`{name}`": name for name in shown}
     param_columns = {f"params.`{name}`": name for name in ("source", "method", "seed")}
     longest = max(map(len, rows), default=0)
@@ -209,16 +197,14 @@ def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, 
         },
         "groupsExpanded": {f"tag.{ROW}.{row}": False for row in sorted(rows)},
         "runsHiddenMode": "SHOW_ALL",
-        "compareRunCharts": charts,
+        "compareRunCharts": [_describe_chart(name) for name in shown],
         "compareRunSections": [
-            {
-                "uuid": section,
-                "name": "Accuracy",
-                "display": True,
-                "columns": 2,
-                "isReordered": False,
-                "deleted": False,
-                "isGenerated": False,
-            }
+            {"uuid": SECTION, "name": "Accuracy", "display": True, "columns": 2, "isReordered": False, **MADE_BY_HAND}
         ],
     }
+
+
+def _describe_chart(metric: str) -> dict[str, Any]:
+    """Return a bar chart of a metric, with a bar for each run or row."""
+    titles = {"uuid": metric, "metricKey": metric, "displayName": metric, "metricSectionId": SECTION}
+    return {"type": "BAR", **titles, "runsCountToCompare": 100, **MADE_BY_HAND}
