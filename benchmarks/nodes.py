@@ -19,6 +19,7 @@ from typing import Self
 import psutil
 
 START_SECONDS = 600.0
+TRIES = 5  # to start a node, whose first handshake may take too long on a busy machine
 
 
 class Nodes:
@@ -79,9 +80,10 @@ class Nodes:
 
     def wait_for(self, name: str, pattern: str) -> str:
         """Return the first group of a pattern as soon as a node's log has it."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline, tries = time.monotonic() + START_SECONDS, 1
         while not (found := re.search(pattern, (self.folder / f"{name}.log").read_text())):
-            if time.monotonic() > deadline:
+            tries += self.running[name].poll() is not None
+            if time.monotonic() > deadline or tries > TRIES:
                 sys.exit(f"{name} does not start: {(self.folder / f'{name}.log').read_text()}")
             self.revive()
             time.sleep(0.1)
