@@ -224,4 +224,4 @@ def find_deviations(spec: RunSpec) -> Iterator[str]:
 
 
 def _plain(value: object) -> str:
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return "/".join(f"{part:.4g}" for part in value) if isinstance(value, tuple) else str(value)
