@@ -41,6 +41,7 @@ from pipeline.workspace import Workspace
 
 WIDTH = 512
 PARTS = 1_000_000  # rows of a manifest made at a time
+SETTINGS = ExtractSettings(backbone="clip-vit-b32", decoders=0)
 FACTS = TowerFacts("null:tower", "0", WIDTH, None, 1, (0.5,) * 3, (0.5,) * 3, "tower")
 
 
@@ -105,10 +106,19 @@ def make_manifest(rows: int) -> Manifest:
     return Manifest("faces", "/nowhere", pa.concat_tables(parts))
 
 
-def write(store: FeatureStore, manifest: Manifest, settings: ExtractSettings) -> None:
+def fill_store(workspace: Workspace, rows: int) -> FeatureStore:
+    """Return a new store of made-up faces."""
+    manifest = make_manifest(rows)
+    about = extraction.describe_store(manifest, SETTINGS, FACTS)
+    store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
+    write(store, manifest)
+    return store
+
+
+def write(store: FeatureStore, manifest: Manifest) -> None:
     """Compute all shards as the driver and a worker do, without Ray between them."""
     without = replace(manifest, table=manifest.table.slice(0, 0))
-    embedder = NullEmbedder({str(store.path): store.about}, without, settings, 1, "cpu")
+    embedder = NullEmbedder({str(store.path): store.about}, without, SETTINGS, 1, "cpu")
     for shard in store.pending():
         done = embedder({name: [value] for name, value in pack_shard(manifest, store.about, shard).items()})
         assert done["fault"] == [""]
@@ -131,7 +141,7 @@ def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
         return result
 
     extraction.know_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
-    settings = ExtractSettings(backbone="clip-vit-b32", decoders=0, num_actors=workers or None)
+    settings = replace(SETTINGS, num_actors=workers or None)
     with TemporaryDirectory() as folder:
         workspace = Workspace.at(folder)
         subprocess.run([sys.executable, __file__, "--make", folder, "--rows", str(rows)], check=True)
@@ -145,7 +155,7 @@ def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
                 shards.ShardEmbedder = NullEmbedder  # type: ignore[assignment, misc]
                 timed("extract", lambda: extract(workspace, manifest, settings), time.monotonic)
             else:
-                timed("write", lambda: write(store, manifest, settings))
+                timed("write", lambda: write(store, manifest))
             timed("no-op", lambda: extract(workspace, manifest, settings))
             measured["writing MB"] = peak()
             view = timed("read", lambda: store.read_view("pooled", 0))

@@ -27,6 +27,7 @@ import click
 import numpy as np
 import torch
 from PIL import Image
+from scale import fill_store
 from torch.nn import functional
 from torchvision import models, transforms
 from upath import UPath
@@ -58,7 +59,7 @@ NOISE = 1.25  # what a multiple may exceed the known one by, and its own spread
 BACKBONE, INPUT_SIZE, IMAGE_SIZE = "imagenet-lite0", 128, 64
 BATCH = 64  # of the tower
 VIEWS = 2
-READS = 20  # of a view of the store, for one measurement
+STORED, READS = 50_000, 5  # faces of a store, and how often a view of them is read for one measurement
 CPU = torch.device("cpu")
 GRID = """
 sources = ["studio"]
@@ -149,8 +150,8 @@ def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
 
     yield "cell of a benchmark", seconds_per_cell(place) / starting
 
+    yield "store, read of a view", seconds_of_reads(place)
     store = FeatureStore(done.store, done.about)
-    yield "store, read of a view", seconds_of_reads(store)
     cached, plan, width = StoredFeatures(store, ["pooled"]), done.about.key.view_plan, tower.facts.width
     live = Embedder(tower, manifest, plan, "cpu", batch_size=BATCH)
     bare = rate_bare_branch(manifest, IMAGE_SIZE)
@@ -178,13 +179,13 @@ def seconds_per_cell(place: Place) -> float:
     return statistics.median(np.diff(ends).tolist())
 
 
-def seconds_of_reads(store: FeatureStore) -> float:
-    """Return how much longer a view of the store takes, with its checksums, than the same bytes of a file."""
-    view = store.read_view("pooled", 0)
+def seconds_of_reads(place: Place) -> float:
+    """Return how much longer a view of a large store takes, with its checksums, than the same bytes of a file."""
+    store = fill_store(place.workspace, STORED)
     plain = Path(f"{store.path}/plain.bin")
-    view.tofile(plain)
+    store.read_view("pooled", 0).tofile(plain)
     times = []
-    for read in (lambda: store.read_view("pooled", 0), lambda: np.fromfile(plain, view.dtype)):
+    for read in (lambda: store.read_view("pooled", 0), lambda: np.fromfile(plain, np.float16)):
         start = time.perf_counter()
         for _ in range(READS):
             read()
