@@ -122,7 +122,7 @@ def draw_figures(
 
     They are PNG; the mean masks by expression are given in numbers too, as JSON.
     """
-    from cafe.report import figures  # with matplotlib, which takes as long as a small training
+    from cafe.report import figures
 
     title = f"{spec.method} trained on {spec.source}, judged on {predictions.about['target']}"
     option = find_protocol(predictions.about["protocol"]).option

@@ -1,46 +1,65 @@
-"""Pictures of one run on one target, drawn with matplotlib: confusion matrix, error gallery, and what the mask selects."""
+"""Pictures of one run on one target: confusion matrix, error gallery, and what the mask selects.
+
+Every run has the first two, which Pillow draws: matplotlib takes as long to load as a small training.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.results.predictions import Predictions
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 NAMES = [name.capitalize() for name in EXPRESSIONS]
 CAPTION = 26  # characters of a path below a face
 COLUMNS = 6  # of an error gallery
 FACE, GAP, HEAD = 200, 10, 44  # pixels: side of a face in it, what lies between two, and the title
+CELL, MARGIN = (84, 62), 150  # pixels: a cell of a confusion matrix, and what is left of the first
+LIGHT, DARK = (247, 251, 255), (8, 48, 107)  # a share of nothing and of all
 STEP_ACROSS, STEP_DOWN = FACE + GAP, FACE + 80
 
 
-def draw_confusion(counts: np.ndarray, title: str) -> Figure:
+def draw_confusion(counts: np.ndarray, title: str) -> Image.Image:
     """Draw a confusion matrix (7, 7): rows are true classes in percent of their samples, columns predicted ones."""
-    support = counts.sum(axis=1, keepdims=True)
-    shares = np.divide(counts, support, out=np.zeros(counts.shape), where=support > 0)
-    figure = Figure(figsize=(6.4, 5.6))
-    axes = figure.add_axes((0.29, 0.2, 0.69, 0.73))  # a layout that is worked out takes half of the time
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(NAMES)), NAMES, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(NAMES)), [f"{name}  ({n})" for name, n in zip(NAMES, support[:, 0], strict=True)])
-    axes.set_xlabel("Predicted")
-    axes.set_ylabel("True (samples)")
-    axes.set_title(title, fontsize=11)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    for row, column in np.ndindex(*counts.shape):
-        if support[row]:
-            share = shares[row, column]
-            axes.text(
-                column, row, f"{100 * share:.0f}", ha="center", va="center", color="white" if share > 0.55 else "#333"
-            )
-    return figure
+    support = counts.sum(axis=1)
+    page = Image.new("RGB", (MARGIN + len(NAMES) * CELL[0] + GAP, HEAD + len(NAMES) * CELL[1] + 60), "white")
+    pen, large, small = ImageDraw.Draw(page), _font(15), _font(12)
+    middle = MARGIN + len(NAMES) * CELL[0] // 2
+    pen.text((page.width / 2, HEAD / 2), title, "black", large, anchor="mm")
+    pen.text((middle, page.height - GAP), "Predicted", "black", large, anchor="ms")
+    pen.text((GAP, HEAD - 4), "True (samples)", "black", small, anchor="ls")
+    for number, (name, samples) in enumerate(zip(NAMES, support, strict=True)):
+        left, top = find_cell(number, number)
+        pen.text((MARGIN - GAP, top + CELL[1] / 2), f"{name} ({samples})", "#333", small, anchor="rm")
+        pen.text((left + CELL[0] / 2, HEAD + len(NAMES) * CELL[1] + 6), name, "#333", small, anchor="ma")
+    for row in np.flatnonzero(support).tolist():
+        for column, share in enumerate(counts[row] / support[row]):
+            left, top = find_cell(row, column)
+            pen.rectangle((left, top, left + CELL[0] - 1, top + CELL[1] - 1), shade(share))
+            colour = "white" if share > 0.5 else "#333"
+            pen.text((left + CELL[0] / 2, top + CELL[1] / 2), f"{100 * share:.0f}", colour, large, anchor="mm")
+    return page
+
+
+def find_cell(row: int, column: int) -> tuple[int, int]:
+    """Return the left upper corner of a cell of a confusion matrix, in pixels."""
+    return MARGIN + column * CELL[0], HEAD + row * CELL[1]
+
+
+def shade(share: float) -> tuple[int, ...]:
+    """Return the blue of a share between 0 and 1."""
+    return tuple(round((1 - share) * light + share * dark) for light, dark in zip(LIGHT, DARK, strict=True))
 
 
 def find_worst_mistakes(
@@ -55,8 +74,7 @@ def find_worst_mistakes(
 def draw_errors(predictions: Predictions, mistakes: np.ndarray, images: list[np.ndarray], title: str) -> Image.Image:
     """Lay out mistakes on a page: each image (H, W, 3) uint8 with its true label in black, the predicted one in red.
 
-    The supplement's Fig. 1, with the path of the file and the run's confidence. Drawn without matplotlib, whose many axes
-    take a second.
+    The supplement's Fig. 1, with the path of the file and the run's confidence.
     """
     rows = max(1, -(-len(images) // COLUMNS))
     page = Image.new("RGB", (COLUMNS * STEP_ACROSS + GAP, rows * STEP_DOWN + HEAD), "white")
@@ -84,9 +102,13 @@ def to_png(figure: Figure | Image.Image) -> bytes:
     return picture.getvalue()
 
 
+@cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Return matplotlib's font at a size in pixels, as in the other figures: it knows the letters of many languages."""
-    return ImageFont.truetype(f"{mpl.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    found = find_spec("matplotlib")
+    assert found
+    assert found.origin
+    return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def draw_masks(masks: np.ndarray, title: str) -> Figure:
@@ -94,6 +116,8 @@ def draw_masks(masks: np.ndarray, title: str) -> Figure:
 
     The upper panel shows the masks, the lower how each expression's differs from the mean over all.
     """
+    from matplotlib.figure import Figure
+
     width = masks.shape[1]
     size = width // len(EXPRESSIONS)
     differences = masks - np.nanmean(masks, axis=0)
@@ -119,6 +143,8 @@ def draw_masks(masks: np.ndarray, title: str) -> Figure:
 
 def draw_heat_maps(images: list[np.ndarray], heats: np.ndarray, titles: list[str], title: str) -> Figure:
     """Draw faces (H, W, 3) uint8, and below each how open the mask is over it, from heats (n, h, w), on one scale."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.6 * len(images) + 0.8, 3.9), layout="constrained")
     figure.suptitle(title, fontsize=12)
     grid = figure.subplots(2, len(images), squeeze=False)
