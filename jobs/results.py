@@ -293,7 +293,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
     from pipeline.tracking.mirror import Mirror
 
     workspace = open_workspace()
-    mirror = Mirror(workspace, mlflow_uri)
+    mirror = Mirror(workspace.keeping_manifests(), mlflow_uri)
     count = mirror.update_all()
     if mirror.warning:
         raise IncompleteError(mirror.warning)

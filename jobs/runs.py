@@ -213,7 +213,7 @@ def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings
         show(table)
     if settings.dry_run:
         return
-    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
+    mirror = _check_mirror(Mirror(workspace.keeping_manifests(), settings.mlflow_uri))
     with interruptible():
         failures = run_benchmark(plan, mirror, progress_bar, say)
     _warn(mirror)

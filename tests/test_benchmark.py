@@ -311,6 +311,16 @@ def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspa
     assert [run.data.tags[PARENT] for run in children] == [parent.info.run_id] * 2
     assert (parent.data.metrics["cells"], parent.data.metrics["cells_failed"]) == (2, 0)
 
+    written = {path.name: path.stat().st_mtime_ns for path in planned.folder.iterdir()}
+    mine, others = (min((run.run / "predictions").iterdir()) for run in finished)
+    for same in (True, False):
+        if not same:
+            mine.write_bytes(others.read_bytes())
+        run_benchmark(plan(workspace, small, only="*/linear_probe/*"), Mirror(workspace), no_bar, said.append)
+        now = {path.name: path.stat().st_mtime_ns for path in planned.folder.iterdir()}
+        changed = {name for name, when in written.items() if now[name] != when}
+        assert changed == (set() if same else {"comparison.md", "report.html", "comparison.sha256"})
+
 
 def tracked(workspace: Workspace, experiment: str) -> list[Any]:
     client = MlflowClient(f"sqlite:///{workspace.root}/mlflow.db")

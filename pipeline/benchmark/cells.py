@@ -6,6 +6,7 @@ goes on where it was interrupted; a cell that fails is reported at the end and s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import write_file, write_json
+from cafe.files import encode_json, exists, list_folder, read_file, write_file
 from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
 from cafe.results.scores import Run, read_runs, read_scores
@@ -55,7 +56,7 @@ def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Fa
 
 
 def _work_off(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
-    write_json(plan.folder / "benchmark.json", asdict(plan.benchmark))
+    _write_once(plan.folder / "benchmark.json", encode_json(asdict(plan.benchmark)))
     try:
         with nullcontext() if all(cell.done for cell in plan.runnable) else cluster.connect(plan.settings):
             if plan.missing_stores:
@@ -66,8 +67,7 @@ def _work_off(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failur
         mirror.update_benchmark(plan.folder, plan.experiment, "KILLED")
         raise
     _write_outcomes(plan, failures)
-    runs = read_runs({cell.plan.run: None for cell in plan.runnable if cell.plan})
-    write_comparison(plan.workspace, plan.folder, runs, plan.experiment, plan.benchmark.protocol)
+    _compare(plan)
     mirror.update_benchmark(plan.folder, plan.experiment, "FAILED" if failures else "FINISHED")
     return failures
 
@@ -228,7 +228,25 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
         {"cell": cell.name, "run": cell.plan.spec.name if cell.plan else None, "failure": failures.get(cell)}
         for cell in plan.cells
     ]
-    write_file(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())
+    _write_once(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())
+
+
+def _write_once(path: UPath, content: bytes) -> None:
+    """Write a file, unless it says so already: its time tells when a benchmark began or ended."""
+    if not exists(path) or read_file(path) != content:
+        write_file(path, content)
+
+
+def _compare(plan: BenchmarkPlan) -> None:
+    """Write the comparison of the cells, unless it was made before of the same predictions."""
+    folders = {cell.plan.run: None for cell in plan.runnable if cell.plan}
+    digest = hashlib.sha256(plan.benchmark.protocol.encode())
+    for path in (path for folder in folders for path in list_folder(folder / "predictions")):
+        digest.update(f"{path.parent.parent.name} {path.name}".encode() + read_file(path))
+    note, made_of = plan.folder / "comparison.sha256", digest.hexdigest().encode()
+    if not (exists(note) and exists(plan.folder / "report.html") and read_file(note) == made_of):
+        write_comparison(plan.workspace, plan.folder, read_runs(folders), plan.experiment, plan.benchmark.protocol)
+        write_file(note, made_of)
 
 
 def write_comparison(workspace: Workspace, folder: UPath, runs: Sequence[Run], experiment: str, protocol: str) -> None:
