@@ -158,6 +158,12 @@ def write_file(path: UPath, content: bytes) -> None:
     retry(path, "written", _put if path.protocol in OBJECT_STORES else _write_beside, path, content)
 
 
+def write_changed(path: UPath, content: bytes) -> None:
+    """Write a file, unless it says so already: what watches its time takes a new one for news."""
+    if not exists(path) or read_file(path) != content:
+        write_file(path, content)
+
+
 def create_file(path: UPath, content: bytes) -> None:
     """Write a file that nobody else can have made at the same time; raise `FileExistsError` where there is one."""
     if path.protocol in OBJECT_STORES:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import exists, read_json, write_json
+from cafe.files import encode_json, exists, read_json, write_changed, write_json
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.sources import Source
 from pipeline.features.key import FeatureKey
@@ -187,5 +187,4 @@ def read_status(run: UPath) -> str:
 def note_status(run: UPath, status: Status, reason: str = "") -> None:
     """Write down how far a run is and, where it failed, the first line of the reason."""
     record = {"status": status, "reason": reason.partition("\n")[0]}
-    if read_json(run / "status.json") != record:
-        write_json(run / "status.json", record)
+    write_changed(run / "status.json", encode_json(record))

@@ -20,7 +20,7 @@ from typing import Any
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import encode_json, exists, list_folder, read_file, write_file
+from cafe.files import encode_json, exists, list_folder, read_file, write_changed, write_file
 from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
 from cafe.results.scores import Run, read_runs, read_scores
@@ -56,7 +56,7 @@ def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Fa
 
 
 def _work_off(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
-    _write_once(plan.folder / "benchmark.json", encode_json(asdict(plan.benchmark)))
+    write_changed(plan.folder / "benchmark.json", encode_json(asdict(plan.benchmark)))
     try:
         with nullcontext() if all(cell.done for cell in plan.runnable) else cluster.connect(plan.settings):
             if plan.missing_stores:
@@ -228,13 +228,7 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
         {"cell": cell.name, "run": cell.plan.spec.name if cell.plan else None, "failure": failures.get(cell)}
         for cell in plan.cells
     ]
-    _write_once(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())
-
-
-def _write_once(path: UPath, content: bytes) -> None:
-    """Write a file, unless it says so already: its time tells when a benchmark began or ended."""
-    if not exists(path) or read_file(path) != content:
-        write_file(path, content)
+    write_changed(plan.folder / "cells.json", json.dumps(records, indent=1, ensure_ascii=False).encode())
 
 
 def _compare(plan: BenchmarkPlan) -> None:
