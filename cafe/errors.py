@@ -30,6 +30,11 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
     return UserError(f"Unknown {kind} {str(value)!r}: choose {names}.")
 
 
-def first_line(error: Exception) -> str:
+def first_line(text: str) -> str:
+    """Return a reason without the list that may follow it."""
+    return text.strip().partition("\n")[0]
+
+
+def quote(error: Exception) -> str:
     """Return the first line of what a library says of its error, without a full stop, to be quoted in a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    return (first_line(str(error)) or type(error).__name__).rstrip(".:")

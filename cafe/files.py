@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from upath import UPath
 
-from cafe.errors import StorageError, UserError, first_line
+from cafe.errors import StorageError, UserError, quote
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
@@ -55,7 +55,7 @@ def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: A
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 raise
             if pause is None:
-                reason = getattr(error, "strerror", None) or first_line(error)
+                reason = getattr(error, "strerror", None) or quote(error)
                 raise StorageError(
                     f"{path} cannot be {verb} ({reason}), though it was tried {len(pauses) + 1} times: mend the storage or "
                     "the rights to it and give the command again."
@@ -178,7 +178,7 @@ def _put(path: UPath, content: bytes, mode: str = "overwrite") -> None:
     try:
         path.fs.pipe_file(path.path, content, mode=mode)
     except FileNotFoundError as error:
-        raise UserError(f"{path} cannot be written ({first_line(error)}): make its bucket first.") from None
+        raise UserError(f"{path} cannot be written ({quote(error)}): make its bucket first.") from None
 
 
 def _write_beside(path: UPath, content: bytes) -> None:

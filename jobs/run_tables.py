@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from cafe.errors import first_line
 from cafe.results.published import load_published
 from cafe.results.sources import ALL_BUT_TARGET
 from jobs.terminal import make_table
 from pipeline import cluster
-from pipeline.benchmark.cells import Failures, first_line
+from pipeline.benchmark.cells import Failures
 from pipeline.benchmark.grid import Cell
 from pipeline.benchmark.plan import BenchmarkPlan
 

@@ -18,7 +18,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from cafe.errors import IncompleteError, UserError, first_line
+from cafe.errors import IncompleteError, UserError, quote
 from pipeline.settings import ClusterSettings
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -115,7 +115,7 @@ def _join(address: str) -> None:
         ray.init(address, runtime_env=workers, **_find_loudness())
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise UserError(
-            f"Ray does not let this command into the cluster at {address!r} ({first_line(error)}): check the address, and "
+            f"Ray does not let this command into the cluster at {address!r} ({quote(error)}): check the address, and "
             "that RAY_AUTH_MODE and RAY_AUTH_TOKEN are those of the cluster."
         ) from None
 
@@ -271,7 +271,7 @@ def user_error(error: BaseException | None) -> UserError | None:
         return found or error  # type: ignore[return-value]
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return IncompleteError(
-            f"A process of Ray's ended in the middle of its work ({first_line(error)}): give the same command again, and "
+            f"A process of Ray's ended in the middle of its work ({quote(error)}): give the same command again, and "
             "where memory is short, fewer workers."
         )
     return None

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from upath import UPath
 
-from cafe.errors import UserError
+from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, read_json, write_changed, write_json
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.sources import Source
@@ -186,5 +186,5 @@ def read_status(run: UPath) -> str:
 
 def note_status(run: UPath, status: Status, reason: str = "") -> None:
     """Write down how far a run is and, where it failed, the first line of the reason."""
-    record = {"status": status, "reason": reason.partition("\n")[0]}
+    record = {"status": status, "reason": first_line(reason)}
     write_changed(run / "status.json", encode_json(record))

@@ -6,6 +6,7 @@ is finished. Everything is written to the run's folder, which MLflow mirrors.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
@@ -46,6 +47,7 @@ from pipeline.workspace import Workspace, check_name
 
 PREPARE_SECONDS = 24 * 3600  # that the other workers wait for the first one, while it prepares a method
 FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written
+MIRROR_SECONDS = 10.0  # between two times that MLflow is shown the epochs of a run, which takes a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,10 @@ def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: 
 
     A plan that is done costs nothing. Interrupt it at any time: the same plan goes on from its last checkpoint.
     """
-    plan.spec.save(plan.run, list(find_deviations(plan.spec)))
-    add_experiment(plan.run, plan.settings.experiment, plan.benchmark)
     if plan.done:
-        note_status(plan.run, "FINISHED")
-        mirror.update(plan.run)
+        show_finished(plan, mirror)
         return
+    _describe(plan, plan)
     with (
         hold(plan.run, plan.settings.wait) as check,
         keep_status(plan.run, mirror),
@@ -151,6 +151,19 @@ def train_and_judge(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worker: 
             with bar("Judging", "targets") as progress:
                 judge = worker.judge if worker else judge_anywhere(plan.settings.use_gpu)
                 predict_targets(plan.run, remaining, progress, judge)
+
+
+def show_finished(plan: TrainPlan, mirror: Mirror) -> None:
+    """Note that a run that is done belongs to this experiment too, and mirror it."""
+    _describe(plan, plan)
+    note_status(plan.run, "FINISHED")
+    mirror.update(plan.run)
+
+
+def _describe(plan: TrainPlan, owner: TrainPlan) -> None:
+    """Write down what a run is, and to which experiment it belongs: a fold to that of the run whose epoch it chooses."""
+    plan.spec.save(plan.run, list(find_deviations(plan.spec)))
+    add_experiment(plan.run, owner.settings.experiment, owner.benchmark)
 
 
 @contextmanager
@@ -177,8 +190,7 @@ def _train_all(
     for number, fold in enumerate(plan.folds):
         if is_finished(fold.run):
             continue
-        fold.spec.save(fold.run, list(find_deviations(fold.spec)))
-        add_experiment(fold.run, plan.settings.experiment, plan.benchmark)
+        _describe(fold, plan)
         with keep_status(fold.run, mirror):
             shared = replace(fold, settings=plan.settings)
             _train(shared, mirror, _share(progress, number, count), worker, check)
@@ -239,13 +251,13 @@ def _follow(
     epochs: int,
 ) -> None:
     """Show the run's own records in MLflow and in the progress bar until the training ends."""
-    mirrored = 0
+    mirrored, since = 0, time.monotonic()
     while not outcome.done():
         check()
         trained = len(list_folder(plan.run / "epochs"))
-        if trained > mirrored:
+        if trained > mirrored and time.monotonic() - since > MIRROR_SECONDS:
             mirror.update(plan.run)
-            mirrored = trained
+            mirrored, since = trained, time.monotonic()
         if note := read_json(plan.run / "progress.json"):
             progress(note["done"], note["per_epoch"] * epochs)
         wait([outcome], FOLLOW_SECONDS)

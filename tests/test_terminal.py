@@ -74,6 +74,20 @@ def test_verbose_says_where_a_mistake_was_found(tmp_path: Path) -> None:
     assert "Traceback" in complain("--verbose")
 
 
+def test_a_command_ends_with_its_code_after_all_that_its_libraries_do_at_the_end() -> None:
+    code = (
+        "import atexit, click\nfrom jobs import cli\n@cli.main.command()\ndef work() -> None:\n"
+        "    atexit.register(print, 'ended', 1 << 20)\n    print('said')\n    click.get_current_context().exit(3)\ncli.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "work"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\nended 1048576\n", "")
+    with Path("/dev/full").open("w") as full:
+        lost = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "--help"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert lost.returncode
+
+
 def show_on_terminal(code: str, **environment: str) -> str:
     """Return what a program writes to a terminal."""
     mine, theirs = pty.openpty()

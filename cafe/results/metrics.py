@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
+import scipy  # which loads a part of it only when it is used
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.results.predictions import Predictions
@@ -81,6 +81,6 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     count = len(values)
     if count < 2:
         return Estimate(float(values[0]) if count else math.nan, math.nan, tuple(values))
-    quantile = float(special.stdtrit(count - 1, (1 + confidence) / 2))
+    quantile = float(scipy.special.stdtrit(count - 1, (1 + confidence) / 2))
     half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Estimate(float(np.mean(values)), half_width, tuple(values))

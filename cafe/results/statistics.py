@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import special
+import scipy
 
 RESAMPLES = 10_000
 
@@ -72,8 +72,8 @@ def grouped_test(
     if error == 0:
         return Difference(mean, mean, mean, float(mean == 0), faces, count)
     freedom = sum(variances) ** 2 / sum(variance**2 / own for variance, own in zip(variances, freedoms, strict=True))
-    half_width = min(2.0, float(special.stdtrit(freedom, (1 + confidence) / 2)) * error)
-    p = 2 * float(special.stdtr(freedom, -abs(mean) / error))
+    half_width = min(2.0, float(scipy.special.stdtrit(freedom, (1 + confidence) / 2)) * error)
+    p = 2 * float(scipy.special.stdtr(freedom, -abs(mean) / error))
     return Difference(mean, mean - half_width, mean + half_width, p, faces, count)
 
 
@@ -139,7 +139,7 @@ def rank_methods(scores: np.ndarray, significance: float = 0.05) -> Ranking:
     middle = (methods + 1) / 2
     spread = ((ranks - middle) ** 2).sum() / (methods - 1)  # zero where all are alike: then there is nothing to test
     statistic = ((ranks.sum(axis=1) - targets * middle) ** 2).sum() / spread if spread else 0.0
-    p = float(special.chdtrc(methods - 1, statistic))
+    p = float(scipy.special.chdtrc(methods - 1, statistic))
     critical = _nemenyi_quantile(methods, significance) * math.sqrt(methods * (methods + 1) / (6 * targets))
     return Ranking(means, targets, p, critical if critical < methods - 1 else math.nan)
 
@@ -151,6 +151,6 @@ def _nemenyi_quantile(methods: int, significance: float) -> float:
     low, high = 0.0, 20.0
     while high - low > 1e-9:
         middle = (low + high) / 2
-        within = methods * density * (special.ndtr(z + middle) - special.ndtr(z)) ** (methods - 1)
+        within = methods * density * (scipy.special.ndtr(z + middle) - scipy.special.ndtr(z)) ** (methods - 1)
         low, high = (middle, high) if np.trapezoid(within, z) < 1 - significance else (low, middle)
     return low / math.sqrt(2)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cafe.errors import UserError, first_line, unknown
+from cafe.errors import UserError, quote, unknown
 from cafe.towers import face
 from cafe.towers.face import FaceResnet
 from cafe.towers.facts import TowerFacts
@@ -114,7 +114,7 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
             if input_size is None:
                 raise
             raise UserError(
-                f"The backbone '{name}' cannot take input size {input_size} ({first_line(error)}): leave it out to use "
+                f"The backbone '{name}' cannot take input size {input_size} ({quote(error)}): leave it out to use "
                 "its own."
             ) from error
 

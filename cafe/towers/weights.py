@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cafe.errors import UserError, first_line
+from cafe.errors import UserError, quote
 from cafe.towers.face import read_face_weights
 from cafe.towers.names import BackboneSpec, timm_name
 
@@ -48,7 +48,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         content = load_state_dict(str(path), use_ema=False, weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:  # the last: it holds no names
         raise UserError(
-            f"The weights file '{path}' cannot be read as plain tensors ({first_line(error)}): "
+            f"The weights file '{path}' cannot be read as plain tensors ({quote(error)}): "
             "fetch it again, or save its state_dict as a .safetensors file."
         ) from error
     tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
@@ -86,7 +86,7 @@ def fetch_weights(repository: str, revision: str | None, files: list[str]) -> st
         except EntryNotFoundError as error:
             reason = error
         except (OSError, HTTPError) as error:
-            raise ConnectionError(first_line(error)) from error
+            raise ConnectionError(quote(error)) from error
     raise ConnectionError(f"it has none of {', '.join(files)}") from reason
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from upath import UPath
 
-from cafe.errors import UserError
+from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, list_folder, read_file, write_changed, write_file
 from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
@@ -34,7 +34,7 @@ from pipeline.lease import hold
 from pipeline.runs import note_status, read_status
 from pipeline.settings import TrainSettings
 from pipeline.tracking.mirror import Mirror
-from pipeline.train import train_and_judge
+from pipeline.train import TrainPlan, show_finished, train_and_judge
 from pipeline.worker import AnyWorker, RayWorker
 from pipeline.workspace import Workspace
 
@@ -97,11 +97,6 @@ def _here(plan: BenchmarkPlan) -> dict[str, Any]:
     return {name: getattr(plan.settings, name) for name in ("address", "num_cpus", "scale_minutes", "wait")}
 
 
-def first_line(reason: str) -> str:
-    """Return a reason without the list that may follow it."""
-    return reason.partition("\n")[0]
-
-
 def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Store | str]:
     filled: dict[StoreName, Store | str] = {}
     for store in plan.missing_stores:
@@ -122,9 +117,9 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
     A worker trains one cell after another and keeps what they share; cells that ask for several workers share Ray Train.
     """
     failures = {cell: cell.obstacle for cell in plan.cells if cell.obstacle}
-    finished = [cell for cell in plan.runnable if cell.done]
-    for cell in finished:
-        _run_cell(cell, {}, mirror, bar, None)  # nothing to do but to show it in MLflow, below this benchmark
+    for cell in plan.runnable:
+        if cell.done and (failure := _attempt(cell, lambda plan: show_finished(plan, mirror))):
+            failures[cell] = failure
     waiting = [cell for cell in plan.runnable if not cell.done]
     parallel, threads = share_machine(plan) if waiting else (1, 1)
     here = {"threads": threads, **_here(plan)}
@@ -137,7 +132,7 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
         pool = ThreadPoolExecutor(parallel)
         futures = {pool.submit(run, cell, bars(cell)): cell for cell in waiting}
         try:
-            for number, future in enumerate(as_completed(futures), start=len(failures) + len(finished) + 1):
+            for number, future in enumerate(as_completed(futures), start=len(plan.cells) - len(waiting) + 1):
                 cell, failure = futures[future], future.result()
                 if failure:
                     failures[cell] = failure
@@ -181,13 +176,22 @@ class _Workers:
             self.idle.put(worker)
 
 
-def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, workers: _Workers | None) -> str:
+def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, workers: _Workers) -> str:
     """Run a cell with the settings of this machine and return why it failed, or nothing."""
+
+    def work(plan: TrainPlan) -> None:
+        settings = replace(plan.settings, **here)
+        with workers.take(settings) as worker:
+            train_and_judge(replace(plan, settings=settings), mirror, bar, worker)
+
+    return _attempt(cell, work)
+
+
+def _attempt(cell: Cell, function: Callable[[TrainPlan], None]) -> str:
+    """Do something with the training of a cell and return why it failed, or nothing."""
     assert cell.plan is not None
-    settings = replace(cell.plan.settings, **here)
     try:
-        with workers.take(settings) if workers else nullcontext() as worker:
-            train_and_judge(replace(cell.plan, settings=settings), mirror, bar, worker)
+        function(cell.plan)
     except Exception as error:  # one cell must never cost the others; its reason is kept and shown
         return _explain(error, cell.name)
     return ""
@@ -198,7 +202,7 @@ def _explain(error: Exception, what: str) -> str:
     if isinstance(error, UserError):
         return str(error)
     logging.getLogger(__name__).error("A bug stopped %s", what, exc_info=error)
-    return f"{type(error).__name__}: {first_line(str(error).strip())}"
+    return f"{type(error).__name__}: {first_line(str(error))}"
 
 
 @contextmanager

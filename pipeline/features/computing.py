@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from cafe.data.manifest import Manifest
+from cafe.errors import first_line
 from pipeline import cluster
 from pipeline.features.decoding import MANY_VIEWS
 from pipeline.features.key import About
@@ -132,7 +133,7 @@ def _compute_with_ray(
     except RayTaskError as error:
         raise cluster.user_error(error) or error from None
     except RayError as error:
-        raise cluster.WorkerDiedError(str(error).strip().partition("\n")[0]) from error
+        raise cluster.WorkerDiedError(first_line(str(error))) from error
 
 
 def _quieten_ray_data() -> None:

@@ -26,7 +26,7 @@ from zarr.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from cafe.data.manifest import Manifest
-from cafe.errors import UserError, first_line
+from cafe.errors import UserError, quote
 from cafe.files import encode_json, list_folder, remove_file, retry, write_file
 from cafe.records import digest, write_sealed
 from pipeline.features.description import ABOUT, CHECKSUMS, damaged, read_about, recover_about
@@ -71,7 +71,7 @@ class FeatureStore:
         try:
             return retry(self.path, "read", function)
         except (KeyError, ValueError, TypeError, FileNotFoundError) as error:
-            raise damaged(self.path, f"Zarr cannot open it: {first_line(error)}") from None
+            raise damaged(self.path, f"Zarr cannot open it: {quote(error)}") from None
 
     def pending(self) -> list[int]:
         """The shards still to compute: a listing, never a scan."""

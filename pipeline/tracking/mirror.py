@@ -12,24 +12,36 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 from upath import UPath
 
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError, quote, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run, read_runs
 from pipeline.tracking.database import has_tag, make_database, move_artifacts
-from pipeline.tracking.pages import BENCHMARK, ROW, Page, describe_benchmark, describe_run, describe_view, name_rows_of
+from pipeline.tracking.pages import (
+    BENCHMARK,
+    ROW,
+    Page,
+    describe_benchmark,
+    describe_run,
+    describe_view,
+    digest_benchmark,
+    digest_of,
+    digest_run,
+    name_rows_of,
+)
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
-MIRRORED = "cafe.mirrored"  # a tag: the digest of what the server was last brought to
+MIRRORED = "cafe.mirrored"  # a tag: the digest of what the page was made of that a run shows
 UNNAMED = "Default"  # the experiment every server has
 VIEW = "comparison"  # the name of the view that compares the runs of an experiment
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those of language models
@@ -45,7 +57,7 @@ class Mirror:
     uri: str | None = None
     behind: set[str] = field(default_factory=set)  # runs the server does not show as they are
     _asleep_until: float = 0.0
-    _shown: dict[tuple[str, str], str] = field(default_factory=dict)  # the digest of each page by experiment and name
+    _shown: dict[tuple[str, str], str] = field(default_factory=dict)  # the digest of each page, by experiment and name
     _settled: bool = False  # whether runs are known to keep their files in this workspace
     _lock: RLock = field(default_factory=RLock)
 
@@ -71,14 +83,18 @@ class Mirror:
         `status` is RUNNING, FINISHED, FAILED or KILLED, and by default that of the folder.
         """
         run = read_run(folder)
-        for experiment, benchmark in run.experiments.items() if run else ():
-            assert run
-            self._show(experiment, describe_run(self.workspace, run, benchmark, status))
+        if run is None or not run.experiments:
+            return run
+        state = digest_run(self.workspace, folder)
+        for experiment, benchmark in run.experiments.items():
+            describe = partial(describe_run, self.workspace, run, benchmark, status)
+            self._show(experiment, run.name, digest_of(state, benchmark, status), describe)
         return run
 
     def update_benchmark(self, folder: UPath, experiment: str, status: str | None = None) -> None:
         """Show a benchmark as its folder says, as the run above those of its cells."""
-        self._show(experiment, describe_benchmark(folder, status))
+        digest = digest_of(digest_benchmark(folder), status)
+        self._show(experiment, folder.name, digest, lambda: describe_benchmark(folder, status))
 
     def update_all(self) -> int:
         """Show every run and benchmark of the workspace; return how many runs there are."""
@@ -90,15 +106,15 @@ class Mirror:
             self.update(folder)
         return len(folders)
 
-    def _show(self, experiment: str, page: Page) -> None:
-        """Bring the server to a page; what goes wrong there is remembered and never raised."""
+    def _show(self, experiment: str, name: str, digest: str, describe: Callable[[], Page]) -> None:
+        """Bring the server to the page of a name, unless it shows that of the digest; what goes wrong is never raised."""
         with self._lock:
             if not self.uri and not self._settled:
                 move_artifacts(database_path(self.workspace), self._artifacts)
                 self._settled = True
-            if self._shown.get((experiment, page.name)) == page.digest or self._has(experiment, page):
+            if self._shown.get((experiment, name)) == digest or self._has(experiment, name, digest):
                 return
-            self.behind.add(page.name)
+            self.behind.add(name)
             if time.monotonic() < self._asleep_until:
                 return
             if not self.uri:
@@ -106,23 +122,23 @@ class Mirror:
             with quiet_mlflow() as mlflow:
                 try:
                     client = mlflow.MlflowClient(self.address)
-                    bring(client, self._find_experiment(client, experiment), page)
+                    bring(client, self._find_experiment(client, experiment), describe(), digest)
                 except (mlflow.exceptions.MlflowException, OSError) as error:
                     logging.getLogger(__name__).info("MLflow at %s: %s", self.address, error)
                     self._asleep_until = time.monotonic() + SLEEP
                 else:
-                    self._shown[experiment, page.name] = page.digest
-                    self.behind.discard(page.name)
+                    self._shown[experiment, name] = digest
+                    self.behind.discard(name)
 
     @property
     def _artifacts(self) -> str:
         """Where runs of the workspace's own database keep their files."""
         return str((self.workspace.root / "artifacts").as_uri())
 
-    def _has(self, experiment: str, page: Page) -> bool:
+    def _has(self, experiment: str, name: str, digest: str) -> bool:
         """Whether the workspace's own database shows a page already; another server is always asked."""
         path = None if self.uri else database_path(self.workspace)
-        return path is not None and has_tag(path, experiment, page.name, MIRRORED, page.digest)
+        return path is not None and has_tag(path, experiment, name, MIRRORED, digest)
 
     def _find_experiment(self, client: Any, name: str) -> str:
         found = client.get_experiment_by_name(name)
@@ -149,8 +165,9 @@ class Mirror:
             try:
                 place = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
             except (mlflow.exceptions.MlflowException, OSError) as error:
-                reason = str(error).partition("\n")[0]
-                raise UserError(f"MLflow at {self.address} has no model {uri} ({reason}): check its name.") from None
+                raise UserError(
+                    f"MLflow at {self.address} has no model {uri} ({quote(error)}): check its name."
+                ) from None
         found = next(iter((UPath(place) / "data").glob("*/run.json")), None)  # MLflow keeps the name of what was logged
         if found is None:
             raise UserError(f"The model {uri} was not exported by cafe: give one that `cafe export --register` made.")
@@ -171,8 +188,9 @@ class Mirror:
                 whole = [run for run in runs if {"cafe.group", MIRRORED} <= run.data.tags.keys()]
                 return [self._pull_run(client, run, check_name(experiment)) for run in whole]
             except (mlflow.exceptions.MlflowException, OSError) as error:
-                reason = str(error).partition("\n")[0]
-                raise UserError(f"MLflow at {self.address} cannot be read ({reason}): check --mlflow-uri.") from None
+                raise UserError(
+                    f"MLflow at {self.address} cannot be read ({quote(error)}): check --mlflow-uri."
+                ) from None
 
     def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
         """Copy a run's description and predictions, unless the cache has them as they are."""
@@ -197,12 +215,12 @@ def copy_folder(folder: UPath, place: UPath) -> None:
         write_file(place / name, files[name].read_bytes())
 
 
-def bring(client: Any, experiment: str, page: Page) -> None:
-    """Make the one run of a page's name in an experiment show the page: add what it lacks, and its status last."""
+def bring(client: Any, experiment: str, page: Page, digest: str) -> None:
+    """Make the one run of a page's name in an experiment show the page: add what it lacks, and its digest last."""
     tracked = find_run(client, experiment, page.name, page.started)
     family = {PARENT: find_run(client, experiment, page.parent).info.run_id} if page.parent else {}
     run_id, there = tracked.info.run_id, tracked.data.tags
-    if there.get(MIRRORED) == page.digest and family.items() <= there.items():
+    if there.get(MIRRORED) == digest and family.items() <= there.items():
         return
     log(client, tracked, page, {**page.tags, **family})
     log_inputs(client, tracked, page)
@@ -211,7 +229,7 @@ def bring(client: Any, experiment: str, page: Page) -> None:
         client.update_run(run_id, page.status)
     elif page.status != tracked.info.status or page.ended not in (None, tracked.info.end_time):
         client.set_terminated(run_id, page.status, page.ended)
-    client.set_tag(run_id, MIRRORED, page.digest)
+    client.set_tag(run_id, MIRRORED, digest)
 
 
 def find_run(client: Any, experiment: str, name: str, started: int | None = None) -> Any:

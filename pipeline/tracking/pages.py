@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pandas as pd
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.files import list_folder, read_json, time_written
+from cafe.files import list_folder, read_file, read_json, time_written
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
@@ -30,6 +31,9 @@ ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
 LETTER = 7  # pixels of a letter in MLflow's tables
 SECTION = "accuracy"  # of MLflow's charts
 MADE_BY_HAND = {"deleted": False, "isGenerated": False}  # so that MLflow keeps a chart as it is
+TIMED = ("run.json", "result.json", "status.json")  # what a run's page is made of: these and their times,
+DRAWN = ("epochs", "predictions", "figures")  # and what is in these folders
+CODE = version("cafe")  # whose pages these are
 BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
 
 
@@ -59,14 +63,31 @@ class Page:
     started: int | None = None  # milliseconds since 1970
     ended: int | None = None
 
-    @cached_property
-    def digest(self) -> str:
-        """Names all that is shown."""
-        points = [[name, step, value] for (name, step), value in sorted(self.points.items())]
-        files = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
-        inputs = [astuple(found) for found in self.inputs]
-        rest = [self.status, self.params, points, self.tags, files, inputs, self.parent, self.started, self.ended]
-        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
+
+def digest_run(workspace: Workspace, folder: UPath) -> str:
+    """Name all that the page of a run is made of, without making it."""
+    below = (path for name in DRAWN for path in sorted((folder / name).glob("**/*")) if path.is_file())
+    return digest_of(workspace.manifest_names(), _digest_files(folder, [*(folder / name for name in TIMED), *below]))
+
+
+def digest_benchmark(folder: UPath) -> str:
+    """Name all that the page of a benchmark is made of, without making it."""
+    return digest_of(_digest_files(folder, list_folder(folder)))
+
+
+def digest_of(*parts: object) -> str:
+    """Name what a page is made of by this version of the program."""
+    return hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest_files(folder: UPath, paths: Iterable[UPath]) -> dict[str, list[Any]]:
+    """Return the digest of each file there is and, of those that tell when something began or ended, the time."""
+    digests: dict[str, list[Any]] = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            time = time_written(path) if path.parent == folder else None
+            digests[str(path.relative_to(folder))] = [hashlib.sha256(read_file(path)).hexdigest(), time]
+    return digests
 
 
 def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: str | None) -> Page:

@@ -15,7 +15,7 @@ from cafe.data.expressions import parse_expression
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
 from cafe.data.manifest import SPLITS
-from cafe.errors import UserError, first_line, unknown
+from cafe.errors import UserError, quote, unknown
 from cafe.files import read_file, retry
 
 COLUMNS = ("path", "label", "split", "group")
@@ -84,7 +84,7 @@ def _load(file: UPath) -> tuple[list[str], list[dict[str, object]]]:
             table = pa.csv.read_csv(data, convert_options=text)
         return table.column_names, table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is neither a CSV nor a Parquet table ({first_line(error)}): write it again.") from None
+        raise UserError(f"{file} is neither a CSV nor a Parquet table ({quote(error)}): write it again.") from None
 
 
 def _read_row(row: dict[str, object], where: str) -> LabelledFile:
