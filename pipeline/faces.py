@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from upath import UPath
@@ -27,10 +27,12 @@ from pipeline.features.description import check_description, find_stores
 from pipeline.features.key import About
 from pipeline.features.reader import FeatureReader
 from pipeline.features.receipts import Receipts
-from pipeline.features.store import FeatureStore
 from pipeline.runs import RunSpec
 from pipeline.settings import StoreChoice
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.features.store import FeatureStore
 
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,
 # since only the clean view 0 is judged.
@@ -92,9 +94,16 @@ class Faces:
         return KeptPictures(self.manifest, int(PICTURES_SHARE * free_memory()))
 
     @cached_property
-    def features(self) -> FeatureStore | None:
+    def _features(self) -> FeatureStore | None:
         """The feature store, opened."""
+        from pipeline.features.store import FeatureStore  # Zarr, which no plan needs
+
         return FeatureStore(self.store, self.about) if self.store and self.about else None
+
+    @cached_property
+    def _valid(self) -> np.ndarray | None:
+        """Which rows have features, (N,) bool; None without a store."""
+        return Receipts(self.store, self.about).valid() if self.store and self.about else None
 
     @cached_property
     def _readers(self) -> dict[tuple[str, ...], FeatureReader]:
@@ -102,9 +111,9 @@ class Faces:
 
     def reader(self, names: Sequence[str]) -> FeatureReader | None:
         """Return what reads these arrays of the store; views it has read are kept with these faces."""
-        if self.features is None or not names:
+        if self._features is None or not names:
             return None
-        return self._readers.setdefault(tuple(sorted(names)), FeatureReader(self.features, sorted(names)))
+        return self._readers.setdefault(tuple(sorted(names)), FeatureReader(self._features, sorted(names)))
 
     @property
     def channels(self) -> str:
@@ -118,7 +127,7 @@ class Faces:
     def rows(self, split: str) -> np.ndarray:
         """The rows of a split that have features; all of them without a store."""
         rows = self.manifest.rows(split)
-        return rows if self.features is None else rows[self.features.valid()[rows]]
+        return rows if self._valid is None else rows[self._valid[rows]]
 
 
 @dataclass(frozen=True)

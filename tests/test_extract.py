@@ -151,8 +151,8 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(
     store = open_store(cafe, "odd")
     assert store.pending() == []  # everything computed was kept
     bad = list(store.array("sample_id")[:]).index("anger/truncated.jpg")
-    assert store.valid().tolist() == [row != bad for row in range(17)]
-    assert np.isfinite(store.array("pooled")[:][store.valid()]).all()
+    assert store.receipts.valid().tolist() == [row != bad for row in range(17)]
+    assert np.isfinite(store.array("pooled")[:][store.receipts.valid()]).all()
     assert np.isnan(store.array("pooled")[bad]).all()
     assert "1 unreadable images left out" in cafe.succeed(*command, "--max-skipped", "1")
 
@@ -173,7 +173,7 @@ def test_a_fault_of_the_storage_leaves_its_shard_undone_and_no_other(indexed: Ca
     picture.write_bytes(content)
     assert extract_here(indexed, tiny_tower, shard_rows=15).path == store.path
     assert store.pending() == []
-    assert store.valid().all()
+    assert store.receipts.valid().all()
 
 
 def test_decoding_ahead_changes_nothing(indexed: Cafe, tiny_tower: str) -> None:

@@ -77,7 +77,7 @@ def test_a_folder_that_is_away_enters_no_receipt(extraction: Extraction) -> None
     assert "000.jpg is missing with its whole folder on node" in faults[0]
     (extraction.faces / "away").rename(extraction.faces / "anger")
     assert extraction.run() == {0: "", 1: ""}
-    assert extraction.store.valid().all()
+    assert extraction.store.receipts.valid().all()
 
 
 def test_a_node_without_most_of_the_pictures_is_named(extraction: Extraction) -> None:
@@ -99,7 +99,7 @@ def test_a_picture_that_is_gone_is_skipped_until_skipped_ones_are_asked_for(extr
     picture.write_bytes(content)
     store.receipts.discard_skipped()
     assert extraction.run() == {1: ""}
-    assert extraction.store.valid().all()
+    assert extraction.store.receipts.valid().all()
 
 
 def test_a_picture_that_was_replaced_since_it_was_indexed_is_named(extraction: Extraction) -> None:

@@ -266,6 +266,6 @@ def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_a
     store = FeatureStore(path, about)
     samples = list(store.array("sample_id")[:])
     assert store.pending() == []
-    assert store.valid().tolist() == [sample != "happiness/poison.png" for sample in samples]
+    assert store.receipts.valid().tolist() == [sample != "happiness/poison.png" for sample in samples]
     # Each of 37 pictures once, and those of the two shards that were under way two to four times.
     assert 37 < len((tmp_path / "tried.txt").read_text()) <= 37 + 3 * 8

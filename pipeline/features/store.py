@@ -77,10 +77,6 @@ class FeatureStore:
         """The shards still to compute: a listing, never a scan."""
         return self.receipts.pending()
 
-    def valid(self) -> np.ndarray:
-        """Which rows have features, (N,) bool."""
-        return self.receipts.valid()
-
     def write_shard(self, shard: int, arrays: dict[str, np.ndarray], skipped: dict[int, str]) -> None:
         """Write the features of a shard, {array: (rows, V, …)}, then its receipt; `skipped` gives reasons by row."""
         rows = self.about.rows_of(shard)
