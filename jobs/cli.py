@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import sys
 
 import click
 
-from jobs.terminal import Commands, set_loudness
+from jobs.terminal import Commands, collect_seldom, set_loudness
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
@@ -36,8 +35,6 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 something could not be done, what was finished is kept; 2 a mistake in the command, said in one "
     "sentence before any work; 130 interrupted. Colours follow NO_COLOR."
 )
-
-COLLECTED_AFTER = 100_000  # objects; Python's own 700 is for programs that make fewer
 
 
 @click.group(cls=Commands, places=COMMANDS, context_settings=HELP, epilog=EXIT_CODES)
@@ -66,11 +63,10 @@ def main(ctx: click.Context, workspace: str, quiet: bool, verbose: bool) -> None
 
 
 def run() -> None:
-    """Run the command of this process and end it at once.
+    """Run the command of this process and end it at once, leaving its memory to the system.
 
-    Python looks for garbage among all that torch and MLflow make, again and again while they are imported and once more at
-    the end, which took three of the eight seconds of a small training. So it looks seldom, and the memory is left to the
-    system.
+    Python looks for garbage among all that torch and MLflow make, while they are imported and once more at the end, which
+    took three of the eight seconds of a small training.
     """
     code = 1
 
@@ -79,7 +75,7 @@ def run() -> None:
             stream.flush()
         os._exit(code)
 
-    gc.set_threshold(COLLECTED_AFTER)
+    collect_seldom()
     atexit.register(end)  # the first to be registered is the last to be called
     try:
         main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 QUIET = "cafe.quiet"  # where click's context keeps it
+SELDOM, USUAL = 100_000, gc.get_threshold()  # objects made anew, after which Python looks for garbage
 GRACE_SECONDS = 4.0  # for an interrupted command to put its things in order
 
 _interrupted = Event()
@@ -92,12 +94,25 @@ def say(sentence: str, err: bool = False) -> None:
         click.echo(sentence, err=err)
 
 
+def collect_seldom() -> None:
+    """Look for garbage seldom while a command begins, which imports and reads what it needs to its end."""
+    gc.set_threshold(SELDOM)
+
+
+def collect_as_usual() -> None:
+    """Look for garbage as usual from here on, where pictures come and go, but not among what was there before."""
+    if gc.get_threshold()[0] == SELDOM:
+        gc.freeze()
+        gc.set_threshold(*USUAL)
+
+
 @contextmanager
 def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], None]]:
     """Show one bar with rate and time left on a terminal, nothing elsewhere or if quiet; yields `update(done, total)`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    collect_as_usual()
     console = Console(stderr=True)
     columns = (
         TextColumn(title),
@@ -144,6 +159,7 @@ def interruptible(then: str = "the same command goes on where it was") -> Iterat
         limit.start()
         raise KeyboardInterrupt
 
+    collect_as_usual()
     usual = signal.signal(signal.SIGINT, interrupt)
     try:
         yield

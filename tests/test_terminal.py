@@ -88,6 +88,18 @@ def test_a_command_ends_with_its_code_after_all_that_its_libraries_do_at_the_end
     assert lost.returncode
 
 
+def test_garbage_is_looked_for_seldom_only_until_the_work_begins() -> None:
+    code = (
+        "import gc\nfrom jobs import cli\nfrom jobs.terminal import interruptible, progress_bar\n"
+        "usual = gc.get_threshold()\n"
+        "@cli.main.command()\ndef work() -> None:\n    print(gc.get_threshold() == usual)\n"
+        "    with {work}: print(gc.get_threshold() == usual, gc.get_freeze_count() > 1000)\ncli.run()"
+    )
+    for work in ("interruptible()", "progress_bar('Working')"):
+        command = [sys.executable, "-c", code.format(work=work), "work"]
+        assert subprocess.check_output(command, text=True) == "False\nTrue True\n"
+
+
 def show_on_terminal(code: str, **environment: str) -> str:
     """Return what a program writes to a terminal."""
     mine, theirs = pty.openpty()
