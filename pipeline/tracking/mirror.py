@@ -25,19 +25,9 @@ from upath import UPath
 from cafe.errors import UserError, quote, unknown
 from cafe.files import write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run, read_runs
+from pipeline.tracking import pages
 from pipeline.tracking.database import has_tag, make_database, move_artifacts
-from pipeline.tracking.pages import (
-    BENCHMARK,
-    ROW,
-    Page,
-    describe_benchmark,
-    describe_run,
-    describe_view,
-    digest_benchmark,
-    digest_of,
-    digest_run,
-    name_rows_of,
-)
+from pipeline.tracking.pages import BENCHMARK, ROW, Page, describe_view, name_rows_of
 from pipeline.workspace import Workspace, check_name
 
 PARENT = "mlflow.parentRunId"
@@ -85,16 +75,16 @@ class Mirror:
         run = read_run(folder)
         if run is None or not run.experiments:
             return run
-        state = digest_run(self.workspace, folder)
+        state = pages.digest_run(self.workspace, folder)
         for experiment, benchmark in run.experiments.items():
-            describe = partial(describe_run, self.workspace, run, benchmark, status)
-            self._show(experiment, run.name, digest_of(state, benchmark, status), describe)
+            describe = partial(pages.describe_run, self.workspace, run, benchmark, status)
+            self._show(experiment, run.name, pages.digest_of(state, benchmark, status), describe)
         return run
 
     def update_benchmark(self, folder: UPath, experiment: str, status: str | None = None) -> None:
         """Show a benchmark as its folder says, as the run above those of its cells."""
-        digest = digest_of(digest_benchmark(folder), status)
-        self._show(experiment, folder.name, digest, lambda: describe_benchmark(folder, status))
+        digest = pages.digest_of(pages.digest_benchmark(folder), status)
+        self._show(experiment, folder.name, digest, lambda: pages.describe_benchmark(folder, status))
 
     def update_all(self) -> int:
         """Show every run and benchmark of the workspace; return how many runs there are."""
