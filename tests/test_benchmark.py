@@ -21,7 +21,7 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.files import write_json
+from cafe.files import read_json, write_json
 from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import Training
 from cafe.methods import METHODS
@@ -320,6 +320,12 @@ def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspa
         now = {path.name: path.stat().st_mtime_ns for path in planned.folder.iterdir()}
         changed = {name for name, when in written.items() if now[name] != when}
         assert changed == (set() if same else {"comparison.md", "report.html", "comparison.sha256"})
+
+    record = read_json(first.plan.run / "run.json") or {}
+    write_json(first.plan.run / "run.json", {**record, "spec": {**record["spec"], "network": "resnet50"}})
+    planned = plan(workspace, small, only="*/linear_probe/*")
+    ((cell, reason),) = run_benchmark(planned, Mirror(workspace), no_bar, said.append).items()
+    assert (cell.name, "was begun with another network" in reason) == (planned.cells[0].name, True)
 
 
 def tracked(workspace: Workspace, experiment: str) -> list[Any]:
