@@ -78,6 +78,11 @@ def list_folder(folder: UPath) -> list[UPath]:
     return sorted((path for path in there if not path.name.startswith(".")), key=lambda path: path.name)
 
 
+def list_files(folder: UPath) -> list[UPath]:
+    """Return every file below a folder, sorted, without those half written; nothing when it is not there."""
+    return sorted(path for path in folder.glob("**/*") if path.is_file() and not path.name.startswith("."))
+
+
 def list_sizes(folder: UPath) -> dict[str, int]:
     """Return the bytes of each file of a folder by its name, from one listing; nothing when it is not there."""
     try:

@@ -321,6 +321,11 @@ def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspa
         changed = {name for name, when in written.items() if now[name] != when}
         assert changed == (set() if same else {"comparison.md", "report.html", "comparison.sha256"})
 
+    other = first.plan.run / "predictions" / "paper" / mine.name  # judged by another protocol besides
+    other.parent.mkdir()
+    other.write_bytes(mine.read_bytes())
+    assert run_benchmark(plan(workspace, small, only="*/linear_probe/*"), Mirror(workspace), no_bar, said.append) == {}
+
     record = read_json(first.plan.run / "run.json") or {}
     write_json(first.plan.run / "run.json", {**record, "spec": {**record["spec"], "network": "resnet50"}})
     planned = plan(workspace, small, only="*/linear_probe/*")

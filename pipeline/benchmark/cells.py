@@ -6,7 +6,6 @@ goes on where it was interrupted; a cell that fails is reported at the end and s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,8 @@ from typing import Any
 from upath import UPath
 
 from cafe.errors import UserError, first_line
-from cafe.files import encode_json, exists, list_folder, read_file, write_changed, write_file
+from cafe.files import encode_json, exists, list_files, read_file, write_changed, write_file
+from cafe.records import digest
 from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
 from cafe.results.scores import Run, read_runs, read_scores
@@ -238,10 +238,13 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
 def _compare(plan: BenchmarkPlan) -> None:
     """Write the comparison of the cells, unless it was made before of the same predictions."""
     folders = {cell.plan.run: None for cell in plan.runnable if cell.plan}
-    digest = hashlib.sha256(plan.benchmark.protocol.encode())
-    for path in (path for folder in folders for path in list_folder(folder / "predictions")):
-        digest.update(f"{path.parent.parent.name} {path.name}".encode() + read_file(path))
-    note, made_of = plan.folder / "comparison.sha256", digest.hexdigest().encode()
+    judged = {
+        str(path.relative_to(folder.parent)): digest(read_file(path))
+        for folder in folders
+        for path in list_files(folder / "predictions")
+    }
+    note = plan.folder / "comparison.sha256"
+    made_of = digest(encode_json({"protocol": plan.benchmark.protocol, "judged": judged})).encode()
     if not (exists(note) and exists(plan.folder / "report.html") and read_file(note) == made_of):
         write_comparison(plan.workspace, plan.folder, read_runs(folders), plan.experiment, plan.benchmark.protocol)
         write_file(note, made_of)

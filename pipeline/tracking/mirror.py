@@ -23,7 +23,7 @@ from typing import Any
 from upath import UPath
 
 from cafe.errors import UserError, quote, unknown
-from cafe.files import write_file, write_json
+from cafe.files import list_files, write_file, write_json
 from cafe.results.scores import PULLED, Run, read_run, read_runs
 from pipeline.tracking import pages
 from pipeline.tracking.database import has_tag, make_database, move_artifacts
@@ -200,7 +200,7 @@ class Mirror:
 
 def copy_folder(folder: UPath, place: UPath) -> None:
     """Copy all files of a folder, a run's description last: from then on the run is there."""
-    files = {str(path.relative_to(folder)): path for path in folder.glob("**/*") if path.is_file()}
+    files = {str(path.relative_to(folder)): path for path in list_files(folder)}
     for name in sorted(files, key=lambda name: name == "run.json"):
         write_file(place / name, files[name].read_bytes())
 

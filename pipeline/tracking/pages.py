@@ -5,7 +5,6 @@ Nothing here talks to a server; `mirror` brings one to these pages.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ import pandas as pd
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.files import list_folder, read_file, read_json, time_written
+from cafe.files import list_files, list_folder, read_file, read_json, time_written
+from cafe.records import digest
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
@@ -66,7 +66,7 @@ class Page:
 
 def digest_run(workspace: Workspace, folder: UPath) -> str:
     """Name all that the page of a run is made of, without making it."""
-    below = (path for name in DRAWN for path in sorted((folder / name).glob("**/*")) if path.is_file())
+    below = (path for name in DRAWN for path in list_files(folder / name))
     return digest_of(workspace.manifest_names(), _digest_files(folder, [*(folder / name for name in TIMED), *below]))
 
 
@@ -77,7 +77,7 @@ def digest_benchmark(folder: UPath) -> str:
 
 def digest_of(*parts: object) -> str:
     """Name what a page is made of by this version of the program."""
-    return hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True).encode()).hexdigest()[:32]
+    return digest(json.dumps([CODE, *parts], sort_keys=True).encode())[:32]
 
 
 def _digest_files(folder: UPath, paths: Iterable[UPath]) -> dict[str, list[Any]]:
@@ -86,7 +86,7 @@ def _digest_files(folder: UPath, paths: Iterable[UPath]) -> dict[str, list[Any]]
     for path in paths:
         with suppress(FileNotFoundError):
             time = time_written(path) if path.parent == folder else None
-            digests[str(path.relative_to(folder))] = [hashlib.sha256(read_file(path)).hexdigest(), time]
+            digests[str(path.relative_to(folder))] = [digest(read_file(path)), time]
     return digests
 
 
@@ -107,9 +107,9 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
     judged = [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]
     files = {"run.json": run.folder / "run.json"}
     for folder in ("predictions", "figures"):
-        paths = (path for path in (run.folder / folder).glob("**/*") if path.suffix in (".parquet", ".png"))
+        paths = (path for path in list_files(run.folder / folder) if path.suffix in (".parquet", ".png"))
         # Figures lie at the top, by their kind.
-        files |= {str(path.relative_to(run.folder)).removeprefix("figures/"): path for path in sorted(paths)}
+        files |= {str(path.relative_to(run.folder)).removeprefix("figures/"): path for path in paths}
     tags = {"cafe.group": run.group, "cafe.protocols": ", ".join(judged), "cafe.reason": reason, **describe_code(run)}
     tags[NOTE] = describe_scores(run, scores)
     status = status or ended.get("status", "RUNNING")
@@ -144,8 +144,8 @@ def describe_inputs(workspace: Workspace, run: Run, scores: pd.DataFrame) -> Ite
         if run.selection == "source_val":
             yield _describe_input(workspace, "validation", source.name, source.digest, "val")
     targets = {(row.target, row.manifest, row.split) for row in scores.itertuples() if row.relation != SOURCE}
-    for name, digest, split in sorted(targets):
-        yield _describe_input(workspace, "test", name, digest, split)
+    for name, manifest, split in sorted(targets):
+        yield _describe_input(workspace, "test", name, manifest, split)
 
 
 def _describe_input(workspace: Workspace, context: str, name: str, digest: str, split: str) -> Input:
