@@ -11,7 +11,7 @@ test: .venv/ready
 	$(BIN)/pytest -n 2  # what needs Ray in one process, the rest in the other
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/speed.py  # three minutes on a quiet machine; compares with benchmarks/speed.json
+	$(BIN)/python measurements/speed.py  # three minutes on a quiet machine; compares with measurements/speed.json
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

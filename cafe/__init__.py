@@ -1,15 +1,22 @@
-"""The science of facial-expression recognition that generalises; nothing here knows Ray, Zarr, MLflow or click.
+"""Facial-expression recognition that generalises.
 
-In the order in which a face passes through, which is also the order to read it in:
+Its packages, each of which imports those below it alone (read them from the bottom, the way a face goes):
 
-data       expressions, pictures and manifests; a reader for each data set; copies between sets; alignment of photographs
-towers     frozen towers: their names, weights and layers, and a tower at work on the faces of a manifest
-learning   views, batches, the training loops and the trainable image branches
-methods    CAFE, its rivals and its baselines, a file each
-results    predictions, and every number computed from them: scores, comparisons, tests, protocols, published numbers
-report     tables, charts, figures and pages
+jobs       the doors: command line, shipped benchmark files, cluster files
+pipeline   the engine: workspace, runs, feature stores, training, evaluation, benchmarks, tracking, release
 inference  a trained method at work on photographs, videos and arrays
+report     tables, charts, figures and pages, drawn from numbers
+results    predictions, and every number computed from them: scores, comparisons, tests, protocols, published numbers
+learning   batches, the training loops, adaptation
+methods    CAFE, its rivals and its baselines, a file each
+networks   the trainable image branches; what several workers share
+towers     frozen towers: their names, weights and layers, and a tower at work on the faces of a manifest
+views      one augmented picture of one face: drawn, rendered, resized, on a CPU and on a card
 synthetic  drawn faces in five domains, for whoever has no data set
+data       expressions, pictures and manifests; a reader for each data set; copies between sets; alignment of photographs
+
+All but the first two are the science and know neither Ray, Zarr, MLflow nor click. In a checkout `pipeline` and `jobs` are links
+to the folders beside this one.
 
 `import cafe` itself offers what a program of yours needs (docs/predict.md), each imported when it is first asked for:
 `load_manifest`, `load_store`, `load_model`, `scores` and the class `Model`.
@@ -22,10 +29,10 @@ from typing import Any
 
 OFFERED = {  # name: where it is; what needs a workspace belongs to the engine
     "Model": "cafe.inference.model",
-    "load_manifest": "pipeline.release.library",
-    "load_model": "pipeline.release.library",
-    "load_store": "pipeline.release.library",
-    "scores": "pipeline.release.library",
+    "load_manifest": "cafe.pipeline.release.library",
+    "load_model": "cafe.pipeline.release.library",
+    "load_store": "cafe.pipeline.release.library",
+    "scores": "cafe.pipeline.release.library",
 }
 __all__ = sorted(OFFERED)
 

@@ -1,5 +1,5 @@
 from cafe.inference.model import Model as Model
-from pipeline.release.library import load_manifest as load_manifest
-from pipeline.release.library import load_model as load_model
-from pipeline.release.library import load_store as load_store
-from pipeline.release.library import scores as scores
+from cafe.pipeline.release.library import load_manifest as load_manifest
+from cafe.pipeline.release.library import load_model as load_model
+from cafe.pipeline.release.library import load_store as load_store
+from cafe.pipeline.release.library import scores as scores

@@ -8,28 +8,28 @@ import sys
 
 import click
 
-from jobs.terminal import Commands, collect_seldom, set_loudness
+from cafe.jobs.terminal import Commands, defer_gc, set_loudness
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
-    "data": "jobs.data:data",
-    "tower": "jobs.towers:tower",
-    "extract": "jobs.runs:extract",
-    "store": "jobs.stores:store",
-    "train": "jobs.runs:train",
-    "evaluate": "jobs.runs:evaluate",
-    "benchmark": "jobs.runs:benchmark",
-    "demo": "jobs.runs:demo",
-    "predict": "jobs.predict:predict",
-    "export": "jobs.predict:export",
-    "compare": "jobs.results:compare",
-    "report": "jobs.results:report",
-    "mlflow": "jobs.results:mlflow",
-    "ui": "jobs.results:ui",
-    "runs": "jobs.listings:runs",
-    "methods": "jobs.listings:methods",
-    "doctor": "jobs.doctor:doctor",
-    "completion": "jobs.listings:completion",
+    "data": "cafe.jobs.data:data",
+    "tower": "cafe.jobs.towers:tower",
+    "extract": "cafe.jobs.runs:extract",
+    "store": "cafe.jobs.stores:store",
+    "train": "cafe.jobs.runs:train",
+    "evaluate": "cafe.jobs.runs:evaluate",
+    "benchmark": "cafe.jobs.runs:benchmark",
+    "demo": "cafe.jobs.runs:demo",
+    "predict": "cafe.jobs.predict:predict",
+    "export": "cafe.jobs.predict:export",
+    "compare": "cafe.jobs.results:compare",
+    "report": "cafe.jobs.results:report",
+    "mlflow": "cafe.jobs.results:mlflow",
+    "ui": "cafe.jobs.results:ui",
+    "runs": "cafe.jobs.listings:runs",
+    "methods": "cafe.jobs.listings:methods",
+    "doctor": "cafe.jobs.doctor:doctor",
+    "completion": "cafe.jobs.listings:completion",
 }
 EXIT_CODES = (
     "Exit codes: 0 done; 1 something could not be done, what was finished is kept; 2 a mistake in the command, said in one "
@@ -75,7 +75,7 @@ def run() -> None:
             stream.flush()
         os._exit(code)
 
-    collect_seldom()
+    defer_gc()
     atexit.register(end)  # the first to be registered is the last to be called
     try:
         main()

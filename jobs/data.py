@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cafe.errors import UserError, unknown
-from jobs.options import complete, options
-from jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
-from pipeline.settings import AlignSettings
+from cafe.jobs.options import complete, options
+from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
+from cafe.pipeline.settings import AlignSettings
 
 if TYPE_CHECKING:
     from cafe.data.indexing import Listing
@@ -59,8 +59,8 @@ def index(
     """
     from cafe.data.indexing import index_files
     from cafe.data.manifest import thin_training
-    from jobs.data_tables import index_tables
-    from pipeline.workspace import check_name
+    from cafe.jobs.data_tables import index_tables
+    from cafe.pipeline.workspace import check_name
 
     check_name(name)
     workspace, listing = open_workspace(), _read(kind, root, **choices)
@@ -101,7 +101,7 @@ def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) 
 def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
     """Print where counts are not the published ones, doubtful ones only with `warn`; raise `UserError` unless `accept`."""
     from cafe.data.indexing import count_differences
-    from jobs.data_tables import counts_tables
+    from cafe.jobs.data_tables import counts_tables
 
     differences = count_differences(listing.expected, found)
     certain = [difference for difference in differences if difference.certain]
@@ -125,8 +125,8 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
     Five domains (studio, grey, film, web, drawing) show the seven expressions, built from facial action units; the people
     of a test split are never those of a train split.
     """
+    from cafe.pipeline.datasets import draw_domains
     from cafe.synthetic.domains import DOMAINS
-    from pipeline.datasets import draw_domains
 
     for domain in domains:
         if domain not in DOMAINS:
@@ -145,8 +145,8 @@ def check(name: str) -> None:
     Decodes every picture: sizes, brightness, grey share, unreadable and identical ones, as tables and as one HTML page
     with a contact sheet for each expression.
     """
-    from jobs.data_tables import check_tables
-    from pipeline.datasets import report_check
+    from cafe.jobs.data_tables import check_tables
+    from cafe.pipeline.datasets import report_check
 
     workspace = open_workspace()
     with progress_bar("Checking") as progress:
@@ -166,9 +166,9 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
     target the list of pairs, which `evaluate` and `compare` leave out with --exclude-leaks, and a page that shows them.
     """
+    from cafe.jobs.data_tables import audit_table, unreadable
+    from cafe.pipeline.datasets import report_audits
     from cafe.results.leaks import audit_path
-    from jobs.data_tables import audit_table, unreadable
-    from pipeline.datasets import report_audits
 
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in (source, *targets)]
@@ -191,9 +191,9 @@ def align(source: str, **values: Any) -> None:
     SOURCE is a manifest, whose labels, splits and sample ids the new one keeps, or a folder of unlabelled photos.
     Photos without a usable face are left out, counted and named; alignment.parquet beside the crops lists every photo.
     """
-    from jobs.data_tables import alignment_tables
-    from pipeline.datasets import align_photos, find_photos
-    from pipeline.workspace import check_name
+    from cafe.jobs.data_tables import alignment_tables
+    from cafe.pipeline.datasets import align_photos, find_photos
+    from cafe.pipeline.workspace import check_name
 
     settings, workspace = AlignSettings(**values), open_workspace()
     check_name(settings.name)
@@ -209,7 +209,7 @@ def align(source: str, **values: Any) -> None:
 @json_option
 def list_data(as_json: bool) -> None:
     """List the manifests of the workspace and the feature stores each of them has."""
-    from jobs.data_tables import list_manifests
+    from cafe.jobs.data_tables import list_manifests
 
     workspace = open_workspace()
     records = list(list_manifests(workspace))

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from rich.table import Column, Table
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.data.indexing import Difference, Index
+from cafe.data.indexing import CountDifference, Index
 from cafe.data.manifest import SPLITS
-from jobs.terminal import make_table
-from pipeline.features.description import find_stores
-from pipeline.workspace import Workspace
+from cafe.jobs.terminal import make_table
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.workspace import Workspace
 
 if TYPE_CHECKING:  # they load a search library, which most commands do not need
-    from cafe.report.audit import Audit
-    from cafe.report.check import Check
-    from pipeline.datasets import Alignment
+    from cafe.data.auditing import Audit
+    from cafe.data.checking import Check
+    from cafe.pipeline.datasets import Alignment
 
 LISTED = 10  # files named before "and N more"
 
@@ -62,7 +62,7 @@ def _warn_of_twins(index: Index) -> list[str]:
     ]
 
 
-def counts_tables(differences: list[Difference]) -> list[Table | str]:
+def counts_tables(differences: list[CountDifference]) -> list[Table | str]:
     """Where a copy differs from what is expected: a table of the numbers that are known, a line for each doubtful one."""
     certain = [(row.expression, row.split, row.expected, row.found) for row in differences if row.certain]
     known: list[Table | str] = [make_table(["expression", "split", "expected", "found"], certain, 2)] if certain else []

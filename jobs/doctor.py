@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from cafe.errors import IncompleteError, UserError
-from jobs.terminal import json_option, open_workspace, show_records
+from cafe.jobs.terminal import json_option, open_workspace, show_records
 
 if TYPE_CHECKING:
-    from pipeline.workspace import Workspace
+    from cafe.pipeline.workspace import Workspace
 
 LIBRARIES = ("torch", "torchvision", "ray", "zarr", "mlflow", "open_clip_torch", "timm", "pyarrow")
 HUB = ("huggingface.co", 443)
@@ -48,7 +48,7 @@ def doctor(file: str | None, as_json: bool) -> None:
 
 
 def _software() -> Iterator[Finding]:
-    from pipeline.runs import code_version
+    from cafe.pipeline.runs import code_version
 
     yield "cafe", code_version(), ""
     yield "Python", f"{platform.python_version()} on {platform.platform(terse=True)}", ""
@@ -96,11 +96,11 @@ def _hub() -> Finding:
 
 def _needs(workspace: Workspace, file: str) -> Iterator[Finding]:
     """Say what a benchmark still has to compute and store, and whether it fits on the disk."""
-    from jobs.runs import find_file
-    from pipeline.benchmark.file import read_benchmark
-    from pipeline.benchmark.plan import plan_benchmark
-    from pipeline.features.extract import describe_store, know_tower
-    from pipeline.settings import BenchmarkSettings
+    from cafe.jobs.runs import find_file
+    from cafe.pipeline.benchmark.file import read_benchmark
+    from cafe.pipeline.benchmark.plan import plan_benchmark
+    from cafe.pipeline.features.extract import describe_store, know_tower
+    from cafe.pipeline.settings import BenchmarkSettings
 
     plan = plan_benchmark(workspace, read_benchmark(find_file(file)), BenchmarkSettings())
     needed = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jobs.terminal import json_option, open_workspace, show_records
+from cafe.jobs.terminal import json_option, open_workspace, show_records
 
 
 @click.command()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import click
 
-from pipeline.settings import TEST_TIME
+from cafe.pipeline.settings import TEST_TIME
 
 test_time_option = click.option(
     "--test-time",

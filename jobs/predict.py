@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from cafe.errors import IncompleteError, UserError
-from jobs.options import complete, options
-from jobs.terminal import interruptible, open_workspace, progress_bar, say
-from pipeline.settings import PredictSettings
+from cafe.jobs.options import complete, options
+from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say
+from cafe.pipeline.settings import PredictSettings
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -52,7 +52,7 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     from cafe.files import locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
-    from pipeline.release.library import find_runs
+    from cafe.pipeline.release.library import find_runs
 
     runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
@@ -112,8 +112,8 @@ def _read_places(places: tuple[str, ...]) -> Iterator[str]:
 def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     """Load the model, and the face detector where it is needed, so that what is missing is said before work begins."""
     from cafe.data.alignment import find_detector
-    from pipeline.cluster import own_device
-    from pipeline.models import build_model
+    from cafe.pipeline.cluster import own_device
+    from cafe.pipeline.models import build_model
 
     device = own_device(settings.use_gpu)
     if not settings.aligned:
@@ -153,7 +153,7 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
     aligned face to seven probabilities, and is checked against PyTorch on real faces. Needs `pip install 'cafe[export]'`.
     """
     from cafe.files import locate
-    from pipeline.release.export import export_run
+    from cafe.pipeline.release.export import export_run
 
     workspace = open_workspace()
     name = workspace.find_run(run)
@@ -163,7 +163,7 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
         f"{exported.difference:.1e}. Read README.md there before you ship it."
     )
     if mlflow or register:
-        from pipeline.release.pyfunc import log_model
-        from pipeline.tracking.mirror import Mirror
+        from cafe.pipeline.release.pyfunc import log_model
+        from cafe.pipeline.tracking.mirror import Mirror
 
         say(log_model(Mirror(workspace, mlflow_uri), workspace.run_path(name), exported.folder, register))

@@ -17,15 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cafe.errors import IncompleteError, UserError, unknown
-from jobs.options import complete, test_time_option
-from jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
-from pipeline.settings import PROTOCOLS
+from cafe.jobs.options import complete, test_time_option
+from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
+from cafe.pipeline.settings import PROTOCOLS
 
 if TYPE_CHECKING:
+    from cafe.pipeline.workspace import Workspace
     from cafe.report.report import Report
     from cafe.report.sheets import Sheet
     from cafe.results.scores import Run
-    from pipeline.workspace import Workspace
 
 STYLES = {"best": "bold", "second": "underline", "": ""}  # of the marks of `cafe.report.sheets`
 URI_HELP = "MLflow tracking server; default: the workspace's own database."
@@ -105,7 +105,7 @@ def compare(
 
 
 def _say_best(runs: list[Run], experiment: str | None) -> str:
-    from pipeline.release.library import choose_best
+    from cafe.pipeline.release.library import choose_best
 
     if any(run.pulled for run in runs):
         raise UserError(
@@ -163,7 +163,7 @@ def choose_runs(
     from cafe.results.scores import read_runs
 
     if mlflow_uri:
-        from pipeline.tracking.mirror import Mirror
+        from cafe.pipeline.tracking.mirror import Mirror
 
         if not experiment:
             raise UserError("--mlflow-uri needs to know which runs to compare: give --experiment NAME too.")
@@ -238,7 +238,7 @@ def report(
 @click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
     """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
-    from pipeline.tracking.mirror import VIEW, default_uri, list_experiments
+    from cafe.pipeline.tracking.mirror import VIEW, default_uri, list_experiments
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -290,7 +290,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
 
     Rebuilds a lost or a new server, and fills in what an interrupted training left out; what is there already stays.
     """
-    from pipeline.tracking.mirror import Mirror
+    from cafe.pipeline.tracking.mirror import Mirror
 
     workspace = open_workspace()
     mirror = Mirror(workspace.keeping_manifests(), mlflow_uri)
@@ -299,7 +299,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
         raise IncompleteError(mirror.warning)
     say(f"MLflow at {mirror.address} shows all {count} runs of {workspace.root}.")
     if models:
-        from pipeline.release.pyfunc import log_models
+        from cafe.pipeline.release.pyfunc import log_models
 
         with progress_bar("Exporting", "runs") as progress:
             left_out = log_models(mirror, progress)
@@ -317,7 +317,7 @@ def pull(mlflow_uri: str, experiment: str) -> None:
     \b
     cafe mlflow pull --mlflow-uri http://tracking:5000 --experiment table1
     """
-    from pipeline.tracking.mirror import Mirror, adopt_run
+    from cafe.pipeline.tracking.mirror import Mirror, adopt_run
 
     workspace = open_workspace()
     folders = Mirror(workspace, mlflow_uri).pull(experiment)

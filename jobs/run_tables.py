@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from cafe.errors import first_line
+from cafe.jobs.terminal import make_table
+from cafe.pipeline import cluster
+from cafe.pipeline.benchmark.cells import Failures
+from cafe.pipeline.benchmark.grid import Cell
+from cafe.pipeline.benchmark.plan import BenchmarkPlan
 from cafe.results.published import load_published
 from cafe.results.sources import ALL_BUT_TARGET
-from jobs.terminal import make_table
-from pipeline import cluster
-from pipeline.benchmark.cells import Failures
-from pipeline.benchmark.grid import Cell
-from pipeline.benchmark.plan import BenchmarkPlan
 
 
 def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:

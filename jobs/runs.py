@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cafe.errors import IncompleteError, UserError
-from jobs.options import complete, options
-from jobs.terminal import interruptible, open_workspace, progress_bar, say, show
-from pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
+from cafe.jobs.options import complete, options
+from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say, show
+from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
     from upath import UPath
 
-    from pipeline.benchmark.file import Benchmark
-    from pipeline.tracking.mirror import Mirror
-    from pipeline.workspace import Workspace
+    from cafe.pipeline.benchmark.file import Benchmark
+    from cafe.pipeline.tracking.mirror import Mirror
+    from cafe.pipeline.workspace import Workspace
 
 SHIPPED = Path(__file__).parent / "benchmarks"
 NEXT_STEPS = """Next steps
@@ -38,7 +38,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
 
     Interrupt it as you like: the same command goes on where it was.
     """
-    from pipeline.features.extract import extract as extract_features
+    from cafe.pipeline.features.extract import extract as extract_features
 
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in names]
@@ -58,13 +58,13 @@ def train(**values: Any) -> None:
 
     Interrupt it as you like: the same command goes on from its last checkpoint.
     """
-    from pipeline.cluster import set_environment
+    from cafe.pipeline.cluster import set_environment
 
     settings, workspace = TrainSettings(**values), open_workspace()
     set_environment(settings)
 
-    from pipeline.tracking.mirror import Mirror
-    from pipeline.train import plan_training, train_and_judge
+    from cafe.pipeline.tracking.mirror import Mirror
+    from cafe.pipeline.train import plan_training, train_and_judge
 
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     plan = plan_training(workspace, settings)
@@ -100,19 +100,19 @@ def evaluate(run: str, **values: Any) -> None:
 
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
-    from pipeline.cluster import set_environment
+    from cafe.pipeline.cluster import set_environment
 
     settings, workspace = EvaluateSettings(**values), open_workspace()
     set_environment(settings)
 
+    from cafe.pipeline.evaluate import check_option, judge_anywhere, predict_targets
+    from cafe.pipeline.faces import choose_targets
+    from cafe.pipeline.runs import RunSpec, add_experiment, is_finished
+    from cafe.pipeline.tracking.mirror import Mirror
+    from cafe.pipeline.train import keep_status
+    from cafe.pipeline.worker import find_worker
     from cafe.results.leaks import load_leaks
     from cafe.results.protocols import find_protocol, name_protocol
-    from pipeline.evaluate import check_option, judge_anywhere, predict_targets
-    from pipeline.faces import choose_targets
-    from pipeline.runs import RunSpec, add_experiment, is_finished
-    from pipeline.tracking.mirror import Mirror
-    from pipeline.train import keep_status
-    from pipeline.worker import find_worker
 
     path = workspace.run_path(workspace.find_run(run))
     if not is_finished(path):
@@ -146,7 +146,7 @@ def benchmark(file: str, **values: Any) -> None:
     leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared,
     cells run side by side, one that fails stops no other. Interrupt it as you like: the same command goes on where it was.
     """
-    from pipeline.benchmark.file import read_benchmark
+    from cafe.pipeline.benchmark.file import read_benchmark
 
     _work_off(open_workspace(), read_benchmark(find_file(file)), BenchmarkSettings(**values))
 
@@ -160,9 +160,9 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     cafe demo                                            # five domains of drawn faces
     cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, judged on both
     """
+    from cafe.jobs.results import choose_runs, compare_runs, show_report
+    from cafe.pipeline.benchmark.file import read_benchmark
     from cafe.report.report import conclude
-    from jobs.results import choose_runs, compare_runs, show_report
-    from pipeline.benchmark.file import read_benchmark
 
     workspace = open_workspace()
     names = [_index_folder(workspace, folder) for folder in faces] or _draw_domains(workspace, drawn)
@@ -179,8 +179,8 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
 
 
 def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
+    from cafe.pipeline.datasets import draw_domains
     from cafe.synthetic.domains import DOMAINS
-    from pipeline.datasets import draw_domains
 
     with progress_bar("Drawing faces", "domains") as progress:
         draw_domains(workspace, list(DOMAINS), faces, 0, progress)
@@ -192,7 +192,7 @@ def _index_folder(workspace: Workspace, folder: str) -> str:
     from cafe.data.indexing import index_files
     from cafe.data.readers import DATASETS
     from cafe.files import locate
-    from pipeline.workspace import check_name
+    from cafe.pipeline.workspace import check_name
 
     root = locate(folder)
     name = check_name(root.name)
@@ -203,10 +203,10 @@ def _index_folder(workspace: Workspace, folder: str) -> str:
 
 def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings) -> None:
     """Show the plan of a benchmark and, unless it is a dry run, run all of its cells that are not done."""
-    from jobs.run_tables import failures_table, plan_tables
-    from pipeline.benchmark.cells import run_benchmark
-    from pipeline.benchmark.plan import plan_benchmark
-    from pipeline.tracking.mirror import Mirror
+    from cafe.jobs.run_tables import failures_table, plan_tables
+    from cafe.pipeline.benchmark.cells import run_benchmark
+    from cafe.pipeline.benchmark.plan import plan_benchmark
+    from cafe.pipeline.tracking.mirror import Mirror
 
     plan = plan_benchmark(workspace, grid, settings)
     for table in plan_tables(plan):
@@ -243,10 +243,10 @@ def _check_mirror(mirror: Mirror) -> Mirror:
 
 
 def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
+    from cafe.jobs.results import sheet_tables
     from cafe.report.sheets import run_sheet
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.scores import read_runs, read_scores
-    from jobs.results import sheet_tables
 
     runs, known = read_runs([run]), workspace.manifest_names()
     scores = read_scores(runs, known, [protocol])

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cafe.errors import IncompleteError
-from jobs.options import options
-from jobs.terminal import Commands, interruptible, json_option, make_table, open_workspace, progress_bar, show
-from pipeline.settings import ClusterSettings
+from cafe.jobs.options import options
+from cafe.jobs.terminal import Commands, interruptible, json_option, make_table, open_workspace, progress_bar, show
+from cafe.pipeline.settings import ClusterSettings
 
 if TYPE_CHECKING:
-    from pipeline.stores import StoreFacts
+    from cafe.pipeline.stores import StoreFacts
 
 DAY = 86_400.0
 names_argument = click.argument("names", nargs=-1, metavar="[STORE]...")
@@ -33,7 +33,7 @@ def store() -> None:
 @json_option
 def list_all(names: tuple[str, ...], as_json: bool) -> None:
     """List stores with size, age and the runs that use them: `cafe store ls`."""
-    from pipeline.stores import find_paths, list_stores
+    from cafe.pipeline.stores import find_paths, list_stores
 
     workspace = open_workspace()
     stores = list_stores(workspace, find_paths(workspace, names))
@@ -60,9 +60,9 @@ def _line(facts: StoreFacts) -> tuple[object, ...]:
 @json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
     """Read stores back, every byte, and name the files that are not what was written: `cafe store verify news`."""
-    from pipeline.features.description import store_name
-    from pipeline.features.verify import find_damage
-    from pipeline.stores import find_paths
+    from cafe.pipeline.features.description import store_name
+    from cafe.pipeline.features.verify import find_damage
+    from cafe.pipeline.stores import find_paths
 
     found = {}
     with interruptible("nothing was changed"), progress_bar("Verifying", "shards") as progress:
@@ -90,9 +90,9 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
 
     Interrupt it as you like: the same command goes on where it was.
     """
-    from pipeline.features.description import store_name
-    from pipeline.stores import find_paths
-    from pipeline.stores import repair as repair_store
+    from cafe.pipeline.features.description import store_name
+    from cafe.pipeline.stores import find_paths
+    from cafe.pipeline.stores import repair as repair_store
 
     workspace = open_workspace()
     with interruptible(), progress_bar("Repairing") as progress:
@@ -110,8 +110,8 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(names: tuple[str, ...], yes: bool) -> None:
     """Remove stores, after saying what that means: `cafe store rm news/clip-vit-b32-v61-0a1b2c3d4e5f`."""
-    from pipeline.stores import find_paths, list_stores
-    from pipeline.stores import remove as remove_store
+    from cafe.pipeline.stores import find_paths, list_stores
+    from cafe.pipeline.stores import remove as remove_store
 
     workspace = open_workspace()
     stores = list_stores(workspace, find_paths(workspace, names))

@@ -23,7 +23,7 @@ from cafe.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pipeline.workspace import Workspace
+    from cafe.pipeline.workspace import Workspace
 
 
 QUIET = "cafe.quiet"  # where click's context keeps it
@@ -68,7 +68,7 @@ class Commands(click.Group):
 
 def open_workspace() -> Workspace:
     """Return the workspace that `cafe --workspace` names."""
-    from pipeline.workspace import Workspace
+    from cafe.pipeline.workspace import Workspace
 
     return Workspace.at(click.get_current_context().obj)
 
@@ -94,12 +94,12 @@ def say(sentence: str, err: bool = False) -> None:
         click.echo(sentence, err=err)
 
 
-def collect_seldom() -> None:
+def defer_gc() -> None:
     """Look for garbage seldom while a command begins, which imports and reads what it needs to its end."""
     gc.set_threshold(SELDOM)
 
 
-def collect_as_usual() -> None:
+def resume_gc() -> None:
     """Look for garbage as usual from here on, where pictures come and go, but not among what was there before."""
     if gc.get_threshold()[0] == SELDOM:
         gc.freeze()
@@ -112,7 +112,7 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    collect_as_usual()
+    resume_gc()
     console = Console(stderr=True)
     columns = (
         TextColumn(title),
@@ -159,7 +159,7 @@ def interruptible(then: str = "the same command goes on where it was") -> Iterat
         limit.start()
         raise KeyboardInterrupt
 
-    collect_as_usual()
+    resume_gc()
     usual = signal.signal(signal.SIGINT, interrupt)
     try:
         yield

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from jobs.options import complete
-from jobs.terminal import Commands, json_option, open_workspace, progress_bar, show_records
+from cafe.jobs.options import complete
+from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, show_records
 
 
 class _Towers(Commands):

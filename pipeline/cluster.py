@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+import cafe
 from cafe.errors import IncompleteError, UserError, quote
-from pipeline.settings import ClusterSettings
+from cafe.pipeline.settings import ClusterSettings
 
 Progress = Callable[[int, int], None]  # (done, total)
 Bar = Callable[[str, str], AbstractContextManager[Progress]]  # (title, unit)
@@ -102,15 +102,11 @@ def _join(address: str) -> None:
     import ray
     from ray.exceptions import RayError
 
-    import cafe
-    import pipeline
-
     if address == "auto":  # a job's own cluster, where several have nodes here
         address = os.environ.get("RAY_ADDRESS", address)
     _check_answer(address)
     _check_node(address)
-    code = [*cafe.__path__, *pipeline.__path__]
-    workers = {"py_modules": code, "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
+    workers = {"py_modules": [*cafe.__path__], "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
     try:
         ray.init(address, runtime_env=workers, **_find_loudness())
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
@@ -164,9 +160,10 @@ def quieten(library: str) -> None:
 def versions() -> dict[str, str]:
     """Return what numbers depend on besides the settings: the versions of libraries, and a digest of this code itself."""
     code = hashlib.sha256()
-    for folder in (Path(import_module(package).__path__[0]) for package in ("cafe", "pipeline")):  # Ray may part them
-        for path in sorted(folder.rglob("*.py")):
-            code.update(f"{path.relative_to(folder.parent)} {path.stat().st_size} ".encode() + path.read_bytes())
+    root = Path(cafe.__path__[0])
+    for folder, _, names in sorted(os.walk(root, followlinks=True)):  # in a checkout two packages are links
+        for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
+            code.update(f"{path.relative_to(root)} {path.stat().st_size} ".encode() + path.read_bytes())
     return {"cafe": code.hexdigest()[:12], **{library: version(library) for library in LIBRARIES}}
 
 

@@ -29,15 +29,15 @@ from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import locate, write_file
+from cafe.pipeline.cluster import Progress
+from cafe.pipeline.settings import AlignSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.results.leaks import audit_path
 from cafe.synthetic.domains import write
-from pipeline.cluster import Progress
-from pipeline.settings import AlignSettings
-from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from cafe.report.audit import Audit
-    from cafe.report.check import Check
+    from cafe.data.auditing import Audit
+    from cafe.data.checking import Check
 
 SCHEMA = pa.schema([
     ("sample_id", pa.string()),  # of the photo
@@ -101,7 +101,8 @@ def draw_domains(workspace: Workspace, domains: list[str], faces: int, seed: int
 
 def report_check(workspace: Workspace, manifest: Manifest, progress: Progress) -> tuple[Check, UPath]:
     """Look at every picture of a manifest; return what they are like and where the page about them was written."""
-    from cafe.report.check import check_pictures, draw_check
+    from cafe.data.checking import check_pictures
+    from cafe.report.check import draw_check
 
     result, page = check_pictures(manifest, progress), workspace.root / "reports" / f"check-{manifest.name}.html"
     write_file(page, draw_check(result))
@@ -115,7 +116,8 @@ def report_audits(
 
     `reading` counts pictures and `comparing` faces of one manifest.
     """
-    from cafe.report.audit import audit, draw_audit, encode_audit  # brings a search library along
+    from cafe.data.auditing import audit, encode_audit  # brings a search library along
+    from cafe.report.audit import draw_audit
 
     for result in audit(source, targets, reading, comparing):
         path = audit_path(workspace.root, source.name, result.target.name)

@@ -24,14 +24,14 @@ from cafe.learning.masks import heat_maps, mean_masks
 from cafe.learning.training import predict_average
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
+from cafe.pipeline import cluster
+from cafe.pipeline.cluster import Progress
+from cafe.pipeline.faces import Faces
+from cafe.pipeline.models import build_method, load_method, make_dataset
+from cafe.pipeline.runs import RunSpec
 from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import OPTIONS, find_protocol
-from pipeline import cluster
-from pipeline.cluster import Progress
-from pipeline.faces import Faces
-from pipeline.models import build_method, load_method, make_dataset
-from pipeline.runs import RunSpec
 
 MISTAKES = 24  # faces of the error gallery
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random

@@ -18,21 +18,21 @@ from cafe.errors import UserError
 from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
 from cafe.methods.method import Method
+from cafe.pipeline.cluster import free_memory
+from cafe.pipeline.features.description import check_description, find_stores
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.features.receipts import Receipts
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import StoreChoice
+from cafe.pipeline.workspace import Workspace
 from cafe.records import FORMAT
 from cafe.results.predictions import predictions_path
 from cafe.results.protocols import OPTIONS, Protocol, find_protocol
 from cafe.towers.names import absolute_name, short_name
-from pipeline.cluster import free_memory
-from pipeline.features.description import check_description, find_stores
-from pipeline.features.key import About
-from pipeline.features.reader import FeatureReader
-from pipeline.features.receipts import Receipts
-from pipeline.runs import RunSpec
-from pipeline.settings import StoreChoice
-from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
-    from pipeline.features.store import FeatureStore
+    from cafe.pipeline.features.store import FeatureStore
 
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,
 # since only the clean view 0 is judged.
@@ -40,7 +40,7 @@ TARGET_MAY_DIFFER = ("images", "policy", "view_seed", "views", "maps")
 
 PICTURES_SHARE = 0.2  # of the free memory that decoded pictures of a source may take
 
-Store = tuple[UPath, About]
+Store = tuple[UPath, StoreInfo]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Faces:
     place: UPath  # of the manifest
     digest: str  # of the manifest
     store: UPath | None = None
-    about: About | None = None
+    about: StoreInfo | None = None
     protocol: str = "clean"
     split: str = "test"
     title: str = ""
@@ -96,7 +96,7 @@ class Faces:
     @cached_property
     def _features(self) -> FeatureStore | None:
         """The feature store, opened."""
-        from pipeline.features.store import FeatureStore  # Zarr, which no plan needs
+        from cafe.pipeline.features.store import FeatureStore  # Zarr, which no plan needs
 
         return FeatureStore(self.store, self.about) if self.store and self.about else None
 
@@ -138,7 +138,7 @@ class Wanted:
     views: int = 1
     maps: bool = False
 
-    def differences(self, about: About) -> list[str]:
+    def differences(self, about: StoreInfo) -> list[str]:
         """Return in what a store does not serve, as `field: wanted against found`."""
         key = about.key
         found = {"backbone_name": about.backbone_name, "folder": about.folder, "policy_name": key.policy["name"]}
@@ -275,12 +275,12 @@ def _find_views(spec: RunSpec, protocol: Protocol) -> StoreChoice:
     return StoreChoice(views=option.views, **({"policy": option.policy} if option.policy else own))
 
 
-def _names(about: About) -> tuple[str, ...]:
+def _names(about: StoreInfo) -> tuple[str, ...]:
     """All that a user may call a store's tower: with and without the file of its weights."""
     return about.backbone_name, short_name(about.backbone_name), about.key.backbone
 
 
-def _view_seed(about: About) -> str:
+def _view_seed(about: StoreInfo) -> str:
     return f", view seed {about.key.view_seed}" if about.key.view_seed else ""
 
 

@@ -14,22 +14,22 @@ from cafe.data.union import parts_of
 from cafe.errors import UserError
 from cafe.files import exists, locate
 from cafe.inference.model import BATCH_SIZE, Model, TowerInput
-from cafe.learning.checkpoints import read_tensors
 from cafe.learning.loading import FaceDataset
-from cafe.learning.views import ViewPlan
 from cafe.methods import find_method
 from cafe.methods.method import ARRAYS, Inputs, Method, Recipe, apply_overrides
+from cafe.pipeline.faces import Faces
+from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import TrainSettings
+from cafe.pipeline.sources import UnitedFaces
 from cafe.records import changed_fields
 from cafe.results.sources import Source
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.facts import NORMALISATIONS
 from cafe.towers.keeping import find_tower
-from pipeline.faces import Faces
-from pipeline.features.key import About, FeatureKey, describe_policy
-from pipeline.runs import RunSpec
-from pipeline.settings import TrainSettings
-from pipeline.sources import UnitedFaces
+from cafe.towers.weights import read_tensors
+from cafe.views.drawing import ViewPlan
 
 PUBLISHED_SIZE = 224  # pixels: the input of every published method
 PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
@@ -56,7 +56,7 @@ def find_precision(settings: TrainSettings) -> str:
     return choose_precision()
 
 
-def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: About | None) -> RunSpec:
+def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: StoreInfo | None) -> RunSpec:
     """Return what names the run: the settings, with what they leave open taken from the store and the method."""
     method = find_method(settings.method)
     policy = settings.policy or method.policy
@@ -97,7 +97,7 @@ def specify(settings: TrainSettings, manifest: Manifest, recipe: Recipe, store: 
     )
 
 
-def _find_key(settings: TrainSettings, recipe: Recipe, store: About | None, policy: str) -> FeatureKey | None:
+def _find_key(settings: TrainSettings, recipe: Recipe, store: StoreInfo | None, policy: str) -> FeatureKey | None:
     """Return the key of the features a training reads; a tower on the fly makes views of its own."""
     if store and settings.live:
         return replace(store.key, views=recipe.epochs + 1, policy=describe_policy(policy))

@@ -25,9 +25,9 @@ from upath import UPath
 
 from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, read_json, write_changed, write_json
+from cafe.pipeline.features.key import FeatureKey
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.sources import Source
-from pipeline.features.key import FeatureKey
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

@@ -15,7 +15,7 @@ Count = Annotated[int, Ge(1)]
 Number = Annotated[int, Ge(0)]
 Side = Annotated[int, Ge(16)]  # of a picture, in pixels
 
-# Of cafe.learning.views and cafe.results.protocols, which take a second to import.
+# Of cafe.views.drawing and cafe.results.protocols, which take a second to import.
 Policy = Literal["paper", "scn", "eac", "ofer", "clean", "clean+flip", "flip"]
 Protocol = Literal["clean", "paper"]
 PROTOCOLS = get_args(Protocol)

@@ -14,14 +14,14 @@ from cafe.data.union import Union, parts_of, unite
 from cafe.errors import UserError
 from cafe.learning.loading import SMALLEST_BATCH, KeptPictures
 from cafe.methods import find_method
+from cafe.pipeline.cluster import free_memory
+from cafe.pipeline.faces import PICTURES_SHARE, Faces, Store, any_store, choose_store
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.key import StoreInfo, describe_policy
+from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.settings import TrainSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.results.protocols import find_protocol
-from pipeline.cluster import free_memory
-from pipeline.faces import PICTURES_SHARE, Faces, Store, any_store, choose_store
-from pipeline.features.description import find_stores
-from pipeline.features.key import About, describe_policy
-from pipeline.features.reader import FeatureReader
-from pipeline.settings import TrainSettings
-from pipeline.workspace import Workspace
 
 HELD_OUT = 0.1  # of the training faces of a source, for `source_val`
 NEEDED = ("source_val", "source_test")  # selections that need faces of the source besides those trained on
@@ -51,7 +51,7 @@ class UnitedFaces:
         return KeptPictures(self.manifest, int(PICTURES_SHARE * free_memory()))
 
     @property
-    def about(self) -> About | None:
+    def about(self) -> StoreInfo | None:
         """What the first store is; in all that a training reads the others are like it."""
         return self.parts[0].about
 
@@ -135,7 +135,7 @@ def _choose_store(workspace: Workspace, manifest: Manifest, settings: TrainSetti
     return store
 
 
-def _check_store(settings: TrainSettings, store: About | None) -> None:
+def _check_store(settings: TrainSettings, store: StoreInfo | None) -> None:
     method = find_method(settings.method)
     if settings.backbone == "none" and method.needs_tower():
         raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
@@ -151,7 +151,7 @@ def _check_store(settings: TrainSettings, store: About | None) -> None:
         )
 
 
-def describe_stores(manifest: Manifest, stores: Sequence[Store | None], settings: TrainSettings) -> About | None:
+def describe_stores(manifest: Manifest, stores: Sequence[Store | None], settings: TrainSettings) -> StoreInfo | None:
     """Return what the stores of the sources are together; raise `UserError` naming in what they differ.
 
     They must be of one tower and one draw of views; they may hold more views than are used, or maps besides.

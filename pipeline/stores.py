@@ -11,17 +11,17 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder, list_tree, remove_tree
-from pipeline.cluster import Progress
-from pipeline.faces import TARGET_MAY_DIFFER
-from pipeline.features.description import recover_about, store_name
-from pipeline.features.extract import describe_store, extract, know_tower
-from pipeline.features.key import About
-from pipeline.features.receipts import Receipts, in_parallel
-from pipeline.features.verify import Damage, discard_damage, find_damage
-from pipeline.lease import find_holder, hold
-from pipeline.runs import RunSpec
-from pipeline.settings import ClusterSettings, ExtractSettings, Normalisation
-from pipeline.workspace import Workspace
+from cafe.pipeline.cluster import Progress
+from cafe.pipeline.faces import TARGET_MAY_DIFFER
+from cafe.pipeline.features.description import recover_about, store_name
+from cafe.pipeline.features.extract import describe_store, extract, know_tower
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.features.receipts import Receipts, in_parallel
+from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
+from cafe.pipeline.lease import find_holder, hold
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import ClusterSettings, ExtractSettings, Normalisation
+from cafe.pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StoreFacts:
     """A store as a list shows it: `about` is None where that cannot be told; `made` is in seconds since 1970."""
 
     path: UPath
-    about: About | None
+    about: StoreInfo | None
     done: int
     bytes: int
     made: float
@@ -109,13 +109,13 @@ def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
     return {name: found for name, found in zip(names, in_parallel(workspace.root, read, names), strict=True) if found}
 
 
-def _fits(spec: RunSpec, about: About, may_differ: Sequence[str] = TARGET_MAY_DIFFER) -> bool:
+def _fits(spec: RunSpec, about: StoreInfo, may_differ: Sequence[str] = TARGET_MAY_DIFFER) -> bool:
     if spec.features is None:
         return False
     return all(value == vars(about.key)[name] for name, value in vars(spec.features).items() if name not in may_differ)
 
 
-def _learns_from(spec: RunSpec, about: About) -> bool:
+def _learns_from(spec: RunSpec, about: StoreInfo) -> bool:
     sources = {source.name for source in spec.trained_on}
     several = ("images",) if len(sources) > 1 else ()
     return about.manifest in sources and _fits(spec, about, (*several, "views", "maps"))
@@ -139,7 +139,9 @@ def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progres
     return damages
 
 
-def _ask_again(workspace: Workspace, manifest: Manifest, about: About, settings: ClusterSettings) -> ExtractSettings:
+def _ask_again(
+    workspace: Workspace, manifest: Manifest, about: StoreInfo, settings: ClusterSettings
+) -> ExtractSettings:
     """Return the settings of the extraction that made a store; raise `UserError` where they would make another now."""
     key = about.key
     same = "views view_seed interpolation input_size precision maps dtype channels"

@@ -20,19 +20,18 @@ from cafe.data.union import unite
 from cafe.errors import UserError
 from cafe.files import list_folder, read_json, write_json
 from cafe.learning.loading import SMALLEST_BATCH
-from cafe.learning.networks import check_network
 from cafe.methods import find_method
 from cafe.methods.method import Recipe
-from cafe.results.protocols import find_protocol
-from pipeline import cluster
-from pipeline.cluster import Bar, Progress, no_bar
-from pipeline.evaluate import is_judged, judge_anywhere, predict_targets
-from pipeline.faces import Faces, choose_target, choose_targets
-from pipeline.lease import hold
-from pipeline.models import find_deviations, find_inputs, find_recipe, specify
-from pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
-from pipeline.settings import TrainSettings
-from pipeline.sources import (
+from cafe.networks.branches import check_network
+from cafe.pipeline import cluster
+from cafe.pipeline.cluster import Bar, Progress, no_bar
+from cafe.pipeline.evaluate import is_judged, judge_anywhere, predict_targets
+from cafe.pipeline.faces import Faces, choose_target, choose_targets
+from cafe.pipeline.lease import hold
+from cafe.pipeline.models import find_deviations, find_inputs, find_recipe, specify
+from cafe.pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
+from cafe.pipeline.settings import TrainSettings
+from cafe.pipeline.sources import (
     UnitedFaces,
     check_domains,
     check_faces,
@@ -41,9 +40,10 @@ from pipeline.sources import (
     find_faces,
     split_names,
 )
-from pipeline.tracking.mirror import Mirror
-from pipeline.worker import AnyWorker, Task, find_worker, train_together
-from pipeline.workspace import Workspace, check_name
+from cafe.pipeline.tracking.mirror import Mirror
+from cafe.pipeline.worker import AnyWorker, Task, find_worker, train_together
+from cafe.pipeline.workspace import Workspace, check_name
+from cafe.results.protocols import find_protocol
 
 PREPARE_SECONDS = 24 * 3600  # that the other workers wait for the first one, while it prepares a method
 FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written

@@ -21,17 +21,18 @@ from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
 from cafe.files import exists, list_folder, locate, remove_file, remove_tree, write_json
-from cafe.learning.checkpoints import load_checkpoint, save_checkpoint, write_tensors
+from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset
-from cafe.learning.parallel import rank, share_batch_norm, world_size
 from cafe.learning.training import Selection, Training, fit, prepare
-from pipeline import cluster
-from pipeline.evaluate import predict_target
-from pipeline.faces import Faces
-from pipeline.models import build_method, make_dataset, make_live_dataset
-from pipeline.runs import RunSpec
-from pipeline.settings import EvaluateSettings, TrainSettings
-from pipeline.sources import UnitedFaces, choose_rows
+from cafe.networks.parallel import rank, share_batch_norm, world_size
+from cafe.pipeline import cluster
+from cafe.pipeline.evaluate import predict_target
+from cafe.pipeline.faces import Faces
+from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import EvaluateSettings, TrainSettings
+from cafe.pipeline.sources import UnitedFaces, choose_rows
+from cafe.towers.weights import write_tensors
 
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is

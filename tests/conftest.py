@@ -28,7 +28,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from cafe import files
 from cafe.errors import UserError
-from cafe.learning.networks import NETWORKS, Network
+from cafe.networks.branches import NETWORKS, Network
 
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per training
@@ -182,7 +182,7 @@ class Cafe:
         self.workspace, self.address = workspace, address
 
     def __call__(self, *arguments: str, ray: bool = False) -> Result:
-        from jobs.cli import main
+        from cafe.jobs.cli import main
 
         cluster = ["--address", self.address] if ray else []
         if ray:

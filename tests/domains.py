@@ -13,13 +13,13 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
-from cafe.learning.checkpoints import read_tensors
-from pipeline.features.key import About, FeatureKey, describe_policy
-from pipeline.features.store import FeatureStore
-from pipeline.settings import TrainSettings
-from pipeline.train import TrainPlan, plan_training
-from pipeline.worker import Task, Worker
-from pipeline.workspace import Workspace
+from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import TrainSettings
+from cafe.pipeline.train import TrainPlan, plan_training
+from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.workspace import Workspace
+from cafe.towers.weights import read_tensors
 
 DOMAINS = {"one": 12, "two": 8, "three": 10}  # faces per expression
 STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -46,7 +46,7 @@ def fill(workspace: Workspace, manifest: Manifest, features: np.ndarray, **key: 
     policy = describe_policy("paper" if features.shape[1] > 1 else "clean")
     fields = {"views": features.shape[1], "policy": policy, **key}
     described = FeatureKey(manifest.image_digest, "timm:tiny", "weights", 32, STATISTICS, **fields)
-    about = About(described, manifest.name, "timm:tiny", len(manifest), features.shape[2], None, 64)
+    about = StoreInfo(described, manifest.name, "timm:tiny", len(manifest), features.shape[2], None, 64)
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     for shard in store.pending():
         store.write_shard(shard, {"pooled": features[store.about.rows_of(shard)]}, {})

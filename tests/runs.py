@@ -10,9 +10,9 @@ import numpy as np
 from upath import UPath
 
 from cafe.files import write_json
+from cafe.pipeline.workspace import Workspace
 from cafe.records import FORMAT
 from cafe.results.predictions import Predictions, predictions_path
-from pipeline.workspace import Workspace
 
 
 def write_run(
@@ -61,11 +61,11 @@ def write_predictions(
     kind: str = "folder",
     manifest: str = "",
     groups: list[str | None] | None = None,
-    sureness: float = 1.0,
+    confidence: float = 1.0,
 ) -> Predictions:
-    """Write what a run said of a target, its confidence in each class it chose being `sureness`."""
-    probabilities = np.full((len(labels), 7), (1 - sureness) / 6, np.float32)
-    probabilities[np.arange(len(labels)), predicted] = sureness
+    """Write what a run said of a target, its confidence in each class it chose being `confidence`."""
+    probabilities = np.full((len(labels), 7), (1 - confidence) / 6, np.float32)
+    probabilities[np.arange(len(labels)), predicted] = confidence
     about = {"run": run.name, "target": target, "protocol": protocol, "split": "test", "kind": kind}
     about["manifest"] = manifest or f"digest of {target}"
     ids = [f"{row:05d}.jpg" for row in range(len(labels))]

@@ -14,21 +14,21 @@ from conftest import Cafe
 from PIL import Image, ImageEnhance
 from upath import UPath
 
+from cafe.data.auditing import audit
 from cafe.data.copies import CopyIndex, draw_thumbnail
 from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.report.audit import audit
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.comparison import compare
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.predictions import Predictions
 from cafe.results.scores import average_unseen, read_runs, read_scores
 from cafe.synthetic.domains import render, write
-from pipeline.runs import RunSpec
-from pipeline.workspace import Workspace
 
 Edit = Callable[[Image.Image], Image.Image]
 

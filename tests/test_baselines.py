@@ -21,7 +21,6 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import fit, predict
-from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.baselines import finetune, nearest_mean, zero_shot
 from cafe.methods.baselines.finetune import Finetune, find_blocks, find_trained
@@ -31,6 +30,7 @@ from cafe.methods.method import Inputs, apply_overrides
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.text import embed_texts
+from cafe.views.drawing import ViewPlan
 
 CPU = torch.device("cpu")
 PLAN = ViewPlan("paper", 0, 2, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -22,26 +22,26 @@ from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
-from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import Training
 from cafe.methods import METHODS
-from pipeline.benchmark.cells import run_benchmark
-from pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Benchmark, parse_benchmark, read_benchmark
-from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
-from pipeline.cluster import no_bar
-from pipeline.evaluate import predict_target
-from pipeline.features.description import find_stores
-from pipeline.features.extract import describe_store, know_tower
-from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import FeatureStore
-from pipeline.models import build_method, make_dataset
-from pipeline.runs import is_finished
-from pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
-from pipeline.sources import choose_rows
-from pipeline.tracking.mirror import PARENT, Mirror
-from pipeline.train import TrainPlan
-from pipeline.worker import Task, Worker
-from pipeline.workspace import Workspace
+from cafe.pipeline.benchmark.cells import run_benchmark
+from cafe.pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Benchmark, parse_benchmark, read_benchmark
+from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
+from cafe.pipeline.cluster import no_bar
+from cafe.pipeline.evaluate import predict_target
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.extract import describe_store, know_tower
+from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.models import build_method, make_dataset
+from cafe.pipeline.runs import is_finished
+from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
+from cafe.pipeline.sources import choose_rows
+from cafe.pipeline.tracking.mirror import PARENT, Mirror
+from cafe.pipeline.train import TrainPlan
+from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.workspace import Workspace
+from cafe.towers.weights import write_tensors
 
 BENCHMARKS = Path(__file__).parents[1] / "jobs" / "benchmarks"
 

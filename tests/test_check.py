@@ -12,8 +12,8 @@ import pytest
 from conftest import Cafe, draw_faces
 from PIL import Image
 
+from cafe.data.checking import look_at
 from cafe.data.images import decode_image
-from cafe.report.check import look_at
 
 
 class Page(HTMLParser):

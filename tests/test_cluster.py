@@ -16,15 +16,15 @@ import ray._private.node
 import torch
 
 from cafe.errors import IncompleteError
-from pipeline.benchmark.cells import count_slots
-from pipeline.cluster import connect, cores, free_memory, share
-from pipeline.features.computing import share_out
-from pipeline.settings import ExtractSettings
+from cafe.pipeline.benchmark.cells import count_slots
+from cafe.pipeline.cluster import connect, cores, free_memory, share
+from cafe.pipeline.features.computing import share_out
+from cafe.pipeline.settings import ExtractSettings
 
 DEVICES = """
 import ray
 from cafe.errors import UserError
-from pipeline import cluster
+from cafe.pipeline import cluster
 ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
 print(ray.get([ray.remote(cluster.device).options(num_gpus=gpus).remote() for gpus in (0, 1)]))
 print(cluster.wants_gpu(None), cluster.wants_gpu(False))

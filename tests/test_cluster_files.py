@@ -17,7 +17,7 @@ import pytest
 import yaml
 from test_docs import parse
 
-from jobs.cli import main
+from cafe.jobs.cli import main
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "cluster"
 SCHEMA = json.loads(Path(__file__).with_name("rayjob.schema.json").read_text())

@@ -18,11 +18,11 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import write_json
+from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
 from cafe.results.metrics import estimate
 from cafe.results.scores import average_all, average_unseen, read_runs, read_scores
-from pipeline.workspace import Workspace
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_compare_without_runs_is_one_sentence(workspace: Workspace) -> None:
 def test_compare_loads_no_engine(workspace: Workspace) -> None:
     judge(write_run(workspace), {"fer": 40})
     program = (
-        "import sys; from jobs.cli import main\n"
+        "import sys; from cafe.jobs.cli import main\n"
         f"try: main(['-w', {str(workspace.root)!r}, 'compare'])\n"
         "except SystemExit: print(sorted({'torch', 'ray', 'mlflow', 'sklearn', 'matplotlib', 'zarr'} & sys.modules.keys()))"
     )

@@ -15,10 +15,10 @@ from PIL import Image
 from upath import UPath
 
 from cafe.data.images import MAX_PIXELS, UnreadableImageError
-from cafe.learning.device_views import make_views, philox
-from cafe.learning.rendering import Drawn, Rendered, Renderer
-from cafe.learning.resizing import resize
-from cafe.learning.views import INTERPOLATIONS, POLICIES, ViewPlan
+from cafe.views.device import make_views, philox
+from cafe.views.drawing import INTERPOLATIONS, POLICIES, ViewPlan
+from cafe.views.rendering import Rendered, Renderer, ViewParameters
+from cafe.views.resizing import resize
 
 STATISTICS = ((0.5,) * 3, (0.25,) * 3)
 
@@ -41,9 +41,9 @@ def test_a_device_draws_the_numbers_of_numpys_philox() -> None:
 
 KERNEL = """
 import numpy as np, torch
-from cafe.learning.device_views import add_noise
-from cafe.learning.noise_kernel import add_noise as kernel
-from cafe.learning.views import gaussian_levels
+from cafe.views.device import add_noise
+from cafe.views.noise_kernel import add_noise as kernel
+from cafe.views.drawing import gaussian_levels
 random = np.random.default_rng(0)
 images = torch.from_numpy(random.integers(0, 256, (3, 21, 17, 3), np.uint8))
 keys = torch.from_numpy(random.integers(0, 2**64, (3, 2), np.uint64).view(np.int64))
@@ -87,7 +87,7 @@ def test_views_made_on_a_device_equal_those_made_by_pillow(policy: str, interpol
     renderer = Renderer(Arrays(), plan, 48, for_device=True)
     samples = list(product(range(4), range(30)))
     wanted, drawn = renderer.render(samples, {}), renderer(samples, {})
-    assert isinstance(drawn, Rendered if policy == "ofer" else Drawn)  # whose turned views no device makes
+    assert isinstance(drawn, Rendered if policy == "ofer" else ViewParameters)  # whose turned views no device makes
     made = drawn.pictures if isinstance(drawn, Rendered) else make_views(drawn, 48, plan, "cpu").numpy()
     np.testing.assert_array_equal(made, wanted.pictures)
     np.testing.assert_array_equal(drawn.boxes, wanted.boxes)

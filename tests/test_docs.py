@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from jobs.cli import main
+from cafe.jobs.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

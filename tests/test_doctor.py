@@ -6,7 +6,7 @@ from pathlib import Path
 from click.testing import CliRunner
 from miniatures import write_mma
 
-from jobs.cli import main
+from cafe.jobs.cli import main
 
 
 def test_a_machine_that_lacks_nothing_is_fit_and_nothing_is_left_in_the_workspace(tmp_path: Path) -> None:

@@ -20,15 +20,15 @@ from cafe.data.manifest import Manifest
 from cafe.data.union import unite
 from cafe.files import write_file
 from cafe.learning.loading import FaceDataset, epoch_order
-from cafe.learning.views import ViewPlan
 from cafe.methods.method import Recipe
+from cafe.pipeline.features.key import FeatureKey
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.sources import UnitedFaces, choose_rows
+from cafe.pipeline.workspace import Workspace
 from cafe.results.comparison import compare
 from cafe.results.leaks import audit_path, leave_out_leaks
 from cafe.results.scores import read_runs, read_scores
-from pipeline.features.key import FeatureKey
-from pipeline.runs import RunSpec
-from pipeline.sources import UnitedFaces, choose_rows
-from pipeline.workspace import Workspace
+from cafe.views.drawing import ViewPlan
 
 
 @pytest.fixture

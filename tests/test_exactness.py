@@ -15,17 +15,17 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
-from cafe.learning.loading import FaceDataset, FeatureReader
+from cafe.learning.loading import FaceDataset, FeatureSource
 from cafe.learning.training import Training
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
+from cafe.pipeline.features.extract import describe_store
+from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import ExtractSettings
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
-from pipeline.features.extract import describe_store
-from pipeline.features.reader import FeatureReader as StoreReader
-from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
 
 EPOCHS = 2
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def fill_store(folder: Path, manifest: Manifest, settings: ExtractSettings) -> F
     return store
 
 
-def train(name: str, manifest: Manifest, store: FeatureStore, features: FeatureReader) -> Training:
+def train(name: str, manifest: Manifest, store: FeatureStore, features: FeatureSource) -> Training:
     method_type = METHODS[name]
     torch.manual_seed(0)
     recipe = replace(method_type.recipe_type(), epochs=EPOCHS, batch_size=16, learning_rate=1e-3)
@@ -71,7 +71,7 @@ def test_training_from_the_cache_is_training_with_the_tower_on_the_fly(
     )
     store = fill_store(tmp_path, manifest, settings)
     live = Embedder(load_backbone(tiny_tower), manifest, store.about.key.view_plan, "cpu", True, dtype, batch_size=16)
-    cached = train(name, manifest, store, StoreReader(store, ("pooled", "map"))).method.state_dict()
+    cached = train(name, manifest, store, FeatureReader(store, ("pooled", "map"))).method.state_dict()
     fly = train(name, manifest, store, live).method.state_dict()
     for key, value in cached.items():
         assert torch.equal(value, fly[key]), key
@@ -89,7 +89,7 @@ def test_a_layer_from_the_cache_is_the_layer_on_the_fly(
     live = Embedder(tower, manifest, store.about.key.view_plan, "cpu", True, batch_size=16)
     rows = np.random.default_rng(0).permutation(len(manifest))[:30]
     for view in (0, 1):
-        cached = StoreReader(store, ("pooled", "map")).read(rows, view)
+        cached = FeatureReader(store, ("pooled", "map")).read(rows, view)
         for array, values in live.read(rows, view).items():
             assert np.array_equal(cached[array], values), (array, view)
     assert store.about.key.backbone == tower.facts.architecture

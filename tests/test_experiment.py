@@ -25,6 +25,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_file, write_json
+from cafe.pipeline.workspace import Workspace
 from cafe.report.charts import INK
 from cafe.report.details import Gallery, list_details
 from cafe.report.drawings import list_drawings
@@ -34,7 +35,6 @@ from cafe.results.leaks import audit_path
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, average, load_predictions, predictions_path
 from cafe.results.scores import read_runs, read_scores
-from pipeline.workspace import Workspace
 
 SEEDS = (0, 1)
 METHODS = ("cafe", "linear_probe")
@@ -107,9 +107,9 @@ def judge(run: UPath, workspace: Workspace, target: str, seed: int) -> None:
     predicted = np.where(
         random.random(count) < 1 / 3, (manifest.labels + random.integers(1, 7, count)) % 7, manifest.labels
     )
-    sureness = random.permutation(np.linspace(0.4, 0.9, count))
-    probabilities = np.repeat((1 - sureness[:, None]) / 6, 7, axis=1)
-    probabilities[np.arange(count), predicted] = sureness
+    confidence = random.permutation(np.linspace(0.4, 0.9, count))
+    probabilities = np.repeat((1 - confidence[:, None]) / 6, 7, axis=1)
+    probabilities[np.arange(count), predicted] = confidence
     about = {"run": run.name, "target": target, "protocol": "clean", "split": "test", "kind": "folder"}
     about["manifest"] = manifest.digest
     Predictions(manifest.sample_ids, manifest.labels, probabilities, about).save(predictions_path(run, target))
@@ -285,8 +285,8 @@ def test_the_gallery_lists_exactly_the_faces_the_first_seed_was_wrong_about(work
     assert set(shown[: len(expected[0])]) == expected[0]
     assert set(shown[len(expected[0]) :]) == expected[1]
     assert len(shown) == len(expected[0]) + len(expected[1])
-    sureness = [int(text.split()[-2]) for _, text in shown[: len(expected[0])]]
-    assert sureness == sorted(sureness, reverse=True)
+    confidence = [int(text.split()[-2]) for _, text in shown[: len(expected[0])]]
+    assert confidence == sorted(confidence, reverse=True)
 
 
 def test_the_gallery_shows_the_chosen_expressions_and_as_many_as_asked_for(workspace: Workspace) -> None:

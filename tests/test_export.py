@@ -20,16 +20,16 @@ from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_json
 from cafe.inference.graph import Onnx, write_onnx
-from cafe.learning.resizing import Resize
 from cafe.methods import METHODS, find_method
+from cafe.pipeline.models import build_model
+from cafe.pipeline.release.export import cut_middle, export_run
+from cafe.pipeline.release.pyfunc import log_model
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.tracking.mirror import Mirror, default_uri
+from cafe.pipeline.workspace import Workspace
 from cafe.report.card import format_share, write_card
 from cafe.results.scores import read_runs
-from pipeline.models import build_model
-from pipeline.release.export import cut_middle, export_run
-from pipeline.release.pyfunc import log_model
-from pipeline.settings import ExtractSettings
-from pipeline.tracking.mirror import Mirror, default_uri
-from pipeline.workspace import Workspace
+from cafe.views.resizing import Resize
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
 

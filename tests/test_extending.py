@@ -17,8 +17,8 @@ from torch.nn import functional
 from torchvision import models
 
 from cafe.data.readers import DATASETS
-from cafe.learning.networks import NETWORKS
 from cafe.methods import METHODS
+from cafe.networks.branches import NETWORKS
 from cafe.towers.names import BACKBONES
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"

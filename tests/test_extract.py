@@ -23,11 +23,11 @@ from torchvision import transforms
 from trained import fill_store
 from upath import UPath
 
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.towers.building import load_backbone
-from pipeline.features.description import find_stores
-from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
 
 
 def open_store(cafe: Cafe, manifest: str) -> FeatureStore:
@@ -234,7 +234,7 @@ def test_a_cluster_computes_with_the_code_of_the_command_also_of_a_job(
         shutil.copytree(Path(__file__).parents[1] / package, tmp_path / "code" / package)
     with (tmp_path / "code" / "cafe" / "errors.py").open("a") as file:
         file.write("# other code than the nodes have\n")
-    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(indexed.workspace), "extract", "tiny"]
+    program = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(indexed.workspace), "extract", "tiny"]
     program += ["--backbone", tiny_tower, "--address", indexed.address]
     # As `ray job submit` starts a command; that the job says something else of its workers must not end it.
     job = json.dumps({"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "ACTIVE"}}, "metadata": {}})

@@ -15,12 +15,12 @@ from PIL import Image
 from torch.nn import functional
 
 from cafe.errors import UserError
-from cafe.learning.pixels import normalise
 from cafe.methods.baselines.finetune import find_trained
 from cafe.synthetic.domains import render
 from cafe.towers import names
 from cafe.towers.building import load_backbone
 from cafe.towers.names import BACKBONES, Layer, parse_backbone
+from cafe.views.pixels import normalise
 
 CONVOLUTIONS = [(7, 3, 32)] + [(3, 32, 32)] * 6
 CONVOLUTIONS += [(3, 32, 64)] + [(3, 64, 64)] * 7

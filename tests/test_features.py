@@ -17,13 +17,14 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.learning.checkpoints import load_checkpoint, read_tensors, save_checkpoint, write_tensors
+from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import Training, fit, predict, prepare
-from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.features import FeatureMethod, Standardisation
 from cafe.methods.method import Inputs, Method, apply_overrides
+from cafe.towers.weights import read_tensors, write_tensors
+from cafe.views.drawing import ViewPlan
 
 PLAN = ViewPlan("paper", 0, 3, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CPU = torch.device("cpu")

@@ -25,13 +25,13 @@ from trained import fill_store
 from upath import UPath
 
 from cafe.data.manifest import Face, Manifest
-from cafe.learning.rendering import Renderer
-from cafe.learning.views import ViewPlan
-from pipeline.features.decoding import KILLER, Decoders
-from pipeline.features.description import find_stores
-from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
+from cafe.pipeline.features.decoding import KILLER, Decoders
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
+from cafe.views.drawing import ViewPlan
+from cafe.views.rendering import Renderer
 
 ALONE = ("--num-cpus", "1")
 
@@ -52,7 +52,7 @@ def whole(work: Cafe) -> Cafe:
 
 def start(cafe: Cafe, command: tuple[str, ...], sign: str) -> tuple[subprocess.Popen[bytes], Path]:
     """Start a command in a process of its own; return it, as soon as a file like `sign` is there, and its errors."""
-    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
+    program = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(cafe.workspace)]
     errors = cafe.workspace.parent / "errors.txt"
     with errors.open("wb") as output:
         driver = subprocess.Popen([*program, *command], start_new_session=True, stderr=output)
@@ -231,7 +231,7 @@ def test_no_picture_is_blamed_where_no_process_can_be_started(tmp_path: Path, de
 
 def test_processes_that_decode_end_with_their_parent(tmp_path: Path) -> None:
     program = (
-        "import time\nfrom pipeline.features.decoding import Decoders\n"
+        "import time\nfrom cafe.pipeline.features.decoding import Decoders\n"
         "if __name__ == '__main__':\n"
         "    decoders = Decoders(1)\n    decoders.renew(None)\n    print('ready', flush=True)\n    time.sleep(600)\n"
     )
@@ -257,7 +257,7 @@ def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_a
     Image.new("RGB", (13, 17)).save(faces / "happiness" / "poison.png")
     cafe.succeed("data", "index", "folder", str(faces), "--name", "tiny")
     command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "4", "--num-cpus", "1"]
-    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(cafe.workspace)]
+    program = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(cafe.workspace)]
     done = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "1 of 37 images of 'tiny' are unreadable" in done.stderr

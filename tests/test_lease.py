@@ -18,12 +18,12 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
-from pipeline import lease
-from pipeline.features.extract import describe_store, know_tower
-from pipeline.lease import STALE_SECONDS, Lease, hold
-from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.train import plan_training
-from pipeline.workspace import Workspace
+from cafe.pipeline import lease
+from cafe.pipeline.features.extract import describe_store, know_tower
+from cafe.pipeline.lease import STALE_SECONDS, Lease, hold
+from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.train import plan_training
+from cafe.pipeline.workspace import Workspace
 
 
 @pytest.fixture

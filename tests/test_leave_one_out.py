@@ -14,18 +14,18 @@ from domains import DOMAINS, draw_features, fill, make_workspace, planned, train
 from runs import write_predictions, write_run
 
 from cafe.files import read_json
+from cafe.jobs.run_tables import plan_tables
 from cafe.learning.training import predict
+from cafe.pipeline.benchmark.file import Benchmark, parse_benchmark
+from cafe.pipeline.benchmark.plan import plan_benchmark
+from cafe.pipeline.faces import choose_targets
+from cafe.pipeline.models import load_method, make_dataset
+from cafe.pipeline.settings import BenchmarkSettings
+from cafe.pipeline.train import choose_epoch
+from cafe.pipeline.workspace import Workspace
 from cafe.report.report import make_report
 from cafe.report.sheets import ORACLES, PEEKED
 from cafe.results.scores import read_runs, read_scores
-from jobs.run_tables import plan_tables
-from pipeline.benchmark.file import Benchmark, parse_benchmark
-from pipeline.benchmark.plan import plan_benchmark
-from pipeline.faces import choose_targets
-from pipeline.models import load_method, make_dataset
-from pipeline.settings import BenchmarkSettings
-from pipeline.train import choose_epoch
-from pipeline.workspace import Workspace
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from upath import UPath
 import cafe
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from pipeline.release import library
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
+from cafe.pipeline.release import library
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,14 @@ from test_store import MANIFEST, features, filled
 from upath import UPath
 
 from cafe.files import read_json
+from cafe.pipeline.benchmark.file import parse_benchmark, read_benchmark
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.verify import find_damage
+from cafe.pipeline.runs import RunSpec, read_status
+from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
 from cafe.results.scores import read_run
-from pipeline.benchmark.file import parse_benchmark, read_benchmark
-from pipeline.features.description import find_stores
-from pipeline.features.store import FeatureStore
-from pipeline.features.verify import find_damage
-from pipeline.runs import RunSpec, read_status
-from pipeline.workspace import Workspace
 
 OFTEN = settings(
     max_examples=150, derandomize=True, database=None, deadline=None,

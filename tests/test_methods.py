@@ -13,15 +13,15 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
-from cafe.learning.checkpoints import read_tensors, write_tensors
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import Training, fit, predict, prepare
-from cafe.learning.views import POLICIES, ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Method
 from cafe.synthetic.domains import DOMAINS, write
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
+from cafe.towers.weights import read_tensors, write_tensors
+from cafe.views.drawing import POLICIES, ViewPlan
 
 CPU = torch.device("cpu")
 SIZE = 32  # pixels

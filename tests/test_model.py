@@ -17,10 +17,10 @@ from cafe.data.readers import DATASETS
 from cafe.files import read_json, write_json
 from cafe.inference.model import read_pixels
 from cafe.methods import METHODS
+from cafe.pipeline.models import build_model
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
-from pipeline.models import build_model
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
 

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from cafe.errors import UserError
-from cafe.learning.networks import NETWORKS, build_network
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
+from cafe.networks.branches import NETWORKS, build_network
 
 WAYS = ("torchvision", "pytorch")
 

@@ -16,14 +16,14 @@ from trained import fill_store, train_run
 from upath import UPath
 
 from cafe import files
-from cafe.data.fetching import FetchedFaces
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import create_file, list_folder, list_tree, locate, read_file, write_file
+from cafe.pipeline.lease import hold
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
-from pipeline.lease import hold
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
+from cafe.views.fetching import FetchedFaces
 
 BUCKET = "s3://bucket"
 TRAIN = ("train", "--source", "tiny", "--method", "linear_probe", "--epochs", "3", "--image-size", "32")

@@ -10,7 +10,6 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from cafe.errors import UserError
-from cafe.learning.pixels import normalise
 from cafe.methods.method import Inputs
 from cafe.methods.occlusion import SMALLEST, MaskedAutoencoder, OcclusionDetector
 from cafe.methods.ofer import AttentionHead, Ofer, OferOwn, Recipe, find_region, keep_top_half, merge_heads
@@ -20,6 +19,7 @@ from cafe.synthetic.domains import render
 from cafe.synthetic.face import View
 from cafe.synthetic.person import draw_person
 from cafe.towers.building import load_backbone
+from cafe.views.pixels import normalise
 
 GREY = (0.5, 0.5, 0.5)
 

@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cafe.learning.loading import own_part
-from cafe.learning.parallel import gather, rank, share_batch_norm, world_size
+from cafe.networks.parallel import gather, rank, share_batch_norm, world_size
 
 TOTALS = (7, 1)  # odd: the workers' parts differ in size, and one of them is empty
 

@@ -30,11 +30,11 @@ from cafe.inference.annotation import write_video
 from cafe.inference.frames import Frame, count_frames, read_video
 from cafe.inference.quality import judge_quality, measure_sharpness, measure_turn
 from cafe.inference.recognition import HELD_FACES, SEARCHED, Search, judge_frames
+from cafe.jobs.cli import main
+from cafe.pipeline.models import build_model
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.synthetic.domains import render
-from jobs.cli import main
-from pipeline.models import build_model
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
 
 MEADOW = (96, 120, 96)
 CHOSEN = {0: 0.5, 1: 0.75}  # seed: accuracy on held-out faces of the source

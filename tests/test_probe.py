@@ -15,10 +15,10 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
+from cafe.jobs.cli import main
 from cafe.towers.building import load_backbone
 from cafe.towers.names import Layer
 from cafe.towers.probe import choose_faces, list_candidates, probe_layers
-from jobs.cli import main
 
 
 @pytest.fixture(scope="module")

@@ -19,27 +19,27 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.learning.checkpoints import write_tensors
 from cafe.learning.loading import FaceDataset
-from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
+from cafe.pipeline import settings
+from cafe.pipeline.evaluate import is_judged, predict_target
+from cafe.pipeline.faces import any_store, choose_store, choose_target, choose_targets
+from cafe.pipeline.features.extract import describe_store, know_tower
+from cafe.pipeline.features.receipts import Skipped
+from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.models import build_method, find_inputs
+from cafe.pipeline.runs import RunSpec, add_experiment
+from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
+from cafe.pipeline.tracking.mirror import Mirror, default_uri
+from cafe.pipeline.train import plan_training
+from cafe.pipeline.workspace import Workspace
 from cafe.records import write_sealed
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.scores import flatten_scores, read_runs, read_scores
-from pipeline import settings
-from pipeline.evaluate import is_judged, predict_target
-from pipeline.faces import any_store, choose_store, choose_target, choose_targets
-from pipeline.features.extract import describe_store, know_tower
-from pipeline.features.receipts import Skipped
-from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import FeatureStore
-from pipeline.models import build_method, find_inputs
-from pipeline.runs import RunSpec, add_experiment
-from pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
-from pipeline.tracking.mirror import Mirror, default_uri
-from pipeline.train import plan_training
-from pipeline.workspace import Workspace
+from cafe.towers.weights import write_tensors
+from cafe.views.drawing import ViewPlan
 
 
 def manifest(kind: str, *splits: str) -> Manifest:

@@ -19,17 +19,17 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
+from cafe.pipeline.workspace import Workspace
 from cafe.report.charts import draw_ranks, find_ties, to_svg
 from cafe.report.drawings import list_drawings
 from cafe.report.formats import to_csv, to_latex, to_markdown
 from cafe.report.report import Report, make_report
-from cafe.report.sheets import BEST, SECOND, Cell, Sheet
+from cafe.report.sheets import BEST, SECOND, Sheet, SheetCell
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS
 from cafe.results.scores import read_runs, read_scores
 from cafe.results.statistics import Ranking, grouped_test, holm, paired_bootstrap
-from pipeline.workspace import Workspace
 
 KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
 FACES = {"raf": 300, "fer": 250, "stills": 120, "mine": 200}
@@ -254,7 +254,7 @@ def test_latex_compiles_and_fits_a_page(report: Report, tmp_path: Path) -> None:
 
 def test_latex_survives_names_full_of_its_own_signs(report: Report, tmp_path: Path) -> None:
     nasty = r"a_b & 50% #1 ${x}$ ~^ \end{table} <|> − – × † …"
-    table = Sheet(nasty, 1, 1, ["x", "y"], [[Cell(nasty), Cell("1.0 ± 2.0 †", BEST)]], [nasty])
+    table = Sheet(nasty, 1, 1, ["x", "y"], [[SheetCell(nasty), SheetCell("1.0 ± 2.0 †", BEST)]], [nasty])
     compile_latex(tmp_path, to_latex(replace(report, title=nasty, about=[nasty], sheets=[table])))
 
 
@@ -456,7 +456,7 @@ def test_names_can_be_no_formula_in_a_spreadsheet_and_no_page_in_markdown(report
     assert lines[0]["row"] == "'=HYPERLINK(1)|<b>&"
     assert lines[0]["role"] in ("source", "unseen", "same set")
     first = report.sheets[0]
-    named = replace(first, title="<script>", lines=[[Cell("<b>|&copy;"), *first.lines[0][1:]]])
+    named = replace(first, title="<script>", lines=[[SheetCell("<b>|&copy;"), *first.lines[0][1:]]])
     text = to_markdown(replace(report, sheets=[named]))
     assert "## &lt;script>" in text
     assert "| &lt;b>\\|&amp;copy; |" in text

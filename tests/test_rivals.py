@@ -12,14 +12,15 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from upath import UPath
 
-from cafe.learning.checkpoints import load_checkpoint, read_tensors, save_checkpoint, write_tensors
+from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import own_part
-from cafe.learning.parallel import GlobalDropout, gather, rank, share_batch_norm, world_size
 from cafe.methods import eac, rul, scn
 from cafe.methods.eac import attend, eac_losses
 from cafe.methods.method import Inputs
 from cafe.methods.rul import Rul, add_up_loss, measure_uncertainty, mix
 from cafe.methods.scn import Scn, find_low_group, relabel, scn_losses
+from cafe.networks.parallel import GlobalDropout, gather, rank, share_batch_norm, world_size
+from cafe.towers.weights import read_tensors, write_tensors
 
 WEIGHTS = torch.tensor([[0.9], [0.2], [0.6], [0.4], [0.8]])
 ROWS, LABELS = torch.tensor([40, 7, 12, 3]), torch.tensor([1, 1, 2, 0])

@@ -29,10 +29,10 @@ from trained import extract_few, start_run
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.inference.graph import Onnx
-from pipeline.release.library import load_model
-from pipeline.release.pyfunc import Pyfunc
-from pipeline.tracking.mirror import default_uri
-from pipeline.workspace import Workspace
+from cafe.pipeline.release.library import load_model
+from cafe.pipeline.release.pyfunc import Pyfunc
+from cafe.pipeline.tracking.mirror import default_uri
+from cafe.pipeline.workspace import Workspace
 
 PATIENCE = 300  # seconds a crowded machine may need to start the server
 

@@ -13,11 +13,11 @@ from upath import UPath
 
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
-from pipeline.faces import Wanted, fitting_stores
-from pipeline.features.description import find_stores
-from pipeline.features.key import About, FeatureKey, default_shard_rows
-from pipeline.features.reader import FeatureReader
-from pipeline.features.store import FeatureStore
+from cafe.pipeline.faces import Wanted, fitting_stores
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
+from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.features.store import FeatureStore
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
 KEY = FeatureKey(
@@ -31,7 +31,7 @@ CHANGES = {
     "policy": {"name": "paper", "noise_variance": 31.0}, "view_seed": 1, "views": 4, "maps": False, "dtype": "float32",
     "channels": "bgr",
 }  # fmt: skip
-ABOUT = About(KEY, "news", "timm:x", ROWS, WIDTH, (2, 2, 2), shard_rows=4)
+ABOUT = StoreInfo(KEY, "news", "timm:x", ROWS, WIDTH, (2, 2, 2), shard_rows=4)
 MANIFEST = Manifest.from_faces(
     "news", "/data", [Face(f"{n}.jpg", f"{n}.jpg", n % 7, "train", None, 8, 8, str(n)) for n in range(ROWS)]
 )

@@ -17,14 +17,14 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
-from pipeline.features.description import find_stores, recover_about
-from pipeline.features.store import FeatureStore
-from pipeline.features.verify import Damage, discard_damage, find_damage
-from pipeline.lease import hold
-from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.train import plan_training
-from pipeline.worker import Task, Worker
-from pipeline.workspace import Workspace
+from cafe.pipeline.features.description import find_stores, recover_about
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
+from cafe.pipeline.lease import hold
+from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.train import plan_training
+from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.workspace import Workspace
 
 OURS = replace(ABOUT, key=replace(ABOUT.key, images=MANIFEST.image_digest))
 

@@ -15,12 +15,12 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.synthetic.domains import DOMAINS, PROTOTYPES, list_samples, render, write
-from cafe.synthetic.face import View, project, trace
+from cafe.synthetic.face import CameraPose, project, trace
 from cafe.synthetic.person import draw_person
 from cafe.synthetic.portrait import Light, paint
 
 PERSON = draw_person(np.random.default_rng(0))
-FRONTAL = View(yaw=0.0, pitch=0.0, roll=0.0, scale=60.0, centre=(96.0, 96.0))
+FRONTAL = CameraPose(yaw=0.0, pitch=0.0, roll=0.0, scale=60.0, centre=(96.0, 96.0))
 DAYLIGHT = Light(direction=(0.2, -0.4, 1.0), ambient=0.6)
 
 
@@ -179,7 +179,7 @@ def test_a_dropped_jaw_paints_a_dark_mouth() -> None:
 
 def test_yaw_moves_the_nose_further_than_the_eyes() -> None:
     points = {name: trace(PERSON, {})[name] for name in ("nose_tip", "left_eye", "right_eye")}
-    turned = View(yaw=0.4, pitch=0.0, roll=0.0, scale=60.0, centre=(96.0, 96.0))
+    turned = CameraPose(yaw=0.4, pitch=0.0, roll=0.0, scale=60.0, centre=(96.0, 96.0))
     moved = {name: (project(curve, turned) - project(curve, FRONTAL))[:, 0].mean() for name, curve in points.items()}
     assert moved["nose_tip"] > moved["left_eye"] > 0
     assert moved["nose_tip"] > moved["right_eye"] > 0

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from conftest import draw_faces
 from runs import write_predictions, write_run
 
+from cafe.jobs.cli import main
 from cafe.methods import METHODS
-from jobs.cli import main
-from pipeline.workspace import Workspace
+from cafe.pipeline.workspace import Workspace
 
 
 def run(tmp_path: Path, *arguments: str, code: int = 0) -> str:
@@ -65,7 +65,18 @@ def test_quiet_leaves_results_and_errors(tmp_path: Path) -> None:
 
 def test_verbose_says_where_a_mistake_was_found(tmp_path: Path) -> None:
     def complain(*options: str) -> str:
-        command = [sys.executable, "-m", "jobs.cli", *options, "data", "index", "nothing", str(tmp_path), "--name", "x"]
+        command = [
+            sys.executable,
+            "-m",
+            "cafe.jobs.cli",
+            *options,
+            "data",
+            "index",
+            "nothing",
+            str(tmp_path),
+            "--name",
+            "x",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         return done.stderr
@@ -76,21 +87,21 @@ def test_verbose_says_where_a_mistake_was_found(tmp_path: Path) -> None:
 
 def test_a_command_ends_with_its_code_after_all_that_its_libraries_do_at_the_end() -> None:
     code = (
-        "import atexit, click\nfrom jobs import cli\n@cli.main.command()\ndef work() -> None:\n"
+        "import atexit, click\nfrom cafe.jobs import cli\n@cli.main.command()\ndef work() -> None:\n"
         "    atexit.register(print, 'ended', 1 << 20)\n    print('said')\n    click.get_current_context().exit(3)\ncli.run()"
     )
     done = subprocess.run([sys.executable, "-c", code, "work"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "said\nended 1048576\n", "")
     with Path("/dev/full").open("w") as full:
         lost = subprocess.run(
-            [sys.executable, "-m", "jobs.cli", "--help"], stdout=full, stderr=subprocess.PIPE, check=False
+            [sys.executable, "-m", "cafe.jobs.cli", "--help"], stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert lost.returncode
 
 
 def test_garbage_is_looked_for_seldom_only_until_the_work_begins() -> None:
     code = (
-        "import gc\nfrom jobs import cli\nfrom jobs.terminal import interruptible, progress_bar\n"
+        "import gc\nfrom cafe.jobs import cli\nfrom cafe.jobs.terminal import interruptible, progress_bar\n"
         "usual = gc.get_threshold()\n"
         "@cli.main.command()\ndef work() -> None:\n    print(gc.get_threshold() == usual)\n"
         "    with {work}: print(gc.get_threshold() == usual, gc.get_freeze_count() > 1000)\ncli.run()"
@@ -121,7 +132,7 @@ def show_on_terminal(code: str, **environment: str) -> str:
 
 
 def test_no_color_switches_colours_off() -> None:
-    code = "from jobs.terminal import progress_bar\nwith progress_bar('Working') as update: update(1, 2)"
+    code = "from cafe.jobs.terminal import progress_bar\nwith progress_bar('Working') as update: update(1, 2)"
     coloured, plain = show_on_terminal(code, NO_COLOR=""), show_on_terminal(code, NO_COLOR="1")
     assert "Working" in plain
     assert "\x1b[38;5;" in coloured
@@ -179,7 +190,7 @@ def completed(words: str) -> set[str]:
     environment = {**os.environ, "_CAFE_COMPLETE": "bash_complete", "COMP_WORDS": words}
     environment["COMP_CWORD"] = str(len(words.split()) - 1)
     code = (
-        "import sys\nfrom jobs.cli import main\ntry:\n    main(prog_name='cafe')\n"
+        "import sys\nfrom cafe.jobs.cli import main\ntry:\n    main(prog_name='cafe')\n"
         "finally:\n    assert not {'torch', 'mlflow', 'ray', 'pyarrow', 'pandas'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -24,16 +24,16 @@ from cafe.learning.adaptation import predict_t3a, predict_tent
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import predict
 from cafe.methods.method import Method
+from cafe.pipeline.evaluate import check_option, predict_target
+from cafe.pipeline.faces import choose_target
+from cafe.pipeline.models import build_model, load_method, make_dataset
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import TEST_TIME, ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.randomness import random_generator
 from cafe.results.predictions import load_predictions
 from cafe.results.protocols import OPTIONS, find_protocol
 from cafe.results.scores import flatten_scores, read_runs, read_scores
-from pipeline.evaluate import check_option, predict_target
-from pipeline.faces import choose_target
-from pipeline.models import build_model, load_method, make_dataset
-from pipeline.runs import RunSpec
-from pipeline.settings import TEST_TIME, ExtractSettings
-from pipeline.workspace import Workspace
 
 CPU = torch.device("cpu")
 
@@ -233,7 +233,7 @@ def write_seeds(workspace: Workspace, method: str, right: dict[int, list[int]], 
         hits = np.resize(pattern, 100).astype(bool)
         run = write_run(workspace, method, seed=seed)
         for target in ("unseen", "other"):
-            write_predictions(run, target, LABELS, np.where(hits, LABELS, (LABELS + 1) % 7), protocol, sureness=0.9)
+            write_predictions(run, target, LABELS, np.where(hits, LABELS, (LABELS + 1) % 7), protocol, confidence=0.9)
 
 
 def test_rows_of_test_time_are_shown_where_they_are_named_tested_and_never_ranked(tmp_path: Path) -> None:

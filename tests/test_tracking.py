@@ -23,12 +23,12 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import list_folder, read_json, write_json
+from cafe.pipeline.benchmark.cells import write_comparison
+from cafe.pipeline.tracking.database import make_database
+from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
+from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
 from cafe.results.scores import read_runs
-from pipeline.benchmark.cells import write_comparison
-from pipeline.tracking.database import make_database
-from pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
-from pipeline.workspace import Workspace
 
 
 @pytest.fixture
@@ -144,7 +144,8 @@ def test_a_workspace_that_was_moved_keeps_its_files_where_it_is(workspace: Works
     Path(f"{workspace.root}").rename(f"{moved.root}")
     write_predictions(UPath(f"{moved.root}/runs/{name}"), "sfew", np.arange(7), np.arange(7))
     # MLflow remembers within a process where a run keeps its files.
-    code = f"from pipeline.tracking.mirror import Mirror, Workspace; Mirror(Workspace.at({str(moved.root)!r})).update_all()"
+    imports = "from cafe.pipeline.tracking.mirror import Mirror, Workspace"
+    code = f"{imports}; Mirror(Workspace.at({str(moved.root)!r})).update_all()"
     subprocess.run([sys.executable, "-c", code], check=True)
     (run,) = tracked(moved)
     assert run.info.artifact_uri.startswith(f"file://{tmp_path}/moved/artifacts/")
@@ -157,7 +158,7 @@ def test_what_the_database_shows_already_needs_no_mlflow(workspace: Workspace) -
     run = judged(workspace)
     Mirror(workspace).update(run)
     code = (
-        "import sys; from upath import UPath; from pipeline.tracking.mirror import Mirror, Workspace;"
+        "import sys; from upath import UPath; from cafe.pipeline.tracking.mirror import Mirror, Workspace;"
         f"Mirror(Workspace.at({str(workspace.root)!r})).update(UPath({str(run)!r})); print('mlflow' in sys.modules)"
     )
 

@@ -20,13 +20,13 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
+from cafe.pipeline.models import find_deviations, view_plan
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.train import plan_training
+from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions
-from pipeline.models import find_deviations, view_plan
-from pipeline.runs import RunSpec
-from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.train import plan_training
-from pipeline.workspace import Workspace
 
 TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=20", "--set", "learning_rate=0.001")
 

@@ -20,17 +20,17 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
+from cafe.jobs.runs import explain_choices
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset, KeptPictures, epoch_order
 from cafe.learning.training import Selection, Training, predict, prepare
-from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Recipe, apply_overrides
+from cafe.pipeline.models import find_precision, find_recipe
+from cafe.pipeline.settings import TrainSettings
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
-from jobs.runs import explain_choices
-from pipeline.models import find_precision, find_recipe
-from pipeline.settings import TrainSettings
+from cafe.views.drawing import ViewPlan
 
 PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CPU = torch.device("cpu")

@@ -22,12 +22,12 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset
-from cafe.learning.parallel import GlobalDropout
 from cafe.learning.training import Training
-from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
+from cafe.networks.parallel import GlobalDropout
 from cafe.randomness import random_generator
+from cafe.views.drawing import ViewPlan
 
 CPU = torch.device("cpu")
 EPOCHS, BATCH, FACES = 4, 8, 40  # 5 steps an epoch

@@ -13,8 +13,8 @@ from conftest import Cafe
 from mlflow import MlflowClient
 from runs import write_run
 
-from pipeline.tracking.mirror import Mirror, default_uri
-from pipeline.workspace import Workspace
+from cafe.pipeline.tracking.mirror import Mirror, default_uri
+from cafe.pipeline.workspace import Workspace
 
 
 def test_the_server_names_every_experiment_and_ends_with_the_command(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_the_server_names_every_experiment_and_ends_with_the_command(tmp_path: P
         assert Cafe(tmp_path, "").fail("ui", "--port", str(port)) == (
             f"Error: Port {port} is taken: give another one with --port."
         )
-    command = [sys.executable, "-m", "jobs.cli", "--workspace", str(tmp_path), "ui", "--port", str(port)]
+    command = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(tmp_path), "ui", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         address = f"http://127.0.0.1:{port}"

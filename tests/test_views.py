@@ -14,8 +14,8 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from cafe.learning.pixels import normalise, scale
-from cafe.learning.views import POLICIES, ViewPlan, draw_view, turn_picture
+from cafe.views.drawing import POLICIES, ViewPlan, draw_view, turn_picture
+from cafe.views.pixels import normalise, scale
 
 RECORDED = ((False, False, (7, 9, 165, 74)), [148, 117, 116])
 PAPER = POLICIES["paper"]

@@ -15,19 +15,19 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.files import write_json
-from cafe.learning.checkpoints import write_tensors
 from cafe.learning.training import fit, predict
-from pipeline.evaluate import predict_target
-from pipeline.features.computing import pack_shard
-from pipeline.features.extract import describe_store, know_tower
-from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import FeatureStore
-from pipeline.models import build_method, load_method, make_dataset
-from pipeline.runs import add_experiment, note_status
-from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.train import TrainPlan, plan_training
-from pipeline.worker import Task, Worker
-from pipeline.workspace import Workspace
+from cafe.pipeline.evaluate import predict_target
+from cafe.pipeline.features.computing import pack_shard
+from cafe.pipeline.features.extract import describe_store, know_tower
+from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.models import build_method, load_method, make_dataset
+from cafe.pipeline.runs import add_experiment, note_status
+from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.train import TrainPlan, plan_training
+from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.workspace import Workspace
+from cafe.towers.weights import write_tensors
 
 
 def extract_few(real_faces: Path, folder: Path, workspace: Workspace, views: int) -> None:

@@ -48,7 +48,7 @@ def read_expected(name: str) -> tuple[Expected, ...]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class CountDifference:
     """A number of faces that is not the expected one; a certain difference means that the copy is not the data set."""
 
     split: str
@@ -59,7 +59,7 @@ class Difference:
     source: str
 
 
-def count_differences(expected: Sequence[Expected], found: Counter[tuple[str, int]]) -> list[Difference]:
+def count_differences(expected: Sequence[Expected], found: Counter[tuple[str, int]]) -> list[CountDifference]:
     """Return where the faces found per (split, label) differ from what is expected.
 
     A difference is certain where the numbers are known per expression and beyond doubt, or where a split is missing.
@@ -72,7 +72,7 @@ def count_differences(expected: Sequence[Expected], found: Counter[tuple[str, in
         source = f"{split.source}; {split.doubt}" if split.doubt else split.source
         names, numbers = (EXPRESSIONS, numbers) if known else ((TOTAL,), [sum(numbers)])
         differences += [
-            Difference(split.split, name, wanted, number, certain, source)
+            CountDifference(split.split, name, wanted, number, certain, source)
             for name, wanted, number in zip(names, split.counts, numbers, strict=True)
             if number != wanted
         ]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.inference.model import Model
-from cafe.learning.pixels import scale
-from cafe.learning.resizing import Resize
-from cafe.learning.views import ViewPlan
 from cafe.towers.building import quiet
+from cafe.views.drawing import ViewPlan
+from cafe.views.pixels import scale
+from cafe.views.resizing import Resize
 
 OPSET = 18
 FACES, PROBABILITIES = "faces", "probabilities"  # names of the graph's input and output

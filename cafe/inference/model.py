@@ -19,10 +19,10 @@ from cafe.data.images import MAX_PIXELS, UnreadableImageError, image_pixels
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import predict_average
-from cafe.learning.views import ViewPlan
 from cafe.methods.method import Method
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.embedding import Embedder
+from cafe.views.drawing import ViewPlan
 
 Picture = np.ndarray | Image.Image
 BATCH_SIZE = 64  # faces per forward pass of a tower, as when features are stored

@@ -1,1 +1,1 @@
-"""Learning: views, batches, the training loops, and the trainable image branches."""
+"""Learning: batches, the training loops, adaptation to a target, checkpoints."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from upath import UPath
 
 from cafe.files import read_file, write_file
+from cafe.towers.weights import write_tensors
 
 
 def save_checkpoint(
@@ -55,17 +55,6 @@ def load_checkpoint(
             if value.shape == parameter.shape:  # fused optimisers take it for granted that memory is laid out alike
                 values[name] = torch.empty_like(parameter).copy_(value)
     return record, _below(tensors, "selected.")
-
-
-def write_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors as one safetensors file."""
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_file(path, save_tensors(plain))
-
-
-def read_tensors(path: UPath) -> dict[str, Tensor]:
-    """Read named tensors from a safetensors file."""
-    return dict(load_tensors(read_file(path)))
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

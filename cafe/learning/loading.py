@@ -21,13 +21,13 @@ from upath import UPath
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import Pictures
 from cafe.errors import StorageError, UserError
-from cafe.learning.device_views import let_threads_alternate, make_views
-from cafe.learning.parallel import part_sizes, rank
-from cafe.learning.pixels import normalise
-from cafe.learning.rendering import Drawn, Rendered, Renderer
-from cafe.learning.views import ViewPlan
 from cafe.methods.method import ARRAYS, Batch, Recipe
+from cafe.networks.parallel import part_sizes, rank
 from cafe.randomness import random_generator
+from cafe.views.device import make_views, shorten_switch_interval
+from cafe.views.drawing import ViewPlan
+from cafe.views.pixels import normalise
+from cafe.views.rendering import Rendered, Renderer, ViewParameters
 
 SMALLEST_BATCH = (
     8  # faces that a training needs, and that a batch has unless its recipe says otherwise or it is the last
@@ -36,7 +36,7 @@ THREADS = 4  # that decode and draw for a GPU
 Pixels = tuple[torch.Tensor, torch.Tensor]  # pictures (n, S, S, 3) uint8 and erased boxes (n, 4)
 
 
-class FeatureReader(Protocol):
+class FeatureSource(Protocol):
     """Where frozen features come from: a store, or the tower itself."""
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
@@ -93,7 +93,7 @@ class FaceDataset:
     plan: ViewPlan
     needs: frozenset[str]
     image_size: int
-    features: FeatureReader | None = None
+    features: FeatureSource | None = None
     channels: str = "rgb"  # bgr only for targets of the protocol `paper`
 
     def load(
@@ -151,18 +151,18 @@ class FaceDataset:
 
     def _make(self, batches: Sequence[np.ndarray], view: int, device: torch.device) -> Iterator[Pixels]:
         """Yield views that are made on a device; threads decode and draw those of the next batches."""
-        let_threads_alternate()
+        shorten_switch_interval()
         renderer = replace(self._renderer, for_device=True)
         with ThreadPoolExecutor(THREADS) as pool:
             waiting = deque(batches)
-            under_way = deque[Future[Rendered | Drawn]]()
+            under_way = deque[Future[Rendered | ViewParameters]]()
             while waiting or under_way:
                 while waiting and len(under_way) < 2 * THREADS:
                     samples = [(row, view) for row in waiting.popleft().tolist()]
                     under_way.append(pool.submit(renderer, samples, {}))
                 views = under_way.popleft().result()
                 self._check(views.unreadable)
-                if isinstance(views, Drawn):
+                if isinstance(views, ViewParameters):
                     pictures = make_views(views, self.image_size, self.plan, str(device))
                 else:
                     pictures = torch.from_numpy(views.pictures)

@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset, epoch_order, own_part
-from cafe.learning.parallel import gather, rank, world_size
 from cafe.methods.features import FeatureMethod, Standardisation
 from cafe.methods.method import Batch, Method, widen
+from cafe.networks.parallel import gather, rank, world_size
 from cafe.randomness import random_generator
 
 PREDICTION_BATCH = 64

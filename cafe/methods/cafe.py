@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.learning.networks import build_network
 from cafe.methods import features
 from cafe.methods.features import FeatureMethod
 from cafe.methods.method import Batch, Inputs, widen
+from cafe.networks.branches import build_network
 
 CLASSES = len(EXPRESSIONS)
 

@@ -52,7 +52,7 @@ class Method(nn.Module):
     # What a batch must hold: "image", with it "flipped_image" and "placement"; "features", "map"; or the "tower" itself.
     needs: ClassVar[frozenset[str]]
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
-    policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.learning.views.POLICIES`
+    policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.drawing.POLICIES`
     clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
     not_exported: ClassVar[str] = ""  # why it cannot be one graph, as ONNX keeps it: a sentence; empty where it can
     recipe_type: ClassVar[type[Recipe]] = Recipe

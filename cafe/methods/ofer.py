@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
-from cafe.learning.networks import build_network
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
 from cafe.methods.occlusion import WIDTH, MaskedAutoencoder, OcclusionDetector
+from cafe.networks.branches import build_network
 
 HEADS = 4
 SQUEEZED = 16  # the channel gate's bottleneck: 512 → 32

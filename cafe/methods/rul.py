@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.learning.networks import build_network
-from cafe.learning.parallel import GlobalDropout
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method, widen
+from cafe.networks.branches import build_network
+from cafe.networks.parallel import GlobalDropout
 
 EMBEDDING = 64  # channels of the mean and of the variance (released script)
 EPSILON = 2e-5  # of the heads' batch norms (released script)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.learning.networks import build_network
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
+from cafe.networks.branches import build_network
 
 
 @dataclass(frozen=True)

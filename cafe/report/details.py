@@ -121,8 +121,8 @@ def find_mistakes(row: Row, targets: Sequence[str], protocol: str, gallery: Gall
             continue
         for rank, place in enumerate(find_worst_mistakes(predictions, gallery.count, wanted)):
             label, predicted = (EXPRESSIONS[classes[place]] for classes in (predictions.labels, predictions.predicted))
-            sureness, digest = float(predictions.probabilities[place].max()), predictions.about.get("manifest", "")
-            mistake = Mistake(target, digest, predictions.sample_ids[place], label, predicted, sureness)
+            confidence, digest = float(predictions.probabilities[place].max()), predictions.about.get("manifest", "")
+            mistake = Mistake(target, digest, predictions.sample_ids[place], label, predicted, confidence)
             ranked.append((rank, number, mistake))
     shown = sorted(ranked, key=lambda entry: entry[:2])[: gallery.count]
     return [mistake for _, _, mistake in sorted(shown, key=lambda entry: (entry[1], entry[0]))]

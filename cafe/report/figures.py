@@ -67,8 +67,8 @@ def find_worst_mistakes(
 ) -> np.ndarray:
     """Return the positions (n,) of the mistakes on faces of these classes that a run was surest of, the surest first."""
     wrong = np.flatnonzero((predictions.predicted != predictions.labels) & np.isin(predictions.labels, classes))
-    sureness = predictions.probabilities[wrong].max(axis=1)
-    return wrong[np.argsort(-sureness, kind="stable")[:count]]
+    confidence = predictions.probabilities[wrong].max(axis=1)
+    return wrong[np.argsort(-confidence, kind="stable")[:count]]
 
 
 def draw_errors(predictions: Predictions, mistakes: np.ndarray, images: list[np.ndarray], title: str) -> Image.Image:

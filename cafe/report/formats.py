@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from cafe.report.report import Report, list_records
-from cafe.report.sheets import BEST, SECOND, UNDERLINED, Cell, Sheet
+from cafe.report.sheets import BEST, SECOND, UNDERLINED, Sheet, SheetCell
 
 WIDE = 8  # columns of a table, more than which LaTeX sets across both columns of a page that has two
 
@@ -33,7 +33,7 @@ def to_markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_cell(cell: Cell) -> str:
+def _markdown_cell(cell: SheetCell) -> str:
     text = _escape(cell.text)
     return {BEST: f"**{text}**", SECOND: f"*{text}*"}.get(cell.mark, text)
 
@@ -83,7 +83,7 @@ def _latex_table(sheet: Sheet, number: int) -> str:
     ])  # fmt: skip
 
 
-def _latex_cell(cell: Cell) -> str:
+def _latex_cell(cell: SheetCell) -> str:
     text = re.sub(r" ± ([\d.]+)", r"\\,{\\scriptsize$\\pm$\1}", _escape_latex(cell.text, plus_minus=" ± "))
     return {BEST: f"\\textbf{{{text}}}", SECOND: f"\\underline{{{text}}}"}.get(cell.mark, text)
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.report.sheets import Cell, Sheet
+from cafe.report.sheets import Sheet, SheetCell
 from cafe.results.comparison import Comparison, Row
 from cafe.results.leaks import load_leaks
 from cafe.results.predictions import Predictions, load_predictions
@@ -22,7 +22,7 @@ SHORT = 12  # characters of a digest or a commit
 def trainings_sheet(comparison: Comparison) -> Sheet:
     """What every row was trained with: a line per row."""
     header = ["source", "method", "seeds", "epoch", "epochs", "tower", "views", "code", "not as published"]
-    lines = [list(map(Cell, _describe_training(row))) for row in comparison.rows]
+    lines = [list(map(SheetCell, _describe_training(row))) for row in comparison.rows]
     notes = [
         "Epoch: which one is judged. final: the last; source_val: the best on faces held out of the source. Code: the "
         "commit or the release a run was trained by. Not as published: settings that differ from the method's paper, where "
@@ -66,7 +66,7 @@ def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
         runs = {run.name: run for row in comparison.rows for run in row.runs}
         judged = load_predictions(runs[own["run"].iloc[0]].folder, comparison.protocol)[target]
         copies = [_count_copies(root, source, judged) for source in sources]
-        lines.append(list(map(Cell, [target, *words, faces, *copies])))
+        lines.append(list(map(SheetCell, [target, *words, faces, *copies])))
     notes = [
         "Faces: those that were judged. Copies: how many of them cafe data audit found to be copies or near copies of the "
         "source's training faces; --exclude-leaks adds the accuracy without them."

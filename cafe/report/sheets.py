@@ -34,7 +34,7 @@ TEST_TIME = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class SheetCell:
     """What is written in a table, and whether it is the best or the second best of its column."""
 
     text: str
@@ -52,7 +52,7 @@ class Sheet:
     words: int
     block: int
     header: list[str]
-    lines: list[list[Cell]]
+    lines: list[list[SheetCell]]
     notes: list[str]
 
     def starts_block(self, number: int) -> bool:
@@ -71,7 +71,7 @@ def main_sheet(comparison: Comparison) -> Sheet:
     highest = (
         {"mean unseen macro_f1"} if comparison.metric == "ece" else {*comparison.columns, *keys} - {"mean unseen ece"}
     )
-    lines: list[list[Cell]] = []
+    lines: list[list[SheetCell]] = []
     for _, block in groupby(comparison.rows, lambda row: row.source):
         rows = list(block)
         columns = [row.cells | {key: row.means[name] for key, name in keys.items()} for row in rows]
@@ -89,7 +89,7 @@ def main_sheet(comparison: Comparison) -> Sheet:
 
 def _mark_lines(
     rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: Collection[str]
-) -> list[list[Cell]]:
+) -> list[list[SheetCell]]:
     """Return the lines of one source's rows with the best and the second best of each column, ties in print sharing it.
 
     The best of the columns `highest` is the highest, of others the lowest; a row that peeked at the faces it is judged on
@@ -106,12 +106,12 @@ def _mark_lines(
     return lines
 
 
-def _line(row: Row, estimates: dict[str, Estimate]) -> list[Cell]:
-    return [*_head(row), *(Cell(_write(row, name, estimate)) for name, estimate in estimates.items())]
+def _line(row: Row, estimates: dict[str, Estimate]) -> list[SheetCell]:
+    return [*_head(row), *(SheetCell(_write(row, name, estimate)) for name, estimate in estimates.items())]
 
 
-def _head(row: Row) -> list[Cell]:
-    return [Cell(row.source), Cell(row.label), Cell(str(row.seeds) if row.seeded else "any")]
+def _head(row: Row) -> list[SheetCell]:
+    return [SheetCell(row.source), SheetCell(row.label), SheetCell(str(row.seeds) if row.seeded else "any")]
 
 
 def _write(row: Row, name: str, estimate: Estimate) -> str:
@@ -121,7 +121,9 @@ def _write(row: Row, name: str, estimate: Estimate) -> str:
     return f"{text} †" if row.peeked else text
 
 
-def _lead(rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: Collection[str]) -> list[list[Cell]]:
+def _lead(
+    rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: Collection[str]
+) -> list[list[SheetCell]]:
     """The line of Table 2 of the supplement: CAFE less the best of the other methods; none where CAFE is not one row."""
     fair = [(row, own) for row, own in zip(rows, columns, strict=True) if row.contends]
     ours, rivals = ([own for row, own in fair if (row.method == "cafe") == mine] for mine in (True, False))
@@ -132,7 +134,7 @@ def _lead(rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: 
         means = [own[name].mean for own in rivals if not math.isnan(own[name].mean)]
         best = (max if name in highest else min)(means, default=math.nan)
         texts.append("–" if math.isnan(estimate.mean - best) else points(estimate.mean - best))
-    return [list(map(Cell, [rows[0].source, "cafe less the best rival", "", *texts]))]
+    return [list(map(SheetCell, [rows[0].source, "cafe less the best rival", "", *texts]))]
 
 
 def _target_notes(comparison: Comparison) -> list[str]:
@@ -193,13 +195,13 @@ def by_label(comparison: Comparison) -> list[tuple[str, list[Row]]]:
 
 def published_sheet(comparison: Comparison, published: Sequence[Published | None]) -> Sheet:
     """How far each row is from the numbers published for its method, and which of its settings differ."""
-    lines: list[list[Cell]] = []
+    lines: list[list[SheetCell]] = []
     differing: dict[str, list[str]] = {}
     for row, numbers in zip(comparison.rows, published, strict=True):
         if numbers:
             pairs = [(row.cells[name].mean, numbers.cells.get(name, math.nan)) for name in comparison.columns]
             pairs += [(row.unseen.mean, numbers.unseen), (row.means["all"].mean, numbers.everything)]
-            lines.append([*_head(row), *(Cell(_beside(row, *pair)) for pair in pairs)])
+            lines.append([*_head(row), *(SheetCell(_beside(row, *pair)) for pair in pairs)])
             if settings := row.runs[0].not_as_published:
                 differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
     notes = [
@@ -247,18 +249,18 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
     return sheets
 
 
-def _test_line(test: Paired) -> list[Cell]:
+def _test_line(test: Paired) -> list[SheetCell]:
     difference = test.difference
     groups = f" in {difference.groups:,} groups" if difference.groups and test.target else ""
     return [
-        Cell(f"{test.row.label} †" if test.peeked else test.row.label),
-        Cell(name_target(test)),
-        Cell(f"{difference.faces:,}{groups}"),
-        Cell(points(difference.mean), BEST if test.holds else ""),
-        Cell(f"{points(difference.low)} to {points(difference.high)}"),
-        Cell(_p(difference.p)),
-        Cell(_p(test.adjusted_p) if test.target else "–"),
-        Cell("–" if test.apart is None else "yes" if test.apart else "no"),
+        SheetCell(f"{test.row.label} †" if test.peeked else test.row.label),
+        SheetCell(name_target(test)),
+        SheetCell(f"{difference.faces:,}{groups}"),
+        SheetCell(points(difference.mean), BEST if test.holds else ""),
+        SheetCell(f"{points(difference.low)} to {points(difference.high)}"),
+        SheetCell(_p(difference.p)),
+        SheetCell(_p(test.adjusted_p) if test.target else "–"),
+        SheetCell("–" if test.apart is None else "yes" if test.apart else "no"),
     ]
 
 
@@ -274,7 +276,9 @@ def _p(value: float) -> str:
 def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
     """Mean ranks over targets with Friedman's and Nemenyi's tests."""
     ranking = ranks.ranking
-    lines = [[Cell(label), Cell(f"{place:.2f}")] for label, place in zip(ranks.labels, ranking.ranks, strict=True)]
+    lines = [
+        [SheetCell(label), SheetCell(f"{place:.2f}")] for label, place in zip(ranks.labels, ranking.ranks, strict=True)
+    ]
     notes = [f"By {TITLES[comparison.metric]} over {ranking.targets} pairs of source and unseen target."]
     if not math.isnan(ranking.p):
         notes.append(f"Friedman's test: p = {_p(ranking.p)}.".replace("= <", "< "))
@@ -291,7 +295,7 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
 
 def class_sheet(comparison: Comparison, target: str, published: Sequence[Published | None]) -> Sheet:
     """Recall per expression on one target, and below each row how far it is from the published numbers."""
-    lines: list[list[Cell]] = []
+    lines: list[list[SheetCell]] = []
     for _, block in groupby(zip(comparison.rows, published, strict=True), lambda pair: pair[0].source):
         rows, known = zip(*block, strict=True)
         marked = _mark_lines(rows, [row.cells for row in rows], comparison.columns)
@@ -299,7 +303,7 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
             lines.append(line)
             if numbers:
                 texts = [_beside(row, estimate.mean, numbers.cells[name]) for name, estimate in row.cells.items()]
-                lines.append(list(map(Cell, [row.source, f"{row.label} − published", "", *texts])))
+                lines.append(list(map(SheetCell, [row.source, f"{row.label} − published", "", *texts])))
     notes = [
         f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
         "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
@@ -316,7 +320,7 @@ def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sh
     if leak_free is not None:
         table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(_percent)
         table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)
-    lines = [list(map(Cell, line)) for line in table.fillna("").reset_index().to_numpy()]
+    lines = [list(map(SheetCell, line)) for line in table.fillna("").reset_index().to_numpy()]
     return Sheet("Percent", 1, 0, ["target", *table.columns], lines, [])
 
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.results.protocols import PROTOCOLS, Protocol, find_protocol
+from cafe.results.sources import SETS
 
 if TYPE_CHECKING:
     from cafe.results.comparison import Comparison, Row
 
-SETS = ("rafdb", "ferplus", "affectnet", "sfew", "mma")  # the columns, by the kind of their manifests
 CLASS_COLUMNS = (*EXPRESSIONS, "overall", "mean")
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cafe.results.published import SETS
+SETS = (
+    "rafdb",
+    "ferplus",
+    "affectnet",
+    "sfew",
+    "mma",
+)  # by the kind of their manifests, in the order of published columns
 
 # Means are taken over `unseen` targets, or over these and the sources.
 SOURCE, UNSEEN = "source", "unseen"

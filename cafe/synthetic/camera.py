@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from cafe.synthetic.face import SIDES, View, mirror, project, smooth, trace
+from cafe.synthetic.face import SIDES, CameraPose, mirror, project, smooth, trace
 from cafe.synthetic.person import Colour, Person, round_colour
 
 Pixels = NDArray[np.uint8]
@@ -77,7 +77,7 @@ def paint_background(look: Domain, canvas: int, paper: Colour | None, rng: np.ra
     return picture.filter(ImageFilter.BoxBlur(canvas * float(rng.uniform(0.004, 0.025))))
 
 
-def _paint_hand(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+def _paint_hand(picture: Image.Image, person: Person, view: CameraPose, side: float, rng: np.random.Generator) -> None:
     """Fingers of the person's own skin come in from below, at the cheek, the chin or over the mouth."""
     draw = ImageDraw.Draw(picture)
     skin, dark = person.skin, round_colour(round(c * 0.72) for c in person.skin)
@@ -95,7 +95,9 @@ def _paint_hand(picture: Image.Image, person: Person, view: View, side: float, r
             draw.ellipse([*(path[0] - radius), *(path[0] + radius)], fill=colour)
 
 
-def _paint_strand(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+def _paint_strand(
+    picture: Image.Image, person: Person, view: CameraPose, side: float, rng: np.random.Generator
+) -> None:
     """Nine locks fall from the crown over one half of the face."""
     draw = ImageDraw.Draw(picture)
     for k in range(9):
@@ -108,7 +110,9 @@ def _paint_strand(picture: Image.Image, person: Person, view: View, side: float,
         draw.line(path.ravel().tolist(), fill=colour, width=max(2, round(view.scale * 0.11)), joint="curve")
 
 
-def _paint_sunglasses(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+def _paint_sunglasses(
+    picture: Image.Image, person: Person, view: CameraPose, side: float, rng: np.random.Generator
+) -> None:
     """Dark lenses where the person's glasses would sit, and a bar from ear to ear."""
     draw, curves = ImageDraw.Draw(picture), trace(person, {})
     dark = round_colour(rng.integers(10, 60, 3))
@@ -118,7 +122,7 @@ def _paint_sunglasses(picture: Image.Image, person: Person, view: View, side: fl
     draw.line(bar.ravel().tolist(), fill=dark, width=max(2, round(view.scale * 0.05)))
 
 
-def _paint_mask(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+def _paint_mask(picture: Image.Image, person: Person, view: CameraPose, side: float, rng: np.random.Generator) -> None:
     """A surgical mask from the nose to below the chin, with three pleats."""
     draw = ImageDraw.Draw(picture)
     cloth = round_colour(rng.normal((176, 206, 222), 12).clip(0, 255))
@@ -130,7 +134,9 @@ def _paint_mask(picture: Image.Image, person: Person, view: View, side: float, r
         draw.line(pleat.ravel().tolist(), fill=tuple(v - 28 for v in cloth), width=max(1, round(view.scale * 0.02)))
 
 
-def _write_caption(picture: Image.Image, person: Person, view: View, side: float, rng: np.random.Generator) -> None:
+def _write_caption(
+    picture: Image.Image, person: Person, view: CameraPose, side: float, rng: np.random.Generator
+) -> None:
     """Lay a line of words over the picture, as pictures shared on the web often have."""
     draw, canvas = ImageDraw.Draw(picture), picture.width
     words = ["when", "you", "see", "it", "monday", "wow", "2019", "me", "again", "www.", "photo", "LOL", "STOCK"]
@@ -151,7 +157,7 @@ OCCLUDERS = {
 }  # fmt: skip
 
 
-def occlude(picture: Image.Image, person: Person, view: View, rng: np.random.Generator) -> None:
+def occlude(picture: Image.Image, person: Person, view: CameraPose, rng: np.random.Generator) -> None:
     """Put one thing in front of the face: a hand, a strand of hair, sunglasses, a surgical mask or a caption."""
     what = str(rng.choice(list(OCCLUDERS), p=[0.34, 0.2, 0.12, 0.08, 0.26]))
     side = float(rng.choice([-1.0, 1.0]))
@@ -160,7 +166,7 @@ def occlude(picture: Image.Image, person: Person, view: View, rng: np.random.Gen
     OCCLUDERS[what](picture, person, view, side, rng)
 
 
-def plant(pixels: Pixels, what: str, person: Person, view: View, seed: int) -> tuple[Pixels, NDArray[np.bool_]]:
+def plant(pixels: Pixels, what: str, person: Person, view: CameraPose, seed: int) -> tuple[Pixels, NDArray[np.bool_]]:
     """Put one of `OCCLUDERS` on a finished picture (H, W, 3) of anybody, where a face seen like `view` would be.
 
     Returns the picture and where the thing lies (H, W).

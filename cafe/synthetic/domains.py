@@ -17,7 +17,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 from cafe.randomness import random_generator
 from cafe.synthetic.camera import Domain, Pixels, encode, expose, occlude, paint_background
-from cafe.synthetic.face import View
+from cafe.synthetic.face import CameraPose
 from cafe.synthetic.person import draw_person, round_colour
 from cafe.synthetic.portrait import Ink, Light, paint
 
@@ -102,10 +102,10 @@ def _find_domain(name: str) -> Domain:
     return DOMAINS[name]
 
 
-def _draw_view(look: Domain, canvas: int, rng: np.random.Generator) -> View:
+def _draw_view(look: Domain, canvas: int, rng: np.random.Generator) -> CameraPose:
     yaw, pitch, roll = np.radians(look.turn) * rng.normal(0, (1.0, 0.5, 0.4))
     shift = rng.normal(0, 0.006 + 0.0012 * look.turn, 2)
-    return View(
+    return CameraPose(
         yaw=float(np.clip(yaw, -0.6, 0.6)),
         pitch=float(np.clip(pitch, -0.3, 0.3)),
         roll=float(roll),

@@ -23,7 +23,7 @@ SIDES = {"left": -1.0, "right": 1.0}  # of the image
 
 
 @dataclass(frozen=True)
-class View:
+class CameraPose:
     """Where the camera stands: angles in radians, `scale` in pixels per face unit, `centre` in pixels."""
 
     yaw: float
@@ -307,7 +307,7 @@ def _clip(shape: Curve, above: Curve, below: Curve) -> Curve:
     return np.stack([x, y], 1)
 
 
-def project(curve: Curve, view: View) -> Curve:
+def project(curve: Curve, view: CameraPose) -> Curve:
     """Turn a curve on the head's surface (ellipsoid with a nose) and return its pixels, (N, 2)."""
     x, y = curve[:, 0], curve[:, 1]
     z = 0.95 * np.sqrt(np.clip(1 - (x / 1.08) ** 2 - (y / 1.75) ** 2, 0.2, None))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from cafe.synthetic.face import SIDES, Curve, View, project, trace
+from cafe.synthetic.face import SIDES, CameraPose, Curve, project, trace
 from cafe.synthetic.person import Colour, Person, mix_colours
 
 HAIRY = {"hair", "hair_back", "bun", "beard", "moustache"}
@@ -46,7 +46,9 @@ class Ink:
 class Painter:
     """Draws the curves of one face onto layers: flat colour, broad shade, fine shade, and the person's mask."""
 
-    def __init__(self, size: int, view: View, curves: Mapping[str, Curve], ink: Ink | None, rng: np.random.Generator):
+    def __init__(
+        self, size: int, view: CameraPose, curves: Mapping[str, Curve], ink: Ink | None, rng: np.random.Generator
+    ):
         names = list(curves)
         pixels = project(np.concatenate([curves[name] for name in names]), view)
         ends = np.cumsum([len(curves[name]) for name in names])[:-1]
@@ -109,7 +111,7 @@ class Painter:
 def paint(
     person: Person,
     units: Mapping[int, float],
-    view: View,
+    view: CameraPose,
     light: Light,
     size: int,
     gaze: tuple[float, float],
@@ -260,7 +262,7 @@ def _draw_folds(on: Painter, p: Person, au: Mapping[int, float], ink: Ink) -> No
         on.line("chin_dent", ink.colour, ink.width * 0.6)
 
 
-def _shine(view: View, light: Light, size: int) -> NDArray[np.float32]:
+def _shine(view: CameraPose, light: Light, size: int) -> NDArray[np.float32]:
     """Return how bright each pixel of a head-shaped ellipsoid is, 1 when it faces the lamp: (size, size)."""
     unit = 4.0 / view.scale
     x = ((np.arange(size, dtype=np.float32) - view.centre[0] / 4) * unit / 1.12)[None, :]

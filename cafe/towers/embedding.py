@@ -18,16 +18,16 @@ from cafe.arithmetic import arithmetic
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import Pictures
 from cafe.errors import UserError
-from cafe.learning.device_views import make_views, send
-from cafe.learning.pixels import normalise
-from cafe.learning.rendering import Drawn, Rendered, Renderer, Sample
-from cafe.learning.views import ViewPlan
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.names import Layer
+from cafe.views.device import make_views, send
+from cafe.views.drawing import ViewPlan
+from cafe.views.pixels import normalise
+from cafe.views.rendering import Rendered, Renderer, Sample, ViewParameters
 
 
 class Embedder:
-    """Features of views as `FeatureReader` gives them, computed when they are asked for.
+    """Features of views as `FeatureSource` gives them, computed when they are asked for.
 
     Every forward pass is filled up to `batch_size`: arithmetic libraries round differently for different sizes, and a
     feature must not depend on how many neighbours it had.
@@ -55,7 +55,7 @@ class Embedder:
         """Part samples into forward passes."""
         return [samples[start : start + self.batch_size] for start in range(0, len(samples), self.batch_size)]
 
-    def embed_layers(self, views: Rendered | Drawn, layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
+    def embed_layers(self, views: Rendered | ViewParameters, layers: Sequence[Layer]) -> list[dict[str, Tensor]]:
         """Run the tower once; return each layer's pooled (n, C) and, if asked for, map (n, C, H, W), on the device."""
         with torch.inference_mode(), arithmetic(self.tower.precision):
             pictures = self._make(views)
@@ -81,9 +81,9 @@ class Embedder:
             self.recorded[layers] = Recorded(read, images)
         return self.recorded[layers](images)
 
-    def _make(self, views: Rendered | Drawn) -> Tensor:
+    def _make(self, views: Rendered | ViewParameters) -> Tensor:
         """Return the pictures (n, S, S, 3) uint8 on the device."""
-        if isinstance(views, Drawn):
+        if isinstance(views, ViewParameters):
             return make_views(views, self.tower.facts.input_size, self.plan, self.device)
         return send(views.pictures, self.device)
 

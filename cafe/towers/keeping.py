@@ -7,9 +7,9 @@ from pathlib import Path
 from upath import UPath
 
 from cafe.files import write_file
-from cafe.learning.checkpoints import write_tensors
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.names import parse_backbone, split_name
+from cafe.towers.weights import write_tensors
 
 FILE = "tower.safetensors"
 

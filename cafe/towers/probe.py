@@ -18,11 +18,11 @@ from sklearn.preprocessing import StandardScaler
 
 from cafe.data.manifest import Manifest, hold_out_rows
 from cafe.errors import UserError
-from cafe.learning.views import ViewPlan
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.facts import resolve_normalisation
 from cafe.towers.names import END, FINAL, Layer
+from cafe.views.drawing import ViewPlan
 
 GRIDS = ("1x1", "2x2", "3x3", "4x4")
 WIDEST = 4096  # channels; a wider layer takes minutes to fit
@@ -32,7 +32,7 @@ TIMED = 16  # faces to a pass whose cost is measured
 
 
 @dataclass(frozen=True)
-class Answer:
+class ProbeResult:
     """How well a layer tells expressions apart, in 0–1; `error` is the standard error of the accuracy."""
 
     layer: Layer
@@ -74,7 +74,7 @@ def probe_layers(
     tested: np.ndarray,
     device: str,
     progress: Callable[[int, int], None],
-) -> list[Answer]:
+) -> list[ProbeResult]:
     """Return how well every layer and grid of a tower does; `progress(done, total)` counts faces and layers."""
     layers, rows = list_candidates(tower), np.concatenate([fitted, tested])
     plan = ViewPlan("clean", 0, 1, "bilinear", *resolve_normalisation(tower.facts))
@@ -92,7 +92,7 @@ def probe_layers(
     return answers
 
 
-def _test_layer(layer: Layer, features: np.ndarray, labels: np.ndarray, fitted: int) -> Answer:
+def _test_layer(layer: Layer, features: np.ndarray, labels: np.ndarray, fitted: int) -> ProbeResult:
     """Fit a linear classifier on the first faces and test it on the others."""
     scaler = StandardScaler().fit(features[:fitted])
     classifier = LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3)
@@ -100,7 +100,7 @@ def _test_layer(layer: Layer, features: np.ndarray, labels: np.ndarray, fitted: 
     truth, predicted = labels[fitted:], classifier.predict(scaler.transform(features[fitted:]))
     accuracy = float(accuracy_score(truth, predicted))
     error = math.sqrt(accuracy * (1 - accuracy) / len(truth))
-    return Answer(layer, features.shape[1], accuracy, error, float(balanced_accuracy_score(truth, predicted)))
+    return ProbeResult(layer, features.shape[1], accuracy, error, float(balanced_accuracy_score(truth, predicted)))
 
 
 def time_layer(tower: FrozenBackbone, layer: Layer) -> float:

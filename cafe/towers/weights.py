@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
+from upath import UPath
 
 from cafe.errors import UserError, quote
+from cafe.files import read_file, write_file
 from cafe.towers.face import read_face_weights
 from cafe.towers.names import BackboneSpec, timm_name
 
@@ -128,3 +131,14 @@ def digest_state_dict(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as one safetensors file."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_file(path, save(plain))
+
+
+def read_tensors(path: UPath) -> dict[str, Tensor]:
+    """Read named tensors from a safetensors file."""
+    return dict(load(read_file(path)))

@@ -20,23 +20,23 @@ from upath import UPath
 
 from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, list_files, read_file, write_changed, write_file
+from cafe.pipeline import cluster
+from cafe.pipeline.benchmark.grid import Cell, StoreName
+from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
+from cafe.pipeline.cluster import Bar, Progress
+from cafe.pipeline.faces import Store
+from cafe.pipeline.features.extract import extract
+from cafe.pipeline.lease import hold
+from cafe.pipeline.runs import note_status, read_status
+from cafe.pipeline.settings import TrainSettings
+from cafe.pipeline.tracking.mirror import Mirror
+from cafe.pipeline.train import TrainPlan, show_finished, train_and_judge
+from cafe.pipeline.worker import AnyWorker, RayWorker
+from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
 from cafe.results.scores import Run, read_runs, read_scores
-from pipeline import cluster
-from pipeline.benchmark.grid import Cell, StoreName
-from pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
-from pipeline.cluster import Bar, Progress
-from pipeline.faces import Store
-from pipeline.features.extract import extract
-from pipeline.lease import hold
-from pipeline.runs import note_status, read_status
-from pipeline.settings import TrainSettings
-from pipeline.tracking.mirror import Mirror
-from pipeline.train import TrainPlan, show_finished, train_and_judge
-from pipeline.worker import AnyWorker, RayWorker
-from pipeline.workspace import Workspace
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
 GPU_CELL_BYTES = 8 * 2**30  # memory of a GPU for a cell: CUDA's own, a branch at 224 pixels and the source's pictures

@@ -29,9 +29,9 @@ from pydantic.dataclasses import dataclass
 from cafe.errors import UserError, unknown
 from cafe.methods import find_method
 from cafe.methods.method import Method
+from cafe.pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
+from cafe.pipeline.sources import split_names
 from cafe.results.sources import ALL_BUT_TARGET
-from pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
-from pipeline.sources import split_names
 
 # What the grid itself decides for every store and every cell, so that a file cannot.
 DECIDED_FEATURES = (

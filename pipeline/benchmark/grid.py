@@ -10,10 +10,10 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.data.union import parts_of
 from cafe.files import list_folder
-from pipeline.benchmark.file import Entry
-from pipeline.faces import Store
-from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.train import TrainPlan
+from cafe.pipeline.benchmark.file import Entry
+from cafe.pipeline.faces import Store
+from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.train import TrainPlan
 
 StoreName = tuple[str, ExtractSettings]  # names a store before the weights of its tower are known
 # Source, tower, policy, seed of the views, and an entry's own number of views of maps.

@@ -18,23 +18,23 @@ from cafe.data.manifest import Manifest
 from cafe.data.union import parts_of, unite
 from cafe.errors import UserError
 from cafe.files import read_json
-from cafe.learning.networks import check_network
+from cafe.networks.branches import check_network
+from cafe.pipeline.benchmark.file import Benchmark, Entry
+from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
+from cafe.pipeline.faces import Faces, Store, Wanted, fitting_stores
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.extract import Extraction
+from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
+from cafe.pipeline.features.receipts import Receipts
+from cafe.pipeline.models import PUBLISHED_SIZE, find_deviations, find_recipe, specify
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
+from cafe.pipeline.sources import choose_rows, unite_faces
+from cafe.pipeline.train import TrainPlan, plan_training
+from cafe.pipeline.workspace import Workspace
 from cafe.results.protocols import find_protocol
 from cafe.towers.facts import NORMALISATIONS
 from cafe.towers.names import absolute_name
-from pipeline.benchmark.file import Benchmark, Entry
-from pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
-from pipeline.faces import Faces, Store, Wanted, fitting_stores
-from pipeline.features.description import find_stores
-from pipeline.features.extract import Extraction
-from pipeline.features.key import About, FeatureKey, describe_policy
-from pipeline.features.receipts import Receipts
-from pipeline.models import PUBLISHED_SIZE, find_deviations, find_recipe, specify
-from pipeline.runs import RunSpec
-from pipeline.settings import BenchmarkSettings, ExtractSettings
-from pipeline.sources import choose_rows, unite_faces
-from pipeline.train import TrainPlan, plan_training
-from pipeline.workspace import Workspace
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
 
@@ -265,7 +265,7 @@ def specify_draft(cell: Cell, stores: Sequence[StorePlan]) -> RunSpec:
             wanted.interpolation,
             views=wanted.views,
         )
-        about = About(key, stores[0].manifest.name, wanted.backbone, len(stores[0].manifest), 0, None, 1)
+        about = StoreInfo(key, stores[0].manifest.name, wanted.backbone, len(stores[0].manifest), 0, None, 1)
     return specify(cell.settings, cell.source, find_recipe(cell.settings, cell.source.kind), about)
 
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from cafe.data.manifest import Manifest
 from cafe.errors import first_line
-from pipeline import cluster
-from pipeline.features.decoding import MANY_VIEWS
-from pipeline.features.key import About
-from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
+from cafe.pipeline import cluster
+from cafe.pipeline.features.decoding import MANY_VIEWS
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import ExtractSettings
 
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 HANDED_OUT = 2  # shards that a tower has at a time
@@ -81,7 +81,7 @@ def _compute_here(
     manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, packed: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Compute shards in this process, two at a time: one has the tower, the other is being decoded or written."""
-    from pipeline.features.shards import ShardEmbedder
+    from cafe.pipeline.features.shards import ShardEmbedder
 
     embedder = ShardEmbedder(*_arguments(manifest, stores, settings, *_count_here(settings)))
     pool = ThreadPoolExecutor(HANDED_OUT)
@@ -108,7 +108,7 @@ def _compute_with_ray(
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError, RayTaskError
 
-    from pipeline.features.shards import ShardEmbedder
+    from cafe.pipeline.features.shards import ShardEmbedder
 
     wanted = cluster.wants_gpu(_asked_for_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
     cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(packed)), settings.scale_minutes)
@@ -148,7 +148,7 @@ def _quieten_ray_data() -> None:
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
 
 
-def pack_shard(manifest: Manifest, about: About, shard: int) -> dict[str, Any]:
+def pack_shard(manifest: Manifest, about: StoreInfo, shard: int) -> dict[str, Any]:
     """Return a shard as a row of Ray: its number and its rows of the manifest."""
     rows, sink = about.rows_of(shard), pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, manifest.table.schema) as stream:

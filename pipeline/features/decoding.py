@@ -19,7 +19,7 @@ from threading import Lock, Thread
 from typing import Any, TypeVar
 
 from cafe.errors import StorageError, UserError
-from cafe.learning.rendering import Sample, rows_of
+from cafe.views.rendering import Sample, rows_of
 
 MANY_VIEWS = 4  # of a face, from which on a GPU makes them: before, decoding it costs more
 KILLER = "kills its decoder"

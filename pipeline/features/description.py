@@ -6,20 +6,20 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import list_folder, list_sizes, read_file, read_json
+from cafe.pipeline.features.key import StoreInfo
 from cafe.records import FORMAT, digest, read_sealed
-from pipeline.features.key import About
 
 ABOUT, GROUP = "about.json", "store.zarr/zarr.json"  # both say what the store is
 CHECKSUMS = "checksums.json"  # of these and of all other files that belong to no shard
 
 
-def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, About]]:
+def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, StoreInfo]]:
     """Return the stores of a manifest and what they hold, without opening them; raise `UserError` for a damaged one."""
     found = [(path, read_about(path)) for path in list_folder(features / manifest)]
     return [(path, about) for path, about in found if about]
 
 
-def read_about(store: UPath) -> About | None:
+def read_about(store: UPath) -> StoreInfo | None:
     """Return what a store is, or None where none was made yet; raise `UserError` where that cannot be told."""
     path = store / ABOUT
     record = read_json(path)
@@ -28,7 +28,7 @@ def read_about(store: UPath) -> About | None:
             raise damaged(store, f"{ABOUT} is no record")
         return None
     try:
-        about = About.from_record(record, str(path))
+        about = StoreInfo.from_record(record, str(path))
     except UserError as error:
         raise damaged(store, str(error).rstrip(".")) from None
     if about.version == FORMAT and about.folder != store.name:
@@ -67,7 +67,7 @@ def check_description(store: UPath) -> None:
         raise damaged(store, f"{changed[0]} is not what was written")
 
 
-def recover_about(store: UPath) -> About:
+def recover_about(store: UPath) -> StoreInfo:
     """Return what a store is from either of the two files that say so; raise `UserError` where neither can be trusted."""
     try:
         checksums = read_checksums(store)
@@ -85,10 +85,10 @@ def recover_about(store: UPath) -> About:
     return agreed[0]
 
 
-def _read_copy(store: UPath, file: str) -> About | None:
+def _read_copy(store: UPath, file: str) -> StoreInfo | None:
     record = read_json(store / file) or {}
     try:
-        about = About.from_record(record.get("attributes", {}) if file == GROUP else record, file)
+        about = StoreInfo.from_record(record.get("attributes", {}) if file == GROUP else record, file)
     except UserError:
         return None
     return about if about.folder == store.name else None

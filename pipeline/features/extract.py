@@ -20,17 +20,17 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError
 from cafe.files import read_json, write_json
+from cafe.pipeline import cluster
+from cafe.pipeline.cluster import Progress
+from cafe.pipeline.features.computing import compute_shards, needs_ray
+from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.lease import hold
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.records import check_record
 from cafe.towers.facts import TowerFacts, resolve_normalisation
 from cafe.towers.names import absolute_name, parse_backbone
-from pipeline import cluster
-from pipeline.cluster import Progress
-from pipeline.features.computing import compute_shards, needs_ray
-from pipeline.features.key import About, FeatureKey, default_shard_rows, describe_policy
-from pipeline.features.store import FeatureStore
-from pipeline.lease import hold
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
 
 LISTED = 20  # faults of an extraction that are told
 TRIES = 3  # of shards whose workers died
@@ -42,7 +42,7 @@ class Extraction:
     """What an extract command did: so many shards `computed`, and why the `skipped` images have no features."""
 
     store: UPath
-    about: About
+    about: StoreInfo
     computed: int
     skipped: list[tuple[str, str]]
 
@@ -61,7 +61,7 @@ class Extraction:
         )
 
 
-def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFacts) -> About:
+def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFacts) -> StoreInfo:
     """Return the store these settings ask for; with one view only the clean image counts, so the policy plays no part."""
     if settings.maps and tower.map_shape is None:
         raise UserError(f"The tower {settings.backbone!r} has no spatial map: leave out --maps.")
@@ -85,7 +85,7 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFa
     step = settings.shard_rows or default_shard_rows(
         len(manifest), settings.views, tower.width, map_shape, np.dtype(settings.dtype).itemsize
     )
-    return About(
+    return StoreInfo(
         key, manifest.name, settings.backbone, len(manifest), tower.width, map_shape, step, settings.batch_size
     )
 

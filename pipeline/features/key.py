@@ -12,7 +12,7 @@ import numpy as np
 from cafe.records import FORMAT, check_record, digest_changes
 
 if TYPE_CHECKING:
-    from cafe.learning.views import ViewPlan
+    from cafe.views.drawing import ViewPlan
 
 SHARD_BYTES = 4 * 2**20  # a shard object worth a request
 MIN_SHARDS = 16  # so that a small data set still spreads over workers and loses little when killed
@@ -47,22 +47,22 @@ class FeatureKey:
     @property
     def view_plan(self) -> ViewPlan:
         """How the views behind these features are drawn."""
-        from cafe.learning.views import ViewPlan
+        from cafe.views.drawing import ViewPlan
 
         return ViewPlan(self.policy["name"], self.view_seed, self.views, self.interpolation, *self.normalisation)
 
 
 def describe_policy(name: str) -> dict[str, Any]:
     """Return what makes a view policy what it is, as plain JSON values: its name, and all that differs from no policy."""
-    from cafe.learning import views
+    from cafe.views import drawing
 
-    plain = asdict(views.ViewPolicy())
-    changes = {key: value for key, value in asdict(views.POLICIES[name]).items() if plain.get(key) != value}
-    return {"name": name, "version": views.VERSION, **json.loads(json.dumps(changes))}
+    plain = asdict(drawing.ViewPolicy())
+    changes = {key: value for key, value in asdict(drawing.POLICIES[name]).items() if plain.get(key) != value}
+    return {"name": name, "version": drawing.VERSION, **json.loads(json.dumps(changes))}
 
 
 @dataclass(frozen=True)
-class About:
+class StoreInfo:
     """What a store is, without opening it."""
 
     key: FeatureKey
@@ -76,7 +76,7 @@ class About:
     version: int = FORMAT
 
     @classmethod
-    def from_record(cls, record: dict[str, Any], where: str) -> About:
+    def from_record(cls, record: dict[str, Any], where: str) -> StoreInfo:
         """Rebuild the description from its JSON, of whatever format; raise `UserError` for what is none."""
         return check_record({"version": 1, **record}, cls, where)
 

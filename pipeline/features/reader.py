@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cluster import free_memory
-
-if TYPE_CHECKING:
-    from pipeline.features.store import FeatureStore
-
-MEMORY_SHARE = 0.4  # of the free memory a store may take before it is mapped from a scratch file
+from cafe.pipeline.cluster import free_memory
+from cafe.pipeline.features.store import MEMORY_SHARE, FeatureStore
 
 
 class FeatureReader:
@@ -34,12 +28,3 @@ class FeatureReader:
                 self.kept.clear()
             self.kept[view] = {name: self.store.read_view(name, view, self.memory_share) for name in self.names}
         return {name: np.asarray(values[rows]) for name, values in self.kept[view].items()}
-
-
-def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) -> np.ndarray:
-    """Return an array to be filled, in memory or, where it is too large for the share, in a scratch file."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    if size < memory_share * free_memory():
-        return np.empty(shape, dtype)
-    scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
-    return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)

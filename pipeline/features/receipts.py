@@ -17,9 +17,9 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import list_sizes, remove_file
+from cafe.pipeline.features.description import damaged
+from cafe.pipeline.features.key import StoreInfo
 from cafe.records import check_record, read_sealed, write_sealed
-from pipeline.features.description import damaged
-from pipeline.features.key import About
 
 READERS = 16  # threads that wait for an object store
 READERS_HERE = 2  # that read a disk: more would only wait for each other
@@ -51,7 +51,7 @@ class Receipt:
 class Receipts:
     """The receipts of a store, in the folder of that name within it."""
 
-    def __init__(self, store: UPath, about: About) -> None:
+    def __init__(self, store: UPath, about: StoreInfo) -> None:
         self.store, self.about = store, about
         self.summary = store / "skipped.json"
         self._kept: dict[int, Receipt] = {}  # those read so far: each holds checksums of many views

@@ -23,15 +23,15 @@ from cafe.data.images import MISSING
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate
-from cafe.learning.device_views import let_threads_alternate
+from cafe.pipeline.cluster import check_versions
+from cafe.pipeline.features.decoding import KILLER, MANY_VIEWS, Decoders
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import ExtractSettings
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder, join_batches
 from cafe.towers.names import parse_backbone
-from pipeline.cluster import check_versions
-from pipeline.features.decoding import KILLER, MANY_VIEWS, Decoders
-from pipeline.features.key import About
-from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
+from cafe.views.device import shorten_switch_interval
 
 
 class ShardEmbedder:
@@ -44,7 +44,7 @@ class ShardEmbedder:
 
     def __init__(
         self,
-        stores: dict[str, About],
+        stores: dict[str, StoreInfo],
         manifest: Manifest,
         settings: ExtractSettings,
         threads: int,
@@ -53,7 +53,7 @@ class ShardEmbedder:
     ) -> None:
         torch.set_num_threads(threads)
         if device != "cpu":
-            let_threads_alternate()
+            shorten_switch_interval()
         self.stores = [FeatureStore(locate(path), about) for path, about in stores.items()]
         self.pending = [set(store.pending()) for store in self.stores]
         self.layers = [parse_backbone(about.backbone_name).layer for about in stores.values()]

@@ -13,6 +13,7 @@ One task writes whole shard objects and nobody shares one, so a killed run loses
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
@@ -28,13 +29,14 @@ from zarr.storage import MemoryStore
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, quote
 from cafe.files import encode_json, list_folder, remove_file, retry, write_file
+from cafe.pipeline.cluster import free_memory
+from cafe.pipeline.features.description import ABOUT, CHECKSUMS, damaged, read_about, recover_about
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.features.receipts import Receipt, Receipts, in_parallel
 from cafe.records import digest, write_sealed
-from pipeline.features.description import ABOUT, CHECKSUMS, damaged, read_about, recover_about
-from pipeline.features.key import About
-from pipeline.features.reader import MEMORY_SHARE, allocate
-from pipeline.features.receipts import Receipt, Receipts, in_parallel
 
 ARRAYS = ("pooled", "map")
+MEMORY_SHARE = 0.4  # of the free memory a view may take before it is mapped from a scratch file
 
 Opened = TypeVar("Opened")
 
@@ -42,23 +44,23 @@ Opened = TypeVar("Opened")
 class FeatureStore:
     """A store on disk or in an object store; `path` is its folder."""
 
-    def __init__(self, path: UPath, about: About) -> None:
+    def __init__(self, path: UPath, about: StoreInfo) -> None:
         self.path, self.about, self.receipts = path, about, Receipts(path, about)
         self._arrays: dict[str, zarr.Array[Any]] = {}
         options = dict(path.storage_options) if path.protocol else None
         self.group = self._open(lambda: zarr.open_group(str(path / "store.zarr"), mode="r+", storage_options=options))
 
     @classmethod
-    def create(cls, folder: UPath, about: About, manifest: Manifest) -> FeatureStore:
+    def create(cls, folder: UPath, about: StoreInfo, manifest: Manifest) -> FeatureStore:
         """Open the store of that key below `folder`, making it first when it is not there or was left half made."""
         path = folder / about.folder
         there = read_about(path)
         if there is None:  # where only the description was lost, what was computed is kept
             there = recover_about(path) if list_folder(path / "receipts") else about
-            describe(path, there, manifest)
+            write_description(path, there, manifest)
         store = cls(path, there)
         if not np.array_equal(store.array("label")[:], manifest.labels):
-            describe(path, there, manifest)  # a corrected label changes no feature
+            write_description(path, there, manifest)  # a corrected label changes no feature
         return store
 
     def array(self, name: str) -> zarr.Array[Any]:
@@ -162,7 +164,7 @@ class FeatureStore:
                 path.unlink(missing_ok=True)
 
 
-def describe(path: UPath, about: About, manifest: Manifest) -> None:
+def write_description(path: UPath, about: StoreInfo, manifest: Manifest) -> None:
     """Write all files of a store that belong to no shard, `about.json` last: from then on the store exists."""
     files = {f"store.zarr/{key}": content for key, content in _make_arrays(about, manifest).items()}
     for _ in in_parallel(path, lambda file: write_file(path / file, files[file]), files):
@@ -173,7 +175,7 @@ def describe(path: UPath, about: About, manifest: Manifest) -> None:
     write_file(path / ABOUT, facts)
 
 
-def _make_arrays(about: About, manifest: Manifest) -> dict[str, bytes]:
+def _make_arrays(about: StoreInfo, manifest: Manifest) -> dict[str, bytes]:
     """Return the files of the empty arrays, with the samples and their labels, as Zarr writes them."""
     buffers: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(buffers), attributes=asdict(about))
@@ -202,3 +204,12 @@ def view_digests(values: np.ndarray) -> list[str]:
     """Digest each view of (rows, V, …), so that one can be read, and trusted, without the others; (rows,) is one view."""
     views = np.moveaxis(values, 1, 0) if values.ndim > 1 else [values]
     return [digest(np.ascontiguousarray(view).tobytes()) for view in views]
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) -> np.ndarray:
+    """Return an array to be filled, in memory or, where it is too large for the share, in a scratch file."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    if size < memory_share * free_memory():
+        return np.empty(shape, dtype)
+    scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
+    return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)

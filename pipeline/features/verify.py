@@ -11,10 +11,10 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import exists, list_sizes
-from pipeline.features.description import ABOUT, CHECKSUMS, changed_files, read_checksums, recover_about
-from pipeline.features.key import About
-from pipeline.features.receipts import Receipts, in_parallel
-from pipeline.features.store import FeatureStore, describe
+from cafe.pipeline.features.description import ABOUT, CHECKSUMS, changed_files, read_checksums, recover_about
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.features.receipts import Receipts, in_parallel
+from cafe.pipeline.features.store import FeatureStore, write_description
 
 CHANGED, MISSING = "is not what was written", "is missing"
 
@@ -74,7 +74,7 @@ def _check_shard(receipts: Receipts, shard: int) -> list[Damage]:
     return [Damage(file, CHANGED, shard) for file in changed_files(receipts.store, wanted)]
 
 
-def discard_damage(store: UPath, manifest: Manifest, damages: list[Damage]) -> About:
+def discard_damage(store: UPath, manifest: Manifest, damages: list[Damage]) -> StoreInfo:
     """Declare damaged shards undone and write again what describes a store, which is returned; raise `UserError`."""
     about = recover_about(store)
     if about.key.images != manifest.image_digest:
@@ -83,6 +83,6 @@ def discard_damage(store: UPath, manifest: Manifest, damages: list[Damage]) -> A
             "with `cafe store rm`."
         )
     if any(damage.shard is None for damage in damages):
-        describe(store, about, manifest)
+        write_description(store, about, manifest)
     Receipts(store, about).discard({damage.shard for damage in damages if damage.shard is not None})
     return about

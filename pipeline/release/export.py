@@ -23,14 +23,14 @@ from cafe.files import list_folder, read_json, write_file, write_json
 from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.methods import find_method
+from cafe.pipeline.models import build_model
+from cafe.pipeline.runs import is_finished
+from cafe.pipeline.workspace import Workspace
 from cafe.report.card import write_card
 from cafe.results.predictions import load_predictions
 from cafe.results.scores import Run, flatten_scores, read_runs, read_scores
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
-from pipeline.models import build_model
-from pipeline.runs import is_finished
-from pipeline.workspace import Workspace
 
 CHECKED = 32  # faces that the graph must judge as PyTorch does
 TOLERANCE = 1e-4  # of their probabilities

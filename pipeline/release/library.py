@@ -13,11 +13,11 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import exists, locate, read_json
+from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.runs import is_finished
+from cafe.pipeline.workspace import Workspace
 from cafe.results.scores import Run, read_runs, read_scores
-from pipeline.features.description import find_stores
-from pipeline.features.store import FeatureStore
-from pipeline.runs import is_finished
-from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +88,7 @@ def load_model(
     import torch
 
     from cafe.inference.model import BATCH_SIZE
-    from pipeline.models import build_model
+    from cafe.pipeline.models import build_model
 
     runs, _ = find_runs(Workspace.at(workspace), name, best, ensemble)
     return build_model(runs, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size or BATCH_SIZE)
@@ -144,7 +144,7 @@ def find_runs(
 def _find_exported(workspace: Workspace, name: str) -> UPath | None:
     """Return the folder of an exported run, fetched from MLflow where the name is an address there; None for other names."""
     if name.startswith(("models:/", "runs:/")):
-        from pipeline.tracking.mirror import Mirror
+        from cafe.pipeline.tracking.mirror import Mirror
 
         return Mirror(workspace).fetch_model(name)
     folder = locate(name)

@@ -19,12 +19,12 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.files import list_files, list_folder, read_file, read_json, time_written
+from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import Run, flatten_scores, read_scores
 from cafe.results.sources import SOURCE
-from pipeline.workspace import Workspace
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to

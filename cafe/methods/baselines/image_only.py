@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.learning.networks import build_network
 from cafe.methods.method import Batch, Inputs, Method, Recipe
+from cafe.networks.branches import build_network
 
 
 class ImageOnly(Method):

@@ -4,7 +4,7 @@ Photos are made of real faces: each one on a plain ground, in the sizes of a cam
 files and start with their networks loaded; reading, decoding and finding faces are a part of both. They take turns, some
 hundred photos each, so that other work on the machine slows both alike; the median of the turns counts.
 
-    python benchmarks/predict.py --workspace work --run cafe-news-s0 --faces ~/faces --photos 2000
+    python measurements/predict.py --workspace work --run cafe-news-s0 --faces ~/faces --photos 2000
 
 Besides what this package needs, the face detector must be there (`make` installs it).
 """
@@ -26,8 +26,8 @@ from cafe.data.alignment import find_detector
 from cafe.inference.frames import read_frames
 from cafe.inference.model import BATCH_SIZE, Model
 from cafe.inference.recognition import SEARCHED, Search, judge_frames
-from cafe.learning.pixels import normalise
-from pipeline.release.library import load_model
+from cafe.pipeline.release.library import load_model
+from cafe.views.pixels import normalise
 
 GROUND = (96, 120, 96)
 SIZE = (512, 384)  # pixels, of a photo

@@ -1,6 +1,6 @@
 """How long indexing takes and what it needs, for several sizes of a data set: time per face must not grow with their number.
 
-    python benchmarks/index.py --faces 75000 300000
+    python measurements/index.py --faces 75000 300000
 
 Lays out faces as MMA does, all links to a few small pictures, so that it measures our own work and not the disk's.
 """

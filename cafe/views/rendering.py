@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cafe.data.fetching import FetchedFaces
 from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
 from cafe.data.manifest import Manifest, Pictures
 from cafe.errors import StorageError
-from cafe.learning.views import View, ViewPlan
+from cafe.views.drawing import View, ViewPlan
+from cafe.views.fetching import FetchedFaces
 
 Sample = tuple[int, int]  # manifest row, view
 
@@ -33,8 +33,8 @@ class Rendered(NamedTuple):
     unreadable: dict[int, str]
 
 
-class Drawn(NamedTuple):
-    """Views that are drawn and not yet made, which `cafe.learning.device_views` does.
+class ViewParameters(NamedTuple):
+    """Views that are drawn and not yet made, which `cafe.views.device` does.
 
     `faces` are (H, W, 3) uint8, and `face` (n,) says which of them a view shows, -1 for an unreadable one. Its noise are the
     numbers of Philox under `keys` (n, 2) uint64 from word `starts` (n,) on, of 64 bits each; `NO_NOISE` without any.
@@ -64,7 +64,7 @@ class Renderer:
     max_pixels: int = MAX_PIXELS
     for_device: bool = False
 
-    def __call__(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> Rendered | Drawn:
+    def __call__(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> Rendered | ViewParameters:
         """Render or draw samples; the rows `refused` are not decoded, for the reason given."""
         if isinstance(self.pictures, Manifest) and self.pictures.remote:
             with FetchedFaces(self.pictures, rows_of(samples)) as fetched:
@@ -85,7 +85,7 @@ class Renderer:
                     )
         return Rendered(pictures, boxes, unreadable)
 
-    def draw(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> Drawn | Rendered:
+    def draw(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> ViewParameters | Rendered:
         """Decode samples and draw their views for a device to make; they are made here where a face is large."""
         faces, unreadable, count = list[np.ndarray](), dict[int, str](), len(samples)
         face, flips = np.full(count, -1), np.zeros(count, bool)
@@ -102,7 +102,7 @@ class Renderer:
                 face[position], flips[position], boxes[position] = len(faces), drawn.flip, drawn.box(self.side)
                 keys[position], starts[position] = find_noise(drawn)
             faces.append(pixels)
-        return Drawn(faces, face, keys, starts, flips, boxes, unreadable)
+        return ViewParameters(faces, face, keys, starts, flips, boxes, unreadable)
 
     def _decode(self, row: int, refused: Mapping[int, str], unreadable: dict[int, str]) -> np.ndarray | None:
         """Return the pixels of a face, or say why there are none."""

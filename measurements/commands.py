@@ -35,7 +35,7 @@ def start(
     workspace: Path, command: tuple[str, ...], environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     """Start a command in a workspace; what it says of errors goes to `errors.txt` beside that."""
-    program = [sys.executable, "-m", "jobs.cli", "--workspace", str(workspace), *command]
+    program = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(workspace), *command]
     workspace.mkdir(exist_ok=True)
     with (workspace.parent / "errors.txt").open("wb") as errors:
         return subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=errors, cwd=workspace, env=environment)

@@ -1,7 +1,7 @@
 """Measure the audit: recall and precision on planted copies, time and memory at 20,000 and 200,000 faces.
 
-    python benchmarks/audit.py FOLDER                    # draws twice 20,000 synthetic faces into FOLDER, once
-    python benchmarks/audit.py FOLDER --index 200000     # times an index of 200,000 thumbnails, mixed from those faces
+    python measurements/audit.py FOLDER                    # draws twice 20,000 synthetic faces into FOLDER, once
+    python measurements/audit.py FOLDER --index 200000     # times an index of 200,000 thumbnails, mixed from those faces
 
 Copies are cropped by 0–4 % on every side, resized by ½ to 1½, half of them greyed, and compressed as JPEG of quality 30–90.
 """

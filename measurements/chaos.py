@@ -1,7 +1,7 @@
 """What random kills cost: `kill -9` of the driver, a worker or a node of Ray's, and the same command until it is done.
 
-    python benchmarks/chaos.py ~/faces/news --folder /tmp/chaos --stage extract --kills 100 --nodes 2
-    python benchmarks/chaos.py ~/faces/news --folder /tmp/chaos --stage train --kills 20
+    python measurements/chaos.py ~/faces/news --folder /tmp/chaos --stage extract --kills 100 --nodes 2
+    python measurements/chaos.py ~/faces/news --folder /tmp/chaos --stage train --kills 20
 
 A kill falls at a random moment of a span as long as the undisturbed work, which begins, but for one of five, when there is
 a worker. With `--nodes` there is a cluster of so many, and a command survives all but the kill of its driver. Without, an
@@ -28,7 +28,7 @@ import commands
 import psutil
 from nodes import Nodes
 
-from jobs.terminal import make_table, show
+from cafe.jobs.terminal import make_table, show
 
 GRID = """
 sources = ["faces"]

@@ -1,6 +1,6 @@
 """How fast an exported graph judges faces, beside PyTorch, and how well it, PyTorch, MLflow's pyfunc and its server agree.
 
-    python benchmarks/export.py WORKSPACE RUN MANIFEST [--served http://127.0.0.1:5001/invocations]
+    python measurements/export.py WORKSPACE RUN MANIFEST [--served http://127.0.0.1:5001/invocations]
 
 Exports the run to a folder of its own, judges faces of the manifest in batches by PyTorch and by ONNX Runtime on the same
 threads, one after the other, and prints the median of several rounds. What counts is processor time, which other programs on
@@ -27,10 +27,10 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.inference.graph import Onnx
-from pipeline.release.export import cut_middle, export_run
-from pipeline.release.library import load_model
-from pipeline.release.pyfunc import Pyfunc
-from pipeline.workspace import Workspace
+from cafe.pipeline.release.export import cut_middle, export_run
+from cafe.pipeline.release.library import load_model
+from cafe.pipeline.release.pyfunc import Pyfunc
+from cafe.pipeline.workspace import Workspace
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The released way against the cache: what it costs to come to the same weights.
 
-    python benchmarks/versus_published.py --faces 400 --epochs 10
+    python measurements/versus_published.py --faces 400 --epochs 10
 
 As released, the tower runs on every augmented picture of every epoch, in every run: here a plain loop of PyTorch that takes
 from this project only the views, the order of the faces and CAFE's losses. With the cache, every view goes through the tower
@@ -28,23 +28,23 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset, epoch_order
-from cafe.learning.pixels import normalise
 from cafe.learning.training import Training
-from cafe.learning.views import ViewPlan
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
+from cafe.pipeline import cluster
+from cafe.pipeline.features.computing import pack_shard
+from cafe.pipeline.features.extract import describe_store, know_tower
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.randomness import random_generator
 from cafe.synthetic.domains import write
 from cafe.towers.building import FrozenBackbone, load_backbone
-from pipeline import cluster
-from pipeline.features.computing import pack_shard
-from pipeline.features.extract import describe_store, know_tower
-from pipeline.features.key import About
-from pipeline.features.reader import FeatureReader
-from pipeline.features.shards import ShardEmbedder
-from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
+from cafe.views.drawing import ViewPlan
+from cafe.views.pixels import normalise
 
 SEED = 0
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def train_from_cache(source: Source, store: FeatureStore) -> tuple[dict[str, Ten
     return method.state_dict(), time.process_time() - start
 
 
-def train_as_released(source: Source, about: About) -> tuple[dict[str, Tensor], float]:
+def train_as_released(source: Source, about: StoreInfo) -> tuple[dict[str, Tensor], float]:
     """Return the weights that the tower at work in every step leads to, and the CPU seconds of the training."""
     method = source.method()
     method.train()
@@ -149,7 +149,7 @@ def train_as_released(source: Source, about: About) -> tuple[dict[str, Tensor], 
     return method.state_dict(), time.process_time() - start
 
 
-def _batches(source: Source, about: About, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(source: Source, about: StoreInfo, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield images (n, 3, S, S), frozen features (n, C), rounded as in the store, and labels (n,) of an epoch."""
     manifest, plan, tower = source.manifest, source.plan, source.tower
     view = plan.view_of(epoch)

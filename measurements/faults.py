@@ -1,6 +1,6 @@
 """A disk that is full, a folder that is away for a while, a picture too large for the memory: what comes out of each.
 
-    python benchmarks/faults.py ~/faces/news --folder /tmp/faults
+    python measurements/faults.py ~/faces/news --folder /tmp/faults
 
 Needs the rights to mount a small file system and to limit the memory of processes (Linux, control groups 1). After each
 fault the same command must end in what it makes undisturbed, byte for byte.
@@ -84,7 +84,7 @@ def poison(folder: Path) -> None:
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(MEMORY))
     join = f"echo $$ > {group}/cgroup.procs && exec "
-    command = [sys.executable, "-m", "jobs.cli", "--workspace", str(work), *EXTRACT, "--max-megapixels", "100"]
+    command = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(work), *EXTRACT, "--max-megapixels", "100"]
     with (folder / "errors.txt").open("wb") as errors:
         driver = subprocess.Popen(["sh", "-c", join + " ".join(command)], stderr=errors, stdout=subprocess.DEVNULL)
     report(driver, work, "extract with a picture that kills its decoder")

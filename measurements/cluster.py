@@ -1,6 +1,6 @@
 """A cluster of a head and two nodes, of which one is killed, and then a worker: the results are those of one machine.
 
-    python benchmarks/cluster.py ~/faces/news --folder /tmp/cluster
+    python measurements/cluster.py ~/faces/news --folder /tmp/cluster
 
 The commands are jobs of Ray's (`ray job submit`, which needs the extra `cluster`), which bring their code along, and are let
 in by the cluster's token.
@@ -64,7 +64,7 @@ def submit(nodes: Nodes, workspace: Path, command: tuple[str, ...]) -> subproces
     code = json.dumps({"py_modules": [str(ROOT / name) for name in ("cafe", "pipeline", "jobs")]})
     ray = str(Path(sys.executable).with_name("ray"))
     words = [ray, "job", "submit", "--address", f"http://127.0.0.1:{nodes.dashboard}", "--runtime-env-json", code, "--"]
-    words += [sys.executable, "-m", "jobs.cli", "--workspace", str(workspace), *command, "--address", "auto"]
+    words += [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(workspace), *command, "--address", "auto"]
     with (workspace.parent / "job.log").open("wb") as log:
         return subprocess.Popen(words, env=nodes.environment, stdout=log, stderr=log, cwd="/")
 

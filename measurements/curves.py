@@ -1,6 +1,6 @@
 """Training curves of an experiment: accuracy on the training faces by epoch, the mean over seeds, a line for each row.
 
-    python benchmarks/curves.py --workspace work --experiment ferplus --output docs/curves-ferplus.svg
+    python measurements/curves.py --workspace work --experiment ferplus --output docs/curves-ferplus.svg
 
 Read from the records of the epochs in the runs' folders.
 """
@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cafe.files import exists, list_folder, read_json
+from cafe.pipeline.workspace import Workspace
 from cafe.results.comparison import name_rows
 from cafe.results.scores import Run, read_runs
-from pipeline.workspace import Workspace
 
 ACCURACY = "train/accuracy"
 

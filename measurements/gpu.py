@@ -5,7 +5,7 @@ ViT-B/32 with random weights, in bf16, against its bare forward pass. Stage two:
 one stored, against the bare step of the same method; and several such trainings at once, as processes that share the GPU.
 Views made on the device are compared with those that Pillow makes, bit for bit.
 
-    python benchmarks/gpu.py FOLDER --faces 4096
+    python measurements/gpu.py FOLDER --faces 4096
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
-from cafe.learning.device_views import make_views
 from cafe.learning.loading import FaceDataset, KeptPictures
-from cafe.learning.rendering import Drawn, Renderer
 from cafe.learning.training import Training, autocast
-from cafe.learning.views import ViewPlan
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
+from cafe.pipeline.features.extract import Extraction, extract
+from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.towers.building import load_backbone
-from pipeline.features.extract import Extraction, extract
-from pipeline.features.reader import FeatureReader
-from pipeline.features.store import FeatureStore
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
+from cafe.views.device import make_views
+from cafe.views.drawing import ViewPlan
+from cafe.views.rendering import Renderer, ViewParameters
 
 MODEL, SIDE, VIEWS, BATCH = "ViT-B-32-quickgelu", 224, 61, 512
 CUDA = torch.device("cuda")
@@ -111,7 +111,7 @@ def compare_views(manifest: Manifest) -> None:
             samples = [(row, view) for row in range(8) for view in range(VIEWS)]
             renderer = Renderer(manifest, plan, side)
             drawn, rendered = renderer.draw(samples, {}), renderer.render(samples, {})
-            assert isinstance(drawn, Drawn)
+            assert isinstance(drawn, ViewParameters)
             made = make_views(drawn, side, plan, "cuda")
             torch.cuda.synchronize()
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Views made on a device, bit for bit those that `cafe.learning.views` makes with NumPy and Pillow.
+"""Views made on a device, bit for bit those that `cafe.views.drawing` makes with NumPy and Pillow.
 
 All is whole numbers, so neither the device nor the size of a batch changes a pixel.
 """
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cafe.learning.rendering import NO_NOISE, Drawn
-from cafe.learning.resizing import resize
-from cafe.learning.views import POLICIES, ViewPlan, gaussian_levels
+from cafe.views.drawing import POLICIES, ViewPlan, gaussian_levels
+from cafe.views.rendering import NO_NOISE, ViewParameters
+from cafe.views.resizing import resize
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
@@ -25,7 +25,7 @@ SWITCH_SECONDS = 1e-4
 AT_ONCE = 2**25  # values of faces in memory together
 
 
-def let_threads_alternate() -> None:
+def shorten_switch_interval() -> None:
     """Have the interpreter change between threads often, for a thread that launches kernels beside others that compute.
 
     PyTorch lets go of the interpreter at every launch, and would wait 5 ms for it each time.
@@ -33,7 +33,7 @@ def let_threads_alternate() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
 
 
-def make_views(drawn: Drawn, size: int, plan: ViewPlan, device: str) -> Tensor:
+def make_views(drawn: ViewParameters, size: int, plan: ViewPlan, device: str) -> Tensor:
     """Return pictures (n, S, S, 3) uint8 on a device of views that are drawn; an unreadable one is black.
 
     Views of faces of one size are made together.
@@ -64,7 +64,7 @@ def add_noise(images: Tensor, keys: Tensor, start: int, variance: float) -> Tens
     """Return images (n, H, W, 3) uint8 with the noise of their keys (n, 2), int64 with the bits of uint64."""
     levels = _levels(variance, str(images.device))
     if images.is_cuda and find_spec("triton"):
-        from cafe.learning import noise_kernel
+        from cafe.views import noise_kernel
 
         return noise_kernel.add_noise(images, keys, start, levels)
     values = images[0].numel()

@@ -4,7 +4,7 @@ The videos are made of real faces that wander over a background, several at a ti
 in a process of its own; its largest resident memory and its rate are printed for each length. Memory that is bounded is the
 same for both.
 
-    python benchmarks/video.py --workspace work --run cafe-news-s0 --faces ~/faces
+    python measurements/video.py --workspace work --run cafe-news-s0 --faces ~/faces
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(workspace: str, run: str, faces: str, people: int, rate: float, seconds
         for length in seconds:
             video, output = Path(folder) / f"{length}.mp4", Path(folder) / f"{length}.csv"
             make_video(video, [found[(7 * number) % len(found)] for number in range(people)], length)
-            command = [sys.executable, "-m", "jobs.cli", "-w", workspace, "predict", run, str(video)]
+            command = [sys.executable, "-m", "cafe.jobs.cli", "-w", workspace, "predict", run, str(video)]
             start = time.perf_counter()
             process = subprocess.Popen([*command, "--rate", str(rate), "--output", str(output)])
             _, status, usage = os.wait4(process.pid, 0)  # of this process alone

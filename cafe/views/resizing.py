@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cafe.learning.views import INTERPOLATIONS
+from cafe.views.drawing import INTERPOLATIONS
 
 UNIT = 1 << 22  # of the fixed-point numbers that Pillow's weights are
 BICUBIC = -0.5  # Pillow's free parameter of the cubic

@@ -3,7 +3,7 @@
 Trains CAFE from stores of V = 1, 2, 4, 8, 16 views (V - 1 augmented ones beside the clean one; V = 1 trains on the clean
 one alone), everything else equal, and draws unseen accuracy with its interval over seeds.
 
-    python benchmarks/views.py --workspace work --source news --targets news,cinema --out docs/views-news
+    python measurements/views.py --workspace work --source news --targets news,cinema --out docs/views-news
 
 The manifests must be there (`cafe data index …`, `cafe data synth`). Interrupt it as you like: the same command goes on.
 """
@@ -16,14 +16,14 @@ import click
 from matplotlib.figure import Figure
 
 from cafe.files import locate
+from cafe.pipeline import cluster
+from cafe.pipeline.features.extract import extract
+from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.tracking.mirror import Mirror
+from cafe.pipeline.train import plan_training, train_and_judge
+from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import estimate
 from cafe.results.scores import flatten_scores, read_runs, read_scores
-from pipeline import cluster
-from pipeline.features.extract import extract
-from pipeline.settings import ExtractSettings, TrainSettings
-from pipeline.tracking.mirror import Mirror
-from pipeline.train import plan_training, train_and_judge
-from pipeline.workspace import Workspace
 
 
 @click.command()

@@ -1,7 +1,7 @@
 """What OFER takes for an occlusion and paints in its place: faces with sunglasses, hands and masks planted on them.
 
-    python benchmarks/occlusions.py --method ofer --output page.png                      # synthetic faces
-    python benchmarks/occlusions.py --method ofer_own --faces FOLDER --output page.png   # real ones, FOLDER/EXPRESSION/*.jpg
+    python measurements/occlusions.py --method ofer --output page.png                     # synthetic faces
+    python measurements/occlusions.py --method ofer_own --faces FOLDER --output page.png  # real: FOLDER/EXPRESSION/*.jpg
 
 Teaches the detector and the painter on the training faces, plants things on test faces, prints how well covered patches are
 told from free ones, and draws a page: the face, the thing planted, what was flagged, what was painted.
@@ -28,17 +28,17 @@ from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import PREDICTION_BATCH, prepare
-from cafe.learning.views import ViewPlan
 from cafe.methods import METHODS
 from cafe.methods.method import Batch, Inputs
 from cafe.methods.ofer import Ofer, Recipe
 from cafe.randomness import random_generator
 from cafe.synthetic.camera import Pixels, plant
 from cafe.synthetic.domains import write
-from cafe.synthetic.face import View
+from cafe.synthetic.face import CameraPose
 from cafe.synthetic.person import draw_person
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
+from cafe.views.drawing import ViewPlan
 
 THINGS = ("sunglasses", "hand", "mask")
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def plant_all(manifest: Manifest, rows: np.ndarray, folder: Path, scale: float, 
     for number, row in enumerate(rows):
         picture = manifest.read_face(int(row))
         height, width = picture.shape[:2]
-        view = View(0, 0, 0, scale * width, (width / 2, eyes * height))
+        view = CameraPose(0, 0, 0, scale * width, (width / 2, eyes * height))
         person = draw_person(random_generator(0, "occluder", number))
         planted, where = plant(picture, THINGS[number % len(THINGS)], person, view, number)
         grey = np.ptp(picture, axis=2).max() == 0

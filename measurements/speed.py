@@ -35,24 +35,24 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
-from cafe.learning.loading import FaceDataset, FeatureReader
+from cafe.learning.loading import FaceDataset, FeatureSource
 from cafe.learning.training import Training
-from cafe.learning.views import ViewPlan
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
+from cafe.pipeline import cluster
+from cafe.pipeline.benchmark.cells import run_benchmark
+from cafe.pipeline.benchmark.file import read_benchmark
+from cafe.pipeline.benchmark.plan import plan_benchmark
+from cafe.pipeline.features.extract import extract
+from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
+from cafe.pipeline.tracking.mirror import Mirror
+from cafe.pipeline.workspace import Workspace
 from cafe.synthetic.domains import write
 from cafe.towers.building import FrozenBackbone, load_backbone
 from cafe.towers.embedding import Embedder
-from pipeline import cluster
-from pipeline.benchmark.cells import run_benchmark
-from pipeline.benchmark.file import read_benchmark
-from pipeline.benchmark.plan import plan_benchmark
-from pipeline.features.extract import extract
-from pipeline.features.reader import FeatureReader as StoredFeatures
-from pipeline.features.store import FeatureStore
-from pipeline.settings import BenchmarkSettings, ExtractSettings
-from pipeline.tracking.mirror import Mirror
-from pipeline.workspace import Workspace
+from cafe.views.drawing import ViewPlan
 
 KNOWN = Path(__file__).with_name("speed.json")
 NOISE = 1.25  # what a multiple may exceed the known one by, and its own spread
@@ -146,13 +146,13 @@ def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
         "train, nothing to do": ("train", "--source", "studio", "--method", "linear_probe", "--epochs", "1"),
         "compare": ("compare",),
     }.items():
-        yield name, cpu_seconds("-m", "jobs.cli", "--workspace", str(place.workspace.root), *command) / starting
+        yield name, cpu_seconds("-m", "cafe.jobs.cli", "--workspace", str(place.workspace.root), *command) / starting
 
     yield "cell of a benchmark", seconds_per_cell(place) / starting
 
     yield "store, read of a view", seconds_of_reads(place)
     store = FeatureStore(done.store, done.about)
-    cached, plan, width = StoredFeatures(store, ["pooled"]), done.about.key.view_plan, tower.facts.width
+    cached, plan, width = FeatureReader(store, ["pooled"]), done.about.key.view_plan, tower.facts.width
     live = Embedder(tower, manifest, plan, "cpu", batch_size=BATCH)
     bare = rate_bare_branch(manifest, IMAGE_SIZE)
     yield "stage two, cache", bare / rate_epoch(manifest, cached, plan, width, IMAGE_SIZE)
@@ -221,7 +221,7 @@ def rate_bare_tower(manifest: Manifest, tower: FrozenBackbone, input_size: int) 
     return len(manifest) / (time.perf_counter() - start)
 
 
-def rate_epoch(manifest: Manifest, features: FeatureReader, plan: ViewPlan, width: int, image_size: int) -> float:
+def rate_epoch(manifest: Manifest, features: FeatureSource, plan: ViewPlan, width: int, image_size: int) -> float:
     """Return faces per second of an epoch of CAFE on an augmented view."""
     torch.manual_seed(0)
     method = Cafe(Recipe(), Inputs(width, image_size=image_size)).to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """What planning, writing, resuming, reading and verifying cost by the number of faces, with a tower that does nothing.
 
-    python benchmarks/scale.py --rows 10000 --rows 100000 --repeats 3
-    python benchmarks/scale.py --rows 10000000 --repeats 3 --ray 2
+    python measurements/scale.py --rows 10000 --rows 100000 --repeats 3
+    python measurements/scale.py --rows 10000000 --repeats 3 --ray 2
 
 Each size runs in a process of its own, so that its peak of memory is its own. Manifests are made up: no picture is read, the
 tower returns numbers that tell rows apart, all else is what `cafe extract` does. With `--ray` so many workers of Ray write,
@@ -29,15 +29,15 @@ import torch
 from torch import Tensor
 
 from cafe.data.manifest import SCHEMA, Manifest
-from cafe.learning.rendering import Rendered, Sample
+from cafe.pipeline.features import extract as extraction
+from cafe.pipeline.features import shards
+from cafe.pipeline.features.computing import pack_shard
+from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.verify import find_damage
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.towers.facts import TowerFacts
-from pipeline.features import extract as extraction
-from pipeline.features import shards
-from pipeline.features.computing import pack_shard
-from pipeline.features.store import FeatureStore
-from pipeline.features.verify import find_damage
-from pipeline.settings import ExtractSettings
-from pipeline.workspace import Workspace
+from cafe.views.rendering import Rendered, Sample
 
 WIDTH = 512
 PARTS = 1_000_000  # rows of a manifest made at a time

@@ -1,0 +1,1 @@
+"""Networks: the trainable image branches, and what several workers share."""
