@@ -15,8 +15,8 @@ views      one augmented picture of one face: drawn, rendered, resized, on a CPU
 synthetic  drawn faces in five domains, for whoever has no data set
 data       expressions, pictures and manifests; a reader for each data set; copies between sets; alignment of photographs
 
-All but the first two are the science and know neither Ray, Zarr, MLflow nor click. In a checkout `pipeline` and `jobs` are links
-to the folders beside this one.
+All but the first two are the science and know neither Ray, Zarr, MLflow nor click. In a checkout `pipeline` and `jobs` are
+links to the folders beside this one.
 
 `import cafe` itself offers what a program of yours needs (docs/predict.md), each imported when it is first asked for:
 `load_manifest`, `load_store`, `load_model`, `scores` and the class `Model`.
