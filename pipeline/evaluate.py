@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import locate, write_file
 from cafe.learning.adaptation import ADAPTATIONS
@@ -29,11 +30,11 @@ from cafe.pipeline.cluster import Progress
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, load_method, make_dataset
 from cafe.pipeline.runs import RunSpec
-from cafe.results.metrics import confusion
+from cafe.report.figures import draw_run_figures
+from cafe.results.columns import Column
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import OPTIONS, find_protocol
 
-MISTAKES = 24  # faces of the error gallery
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
 
 Judge = Callable[[str, Faces], Future[None]]  # has a target predicted, given the run's folder
@@ -86,10 +87,12 @@ def predict_target(run: str, target: Faces, device: torch.device | None = None) 
         manifest.table["group"].take(rows).to_pylist(),
     )
     place = target.predictions_path(path)
-    for kind, ending, content in draw_figures(spec, method, dataset, rows, predictions, device):
-        folder = path / "figures" / kind / find_protocol(target.protocol).prefix
-        write_file(folder / f"{place.stem}{ending}", content)
-    predictions.save(place)  # last: from here on the target is judged
+    column = Column.parse(target.title, target.protocol)
+    for kind, content in measure_masks(spec, method, dataset, rows, manifest, column, device):
+        write_file(column.figure(path, kind, ".json"), json.dumps(content).encode())
+    predictions.save(place)  # from here on the target is judged
+    for kind, ending, picture in draw_run_figures(path, column, manifest):
+        write_file(column.figure(path, kind, ending), picture)
 
 
 def check_option(spec: RunSpec, option: str) -> None:
@@ -110,45 +113,39 @@ def _judge(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch
     return predict_average([method], dataset, rows, device, views)
 
 
-def draw_figures(
+def measure_masks(
     spec: RunSpec,
     method: Method,
     dataset: FaceDataset,
     rows: np.ndarray,
-    predictions: Predictions,
+    manifest: Manifest,
+    column: Column,
     device: torch.device,
-) -> Iterator[tuple[str, str, bytes]]:
-    """Yield the pictures of a run on a target by kind and ending: confusion, errors, and for CAFE what its mask selects.
-
-    They are PNG; the mean masks by expression are given in numbers too, as JSON.
-    """
-    from cafe.report import figures
-
-    title = f"{spec.method} trained on {spec.source}, judged on {predictions.about['target']}"
-    option = find_protocol(predictions.about["protocol"]).option
-    title += f" ({option})" if option else ""
-    manifest = dataset.manifest
-    yield "confusion", ".png", figures.to_png(figures.draw_confusion(confusion(predictions), title))
-    mistakes = figures.find_worst_mistakes(predictions, MISTAKES)
-    images = [manifest.read_face(rows[position]) for position in mistakes]
-    errors = figures.draw_errors(predictions, mistakes, images, f"{title}: the mistakes it was surest of")
-    yield "errors", ".png", figures.to_png(errors)
-    if option or not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what the mask of CAFE selects on a target, by the kind of the picture that is drawn of it."""
+    if column.test_time or not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
         return
     seen = np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
     masks = mean_masks(method, dataset, seen, device)
-    yield "masks", ".png", figures.to_png(figures.draw_masks(masks, f"{title}: what the mask selects"))
-    numbers = {
-        name: mask.round(4).tolist() for name, mask in zip(EXPRESSIONS, masks, strict=True) if not np.isnan(mask[0])
-    }
-    yield "masks", ".json", json.dumps(numbers).encode()
+    yield (
+        "masks",
+        {
+            name: mask.round(4).tolist()
+            for name, mask in zip(manifest.classes, masks, strict=True)
+            if not np.isnan(mask[0])
+        },
+    )
     if "map" in method.needs:
         shown = [int(seen[manifest.labels[seen] == label][0]) for label in np.unique(manifest.labels[seen])]
         heats = heat_maps(method, dataset, np.array(shown), device)
-        names = [EXPRESSIONS[label].capitalize() for label in manifest.labels[shown]]
-        images = [manifest.read_face(row) for row in shown]
-        drawn = figures.draw_heat_maps(images, heats, names, f"{title}: where the mask is open")
-        yield "heat_maps", ".png", figures.to_png(drawn)
+        yield (
+            "heat_maps",
+            {
+                "sample_ids": [manifest.sample_ids[row] for row in shown],
+                "classes": [manifest.classes[label] for label in manifest.labels[shown]],
+                "heats": heats.round(4).tolist(),
+            },
+        )
 
 
 def is_judged(run: UPath, target: Faces) -> bool:

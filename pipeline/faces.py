@@ -27,7 +27,7 @@ from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import StoreChoice
 from cafe.pipeline.workspace import Workspace
 from cafe.records import FORMAT
-from cafe.results.predictions import predictions_path
+from cafe.results.columns import Column
 from cafe.results.protocols import OPTIONS, Protocol, find_protocol
 from cafe.towers.names import absolute_name, short_name
 
@@ -122,7 +122,7 @@ class Faces:
 
     def predictions_path(self, run: UPath) -> UPath:
         """Where a run's predictions for them are kept."""
-        return predictions_path(run, self.title, self.protocol)
+        return Column.parse(self.title, self.protocol).predictions(run)
 
     def rows(self, split: str) -> np.ndarray:
         """The rows of a split that have features; all of them without a store."""
