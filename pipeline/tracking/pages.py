@@ -6,7 +6,6 @@ Nothing here talks to a server; `mirror` brings one to these pages.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from upath import UPath
 from cafe.files import list_files, list_folder, read_file, read_json, time_written
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
-from cafe.results.columns import Column
+from cafe.results.columns import Column, find_metrics
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.runs import Run
@@ -206,7 +205,7 @@ def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, 
     target, the unseen ones' mean first; the runs of a row are folded away. `metrics` and `rows` name those that the runs of
     the experiment have.
     """
-    shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
+    shown = ["unseen/accuracy", *find_metrics(metrics, "accuracy")]
     metric_columns = {f"metrics.`{name}`": name for name in shown}
     param_columns = {f"params.`{name}`": name for name in ("source", "method", "seed")}
     longest = max(map(len, rows), default=0)
