@@ -56,7 +56,7 @@ def unite(manifests: Sequence[Manifest]) -> Manifest:
         return manifests[0]
     kinds = {manifest.kind for manifest in manifests}
     name, table = "+".join(part.name for part in manifests), pa.concat_tables([part.table for part in manifests])
-    return Union(name, "", table, kinds.pop() if len(kinds) == 1 else "", tuple(manifests))
+    return Union(name, "", table, kinds.pop() if len(kinds) == 1 else "", parts=tuple(manifests))
 
 
 def parts_of(manifest: Manifest) -> tuple[Manifest, ...]:
