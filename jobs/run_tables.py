@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cafe.errors import first_line
 from cafe.jobs.terminal import make_table
-from cafe.pipeline import cluster
+from cafe.pipeline import machine
 from cafe.pipeline.benchmark.cells import Failures
 from cafe.pipeline.benchmark.grid import Cell
 from cafe.pipeline.benchmark.plan import BenchmarkPlan
@@ -55,7 +55,7 @@ def _deviations(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _training_cost(plan: BenchmarkPlan) -> str:
-    cores = 1 if plan.settings.address else plan.settings.num_cpus or cluster.cores()
+    cores = 1 if plan.settings.address else plan.settings.num_cpus or machine.cores()
     left, parallel = plan.work - plan.worked, plan.settings.parallel or cores
     seconds = plan.seconds_left(parallel)
     speed = "at a speed not known yet"

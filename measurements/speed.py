@@ -39,7 +39,7 @@ from cafe.learning.loading import FaceDataset, FeatureSource
 from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.pipeline import cluster
+from cafe.pipeline import cluster, machine
 from cafe.pipeline.benchmark.cells import run_benchmark
 from cafe.pipeline.benchmark.file import read_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark
@@ -126,9 +126,9 @@ def main(faces: int, repeats: int, renew: bool) -> None:
         spread, shown = f"{min(values):.2f} – {max(values):.2f}", "" if there is None else f"{there:.2f}"
         click.echo(f"{name:<28}{middle:>8.2f}{spread:>16}{shown:>8}{'  slower than known' if slow else ''}")
     if renew:
-        machine = f"{platform.machine()}, {cluster.cores()} cores, torch {torch.__version__}"
+        described = f"{platform.machine()}, {machine.cores()} cores, torch {torch.__version__}"
         multiples = {name: round(statistics.median(values), 3) for name, values in found.items()}
-        KNOWN.write_text(json.dumps({"machine": machine, "multiples": multiples}, indent=1) + "\n")
+        KNOWN.write_text(json.dumps({"machine": described, "multiples": multiples}, indent=1) + "\n")
 
 
 def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:

@@ -31,7 +31,7 @@ from cafe.learning.loading import FaceDataset, epoch_order
 from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.pipeline import cluster
+from cafe.pipeline import machine
 from cafe.pipeline.features.computing import pack_shard
 from cafe.pipeline.features.extract import describe_store, know_tower
 from cafe.pipeline.features.key import StoreInfo
@@ -76,7 +76,7 @@ class Source:
 @click.option("--runs", default=15, show_default=True, help="Of the grid: methods × seeds.")
 def main(faces: int, epochs: int, backbone: str, input_size: int, image_size: int, runs: int) -> None:
     """Train both ways, compare the weights, and print CPU seconds and tower passes."""
-    torch.set_num_threads(cluster.cores())
+    torch.set_num_threads(machine.cores())
     set_arithmetic("fp32")
     recipe = Recipe(epochs=epochs)
     settings = ExtractSettings(
@@ -108,7 +108,7 @@ def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) ->
     about = describe_store(manifest, settings, know_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     without_rows = replace(manifest, table=manifest.table.slice(0, 0))
-    embedder = ShardEmbedder({str(store.path): store.about}, without_rows, settings, cluster.cores(), "cpu")
+    embedder = ShardEmbedder({str(store.path): store.about}, without_rows, settings, machine.cores(), "cpu")
     assert embedder.embedder.tower.facts.width == about.width  # loaded before the clock starts, as for the other way
     start = time.process_time()
     for shard in store.pending():

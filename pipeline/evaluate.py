@@ -25,9 +25,9 @@ from cafe.learning.training import predict_average
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
 from cafe.pipeline import cluster
-from cafe.pipeline.cluster import Progress
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, load_method, make_dataset
+from cafe.pipeline.progress import Progress
 from cafe.pipeline.runs import RunSpec
 from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions

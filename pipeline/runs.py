@@ -14,11 +14,8 @@ Everything here is read and written without torch: what builds a method from its
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 from upath import UPath
@@ -26,6 +23,7 @@ from upath import UPath
 from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, read_json, write_changed, write_json
 from cafe.pipeline.features.key import FeatureKey
+from cafe.pipeline.versions import code_version
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.sources import Source
 
@@ -157,13 +155,6 @@ class RunSpec:
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
         write_json(run / "run.json", {**identity, **described, **record})
-
-
-def code_version() -> str:
-    """Return the git commit this code was checked out from, or its released version when it was installed."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)  # noqa: S607
-    return git.stdout.strip() if git.returncode == 0 else f"cafe {version('cafe')}"
 
 
 def is_finished(run: UPath) -> bool:

@@ -11,7 +11,6 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder, list_tree, remove_tree
-from cafe.pipeline.cluster import Progress
 from cafe.pipeline.faces import TARGET_MAY_DIFFER
 from cafe.pipeline.features.description import recover_about, store_name
 from cafe.pipeline.features.extract import describe_store, extract, know_tower
@@ -19,6 +18,7 @@ from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.receipts import Receipts, in_parallel
 from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
 from cafe.pipeline.lease import find_holder, hold
+from cafe.pipeline.progress import Progress
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import ClusterSettings, ExtractSettings, Normalisation
 from cafe.pipeline.workspace import Workspace

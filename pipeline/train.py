@@ -24,11 +24,11 @@ from cafe.methods import find_method
 from cafe.methods.method import Recipe
 from cafe.networks.branches import check_network
 from cafe.pipeline import cluster
-from cafe.pipeline.cluster import Bar, Progress, no_bar
 from cafe.pipeline.evaluate import is_judged, judge_anywhere, predict_targets
 from cafe.pipeline.faces import Faces, choose_target, choose_targets
 from cafe.pipeline.lease import hold
 from cafe.pipeline.models import find_deviations, find_inputs, find_recipe, specify
+from cafe.pipeline.progress import Bar, Progress, no_bar
 from cafe.pipeline.runs import RunSpec, add_experiment, is_finished, note_status, read_status
 from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.sources import (
@@ -41,6 +41,7 @@ from cafe.pipeline.sources import (
     split_names,
 )
 from cafe.pipeline.tracking.mirror import Mirror
+from cafe.pipeline.versions import versions
 from cafe.pipeline.worker import AnyWorker, Task, find_worker, train_together
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.protocols import find_protocol
@@ -227,7 +228,7 @@ def _train(
         settings.threads,
         settings.loader_workers,
         settings.checkpoint_every,
-        cluster.versions(),
+        versions(),
         plan.validation,
         epochs,
     )

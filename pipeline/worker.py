@@ -25,13 +25,14 @@ from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import Selection, Training, fit, prepare
 from cafe.networks.parallel import rank, share_batch_norm, world_size
-from cafe.pipeline import cluster
+from cafe.pipeline import cluster, machine
 from cafe.pipeline.evaluate import predict_target
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import EvaluateSettings, TrainSettings
 from cafe.pipeline.sources import UnitedFaces, choose_rows
+from cafe.pipeline.versions import check_versions
 from cafe.towers.weights import write_tensors
 
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
@@ -137,7 +138,7 @@ def find_worker(settings: TrainSettings | EvaluateSettings) -> Iterator[AnyWorke
     """Yield a worker in this process or, on a cluster, one of Ray's; None where several are to work side by side."""
     single = not isinstance(settings, TrainSettings) or settings.num_workers == 1
     if settings.address is None and single:
-        local = LocalWorker(cluster.own_device(settings.use_gpu))
+        local = LocalWorker(machine.own_device(settings.use_gpu))
         try:
             yield local
         finally:
@@ -153,7 +154,7 @@ def train_together(config: dict[str, Task]) -> None:
     import ray.train.torch
 
     task = config["task"]
-    share = cluster.cores() // ray.train.get_context().get_local_world_size()
+    share = machine.cores() // ray.train.get_context().get_local_world_size()
     device = ray.train.torch.get_device()
     # Preparing hands the first worker's state to the others.
     train_run(task, task.source, device, ray.train.torch.prepare_model, max(1, share))
@@ -168,11 +169,11 @@ def train_run(
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Train a run from its last checkpoint to its end; `wrap` makes the module trained, `check` may raise after any step."""
-    cluster.check_versions(task.versions)
+    check_versions(task.versions)
     run = locate(task.run)
     spec = RunSpec.load(run)
     set_arithmetic(spec.precision)
-    cores = cores or cluster.cores()
+    cores = cores or machine.cores()
     torch.set_num_threads(min(cores, task.threads or cores))
 
     rows, held_out = choose_rows(source, spec.selection)

@@ -27,13 +27,13 @@ from cafe.methods import METHODS
 from cafe.pipeline.benchmark.cells import run_benchmark
 from cafe.pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Benchmark, parse_benchmark, read_benchmark
 from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
-from cafe.pipeline.cluster import no_bar
 from cafe.pipeline.evaluate import predict_target
 from cafe.pipeline.features.description import find_stores
 from cafe.pipeline.features.extract import describe_store, know_tower
 from cafe.pipeline.features.shards import ShardEmbedder
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.models import build_method, make_dataset
+from cafe.pipeline.progress import no_bar
 from cafe.pipeline.runs import is_finished
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
 from cafe.pipeline.sources import choose_rows

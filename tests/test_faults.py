@@ -22,7 +22,6 @@ from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
-from cafe.pipeline.cluster import versions
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.features.computing import pack_shard
 from cafe.pipeline.features.extract import describe_store, know_tower
@@ -30,6 +29,7 @@ from cafe.pipeline.features.shards import ShardEmbedder
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.train import plan_training
+from cafe.pipeline.versions import versions
 from cafe.pipeline.worker import LocalWorker, Task, find_checkpoint, train_run
 from cafe.pipeline.workspace import Workspace
 from cafe.views.drawing import ViewPlan

@@ -23,10 +23,10 @@ from cafe.files import encode_json, exists, list_files, read_file, write_changed
 from cafe.pipeline import cluster
 from cafe.pipeline.benchmark.grid import Cell, StoreName
 from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
-from cafe.pipeline.cluster import Bar, Progress
 from cafe.pipeline.faces import Store
 from cafe.pipeline.features.extract import extract
 from cafe.pipeline.lease import hold
+from cafe.pipeline.progress import Bar, Progress
 from cafe.pipeline.runs import note_status, read_status
 from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror

@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from cafe.data.manifest import Manifest
 from cafe.errors import first_line
-from cafe.pipeline import cluster
+from cafe.pipeline import cluster, machine
 from cafe.pipeline.features.decoding import MANY_VIEWS
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.versions import versions
 
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 HANDED_OUT = 2  # shards that a tower has at a time
@@ -57,8 +58,8 @@ def _count_here(settings: ExtractSettings) -> tuple[int, int]:
     """Return the GPUs and the cores of this machine that may be used; raise `UserError` where a GPU is missing."""
     import torch
 
-    gpus = torch.cuda.device_count() if cluster.own_device(_asked_for_gpu(settings)) == "cuda" else 0
-    return (settings.num_gpus or gpus) if gpus else 0, settings.num_cpus or cluster.cores()
+    gpus = torch.cuda.device_count() if machine.own_device(_asked_for_gpu(settings)) == "cuda" else 0
+    return (settings.num_gpus or gpus) if gpus else 0, settings.num_cpus or machine.cores()
 
 
 def _arguments(
@@ -73,7 +74,7 @@ def _arguments(
         replace(settings, decoders=decoders if settings.decoders is None else settings.decoders),
         1 if gpus else share,
         "cuda" if gpus else "cpu",
-        cluster.versions(),
+        versions(),
     )
 
 

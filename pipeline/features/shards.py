@@ -23,11 +23,11 @@ from cafe.data.images import MISSING
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate
-from cafe.pipeline.cluster import check_versions
 from cafe.pipeline.features.decoding import KILLER, MANY_VIEWS, Decoders
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.versions import check_versions
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder, join_batches
 from cafe.towers.names import parse_backbone
