@@ -48,7 +48,7 @@ def doctor(file: str | None, as_json: bool) -> None:
 
 
 def _software() -> Iterator[Finding]:
-    from cafe.pipeline.versions import code_version
+    from cafe.pipeline.process.versions import code_version
 
     yield "cafe", code_version(), ""
     yield "Python", f"{platform.python_version()} on {platform.platform(terse=True)}", ""

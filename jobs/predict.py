@@ -112,8 +112,8 @@ def _read_places(places: tuple[str, ...]) -> Iterator[str]:
 def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     """Load the model, and the face detector where it is needed, so that what is missing is said before work begins."""
     from cafe.data.alignment import find_detector
-    from cafe.pipeline.machine import own_device
     from cafe.pipeline.models import build_model
+    from cafe.pipeline.process.machine import own_device
 
     device = own_device(settings.use_gpu)
     if not settings.aligned:

@@ -39,7 +39,8 @@ from cafe.learning.loading import FaceDataset, FeatureSource
 from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.pipeline import cluster, machine
+from cafe.pipeline import cluster
+from cafe.pipeline.process import machine
 from cafe.pipeline.benchmark.cells import run_benchmark
 from cafe.pipeline.benchmark.file import read_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark

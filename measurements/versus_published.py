@@ -31,7 +31,7 @@ from cafe.learning.loading import FaceDataset, epoch_order
 from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.pipeline import machine
+from cafe.pipeline.process import machine
 from cafe.pipeline.features.computing import pack_shard
 from cafe.pipeline.features.extract import describe_store, know_tower
 from cafe.pipeline.features.key import StoreInfo

@@ -33,7 +33,7 @@ from cafe.pipeline.features.extract import describe_store, know_tower
 from cafe.pipeline.features.shards import ShardEmbedder
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.models import build_method, make_dataset
-from cafe.pipeline.progress import no_bar
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.runs import is_finished
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
 from cafe.pipeline.sources import choose_rows

@@ -29,7 +29,7 @@ from cafe.pipeline.features.shards import ShardEmbedder
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.train import plan_training
-from cafe.pipeline.versions import versions
+from cafe.pipeline.process.versions import versions
 from cafe.pipeline.worker import LocalWorker, Task, find_checkpoint, train_run
 from cafe.pipeline.workspace import Workspace
 from cafe.views.drawing import ViewPlan

@@ -20,7 +20,7 @@ from cafe.errors import UserError
 from cafe.files import read_json, write_json
 from cafe.pipeline import lease
 from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.lease import STALE_SECONDS, Lease, hold
+from cafe.pipeline.process.lease import STALE_SECONDS, Lease, hold
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.train import plan_training
 from cafe.pipeline.workspace import Workspace

@@ -19,7 +19,7 @@ from cafe import files
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import create_file, list_folder, list_tree, locate, read_file, write_file
-from cafe.pipeline.lease import hold
+from cafe.pipeline.process.lease import hold
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions

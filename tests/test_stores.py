@@ -20,7 +20,7 @@ from cafe.files import read_json, write_json
 from cafe.pipeline.features.description import find_stores, recover_about
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
-from cafe.pipeline.lease import hold
+from cafe.pipeline.process.lease import hold
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.train import plan_training
 from cafe.pipeline.worker import Task, Worker

@@ -106,6 +106,7 @@ class Manifest:
     root: str
     table: pa.Table
     kind: str = ""
+    classes: tuple[str, ...] = EXPRESSIONS
 
     @classmethod
     def from_faces(cls, name: str, root: str, faces: Iterable[Face], kind: str = "") -> Manifest:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 
 Batch = dict[str, Any]
@@ -44,6 +45,7 @@ class Inputs:
     image_size: int = 224  # pixels, side of the image branch's input
     backbone: str | None = None  # name of the tower the frozen features are of
     grid: tuple[int, int] | None = None  # (H, W) of the maps, where the method needs them
+    classes: tuple[str, ...] = EXPRESSIONS  # in the order of labels and logits
 
 
 class Method(nn.Module):

@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from cafe.data.manifest import Manifest
 from cafe.errors import first_line
-from cafe.pipeline import cluster, machine
+from cafe.pipeline import cluster
 from cafe.pipeline.features.decoding import MANY_VIEWS
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.process import machine
+from cafe.pipeline.process.versions import versions
 from cafe.pipeline.settings import ExtractSettings
-from cafe.pipeline.versions import versions
 
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 HANDED_OUT = 2  # shards that a tower has at a time

@@ -24,8 +24,8 @@ from cafe.pipeline import cluster
 from cafe.pipeline.features.computing import compute_shards, needs_ray
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
 from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.lease import hold
-from cafe.pipeline.progress import Progress
+from cafe.pipeline.process.lease import hold
+from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import check_record

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from cafe.pipeline.features.store import MEMORY_SHARE, FeatureStore
-from cafe.pipeline.machine import free_memory
+from cafe.pipeline.process.machine import free_memory
 
 
 class FeatureReader:

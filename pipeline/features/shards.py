@@ -26,8 +26,8 @@ from cafe.files import locate
 from cafe.pipeline.features.decoding import KILLER, MANY_VIEWS, Decoders
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.process.versions import check_versions
 from cafe.pipeline.settings import ExtractSettings
-from cafe.pipeline.versions import check_versions
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder, join_batches
 from cafe.towers.names import parse_backbone

@@ -32,7 +32,7 @@ from cafe.files import encode_json, list_folder, remove_file, retry, write_file
 from cafe.pipeline.features.description import ABOUT, CHECKSUMS, damaged, read_about, recover_about
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.receipts import Receipt, Receipts, in_parallel
-from cafe.pipeline.machine import free_memory
+from cafe.pipeline.process.machine import free_memory
 from cafe.records import digest, write_sealed
 
 ARRAYS = ("pooled", "map")

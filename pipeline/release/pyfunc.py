@@ -20,7 +20,7 @@ from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
 from cafe.files import read_json
 from cafe.pipeline.models import build_model
-from cafe.pipeline.progress import Progress
+from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
 from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
 from cafe.pipeline.tracking.pages import NOTE
