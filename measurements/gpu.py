@@ -35,8 +35,7 @@ from cafe.learning.training import Training, autocast
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
 from cafe.pipeline.features.extract import Extraction, extract
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.building import load_backbone

@@ -44,8 +44,7 @@ from cafe.pipeline.benchmark.cells import run_benchmark
 from cafe.pipeline.benchmark.file import read_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark
 from cafe.pipeline.features.extract import extract
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.workspace import Workspace

@@ -32,12 +32,10 @@ from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
 from cafe.pipeline import cluster
-from cafe.pipeline.features.computing import pack_shard
-from cafe.pipeline.features.extract import describe_store, know_tower
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.shards import ShardEmbedder
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.randomness import random_generator
@@ -105,7 +103,7 @@ def main(faces: int, epochs: int, backbone: str, input_size: int, image_size: in
 
 def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> tuple[FeatureStore, float]:
     """Return a store filled by one worker in this process, and the CPU seconds that took."""
-    about = describe_store(manifest, settings, know_tower(workspace, settings))
+    about = describe_store(manifest, settings, look_up_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     without_rows = replace(manifest, table=manifest.table.slice(0, 0))
     embedder = ShardEmbedder({str(store.path): store.about}, without_rows, settings, cluster.cores(), "cpu")

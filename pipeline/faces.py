@@ -19,10 +19,9 @@ from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.pipeline.cluster import free_memory
-from cafe.pipeline.features.description import check_description, find_stores
+from cafe.pipeline.features.integrity import Receipts, check_description, find_stores
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.receipts import Receipts
+from cafe.pipeline.features.store import FeatureReader
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import StoreChoice
 from cafe.pipeline.workspace import Workspace

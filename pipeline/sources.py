@@ -16,9 +16,9 @@ from cafe.learning.loading import SMALLEST_BATCH, KeptPictures
 from cafe.methods import find_method
 from cafe.pipeline.cluster import free_memory
 from cafe.pipeline.faces import PICTURES_SHARE, Faces, Store, any_store, choose_store
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import StoreInfo, describe_policy
-from cafe.pipeline.features.reader import FeatureReader
+from cafe.pipeline.features.store import FeatureReader
 from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.protocols import find_protocol

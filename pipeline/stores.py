@@ -13,11 +13,10 @@ from cafe.errors import UserError, unknown
 from cafe.files import list_folder, list_tree, remove_tree
 from cafe.pipeline.cluster import Progress
 from cafe.pipeline.faces import TARGET_MAY_DIFFER
-from cafe.pipeline.features.description import recover_about, store_name
-from cafe.pipeline.features.extract import describe_store, extract, know_tower
-from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.receipts import Receipts, in_parallel
-from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
+from cafe.pipeline.features.extract import describe_store, extract, look_up_tower
+from cafe.pipeline.features.integrity import Damage, Receipts, in_parallel, recover_about
+from cafe.pipeline.features.key import StoreInfo, store_name
+from cafe.pipeline.features.store import discard_damage, verify
 from cafe.pipeline.lease import find_holder, hold
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import ClusterSettings, ExtractSettings, Normalisation
@@ -127,7 +126,7 @@ def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progres
     Raises `UserError` where the manifest or the tower are no longer those it was made with.
     """
     with hold(path, settings.wait):
-        damages = find_damage(path, progress)
+        damages = verify(path, progress)
         if not damages:
             return []
         manifest = workspace.load_manifest(path.parent.name)
@@ -153,7 +152,7 @@ def _ask_again(
         **vars(settings),
     }
     choices = [ExtractSettings(**fixed, normalisation=name) for name in (None, *get_args(Normalisation))]
-    tower = know_tower(workspace, choices[0])
+    tower = look_up_tower(workspace, choices[0])
     keys = [describe_store(manifest, choice, tower).key for choice in choices]
     if key in keys:
         return choices[keys.index(key)]

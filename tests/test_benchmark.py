@@ -29,10 +29,10 @@ from cafe.pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Ben
 from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from cafe.pipeline.cluster import no_bar
 from cafe.pipeline.evaluate import predict_target
-from cafe.pipeline.features.description import find_stores
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.extract import describe_store, look_up_tower
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, make_dataset
 from cafe.pipeline.runs import is_finished
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
@@ -173,7 +173,7 @@ def plan(workspace: Workspace, grid: Benchmark, **settings: Any) -> BenchmarkPla
 
 def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> None:
     """Fill a store as the actors of stage one do, in this process."""
-    about = describe_store(manifest, settings, know_tower(workspace, settings))
+    about = describe_store(manifest, settings, look_up_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     embedder = ShardEmbedder({str(store.path): about}, manifest, settings, 1, "cpu")
     for shard in store.pending():

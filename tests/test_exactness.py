@@ -20,9 +20,8 @@ from cafe.learning.training import Training
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
 from cafe.pipeline.features.extract import describe_store
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.shards import ShardEmbedder
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.settings import ExtractSettings
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder

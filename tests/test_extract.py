@@ -23,7 +23,7 @@ from torchvision import transforms
 from trained import fill_store
 from upath import UPath
 
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace

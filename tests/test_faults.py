@@ -24,10 +24,9 @@ from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
 from cafe.pipeline.cluster import versions
 from cafe.pipeline.faces import Faces
-from cafe.pipeline.features.computing import pack_shard
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.train import plan_training
 from cafe.pipeline.worker import LocalWorker, Task, find_checkpoint, train_run
@@ -51,7 +50,7 @@ class Extraction:
     @property
     def store(self) -> FeatureStore:
         manifest = self.workspace.load_manifest("tiny")
-        about = describe_store(manifest, self.settings, know_tower(self.workspace, self.settings))
+        about = describe_store(manifest, self.settings, look_up_tower(self.workspace, self.settings))
         return FeatureStore.create(self.workspace.features / "tiny", about, manifest)
 
     def embedder(self) -> ShardEmbedder:

@@ -24,10 +24,10 @@ from cafe.methods import METHODS
 from cafe.pipeline import settings
 from cafe.pipeline.evaluate import is_judged, predict_target
 from cafe.pipeline.faces import any_store, choose_store, choose_target, choose_targets
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.receipts import Skipped
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.extract import describe_store, look_up_tower
+from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, find_inputs
 from cafe.pipeline.runs import RunSpec, add_experiment
 from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
@@ -96,7 +96,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Work
 def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> FeatureStore:
     """Fill a store as the actors of stage one do, in this process."""
     faces = workspace.load_manifest(name)
-    about = describe_store(faces, chosen, know_tower(workspace, chosen))
+    about = describe_store(faces, chosen, look_up_tower(workspace, chosen))
     store = FeatureStore.create(workspace.features / name, about, faces)
     embedder = ShardEmbedder({str(store.path): about}, faces, chosen, 1, "cpu")
     for shard in store.pending():

@@ -14,10 +14,9 @@ from upath import UPath
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
 from cafe.pipeline.faces import Wanted, fitting_stores
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
 KEY = FeatureKey(

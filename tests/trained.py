@@ -17,10 +17,9 @@ from cafe.data.readers import DATASETS
 from cafe.files import write_json
 from cafe.learning.training import fit, predict
 from cafe.pipeline.evaluate import predict_target
-from cafe.pipeline.features.computing import pack_shard
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, load_method, make_dataset
 from cafe.pipeline.runs import add_experiment, note_status
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
@@ -45,7 +44,7 @@ def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> Fe
     """Extract the features of a manifest."""
     manifest = workspace.load_manifest(name)
     settings = replace(settings, decoders=0)
-    about = describe_store(manifest, settings, know_tower(workspace, settings))
+    about = describe_store(manifest, settings, look_up_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / name, about, manifest)
     embedder = ShardEmbedder({str(store.path): about}, manifest, settings, 1, "cpu")
     for shard in store.pending():

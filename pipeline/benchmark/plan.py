@@ -22,10 +22,9 @@ from cafe.networks.branches import check_network
 from cafe.pipeline.benchmark.file import Benchmark, Entry
 from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
 from cafe.pipeline.faces import Faces, Store, Wanted, fitting_stores
-from cafe.pipeline.features.description import find_stores
 from cafe.pipeline.features.extract import Extraction
+from cafe.pipeline.features.integrity import Receipts, find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
-from cafe.pipeline.features.receipts import Receipts
 from cafe.pipeline.models import PUBLISHED_SIZE, find_deviations, find_recipe, specify
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings

@@ -1,4 +1,4 @@
-"""What a feature store is: the key, which names everything that changes a feature, and the sizes."""
+"""What a feature store is: the key, which names everything that changes a feature, the sizes, and what it is called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from upath import UPath
 
 from cafe.records import FORMAT, check_record, digest_changes
 
@@ -123,3 +124,8 @@ def default_shard_rows(rows: int, views: int, width: int, map_shape: tuple[int, 
     """Return how many faces share a shard: about `SHARD_BYTES` of features, but at least `MIN_SHARDS` shards."""
     row_bytes = views * itemsize * (width + int(np.prod(map_shape)) if map_shape else width)
     return max(MIN_SHARD_ROWS, min(SHARD_BYTES // row_bytes, -(-rows // MIN_SHARDS)))
+
+
+def store_name(store: UPath) -> str:
+    """Return what a store is called on the command line."""
+    return f"{store.parent.name}/{store.name}"

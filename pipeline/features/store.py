@@ -1,5 +1,5 @@
 """The feature store: one Zarr v3 group that any Zarr reader opens, filled shard by shard, complete when every receipt lies
-beside it. This is the only file that knows Zarr.
+beside it.
 
     features/MANIFEST/BACKBONE-vV-KEY/
         about.json           the key and the sizes
@@ -8,13 +8,14 @@ beside it. This is the only file that knows Zarr.
         receipts/00000.json  rows, skipped samples and checksums (of every view and file) of one shard, written last
         skipped.json         the skipped samples of all shards
 
-One task writes whole shard objects and nobody shares one, so a killed run loses unfinished shards and nothing else.
+One task writes whole shard objects and nobody shares one, so a killed run loses unfinished shards and nothing else. What
+Zarr does is done here; the files around `store.zarr` are those of `integrity`.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
@@ -30,9 +31,19 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError, quote
 from cafe.files import encode_json, list_folder, remove_file, retry, write_file
 from cafe.pipeline.cluster import free_memory
-from cafe.pipeline.features.description import ABOUT, CHECKSUMS, damaged, read_about, recover_about
+from cafe.pipeline.features.integrity import (
+    ABOUT,
+    CHECKSUMS,
+    Damage,
+    Receipt,
+    Receipts,
+    damaged,
+    find_damage,
+    in_parallel,
+    read_about,
+    recover_about,
+)
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.receipts import Receipt, Receipts, in_parallel
 from cafe.records import digest, write_sealed
 
 ARRAYS = ("pooled", "map")
@@ -213,3 +224,46 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) 
         return np.empty(shape, dtype)
     scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
+
+
+def verify(store: UPath, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+    """Read a store back, every byte of it, and return what is not as it was written; `progress` counts shards."""
+
+    def matches(about: StoreInfo, shard: int, receipt: Receipt) -> bool:
+        return FeatureStore(store, about).matches(shard, receipt)
+
+    return find_damage(store, matches, progress)
+
+
+def discard_damage(store: UPath, manifest: Manifest, damages: list[Damage]) -> StoreInfo:
+    """Declare damaged shards undone and write again what describes a store, which is returned; raise `UserError`."""
+    about = recover_about(store)
+    if about.key.images != manifest.image_digest:
+        raise UserError(
+            f"The features in {store} were made of other images than the manifest {manifest.name!r} lists now: remove them "
+            "with `cafe store rm`."
+        )
+    if any(damage.shard is None for damage in damages):
+        write_description(store, about, manifest)
+    Receipts(store, about).discard({damage.shard for damage in damages if damage.shard is not None})
+    return about
+
+
+class FeatureReader:
+    """The features of any rows of one view: a view is read when it is first asked for and kept while there is room.
+
+    An epoch uses one view, so maps far larger than the memory are read view by view, and mapped where even one is too large.
+    """
+
+    def __init__(self, store: FeatureStore, names: Iterable[str], memory_share: float = MEMORY_SHARE) -> None:
+        self.store, self.names, self.memory_share = store, tuple(names), memory_share
+        self.kept: dict[int, dict[str, np.ndarray]] = {}
+
+    def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return {array: (n, …)} of some rows, in the number format of the store."""
+        if view not in self.kept:
+            kept = sum(values.nbytes for arrays in self.kept.values() for values in arrays.values())
+            if kept > self.memory_share * free_memory():
+                self.kept.clear()
+            self.kept[view] = {name: self.store.read_view(name, view, self.memory_share) for name in self.names}
+        return {name: np.asarray(values[rows]) for name, values in self.kept[view].items()}
