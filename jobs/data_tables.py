@@ -11,7 +11,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import CountDifference, Index
 from cafe.data.manifest import SPLITS
 from cafe.jobs.terminal import make_table
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.workspace import Workspace
 
 if TYPE_CHECKING:  # they load a search library, which most commands do not need

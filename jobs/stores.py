@@ -70,14 +70,14 @@ def _line(facts: StoreFacts) -> tuple[object, ...]:
 @json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
     """Read stores back, every byte, and name the files that are not what was written: `cafe store verify news`."""
-    from cafe.pipeline.features.description import store_name
-    from cafe.pipeline.features.verify import find_damage
+    from cafe.pipeline.features.key import store_name
+    from cafe.pipeline.features.store import verify as verify_store
     from cafe.pipeline.stores import find_paths
 
     found = {}
     with interruptible("nothing was changed"), progress_bar("Verifying", "shards") as progress:
         for path in find_paths(open_workspace(), names):
-            found[store_name(path)] = find_damage(path, progress)
+            found[store_name(path)] = verify_store(path, progress)
     damaged = {name: damages for name, damages in found.items() if damages}
     if as_json:
         click.echo(
@@ -100,7 +100,7 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
 
     Interrupt it as you like: the same command goes on where it was.
     """
-    from cafe.pipeline.features.description import store_name
+    from cafe.pipeline.features.key import store_name
     from cafe.pipeline.stores import find_paths
     from cafe.pipeline.stores import repair as repair_store
 

@@ -40,13 +40,12 @@ from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
 from cafe.pipeline import cluster
-from cafe.pipeline.process import machine
 from cafe.pipeline.benchmark.cells import run_benchmark
 from cafe.pipeline.benchmark.file import read_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark
 from cafe.pipeline.features.extract import extract
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.process import machine
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.workspace import Workspace
@@ -152,8 +151,8 @@ def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
     yield "cell of a benchmark", seconds_per_cell(place) / starting
 
     yield "store, read of a view", seconds_of_reads(place)
-    store = FeatureStore(done.store, done.about)
-    cached, plan, width = FeatureReader(store, ["pooled"]), done.about.key.view_plan, tower.facts.width
+    store = FeatureStore(done.store, done.info)
+    cached, plan, width = FeatureReader([store], ["pooled"]), done.info.key.view_plan, tower.facts.width
     live = Embedder(tower, manifest, plan, "cpu", batch_size=BATCH)
     bare = rate_bare_branch(manifest, IMAGE_SIZE)
     yield "stage two, cache", bare / rate_epoch(manifest, cached, plan, width, IMAGE_SIZE)

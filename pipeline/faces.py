@@ -16,8 +16,8 @@ from cafe.data.manifest import SPLITS, Manifest, Pictures, hold_out_rows
 from cafe.errors import UserError
 from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
+from cafe.pipeline.features.integrity import Receipts
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.receipts import Receipts
 from cafe.pipeline.need import Store, any_store, choose_target_store
 from cafe.pipeline.process.machine import free_memory
 from cafe.pipeline.runs import RunSpec
@@ -26,8 +26,7 @@ from cafe.results.predictions import Predictions, predictions_path
 from cafe.results.protocols import Protocol, find_protocol
 
 if TYPE_CHECKING:
-    from cafe.pipeline.features.reader import FeatureReader
-    from cafe.pipeline.features.store import FeatureStore
+    from cafe.pipeline.features.store import FeatureReader, FeatureStore
 
 PICTURES_SHARE = 0.2  # of the free memory that decoded pictures of a source may take
 HELD_OUT = 0.1  # of the training faces of a source, for `source_val`
@@ -202,7 +201,7 @@ class Faces(_Sent):
         stores = [part.features for part in self.parts if part.features]
         if not stores or not names:
             return None
-        from cafe.pipeline.features.reader import FeatureReader
+        from cafe.pipeline.features.store import FeatureReader
 
         return self._readers.setdefault(tuple(sorted(names)), FeatureReader(stores, sorted(names)))
 

@@ -12,9 +12,8 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.methods import find_method
 from cafe.methods.method import Method
-from cafe.pipeline.features.description import check_description, find_stores
+from cafe.pipeline.features.integrity import Receipts, check_description, find_stores
 from cafe.pipeline.features.key import StoreInfo, describe_policy
-from cafe.pipeline.features.receipts import Receipts
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import ExtractSettings, FeatureIdentity, StoreChoice, take
 from cafe.pipeline.workspace import Workspace

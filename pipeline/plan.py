@@ -16,7 +16,7 @@ from cafe.methods import find_method
 from cafe.methods.method import Method, Recipe, apply_overrides
 from cafe.networks.branches import check_network
 from cafe.pipeline.faces import Faces, Part, choose_target, choose_targets
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
 from cafe.pipeline.models import find_inputs
 from cafe.pipeline.need import Store, any_store, check_alike, choose_source_store
@@ -154,7 +154,7 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
         recipe=asdict(recipe),
         recipe_changes=changed_fields(recipe),
         image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
-        precision=_find_precision(settings),
+        precision=find_precision(settings),
         policy=policy if key is None or own else key.policy["name"],
         views=_count_views(settings, recipe, key, own),
         view_seed=settings.view_seed or 0 if key is None or own else key.view_seed,
@@ -168,7 +168,7 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
     )
 
 
-def _find_precision(settings: TrainSettings) -> str:
+def find_precision(settings: TrainSettings) -> str:
     """Return the arithmetic asked for, or that which suits this machine; raise `UserError` where others compute."""
     if settings.precision != "auto":
         return settings.precision

@@ -61,12 +61,12 @@ class ClusterSettings:
 class FeatureIdentity:
     """What a user chooses that decides a feature and stands in the key of its store as it is."""
 
-    views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", in_file=False)
-    view_seed: int = setting(0, "Seed of the views (not of the training).")
-    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
         "fp32", "Arithmetic of the whole tower; tf32: float32 with shorter factors, faster on recent GPUs."
     )
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
+    view_seed: int = setting(0, "Seed of the views (not of the training).")
+    views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", in_file=False)
     maps: bool = setting(False, "Store the tower's spatial feature maps too.", in_file=False)
     dtype: Literal["float16", "float32"] = setting("float16", "Number format of the stored features.")
     channels: Literal["rgb", "bgr"] = setting(

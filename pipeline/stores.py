@@ -11,11 +11,10 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder, list_tree, remove_tree
-from cafe.pipeline.features.description import recover_about, store_name
-from cafe.pipeline.features.extract import describe_store, extract, know_tower
-from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.receipts import Receipts, in_parallel
-from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
+from cafe.pipeline.features.extract import describe_store, extract, look_up_tower
+from cafe.pipeline.features.integrity import Damage, Receipts, in_parallel, recover_info
+from cafe.pipeline.features.key import StoreInfo, store_name
+from cafe.pipeline.features.store import discard_damage, verify
 from cafe.pipeline.need import Need
 from cafe.pipeline.process.lease import find_holder, hold
 from cafe.pipeline.process.progress import Progress
@@ -71,7 +70,7 @@ def list_stores(workspace: Workspace, paths: Sequence[UPath]) -> list[StoreFacts
 
 def _look_at(path: UPath, runs: dict[str, tuple[RunSpec, list[str]]]) -> StoreFacts:
     try:
-        info = recover_about(path)
+        info = recover_info(path)
     except UserError:
         info = None
     files = list_tree(path)
@@ -124,12 +123,12 @@ def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progres
     Raises `UserError` where the manifest or the tower are no longer those it was made with.
     """
     with hold(path, settings.wait):
-        damages = find_damage(path, progress)
+        damages = verify(path, progress)
         if not damages:
             return []
         manifest = workspace.load_manifest(path.parent.name)
         again = any(damage.shard is not None for damage in damages)
-        asked = _ask_again(workspace, manifest, recover_about(path), settings) if again else None
+        asked = _ask_again(workspace, manifest, recover_info(path), settings) if again else None
         discard_damage(path, manifest, damages)
     if asked:
         extract(workspace, [manifest], asked, progress)
@@ -145,7 +144,7 @@ def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settin
     }
     fixed |= {"backbone": info.backbone_name, "policy": key.policy["name"], "max_skipped": info.rows}
     choices = [ExtractSettings(**fixed, normalisation=name) for name in (None, *get_args(Normalisation))]
-    tower = know_tower(workspace, choices[0])
+    tower = look_up_tower(workspace, choices[0])
     keys = [describe_store(manifest, choice, tower).key for choice in choices]
     if key in keys:
         return choices[keys.index(key)]

@@ -14,7 +14,7 @@ from domains import DOMAINS, draw_features, fill, make_workspace, planned, train
 from runs import write_predictions, write_run
 
 from cafe.files import read_json
-from cafe.jobs.run_tables import plan_tables
+from cafe.jobs.runs import plan_tables
 from cafe.learning.training import predict
 from cafe.pipeline.benchmark.file import Benchmark, parse_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark
@@ -54,7 +54,7 @@ FAST = {"overrides": ("learning_rate=0.05", "batch_size=8")}
 
 def test_the_oracle_takes_the_epoch_by_the_training_faces_of_the_domain_left_out(workspace: Workspace) -> None:
     plan = planned(workspace, fold="three", selection="oracle", **FAST)
-    weights = train(plan, validation=plan.validation)
+    weights = train(plan)
     rows = workspace.load_manifest("three").rows("train")
     accuracies, after = follow(workspace, "three", rows, **FAST)
     best = int(np.argmax(accuracies))
@@ -67,7 +67,7 @@ def test_the_oracle_takes_the_epoch_by_the_training_faces_of_the_domain_left_out
 def test_leave_one_out_takes_the_epoch_that_is_best_on_the_sources_left_out_in_turn(workspace: Workspace) -> None:
     plan = planned(workspace, "one,two,three", selection="leave_one_out", sampler="balanced", **FAST)
     for fold in plan.folds:
-        train(fold, validation=fold.validation)
+        train(fold)
     assert [(fold.spec.source, fold.spec.fold) for fold in plan.folds] == [
         ("three+two", "one"), ("one+two", "three"), ("one+three", "two"),
     ]  # fmt: skip

@@ -22,17 +22,18 @@ from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.methods import METHODS
 from cafe.pipeline import settings
-from cafe.pipeline.evaluate import is_judged, predict_target
-from cafe.pipeline.faces import any_store, choose_store, choose_target, choose_targets
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.receipts import Skipped
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.evaluate import evaluate_target
+from cafe.pipeline.faces import choose_target, choose_targets
+from cafe.pipeline.features.extract import describe_store, look_up_tower
+from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, find_inputs
+from cafe.pipeline.need import any_store, choose_source_store
+from cafe.pipeline.plan import plan_training
 from cafe.pipeline.runs import RunSpec, add_experiment
 from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
-from cafe.pipeline.train import plan_training
 from cafe.pipeline.workspace import Workspace
 from cafe.records import write_sealed
 from cafe.results.predictions import Predictions, load_predictions
@@ -96,7 +97,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Work
 def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> FeatureStore:
     """Fill a store as the actors of stage one do, in this process."""
     faces = workspace.load_manifest(name)
-    about = describe_store(faces, chosen, know_tower(workspace, chosen))
+    about = describe_store(faces, chosen, look_up_tower(workspace, chosen))
     store = FeatureStore.create(workspace.features / name, about, faces)
     embedder = ShardEmbedder({str(store.path): about}, faces, chosen, 1, "cpu")
     for shard in store.pending():
@@ -125,16 +126,16 @@ def judge(
     workspace: Workspace, run: UPath, spec: RunSpec, protocol: str, names: str | None = None, split: str | None = None
 ) -> None:
     for target in choose_targets(workspace, names, spec, protocol, split):
-        predict_target(str(run), target)
+        evaluate_target(run, target)
 
 
 def test_a_target_gets_the_store_of_its_colours_and_a_source_always_rgb(workspace: Workspace) -> None:
     _, spec = make_run(workspace)
     for protocol, channels in (("clean", "rgb"), ("paper", "bgr")):
         target = choose_target(workspace, "stills", spec, find_protocol(protocol), None)
-        assert target.about is not None
-        assert (target.about.key.channels, target.channels) == (channels, channels)
-    chosen = choose_store(workspace, workspace.load_manifest("stills"), StoreChoice(), METHODS["cafe"])
+        assert target.info is not None
+        assert (target.info.key.channels, target.channels) == (channels, channels)
+    chosen = choose_source_store(workspace, workspace.load_manifest("stills"), StoreChoice(), METHODS["cafe"])
     assert chosen is not None
     assert chosen[1].key.channels == "rgb"
 
@@ -153,7 +154,7 @@ def test_argmax_labels_are_judged_apart_or_not_at_all(workspace: Workspace) -> N
     _, spec = make_run(workspace)
     path, majority = workspace.manifest_path("fer"), workspace.load_manifest("fer")
     replace(majority, kind="ferplus-argmax").save(path)
-    with pytest.raises(UserError, match=r"has no way to judge 'fer' .*majority rule.*--split SPLIT"):
+    with pytest.raises(UserError, match=r"has no way to evaluate 'fer' .*majority rule.*--split SPLIT"):
         choose_target(workspace, "fer", spec, find_protocol("clean"))
     apart = choose_target(workspace, "fer", spec, find_protocol("clean"), "test")
     assert (apart.split, apart.title) == ("test", "fer@test")
@@ -234,9 +235,9 @@ def test_a_changed_split_is_judged_again(workspace: Workspace) -> None:
     run, spec = make_run(workspace, "linear_probe", "fer")
     judge(workspace, run, spec, "clean")
     (target,) = choose_targets(workspace, "stills", spec, "clean")
-    assert is_judged(run, target)
-    assert not is_judged(run, replace(target, split="train"))
-    assert not is_judged(run, replace(target, protocol="paper"))
+    assert target.is_evaluated(run)
+    assert not replace(target, split="train").is_evaluated(run)
+    assert not replace(target, protocol="paper").is_evaluated(run)
 
 
 def swap_pictures(faces: Manifest, root: Path) -> Manifest:

@@ -24,7 +24,7 @@ from cafe.learning.adaptation import predict_t3a, predict_tent
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import predict
 from cafe.methods.method import Method
-from cafe.pipeline.evaluate import check_option, predict_target
+from cafe.pipeline.evaluate import check_option, evaluate_target
 from cafe.pipeline.faces import choose_target
 from cafe.pipeline.models import build_model, load_method, make_dataset
 from cafe.pipeline.runs import RunSpec
@@ -64,13 +64,13 @@ def judged(workspace: Workspace) -> Judged:
     run, _ = start_run(workspace, method="cafe", source="one", targets="two", image_size=32)
     spec = RunSpec.load(run)
     target = choose_target(workspace, "two", spec, find_protocol("clean"))
-    predict_target(str(run), target)
+    evaluate_target(run, target)
     return Judged(run, load_method(spec, run).eval(), make_dataset(spec, target), target.rows("test"))
 
 
 def judge(workspace: Workspace, run: UPath, option: str) -> np.ndarray:
     """Judge the target as a worker does and return the probabilities that are kept."""
-    predict_target(str(run), choose_target(workspace, "two", RunSpec.load(run), find_protocol(f"clean-{option}")))
+    evaluate_target(run, choose_target(workspace, "two", RunSpec.load(run), find_protocol(f"clean-{option}")))
     return load_predictions(run, f"clean-{option}")["two"].probabilities
 
 

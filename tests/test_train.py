@@ -20,10 +20,10 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
-from cafe.pipeline.models import find_deviations, view_plan
+from cafe.pipeline.models import view_plan
+from cafe.pipeline.plan import find_deviations, plan_training
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
-from cafe.pipeline.train import plan_training
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions

@@ -39,3 +39,12 @@ def _masks(
     batches = np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))
     for batch in dataset.load(batches, 0, device):
         yield method.mask(batch).float().cpu().numpy(), batch["label"].cpu().numpy()
+
+
+def measure_masks(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, list[float]]:
+    masks = mean_masks(method, dataset, rows, device)
+    return {n: m.round(4).tolist() for n, m in zip(EXPRESSIONS, masks, strict=True) if not np.isnan(m[0])}
+
+
+def measure_heat_maps(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, object]:
+    return {}

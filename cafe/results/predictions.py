@@ -34,6 +34,7 @@ class Predictions:
     probabilities: np.ndarray
     about: dict[str, str]
     groups: list[str | None] | None = None
+    classes: tuple[str, ...] = EXPRESSIONS
 
     @cached_property
     def predicted(self) -> np.ndarray:

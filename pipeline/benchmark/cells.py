@@ -106,7 +106,7 @@ def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Sto
         try:
             with bar(f"Features of {store.manifest.name}", "faces") as progress:
                 (result,) = extract(plan.workspace, [store.manifest], settings, progress)
-            filled[store.name] = result.store, result.about
+            filled[store.name] = result.store, result.info
             say(result.sentence())
         except Exception as error:  # the cells of other stores can still run; these say why they cannot
             filled[store.name] = _explain(error, f"the features of {store.manifest.name}")

@@ -21,9 +21,8 @@ from cafe.networks.branches import check_network
 from cafe.pipeline.benchmark.file import Benchmark, Entry
 from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
 from cafe.pipeline.faces import Faces, Part
-from cafe.pipeline.features.description import find_stores
 from cafe.pipeline.features.extract import Extraction
-from cafe.pipeline.features.receipts import Receipts
+from cafe.pipeline.features.integrity import Receipts, find_stores
 from cafe.pipeline.need import Need, Store
 from cafe.pipeline.plan import (
     PUBLISHED_SIZE,

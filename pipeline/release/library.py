@@ -13,7 +13,7 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import exists, locate, read_json
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.runs import is_finished
 from cafe.pipeline.workspace import Workspace
@@ -41,7 +41,7 @@ def load_store(manifest: str, workspace: str = "work", folder: str | None = None
     `read_view("pooled", 0)` gives those of the clean view, (N, C); `group` is the Zarr group itself.
 
     >>> store = load_store("two", workspace)
-    >>> store.about.describe().partition(" of ")[0]
+    >>> store.info.describe().partition(" of ")[0]
     '2 views × 24 channels and 24×4×4 maps'
     >>> store.read_view("pooled", 0).shape
     (48, 24)
