@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,28 @@ import click
 
 from cafe.errors import UserError, unknown
 from cafe.jobs.options import complete, options
-from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
+from cafe.jobs.terminal import (
+    Commands,
+    json_option,
+    make_table,
+    open_workspace,
+    progress_bar,
+    say,
+    show,
+    show_records,
+)
 from cafe.pipeline.settings import AlignSettings
 
 if TYPE_CHECKING:
-    from cafe.data.indexing import Listing
+    from rich.table import Table
+
+    from cafe.data.auditing import Audit
+    from cafe.data.checking import Check
+    from cafe.data.indexing import CountDifference, Index, Listing
+    from cafe.pipeline.datasets import Alignment
+    from cafe.pipeline.workspace import Workspace
+
+LISTED = 10  # files named before "and N more"
 
 
 @click.group(cls=Commands)
@@ -33,8 +51,17 @@ def data() -> None:
 @click.option("--accept-counts", is_flag=True, help="Index a copy whose counts are not the published ones.")
 @click.option(
     "--train-faces",
-    type=click.IntRange(min=7),
+    type=click.IntRange(min=2),
     help="Keep this many training faces, in the expressions' proportions; other splits stay whole. Default: all.",
+)
+@click.option(
+    "--expressions",
+    metavar="7|8|own|NAME,…",
+    help="The classes: the seven basic ones, with contempt eight, all names that stand there, or those you name, in your "
+    "order. Default: the seven.",
+)
+@click.option(
+    "--skip", multiple=True, metavar="NAME", help="Leave out the faces of this class; may be given several times."
 )
 @click.option(
     "--split",
@@ -48,6 +75,8 @@ def index(
     accept_counts: bool,
     train_faces: int | None,
     split: str | None,
+    expressions: str | None,
+    skip: tuple[str, ...],
     **choices: str | None,
 ) -> None:
     """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
@@ -56,14 +85,17 @@ def index(
     KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
     KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
     KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is distributed, in any wrapper folders
+    cafe data index ferplus ~/sets/FERPlus --name ferplus8 --expressions 8     # with contempt
+    cafe data index folder ~/faces/ward --name ward --expressions own          # pain, drowsy, … as the folders are called
     """
+    from cafe.data.expressions import ClassChoice
     from cafe.data.indexing import index_files
     from cafe.data.manifest import thin_training
-    from cafe.jobs.data_tables import index_tables
     from cafe.pipeline.workspace import check_name
 
     check_name(name)
-    workspace, listing = open_workspace(), _read(kind, root, **choices)
+    choice, workspace = ClassChoice.parse(expressions, skip), open_workspace()
+    listing = _read(kind, root, **choices).select(choice)
     if split:
         listing.put_into(split)
     if not accept_counts:
@@ -73,7 +105,7 @@ def index(
     counts, training = result.counts(), len(result.manifest.rows("train"))
     if train_faces:
         result = replace(result, manifest=thin_training(result.manifest, train_faces))
-    for table in index_tables(result):
+    for table in _index_tables(result):
         show(table)
     if train_faces:
         say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
@@ -98,14 +130,13 @@ def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) 
     return DATASETS[kind](locate(root), **choices)
 
 
-def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: bool = False, warn: bool = False) -> None:
+def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:
     """Print where counts are not the published ones, doubtful ones only with `warn`; raise `UserError` unless `accept`."""
     from cafe.data.indexing import count_differences
-    from cafe.jobs.data_tables import counts_tables
 
-    differences = count_differences(listing.expected, found)
+    differences = count_differences(listing.expected, found, listing.classes)
     certain = [difference for difference in differences if difference.certain]
-    for table in counts_tables(differences if warn else certain):
+    for table in _counts_tables(differences if warn else certain):
         show(table)
     if certain and not accept:
         packed = f"{listing.packed[0]} may still have to be unpacked; " if listing.packed else ""
@@ -113,6 +144,66 @@ def _check_counts(listing: Listing, found: Counter[tuple[str, int]], accept: boo
             f"{listing.root} is not the complete {listing.kind} (differences in the table: {len(certain)}): {packed}"
             "complete it, or index it as it is with --accept-counts."
         )
+
+
+def _index_tables(index: Index) -> list[Table | str]:
+    """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
+    from cafe.data.manifest import SPLITS
+
+    manifest, listing, counts = index.manifest, index.listing, index.counts()
+    splits = [split for split in SPLITS if len(manifest.rows(split))]
+    numbers = {name: [counts[split, name] for split in splits] for name in manifest.classes}
+    lines = [(name, *own, sum(own)) for name, own in numbers.items()]
+    table = make_table(["expression", *splits, "all"], lines)
+    table.add_section()
+    table.add_row("all", *(f"{len(manifest.rows(split)):,}" for split in (*splits, "all")))
+
+    widths, heights = (sorted(manifest.table[side].to_pylist()) for side in ("width", "height"))
+    smallest, middle, largest = (f"{widths[n]}×{heights[n]}" for n in (0, (len(widths) - 1) // 2, -1))
+    ignored = f"; {listing.ignored:,} other files ignored" if listing.ignored else ""
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(listing.dropped.items()))
+    left_out = f"{listing.dropped.total():,} of none of the {len(manifest.classes)} classes, left out: {dropped}"
+    repeated, duplicates = listing.repeated, [" = ".join(group) for group in index.duplicates]
+    broken = [f"{path}: {reason}" for path, reason in index.broken]
+    return [
+        f"{manifest.name}: {len(manifest):,} faces, read as {listing.layout}",
+        table,
+        f"sizes {smallest} to {largest} pixels, median {middle}{ignored}",
+        *([left_out] if dropped else []),
+        _list_some(f"{len(broken)} broken files, left out", broken),
+        *([_list_some(f"{len(repeated)} listed more than once, counted once", repeated)] if repeated else []),
+        _list_some(f"{len(duplicates)} groups of identical files", duplicates),
+        *_warn_of_twins(index),
+    ]
+
+
+def _warn_of_twins(index: Index) -> list[str]:
+    manifest, twins = index.manifest, index.training_twins
+    if not twins:
+        return []
+    shares = " and ".join(f"{twins[split]:,} of {len(manifest.rows(split)):,} {split} faces" for split in sorted(twins))
+    return [
+        f"{shares} are also in the training split, byte for byte: find them and other copies with "
+        f"`cafe data audit {manifest.name}`, then leave them out of the results with --exclude-leaks."
+    ]
+
+
+def _counts_tables(differences: list[CountDifference]) -> list[Table | str]:
+    """Where a copy differs from what is expected: a table of the numbers that are known, a line for each doubtful one."""
+    certain = [(row.expression, row.split, row.expected, row.found) for row in differences if row.certain]
+    known: list[Table | str] = [make_table(["expression", "split", "expected", "found"], certain, 2)] if certain else []
+    known += [f"Expected: {source}." for source in dict.fromkeys(row.source for row in differences if row.certain)]
+    doubtful = [
+        f"Warning: {row.split}, {row.expression}: {row.found:,} faces where {row.expected:,} are expected ({row.source})."
+        for row in differences
+        if not row.certain
+    ]
+    return [*known, *doubtful]
+
+
+def _list_some(title: str, lines: list[str]) -> str:
+    more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    return "\n".join([title + (":" if lines else ""), *(f"  {line}" for line in lines[:LISTED]), *more])
 
 
 @data.command("synth")
@@ -145,15 +236,46 @@ def check(name: str) -> None:
     Decodes every picture: sizes, brightness, grey share, unreadable and identical ones, as tables and as one HTML page
     with a contact sheet for each expression.
     """
-    from cafe.jobs.data_tables import check_tables
     from cafe.pipeline.datasets import report_check
 
     workspace = open_workspace()
     with progress_bar("Checking") as progress:
         result, page = report_check(workspace, workspace.load_manifest(name), progress)
-    for table in check_tables(result):
+    for table in _check_tables(result):
         show(table)
     say(f"Wrote {page}")
+
+
+def _check_tables(check: Check) -> list[Table | str]:
+    """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
+    header, lines = check.summary()
+    table = make_table(header, lines[:-1])
+    table.add_section()
+    table.add_row(*lines[-1])
+    duplicates = [" = ".join(group["sample_id"]) for group in check.duplicates]
+    return [
+        f"{check.manifest.name}: {len(check.manifest):,} faces",
+        table,
+        *(_histogram(title, counts) for title, counts in check.histograms.items()),
+        _unreadable(check.broken),
+        _list_some(f"{len(duplicates)} groups of identical pictures", duplicates),
+    ]
+
+
+def _unreadable(broken: list[tuple[str, str]]) -> str:
+    """Name the files that could not be read, with the reason."""
+    return _list_some(f"{len(broken)} unreadable files", [f"{sample}: {reason}" for sample, reason in broken])
+
+
+def _histogram(title: str, counts: list[tuple[str, int]]) -> Table:
+    from rich.table import Column, Table
+
+    most = max(1, *(count for _, count in counts))
+    table = Table(title, Column("faces", justify="right"), "")
+    for name, count in counts:
+        if count:
+            table.add_row(name, f"{count:,}", "█" * max(1, round(30 * count / most)))
+    return table
 
 
 @data.command("audit")
@@ -166,7 +288,6 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
     target the list of pairs, which `evaluate` and `compare` leave out with --exclude-leaks, and a page that shows them.
     """
-    from cafe.jobs.data_tables import audit_table, unreadable
     from cafe.pipeline.datasets import report_audits
     from cafe.results.leaks import audit_path
 
@@ -174,11 +295,25 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     manifests = [workspace.load_manifest(name) for name in (source, *targets)]
     with progress_bar("Reading") as reading, progress_bar("Comparing") as comparing:
         results = list(report_audits(workspace, manifests[0], manifests[1:], reading, comparing))
-    show(audit_table(results))
+    show(_audit_table(results))
     for result in results:
         if result.broken:
-            show(unreadable(result.broken))
+            show(_unreadable(result.broken))
         say(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
+
+
+def _audit_table(audits: list[Audit]) -> Table:
+    """Copies of a source's faces: a line per pair of splits."""
+    words = ["source", "target", "source split", "target split"]
+    table = make_table([*words, "target faces", "with a copy", "share", "pairs", "under another label"], [], len(words))
+    for audit in audits:
+        for pair in audit.splits:
+            names = (audit.source.name, audit.target.name, pair.source_split, pair.target_split)
+            share = f"{100 * pair.copied / pair.faces:.1f} %"
+            numbers = (f"{pair.faces:,}", f"{pair.copied:,}", share, f"{pair.pairs:,}", f"{pair.relabelled:,}")
+            table.add_row(*names, *numbers)
+        table.add_section()
+    return table
 
 
 @data.command("align")
@@ -191,7 +326,6 @@ def align(source: str, **values: Any) -> None:
     SOURCE is a manifest, whose labels, splits and sample ids the new one keeps, or a folder of unlabelled photos.
     Photos without a usable face are left out, counted and named; alignment.parquet beside the crops lists every photo.
     """
-    from cafe.jobs.data_tables import alignment_tables
     from cafe.pipeline.datasets import align_photos, find_photos
     from cafe.pipeline.workspace import check_name
 
@@ -200,20 +334,44 @@ def align(source: str, **values: Any) -> None:
     photos = find_photos(workspace, source)
     with progress_bar("Aligning", "photos") as progress:
         result = align_photos(workspace, photos, settings, progress)
-    for table in alignment_tables(result):
+    for table in _alignment_tables(result):
         show(table)
     say(f"Wrote {result.manifest or result.folder}")
+
+
+def _alignment_tables(alignment: Alignment) -> list[Table | str]:
+    """What became of the photos, by outcome, and the first ones that were left out."""
+    outcomes = alignment.outcomes()
+    table = make_table(["outcome", "photos"], outcomes.items())
+    table.add_section()
+    table.add_row("all", f"{outcomes.total():,}")
+    left_out = [f"{sample}: {reason}" for sample, reason in alignment.left_out]
+    return [
+        table,
+        f"{alignment.crops:,} crops in {alignment.folder}",
+        _list_some(f"{len(left_out)} photos left out", left_out),
+    ]
 
 
 @data.command("list")
 @json_option
 def list_data(as_json: bool) -> None:
     """List the manifests of the workspace and the feature stores each of them has."""
-    from cafe.jobs.data_tables import list_manifests
-
     workspace = open_workspace()
-    records = list(list_manifests(workspace))
+    records = list(_list_manifests(workspace))
     if not (records or as_json):
         show(f"No manifest in {workspace.root} yet: make one with `cafe data index folder ROOT --name NAME`.")
         return
     show_records(records, as_json, words=3, title=str(workspace.root))
+
+
+def _list_manifests(workspace: Workspace) -> Iterator[dict[str, object]]:
+    """Yield the manifests of a workspace with their faces and what features there are of each."""
+    from cafe.data.manifest import SPLITS
+    from cafe.pipeline.features.integrity import find_stores
+
+    for name in workspace.manifest_names():
+        manifest = workspace.load_manifest(name)
+        sizes = {split: len(manifest.rows(split)) for split in SPLITS}
+        stores = [about.describe() for _, about in find_stores(workspace.features, name)]
+        yield {"manifest": name, "kind": manifest.kind, "features": stores, "faces": len(manifest), **sizes}

@@ -18,7 +18,7 @@ from miniatures import draw, ferplus_pixels
 from PIL import Image
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EIGHT, EXPRESSIONS, ClassChoice
 from cafe.data.indexing import Expected, Index, count_differences, index_files, read_expected
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
@@ -243,6 +243,69 @@ def test_every_layout_is_read_row_by_row(tmp_path: Path, name: str) -> None:
         assert (recorded["width"], recorded["height"]) == (width, height)
 
 
+CONTEMPT = {  # faces that join each miniature with the eighth class
+    "ferplus png": ["FER2013Train/fer0000004.png"],
+    "ferplus label.csv": ["FER2013Train/fer0000004.png"],
+    "ferplus fer2013.csv": ["FER2013Train/fer0000004.png"],
+    "ferplus icml_face_data.csv": ["FER2013Train/fer0000004.png"],
+    "affectnet lists": ["manually_annotated_images/22/b1.jpg"],
+    "affectnet arrays": ["train_set/images/2.jpg"],
+    "affectnet shared": ["Test/contempt/image0000005.jpg", "Train/Contempt/image0000001.jpg"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_eight_classes_every_layout_gains_its_faces_of_contempt_and_nothing_else(
+    tmp_path: Path, name: str
+) -> None:
+    case = CASES[name]
+    case.write(tmp_path / "set")
+    listing = DATASETS[case.kind](UPath(tmp_path / "set")).select(ClassChoice(EIGHT))
+    result = index_files("set", listing, images=UPath(tmp_path / "images"))
+    manifest = result.manifest
+    assert manifest.classes == EIGHT
+    found = [(s, EIGHT[label]) for s, label in zip(manifest.sample_ids, manifest.labels, strict=True)]
+    assert [sample for sample, shown in found if shown == "contempt"] == CONTEMPT.get(name, [])
+    assert [pair for pair in found if pair[1] != "contempt"] == [row[:2] for row in case.rows]
+    assert listing.dropped == {reason: count for reason, count in case.dropped.items() if reason != "contempt"}
+    assert [path for path, _ in result.broken] == [path for path, _ in case.broken]
+
+
+def test_a_class_that_is_left_out_is_no_class_and_its_faces_are_counted(tmp_path: Path) -> None:
+    miniatures.write_mma(tmp_path)
+    whole, listing = DATASETS["mma"](UPath(tmp_path)), DATASETS["mma"](UPath(tmp_path))
+    faces = [name for _, name in whole.select(ClassChoice()).counts().elements()].count("happiness")
+    chosen = listing.select(ClassChoice.parse(None, ["Happy"]))
+    assert chosen.classes == tuple(name for name in EXPRESSIONS if name != "happiness")
+    assert chosen.dropped == {"happy": faces}
+    assert faces > 0
+
+
+def test_some_classes_of_a_published_set_name_the_others_with_their_faces(tmp_path: Path) -> None:
+    miniatures.write_rafdb_official(tmp_path)
+    listing = DATASETS["rafdb"](UPath(tmp_path))
+    sentence = complaint(listing.select, ClassChoice.parse("neutral,anger"))
+    assert "'disgust' (1 face), 'sadness' (1 face), 'surprise' (1 face): leave" in sentence
+    assert "--skip disgust,sadness,surprise" in sentence
+    chosen = listing.select(ClassChoice.parse("neutral,anger", ["disgust,sadness", "surprise"]))
+    assert chosen.counts() == {("test", "neutral"): 1, ("test", "anger"): 1}
+    assert chosen.dropped == {"disgust": 1, "sadness": 1, "surprise": 1}
+    assert complaint(listing.select, ClassChoice.parse("8", ["hapiness"])).startswith(
+        "Unknown class to skip 'hapiness'"
+    )
+
+
+def test_eight_classes_are_indexed_and_listed_by_the_command(tmp_path: Path, cafe: Cafe) -> None:
+    miniatures.write_ferplus_png(tmp_path / "fer")
+    command = ("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--accept-counts")
+    output = cafe.succeed(*command, "--expressions", "8")
+    assert ["contempt", "1", "0", "0", "1"] in [line.replace("│", " ").split() for line in output.splitlines()]
+    assert Manifest.load(UPath(cafe.workspace / "manifests" / "fer.parquet")).classes == EIGHT
+    expected = cafe.fail("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--expressions", "8")
+    assert "contempt" not in expected  # of which no number is known
+    assert "of none of the 8 classes" in output
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_an_object_store_is_read_like_a_disk(tmp_path: Path, name: str) -> None:
     case = CASES[name]
@@ -265,12 +328,22 @@ def test_repeated_names_and_test_faces_in_the_training_split_are_reported(tmp_pa
     assert "`cafe data audit fer`, then leave them out of the results with --exclude-leaks." in output
 
 
-@pytest.mark.parametrize(("name", "totals"), [("ferplus png", (24938, 3186, 3137)), ("label.csv", (24925, 3175, 3122))])
-def test_the_real_ferplus_is_complete(name: str, totals: tuple[int, ...], real_ferplus: Path) -> None:
-    listing = DATASETS["ferplus"](UPath(real_ferplus / "data" if name == "label.csv" else real_ferplus))
+@pytest.mark.parametrize(
+    ("name", "totals", "contempt"),
+    [("ferplus png", (24938, 3186, 3137), [119, 13, 16]), ("label.csv", (24925, 3175, 3122), [120, 16, 15])],
+)
+def test_the_real_ferplus_is_complete(
+    name: str, totals: tuple[int, ...], contempt: list[int], real_ferplus: Path
+) -> None:
+    found = DATASETS["ferplus"](UPath(real_ferplus / "data" if name == "label.csv" else real_ferplus))
+    listing = found.select(ClassChoice())
     assert count_differences(listing.expected, listing.counts()) == []
     splits = Counter(file.split for file in listing.files)
     assert tuple(splits[split] for split in ("train", "val", "test")) == totals
+    with_contempt = found.select(ClassChoice(EIGHT))
+    assert count_differences(found.expected, with_contempt.counts(), EIGHT) == []
+    assert [with_contempt.counts()[split, "contempt"] for split in ("train", "val", "test")] == contempt
+    assert len(with_contempt.files) - len(listing.files) == sum(contempt) == listing.dropped["contempt"]
 
 
 def test_the_pixels_of_a_table_become_the_pictures_and_the_users_folder_stays_as_it_is(tmp_path: Path) -> None:
@@ -387,9 +460,12 @@ def test_counts_differ_certainly_doubtfully_or_by_a_whole_split() -> None:
         Expected("val", (7,), "a total"),
         Expected("test", (4,), "a total", "unverified"),
     )
-    same = Counter({("train", 0): 3, ("train", 6): 5, ("val", 2): 3, ("val", 3): 4, ("test", 1): 4})
+    same = Counter({
+        ("train", "surprise"): 3, ("train", "neutral"): 5, ("val", "disgust"): 3, ("val", "happiness"): 4,
+        ("test", "fear"): 4,
+    })  # fmt: skip
     assert count_differences(expected, same) == []
-    other = Counter({("train", 0): 3, ("train", 6): 4, ("train", 1): 1, ("val", 2): 8})
+    other = Counter({("train", "surprise"): 3, ("train", "neutral"): 4, ("train", "fear"): 1, ("val", "disgust"): 8})
     found = [(d.split, d.expression, d.expected, d.found, d.certain) for d in count_differences(expected, other)]
     assert found == [
         ("train", "fear", 0, 1, True),
@@ -397,6 +473,10 @@ def test_counts_differ_certainly_doubtfully_or_by_a_whole_split() -> None:
         ("val", "all", 7, 8, False),
         ("test", "all", 4, 0, True),  # no vagueness explains a split that is not there
     ]
+    # Nothing is expected of classes beyond the seven, nor of a total where some of the seven are left out.
+    assert count_differences(expected, same + Counter({("val", "contempt"): 9}), EIGHT) == []
+    some = EXPRESSIONS[:-1]
+    assert count_differences(expected, Counter({("train", "surprise"): 3, ("val", "disgust"): 3}), some) == []
 
 
 @pytest.fixture
@@ -436,7 +516,7 @@ def test_ferplus_is_indexed_into_the_workspace_by_the_wanted_rule(tmp_path: Path
     miniatures.write_ferplus_csv(tmp_path / "fer")
     command = ("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--accept-counts")
     output = cafe.succeed(*command, "--ferplus-rule", "argmax")
-    assert "3 with none of the seven labels, left out: 2 NF, 1 contempt" in output
+    assert "3 of none of the 7 classes, left out: 2 NF, 1 contempt" in output
     manifest = Manifest.load(UPath(cafe.workspace / "manifests" / "fer.parquet"))
     assert (len(manifest), manifest.kind, manifest.root) == (
         9,

@@ -1,10 +1,10 @@
-"""Label names in any spelling."""
+"""Label names in any spelling, and what a class set may be."""
 
 from __future__ import annotations
 
 import pytest
 
-from cafe.data.expressions import EXPRESSIONS, parse_expression
+from cafe.data.expressions import EIGHT, EXPRESSIONS, ClassChoice, check_classes, find_class
 from cafe.errors import UserError
 
 
@@ -20,10 +20,61 @@ def test_the_order_is_the_published_one() -> None:
     ],
 )  # fmt: skip
 def test_known_spellings(name: str, label: int) -> None:
-    assert parse_expression(name) == label
+    assert find_class(name, EXPRESSIONS) == EXPRESSIONS[label]
 
 
 @pytest.mark.parametrize("name", ["contempt", "3", "", "happyish"])
-def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(UserError, match=r"Unknown expression .*choose afraid, anger.*surprise"):
-        parse_expression(name)
+def test_an_unknown_name_is_no_class(name: str) -> None:
+    assert find_class(name, EXPRESSIONS) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "found"),
+    [
+        ("7_Contemptuous", EIGHT, "contempt"),
+        ("Happily_Surprised", ("happily surprised", "sadly angry"), "happily surprised"),
+        ("Happiness", ("happy", "pain"), "happy"),  # a set may call a class by another of its names
+        ("level 2", ("level 1", "level 2"), "level 2"),
+        ("02_pain", ("pain", "drowsy"), "pain"),
+        ("joy", ("happiness", "joy"), "joy"),  # what stands there word for word goes first
+    ],
+)
+def test_names_are_found_in_any_class_set(name: str, classes: tuple[str, ...], found: str) -> None:
+    assert find_class(name, classes) == found
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("Pain", "drowsy"), "The class name 'Pain' cannot be used: write it in the letters a–z"),
+        (("pain", "a/b"), "The class name 'a/b' cannot be used"),
+        (("pain", "all"), "A class cannot be called 'all'"),
+        (("pain", "pain"), "The class 'pain' is named twice"),
+        (("pain",), "at least two classes, not pain"),
+        (tuple(f"c{number}" for number in range(128)), "128 classes are more than the 127 a manifest can hold"),
+    ],
+)
+def test_what_is_no_class_set_is_one_sentence(classes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_classes(classes)
+
+
+@pytest.mark.parametrize(
+    ("text", "skip", "classes"),
+    [
+        (None, (), EXPRESSIONS),
+        ("7", (), EXPRESSIONS),
+        ("8", (), EIGHT),
+        ("8", ("Happy,fear",), ("surprise", "disgust", "sadness", "anger", "neutral", "contempt")),
+        ("own", ("pain",), None),
+        (" Pain, drowsy,awake", (), ("pain", "drowsy", "awake")),
+    ],
+)
+def test_a_choice_of_classes_is_read(text: str | None, skip: tuple[str, ...], classes: tuple[str, ...] | None) -> None:
+    assert ClassChoice.parse(text, skip).classes == classes
+
+
+@pytest.mark.parametrize("text", ["9", "0", "pain", "pain,,drowsy"])
+def test_a_choice_that_names_no_class_set_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--expressions|class"):
+        ClassChoice.parse(text)

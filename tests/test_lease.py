@@ -18,9 +18,9 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
-from cafe.pipeline.process import lease
 from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.plan import plan_training
+from cafe.pipeline.process import lease
 from cafe.pipeline.process.lease import STALE_SECONDS, Lease, hold
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.workspace import Workspace

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from upath import UPath
 
+from cafe.data.expressions import EXPRESSIONS, ClassChoice
 from cafe.data.indexing import Index, index_files
 from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
 from cafe.data.readers import DATASETS
@@ -67,8 +68,38 @@ def test_a_given_split_is_kept(tmp_path: Path) -> None:
 
 def test_an_unknown_folder_names_the_expressions(tmp_path: Path) -> None:
     shutil.move(draw_faces(tmp_path) / "anger", tmp_path / "contempt")
-    with pytest.raises(UserError, match=r"Unknown expression 'contempt': choose .*anger"):
+    with pytest.raises(
+        UserError, match=r"other classes than surprise, .*: 'contempt' \(12 faces\): leave .* --skip contempt, or"
+    ):
         index("folder", tmp_path)
+
+
+def test_a_folder_and_a_table_may_bring_classes_of_their_own(tmp_path: Path, cafe: Cafe) -> None:
+    draw_faces(tmp_path / "ward", per_class=5)
+    for old, new in (("anger", "Pain"), ("sadness", "drowsy"), ("happiness", "at ease")):
+        shutil.move(tmp_path / "ward" / old, tmp_path / "ward" / new)
+    command = ("data", "index", "folder", str(tmp_path / "ward"), "--name", "ward", "--expressions")
+    output = cafe.succeed(*command, "own")
+    folder = Manifest.load(UPath(cafe.workspace / "manifests" / "ward.parquet"))
+    assert folder.classes == ("at ease", "drowsy", "pain")
+    assert set(folder.name_classes(np.flatnonzero([s.startswith("Pain/") for s in folder.sample_ids]))) == {"pain"}
+    assert [line.replace("│", " ").split() for line in output.splitlines() if " drowsy " in line] == [
+        ["drowsy", "4", "1", "5"]
+    ]
+    lines = [
+        f"{sample},{name.upper()}"
+        for sample, name in zip(folder.sample_ids, folder.name_classes(folder.rows("all")), strict=True)
+    ]
+    (tmp_path / "ward" / "faces.csv").write_text("\n".join(["path,label", *lines]))
+    listing = DATASETS["table"](UPath(tmp_path / "ward" / "faces.csv"))
+    table = index_files("ward", listing.select(ClassChoice.parse("own"))).manifest
+    assert (table.classes, table.labels.tolist()) == (folder.classes, folder.labels.tolist())
+    assert table.digest == folder.digest
+    output = cafe.succeed(*command, "pain,drowsy", "--skip", "at ease")
+    assert "5 of none of the 2 classes, left out: 5 at ease" in output
+    again = Manifest.load(UPath(cafe.workspace / "manifests" / "ward.parquet"))
+    assert (again.classes, len(again)) == (("pain", "drowsy"), 10)
+    assert "'at ease' (5 faces): leave them out with --skip at ease" in cafe.fail(*command, "pain,drowsy")
 
 
 def test_hidden_files_and_other_kinds_are_not_faces(tmp_path: Path) -> None:
@@ -127,7 +158,7 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
             "path,label\na,anger\nb,fear\na,fear\n./b,sad\n",
             r"lists 2 faces more than once .*, a \(row 1; row 3\), b \(row 2; row 4\)",
         ),
-        ("path,label\nx.jpg,3", "Unknown expression '3'"),
+        ("path,label\nx.jpg,3", "other classes than surprise, .*: '3' .1 face.: leave them out with --skip 3"),
         ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
     ],
 )
@@ -213,6 +244,32 @@ def test_a_manifest_survives_its_file_and_its_digest_names_labels(tmp_path: Path
     assert relabelled.image_digest == manifest.image_digest
 
 
+def test_other_classes_survive_the_file_and_name_another_manifest(tmp_path: Path) -> None:
+    faces = [replace(face(n, n % 3), split="train") for n in range(9)]
+    seven, three = (
+        Manifest.from_faces("x", "/data", faces, "", classes) for classes in (EXPRESSIONS, ("pain", "a b", "c-2"))
+    )
+    three.save(UPath(tmp_path / "x.parquet"))
+    again = Manifest.load(UPath(tmp_path / "x.parquet"))
+    assert (again.classes, again.digest) == (("pain", "a b", "c-2"), three.digest)
+    assert again.name_classes(np.array([0, 8])).tolist() == ["pain", "c-2"]
+    assert three.digest != seven.digest
+    assert three.image_digest == seven.image_digest
+    assert replace(three, classes=("a b", "pain", "c-2")).digest != three.digest
+    assert thin_training(three, 3).classes == three.classes
+
+
+def test_the_digest_of_seven_classes_is_what_it_always_was() -> None:
+    rows = [
+        Face(f"{n % 7}/{n}.jpg", f"{n % 7}/{n}.jpg", n % 7, ("train", "val", "test")[n % 3], f"p{n // 2}" if n % 2 else None,
+             8, 9, f"d{n}", (1, 2, 3, 4) if n == 3 else None)
+        for n in range(14)
+    ]  # fmt: skip
+    manifest = Manifest.from_faces("x", "/data", rows, "sfew")
+    assert manifest.digest == "470e63713b8580804b15ac034ed77ffe1e62852592897a8f57b9793b52096ed2"
+    assert manifest.image_digest == "9c77c678050d5655fc3094268336a3b480b879c2fa5b0e4f0b756548e0c048e0"
+
+
 def test_a_column_that_is_empty_changes_no_digest_and_a_box_changes_both() -> None:
     plain = Manifest.from_faces("x", "/data", [replace(face(n, n), split="train") for n in range(3)])
     columns = {"sample_id": ["0/0.jpg", "1/1.jpg", "2/2.jpg"], "digest": ["0-0", "1-1", "2-2"]}
@@ -240,7 +297,11 @@ def test_the_kind_and_the_boxes_survive_the_file(tmp_path: Path) -> None:
         ({"header": {"version": None}}, "is not a manifest of version 2: write it again with `cafe data index`"),
         ({"header": {"name": "../x"}}, "is not a manifest of version 2"),
         ({"header": {"name": "y"}}, "holds the manifest 'y': name the file y.parquet"),
-        ({"header": {"expressions": ["anger", "fear"]}}, "orders the expressions in another way"),
+        ({"header": {"expressions": ["anger", "fear"]}}, "is a damaged manifest .an unknown label"),
+        (
+            {"header": {"expressions": ["Anger", "fear", "x"]}},
+            "is a damaged manifest .The class name 'Anger' cannot be used",
+        ),
         ({"path": "../../etc/passwd"}, "is a damaged manifest .a path that leads out of its root"),
         ({"path": "/etc/passwd"}, "a path that leads out of its root"),
         ({"label": 7}, "an unknown label"),

@@ -58,7 +58,8 @@ def audit(source: Manifest, targets: list[Manifest], reading: Progress, comparin
                     continue
                 pairs = index.find(pictures, comparing)
                 pairs = Pairs(own[source_split][0][pairs.first], rows[pairs.second], pairs.similarity)
-                relabelled = pairs.second[source.labels[pairs.first] != target.labels[pairs.second]]
+                differs = source.name_classes(pairs.first) != target.name_classes(pairs.second)
+                relabelled = pairs.second[differs]
                 copied = (len(np.unique(numbers)) for numbers in (pairs.second, relabelled))
                 splits.append(
                     SplitPair(source_split, target_split, len(target.rows(target_split)), len(pairs), *copied)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
 
@@ -73,7 +72,7 @@ class Check:
         """Return a header and a line per expression and for all: faces per split, grey share, brightness, size, broken."""
         splits = [split for split in SPLITS if split in set(self.faces["split"])]
         lines = []
-        for name in (*EXPRESSIONS, "all"):
+        for name in (*self.manifest.classes, "all"):
             own = self.faces if name == "all" else self.faces[self.faces["expression"] == name]
             seen = own.dropna(subset="pixels")
             counts = [*((own["split"] == split).sum() for split in splits), len(own)]
@@ -85,7 +84,7 @@ def check_pictures(manifest: Manifest, progress: Callable[[int, int], None]) -> 
     """Decode every picture of a manifest; `progress(done, total)` counts them."""
     faces = pd.DataFrame({
         "sample_id": manifest.sample_ids,
-        "expression": [EXPRESSIONS[label] for label in manifest.labels],
+        "expression": manifest.name_classes(manifest.rows("all")),
         "split": manifest.table["split"].to_pylist(),
     })  # fmt: skip
     looks, broken = {}, []

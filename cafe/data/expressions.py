@@ -1,13 +1,24 @@
-"""The seven basic expressions in the order every file, table and network of this project uses.
+"""Class sets: which expressions a data set knows, in which order, and the spellings by which data sets name them.
 
-This is the only place with label names; data sets spell them in many ways and all come through `parse_expression`.
+The seven basic expressions are the default. A manifest may have any other class set; whatever is trained on it takes the
+number, order and names of its classes from there.
 """
 
 from __future__ import annotations
 
-from cafe.errors import unknown
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cafe.errors import UserError
 
 EXPRESSIONS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
+CONTEMPT = "contempt"
+EIGHT = (*EXPRESSIONS, CONTEMPT)  # as FERPlus and AffectNet label faces
+OWN = "own"  # what asks for the names that a set brings along
+COUNTED = {len(EXPRESSIONS): EXPRESSIONS, len(EIGHT): EIGHT}  # class sets that their number of classes names
+MOST = 127  # classes: a label is a signed byte in a manifest's file
 
 ALIASES = {
     "surprised": "surprise",
@@ -23,14 +34,88 @@ ALIASES = {
     "angry": "anger",
     "natural": "neutral",
     "neutrality": "neutral",
+    "contemptuous": CONTEMPT,
 }
-OTHERS = frozenset({"contempt", "unknown", "nf", "none", "uncertain", "no-face", "no face"})  # labels that are not ours
+OTHERS = frozenset(
+    {"unknown", "nf", "none", "uncertain", "no-face", "no face"}
+)  # labels that say there is no expression
+RESERVED = ("all", "mean", "overall")  # what tables call the sum and the means over classes
 
 
-def parse_expression(name: str) -> int:
-    """Return the class index (0–6) of a label name in any known spelling; raise `UserError` naming all others."""
-    key = name.strip().strip("_-. 0123456789").lower()
-    key = ALIASES.get(key, key)
-    if key not in EXPRESSIONS:
-        raise unknown("expression", name, [*EXPRESSIONS, *ALIASES])
-    return EXPRESSIONS.index(key)
+@dataclass(frozen=True)
+class ClassChoice:
+    """The class set a data set is read with: `classes` in order, None for its own names; those of `skip` are left out."""
+
+    classes: tuple[str, ...] | None = EXPRESSIONS
+    skip: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | None, skip: Iterable[str] = ()) -> ClassChoice:
+        """Read a choice: `7`, `8`, `own` or names with commas between them; raise `UserError` for anything else.
+
+        `skip` are names or lists of names. What is skipped is no class any more.
+        """
+        left_out = tuple(
+            dict.fromkeys(normalise_name(name) for entry in skip for name in entry.split(",") if name.strip())
+        )
+        if text is None or text.strip().isdigit():
+            count = int(text) if text else len(EXPRESSIONS)
+            if count not in COUNTED:
+                raise UserError(
+                    f"--expressions {count} names no class set: give 7 (the basic ones), 8 (with contempt), own, or the "
+                    "names of the classes with commas between them."
+                )
+            classes = COUNTED[count]
+        elif text.strip().casefold() == OWN:
+            return cls(None, left_out)
+        else:
+            classes = tuple(normalise_name(name) for name in text.split(","))
+            check_classes(classes)
+        kept = tuple(name for name in classes if not find_class(name, left_out))
+        check_classes(kept)
+        return cls(kept, left_out)
+
+
+def normalise_name(name: str) -> str:
+    """Return a label name in lower case without blanks around it."""
+    return name.strip().casefold()
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise `UserError` unless these names are a class set: two to 127 different ones, of the letters a–z and the like."""
+    for name in classes:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9 _-]*[a-z0-9])?", name):
+            raise UserError(
+                f"The class name {name!r} cannot be used: write it in the letters a–z, digits, and spaces, hyphens or "
+                "underscores between them."
+            )
+        if name in RESERVED:
+            raise UserError(f"A class cannot be called {name!r}, as tables call their sums and means so: rename it.")
+    if repeated := [name for position, name in enumerate(classes) if name in classes[:position]]:
+        raise UserError(f"The class {repeated[0]!r} is named twice: name every class once.")
+    if len(classes) < 2:
+        raise UserError(f"A class set has at least two classes, not {', '.join(classes) or 'none'}: name more of them.")
+    if len(classes) > MOST:
+        raise UserError(
+            f"{len(classes)} classes are more than the {MOST} a manifest can hold ({', '.join(classes[:3])}, …): name those "
+            "that are meant with --expressions NAME,NAME,…"
+        )
+
+
+@lru_cache(maxsize=4096)
+def find_class(name: str, classes: tuple[str, ...]) -> str | None:
+    """Return the class of a set that a label name in any known spelling means, or None.
+
+    Case, numbers and punctuation around a name play no part, unless the set itself has a class of just that name; blanks,
+    hyphens and underscores within it are alike.
+    """
+    if normalise_name(name) in classes:
+        return normalise_name(name)
+    meant = spell_name(name)
+    return next((known for known in classes if spell_name(known) == meant), None) if meant else None
+
+
+def spell_name(name: str) -> str:
+    """Return the one spelling that stands for all spellings of a label name that mean the same."""
+    key = re.sub(r"[\s_-]+", " ", name.strip().strip("_-. 0123456789").lower())
+    return ALIASES.get(key, key)

@@ -18,14 +18,24 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS, OTHERS, parse_expression
+from cafe.data.expressions import (
+    CONTEMPT,
+    EIGHT,
+    EXPRESSIONS,
+    OTHERS,
+    ClassChoice,
+    check_classes,
+    find_class,
+    normalise_name,
+)
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
-from cafe.errors import UserError
+from cafe.errors import UserError, unknown
 from cafe.files import write_file
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
+NAMED = 10  # unwanted classes in an error before "and N more"
 
 
 @dataclass(frozen=True)
@@ -59,46 +69,55 @@ class CountDifference:
     source: str
 
 
-def count_differences(expected: Sequence[Expected], found: Counter[tuple[str, int]]) -> list[CountDifference]:
-    """Return where the faces found per (split, label) differ from what is expected.
+def count_differences(
+    expected: Sequence[Expected], found: Counter[tuple[str, str]], classes: Sequence[str] = EXPRESSIONS
+) -> list[CountDifference]:
+    """Return where the faces found per (split, expression) differ from what is expected.
+
+    Numbers are known of the seven expressions: those that a class set lacks are not compared, nor is a total without them.
 
     A difference is certain where the numbers are known per expression and beyond doubt, or where a split is missing.
     """
     differences = []
     for split in expected:
         known = len(split.counts) == len(EXPRESSIONS)
-        numbers = [found[split.split, label] for label in range(len(EXPRESSIONS))]
+        numbers = [found[split.split, name] for name in EXPRESSIONS]
         certain = (known and not split.doubt) or not any(numbers)
         source = f"{split.source}; {split.doubt}" if split.doubt else split.source
         names, numbers = (EXPRESSIONS, numbers) if known else ((TOTAL,), [sum(numbers)])
         differences += [
             CountDifference(split.split, name, wanted, number, certain, source)
             for name, wanted, number in zip(names, split.counts, numbers, strict=True)
-            if number != wanted
+            if number != wanted and (name in classes if known else set(EXPRESSIONS) <= set(classes))
         ]
     return differences
 
 
 @dataclass(frozen=True)
 class LabelledFile:
-    """A face before it was opened: a file, a `box` of it, or grey `pixels` (H, W) uint8 that are no file yet."""
+    """A face before it was opened: a file, a `box` of it, or grey `pixels` (H, W) uint8 that are no file yet.
+
+    `expression` is a name in any spelling until classes are selected; `where` is the row of the label file it stands in.
+    """
 
     path: str
-    label: int
+    expression: str
     split: str = ""
     group: str | None = None
     box: Box | None = None
     pixels: np.ndarray | None = field(default=None, compare=False)
+    where: str = field(default="", compare=False)
 
 
 @dataclass
 class Listing:
-    """The labelled files a reader finds, filled in as it goes through them.
+    """The labelled files a reader finds, filled in as it goes through them, whatever they show; `select` chooses of them.
 
     `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is, `expected` what a
     complete copy holds, `packed` which archives have not been unpacked. `ignored` counts files that are no faces of the set,
-    `dropped` faces that show none of the seven expressions, by reason; `rejected` names rows of label files that cannot
-    be used (where, reason), `repeated` pictures that are listed more than once and count once.
+    `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label files that cannot
+    be used (where, reason, the expression they name), `repeated` pictures that are listed more than once and count once.
+    `classes` is the class set once one is selected.
     """
 
     root: UPath
@@ -109,12 +128,13 @@ class Listing:
     files: list[LabelledFile] = field(default_factory=list)
     ignored: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
+    rejected: list[tuple[str, str, str]] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
 
-    def add(self, path: str, label: int, split: str = "", **more: Any) -> None:
-        """Add a face: its file below `root`, label and split, and further fields of `LabelledFile`."""
-        self.files.append(LabelledFile(path, label, split, **more))
+    def add(self, path: str, expression: str, split: str = "", **more: Any) -> None:
+        """Add a face: its file below `root`, the name of what it shows, split, and further fields of `LabelledFile`."""
+        self.files.append(LabelledFile(path, expression, split, **more))
 
     def add_labelled(self, where: str, file: str, path: str | None, expression: str, split: str, **more: Any) -> None:
         """Add the face that a row of a label file names, or note why it cannot be used.
@@ -124,12 +144,9 @@ class Listing:
         if expression.casefold() in OTHERS:
             self.dropped[expression.casefold()] += 1
         elif path is None:
-            self.reject(file, "file not found")
+            self.reject(file, "file not found", expression)
         else:
-            try:
-                self.add(path, parse_expression(expression), split, **more)
-            except UserError as error:
-                self.reject(where, str(error))
+            self.add(path, expression, split, where=where, **more)
 
     def group_by_name(self) -> None:
         """Make the faces whose file names agree up to the first `_` a group."""
@@ -139,9 +156,47 @@ class Listing:
         """Count the pictures below `root` that no label names."""
         self.ignored = max(0, len(pictures) - len(self.files) - self.dropped.total())
 
-    def reject(self, where: str, reason: str) -> None:
-        """Note a row of a label file that cannot be used."""
-        self.rejected.append((where, reason))
+    def reject(self, where: str, reason: str, expression: str = "") -> None:
+        """Note a row of a label file that cannot be used, with the expression where it names one."""
+        self.rejected.append((where, reason, expression))
+
+    def select(self, choice: ClassChoice) -> Listing:
+        """Return the listing with the class set of a choice and each face's class by its name in that set.
+
+        Left out and counted are the classes to skip and, of a published set, contempt where it is no class. Raises
+        `UserError` naming all other classes that are not in the set, with their faces, and for a class to skip that nobody
+        knows.
+        """
+        names = Counter(file.expression for file in self.files)
+        _check_skipped(choice, [*names, *(expression for *_, expression in self.rejected)])
+        classes = choice.classes
+        if classes is None:
+            own = (normalise_name(name) for name in names if not find_class(name, choice.skip))
+            classes = tuple(sorted(set(own)))
+            if self.files:
+                check_classes(classes)
+        optional = (*choice.skip, *(() if self.kind in OWN_KINDS else (CONTEMPT,)))
+        result = replace(self, classes=classes, files=[], dropped=Counter(self.dropped), rejected=[])
+        strange: Counter[str] = Counter()
+        for file in self.files:
+            if name := _find_wanted(file.expression, classes, choice):
+                result.files.append(file if name == file.expression else replace(file, expression=name))
+            elif name := find_class(file.expression, optional):
+                result.dropped[name] += 1
+            elif file.where and not find_class(file.expression, EIGHT):
+                result.reject(file.where, str(unknown("expression", file.expression, classes)))
+                result.ignored += 1
+            else:
+                strange[find_class(file.expression, EIGHT) or normalise_name(file.expression)] += 1
+        if strange:
+            raise _refuse(self.root, strange, classes)
+        for where, reason, expression in self.rejected:
+            name = None if _find_wanted(expression, classes, choice) else find_class(expression, optional)
+            if name:
+                result.dropped[name] += 1
+            else:
+                result.reject(where, reason, expression)
+        return result
 
     def put_into(self, split: str) -> None:
         """Put every face into one split; raise `UserError` for a published set, whose splits its protocols rely on."""
@@ -151,9 +206,37 @@ class Listing:
             )
         self.files = [replace(file, split=split) for file in self.files]
 
-    def counts(self) -> Counter[tuple[str, int]]:
-        """Files per (split, label)."""
-        return Counter((file.split, file.label) for file in self.files)
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Files per (split, expression)."""
+        return Counter((file.split, file.expression) for file in self.files)
+
+
+def _find_wanted(expression: str, classes: tuple[str, ...], choice: ClassChoice) -> str | None:
+    """Return the class of a face, None where it is to be skipped or of no class of the set."""
+    if find_class(expression, choice.skip):
+        return None
+    if choice.classes is None:  # names as they stand
+        return normalise_name(expression) if normalise_name(expression) in classes else None
+    return find_class(expression, classes)
+
+
+def _check_skipped(choice: ClassChoice, names: Sequence[str]) -> None:
+    for skipped in choice.skip:
+        if not find_class(skipped, EIGHT) and not any(find_class(name, (skipped,)) for name in dict.fromkeys(names)):
+            there = sorted({normalise_name(name) for name in names if name})
+            raise unknown("class to skip", skipped, there)
+
+
+def _refuse(root: UPath, strange: Counter[str], classes: Sequence[str]) -> UserError:
+    ranked = sorted(strange.items(), key=lambda entry: (-entry[1], entry[0]))
+    shown = [f"{name!r} ({count:,} face{'s' * (count != 1)})" for name, count in ranked[:NAMED]]
+    more = f" and {len(strange) - NAMED} more" if len(strange) > NAMED else ""
+    left_out = ",".join(sorted(strange)[:NAMED]) + (",…" if more else "")
+    return UserError(
+        f"{root} has faces of other classes than {', '.join(classes)}: {', '.join(shown)}{more}: leave them out with "
+        f"--skip {left_out}, or choose the classes with --expressions: 8 adds contempt, own takes all names that stand "
+        "there, NAME,NAME,… those you name."
+    )
 
 
 @dataclass(frozen=True)
@@ -184,9 +267,10 @@ class Index:
         digests, boxes = (self.manifest.table[name].to_pylist() for name in ("digest", "box"))
         return [f"{digest} {box}" for digest, box in zip(digests, boxes, strict=True)]
 
-    def counts(self) -> Counter[tuple[str, int]]:
-        """Faces per (split, label)."""
-        return Counter(zip(self.manifest.table["split"].to_pylist(), self.manifest.labels.tolist(), strict=True))
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Faces per (split, expression)."""
+        splits, classes = self.manifest.table["split"].to_pylist(), self.manifest.classes
+        return Counter((split, classes[label]) for split, label in zip(splits, self.manifest.labels, strict=True))
 
 
 def index_files(
@@ -198,14 +282,18 @@ def index_files(
     """Open every listed file once and return its manifest; a file that cannot be read is named, never fatal.
 
     `progress(done, total)` counts files. Faces that are pixels of a table are first written as PNG below `images`, which
-    is then the manifest's root. Raises `UserError` when not one file can be read.
+    is then the manifest's root. A listing without a class set is read with the seven expressions. Raises `UserError` when
+    not one file can be read.
     """
+    listing = listing if listing.classes else listing.select(ClassChoice())
     root = listing.root
     if any(file.pixels is not None for file in listing.files):
         assert images is not None
         root = images
-    faces, broken = [], list(listing.rejected)
-    for done, result in enumerate(map_threads(lambda file: _open(root, file), listing.files), start=1):
+    faces, broken = [], [(where, reason) for where, reason, _ in listing.rejected]
+    labels = {name: label for label, name in enumerate(listing.classes)}
+    opened = map_threads(lambda file: _open(root, file, labels[file.expression]), listing.files)
+    for done, result in enumerate(opened, start=1):
         if isinstance(result, Face):
             faces.append(result)
         else:
@@ -214,12 +302,12 @@ def index_files(
     if not faces:
         reason = f" (first: {broken[0][0]}: {broken[0][1]})" if broken else ""
         raise UserError(f"No readable face image below {root}{reason}: give the folder that holds the faces.")
-    manifest = Manifest.from_faces(name, str(root), assign_splits(faces), listing.kind)
+    manifest = Manifest.from_faces(name, str(root), assign_splits(faces), listing.kind, listing.classes)
     return Index(manifest, listing, sorted(broken))
 
 
-def _open(root: UPath, file: LabelledFile) -> Face | tuple[str, str]:
-    """Return a face with its size and digest, or (path, reason) when its file cannot be read."""
+def _open(root: UPath, file: LabelledFile, label: int) -> Face | tuple[str, str]:
+    """Return a face with its label, size and digest, or (path, reason) when its file cannot be read."""
     path, box = root / file.path, file.box
     try:
         data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)
@@ -230,7 +318,7 @@ def _open(root: UPath, file: LabelledFile) -> Face | tuple[str, str]:
     except UnreadableImageError as error:
         return file.path, str(error)
     digest = hashlib.sha256(data).hexdigest()
-    return Face(file.path, file.path, file.label, file.split, file.group, width, height, digest, box)
+    return Face(file.path, file.path, label, file.split, file.group, width, height, digest, box)
 
 
 def _write_pixels(path: UPath, pixels: np.ndarray) -> bytes:

@@ -17,7 +17,7 @@ from itertools import chain
 
 from upath import UPath
 
-from cafe.data.expressions import OTHERS, parse_expression
+from cafe.data.expressions import OTHERS
 from cafe.data.images import SUFFIXES
 from cafe.data.indexing import Expected, Listing
 from cafe.errors import UserError
@@ -251,7 +251,7 @@ def list_by_folder(
                 "copy: rename it to its expression once you know it."
             )
         else:
-            found.add(path, parse_expression(expression), split)
+            found.add(path, expression, split)
         outermost = next(position for position, key in enumerate(keys) if key in {*splits, *SPLIT_NAMES})
         bases.add("/".join(folders[:outermost]))
     if not found.files:

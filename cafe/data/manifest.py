@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
 from cafe.files import OBJECT_STORES, locate, read_file, write_file
@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),  # stable under moving the folder: the path below its root
         ("path", pa.string()),  # relative to the root
-        ("label", pa.int8()),  # index into EXPRESSIONS
+        ("label", pa.int8()),  # index into the class set
         ("split", pa.string()),
         ("group", pa.string()),  # identity, film or session that must not be split; may be null
         ("width", pa.int32()),  # of the face: of its box when it has one
@@ -99,7 +99,8 @@ class Pictures(Protocol):
 class Manifest:
     """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to.
 
-    `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend.
+    `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend; `classes` are the
+    names of its classes, into which labels are indices.
     """
 
     name: str
@@ -109,7 +110,9 @@ class Manifest:
     classes: tuple[str, ...] = EXPRESSIONS
 
     @classmethod
-    def from_faces(cls, name: str, root: str, faces: Iterable[Face], kind: str = "") -> Manifest:
+    def from_faces(
+        cls, name: str, root: str, faces: Iterable[Face], kind: str = "", classes: tuple[str, ...] = EXPRESSIONS
+    ) -> Manifest:
         """Sort by sample_id; raise `UserError` naming all that several faces share."""
         rows = sorted(faces, key=lambda face: face.sample_id)
         repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
@@ -117,7 +120,7 @@ class Manifest:
             raise UserError(
                 f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
             )
-        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind)
+        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes)
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
@@ -131,15 +134,13 @@ class Manifest:
             raise UserError(f"{path} is not a manifest of version 2: write it again with `cafe data index`.") from None
         if f"{header.name}.parquet" != path.name:
             raise UserError(f"{path} holds the manifest {header.name!r}: name the file {header.name}.parquet.")
-        if header.expressions != EXPRESSIONS:
-            raise UserError(f"{path} orders the expressions in another way: write it again with `cafe data index`.")
-        if fault := _find_fault(table):
+        if fault := _find_fault(table, header.expressions):
             raise UserError(f"{path} is a damaged manifest ({fault}): write it again with `cafe data index`.")
-        return cls(header.name, header.root, table, header.kind)
+        return cls(header.name, header.root, table, header.kind, header.expressions)
 
     def save(self, path: UPath) -> None:
         """Write the manifest as Parquet."""
-        header = Header(version=2, name=self.name, root=self.root, kind=self.kind)
+        header = Header(version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes)
         sink = pa.BufferOutputStream()
         pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()}), sink)
         write_file(path, sink.getvalue().to_pybytes())
@@ -156,6 +157,11 @@ class Manifest:
     def labels(self) -> np.ndarray:
         """The label of every row, (N,) int64."""
         return np.asarray(self.table["label"].to_numpy(), dtype=np.int64)
+
+    def name_classes(self, rows: np.ndarray) -> np.ndarray:
+        """Return the names of the classes of some rows, (n,) of text."""
+        names: np.ndarray = np.array(self.classes)[self.labels[rows]]
+        return names
 
     def survey(
         self,
@@ -219,8 +225,11 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all but where the files lie: samples, labels, splits, groups and contents."""
-        return _digest(self.table, ("sample_id", "label", "split", "group", "digest", "box"))
+        """A digest of all but where the files lie: samples, labels, splits, groups, contents; and classes but the seven."""
+        rows = _digest(self.table, ("sample_id", "label", "split", "group", "digest", "box"))
+        if self.classes == EXPRESSIONS:
+            return rows
+        return hashlib.sha256(json.dumps([*self.classes, rows]).encode()).hexdigest()
 
     @cached_property
     def image_digest(self) -> str:
@@ -254,15 +263,19 @@ def _digest(table: pa.Table, columns: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _find_fault(table: pa.Table) -> str:
-    """Return what is wrong with the rows of a manifest's file, empty when nothing is."""
+def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
+    """Return what is wrong with the classes and rows of a manifest's file, empty when nothing is."""
+    try:
+        check_classes(classes)
+    except UserError as error:
+        return str(error).rstrip(".")
     if empty := [name for name in REQUIRED if table[name].null_count]:
         return f"empty cells in {empty[0]!r}"
     if pc.any(pc.match_substring_regex(table["path"], r"(^|/)\.\.(/|$)|^/")).as_py():
         return "a path that leads out of its root"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):
         return "a sample listed twice"
-    known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(EXPRESSIONS)), pa.int8())))
+    known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))
     strange = [name for name, values in known if not pc.all(pc.is_in(table[name], values)).as_py()]
     return f"an unknown {strange[0]}" if strange else ""
 

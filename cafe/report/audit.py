@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from cafe.data.auditing import Audit
-from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
 from cafe.report.pages import embed, render
 
@@ -36,5 +35,5 @@ def draw_audit(result: Audit) -> bytes:
 
 def _face(manifest: Manifest, row: int) -> dict[str, str]:
     entry = manifest.table.slice(int(row), 1).to_pylist()[0]
-    label, picture = EXPRESSIONS[entry["label"]], embed(manifest.read_face(int(row)))
+    label, picture = manifest.classes[entry["label"]], embed(manifest.read_face(int(row)))
     return {"picture": picture, "id": entry["sample_id"], "split": entry["split"], "label": label}

@@ -7,7 +7,6 @@ from itertools import chain
 import pandas as pd
 
 from cafe.data.checking import Check
-from cafe.data.expressions import EXPRESSIONS
 from cafe.report.pages import embed, render
 
 PICTURES = 24  # per expression
@@ -18,7 +17,7 @@ def draw_check(check: Check) -> bytes:
     """Return the page of a check: its numbers, a contact sheet for each expression, repeated and broken pictures."""
     manifest, seen, groups = check.manifest, check.seen, check.duplicates
     header, lines = check.summary()
-    sheets = {name: _spread(seen.index[seen["expression"] == name]) for name in EXPRESSIONS}
+    sheets = {name: _spread(seen.index[seen["expression"] == name]) for name in manifest.classes}
     wanted = sorted({*chain(*sheets.values()), *(group.index[0] for group in groups[:LISTED])})
     pictures = {row: picture for row, picture in manifest.survey(wanted, embed) if isinstance(picture, str)}
     return render(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EIGHT
 from cafe.data.images import Box, UnreadableImageError, read_bytes
 from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import SPLIT_NAMES, Tree, list_by_folder, parse_number, read_records
@@ -29,7 +29,7 @@ ARRAY_IMAGE = r"(train|val)_set/images/([^/]+)\.[^./]+"
 
 
 def read_affectnet(root: UPath) -> Listing:
-    """List the faces of AffectNet that show one of the seven expressions.
+    """List the faces of AffectNet that show one of the eight expressions, contempt among them.
 
     lists: training.csv, validation.csv and Manually_Annotated_Images; a face is the box its row gives.
     arrays: {train_set,val_set}/images/ID.jpg and annotations/ID_exp.npy; a face is a whole picture.
@@ -61,8 +61,8 @@ def _read_lists(tree: Tree) -> Listing:
             expression, box = _name_expression(row[EXPRESSION]), _parse_box(row)
             if expression is None:
                 found.reject(where, f"has no expression of 0–10: {row[EXPRESSION]!r}")
-            elif expression in EXPRESSIONS and box is None:
-                found.reject(where, "has no face box")
+            elif expression in EIGHT and box is None:
+                found.reject(where, "has no face box", expression)
             else:
                 found.add_labelled(where, file, pictures.get(file), expression, split, box=box)
     found.count_ignored(pictures.images)

@@ -14,7 +14,7 @@ from itertools import zip_longest
 import numpy as np
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EIGHT
 from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import Tree, folder_of, merge_repeated, parse_number, read_csv, read_records
 from cafe.errors import UserError, unknown
@@ -69,7 +69,7 @@ class _Row:
 def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
     """List the faces of FERPlus labelled by a rule, `majority` as published or `argmax`.
 
-    Faces whose votes are for contempt, unknown, NF or undecided are dropped and counted. Raises `UserError`.
+    Faces whose votes are for unknown, NF or undecided are dropped and counted. Raises `UserError`.
     """
     if rule not in RULES:
         raise unknown("rule for FERPlus", rule, RULES)
@@ -151,7 +151,7 @@ def _label_rows(
         elif position in standing:
             chosen = rule(row.votes)
             name = "undecided" if chosen is None else CANDIDATES[chosen]
-            if name in EXPRESSIONS:
+            if name in EIGHT:
                 labels[position] = name
             else:
                 found.dropped[name] += 1
@@ -171,7 +171,8 @@ def _read_pixels(table: UPath, rows: list[_Row], labels: dict[int, str], found: 
             number, cells = record
             pixels = _parse_pixels(cells["pixels"])
             if pixels is None:
-                found.reject(row.path, f"line {number} of {table.name} does not hold {SIDE}×{SIDE} grey values")
+                reason = f"line {number} of {table.name} does not hold {SIDE}×{SIDE} grey values"
+                found.reject(row.path, reason, labels[position])
             else:
                 found.add_labelled(row.where, row.path, row.path, labels[position], row.split, pixels=pixels)
 

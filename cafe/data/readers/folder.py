@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from upath import UPath
 
-from cafe.data.expressions import parse_expression
+from cafe.data.expressions import spell_name
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
 from cafe.data.manifest import SPLITS
@@ -24,7 +24,7 @@ COLUMNS = ("path", "label", "split", "group")
 def read_folder(root: UPath) -> Listing:
     """List ROOT/EXPRESSION/**/*.jpg, or ROOT/SPLIT/EXPRESSION/**/*.jpg when the set comes split.
 
-    Raises `UserError` when `root` is no folder or a folder is named like no expression.
+    Raises `UserError` when `root` is no folder.
     """
     tree = Tree.open(root)
     found = tree.start("folder", "EXPRESSION/image", ())
@@ -32,7 +32,7 @@ def read_folder(root: UPath) -> Listing:
         first, *others = path.split("/")
         split = SPLIT_NAMES.get(first.lower(), "")
         if others:
-            found.add(path, parse_expression(others[0] if split else first), split)
+            found.add(path, others[0] if split else first, split)
     if any(file.split for file in found.files):
         found.layout = "SPLIT/EXPRESSION/image"
     found.ignored = len(tree.files) - len(found.files)
@@ -48,11 +48,11 @@ def read_synthetic(root: UPath) -> Listing:
 
 
 def read_table(file: UPath, root: UPath | None = None) -> Listing:
-    """List the faces of a CSV or Parquet table of path,label[,split,group]; labels are names of expressions.
+    """List the faces of a CSV or Parquet table of path,label[,split,group]; labels are names of classes.
 
     Paths are absolute, or relative to `root`, by default the folder of the table. Without a `root`, absolute paths make the
     deepest folder that holds all pictures the root. A face listed twice with equal cells counts once. Raises `UserError` for
-    a missing column, an empty cell, an unknown label or split, a path that leads out of the root, and for faces that are
+    a missing column, an empty cell, an unknown split, a path that leads out of the root, and for faces that are
     listed with different cells, all of them named.
     """
     columns, cells = _load(file)
@@ -66,7 +66,9 @@ def read_table(file: UPath, root: UPath | None = None) -> Listing:
     rows = [_read_row(row, f"Row {number} of {file}") for number, row in enumerate(cells, start=1)]
     root, rows = _place(rows, file, root)
     found = Listing(root, "table", f"table of {', '.join(columns)}")
-    kept, found.repeated = merge_repeated([(row.path, row, f"row {n}") for n, row in enumerate(rows, start=1)], file)
+    cells_of = [(row.path, replace(row, expression=spell_name(row.expression))) for row in rows]
+    numbered = [(path, row, f"row {n}") for n, (path, row) in enumerate(cells_of, start=1)]
+    kept, found.repeated = merge_repeated(numbered, file)
     found.files = [rows[position] for position in sorted(kept)]
     return found
 
@@ -97,7 +99,7 @@ def _read_row(row: dict[str, object], where: str) -> LabelledFile:
     if row.get("split") and not split:
         raise unknown("split", row["split"], SPLITS)
     group = str(row["group"]) if row.get("group") else None
-    return LabelledFile(path, parse_expression(str(row["label"])), split, group)
+    return LabelledFile(path, str(row["label"]), split, group)
 
 
 def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
