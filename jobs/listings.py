@@ -12,7 +12,7 @@ from cafe.jobs.terminal import json_option, open_workspace, show_records
 def runs(as_json: bool) -> None:
     """List the runs of the workspace with what they were trained on and how far they are."""
     from cafe.files import read_json
-    from cafe.results.scores import read_runs
+    from cafe.results.runs import read_runs
 
     workspace = open_workspace()
     records = [

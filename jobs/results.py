@@ -8,27 +8,38 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 from rich.text import Text
 
-from cafe.errors import IncompleteError, UserError, unknown
+from cafe.errors import IncompleteError, UserError
 from cafe.jobs.options import complete, test_time_option
 from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
 from cafe.pipeline.settings import PROTOCOLS
+from cafe.report import MISTAKES
 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
     from cafe.report.report import Report
     from cafe.report.sheets import Sheet
-    from cafe.results.scores import Run
+    from cafe.results.runs import Chosen, Run
 
 STYLES = {"best": "bold", "second": "underline", "": ""}  # of the marks of `cafe.report.sheets`
 URI_HELP = "MLflow tracking server; default: the workspace's own database."
+
+
+class MetricOption(click.Option):
+    """An option whose help names the metrics there are, which take a while to import."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option and its help."""
+        from cafe.results.metrics import METRICS
+
+        self.help = f"{', '.join(METRICS)}."
+        return super().get_help_record(ctx)
 
 
 def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
@@ -46,14 +57,15 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 
 
 @click.command()
-@click.option("--metric", default="accuracy", show_default=True, help="accuracy, mean_class_accuracy, macro_f1, ece.")
+@click.option("--metric", cls=MetricOption, default="accuracy", show_default=True)
 @click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
 @click.option("--versus", metavar="ROW", help="Test the accuracy of every other row against this method, tag or row.")
 @click.option(
-    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
+    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were evaluated."
 )
 @test_time_option
 @click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
+@click.option("--shared-classes", is_flag=True, help="Predict only among the classes that model and target share.")
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
@@ -70,29 +82,32 @@ def compare(
     protocol: str,
     test_time: tuple[str, ...],
     exclude_leaks: bool,
+    shared_classes: bool,
     as_json: bool,
     experiment: str | None,
     best: str | None,
     mlflow_uri: str | None,
     **files: str | None,
 ) -> None:
-    """Compare runs judged by one protocol: methods × targets, mean ± 95 % interval over seeds.
+    """Compare runs evaluated by one protocol: methods × targets, mean ± 95 % interval over seeds.
 
     \b
     cafe compare --versus cafe --markdown comparison.md
     cafe compare --mlflow-uri http://tracking:5000 --experiment table1
 
-    Everything is computed from the runs' predictions. Published numbers stand beside ours where a data set is judged as it
-    was in the paper.
+    Everything is computed from the runs' predictions. Published numbers stand beside ours where a data set is
+    evaluated as it was in the paper.
     """
     from cafe.files import locate
     from cafe.report.formats import FORMATS
 
-    chosen = choose_runs(open_workspace(), experiment, mlflow_uri)
-    ship = [_say_best(chosen[0], experiment)] if best else []
-    report = compare_runs(
-        open_workspace(), chosen, protocol, exclude_leaks, test_time, metric=metric, per_class=per_class, versus=versus
-    )
+    workspace = open_workspace()
+    chosen = choose_runs(workspace, experiment, mlflow_uri)
+    ship = [_say_best(chosen.runs, experiment, best)] if best else []
+    report = report_runs(
+        workspace, chosen, protocol, exclude_leaks, test_time=test_time, shared_classes=shared_classes, metric=metric,
+        per_class=per_class, versus=versus,
+    )  # fmt: skip
     show_report(report, as_json)
     for sentence in ship:
         click.echo(sentence)
@@ -104,14 +119,14 @@ def compare(
             say(f"Wrote {file}")
 
 
-def _say_best(runs: list[Run], experiment: str | None) -> str:
-    from cafe.pipeline.release.library import choose_best
+def _say_best(runs: list[Run], experiment: str | None, best: str) -> str:
+    from cafe.results.runs import choose
 
     if any(run.pulled for run in runs):
         raise UserError(
             "--best reads the epochs of runs, which a tracking server's copies lack: leave --mlflow-uri out."
         )
-    run, reason = choose_best(runs, f"the experiment {experiment!r}" if experiment else "this workspace")
+    (run,), reason = choose(runs, experiment, best=best)
     return f"To ship: {reason}; no target's score was looked at: cafe export {run.name}"
 
 
@@ -126,41 +141,21 @@ def show_report(report: Report, as_json: bool = False) -> None:
         show(table)
 
 
-def compare_runs(
-    workspace: Workspace,
-    chosen: tuple[list[Run], list[str]],
-    protocol: str = "clean",
-    exclude_leaks: bool = False,
-    test_time: Sequence[str] = (),
-    **choice: Any,
+def report_runs(
+    workspace: Workspace, chosen: Chosen, protocol: str = "clean", exclude_leaks: bool = False, **choice: Any
 ) -> Report:
-    """Return the report of the chosen runs; raise `UserError`.
-
-    `test_time` names options for which there are rows of their own. `choice` is what else `make_report` takes: metric,
-    per_class, versus.
-    """
-    import pandas as pd
-
+    """Return the report of chosen runs of a workspace, as `make_report` makes it; raise `UserError`."""
     from cafe.report.report import make_report
-    from cafe.results.leaks import leave_out_leaks
-    from cafe.results.scores import read_scores
-    from cafe.results.variants import vary_runs
 
-    (runs, about), known = chosen, workspace.manifest_names()
-    scores = read_scores(runs, known)
-    if varied := vary_runs(runs, protocol, test_time):
-        runs, scores = [*runs, *varied], pd.concat([scores, read_scores(varied, known, [protocol])], ignore_index=True)
-    leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
-    report = make_report(runs, scores, protocol, leak_free, **choice)
-    report.about.extend(about)
-    return report
+    about = [f"{chosen.reason}."] if chosen.reason else []
+    root = workspace.root if exclude_leaks else None
+    known = workspace.manifest_names()
+    return make_report(chosen.runs, known, protocol, without_leaks=root, about=about, **choice)
 
 
-def choose_runs(
-    workspace: Workspace, experiment: str | None, mlflow_uri: str | None = None
-) -> tuple[list[Run], list[str]]:
+def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri: str | None = None) -> Chosen:
     """Return the runs to compare, and which they are where there are others; raise `UserError`."""
-    from cafe.results.scores import read_runs
+    from cafe.results.runs import Chosen, choose, read_runs
 
     if mlflow_uri:
         from cafe.pipeline.tracking.mirror import Mirror
@@ -168,17 +163,8 @@ def choose_runs(
         if not experiment:
             raise UserError("--mlflow-uri needs to know which runs to compare: give --experiment NAME too.")
         runs = read_runs(Mirror(workspace, mlflow_uri).pull(experiment))
-        return runs, [f"Runs of the experiment {experiment} at {mlflow_uri}."]
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
-    counts = Counter(name for run in runs for name in run.experiments)
-    if experiment is None:
-        listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-        return runs, [f"Runs of all experiments, {listed}: choose one with --experiment."] if len(counts) > 1 else []
-    if experiment not in counts:
-        raise unknown("experiment", experiment, counts)
-    others = ", ".join(sorted(counts.keys() - {experiment}))
-    about = [f"Runs of the experiment {experiment}; there are also {others}: leave --experiment out to see all."]
-    return [run for run in runs if experiment in run.experiments], about if others else []
+        return Chosen(runs, f"Runs of the experiment {experiment} at {mlflow_uri}")
+    return choose(read_runs(workspace.run_path(name) for name in workspace.run_names()), experiment)
 
 
 @click.command()
@@ -188,16 +174,17 @@ def choose_runs(
 )
 @click.option("--versus", metavar="ROW", help="Test the accuracy of every other row against this method, tag or row.")
 @click.option(
-    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were judged."
+    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were evaluated."
 )
 @test_time_option
 @click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
+@click.option("--shared-classes", is_flag=True, help="Predict only among the classes that model and target share.")
 @click.option(
     "--errors", multiple=True, metavar="EXPRESSION", help="Show mistakes on faces of this expression only; repeatable."
 )
 @click.option(
     "--count",
-    default=24,
+    default=MISTAKES,
     show_default=True,
     type=click.IntRange(0, 500),
     help="Mistakes shown of each method; 0: none.",
@@ -209,6 +196,7 @@ def report(
     protocol: str,
     test_time: tuple[str, ...],
     exclude_leaks: bool,
+    shared_classes: bool,
     errors: tuple[str, ...],
     count: int,
 ) -> None:
@@ -226,8 +214,10 @@ def report(
     from cafe.report.experiment import draw_experiment
 
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
-    runs, _ = choose_runs(workspace, experiment)
-    found = compare_runs(workspace, (runs, []), protocol, exclude_leaks, test_time, versus=versus)
+    chosen = choose_runs(workspace, experiment)._replace(reason="")
+    found = report_runs(
+        workspace, chosen, protocol, exclude_leaks, test_time=test_time, shared_classes=shared_classes, versus=versus
+    )
     page = draw_experiment(experiment, found, workspace.root, workspace.find_manifest, gallery)
     place = locate(output) if output else workspace.root / "reports" / f"{experiment}.html"
     write_file(place, page)

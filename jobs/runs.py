@@ -167,7 +167,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     cafe demo                                            # five domains of drawn faces
     cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, judged on both
     """
-    from cafe.jobs.results import choose_runs, compare_runs, show_report
+    from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
     from cafe.report.report import conclude
 
@@ -179,7 +179,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     about = f"Demo: trained on {names[0]}, judged on {', '.join(names)}" if faces else grid.about
     grid = replace(grid, about=about, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
     run_grid(workspace, grid, BenchmarkSettings(**cluster))
-    report = compare_runs(workspace, choose_runs(workspace, grid.name))
+    report = report_runs(workspace, choose_runs(workspace, grid.name))
     show_report(report)
     click.echo(conclude(report.comparison))
     say(NEXT_STEPS.format(workspace=click.get_current_context().obj))
@@ -252,7 +252,8 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
     from cafe.jobs.results import sheet_tables
     from cafe.report.sheets import run_sheet
     from cafe.results.leaks import leave_out_leaks
-    from cafe.results.scores import read_runs, read_scores
+    from cafe.results.runs import read_runs
+    from cafe.results.scores import read_scores
 
     runs, known = read_runs([run]), workspace.manifest_names()
     scores = read_scores(runs, known, [protocol])

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from cafe.files import exists, list_folder, read_json
 from cafe.pipeline.workspace import Workspace
 from cafe.results.comparison import name_rows
-from cafe.results.scores import Run, read_runs
+from cafe.results.runs import Run, read_runs
 
 ACCURACY = "train/accuracy"
 

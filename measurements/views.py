@@ -24,7 +24,8 @@ from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.train import train_and_evaluate
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import estimate
-from cafe.results.scores import flatten_scores, read_runs, read_scores
+from cafe.results.runs import read_runs
+from cafe.results.scores import flatten_scores, read_scores
 
 
 @click.command()

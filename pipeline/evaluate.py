@@ -17,7 +17,7 @@ from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
 from cafe.errors import UserError
-from cafe.files import write_file, write_json
+from cafe.files import write_file
 from cafe.learning.adaptation import ADAPTATIONS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import measure_heat_maps, measure_masks
@@ -31,9 +31,7 @@ from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.runs import RunSpec
 from cafe.report.figures import draw_run_figures
 from cafe.results.predictions import Predictions
-from cafe.results.protocols import OPTIONS, find_protocol
-
-MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
+from cafe.results.protocols import OPTIONS
 
 Evaluate = Callable[[UPath, Faces], Future[None]]  # has the faces of a target predicted by the run in a folder
 
@@ -60,16 +58,16 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
     set_arithmetic(spec.precision)
     method = load_method(spec, run).to(device).to(memory_format=torch.channels_last)
     dataset = make_dataset(spec, target)
-    option = find_protocol(target.protocol).option
-    readable = part.rows(target.split)
+    readable, column = part.rows(target.split), target.column
+    assert column is not None
     predictions = Predictions(
         [target.sample_ids[row] for row in rows],
         target.labels[rows],
-        _predict(method, dataset, rows, device, option),
+        _predict(method, dataset, rows, device, column.test_time),
         {
             "run": spec.name,
             "target": target.name,
-            "protocol": target.protocol,
+            "protocol": column.evaluated_by,
             "split": target.split,
             "channels": target.channels,
             "kind": manifest.kind,
@@ -81,16 +79,13 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
         target.groups(rows),
         spec.classes,
     )
-    place = target.predictions_path(run)
-    if not option and isinstance(method, Cafe) and spec.recipe["mask"] == "sigmoid":
-        prefix = find_protocol(target.protocol).prefix
-        seen = np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
-        masks = measure_masks(method, dataset, seen, device)
-        write_file(run / "figures" / "masks" / prefix / f"{place.stem}.json", json.dumps(masks).encode())
+    if not column.test_time and isinstance(method, Cafe) and spec.recipe["mask"] == "sigmoid":
+        measured: dict[str, object] = {"masks": measure_masks(method, dataset, rows, device)}
         if "map" in method.needs:
-            heats = measure_heat_maps(method, dataset, seen, device)
-            write_json(run / "figures" / "heat_maps" / prefix / f"{place.stem}.json", heats)
-    predictions.save(place)  # last: from here on the run is evaluated on the target
+            measured["heat_maps"] = measure_heat_maps(method, dataset, rows, device)
+        for kind, numbers in measured.items():
+            write_file(column.figure(run, kind, ".json"), json.dumps(numbers).encode())
+    predictions.save(column.predictions(run))  # last: from here on the run is evaluated on the target
 
 
 def _predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device, option: str) -> np.ndarray:
@@ -105,12 +100,12 @@ def _predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: tor
 
 def draw_figures(run: UPath, target: Faces) -> None:
     """Draw what a run's folder says of a target; a figure only decorates, so that it may fail alone, with a warning."""
+    assert target.column is not None
     try:
-        for kind, ending, content in draw_run_figures(run, target.predictions_path(run), target.parts[0].manifest):
-            folder = run / "figures" / kind / find_protocol(target.protocol).prefix
-            write_file(folder / f"{target.predictions_path(run).stem}{ending}", content)
+        for kind, ending, content in draw_run_figures(run, target.column, target.parts[0].manifest):
+            write_file(target.column.figure(run, kind, ending), content)
     except (UserError, OSError) as error:
-        logging.getLogger(__name__).warning("The figures of %s on %s are not drawn: %s", run.name, target.title, error)
+        logging.getLogger(__name__).warning("Figures of %s on %s are not drawn: %s", run.name, target.name, error)
 
 
 def check_option(spec: RunSpec, option: str) -> None:

@@ -22,7 +22,8 @@ from cafe.pipeline.need import Store, any_store, choose_target_store
 from cafe.pipeline.process.machine import free_memory
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
-from cafe.results.predictions import Predictions, predictions_path
+from cafe.results.columns import Column
+from cafe.results.predictions import Predictions
 from cafe.results.protocols import Protocol, find_protocol
 
 if TYPE_CHECKING:
@@ -91,15 +92,14 @@ class Faces(_Sent):
     """The faces of one or several manifests, one manifest after another, as if they were one data set.
 
     A face keeps its root, its box and its sample_id, so that its views are those it has alone. Labels count in the order of
-    `classes`; a face of another class is in no split. `protocol` and `split` say how they are evaluated, `title` what they
-    are then called in files and tables: by their name, with the split when it is not the one of the protocol.
+    `classes`; a face of another class is in no split. `column` says how a target is evaluated, and `split` on which of its
+    faces.
     """
 
     parts: tuple[Part, ...]
     classes: tuple[str, ...]
-    protocol: str = "clean"
+    column: Column | None = None
     split: str = "test"
-    title: str = ""
 
     @classmethod
     def of(cls, *parts: Part) -> Faces:
@@ -136,7 +136,7 @@ class Faces(_Sent):
     @property
     def channels(self) -> str:
         """The order of the colours in which they are evaluated."""
-        return find_protocol(self.protocol).channels(self.kind)
+        return find_protocol(self.column.protocol).channels(self.kind) if self.column else "rgb"
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -229,13 +229,9 @@ class Faces(_Sent):
             self.gather(lambda part: _split_rows(part, selection, own_val)[1]),
         )
 
-    def predictions_path(self, run: UPath) -> UPath:
-        """Where a run's predictions for them are kept."""
-        return predictions_path(run, self.title, self.protocol)
-
     def is_evaluated(self, run: UPath) -> bool:
         """Whether there are predictions of a run for the split to evaluate on, as the manifest lists it now."""
-        predictions = Predictions.load(self.predictions_path(run))
+        predictions = Predictions.load(self.column.predictions(run)) if self.column else None
         if predictions is None:
             return False
         return (predictions.about.get("manifest"), predictions.about.get("split")) == (self.digest, self.split)
@@ -277,8 +273,8 @@ def choose_target(
         raise UserError(f"{name!r} has no faces in the split {chosen!r}: choose {there}, or leave it out.")
     reads = find_method(spec.method).needs_features()
     store = choose_target_store(workspace, manifest, spec, protocol) if reads else any_store(workspace, manifest)
-    part, title = Part.of(workspace, manifest, store), name if chosen == usual else f"{name}@{chosen}"
-    faces = Faces((part,), spec.classes, protocol.name, chosen, title)
+    part, other_split = Part.of(workspace, manifest, store), "" if chosen == usual else chosen
+    faces = Faces((part,), spec.classes, Column(name, other_split, protocol.plain, protocol.option), chosen)
     if len(faces.rows(chosen)):
         return faces
     if len(part.rows(chosen)):

@@ -28,6 +28,7 @@ from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import RunChoices, RunIdentity
 from cafe.records import FORMAT, check_record, digest_changes
+from cafe.results.runs import read_record
 from cafe.results.sources import Source
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -129,14 +130,9 @@ class RunSpec(RunIdentity):
     @classmethod
     def load(cls, run: UPath) -> RunSpec:
         """Read the specification in a run's folder; raise `UserError` when it is missing or of another format."""
-        record = read_json(run / "run.json")
+        record = read_record(run)
         if record is None:
             raise UserError(f"There is no run in {run}: give the name of a run of this workspace.")
-        if record.get("version") != FORMAT:
-            raise UserError(
-                f"The run {run.name!r} is in the old format {record.get('version', 1)}, and this version of cafe reads "
-                f"format {FORMAT}: train it again with `cafe train`, or use the version that made it."
-            )
         return check_record(record.get("spec"), cls, f"{run}/run.json")
 
     def save(self, run: UPath, not_as_published: Sequence[str] = ()) -> None:
@@ -144,7 +140,7 @@ class RunSpec(RunIdentity):
 
         Raises `UserError` for a run of that name with another specification: a default has changed since.
         """
-        if read_json(run / "run.json") is not None:
+        if read_record(run) is not None:
             there = asdict(RunSpec.load(run))
             changed = [name for name, value in asdict(self).items() if there[name] != value]
             if changed:

@@ -117,7 +117,7 @@ class Worker:
 
     def evaluate(self, run: UPath, target: Faces) -> None:
         """Predict the faces of one target by a run that is trained."""
-        name = f"{[(part.place, part.store) for part in target.parts]} {target.title} {target.classes}"
+        name = f"{[(part.place, part.store) for part in target.parts]} {target.column} {target.classes}"
         evaluate_target(run, self.targets.setdefault(name, target), self.device)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.files import write_json
 from cafe.pipeline.workspace import Workspace
 from cafe.records import FORMAT
-from cafe.results.predictions import Predictions, predictions_path
+from cafe.results.columns import Column
+from cafe.results.predictions import Predictions
 
 
 def write_run(
@@ -25,17 +27,19 @@ def write_run(
     not_as_published: tuple[str, ...] = (),
     sources: Sequence[tuple[str, str]] = (),
     fold: str = "",
+    classes: tuple[str, ...] = (),
     **settings: Any,
 ) -> UPath:
     """Write a run's description; `settings` are those it does not share with all others. Returns its folder.
 
-    `sources` are names and kinds where there are several; the runs of a `fold` each belong to one row.
+    `sources` are names and kinds where there are several; the runs of a `fold` each belong to one row. Runs
+    from before there were other `classes` do not say theirs.
     """
     chosen = {
         "method": method, "network": "resnet18", "init": "file:msceleb.pth", "selection": "final",
         "backbone": "clip-vit-b32", "view_seed": 0, "tag": "",
     } | settings  # fmt: skip
-    group = sha256(repr(["" if fold else source, sorted(chosen.items())]).encode()).hexdigest()[:8]
+    group = sha256(repr(["" if fold else source, sorted(chosen.items()), *classes]).encode()).hexdigest()[:8]
     folder = workspace.run_path(f"{method}-{source}-s{seed}-{group}")
     named = [{"name": name, "kind": kind, "digest": f"digest of {name}"} for name, kind in sources]
     record = {
@@ -45,7 +49,7 @@ def write_run(
         "settings": {**chosen, "seed": seed}, "derived": {"width": 512, "store": "0a1b2c3d"},
         "not_as_published": list(not_as_published), "spec": {},
     }  # fmt: skip
-    write_json(folder / "run.json", record)
+    write_json(folder / "run.json", record | ({"classes": list(classes)} if classes else {}))
     write_json(folder / "status.json", {"status": "FINISHED", "reason": ""})
     for name, benchmark in (experiments or {"cafe": None}).items():
         write_json(folder / "experiments" / f"{name}.json", {"benchmark": benchmark})
@@ -62,13 +66,15 @@ def write_predictions(
     manifest: str = "",
     groups: list[str | None] | None = None,
     confidence: float = 1.0,
+    classes: tuple[str, ...] = EXPRESSIONS,
+    **about: str,
 ) -> Predictions:
-    """Write what a run said of a target, its confidence in each class it chose being `confidence`."""
-    probabilities = np.full((len(labels), 7), (1 - confidence) / 6, np.float32)
+    """Write what a run predicted for a target, its confidence in each class it chose being `confidence`."""
+    probabilities = np.full((len(labels), len(classes)), (1 - confidence) / (len(classes) - 1), np.float32)
     probabilities[np.arange(len(labels)), predicted] = confidence
-    about = {"run": run.name, "target": target, "protocol": protocol, "split": "test", "kind": kind}
+    about |= {"run": run.name, "target": target, "protocol": protocol, "split": "test", "kind": kind}
     about["manifest"] = manifest or f"digest of {target}"
     ids = [f"{row:05d}.jpg" for row in range(len(labels))]
-    predictions = Predictions(ids, np.asarray(labels), probabilities, about, groups)
-    predictions.save(predictions_path(run, target, protocol))
+    predictions = Predictions(ids, np.asarray(labels), probabilities, about, groups, classes)
+    predictions.save(Column.parse(target, protocol).predictions(run))
     return predictions

@@ -27,7 +27,8 @@ from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.comparison import compare
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.predictions import Predictions
-from cafe.results.scores import average_unseen, read_runs, read_scores
+from cafe.results.runs import read_runs
+from cafe.results.scores import average_unseen, read_scores
 from cafe.synthetic.domains import render, write
 
 Edit = Callable[[Image.Image], Image.Image]

@@ -20,9 +20,11 @@ from cafe.errors import UserError
 from cafe.files import write_json
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import main_sheet, run_sheet
+from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
 from cafe.results.metrics import estimate
-from cafe.results.scores import average_all, average_unseen, read_runs, read_scores
+from cafe.results.runs import read_runs
+from cafe.results.scores import average_all, average_unseen, read_scores
 
 
 @pytest.fixture
@@ -206,9 +208,10 @@ def test_recalls_of_two_seeds_and_of_a_class_without_faces(workspace: Workspace)
         write_predictions(write_run(workspace, seed=seed), "two", labels, predicted)
     runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
     (row,) = compare_classes(runs, read_scores(runs), "two", "clean").rows
-    shown = {name: str(value) for name, value in row.cells.items()}
+    shown = {column.title: str(value) for column, value in row.cells.items()}
     assert (row.seeds, shown["surprise"], shown["fear"], shown["mean"]) == (2, "–", "20.0 / 40.0", "20.0 / 40.0")
-    assert row.cells["fear"].half_width == pytest.approx(1.2706, abs=1e-4)  # t(.975, 1) = 12.706, times .1
+    fear = row.cells[Column("two", part="fear")]
+    assert fear.half_width == pytest.approx(1.2706, abs=1e-4)  # t(.975, 1) = 12.706, times .1
     with pytest.raises(UserError, match="Unknown target 'three': choose two"):
         compare_classes(runs, read_scores(runs), "three", "clean")
 
@@ -239,14 +242,14 @@ def test_a_run_of_another_version_is_one_sentence(workspace: Workspace) -> None:
     run = write_run(workspace)
     record = json.loads((run / "run.json").read_text())
     write_json(run / "run.json", {name: value for name, value in record.items() if name != "version"})
-    assert "version 1 of run.json, and this program reads version 2" in Cafe(Path(str(workspace.root)), "").fail(
-        "compare"
-    )
+    assert "is in the old format 1, and this version of cafe reads format 2" in Cafe(
+        Path(str(workspace.root)), ""
+    ).fail("compare")
 
 
 def test_compare_without_runs_is_one_sentence(workspace: Workspace) -> None:
     cafe = Cafe(Path(str(workspace.root)), "")
-    assert "No run was judged yet: train one with" in cafe.fail("compare")
+    assert "No run was evaluated yet: train one with" in cafe.fail("compare")
     assert "give --experiment NAME too" in cafe.fail("compare", "--mlflow-uri", "http://127.0.0.1:9")
 
 

@@ -24,9 +24,11 @@ from cafe.pipeline.faces import Faces, Part
 from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
+from cafe.results.columns import Column
 from cafe.results.comparison import compare
 from cafe.results.leaks import audit_path, leave_out_leaks
-from cafe.results.scores import read_runs, read_scores
+from cafe.results.runs import read_runs
+from cafe.results.scores import read_scores
 from cafe.views.drawing import ViewPlan
 
 
@@ -191,9 +193,9 @@ def test_unseen_is_what_shares_no_set_with_any_source(workspace: Workspace) -> N
     runs = read_runs([run])
     comparison = compare(runs, read_scores(runs), "accuracy", "clean")
     (row,) = comparison.rows
-    assert row.seen == {"raf", "mine", "raf-aligned", "copy"}
+    assert {column.name for column in row.seen} == {"raf", "mine", "raf-aligned", "copy"}
     assert row.unseen.mean == pytest.approx(0.4)
-    assert row.means["all"].mean == pytest.approx((0.9 + 0.8 + 0.5 + 0.3) / 4)
+    assert row.everything.mean == pytest.approx((0.9 + 0.8 + 0.5 + 0.3) / 4)
     assert comparison.targets_with("same set") == ["copy", "raf-aligned"]
 
 
@@ -210,8 +212,8 @@ def test_copies_of_the_training_faces_of_every_source_are_left_out(workspace: Wo
         write_file(audit_path(workspace.root, source, "fer"), sink.getvalue().to_pybytes())
 
     audit("mine", {"00001.jpg": "train", "00002.jpg": "test"})
-    missing = complaint(leave_out_leaks(workspace.root), read, "fer", predictions)
+    missing = complaint(leave_out_leaks(workspace.root), read, Column("fer"), predictions)
     assert missing.startswith("'fer' was not audited against 'raf' yet")
     audit("raf", {"00004.jpg": "train"})
-    kept = leave_out_leaks(workspace.root)(read, "fer", predictions)
+    kept = leave_out_leaks(workspace.root)(read, Column("fer"), predictions)
     assert kept.sample_ids == ["00000.jpg", "00002.jpg", "00003.jpg"]

@@ -31,10 +31,12 @@ from cafe.report.details import Gallery, list_details
 from cafe.report.drawings import list_drawings
 from cafe.report.experiment import draw_experiment
 from cafe.report.report import make_report
+from cafe.results.columns import Column
 from cafe.results.leaks import audit_path
 from cafe.results.metrics import estimate
-from cafe.results.predictions import Predictions, average, load_predictions, predictions_path
-from cafe.results.scores import read_runs, read_scores
+from cafe.results.predictions import Predictions, average, load_predictions
+from cafe.results.runs import read_runs
+from cafe.results.scores import read_scores
 
 SEEDS = (0, 1)
 METHODS = ("cafe", "linear_probe")
@@ -112,7 +114,7 @@ def judge(run: UPath, workspace: Workspace, target: str, seed: int) -> None:
     probabilities[np.arange(count), predicted] = confidence
     about = {"run": run.name, "target": target, "protocol": "clean", "split": "test", "kind": "folder"}
     about["manifest"] = manifest.digest
-    Predictions(manifest.sample_ids, manifest.labels, probabilities, about).save(predictions_path(run, target))
+    Predictions(manifest.sample_ids, manifest.labels, probabilities, about).save(Column(target).predictions(run))
 
 
 def first_run(workspace: Workspace, method: str) -> str:
@@ -186,7 +188,7 @@ def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace) -> None:
     runs = read_runs(map(workspace.run_path, workspace.run_names()))
-    found = make_report(runs, scores_of(workspace), versus="cafe")
+    found = make_report(runs, workspace.manifest_names(), versus="cafe")
     text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
     assert found.ranks is None  # over a single unseen target they are its order again
     page = Page(text)
@@ -364,19 +366,19 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
             knows = right if target == fold else 7
             write_predictions(run, target, labels, np.where(labels < knows, labels, 6))
     runs = read_runs(map(workspace.run_path, workspace.run_names()))
-    (detail,) = list_details(make_report(runs, scores_of(workspace)).comparison, Gallery(500))
-    assert {target: counts.diagonal().tolist() for target, counts in detail.confusions.items()} == {
+    (detail,) = list_details(make_report(runs, workspace.manifest_names()).comparison, Gallery(500))
+    assert {column.name: own.counts.diagonal().tolist() for column, own in detail.confusions.items()} == {
         "news": [10.0, 10.0, 10.0, 10.0, 0.0, 0.0, 10.0],
         "web": [10.0, 0.0, 0.0, 0.0, 0.0, 0.0, 10.0],
     }
     assert [float(cell.mean) for cell in detail.recalls["fear"]] == [1.0, 0.0]
-    assert Counter(mistake.target for mistake in detail.mistakes) == {"news": 20, "web": 50}
+    assert Counter(shown.column.name for shown in detail.mistakes) == {"news": 20, "web": 50}
 
 
 def test_runs_judged_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path))
     write_predictions(write_run(workspace), "raf@train", np.arange(14) % 7, np.zeros(14, int), kind="rafdb")
-    found = make_report(read_runs(map(workspace.run_path, workspace.run_names())), scores_of(workspace))
+    found = make_report(read_runs(map(workspace.run_path, workspace.run_names())), workspace.manifest_names())
     assert Page(draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()).open == []
 
 

@@ -28,7 +28,7 @@ from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
 from cafe.pipeline.workspace import Workspace
 from cafe.report.card import format_share, write_card
-from cafe.results.scores import read_runs
+from cafe.results.runs import read_runs
 from cafe.views.resizing import Resize
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}

@@ -26,7 +26,7 @@ from cafe.pipeline.features.store import FeatureStore, verify
 from cafe.pipeline.runs import RunSpec, read_status
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
-from cafe.results.scores import read_run
+from cafe.results.runs import read_run
 
 OFTEN = settings(
     max_examples=150, derandomize=True, database=None, deadline=None,

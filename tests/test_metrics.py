@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from upath import UPath
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.report.figures import draw_confusion, find_cell, shade
 from cafe.results.metrics import Estimate, confusion, estimate, score
@@ -132,7 +133,7 @@ def test_one_seed_has_no_interval_and_none_no_number() -> None:
 def test_the_confusion_figure_shows_percent_of_the_true_class() -> None:
     counts = confusion(predictions([0, 0, 0, 0, 3, 3], [0, 0, 0, 3, 3, 6]))
     assert counts[0].tolist() == [3, 0, 0, 1, 0, 0, 0]
-    page = draw_confusion(counts, "title")
+    page = draw_confusion(counts, EXPRESSIONS, "title")
     shown = {cell: page.getpixel(find_cell(*cell)) for cell in ((0, 0), (0, 3), (3, 6), (0, 1))}
     assert shown == {(0, 0): (68, 99, 144), (0, 3): shade(0.25), (3, 6): shade(0.5), (0, 1): shade(0)}
     assert page.getpixel(find_cell(1, 0)) == (255, 255, 255)  # no fearful face, no percent

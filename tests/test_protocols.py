@@ -38,7 +38,8 @@ from cafe.pipeline.workspace import Workspace
 from cafe.records import write_sealed
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
-from cafe.results.scores import flatten_scores, read_runs, read_scores
+from cafe.results.runs import read_runs
+from cafe.results.scores import flatten_scores, read_scores
 from cafe.towers.weights import write_tensors
 from cafe.views.drawing import ViewPlan
 
@@ -186,7 +187,9 @@ def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Worksp
     table = cafe.succeed("compare")
     assert "Protocol clean: RGB; SFEW is judged on val" in table
     assert "also judged" not in table
-    assert "No run was judged by the protocol 'paper' yet, only by clean" in cafe.fail("compare", "--protocol", "paper")
+    assert "No run was evaluated by the protocol 'paper' yet, only by clean" in cafe.fail(
+        "compare", "--protocol", "paper"
+    )
 
     judge(workspace, run, spec, "paper")
     judge(workspace, run, spec, "paper", "stills", "val")

@@ -28,7 +28,7 @@ from cafe.report.sheets import BEST, SECOND, Sheet, SheetCell
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS
-from cafe.results.scores import read_runs, read_scores
+from cafe.results.runs import read_runs
 from cafe.results.statistics import Ranking, grouped_test, holm, paired_bootstrap
 
 KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
@@ -60,7 +60,7 @@ def judged_run(
 
 def report_all(workspace: Workspace, **choice: Any) -> Report:
     runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
-    return make_report(runs, read_scores(runs, workspace.manifest_names()), **choice)
+    return make_report(runs, workspace.manifest_names(), **choice)
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_predictions_are_joined_by_sample(fresh: Workspace) -> None:
     assert "Tested on the faces all runs have judged, without 40 of fer (scn)." in tests.notes
 
     Predictions(ids, (whole.labels[kept] + 1) % 7, whole.probabilities[kept], whole.about).save(path)
-    with pytest.raises(UserError, match="judged on different faces or labels of 'fer': judge both again"):
+    with pytest.raises(UserError, match="evaluated on different faces or labels of 'fer': evaluate both again"):
         report_all(fresh, versus="cafe")
 
 

@@ -33,7 +33,8 @@ from cafe.pipeline.workspace import Workspace
 from cafe.randomness import random_generator
 from cafe.results.predictions import load_predictions
 from cafe.results.protocols import OPTIONS, find_protocol
-from cafe.results.scores import flatten_scores, read_runs, read_scores
+from cafe.results.runs import read_runs
+from cafe.results.scores import flatten_scores, read_scores
 
 CPU = torch.device("cpu")
 
@@ -263,8 +264,9 @@ def test_rows_of_test_time_are_shown_where_they_are_named_tested_and_never_ranke
     ranks = table[table.index("Mean ranks") :]
     assert "cafe" in ranks
     assert "(test_time" not in ranks
-    assert "nothing to show by the protocol 'clean', as no run was judged with it: run `cafe evaluate RUN" in cafe.fail(
-        "compare", "--test-time", "flip"
+    assert (
+        "nothing to show by the protocol 'clean', as no run was evaluated with it: run `cafe evaluate RUN"
+        in cafe.fail("compare", "--test-time", "flip")
     )
 
 

@@ -28,7 +28,7 @@ from cafe.pipeline.tracking.database import make_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
-from cafe.results.scores import read_runs
+from cafe.results.runs import read_runs
 
 
 @pytest.fixture

@@ -317,4 +317,4 @@ def test_a_tracking_server_that_is_down_stops_no_training(ready: Cafe) -> None:
 
 
 def test_compare_without_runs_is_one_sentence(ready: Cafe) -> None:
-    assert "No run was judged yet" in ready.fail("compare")
+    assert "No run was evaluated yet" in ready.fail("compare")

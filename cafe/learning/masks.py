@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import PREDICTION_BATCH
 from cafe.methods.cafe import Cafe
 
+MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
+DIGITS = 4  # of a mask, where it is kept as text
+
+
+def measure_masks(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, list[float]]:
+    """Return the mean mask (C,) of each class that has faces by its name, over at most 512 of some rows, for JSON."""
+    means = mean_masks(method, dataset, choose_faces(rows), device)
+    named = zip(method.inputs.classes, means, strict=True)
+    return {name: mean.round(DIGITS).tolist() for name, mean in named if not np.isnan(mean[0])}
+
+
+def measure_heat_maps(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """Return where the mask of a face of each class is open, for JSON.
+
+    `sample_ids` names the faces, one of each class that has any, `classes` what they show, `heats` their maps [n][H][W].
+    """
+    seen, pictures = choose_faces(rows), dataset.manifest
+    labels = pictures.labels[seen]
+    shown = np.array([seen[labels == label][0] for label in np.unique(labels)])
+    return {
+        "sample_ids": [pictures.sample_ids[row] for row in shown],
+        "classes": [method.inputs.classes[pictures.labels[row]] for row in shown],
+        "heats": heat_maps(method, dataset, shown, device).round(DIGITS).tolist(),
+    }
+
+
+def choose_faces(rows: np.ndarray) -> np.ndarray:
+    """Return at most 512 of some rows in a random order that is always the same."""
+    return np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
+
 
 def mean_masks(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """Return the mean mask (7, C) over the clean views of each expression's faces; NaN for one without faces.
+    """Return the mean mask (K, C) over the clean views of each class's faces; NaN for one without faces.
 
     A mask with positions (N, C, H, W) is averaged over them.
     """
-    sums, counts = np.zeros((len(EXPRESSIONS), method.width)), np.zeros(len(EXPRESSIONS))
+    classes = len(method.inputs.classes)
+    sums, counts = np.zeros((classes, method.width)), np.zeros(classes)
     for masks, labels in _masks(method, dataset, rows, device):
         np.add.at(sums, labels, masks.reshape(*masks.shape[:2], -1).mean(axis=2))
         np.add.at(counts, labels, 1)
@@ -39,12 +70,3 @@ def _masks(
     batches = np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))
     for batch in dataset.load(batches, 0, device):
         yield method.mask(batch).float().cpu().numpy(), batch["label"].cpu().numpy()
-
-
-def measure_masks(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, list[float]]:
-    masks = mean_masks(method, dataset, rows, device)
-    return {n: m.round(4).tolist() for n, m in zip(EXPRESSIONS, masks, strict=True) if not np.isnan(m[0])}
-
-
-def measure_heat_maps(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, object]:
-    return {}

@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binomtest
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.report.pages import render
 from cafe.results.metrics import confusion, estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
-from cafe.results.scores import Run, average_unseen, read_scores
+from cafe.results.runs import Run
+from cafe.results.scores import average_unseen, read_scores
 from cafe.results.sources import UNSEEN
 from cafe.towers.names import split_name
 
@@ -56,7 +56,7 @@ def write_card(run: Run, seeds: Sequence[Run], known: Collection[str], record: d
             DATA.get(source.kind, f"{source.name}: your own; what may be done with it holds for this model too")
             for source in run.sources
         ],
-        expressions=EXPRESSIONS,
+        classes=run.classes,
         tables=tables,
         unseen=describe_seeds(seeds, known),
         protocols={name: find_protocol(name).about for name in tables},
@@ -64,17 +64,17 @@ def write_card(run: Run, seeds: Sequence[Run], known: Collection[str], record: d
 
 
 def list_domains(run: Run, protocol: str, scores: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield for each target its name, what it is to the run, faces, and the shares of them that were judged rightly."""
+    """Yield for each target its name, what it is to the run, faces, and the shares of them that were recognised."""
     relations = scores[scores["protocol"] == protocol].set_index("target")["relation"]
     for target, predictions in load_predictions(run.folder, protocol, named=False).items():
         yield {"name": target, "relation": relations[target], **count_right(predictions)}
 
 
 def count_right(predictions: Predictions) -> dict[str, Any]:
-    """Return faces and the accuracy with its interval, and the same of every expression, as they are printed."""
+    """Return faces and the accuracy with its interval, and the same of every class, as they are printed."""
     counts = confusion(predictions)
     right, support = counts.diagonal(), counts.sum(axis=1)
-    recalls = {name: format_share(*pair) for name, *pair in zip(EXPRESSIONS, right, support, strict=True)}
+    recalls = {name: format_share(*pair) for name, *pair in zip(predictions.classes, right, support, strict=True)}
     return {"faces": len(predictions.labels), "accuracy": format_share(right.sum(), support.sum()), "recalls": recalls}
 
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.results.statistics import Ranking
 
 INK, ACCENT = "#010203", "#c8763a"  # nothing else has the ink's colour, so that it can be replaced
@@ -51,7 +49,7 @@ def draw_points(points: pd.DataFrame, label: str, limits: tuple[float, float], z
     axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
     if zero:
         axes.axvline(0, color=INK, linewidth=1)
-    _ink(axes)
+    ink(axes)
     return figure
 
 
@@ -77,7 +75,7 @@ def draw_heat_map(
             text = f"({100 * value:.1f})" if seen[row, column] else f"{100 * value:.1f}"
             colour = "white" if (value - low) < 0.6 * (high - low) else "#111"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
-    _ink(axes)
+    ink(axes)
     return figure
 
 
@@ -134,30 +132,7 @@ def draw_curves(epochs: pd.DataFrame) -> Figure:
         axes.set_ylabel(label, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
-        _ink(axes)
-    return figure
-
-
-def draw_masks(masks: Mapping[str, np.ndarray]) -> Figure:
-    """Draw mean masks (C,) by expression as strips of channels, and below them how each differs from their mean.
-
-    The stronger the colour, the more open the mask, or the larger the difference: above the mean warm, below it cool.
-    Ticks are the groups of channels that separation pools, one for each of the seven expressions.
-    """
-    values = np.array(list(masks.values()))
-    differences = values - values.mean(axis=0)
-    largest = float(np.abs(differences).max()) or 1.0
-    size = values.shape[1] // len(EXPRESSIONS)
-    figure = Figure(figsize=(2 * WIDTH, 1.5 + 0.4 * len(values)), layout="constrained")
-    for axes, shares in zip(figure.subplots(2, 1), (values, differences / largest), strict=True):
-        colours = np.where(shares[..., None] > 0, to_rgb(ACCENT), to_rgb(COOL))
-        # Pixels as they are: on the page a channel is narrower than a pixel of the screen.
-        axes.imshow(np.dstack([colours, np.abs(shares)]), aspect="auto", interpolation="none")
-        axes.set_yticks(range(len(masks)), list(masks))
-        axes.set_xticks([size * (group + 0.5) - 0.5 for group in range(len(EXPRESSIONS))], EXPRESSIONS)
-        for group in range(1, len(EXPRESSIONS) + 1):
-            axes.axvline(group * size - 0.5, color=INK, linewidth=0.8)
-        _ink(axes)
+        ink(axes)
     return figure
 
 
@@ -181,6 +156,7 @@ def to_svg(figure: Figure, name: str, about: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(about)}"', 1)
 
 
-def _ink(axes: Axes) -> None:
+def ink(axes: Axes) -> None:
+    """Write the labels of axes in the one ink, without a frame."""
     axes.tick_params(length=0, colors=INK, labelsize=9)
     axes.spines[:].set_visible(False)

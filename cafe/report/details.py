@@ -1,147 +1,155 @@
-"""What the page of an experiment shows of each row: recalls, confusions, the mistakes it was surest of, and its training."""
+"""What the page of an experiment shows of each row: recalls, confusions, the worst mistakes, its mask and its training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
 from cafe.errors import unknown
 from cafe.files import list_folder, read_json
-from cafe.report.figures import find_worst_mistakes
+from cafe.report import MISTAKES
+from cafe.report.figures import Mistake, find_worst_mistakes, read_faces, read_masks
 from cafe.report.pages import embed
-from cafe.results.comparison import Comparison, Row, compare_classes
+from cafe.results.columns import MEAN, OVERALL, Column
+from cafe.results.comparison import NOTHING, Comparison, Row, compare_classes
 from cafe.results.metrics import Estimate, confusion
-from cafe.results.protocols import find_protocol
+from cafe.results.predictions import Predictions
 
 CURVES = {"train/total": "loss", "train/accuracy": "accuracy", "selection/accuracy": "held-out accuracy"}
-PICTURED = ("masks", "heat_maps")  # what was drawn of a mask when the run was judged; it has numbers, too, since then
+PICTURED = (
+    "masks",
+    "heat_maps",
+)  # what was drawn of a mask when the run was evaluated; it has numbers, too, since then
 
 FindManifest = Callable[[str, str], Manifest | None]  # by name and digest
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Which mistakes are shown of each row: how many at most, of faces of which expressions (none: of all)."""
+    """Which mistakes are shown of each row: how many at most, of faces of which classes (none: of all)."""
 
-    count: int = 24
-    expressions: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in self.expressions:
-            if name not in EXPRESSIONS:
-                raise unknown("expression", name, EXPRESSIONS)
+    count: int = MISTAKES
+    classes: tuple[str, ...] = ()
 
 
-class Mistake(NamedTuple):
-    """A face a run was wrong about, and how sure it was (0–1); `manifest` is the digest of the target's manifest."""
+class ShownMistake(NamedTuple):
+    """A mistake and where its face is: in a column's target, by the digest of the manifest it was evaluated with."""
 
-    target: str
+    column: Column
     manifest: str
-    sample_id: str
-    label: str
-    predicted: str
-    probability: float
+    mistake: Mistake
+
+
+class Confusion(NamedTuple):
+    """The mean counts (K, K) of true × predicted classes over the seeds of a row."""
+
+    classes: tuple[str, ...]
+    counts: np.ndarray
 
 
 @dataclass(frozen=True)
 class Detail:
     """One row at close range: all numbers are over its seeds, the mistakes those of its first seed.
 
-    `recalls` holds by expression, then `overall` and `mean`, an estimate for each of the row's `targets`; `confusions` the
-    mean counts (7, 7) of true × predicted by target; `epochs` the columns seed, epoch and those of `CURVES`; `masks` the
-    mean mask (C,) over faces of each expression, of the first seed that has one. Judged with an option of test time, a row
-    has the training and the masks of its plain row, which are shown there.
+    `recalls` holds by class, then `overall` and `mean`, an estimate for each of the row's `columns`; `epochs` the columns
+    seed, epoch and those of `CURVES`; `masks` the mean mask (C,) over faces of each class, of the first seed that has one.
+    Evaluated with an option of test time, a row has the training and the masks of its plain row, which are shown there.
     """
 
     row: Row
-    targets: list[str]
+    columns: list[Column]
     recalls: dict[str, list[Estimate]]
-    confusions: dict[str, np.ndarray]
-    mistakes: list[Mistake]
+    confusions: dict[Column, Confusion]
+    mistakes: list[ShownMistake]
     epochs: pd.DataFrame
     masks: dict[str, np.ndarray]
     pictures: dict[str, UPath]  # of its mask, by kind
 
 
 def list_details(comparison: Comparison, gallery: Gallery) -> list[Detail]:
-    """Return the details of every row that was judged on anything, from the same scores and predictions as its cells."""
+    """Return the details of every row that was evaluated on anything, from the same predictions as its cells.
+
+    Raises `UserError` when the gallery is to show a class that no run knows.
+    """
     runs = [run for row in comparison.rows for run in row.runs]
+    known = {name for run in runs for name in run.classes}
+    for name in gallery.classes:
+        if name not in known:
+            raise unknown("expression", name, known)
     classes: dict[tuple[str, str], Row] = {}  # by target and group of runs
-    for target in (name for name in comparison.columns if name in comparison.kinds):
+    for target in comparison.targets:
         for row in compare_classes(runs, comparison.scores, target, comparison.protocol).rows:
             classes[target, row.runs[0].group] = row
-    return [_describe(row, classes, comparison.protocol, gallery) for row in comparison.rows if _judged(row, classes)]
+    return [_describe(row, classes, comparison, gallery) for row in comparison.rows if _evaluated(row)]
 
 
-def _judged(row: Row, classes: dict[tuple[str, str], Row]) -> list[str]:
-    return [name for name, cell in row.cells.items() if cell.count and (name, row.runs[0].group) in classes]
+def _evaluated(row: Row) -> list[Column]:
+    return [column for column, cell in row.cells.items() if cell.count and not column.leak_free]
 
 
-def _describe(row: Row, classes: dict[tuple[str, str], Row], protocol: str, gallery: Gallery) -> Detail:
-    targets = _judged(row, classes)
-    drawn = [] if row.test_time else [*sorted(row.seen), *targets]
-    place = find_figure(row, drawn, protocol, "masks", ".json")
-    masks = (read_json(place) if place else None) or {}
-    pictures = {kind: find_figure(row, drawn, protocol, kind, ".png") for kind in PICTURED}
-    cells = [classes[target, row.runs[0].group].cells for target in targets]
+def _describe(row: Row, classes: dict[tuple[str, str], Row], comparison: Comparison, gallery: Gallery) -> Detail:
+    columns = _evaluated(row)
+    unseen = [column for column in columns if column not in row.seen]
+    first = replace(row, runs=tuple(run for run in row.runs if run.seed == row.runs[0].seed))
+    (seed,) = comparison.load_predictions(first)
+    seeds = comparison.load_predictions(row, named=False)
+    confusions = {column: count_confusions([one[column] for one in seeds if column in one]) for column in columns}
+    names = dict.fromkeys(name for own in confusions.values() for name in own.classes)
+    cells = [
+        {place.part: cell for place, cell in classes[column.name, row.runs[0].group].cells.items() if cell.count}
+        for column in columns
+    ]
+    drawn = [] if row.test_time else [*sorted(row.seen), *columns]
+    masked = find_figure(row, drawn, "masks", ".json")
+    masks = read_masks(*masked) if masked else {}
+    pictures = {kind: find_figure(row, drawn, kind, ".png") for kind in PICTURED if not (kind == "masks" and masks)}
     return Detail(
         row,
-        targets,
-        {name: [own[name] for own in cells] for name in cells[0]},
-        {target: count_confusions(row, target, protocol) for target in targets},
-        find_mistakes(row, [name for name in targets if name not in row.seen] or targets, protocol, gallery),
+        columns,
+        {name: [own.get(name, NOTHING) for own in cells] for name in (*names, OVERALL, MEAN)},
+        confusions,
+        list_mistakes(seed, unseen or columns, gallery),
         read_epochs(row),
-        {name: np.array(masks[name]) for name in EXPRESSIONS if name in masks},
-        {kind: place for kind, place in pictures.items() if place and not (kind == "masks" and masks)},
+        masks,
+        {kind: found[1].figure(found[0], kind, ".png") for kind, found in pictures.items() if found},
     )
 
 
-def count_confusions(row: Row, target: str, protocol: str) -> np.ndarray:
-    """Return the counts (7, 7) of true × predicted expressions on a target, their mean over the seeds of a row."""
-    judging = [run for run in row.runs if run.judges(target)]
-    found = (run.load_predictions(protocol, named=False).get(target) for run in judging)
-    return np.asarray(np.mean([confusion(predictions) for predictions in found if predictions], axis=0))
+def count_confusions(several: Sequence[Predictions]) -> Confusion:
+    """Return the mean counts of true × predicted classes of several predictions for one target."""
+    counts = np.mean([confusion(predictions) for predictions in several], axis=0)
+    return Confusion(several[0].classes, np.asarray(counts))
 
 
-def find_mistakes(row: Row, targets: Sequence[str], protocol: str, gallery: Gallery) -> list[Mistake]:
-    """Return the mistakes a row's first seed was surest of, taken in turn from the targets and then put target by target."""
-    wanted = [EXPRESSIONS.index(name) for name in gallery.expressions] or range(len(EXPRESSIONS))
+def list_mistakes(seed: dict[Column, Predictions], columns: Sequence[Column], gallery: Gallery) -> list[ShownMistake]:
+    """Return the mistakes of highest confidence of a seed, taken in turn from the columns and then put column by column."""
     ranked = []
-    for number, target in enumerate(targets):
-        run = next(run for run in row.runs if run.judges(target))
-        predictions = run.load_predictions(protocol).get(target)
-        if predictions is None:  # the first seed was not judged on it
+    for number, column in enumerate(columns):
+        if column not in seed:  # it was not evaluated there
             continue
-        for rank, place in enumerate(find_worst_mistakes(predictions, gallery.count, wanted)):
-            label, predicted = (EXPRESSIONS[classes[place]] for classes in (predictions.labels, predictions.predicted))
-            confidence, digest = float(predictions.probabilities[place].max()), predictions.about.get("manifest", "")
-            mistake = Mistake(target, digest, predictions.sample_ids[place], label, predicted, confidence)
-            ranked.append((rank, number, mistake))
+        digest = seed[column].about.get("manifest", "")
+        worst = find_worst_mistakes(seed[column], gallery.count, gallery.classes or None)
+        ranked += [(rank, number, ShownMistake(column, digest, mistake)) for rank, mistake in enumerate(worst)]
     shown = sorted(ranked, key=lambda entry: entry[:2])[: gallery.count]
     return [mistake for _, _, mistake in sorted(shown, key=lambda entry: (entry[1], entry[0]))]
 
 
-def read_thumbnails(mistakes: Sequence[Mistake], find_manifest: FindManifest) -> dict[tuple[str, str], str]:
+def read_thumbnails(mistakes: Sequence[ShownMistake], find_manifest: FindManifest) -> dict[tuple[str, str], str]:
     """Return the face of each mistake by target and sample as a data URI; a face that is gone or unreadable is left out."""
-    wanted: dict[tuple[str, str], dict[str, None]] = {}
-    for mistake in mistakes:
-        wanted.setdefault((mistake.target, mistake.manifest), {})[mistake.sample_id] = None
-    thumbnails = {}
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for column, digest, mistake in mistakes:
+        wanted.setdefault((column.target, digest), []).append(mistake.sample_id)
+    thumbnails: dict[tuple[str, str], str] = {}
     for (target, digest), samples in wanted.items():
-        manifest = find_manifest(target, digest)
-        if manifest is None:
-            continue
-        rows = {sample: row for row, sample in enumerate(manifest.sample_ids) if sample in samples}
-        for row, picture in manifest.survey(list(rows.values()), embed):
-            if isinstance(picture, str):
-                thumbnails[target, manifest.sample_ids[row]] = picture
+        if manifest := find_manifest(target, digest):
+            faces = read_faces(manifest, samples)
+            thumbnails |= {(target, sample): embed(pixels) for sample, pixels in faces.items()}
     return thumbnails
 
 
@@ -156,11 +164,7 @@ def read_epochs(row: Row) -> pd.DataFrame:
     return pd.DataFrame(records, columns=["run", "seed", "epoch", *CURVES])
 
 
-def find_figure(row: Row, targets: Sequence[str], protocol: str, kind: str, ending: str) -> UPath | None:
-    """Return what was drawn of a kind for a row's first seed that has any, on the first of these targets."""
-    places = (
-        run.folder / "figures" / kind / find_protocol(protocol).prefix / f"{target}{ending}"
-        for run in row.runs
-        for target in targets
-    )
-    return next((place for place in places if place.exists()), None)
+def find_figure(row: Row, columns: Sequence[Column], kind: str, ending: str) -> tuple[UPath, Column] | None:
+    """Return the folder of a row's first seed that has a figure of a kind, and the first of these columns it has it for."""
+    places = ((run.folder, column) for run in row.runs for column in columns)
+    return next(((run, column) for run, column in places if column.figure(run, kind, ending).exists()), None)

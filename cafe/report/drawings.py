@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from cafe.report.charts import POINTS, draw_heat_map, draw_points, draw_ranks
 from cafe.report.report import Report
 from cafe.report.sheets import by_label, name_target
-from cafe.results.metrics import TITLES
+from cafe.results.metrics import METRICS
 
 
 class Drawing(NamedTuple):
@@ -35,14 +35,16 @@ def _draw_means(report: Report) -> Iterator[Drawing]:
         name, mean = f"{row.label} †" if row.peeked else row.label, row.unseen.mean
         half_width = 0 if math.isnan(row.unseen.half_width) else row.unseen.half_width  # of a single seed
         published = numbers.unseen if numbers else math.nan
-        records.append((row.source, name, mean, mean - half_width, mean + half_width, published))
-    points = pd.DataFrame(records, columns=["source", *POINTS]).dropna(subset="value")
+        records.append((row.source, row.class_set, name, mean, mean - half_width, mean + half_width, published))
+    points = pd.DataFrame(records, columns=["source", "class_set", *POINTS]).dropna(subset="value")
     shown = points[["low", "high", "published"]]
     limits = (shown.min().min(), shown.max().max())
     diamonds = " Diamonds: published." if points["published"].notna().any() else ""
-    about = f"mean {TITLES[report.comparison.metric]} over the unseen targets with its 95 % t-interval over seeds"
-    for source, own in points.groupby("source", sort=False):
-        caption = f"Trained on {source}: {about}.{diamonds}"
+    metric = METRICS[report.comparison.metric].title
+    about = f"mean {metric} over the unseen targets with its 95 % t-interval over seeds"
+    for (source, class_set), own in points.groupby(["source", "class_set"], sort=False):
+        over = f", {class_set}" if class_set else ""
+        caption = f"Trained on {source}{over}: {about}.{diamonds}"
         yield Drawing(report.sheets[0].title, caption, draw_points(own, "percent", limits))
 
 
@@ -54,14 +56,16 @@ def _draw_maps(report: Report) -> Iterator[Drawing]:
     labels = [row.label for row in comparison.rows]
     maps = maps or [(f"Trained on {comparison.rows[0].source}", comparison.rows, labels)]
     means = [estimate.mean for row in comparison.rows for estimate in row.cells.values()]
-    if not means or np.isnan(means).all():  # nothing was judged on its protocol's split
+    if not means or np.isnan(means).all():  # nothing was evaluated on its protocol's split
         return
     limits = (float(np.nanmin(means)), float(np.nanmax(means)))
     for name, rows, names in maps:
         values = np.array([[estimate.mean for estimate in row.cells.values()] for row in rows])
         seen = np.array([[column in row.seen for column in comparison.columns] for row in rows])
-        caption = f"{name}: {TITLES[comparison.metric]} of {across} in percent; in brackets the set it was trained on."
-        figure = draw_heat_map(names, comparison.columns, values, limits, seen)
+        caption = (
+            f"{name}: {METRICS[comparison.metric].title} of {across} in percent; in brackets the set it was trained on."
+        )
+        figure = draw_heat_map(names, [column.title for column in comparison.columns], values, limits, seen)
         yield Drawing(report.sheets[0].title, caption, figure)
 
 

@@ -9,10 +9,19 @@ import numpy as np
 from markupsafe import Markup
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
-from cafe.report.charts import draw_curves, draw_masks, to_svg
-from cafe.report.details import CURVES, Detail, FindManifest, Gallery, Mistake, list_details, read_thumbnails
+from cafe.report.charts import draw_curves, to_svg
+from cafe.report.details import (
+    CURVES,
+    Confusion,
+    Detail,
+    FindManifest,
+    Gallery,
+    ShownMistake,
+    list_details,
+    read_thumbnails,
+)
 from cafe.report.drawings import list_drawings
+from cafe.report.figures import draw_masks, share_confusion
 from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
 from cafe.report.pages import embed_figure, render
 from cafe.report.report import Report
@@ -44,7 +53,6 @@ def draw_experiment(
         report=report,
         figures=figures,
         details=[_show(detail, number, thumbnails) for number, detail in enumerate(details)],
-        expressions=EXPRESSIONS,
         gallery=gallery,
         origins=[trainings_sheet(report.comparison), targets_sheet(report.comparison, root)],
         versions=list_versions(),
@@ -58,22 +66,23 @@ def _mark_safe(svg: str) -> Markup:
 def _show(detail: Detail, number: int, thumbnails: dict[tuple[str, str], str]) -> dict[str, Any]:
     """Return what the template writes of a row."""
     row, epochs = detail.row, detail.epochs.dropna(axis=1, how="all")
+    classes = row.runs[0].classes
     title = f"{row.label}, trained on {row.source}{' †' if row.peeked else ''}"
     curves = [name for name in CURVES if name in epochs]
     about = f"{title}: {' and '.join(CURVES[name] for name in curves)} after every epoch, a line per seed"
     return {
         "id": f"row{number}",
         "title": title,
-        "seen": row.seen,
-        "targets": detail.targets,
+        "columns": [f"({column.title})" if column in row.seen else column.title for column in detail.columns],
         "recalls": detail.recalls,
-        "confusions": [(target, _share(counts)) for target, counts in detail.confusions.items()],
-        "judge": "the mean over seeds" if row.runs[0].ensemble else f"seed {row.runs[0].seed}",
+        "confusions": [(column.title, own.classes, _share(own)) for column, own in detail.confusions.items()],
+        "evaluated": "the mean over seeds" if row.runs[0].ensemble else f"seed {row.runs[0].seed}",
         "galleries": list(_group(detail.mistakes, thumbnails)),
-        "mask": _mark_safe(to_svg(draw_masks(detail.masks), f"mask{number}", f"{title}: {MASK}"))
+        "classes": classes,
+        "mask": _mark_safe(to_svg(draw_masks(detail.masks, classes), f"mask{number}", f"{title}: {MASK}"))
         if detail.masks
         else "",
-        "mask_groups": _pool(detail.masks) if detail.masks else [],
+        "mask_groups": _pool(detail.masks, classes) if detail.masks else [],
         "figures": [(FIGURES[kind], embed_figure(path.read_bytes())) for kind, path in detail.pictures.items()],
         "curves": _mark_safe(to_svg(draw_curves(epochs), f"curves{number}", about)) if curves else "",
         "curve_names": [CURVES[name] for name in curves],
@@ -81,28 +90,27 @@ def _show(detail: Detail, number: int, thumbnails: dict[tuple[str, str], str]) -
     }
 
 
-def _share(counts: np.ndarray) -> list[tuple[str, int, list[float]]]:
-    """Return of each true expression that has faces its name, their number, and the shares (7,) of what was predicted."""
-    return [
-        (EXPRESSIONS[label], round(own.sum()), (own / own.sum()).tolist())
-        for label, own in enumerate(counts)
-        if own.sum()
-    ]
+def _share(own: Confusion) -> list[tuple[str, int, list[float]]]:
+    """Return of each true class that has faces its name, their number, and the shares (K,) of what was predicted."""
+    shares = share_confusion(own.counts)
+    return [(own.classes[label], round(own.counts[label].sum()), row) for label, row in shares.items()]
 
 
-def _pool(masks: Mapping[str, np.ndarray]) -> list[tuple[str, list[float], list[float]]]:
-    """Return for each expression its name and the means (7,) of its mask over the groups of channels that separation pools.
+def _pool(masks: Mapping[str, np.ndarray], classes: Sequence[str]) -> list[tuple[str, list[float], list[float]]]:
+    """Return for each class its name and the means (K,) of its mask over the groups of channels that separation pools.
 
     Then the same as a share of the way from the smallest to the largest of all.
     """
-    size = len(next(iter(masks.values()))) // len(EXPRESSIONS)
-    means = {name: mask[: size * len(EXPRESSIONS)].reshape(-1, size).mean(axis=1) for name, mask in masks.items()}
+    size = len(next(iter(masks.values()))) // len(classes)
+    means = {
+        name: masks[name][: size * len(classes)].reshape(-1, size).mean(axis=1) for name in classes if name in masks
+    }
     low, high = (reach(list(means.values())) for reach in (np.min, np.max))
     return [(name, own.tolist(), ((own - low) / ((high - low) or 1)).tolist()) for name, own in means.items()]
 
 
-def _group(mistakes: Sequence[Mistake], thumbnails: dict[tuple[str, str], str]) -> Iterator[tuple[str, list[Any]]]:
+def _group(mistakes: Sequence[ShownMistake], thumbnails: dict[tuple[str, str], str]) -> Iterator[tuple[str, list[Any]]]:
     """Yield each target with its mistakes, each with its picture, which is empty where there is none."""
-    for target in dict.fromkeys(mistake.target for mistake in mistakes):
-        own = [mistake for mistake in mistakes if mistake.target == target]
-        yield target, [(mistake, thumbnails.get((target, mistake.sample_id), "")) for mistake in own]
+    for column in dict.fromkeys(shown.column for shown in mistakes):
+        own = [shown.mistake for shown in mistakes if shown.column == column]
+        yield column.title, [(mistake, thumbnails.get((column.target, mistake.sample_id), "")) for mistake in own]

@@ -1,27 +1,33 @@
 """Pictures of one run on one target: confusion matrix, error gallery, and what the mask selects.
 
-Every run has the first two, which Pillow draws: matplotlib takes as long to load as a small training.
+All are drawn from the predictions and the numbers in the run's folder, for that folder, for MLflow and for pages. Every
+run has the first two, which Pillow draws: matplotlib takes as long to load as a small training.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.manifest import Manifest
+from cafe.files import read_json
+from cafe.report import MISTAKES
+from cafe.results.columns import Column
+from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions
+from cafe.results.runs import read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = [name.capitalize() for name in EXPRESSIONS]
 CAPTION = 26  # characters of a path below a face
 COLUMNS = 6  # of an error gallery
 FACE, GAP, HEAD = 200, 10, 44  # pixels: side of a face in it, what lies between two, and the title
@@ -30,26 +36,84 @@ LIGHT, DARK = (247, 251, 255), (8, 48, 107)  # a share of nothing and of all
 STEP_ACROSS, STEP_DOWN = FACE + GAP, FACE + 80
 
 
-def draw_confusion(counts: np.ndarray, title: str) -> Image.Image:
-    """Draw a confusion matrix (7, 7): rows are true classes in percent of their samples, columns predicted ones."""
-    support = counts.sum(axis=1)
-    page = Image.new("RGB", (MARGIN + len(NAMES) * CELL[0] + GAP, HEAD + len(NAMES) * CELL[1] + 60), "white")
+class Mistake(NamedTuple):
+    """A face a run was wrong about, and its confidence (0–1)."""
+
+    sample_id: str
+    label: str
+    predicted: str
+    confidence: float
+
+
+def draw_run_figures(folder: UPath, column: Column, manifest: Manifest | None) -> Iterator[tuple[str, str, bytes]]:
+    """Yield the pictures of a run on a target by kind and ending, drawn from what its folder holds.
+
+    They are PNG: `confusion`, `errors`, and for a method whose mask was measured `masks` and `heat_maps`. Faces are read
+    from the target's manifest; those that cannot be read are left out, and without a manifest the pictures made of them.
+    """
+    run, predictions = read_run(folder), Predictions.load(column.predictions(folder))
+    if run is None or predictions is None:
+        return
+    option = f" ({column.test_time})" if column.test_time else ""
+    title = f"{run.method} trained on {run.source}, evaluated on {column.name}{option}"
+    yield "confusion", ".png", to_png(draw_confusion(confusion(predictions), predictions.classes, title))
+    if manifest is not None:
+        mistakes = find_worst_mistakes(predictions, MISTAKES)
+        faces = read_faces(manifest, [mistake.sample_id for mistake in mistakes])
+        yield "errors", ".png", to_png(draw_errors(mistakes, faces, f"{title}: the mistakes of highest confidence"))
+    if masks := read_masks(folder, column):
+        figure = draw_masks(masks, predictions.classes, f"{title}: what the mask selects")
+        yield "masks", ".png", to_png(figure)
+    heat_maps = read_json(column.figure(folder, "heat_maps", ".json"))
+    if heat_maps and manifest is not None:
+        samples, names = heat_maps["sample_ids"], heat_maps["classes"]
+        faces = read_faces(manifest, samples)
+        there = [place for place, sample in enumerate(samples) if sample in faces]
+        if there:
+            heats = np.array([heat_maps["heats"][place] for place in there])
+            images, titles = ([faces[samples[place]] for place in there], [names[place] for place in there])
+            yield "heat_maps", ".png", to_png(draw_heat_maps(images, heats, titles, f"{title}: where the mask is open"))
+
+
+def read_faces(manifest: Manifest, samples: Collection[str]) -> dict[str, np.ndarray]:
+    """Return the pictures (H, W, 3) uint8 of samples by their ids; those that are gone or unreadable are left out."""
+    wanted = set(samples)
+    rows = [row for row, sample in enumerate(manifest.sample_ids) if sample in wanted]
+    found = manifest.survey(rows, lambda pixels: pixels)
+    return {manifest.sample_ids[row]: pixels for row, pixels in found if isinstance(pixels, np.ndarray)}
+
+
+def read_masks(folder: UPath, column: Column) -> dict[str, np.ndarray]:
+    """Return the mean masks (C,) of a run over the faces of each class of a target, empty where none were measured."""
+    masks = read_json(column.figure(folder, "masks", ".json")) or {}
+    return {name: np.array(mask) for name, mask in masks.items()}
+
+
+def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Image.Image:
+    """Draw a confusion matrix (K, K): rows are true classes in percent of their samples, columns predicted ones."""
+    names, support = [name.capitalize() for name in classes], counts.sum(axis=1)
+    page = Image.new("RGB", (MARGIN + len(names) * CELL[0] + GAP, HEAD + len(names) * CELL[1] + 60), "white")
     pen, large, small = ImageDraw.Draw(page), _font(15), _font(12)
-    middle = MARGIN + len(NAMES) * CELL[0] // 2
+    middle = MARGIN + len(names) * CELL[0] // 2
     pen.text((page.width / 2, HEAD / 2), title, "black", large, anchor="mm")
     pen.text((middle, page.height - GAP), "Predicted", "black", large, anchor="ms")
     pen.text((GAP, HEAD - 4), "True (samples)", "black", small, anchor="ls")
-    for number, (name, samples) in enumerate(zip(NAMES, support, strict=True)):
+    for number, (name, samples) in enumerate(zip(names, support, strict=True)):
         left, top = find_cell(number, number)
         pen.text((MARGIN - GAP, top + CELL[1] / 2), f"{name} ({samples})", "#333", small, anchor="rm")
-        pen.text((left + CELL[0] / 2, HEAD + len(NAMES) * CELL[1] + 6), name, "#333", small, anchor="ma")
-    for row in np.flatnonzero(support).tolist():
-        for column, share in enumerate(counts[row] / support[row]):
+        pen.text((left + CELL[0] / 2, HEAD + len(names) * CELL[1] + 6), name, "#333", small, anchor="ma")
+    for row, shares in share_confusion(counts).items():
+        for column, share in enumerate(shares):
             left, top = find_cell(row, column)
             pen.rectangle((left, top, left + CELL[0] - 1, top + CELL[1] - 1), shade(share))
             colour = "white" if share > 0.5 else "#333"
             pen.text((left + CELL[0] / 2, top + CELL[1] / 2), f"{100 * share:.0f}", colour, large, anchor="mm")
     return page
+
+
+def share_confusion(counts: np.ndarray) -> dict[int, list[float]]:
+    """Return for each true class that has faces the shares (K,) of them that were taken for each class."""
+    return {label: (own / own.sum()).tolist() for label, own in enumerate(counts) if own.sum()}
 
 
 def find_cell(row: int, column: int) -> tuple[int, int]:
@@ -62,31 +126,40 @@ def shade(share: float) -> tuple[int, ...]:
     return tuple(round((1 - share) * light + share * dark) for light, dark in zip(LIGHT, DARK, strict=True))
 
 
-def find_worst_mistakes(
-    predictions: Predictions, count: int, classes: Sequence[int] = range(len(EXPRESSIONS))
-) -> np.ndarray:
-    """Return the positions (n,) of the mistakes on faces of these classes that a run was surest of, the surest first."""
-    wrong = np.flatnonzero((predictions.predicted != predictions.labels) & np.isin(predictions.labels, classes))
+def find_worst_mistakes(predictions: Predictions, count: int, classes: Collection[str] | None = None) -> list[Mistake]:
+    """Return the mistakes of highest confidence on faces of these classes (default: of all), the highest first."""
+    names = predictions.classes
+    wanted = [label for label, name in enumerate(names) if classes is None or name in classes]
+    wrong = np.flatnonzero((predictions.predicted != predictions.labels) & np.isin(predictions.labels, wanted))
     confidence = predictions.probabilities[wrong].max(axis=1)
-    return wrong[np.argsort(-confidence, kind="stable")[:count]]
+    order = np.argsort(-confidence, kind="stable")[:count]
+    return [
+        Mistake(
+            predictions.sample_ids[place],
+            names[predictions.labels[place]],
+            names[predictions.predicted[place]],
+            float(predictions.probabilities[place].max()),
+        )
+        for place in wrong[order]
+    ]
 
 
-def draw_errors(predictions: Predictions, mistakes: np.ndarray, images: list[np.ndarray], title: str) -> Image.Image:
-    """Lay out mistakes on a page: each image (H, W, 3) uint8 with its true label in black, the predicted one in red.
+def draw_errors(mistakes: Sequence[Mistake], faces: Mapping[str, np.ndarray], title: str) -> Image.Image:
+    """Lay out mistakes on a page: each face (H, W, 3) uint8 with its true label in black, the predicted one in red.
 
-    The supplement's Fig. 1, with the path of the file and the run's confidence.
+    The supplement's Fig. 1, with the path of the file and the run's confidence. A mistake without a face is left out.
     """
-    rows = max(1, -(-len(images) // COLUMNS))
+    shown = [mistake for mistake in mistakes if mistake.sample_id in faces]
+    rows = max(1, -(-len(shown) // COLUMNS))
     page = Image.new("RGB", (COLUMNS * STEP_ACROSS + GAP, rows * STEP_DOWN + HEAD), "white")
     pen, large, middle, small = ImageDraw.Draw(page), _font(20), _font(15), _font(9)
     pen.text((page.width / 2, HEAD / 2), title, "black", large, anchor="mm")
-    for number, (position, image) in enumerate(zip(mistakes, images, strict=True)):
+    for number, (path, label, predicted, confidence) in enumerate(shown):
         left, top = GAP + number % COLUMNS * STEP_ACROSS, HEAD + number // COLUMNS * STEP_DOWN
-        predicted, probability = predictions.predicted[position], predictions.probabilities[position].max()
-        pen.text((left, top), NAMES[predictions.labels[position]], "black", middle)
-        pen.text((left, top + 20), f"{NAMES[predicted]} {100 * probability:.0f} %", "#c00", middle)
-        page.paste(ImageOps.contain(Image.fromarray(image), (FACE, FACE), Image.Resampling.NEAREST), (left, top + 42))
-        path = predictions.sample_ids[position]
+        pen.text((left, top), label.capitalize(), "black", middle)
+        pen.text((left, top + 20), f"{predicted.capitalize()} {100 * confidence:.0f} %", "#c00", middle)
+        face = Image.fromarray(faces[path])
+        page.paste(ImageOps.contain(face, (FACE, FACE), Image.Resampling.NEAREST), (left, top + 42))
         caption = path if len(path) <= CAPTION else f"…{path[-CAPTION:]}"
         pen.text((left, top + 46 + FACE), caption, "#777", small)
     return page
@@ -111,33 +184,34 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def draw_masks(masks: np.ndarray, title: str) -> Figure:
-    """Draw class-mean masks (7, C) as strips, the channels that separation pools for each expression marked.
+def draw_masks(masks: Mapping[str, np.ndarray], classes: Sequence[str], title: str = "") -> Figure:
+    """Draw mean masks (C,) by class as strips of channels, and below them how each differs from their mean.
 
-    The upper panel shows the masks, the lower how each expression's differs from the mean over all.
+    The stronger the colour, the more open the mask, or the larger the difference: above the mean warm, below it cool.
+    Ticks are the groups of channels that separation pools, one for each of the classes.
     """
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
-    width = masks.shape[1]
-    size = width // len(EXPRESSIONS)
-    differences = masks - np.nanmean(masks, axis=0)
-    largest = float(np.nanmax(np.abs(differences))) or 1.0
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    panels = figure.subplots(2, 1)
-    limits: tuple[tuple[float, float, str], ...] = ((0, 1, "viridis"), (-largest, largest, "RdBu_r"))
-    for axes, values, (low, high, colours) in zip(panels, (masks, differences), limits, strict=True):
-        image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-        figure.colorbar(image, ax=axes, pad=0.01)
-        axes.set_yticks(range(len(NAMES)), NAMES)
-        axes.set_xticks([size * (group + 0.5) - 0.5 for group in range(len(NAMES))], NAMES)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        for group in range(1, len(NAMES) + 1):
-            axes.axvline(group * size - 0.5, color="white" if colours == "viridis" else "#444", linewidth=1)
-    panels[0].set_ylabel("mean mask of faces showing")
-    panels[1].set_ylabel("difference from their mean")
-    panels[1].set_xlabel(f"channels, in the groups that separation pools ({size} of {width} each)")
+    from cafe.report.charts import ACCENT, COOL, INK, WIDTH, ink
+
+    names = [name for name in classes if name in masks]
+    values = np.array([masks[name] for name in names])
+    differences = values - values.mean(axis=0)
+    largest = float(np.abs(differences).max()) or 1.0
+    size = values.shape[1] // len(classes)
+    figure = Figure(figsize=(2 * WIDTH, 1.5 + 0.4 * len(values)), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    for axes, shares in zip(figure.subplots(2, 1), (values, differences / largest), strict=True):
+        colours = np.where(shares[..., None] > 0, to_rgb(ACCENT), to_rgb(COOL))
+        # Pixels as they are: on the page a channel is narrower than a pixel of the screen.
+        axes.imshow(np.dstack([colours, np.abs(shares)]), aspect="auto", interpolation="none")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xticks([size * (group + 0.5) - 0.5 for group in range(len(classes))], classes)
+        for group in range(1, len(classes) + 1):
+            axes.axvline(group * size - 0.5, color=INK, linewidth=0.8)
+        ink(axes)
     return figure
 
 
@@ -161,10 +235,6 @@ def draw_heat_maps(images: list[np.ndarray], heats: np.ndarray, titles: list[str
             heat, "plasma", alpha=0.5, extent=(0, width, height, 0), interpolation="bilinear",
             vmin=middle - spread / 2, vmax=middle + spread / 2,
         )  # fmt: skip
-        grid[0, column].set_title(name, fontsize=9)
+        grid[0, column].set_title(name.capitalize(), fontsize=9)
     figure.colorbar(shades, ax=grid, pad=0.01, label="mean of the mask")
     return figure
-
-
-def draw_run_figures(folder, place, manifest):  # type: ignore
-    return iter(())

@@ -49,7 +49,7 @@ def _describe_training(row: Row) -> list[str]:
 
 
 def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
-    """What every target is, and how many of its judged faces are copies of each source's training faces.
+    """What every target is, and how many of its evaluated faces are copies of each source's training faces.
 
     Copies are those that the audits of the workspace at `root` found.
     """
@@ -59,13 +59,13 @@ def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
     )
     header = ["target", "data set", "split", "manifest", "faces", *(f"copies from {name}" for name, _ in sources)]
     lines = []
-    for target in (name for name in comparison.columns if name in comparison.kinds):
+    for target in comparison.targets:
         own = scores[scores["target"] == target]
         words = (" / ".join(sorted(set(own[name].str[:SHORT]))) for name in ("kind", "split", "manifest"))
         faces = " / ".join(f"{count:,}" for count in sorted(set(own["faces"])))
         runs = {run.name: run for row in comparison.rows for run in row.runs}
-        judged = load_predictions(runs[own["run"].iloc[0]].folder, comparison.protocol)[target]
-        copies = [_count_copies(root, source, judged) for source in sources]
+        predictions = load_predictions(runs[own["run"].iloc[0]].folder, comparison.protocol)[target]
+        copies = [_count_copies(root, source, predictions) for source in sources]
         lines.append(list(map(SheetCell, [target, *words, faces, *copies])))
     notes = [
         "Faces: those that were judged. Copies: how many of them cafe data audit found to be copies or near copies of the "
@@ -74,12 +74,12 @@ def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
     return Sheet("Targets and leak audit", 4, 0, header, lines, notes)
 
 
-def _count_copies(root: UPath, source: tuple[str, str], judged: Predictions) -> str:
+def _count_copies(root: UPath, source: tuple[str, str], predictions: Predictions) -> str:
     try:
-        copies = load_leaks(root, *source, judged.about["target"], judged.about["manifest"])
+        copies = load_leaks(root, *source, predictions.about["target"], predictions.about["manifest"])
     except UserError:  # there is no audit, or one of other manifests than these
         return "not audited"
-    return f"{len(copies.intersection(judged.sample_ids)):,}"
+    return f"{len(copies.intersection(predictions.sample_ids)):,}"
 
 
 def list_versions() -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from upath import UPath
 
 from cafe.report.sheets import (
     Sheet,
@@ -18,18 +19,22 @@ from cafe.report.sheets import (
     ranks_sheet,
     tests_sheets,
 )
-from cafe.results.comparison import Comparison, Row, compare, compare_classes
+from cafe.results.columns import MEAN
+from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
+from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
-from cafe.results.scores import Run
-from cafe.results.sources import SOURCE
+from cafe.results.runs import Run
+from cafe.results.scores import read_scores
+from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
+from cafe.results.variants import vary_runs
 
 
 @dataclass(frozen=True)
 class Report:
-    """A comparison with its tables and tests; `target` is set where it compares the expressions of one target."""
+    """A comparison with its tables and tests; `target` is set where it compares the classes of one target."""
 
     title: str
     about: list[str]  # the protocol, and what else holds for all sheets
@@ -43,44 +48,65 @@ class Report:
 
 def make_report(
     runs: Sequence[Run],
-    scores: pd.DataFrame,
+    known: Collection[str] = (),
     protocol: str = "clean",
-    leak_free: pd.DataFrame | None = None,
+    *,
     metric: str = "accuracy",
     per_class: str | None = None,
     versus: str | None = None,
+    test_time: Sequence[str] = (),
+    shared_classes: bool = False,
+    without_leaks: UPath | None = None,
+    about: Sequence[str] = (),
 ) -> Report:
-    """Compare runs, on all targets or by expression on one, with paired tests against one method; raise `UserError`.
+    """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
-    `scores` are those of the runs; `leak_free` the same without copies of the source's training faces.
+    `known` names the manifests there are. `test_time` names options for which there are rows of their own;
+    `shared_classes` restricts predictions to the classes that a run and a target share. `without_leaks` is the root of the
+    workspace whose audits found copies of the source's training faces: there are columns without them. `about` is what
+    else there is to say of these runs.
     """
-    about = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
+    scores = read_scores(runs, known)
+    others = list_others(scores, protocol, test_time)
+    varied = vary_runs(runs, protocol, test_time)
+    shown = [*runs, *varied]
+    if shared_classes:
+        shown = [replace(run, shared_classes=True) for run in shown]
+        scores = read_scores(shown, known, [protocol])
+    elif varied:
+        scores = pd.concat([scores, read_scores(varied, known, [protocol])], ignore_index=True)
+    leak_free = read_scores(shown, known, [protocol], leave_out_leaks(without_leaks)) if without_leaks else None
+    said = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
     if per_class:
-        classes = compare_classes(runs, scores, per_class, protocol)
+        classes = compare_classes(shown, scores, per_class, protocol)
         published = publish_classes(classes)
         tests = pair_rows(classes, versus, per_class) if versus else []
         sheets = [class_sheet(classes, per_class, published), *tests_sheets(tests)]
-        return Report(f"Every expression of {per_class}", about, sheets, classes, published, tests, target=per_class)
-    comparison = compare(runs, scores, metric, protocol, leak_free)
+        return Report(
+            f"Every expression of {per_class}", [*said, *about], sheets, classes, published, tests, target=per_class
+        )
+    comparison = compare(shown, scores, metric, protocol, leak_free)
     published, ranks = publish_rows(comparison), rank(comparison)
     tests = pair_rows(comparison, versus) if versus else []
     sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
-    about += list_others(comparison, scores)
-    return Report("Trained on one data set, judged on all", about, sheets, comparison, published, tests, ranks)
+    title = "Trained on one data set, judged on all"
+    return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks)
 
 
-def list_others(comparison: Comparison, scores: pd.DataFrame) -> Iterator[str]:
-    """Yield how else runs of a comparison were judged, and how to see that."""
-    shown = {row.test_time for row in comparison.rows}
-    for name in ALL_PROTOCOLS:
-        plain, _, option = name.partition("-")
-        if (scores["protocol"] == name).any():
-            if not option and plain != comparison.protocol:
-                yield f"Some of these runs were also judged by --protocol {name}: see its own table."
-            if option not in shown and plain == comparison.protocol:
-                yield f"Some of these runs were also judged with --test-time {option}: name it to see rows of its own."
+def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = ()) -> list[str]:
+    """Return how else runs were evaluated than by a protocol and with these options, and how to see that."""
+    said = []
+    for other in map(find_protocol, ALL_PROTOCOLS):
+        if (scores["protocol"] == other.name).any():
+            if not other.option and other.plain != protocol:
+                said.append(f"Some of these runs were also judged by --protocol {other.name}: see its own table.")
+            if other.option and other.option not in test_time and other.plain == protocol:
+                said.append(
+                    f"Some of these runs were also judged with --test-time {other.option}: name it to see rows of its own."
+                )
+    return said
 
 
 def conclude(comparison: Comparison) -> str:
@@ -92,7 +118,7 @@ def conclude(comparison: Comparison) -> str:
     for row in sorted(comparison.rows, key=lambda row: -row.unseen.mean):
         if not (row.oracle or math.isnan(row.unseen.mean)):
             best.setdefault(row.runs[0].derived.get("store", "none") != "none", row)
-    if len(best) < 2:
+    if len(best) < 2 or len(comparison.class_sets) > 1:
         return ""
     frozen, pixels = best[True], best[False]
     difference = frozen.unseen.mean - pixels.unseen.mean
@@ -108,32 +134,24 @@ def conclude(comparison: Comparison) -> str:
 
 
 def list_records(report: Report) -> Iterator[dict[str, object]]:
-    """Yield what the CSV file holds, as fractions: one record per row and target or expression, then the row's means."""
+    """Yield what the CSV file holds, as fractions: one record per row and target or class, then the row's means."""
     comparison, metric = report.comparison, report.comparison.metric
-    tested = {(id(test.row), test.target): test for test in report.tests}
+    tested = {(id(test.row), test.column): test for test in report.tests}
     for row, published in zip(comparison.rows, report.published, strict=True):
         numbers = published or Published({})
-        for name, estimate in row.cells.items():
-            where: dict[str, object] = {"target": report.target, "expression": name}
+        for column, estimate in row.cells.items():
+            where: dict[str, object] = {"target": report.target, "expression": column.title}
             if not report.target:
-                role = SOURCE if name in row.source.split("+") else "same set" if name in row.seen else "unseen"
-                where = {"target": name, "role": role, "metric": metric}
-            described = _describe(comparison, row, where, estimate, numbers.cells.get(name, math.nan))
-            mean = report.target and name == "mean"
-            yield described | _describe_test(tested.get((id(row), "" if mean else name)))
-        means = {
-            "unseen": ("mean of unseen", metric, numbers.unseen),
-            "unseen macro_f1": ("mean of unseen", "macro_f1", math.nan),
-            "unseen ece": ("mean of unseen", "ece", math.nan),
-            "all": ("mean of all", metric, numbers.everything),
-            "unseen leak-free": ("mean of unseen leak-free", metric, math.nan),
-        }
-        means.pop(f"unseen {metric}", None)  # it is the mean of the table's own metric
-        for name in (name for name in row.means if name in means):
-            target, of, number = means[name]
-            where = {"target": target, "role": "mean", "metric": of}
-            described = _describe(comparison, row, where, row.means[name], number)
-            yield described | _describe_test(tested.get((id(row), "")) if name == "unseen" else None)
+                role = SOURCE if column.name in row.source.split("+") else SAME_SET if column in row.seen else UNSEEN
+                where = {"target": column.title, "role": role, "metric": metric}
+            described = _describe(comparison, row, where, estimate, numbers.cells.get(column, math.nan))
+            yield described | _describe_test(tested.get((id(row), None if column.part == MEAN else column)))
+        for mean, estimate in row.means.items():
+            own = mean.metric == metric and not mean.leak_free
+            number = {UNSEEN: numbers.unseen, ALL: numbers.everything}[mean.over] if own else math.nan
+            where = {"target": mean.name, "role": "mean", "metric": mean.metric}
+            described = _describe(comparison, row, where, estimate, number)
+            yield described | _describe_test(tested.get((id(row), None)) if own and mean.over == UNSEEN else None)
 
 
 def _describe(

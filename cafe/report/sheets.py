@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 import pandas as pd
 
-from cafe.results.comparison import Comparison, Row
-from cafe.results.metrics import METRICS, TITLES, Estimate
+from cafe.results.columns import Column, Mean
+from cafe.results.comparison import NOTHING, Comparison, Row
+from cafe.results.metrics import METRICS, Estimate
 from cafe.results.paired_tests import RECALLS, Paired, Ranks
 from cafe.results.published import Published
 from cafe.results.scores import average_unseen
-from cafe.results.sources import SAME_SET, UNKNOWN
+from cafe.results.sources import SAME_SET, UNKNOWN, UNSEEN
+
+Place = Column | Mean
+Cells = dict[Place, Estimate]  # of one line
 
 BEST, SECOND = "best", "second"
 UNDERLINED = "underlined"  # how the second is shown, which not every format can
@@ -62,77 +66,78 @@ class Sheet:
 
 def main_sheet(comparison: Comparison) -> Sheet:
     """Methods × targets, one block per source, then the means over targets, and how far CAFE is ahead."""
-    title = TITLES[comparison.metric]
-    means = {"unseen": f"unseen {title}", "unseen macro_f1": "unseen macro-F1", "unseen ece": "unseen ECE"}
-    means |= {"all": f"all {title}", "unseen leak-free": f"unseen {title} leak-free"}
-    means.pop(f"unseen {comparison.metric}", None)  # it is the mean of the table's own metric
-    shown = [name for name in means if name in comparison.rows[0].means]
-    keys = {f"mean {name}": name for name in shown}  # no target has such a name
-    highest = (
-        {"mean unseen macro_f1"} if comparison.metric == "ece" else {*comparison.columns, *keys} - {"mean unseen ece"}
-    )
+    title = METRICS[comparison.metric].title
+    places: list[Place] = [*comparison.columns, *comparison.means]
+    higher = {
+        place: METRICS[place.metric if isinstance(place, Mean) else comparison.metric].higher_is_better
+        for place in places
+    }
     lines: list[list[SheetCell]] = []
     for _, block in groupby(comparison.rows, lambda row: row.source):
         rows = list(block)
-        columns = [row.cells | {key: row.means[name] for key, name in keys.items()} for row in rows]
-        lines += [*_mark_lines(rows, columns, highest), *_lead(rows, columns, highest)]
-    header = [*HEAD, *comparison.columns, *(means[name] for name in shown)]
+        cells = [_find_cells(row, places) for row in rows]
+        lines += [*_mark_lines(rows, cells, higher), *_lead(rows, cells, higher)]
+    about = [
+        metric.about
+        for name, metric in METRICS.items()
+        if metric.about and (metric.beside or name == comparison.metric)
+    ]
     notes = [
         "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
         "the mean over the targets of other sets than the source; all: with the source, as published tables average. "
-        "ECE: expected calibration error, the lower the better.",
+        + " ".join(about),
         *_target_notes(comparison),
+        *class_notes(comparison),
         *row_notes(comparison.rows),
     ]
-    return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes)
+    return Sheet(title[0].upper() + title[1:], 2, 1, [*HEAD, *(place.title for place in places)], lines, notes)
 
 
-def _mark_lines(
-    rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: Collection[str]
-) -> list[list[SheetCell]]:
+def _find_cells(row: Row, places: Sequence[Place]) -> Cells:
+    return {place: row.means.get(place, NOTHING) if isinstance(place, Mean) else row.cells[place] for place in places}
+
+
+def _mark_lines(rows: Sequence[Row], cells: Sequence[Cells], higher: Mapping[Place, bool]) -> list[list[SheetCell]]:
     """Return the lines of one source's rows with the best and the second best of each column, ties in print sharing it.
 
-    The best of the columns `highest` is the highest, of others the lowest; a row that peeked at the faces it is judged on
-    is never marked.
+    `higher` says where the highest is the best; a row that peeked at the faces it is evaluated on is never marked.
     """
-    lines = [_line(row, estimates) for row, estimates in zip(rows, columns, strict=True)]
-    for place, name in enumerate(columns[0], start=len(HEAD)):
-        means = {number: own[name].mean for number, own in enumerate(columns) if rows[number].contends}
-        printed = {number: round(100 * mean, 1) for number, mean in means.items() if not math.isnan(mean)}
-        order = sorted(set(printed.values()), reverse=name in highest)
-        for number, value in printed.items() if len(printed) > 1 else ():
+    lines = [_line(row, own) for row, own in zip(rows, cells, strict=True)]
+    for number, place in enumerate(cells[0], start=len(HEAD)):
+        means = {line: own[place].mean for line, own in enumerate(cells) if rows[line].contends}
+        printed = {line: round(100 * mean, 1) for line, mean in means.items() if not math.isnan(mean)}
+        order = sorted(set(printed.values()), reverse=higher[place])
+        for line, value in printed.items() if len(printed) > 1 else ():
             if value in order[:2]:
-                lines[number][place] = replace(lines[number][place], mark=BEST if value == order[0] else SECOND)
+                lines[line][number] = replace(lines[line][number], mark=BEST if value == order[0] else SECOND)
     return lines
 
 
-def _line(row: Row, estimates: dict[str, Estimate]) -> list[SheetCell]:
-    return [*_head(row), *(SheetCell(_write(row, name, estimate)) for name, estimate in estimates.items())]
+def _line(row: Row, cells: Cells) -> list[SheetCell]:
+    return [*_head(row), *(SheetCell(_write(row, place, estimate)) for place, estimate in cells.items())]
 
 
 def _head(row: Row) -> list[SheetCell]:
     return [SheetCell(row.source), SheetCell(row.label), SheetCell(str(row.seeds) if row.seeded else "any")]
 
 
-def _write(row: Row, name: str, estimate: Estimate) -> str:
+def _write(row: Row, place: Place, estimate: Estimate) -> str:
     fewer = row.seeded and 0 < estimate.count < row.seeds
     text = f"{estimate} [{estimate.count}]" if fewer else str(estimate)
-    text = f"({text})" if name in row.seen else text
+    text = f"({text})" if place in row.seen else text
     return f"{text} †" if row.peeked else text
 
 
-def _lead(
-    rows: Sequence[Row], columns: Sequence[dict[str, Estimate]], highest: Collection[str]
-) -> list[list[SheetCell]]:
+def _lead(rows: Sequence[Row], cells: Sequence[Cells], higher: Mapping[Place, bool]) -> list[list[SheetCell]]:
     """The line of Table 2 of the supplement: CAFE less the best of the other methods; none where CAFE is not one row."""
-    fair = [(row, own) for row, own in zip(rows, columns, strict=True) if row.contends]
+    fair = [(row, own) for row, own in zip(rows, cells, strict=True) if row.contends]
     ours, rivals = ([own for row, own in fair if (row.method == "cafe") == mine] for mine in (True, False))
     if len(ours) != 1 or not rivals:
         return []
     texts = []
-    for name, estimate in ours[0].items():
-        means = [own[name].mean for own in rivals if not math.isnan(own[name].mean)]
-        best = (max if name in highest else min)(means, default=math.nan)
+    for place, estimate in ours[0].items():
+        means = [own[place].mean for own in rivals if not math.isnan(own[place].mean)]
+        best = (max if higher[place] else min)(means, default=math.nan)
         texts.append("–" if math.isnan(estimate.mean - best) else points(estimate.mean - best))
     return [list(map(SheetCell, [rows[0].source, "cafe less the best rival", "", *texts]))]
 
@@ -149,6 +154,24 @@ def _target_notes(comparison: Comparison) -> list[str]:
         note = "Leak-free: without the copies of the source's training faces that `cafe data audit` found."
         notes.append(note if comparison.leaking else f"{note} It found none.")
     return notes
+
+
+def class_notes(comparison: Comparison) -> Iterator[str]:
+    """Yield which classes the numbers are over, where that is not the same for all, and which faces were left out for it."""
+    if len(comparison.class_sets) > 1:
+        named = "; ".join(f"{name}: {', '.join(classes)}" for classes, name in comparison.class_sets.items())
+        yield f"Predictions over different classes are not comparable and stand in columns of their own. {named}."
+    scores = comparison.scores
+    lacking = scores[scores["other_classes"] > 0].drop_duplicates(["target", "classes"])
+    if len(lacking):
+        said = (
+            f"{count:,} of {target}" for count, target in zip(lacking["other_classes"], lacking["target"], strict=True)
+        )
+        yield f"Faces left out, as the model knows no such class: {', '.join(said)}."
+    if any(run.shared_classes for row in comparison.rows for run in row.runs):
+        yield "Over the classes that model and target share: the probabilities of others are left out."
+    elif any(set(own) - set(theirs) for own, theirs in zip(scores["classes"], scores["target_classes"], strict=True)):
+        yield "Over all classes of a model, also where a target lacks some: --shared-classes leaves those out."
 
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
@@ -178,8 +201,9 @@ def matrix_sheets(comparison: Comparison) -> list[Sheet]:
     """A source × target matrix of each method, where there are several sources."""
     sheets = []
     for label, rows in by_label(comparison):
-        header = ["source \\ target", *comparison.columns, "unseen"]
-        whole = [_line(row, {**row.cells, "mean unseen": row.unseen}) for row in rows]
+        header = ["source \\ target", *(column.title for column in comparison.columns), UNSEEN]
+        mean = Mean(UNSEEN, comparison.metric)
+        whole = [_line(row, {**_find_cells(row, comparison.columns), mean: row.unseen}) for row in rows]
         lines = [[line[0], *line[len(HEAD) :]] for line in whole]
         sheets.append(Sheet(f"{label}: every source on every target", 1, 0, header, lines, []))
     return sheets
@@ -199,8 +223,8 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
     differing: dict[str, list[str]] = {}
     for row, numbers in zip(comparison.rows, published, strict=True):
         if numbers:
-            pairs = [(row.cells[name].mean, numbers.cells.get(name, math.nan)) for name in comparison.columns]
-            pairs += [(row.unseen.mean, numbers.unseen), (row.means["all"].mean, numbers.everything)]
+            pairs = [(row.cells[column].mean, numbers.cells.get(column, math.nan)) for column in comparison.columns]
+            pairs += [(row.unseen.mean, numbers.unseen), (row.everything.mean, numbers.everything)]
             lines.append([*_head(row), *(SheetCell(_beside(row, *pair)) for pair in pairs)])
             if settings := row.runs[0].not_as_published:
                 differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
@@ -209,7 +233,8 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
         f"the data set as the released test readers do. {NOISE}",
         *(f"Not as published: {settings} ({'; '.join(rows)})." for settings, rows in differing.items()),
     ]
-    header = [*HEAD, *comparison.columns, "unseen accuracy", "all accuracy"]
+    titles = (column.title for column in comparison.columns)
+    header = [*HEAD, *titles, "unseen accuracy", "all accuracy"]
     return Sheet("Beside the published numbers", 2, 1, header, lines, notes)
 
 
@@ -241,8 +266,8 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
         what = "expression" if own[0].mean == RECALLS else "target"
         header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
         notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
-        if incomplete := [test for test in own if test.left_out and test.target]:
-            missing = (f"{test.left_out:,} of {test.target} ({test.row.label})" for test in incomplete)
+        if incomplete := [test for test in own if test.left_out and test.column]:
+            missing = (f"{test.left_out:,} of {test.title} ({test.row.label})" for test in incomplete)
             notes.append(f"Tested on the faces all runs have judged, without {', '.join(missing)}.")
         title = f"Against {own[0].reference.label}, trained on {source}"
         sheets.append(Sheet(title, 2, 1, header, [_test_line(test) for test in own], notes))
@@ -251,7 +276,7 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
 
 def _test_line(test: Paired) -> list[SheetCell]:
     difference = test.difference
-    groups = f" in {difference.groups:,} groups" if difference.groups and test.target else ""
+    groups = f" in {difference.groups:,} groups" if difference.groups and test.column else ""
     return [
         SheetCell(f"{test.row.label} †" if test.peeked else test.row.label),
         SheetCell(name_target(test)),
@@ -259,14 +284,14 @@ def _test_line(test: Paired) -> list[SheetCell]:
         SheetCell(points(difference.mean), BEST if test.holds else ""),
         SheetCell(f"{points(difference.low)} to {points(difference.high)}"),
         SheetCell(_p(difference.p)),
-        SheetCell(_p(test.adjusted_p) if test.target else "–"),
+        SheetCell(_p(test.adjusted_p) if test.column else "–"),
         SheetCell("–" if test.apart is None else "yes" if test.apart else "no"),
     ]
 
 
 def name_target(test: Paired) -> str:
-    """Return the name of a test's target or expression, in brackets where the row was trained on that set."""
-    return f"({test.target})" if test.target in test.row.seen else test.target or test.mean
+    """Return the name of a test's target or class, in brackets where the row was trained on that set."""
+    return f"({test.title})" if test.column in test.row.seen else test.title
 
 
 def _p(value: float) -> str:
@@ -279,7 +304,7 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
     lines = [
         [SheetCell(label), SheetCell(f"{place:.2f}")] for label, place in zip(ranks.labels, ranking.ranks, strict=True)
     ]
-    notes = [f"By {TITLES[comparison.metric]} over {ranking.targets} pairs of source and unseen target."]
+    notes = [f"By {METRICS[comparison.metric].title} over {ranking.targets} pairs of source and unseen target."]
     if not math.isnan(ranking.p):
         notes.append(f"Friedman's test: p = {_p(ranking.p)}.".replace("= <", "< "))
     notes.append(
@@ -298,25 +323,30 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
     lines: list[list[SheetCell]] = []
     for _, block in groupby(zip(comparison.rows, published, strict=True), lambda pair: pair[0].source):
         rows, known = zip(*block, strict=True)
-        marked = _mark_lines(rows, [row.cells for row in rows], comparison.columns)
+        marked = _mark_lines(
+            rows, [_find_cells(row, comparison.columns) for row in rows], dict.fromkeys(comparison.columns, True)
+        )
         for row, numbers, line in zip(rows, known, marked, strict=True):
             lines.append(line)
             if numbers:
-                texts = [_beside(row, estimate.mean, numbers.cells[name]) for name, estimate in row.cells.items()]
+                pairs = ((own.mean, numbers.cells.get(column, math.nan)) for column, own in row.cells.items())
+                texts = [_beside(row, *pair) for pair in pairs]
                 lines.append(list(map(SheetCell, [row.source, f"{row.label} − published", "", *texts])))
     notes = [
         f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
         "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
+        *class_notes(comparison),
         *row_notes(comparison.rows),
         *([f"− published: minus the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
     ]
-    return Sheet(f"Expressions on {target}", 2, 1, [*HEAD, *comparison.columns], lines, notes)
+    header = [*HEAD, *(column.title for column in comparison.columns)]
+    return Sheet(f"Expressions on {target}", 2, 1, header, lines, notes)
 
 
 def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sheet:
     """One run's numbers by one protocol: a line per target and the mean over the unseen ones; leak-free beside them."""
     numbers = _with_mean(scores)
-    table = numbers.rename(columns=TITLES).map(_percent)
+    table = numbers.rename(columns={name: metric.title for name, metric in METRICS.items()}).map(_percent)
     if leak_free is not None:
         table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(_percent)
         table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
-from cafe.results.metrics import METRICS, Estimate, estimate
+from cafe.results.columns import MEAN, OVERALL, Column, Mean, name_class_sets
+from cafe.results.metrics import METRICS, RECALL, Estimate, estimate, find_metric
+from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS
-from cafe.results.scores import Run
+from cafe.results.runs import Run
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 
 ORACLE = "oracle"  # a selection that looks at faces of the target itself
-PEEKING = ("source_test", ORACLE)  # selections that look at what the run is judged on: always said beside its numbers
+PEEKING = (
+    "source_test",
+    ORACLE,
+)  # selections that look at what the run is evaluated on: always said beside its numbers
 IDENTITY = {"source", "method", "seed"}  # what a row shows anyway
+ALL = "all"  # targets: the unseen ones and the sources
 NOTHING = estimate([])
 
 
@@ -27,21 +33,25 @@ class Row:
     """Runs that differ in nothing but their seed: one method trained on one source, with an estimate in every cell.
 
     In leave-one-domain-out there is one run of every seed for each target, its fold.
-    `label` is the method with the settings that tell it apart from the others of its source; `seen` names the targets that
-    are of the set it was trained on. A row of which every seed predicts the same is not `seeded`.
+    `label` is the method with the settings that tell it apart from the others of its source; `seen` holds the columns of
+    the set it was trained on; `unseen` and `everything` are its means of the table's own metric. `class_set` names the
+    classes it is evaluated over where rows differ in them. A row of which every seed predicts the same is not `seeded`.
     """
 
     runs: tuple[Run, ...]
     label: str
-    cells: dict[str, Estimate]  # by target or expression
-    means: dict[str, Estimate] = field(default_factory=dict)
-    seen: frozenset[str] = frozenset()
+    cells: dict[Column, Estimate]
+    means: dict[Mean, Estimate] = field(default_factory=dict)
+    seen: frozenset[Column] = frozenset()
     seeded: bool = True
+    unseen: Estimate = NOTHING  # over the targets of other sets than its source
+    everything: Estimate = NOTHING  # over these and its sources
+    class_set: str = ""
 
     @property
     def source(self) -> str:
         """What it was trained on."""
-        return self.runs[0].trained_on
+        return self.runs[0].source_title
 
     @property
     def method(self) -> str:
@@ -55,7 +65,7 @@ class Row:
 
     @property
     def peeked(self) -> bool:
-        """Whether its epoch was chosen on faces it is judged on, or on others of its target."""
+        """Whether its epoch was chosen on faces it is evaluated on, or on others of its target."""
         return self.runs[0].selection in PEEKING
 
     @property
@@ -65,7 +75,7 @@ class Row:
 
     @property
     def test_time(self) -> str:
-        """The option of test time with which it was judged: shown beside the others, and never ranked with them."""
+        """The option of test time with which it was evaluated: shown beside the others, and never ranked with them."""
         return self.runs[0].test_time
 
     @property
@@ -73,31 +83,55 @@ class Row:
         """Whether it may be the best of its source."""
         return not (self.peeked or self.test_time)
 
-    @property
-    def unseen(self) -> Estimate:
-        """The mean over the targets of other sets than its source."""
-        return self.means.get("unseen", NOTHING)
+    def evaluates(self, column: Column) -> bool:
+        """Whether one of its runs is to be evaluated there."""
+        return any(run.evaluates(column) for run in self.runs)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows by source, and the columns of their cells: targets, or expressions on one target."""
+    """Rows by source, and the columns of their cells: targets, or classes on one target.
+
+    `class_sets` holds the classes that the predictions are over, each with the name that its columns have: an empty one
+    where all are over the same.
+    """
 
     metric: str
     protocol: str
-    columns: list[str]
+    columns: list[Column]
     rows: list[Row]
     scores: pd.DataFrame  # of these runs by this protocol
+    class_sets: dict[tuple[str, ...], str] = field(default_factory=dict)
     leaking: list[str] | None = None  # the targets that share faces with a source; None when leaks were not looked at
 
     @property
     def kinds(self) -> dict[str, str]:
-        """The kind of data set of each target."""
+        """The kind of data set of each target, by name."""
         return dict(zip(self.scores["target"], self.scores["kind"], strict=True))
+
+    @property
+    def targets(self) -> list[str]:
+        """The names of the targets in its columns."""
+        return list(dict.fromkeys(column.name for column in self.columns))
+
+    @property
+    def means(self) -> list[Mean]:
+        """The means that any of its rows has."""
+        return list(dict.fromkeys(mean for row in self.rows for mean in row.means))
 
     def targets_with(self, relation: str) -> list[str]:
         """The targets that have a relation to any of the runs."""
         return sorted(set(self.scores.loc[self.scores["relation"] == relation, "target"]))
+
+    def load_predictions(self, row: Row, named: bool = True) -> list[dict[Column, Predictions]]:
+        """Return the predictions of every seed of a row by column; those of a fold for the domain it leaves out alone."""
+        found: dict[int, dict[Column, Predictions]] = {run.seed: {} for run in row.runs}
+        for run in row.runs:
+            for column, predictions in run.load_predictions(self.protocol, named).items():
+                if run.evaluates(column):
+                    placed = replace(column, class_set=self.class_sets.get(predictions.classes, ""))
+                    found[run.seed][placed] = predictions
+        return list(found.values())
 
 
 def compare(
@@ -105,99 +139,142 @@ def compare(
 ) -> Comparison:
     """Estimate a metric of every group of runs on every target, and its means over targets; raise `UserError`.
 
-    A mean takes the seeds that were judged on all of its targets. With `leak_free` scores, targets of which faces were left
-    out have a second column, named `TARGET leak-free`.
+    A mean takes the seeds that were evaluated on all of its targets. With `leak_free` scores, targets of which faces were
+    left out have a second column. Predictions over other classes have columns and means of their own.
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
-    own = choose_judged(scores, protocol)
-    table = _Table(own[own["relation"].isin([SOURCE, UNSEEN, SAME_SET])])
-    targets = sorted(table.about)
+    own = choose_evaluated(scores, protocol)
+    shown = own[own["relation"].isin([SOURCE, UNSEEN, SAME_SET])]
+    class_sets = name_class_sets(shown["classes"])
+    table = _Table(shown, class_sets)
     without, leaking = None, []
     if leak_free is not None:
-        without = _Table(leak_free[(leak_free["protocol"] == protocol) & leak_free["target"].isin(targets)])
-        lost = without.scores["left_out"] > 0
-        leaking = [target for target in targets if target in set(without.scores.loc[lost, "target"])]
+        kept = leak_free[(leak_free["protocol"] == protocol) & leak_free["target"].isin(set(table.scores["target"]))]
+        without = _Table(kept, class_sets)
+        leaking = sorted(set(kept.loc[kept["left_out"] > 0, "target"]))
+    columns = [
+        replace(column, leak_free=hidden)
+        for column in table.columns
+        for hidden in ([False, True] if column.name in leaking else [False])
+    ]
     rows = []
     for members, label in group_runs(runs, own):
-        relations = {target: table.relation(members, target) for target in targets}
-        unseen = [target for target, relation in relations.items() if relation == UNSEEN]
-        cells: dict[str, Estimate] = {}
-        for target in targets:
-            cells[target] = table.estimate(members, metric, [target])
-            if without and target in leaking:
-                cells[f"{target} leak-free"] = without.estimate(members, metric, [target])
-        familiar = {target for target, relation in relations.items() if relation in (SOURCE, SAME_SET)}
-        seen = frozenset(name for name in cells if name.removesuffix(" leak-free") in familiar)
-        means = {"unseen": table.estimate(members, metric, unseen)}
-        means |= {f"unseen {other}": table.estimate(members, other, unseen) for other in ("macro_f1", "ece")}
-        whole = [*unseen, *(source.name for source in members[0].sources)]
-        means["all"] = NOTHING if members[0].fold else table.estimate(members, metric, whole)
-        if without:
-            means["unseen leak-free"] = without.estimate(members, metric, unseen)
-        rows.append(Row(members, label, cells, means, seen, table.is_seeded(members)))
-    return Comparison(metric, protocol, list(rows[0].cells), rows, own, leaking if without else None)
+        cells = {
+            column: (without if without and column.leak_free else table).estimate(members, metric, [column])
+            for column in columns
+        }
+        rows.append(_summarise(Row(members, label, cells, seeded=table.is_seeded(members)), table, without, metric))
+    return Comparison(metric, protocol, columns, rows, own, class_sets, leaking if without else None)
+
+
+def _summarise(row: Row, table: _Table, without: _Table | None, metric: str) -> Row:
+    """Return a row with its means over the targets, over whatever classes it was evaluated there."""
+    members = row.runs
+    unseen = [column for column in table.places(members) if table.relation(members, column) == UNSEEN]
+    class_set = ", ".join(dict.fromkeys(column.class_set for column in unseen if column.class_set))
+    means = {Mean(UNSEEN, metric, class_set): table.estimate(members, metric, unseen)}
+    for other in (name for name, about in METRICS.items() if about.beside and name != metric):
+        means[Mean(UNSEEN, other, class_set)] = table.estimate(members, other, unseen)
+    sources = [table.place(members, source.name) for source in members[0].sources]
+    everything = NOTHING if members[0].fold else table.estimate(members, metric, [*unseen, *sources])
+    means[Mean(ALL, metric, class_set)] = everything
+    if without:
+        means[Mean(UNSEEN, metric, class_set, leak_free=True)] = without.estimate(members, metric, unseen)
+    return replace(
+        row,
+        means=means,
+        seen=frozenset(column for column in row.cells if table.relation(members, column) in (SOURCE, SAME_SET)),
+        unseen=means[Mean(UNSEEN, metric, class_set)],
+        everything=everything,
+        class_set=class_set,
+    )
 
 
 def compare_classes(runs: Sequence[Run], scores: pd.DataFrame, target: str, protocol: str) -> Comparison:
-    """Estimate the recall of each expression on one target, like the supplement's Table 1; raise `UserError`."""
-    own = choose_judged(scores, protocol)
+    """Estimate the recall of each class on one target, like the supplement's Table 1; raise `UserError`."""
+    own = choose_evaluated(scores, protocol)
     if target not in set(own["target"]):
         raise unknown("target", target, set(own["target"]))
     own = own[own["target"] == target]
-    metrics = {**{name: f"recall/{name}" for name in EXPRESSIONS}, "overall": "accuracy", "mean": "mean_class_accuracy"}
-    table, rows = _Table(own), []
+    class_sets = name_class_sets(own["classes"])
+    table, metrics = _Table(own, class_sets), dict[Column, str]()
+    for classes, class_set in class_sets.items():
+        whole = replace(Column.parse(target, protocol), class_set=class_set)
+        metrics |= {replace(whole, part=name): f"{RECALL}{name}" for name in classes}
+        metrics |= {replace(whole, part=OVERALL): "accuracy", replace(whole, part=MEAN): "mean_class_accuracy"}
+    rows = []
     for members, label in group_runs(runs, own):
-        cells = {name: table.estimate(members, metric, [target]) for name, metric in metrics.items()}
-        seen = frozenset(metrics if table.relation(members, target) in (SOURCE, SAME_SET) else ())
-        rows.append(Row(members, label, cells, {}, seen, table.is_seeded(members)))
-    return Comparison("recall", protocol, list(metrics), rows, own)
+        cells = {
+            column: table.estimate(members, metric, [replace(column, part="")]) for column, metric in metrics.items()
+        }
+        relation = table.relation(members, table.place(members, target))
+        seen = frozenset(metrics if relation in (SOURCE, SAME_SET) else ())
+        rows.append(Row(members, label, cells, seen=seen, seeded=table.is_seeded(members)))
+    return Comparison("recall", protocol, list(metrics), rows, own, class_sets)
 
 
 class _Table:
-    """Scores by one protocol, by run and target."""
+    """Scores by one protocol, by run and column, over classes that have names."""
 
-    def __init__(self, scores: pd.DataFrame) -> None:
-        self.scores = scores
-        self.records = {(record["run"], record["target"]): record for record in scores.to_dict("records")}
-        self.about = {target: (record["kind"], record["manifest"]) for (_, target), record in self.records.items()}
+    def __init__(self, scores: pd.DataFrame, class_sets: dict[tuple[str, ...], str]) -> None:
+        self.scores, self.class_sets = scores, class_sets
+        self.records: dict[tuple[str, Column], dict[Hashable, Any]] = {}
+        self.about: dict[str, tuple[str, str]] = {}  # the kind and the manifest of a target
+        for record in scores.to_dict("records"):
+            place = replace(record["column"], class_set=class_sets.get(record["classes"], ""))
+            self.records[record["run"], place] = record
+            self.about[record["target"]] = (record["kind"], record["manifest"])
+        self.columns = sorted({column for _, column in self.records})
         distinct = scores.groupby(["group", "target"])[list(METRICS)].nunique().max(axis=1)
         self.varied = {group for (group, _), count in distinct.items() if count > 1}
 
-    def relation(self, runs: Sequence[Run], target: str) -> str:
-        """Return what a target is to the runs that are to be judged on it, whether or not they were; empty for no run."""
-        return next((run.relation(target, *self.about[target]) for run in runs if run.judges(target)), "")
+    def relation(self, runs: Sequence[Run], column: Column) -> str:
+        """Return what a target is to the runs that are to be evaluated there, whether or not they were; empty for none."""
+        return next((run.relation(column, *self.about[column.name]) for run in runs if run.evaluates(column)), "")
+
+    def place(self, runs: Sequence[Run], target: str) -> Column:
+        """Return the column in which runs have predictions for a target or, without any, would have them."""
+        columns = [column for column in self.columns if column.name == target]
+        mine = (column for column in columns if any((run.name, column) in self.records for run in runs))
+        other = columns[0] if columns else Column(target)
+        return next(mine, replace(other, class_set=self.class_sets.get(runs[0].classes, "")))
+
+    def places(self, runs: Sequence[Run]) -> list[Column]:
+        """Return the column of runs on every target."""
+        return [self.place(runs, target) for target in dict.fromkeys(column.name for column in self.columns)]
 
     def is_seeded(self, runs: Sequence[Run]) -> bool:
         """Whether the seed plays a part: not where every one of several predicts the same."""
         return len({run.seed for run in runs}) < 2 or runs[0].group in self.varied
 
-    def estimate(self, runs: Sequence[Run], metric: str, targets: Sequence[str]) -> Estimate:
-        """Estimate the mean of a metric over targets from the seeds that have it on all of them."""
+    def estimate(self, runs: Sequence[Run], metric: str, columns: Sequence[Column]) -> Estimate:
+        """Estimate the mean of a metric over columns from the seeds that have it in all of them."""
+        about, columns = find_metric(metric), [replace(column, leak_free=False) for column in columns]
         found = {
-            (run.seed, target): self.records.get((run.name, target), {}).get(metric, math.nan)
+            (run.seed, column): self.records.get((run.name, column), {}).get(metric, math.nan)
             for run in runs
-            for target in targets
-            if run.judges(target)
+            for column in columns
+            if run.evaluates(column)
         }
         seeds = dict.fromkeys(run.seed for run in runs)
-        judged = [[found.get((seed, target), math.nan) for target in targets] for seed in seeds]
-        means = [sum(values) / len(values) for values in judged if values]
+        evaluated = [[found.get((seed, column), math.nan) for column in columns] for seed in seeds]
+        means = [about.over_targets(values) for values in evaluated if values]
         whole = [mean for mean in means if not math.isnan(mean)]
-        return estimate(whole if self.is_seeded(runs) else whole[:1])
+        return about.over_seeds(whole if self.is_seeded(runs) else whole[:1])
 
 
-def choose_judged(scores: pd.DataFrame, protocol: str) -> pd.DataFrame:
+def choose_evaluated(scores: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the scores by one protocol; raise `UserError` when there are none."""
     own = scores[scores["protocol"] == protocol]
     if len(own):
         return own
     if there := [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]:
         raise UserError(
-            f"No run was judged by the protocol {protocol!r} yet, only by {', '.join(there)}: "
+            f"No run was evaluated by the protocol {protocol!r} yet, only by {', '.join(there)}: "
             f"run `cafe evaluate RUN --protocol {protocol}` first."
         )
-    raise UserError("No run was judged yet: train one with `cafe train --source NAME --method cafe`.")
+    raise UserError("No run was evaluated yet: train one with `cafe train --source NAME --method cafe`.")
 
 
 def group_runs(runs: Sequence[Run], scores: pd.DataFrame) -> list[tuple[tuple[Run, ...], str]]:
@@ -208,7 +285,7 @@ def group_runs(runs: Sequence[Run], scores: pd.DataFrame) -> list[tuple[tuple[Ru
             groups[run.group].append(run)
     members = [tuple(sorted(group, key=lambda run: run.seed)) for group in groups.values()]
     named = list(zip(members, name_rows(members), strict=True))
-    return sorted(named, key=lambda row: (row[0][0].trained_on, row[0][0].method, row[1]))
+    return sorted(named, key=lambda row: (row[0][0].source_title, row[0][0].method, row[1]))
 
 
 def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -219,7 +296,7 @@ def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
     labels = [""] * len(groups)
     families: dict[tuple[str, str], list[int]] = defaultdict(list)
     for place, group in enumerate(groups):
-        families[group[0].trained_on, group[0].method].append(place)
+        families[group[0].source_title, group[0].method].append(place)
     for (_, method), places in families.items():
         chosen = [_common_settings(groups[place]) for place in places]
         for longest in (24, 48, 10_000):
@@ -234,7 +311,8 @@ def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 def _common_settings(group: Sequence[Run]) -> dict[str, object]:
     first = group[0].settings
-    return {key: first[key] for key in first if all(run.settings.get(key) == first[key] for run in group)}
+    common = {key: first[key] for key in first if all(run.settings.get(key) == first[key] for run in group)}
+    return {**common, "classes": ", ".join(group[0].classes)}
 
 
 def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, object]], longest: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,8 +10,10 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import exists, read_file
+from cafe.results.columns import Column
 from cafe.results.predictions import Predictions
-from cafe.results.scores import Run
+from cafe.results.runs import Run
+from cafe.results.scores import Filter
 
 
 def audit_path(root: UPath, source: str, target: str) -> UPath:
@@ -48,12 +49,12 @@ def load_leaks(root: UPath, source: str, source_digest: str, target: str, target
     return frozenset(sample for sample, split in zip(samples, splits, strict=True) if split == "train")
 
 
-def leave_out_leaks(root: UPath) -> Callable[[Run, str, Predictions], Predictions]:
+def leave_out_leaks(root: UPath) -> Filter:
     """Return the filter that takes copies of the source's training faces out of predictions."""
 
-    def leave_out(run: Run, target: str, predictions: Predictions) -> Predictions:
-        name, digest = target.partition("@")[0], predictions.about.get("manifest", "")
-        found = [load_leaks(root, source.name, source.digest, name, digest) for source in run.sources]
+    def leave_out(run: Run, column: Column, predictions: Predictions) -> Predictions:
+        digest = predictions.about.get("manifest", "")
+        found = [load_leaks(root, source.name, source.digest, column.target, digest) for source in run.sources]
         return predictions.without(frozenset().union(*found))
 
     return leave_out

@@ -1,56 +1,18 @@
-"""Metrics of predictions: accuracy, recalls, macro-F1 and calibration, and means over seeds with their intervals."""
+"""Metrics of predictions, each registered once, and means over seeds with their intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy  # which loads a part of it only when it is used
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.results.predictions import Predictions
 
-TITLES = {"accuracy": "accuracy", "mean_class_accuracy": "mean-class accuracy", "macro_f1": "macro-F1", "ece": "ECE"}
-METRICS = tuple(TITLES)
 BINS = 15  # of confidence, as in Guo et al.
-
-
-def confusion(predictions: Predictions) -> np.ndarray:
-    """Return counts (7, 7): rows are true classes, columns predicted ones."""
-    classes = len(EXPRESSIONS)
-    places = predictions.labels * classes + predictions.predicted
-    return np.bincount(places, minlength=classes**2).reshape(classes, classes)
-
-
-def score(predictions: Predictions) -> dict[str, float]:
-    """Return accuracy, mean_class_accuracy, macro_f1, ece and recall/EXPRESSION, all in 0–1.
-
-    An expression of which the target has no face has no recall and is left out of the means.
-    """
-    counts = confusion(predictions)
-    right, support, claimed = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
-    present = np.flatnonzero(support)
-    recalls = right[present] / support[present]
-    return {
-        "accuracy": float(right.sum() / support.sum()),
-        "mean_class_accuracy": float(recalls.mean()),
-        "macro_f1": float(np.mean(2 * right[present] / (support + claimed)[present])),
-        "ece": calibration_error(predictions),
-        **{f"recall/{EXPRESSIONS[label]}": float(recall) for label, recall in zip(present, recalls, strict=True)},
-    }
-
-
-def calibration_error(predictions: Predictions) -> float:
-    """Return the expected calibration error: how far confidence is from accuracy, averaged over faces.
-
-    With 15 equal bins of confidence (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Eq. 3).
-    """
-    confidence = predictions.probabilities.max(axis=1).astype(float)
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    surplus = (predictions.predicted == predictions.labels) - confidence
-    return float(np.abs(np.bincount(bins, surplus, BINS)).sum() / len(surplus))
+RECALL = "recall/"  # before the name of a class: the share of its faces that were recognised
 
 
 @dataclass(frozen=True)
@@ -84,3 +46,102 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     quantile = float(scipy.special.stdtrit(count - 1, (1 + confidence) / 2))
     half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Estimate(float(np.mean(values)), half_width, tuple(values))
+
+
+def average_targets(values: Sequence[float]) -> float:
+    """Return the plain mean over targets, each counting the same; NaN where one of them has no value."""
+    return sum(values) / len(values)
+
+
+def confusion(predictions: Predictions) -> np.ndarray:
+    """Return counts (K, K): rows are true classes, columns predicted ones, in the order of the predictions' classes."""
+    classes = len(predictions.classes)
+    places = predictions.labels * classes + predictions.predicted
+    return np.bincount(places, minlength=classes**2).reshape(classes, classes)
+
+
+def accuracy(predictions: Predictions) -> float:
+    """Return the share of faces whose class was recognised."""
+    counts = confusion(predictions)
+    return float(counts.trace() / counts.sum())
+
+
+def recalls(predictions: Predictions) -> dict[str, float]:
+    """Return by class the share of its faces that were recognised; a class without faces is left out."""
+    counts = confusion(predictions)
+    support = counts.sum(axis=1)
+    return {
+        predictions.classes[label]: float(counts[label, label] / support[label])
+        for label in np.flatnonzero(support).tolist()
+    }
+
+
+def mean_class_accuracy(predictions: Predictions) -> float:
+    """Return the mean of the recalls."""
+    return float(np.mean(list(recalls(predictions).values())))
+
+
+def macro_f1(predictions: Predictions) -> float:
+    """Return the mean of F1 over the classes that the target has faces of."""
+    counts = confusion(predictions)
+    right, support, claimed = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    present = np.flatnonzero(support)
+    return float(np.mean(2 * right[present] / (support + claimed)[present]))
+
+
+def calibration_error(predictions: Predictions) -> float:
+    """Return the expected calibration error: how far confidence is from accuracy, averaged over faces.
+
+    With 15 equal bins of confidence (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Eq. 3).
+    """
+    confidence = predictions.probabilities.max(axis=1).astype(float)
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    surplus = (predictions.predicted == predictions.labels) - confidence
+    return float(np.abs(np.bincount(bins, surplus, BINS)).sum() / len(surplus))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a run on a target, from 0 to 1: what it is called and how it is computed, compared and averaged.
+
+    `beside` says whether the main table shows its mean over unseen targets beside whatever metric the table is of; `about`
+    is a sentence for whoever may not know it.
+    """
+
+    title: str
+    compute: Callable[[Predictions], float]
+    higher_is_better: bool = True
+    over_targets: Callable[[Sequence[float]], float] = average_targets
+    over_seeds: Callable[[Sequence[float]], Estimate] = estimate
+    beside: bool = False
+    about: str = ""
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("accuracy", accuracy),
+    "mean_class_accuracy": Metric("mean-class accuracy", mean_class_accuracy),
+    "macro_f1": Metric("macro-F1", macro_f1, beside=True),
+    "ece": Metric(
+        "ECE",
+        calibration_error,
+        higher_is_better=False,
+        beside=True,
+        about="ECE: expected calibration error, the lower the better.",
+    ),
+}
+
+
+def find_metric(name: str) -> Metric:
+    """Return a metric by name; a recall is averaged as their mean is."""
+    return METRICS["mean_class_accuracy" if name.startswith(RECALL) else name]
+
+
+def score(predictions: Predictions) -> dict[str, float]:
+    """Return every metric and recall/CLASS, all in 0–1.
+
+    A class of which the target has no face has no recall and is left out of the means.
+    """
+    return {
+        **{name: metric.compute(predictions) for name, metric in METRICS.items()},
+        **{f"{RECALL}{name}": recall for name, recall in recalls(predictions).items()},
+    }

@@ -23,10 +23,11 @@ from cafe.results.protocols import find_protocol
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, 7) float32.
+    """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, K) float32.
 
-    `groups` names the person or film of each face, None where it has none; `about` names the run, target, protocol, split,
-    kind and manifest.
+    `classes` are those of the model, K, of which labels are the places. `groups` names the person or film of each face, None
+    where it has none; `about` names the run, target, protocol, split, kind and manifest, the classes of the target and the
+    number of its faces of classes that the model lacks.
     """
 
     sample_ids: list[str]
@@ -35,6 +36,17 @@ class Predictions:
     about: dict[str, str]
     groups: list[str | None] | None = None
     classes: tuple[str, ...] = EXPRESSIONS
+
+    @property
+    def target_classes(self) -> tuple[str, ...]:
+        """The classes of the target's manifest; the seven in a file from before there were others."""
+        named = self.about.get("target_classes")
+        return tuple(json.loads(named)) if named else EXPRESSIONS
+
+    @property
+    def other_classes(self) -> int:
+        """How many faces of the target were left out, being of classes that the model lacks."""
+        return int(self.about.get("other_classes", 0))
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -48,6 +60,20 @@ class Predictions:
     def of_class(self, label: int) -> Predictions:
         """Return the predictions of the faces with a label."""
         return self._take(np.flatnonzero(self.labels == label).tolist())
+
+    def share_classes(self) -> Predictions:
+        """Return them over the classes that the model and the target share, the probabilities of others left out.
+
+        What is left is divided by its sum; a face whose every probability is of other classes gets equal ones.
+        """
+        kept = [place for place, name in enumerate(self.classes) if name in self.target_classes]
+        if len(kept) == len(self.classes):
+            return self
+        left = self.probabilities[:, kept]
+        sums = left.sum(axis=1, keepdims=True)
+        probabilities = np.divide(left, sums, out=np.full_like(left, 1 / len(kept)), where=sums > 0)
+        classes = tuple(self.classes[place] for place in kept)
+        return replace(self, labels=np.searchsorted(kept, self.labels), probabilities=probabilities, classes=classes)
 
     def sort(self) -> Predictions:
         """Return them in the order of the samples' ids."""
@@ -74,17 +100,17 @@ class Predictions:
         table = pa.table({
             "sample_id": pa.array(self.sample_ids, pa.string()),
             "label": pa.array(self.labels, pa.int8()),
-            "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(probabilities), len(EXPRESSIONS)),
+            "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(probabilities), len(self.classes)),
             "group": pa.array(self.groups or [None] * len(self.labels), pa.string()),
         })  # fmt: skip
         sink = pa.BufferOutputStream()
-        about = {**self.about, "expressions": json.dumps(EXPRESSIONS)}
+        about = {**self.about, "expressions": json.dumps(self.classes)}
         pq.write_table(table.replace_schema_metadata(about), sink)
         write_file(path, sink.getvalue().to_pybytes())
 
     @classmethod
     def load(cls, path: UPath, named: bool = True) -> Predictions | None:
-        """Read what `save` wrote; None when it is missing, damaged or not finite: then the target is not judged.
+        """Read what `save` wrote; None when it is missing, damaged or not finite: then the target is not evaluated.
 
         Without `named`, the ids and groups of the faces are left out, which takes most of the time.
         """
@@ -97,44 +123,44 @@ class Predictions:
         except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError):  # of columns of another type too
             return None
         whole = len(found.probabilities) == len(found.labels) and np.isfinite(found.probabilities).all()
-        return found if whole else None
+        return found if whole and (found.labels < len(found.classes)).all() else None
 
     @classmethod
     def _parse(cls, content: bytes, named: bool) -> Predictions:
         columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
         table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
+        about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        classes = json.loads(about["expressions"]) if "expressions" in about else EXPRESSIONS
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError(classes)
         grouped = named and "group" in table.column_names and table["group"].null_count < len(table)
         return cls(
             table["sample_id"].to_numpy().tolist() if named else [],
             table["label"].to_numpy().astype(np.int64),
-            table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(EXPRESSIONS)),
-            {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()},
+            table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(classes)),
+            about,
             table["group"].to_numpy().tolist() if grouped else None,
+            tuple(classes),
         )
 
 
 def average(several: Sequence[Predictions]) -> Predictions:
-    """Return the mean of the probabilities of several runs for one target, on the faces that all of them judged.
+    """Return the mean of the probabilities of several runs for one target, on the faces that all of them predicted.
 
-    Raises `UserError` when they share no face or disagree on a label: then they were judged on different manifests.
+    Raises `UserError` when they share no face or disagree on a label: then they were evaluated on different manifests.
     """
     shared = set(several[0].sample_ids).intersection(*(one.sample_ids for one in several[1:]))
     first, *others = (one.without(set(one.sample_ids) - shared).sort() for one in several)
     if not shared or any((one.labels != first.labels).any() for one in others):
         raise UserError(
-            f"The seeds of {first.about.get('run', 'a run')} were judged on different faces or labels of "
-            f"{first.about.get('target')!r}: judge them again with `cafe evaluate RUN`."
+            f"The seeds of {first.about.get('run', 'a run')} were evaluated on different faces or labels of "
+            f"{first.about.get('target')!r}: evaluate them again with `cafe evaluate RUN`."
         )
     return replace(first, probabilities=np.mean([first.probabilities, *(one.probabilities for one in others)], axis=0))
 
 
-def predictions_path(run: UPath, target: str, protocol: str = "clean") -> UPath:
-    """Where a run's predictions for a target are kept."""
-    return run / "predictions" / f"{find_protocol(protocol).prefix}{target}.parquet"
-
-
 def load_predictions(run: UPath, protocol: str = "clean", named: bool = True) -> dict[str, Predictions]:
-    """Return all predictions of a run by one protocol, by target; damaged files are left out."""
+    """Return all predictions of a run by one protocol, by the name of their file; damaged files are left out."""
     folder = run / "predictions" / find_protocol(protocol).prefix
     loaded = {path.stem: Predictions.load(path, named) for path in list_folder(folder) if path.suffix == ".parquet"}
-    return {target: predictions for target, predictions in loaded.items() if predictions is not None}
+    return {name: predictions for name, predictions in loaded.items() if predictions is not None}

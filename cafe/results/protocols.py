@@ -1,4 +1,4 @@
-"""Protocols: which split of each data set a method is judged on, in which order of colours, and what is done at test time.
+"""Protocols: on which split of each data set a method is evaluated, in which colours, and what is done at test time.
 
 Numbers of two protocols are not comparable, so every prediction says by which one it was made and no table mixes them. What
 is done at test time is part of the protocol: `clean-tent` is the protocol `clean` with TENT.
@@ -15,7 +15,7 @@ from cafe.errors import unknown
 if TYPE_CHECKING:
     from cafe.data.manifest import Manifest
 
-JUDGED = ("test", "val")  # the first of them that a set has: the labels of some test sets were never published
+EVALUATED = ("test", "val")  # the first of them that a set has: the labels of some test sets were never published
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,18 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """How targets are judged, by the kind of their data set. Training always reads RGB and the split `train`."""
+    """How targets are evaluated, by the kind of their data set. Training always reads RGB and the split `train`."""
 
     name: str
     about: str
-    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # instead of `JUDGED`
+    splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # instead of `EVALUATED`
     bgr: frozenset[str] = frozenset()
     option: str = ""  # of `OPTIONS`
+
+    @property
+    def plain(self) -> str:
+        """Its name without the option of test time."""
+        return self.name.removesuffix(f"-{self.option}") if self.option else self.name
 
     @property
     def prefix(self) -> str:
@@ -54,21 +59,21 @@ class Protocol:
         """Return the order of the colours of targets of a kind, `rgb` or `bgr`."""
         return "bgr" if kind in self.bgr else "rgb"
 
-    def judges_like(self, other: Protocol, kind: str) -> bool:
-        """Whether another protocol judges targets of a kind on the same split in the same colours by the same means."""
-        ours, theirs = ((one.splits.get(kind, JUDGED), one.channels(kind), one.option) for one in (self, other))
+    def evaluates_like(self, other: Protocol, kind: str) -> bool:
+        """Whether another protocol evaluates targets of a kind on the same split in the same colours by the same means."""
+        ours, theirs = ((one.splits.get(kind, EVALUATED), one.channels(kind), one.option) for one in (self, other))
         return ours == theirs
 
     def split(self, target: Manifest, *source_kinds: str) -> str | None:
-        """Return the split of a target that is judged, or None when it has none that may be.
+        """Return the split of a target that is evaluated, or None when it has none that may be.
 
         Never the training split of a set the method was trained on, and no labels but those the protocol means.
         """
         if target.kind == "ferplus-argmax":
             return None
-        wanted = self.splits.get(target.kind, JUDGED)
+        wanted = self.splits.get(target.kind, EVALUATED)
         if target.kind in source_kinds and "train" in wanted:
-            wanted = JUDGED
+            wanted = EVALUATED
         return next((split for split in wanted if len(target.rows(split))), None)
 
 

@@ -16,11 +16,11 @@ SETS = (
 # Means are taken over `unseen` targets, or over these and the sources.
 SOURCE, UNSEEN = "source", "unseen"
 SAME_SET = "same set"  # another manifest of a set the run was trained on
-OTHER_SPLIT = "other split"  # judged on another split than the protocol's, as `target@split`
+OTHER_SPLIT = "other split"  # evaluated on another split than the protocol's
 UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
 
 # Leave-one-domain-out ("In Search of Lost Domain Generalization", Gulrajani and Lopez-Paz, ICLR 2021): what the source of
-# its rows is called. Each run of such a row, a fold, is trained on all domains but the one it is judged on.
+# its rows is called. Each run of such a row, a fold, is trained on all domains but the one it is evaluated on.
 ALL_BUT_TARGET = "all but target"
 
 
@@ -33,9 +33,12 @@ class Source:
     digest: str
 
 
-def find_relation(sources: Sequence[Source], target: str, kind: str, digest: str) -> str:
-    """Return what a target, with the kind and the digest of its manifest, is to a run with these sources."""
-    if "@" in target:
+def find_relation(sources: Sequence[Source], target: str, split: str, kind: str, digest: str) -> str:
+    """Return what a target is to a run with these sources, from the kind and the digest of its manifest.
+
+    `split` is set where it was evaluated on another one than the protocol's.
+    """
+    if split:
         return OTHER_SPLIT
     if any(source.name == target for source in sources):
         return SOURCE

@@ -1,7 +1,7 @@
 """Is a method better than another? Paired tests over faces or groups, Holm's correction, and mean ranks over targets.
 
 An interval over seeds measures how much training varies; these measure how much depends on which faces, or which targets,
-were judged. Both are needed before a difference is believed.
+were evaluated. Both are needed before a difference is believed.
 """
 
 from __future__ import annotations

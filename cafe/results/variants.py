@@ -1,4 +1,4 @@
-"""Runs as rows of their own: judged with an option of test time, or the seeds of a row as an ensemble.
+"""Runs as rows of their own: evaluated with an option of test time, or the seeds of a row as an ensemble.
 
 They stand in a table only where they are named, beside the rows they are of, and take no part in its contest.
 """
@@ -12,21 +12,21 @@ from dataclasses import replace
 from cafe.errors import UserError
 from cafe.files import list_folder
 from cafe.results.protocols import find_protocol, name_protocol
-from cafe.results.scores import Run
+from cafe.results.runs import Run
 
 SEEDS = "seeds"  # the mean over the probabilities of all seeds of a row
 
 
 def vary_runs(runs: Sequence[Run], protocol: str, options: Iterable[str]) -> list[Run]:
-    """Return the runs as judged with each option; raise `UserError` for an option without any."""
+    """Return the runs as evaluated with each option; raise `UserError` for an option without any."""
     varied: list[Run] = []
     for option in options:
         if option == SEEDS:
-            found = average_seeds(run for run in runs if _is_judged(run, protocol))
-            missing = "no method was judged with several seeds: train it with another --seed first"
+            found = average_seeds(run for run in runs if _is_evaluated(run, protocol))
+            missing = "no method was evaluated with several seeds: train it with another --seed first"
         else:
-            found = [_name(run, option) for run in runs if _is_judged(run, name_protocol(protocol, option))]
-            missing = f"no run was judged with it: run `cafe evaluate RUN --test-time {option}` first"
+            found = [_name(run, option) for run in runs if _is_evaluated(run, name_protocol(protocol, option))]
+            missing = f"no run was evaluated with it: run `cafe evaluate RUN --test-time {option}` first"
         if not found:
             raise UserError(f"--test-time {option} has nothing to show by the protocol {protocol!r}, as {missing}.")
         varied += found
@@ -45,7 +45,7 @@ def average_seeds(runs: Iterable[Run]) -> list[Run]:
     ]
 
 
-def _is_judged(run: Run, protocol: str) -> bool:
+def _is_evaluated(run: Run, protocol: str) -> bool:
     files = list_folder(run.folder / "predictions" / find_protocol(protocol).prefix)
     return any(path.suffix == ".parquet" for path in files)
 

@@ -37,7 +37,7 @@ from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
-from cafe.results.scores import Run, read_runs, read_scores
+from cafe.results.runs import Run, read_runs
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
 GPU_CELL_BYTES = 8 * 2**30  # memory of a GPU for a cell: CUDA's own, a branch at 224 pixels and the source's pictures
@@ -256,12 +256,11 @@ def _compare(plan: BenchmarkPlan) -> None:
 
 
 def write_comparison(workspace: Workspace, folder: UPath, runs: Sequence[Run], experiment: str, protocol: str) -> None:
-    """Write the comparison of runs, where any was judged, to a benchmark's folder: tables, and the page of `cafe report`."""
+    """Write the comparison of runs, where any was evaluated, to a benchmark's folder: tables and the page of a report."""
     from cafe.report.experiment import draw_experiment
 
-    scores = read_scores(runs, workspace.manifest_names())
-    if (scores["protocol"] == protocol).any():
-        report = make_report(runs, scores, protocol=protocol)
+    if any(run.load_predictions(protocol, named=False) for run in runs):
+        report = make_report(runs, workspace.manifest_names(), protocol)
         write_file(folder / "comparison.md", to_markdown(report).encode())
         page = draw_experiment(experiment, report, workspace.root, workspace.keeping_manifests().find_manifest)
         write_file(folder / "report.html", page)

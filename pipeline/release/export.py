@@ -28,7 +28,8 @@ from cafe.pipeline.runs import is_finished
 from cafe.pipeline.workspace import Workspace
 from cafe.report.card import write_card
 from cafe.results.predictions import load_predictions
-from cafe.results.scores import Run, flatten_scores, read_runs, read_scores
+from cafe.results.runs import Run, read_runs
+from cafe.results.scores import flatten_scores, read_scores
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
 

@@ -5,19 +5,18 @@ Commands that use a trained model choose it here too. Torch is imported when a m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import exists, locate, read_json
+from cafe.files import exists, locate
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.runs import is_finished
 from cafe.pipeline.workspace import Workspace
-from cafe.results.scores import Run, read_runs, read_scores
+from cafe.results.runs import choose, read_runs
+from cafe.results.scores import read_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +40,7 @@ def load_store(manifest: str, workspace: str = "work", folder: str | None = None
     `read_view("pooled", 0)` gives those of the clean view, (N, C); `group` is the Zarr group itself.
 
     >>> store = load_store("two", workspace)
-    >>> store.info.describe().partition(" of ")[0]
+    >>> store.about.describe().partition(" of ")[0]
     '2 views × 24 channels and 24×4×4 maps'
     >>> store.read_view("pooled", 0).shape
     (48, 24)
@@ -97,18 +96,16 @@ def load_model(
 def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFrame:
     """Return a row for every run, protocol and target, computed from the runs' predictions; of one experiment or of all.
 
-    The columns are those of `cafe.results.scores.read_scores`: accuracy, mean_class_accuracy, macro_f1, ece and a recall for
-    every expression, all from 0 to 1, beside what tells runs and targets apart.
+    The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, all from 0 to 1, beside what
+    tells runs and targets apart (`cafe.results.scores.DESCRIBED`).
 
     >>> table = scores(workspace)
     >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
     [['cafe', 'one', 'two', 'unseen', 9]]
     """
     known = Workspace.at(workspace)
-    runs = read_runs(known.run_path(name) for name in known.run_names())
-    if experiment is not None:
-        runs = _members(runs, experiment)
-    return read_scores(runs, known.manifest_names())
+    chosen = choose(read_runs(known.run_path(name) for name in known.run_names()), experiment)
+    return read_scores(chosen.runs, known.manifest_names()).drop(columns="column")
 
 
 def find_runs(
@@ -124,21 +121,12 @@ def find_runs(
             raise UserError(f"{name!r} is one exported model without other seeds: leave --ensemble out.")
         return [folder], f"Model {name}."
     runs = read_runs(workspace.run_path(run) for run in workspace.run_names())
-    if best is not None:
-        if best != "source_val":
-            raise unknown("way to choose a run", best, ("source_val",))
-        chosen, reason = choose_best(_members(runs, name), f"the experiment {name!r}")
-    else:
-        if any(name in run.experiments for run in runs) and not any(run.name.startswith(name) for run in runs):
-            raise UserError(f"{name!r} is an experiment: give one of its runs, or --best source_val to choose it.")
-        found = workspace.find_run(name)
-        chosen = next(run for run in runs if run.name == found)
-        reason = f"Model {chosen.name}"
-    _check_finished(chosen.folder)
-    if not ensemble:
-        return [chosen.folder], f"{reason}."
-    seeds = [run for run in runs if run.group == chosen.group and is_finished(run.folder)]
-    return [run.folder for run in seeds], f"{reason}, averaged over {len(seeds)} seeds."
+    chosen, reason = (
+        choose(runs, experiment=name, best=best, ensemble=ensemble)
+        if best is not None
+        else choose(runs, name=name, ensemble=ensemble)
+    )
+    return [run.folder for run in chosen], f"{reason}."
 
 
 def _find_exported(workspace: Workspace, name: str) -> UPath | None:
@@ -149,50 +137,3 @@ def _find_exported(workspace: Workspace, name: str) -> UPath | None:
         return Mirror(workspace).fetch_model(name)
     folder = locate(name)
     return folder if exists(folder / "model.json") and exists(folder / "run.json") else None
-
-
-def choose_best(runs: Sequence[Run], where: str) -> tuple[Run, str]:
-    """Return the run with the best accuracy on held-out faces of its source, the first among equals, and why.
-
-    No target is looked at; `where` says in messages what runs these are. Raises `UserError` where no run was selected by
-    `source_val`, and for runs of several sources, whose accuracies are of different faces.
-    """
-    accuracies = {run.name: accuracy for run in runs if (accuracy := read_validation_accuracy(run)) is not None}
-    if not accuracies:
-        raise UserError(
-            f"No finished run of {where} knows its accuracy on held-out faces of the source: train "
-            "with --selection source_val, or give the name of a run."
-        )
-    judged = [run for run in runs if run.name in accuracies]
-    if len(sources := sorted({run.source for run in judged})) > 1:
-        raise UserError(
-            f"The runs of {where} learned from {', '.join(sources)}, whose validation accuracies cannot be compared: "
-            "give the name of a run."
-        )
-    chosen = max(judged, key=lambda run: accuracies[run.name])
-    others = f"; {len(runs) - len(judged)} runs without one were left out" if len(runs) > len(judged) else ""
-    return chosen, (
-        f"Model {chosen.name}: {accuracies[chosen.name]:.1%} on held-out faces of {sources[0]}, the best of {len(judged)} "
-        f"runs{others}"
-    )
-
-
-def read_validation_accuracy(run: Run) -> float | None:
-    """Return the accuracy by which the epoch of a run was selected on held-out faces of its source; None without one."""
-    result = read_json(run.folder / "result.json")
-    if run.selection != "source_val" or not result or not result.get("selected"):
-        return None
-    epoch = read_json(run.folder / "epochs" / f"{result['selected']:04d}.json") or {}
-    accuracy = epoch.get("selection/accuracy")
-    return None if accuracy is None else float(accuracy)
-
-
-def _members(runs: Sequence[Run], experiment: str) -> list[Run]:
-    if members := [run for run in runs if experiment in run.experiments]:
-        return members
-    raise unknown("experiment", experiment, {name for run in runs for name in run.experiments})
-
-
-def _check_finished(run: UPath) -> None:
-    if not is_finished(run):
-        raise UserError(f"The run {run.name!r} is not trained to its end: give its `cafe train` command again.")

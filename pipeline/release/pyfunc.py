@@ -24,7 +24,7 @@ from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
 from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
 from cafe.pipeline.tracking.pages import NOTE
-from cafe.results.scores import Run
+from cafe.results.runs import Run
 
 if TYPE_CHECKING:
     import pandas as pd

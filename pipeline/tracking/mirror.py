@@ -28,7 +28,7 @@ from cafe.pipeline.tracking import pages
 from cafe.pipeline.tracking.database import has_tag, make_database, move_artifacts
 from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, describe_view, name_rows_of
 from cafe.pipeline.workspace import Workspace, check_name
-from cafe.results.scores import PULLED, Run, read_run, read_runs
+from cafe.results.runs import PULLED, Run, read_run, read_runs
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the page was made of that a run shows

@@ -17,13 +17,14 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.files import list_files, list_folder, read_file, read_json, time_written
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
+from cafe.results.columns import Column
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
-from cafe.results.scores import Run, flatten_scores, read_scores
+from cafe.results.runs import Run
+from cafe.results.scores import flatten_scores, read_scores
 from cafe.results.sources import SOURCE
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
@@ -104,24 +105,29 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
         for name, value in (read_json(path) or {}).items()
     }
     points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
-    judged = [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]
+    protocols = [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]
     files = {"run.json": run.folder / "run.json"}
     for folder in ("predictions", "figures"):
         paths = (path for path in list_files(run.folder / folder) if path.suffix in (".parquet", ".png"))
         # Figures lie at the top, by their kind.
         files |= {str(path.relative_to(run.folder)).removeprefix("figures/"): path for path in paths}
-    tags = {"cafe.group": run.group, "cafe.protocols": ", ".join(judged), "cafe.reason": reason, **describe_code(run)}
+    tags = {
+        "cafe.group": run.group,
+        "cafe.protocols": ", ".join(protocols),
+        "cafe.reason": reason,
+        **describe_code(run),
+    }
     tags[NOTE] = describe_scores(run, scores)
     status = status or ended.get("status", "RUNNING")
     params = {"source": run.source, **run.settings, **run.derived}
     inputs = tuple(describe_inputs(workspace, run, scores))
-    started, trained, told = (time_written(run.folder / name) for name in ("run.json", "result.json", "status.json"))
-    return Page(run.name, status, params, points, tags, files, inputs, benchmark, started, trained or told)
+    started, trained, noted = (time_written(run.folder / name) for name in ("run.json", "result.json", "status.json"))
+    return Page(run.name, status, params, points, tags, files, inputs, benchmark, started, trained or noted)
 
 
 def describe_scores(run: Run, scores: pd.DataFrame) -> str:
-    """Return a run in a sentence, and for each protocol by which it was judged its accuracy on all targets."""
-    sentences = [f"`{run.method}` trained on {run.trained_on} with seed {run.seed}; judged epoch: {run.selection}."]
+    """Return a run in a sentence, and for each protocol by which it was evaluated its accuracy on all targets."""
+    sentences = [f"`{run.method}` trained on {run.source_title} with seed {run.seed}; judged epoch: {run.selection}."]
     for protocol, own in scores.groupby("protocol", sort=False):
         shares = (f"{row.target} {100 * row.accuracy:.1f} % ({row.relation})" for row in own.itertuples())
         sentences.append(f"Accuracy by the protocol {protocol}: {', '.join(shares)}.")
@@ -140,25 +146,25 @@ def describe_code(run: Run) -> dict[str, str]:
 def describe_inputs(workspace: Workspace, run: Run, scores: pd.DataFrame) -> Iterator[Input]:
     """Yield the data sets of a run: the sources it was trained on, what was held out of them, and the targets as tests."""
     for source in run.sources:
-        yield _describe_input(workspace, "training", source.name, source.digest, "train")
-        if run.selection == "source_val":
-            yield _describe_input(workspace, "validation", source.name, source.digest, "val")
-    targets = {(row.target, row.manifest, row.split) for row in scores.itertuples() if row.relation != SOURCE}
-    for name, manifest, split in sorted(targets):
-        yield _describe_input(workspace, "test", name, manifest, split)
+        yield _describe_input(workspace, "training", Column(source.name), source.digest, "train")
+        if run.selection == "source_val":  # a data set that is shown twice needs two names
+            yield _describe_input(workspace, "validation", Column(source.name, "val"), source.digest, "val")
+    targets = {(row.column, row.manifest, row.split) for row in scores.itertuples() if row.relation != SOURCE}
+    shown = {(column.name, manifest, split): column for column, manifest, split in targets}
+    for (_, manifest, split), column in sorted(shown.items()):
+        yield _describe_input(workspace, "test", column, manifest, split)
 
 
-def _describe_input(workspace: Workspace, context: str, name: str, digest: str, split: str) -> Input:
-    manifest_name = name.partition("@")[0]
+def _describe_input(workspace: Workspace, context: str, column: Column, digest: str, split: str) -> Input:
     counts: dict[str, Any] = {"split": split}
-    if manifest := workspace.find_manifest(manifest_name, digest):
+    if manifest := workspace.find_manifest(column.target, digest):
         labels = manifest.labels if split == "all" else manifest.labels[manifest.rows(split)]
         counts |= {"faces": len(labels)}
-        counts |= dict(zip(EXPRESSIONS, np.bincount(labels, minlength=len(EXPRESSIONS)).tolist(), strict=True))
-    # A data set that is shown twice needs two names.
-    shown = f"{name}@val" if context == "validation" else name
-    source = json.dumps({"uri": str(workspace.manifest_path(manifest_name))})
-    return Input(context, shown, digest[:32], source, json.dumps(counts))
+        counts |= dict(
+            zip(manifest.classes, np.bincount(labels, minlength=len(manifest.classes)).tolist(), strict=True)
+        )
+    source = json.dumps({"uri": str(workspace.manifest_path(column.target))})
+    return Input(context, column.name, digest[:32], source, json.dumps(counts))
 
 
 def describe_benchmark(folder: UPath, status: str | None) -> Page:
@@ -187,9 +193,9 @@ def name_rows_of(runs: Sequence[Run]) -> dict[str, str]:
     for run in runs:
         groups.setdefault(run.group, []).append(run)
     labels = zip(groups.values(), name_rows(list(groups.values())), strict=True)
-    several = len({run.trained_on for run in runs}) > 1
+    several = len({run.source_title for run in runs}) > 1
     return {
-        run.name: f"{label} from {run.trained_on}" if several else label for group, label in labels for run in group
+        run.name: f"{label} from {run.source_title}" if several else label for group, label in labels for run in group
     }
 
 
