@@ -32,6 +32,7 @@ from cafe.pipeline.features.worker import MANY_VIEWS, ShardEmbedder
 from cafe.pipeline.lease import hold
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.plugins import find_plugins
 from cafe.records import check_record
 from cafe.towers.facts import TowerFacts, resolve_normalisation
 from cafe.towers.names import absolute_name, parse_backbone
@@ -311,6 +312,7 @@ def _arguments(
         1 if gpus else share,
         "cuda" if gpus else "cpu",
         cluster.versions(),
+        find_plugins(towers=settings.backbone),
     )
 
 
