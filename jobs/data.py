@@ -116,18 +116,17 @@ def index(
 
 def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
     """List a data set with the options that its kind knows; raise `UserError` for others."""
-    from cafe.data.readers import DATASETS
+    from cafe.data.readers import find_reader
     from cafe.files import locate
 
-    if kind not in DATASETS:
-        raise unknown("kind of data set", kind, DATASETS)
+    read = find_reader(kind)
     if ferplus_rule and kind != "ferplus":
         raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
     if pictures and kind != "table":
         raise UserError(f"--root {pictures} has no meaning for {kind}: it is for table alone.")
     choices: dict[str, Any] = {"rule": ferplus_rule} if ferplus_rule else {}
     choices |= {"root": locate(pictures)} if pictures else {}
-    return DATASETS[kind](locate(root), **choices)
+    return read(locate(root), **choices)
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:

@@ -117,6 +117,7 @@ def evaluate(run: str, **values: Any) -> None:
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import keep_status
     from cafe.pipeline.worker import find_worker
+    from cafe.plugins import check_plugins
     from cafe.results.leaks import load_leaks
     from cafe.results.protocols import find_protocol, name_protocol
 
@@ -124,6 +125,7 @@ def evaluate(run: str, **values: Any) -> None:
     if not is_finished(path):
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
     spec = RunSpec.load(path)
+    check_plugins(spec.plugins)
     protocol = name_protocol(settings.protocol, settings.test_time)
     check_option(spec, settings.test_time or "")
     targets = choose_targets(workspace, settings.targets, spec, protocol, settings.split)

@@ -16,6 +16,7 @@ from cafe.methods import find_method
 from cafe.methods.method import ARRAYS, Inputs, Method
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.runs import RunSpec
+from cafe.plugins import check_plugins
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.keeping import find_tower
@@ -29,7 +30,8 @@ def find_inputs(spec: RunSpec) -> Inputs:
 
 
 def build_method(spec: RunSpec, init: str | None = None) -> Method:
-    """Return the method with initial weights drawn from the seed."""
+    """Return the method with initial weights drawn from the seed; raise `UserError` where a plug-in of its is missing."""
+    check_plugins(spec.plugins)
     method = find_method(spec.method)
     torch.manual_seed(spec.seed)
     return method(method.recipe_type(**spec.recipe), replace(find_inputs(spec), init=init or spec.init))

@@ -23,6 +23,7 @@ from cafe.pipeline.need import Store, any_store, check_alike, choose_source_stor
 from cafe.pipeline.runs import RunSpec, is_finished
 from cafe.pipeline.settings import RunIdentity, TrainSettings, take
 from cafe.pipeline.workspace import Workspace, check_name
+from cafe.plugins import find_plugins
 from cafe.records import changed_fields
 from cafe.results.protocols import find_protocol
 from cafe.results.sources import Source
@@ -144,6 +145,8 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
     if settings.init.startswith("file:"):
         identity["init"] = f"file:{locate(settings.init[5:])}"
     several = source.parts if len(source.parts) > 1 else ()
+    branch = settings.network if "image" in method.needs else None
+    plugins = find_plugins(methods=settings.method, networks=branch, towers=store.backbone_name if store else None)
     return RunSpec(
         **identity,
         source=source.name,
@@ -165,6 +168,7 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
         backbone=store.backbone_name if store else None,
         width=shape[0] if shape else store.width if store else None,
         grid=shape[1:] if shape else None,
+        plugins=tuple(plugin.identity for plugin in plugins),
     )
 
 

@@ -7,7 +7,7 @@ alone, which needs no Ray, or in a process of Ray's. Several share one training 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -31,6 +31,7 @@ from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.process import machine
 from cafe.pipeline.process.versions import check_versions, versions
 from cafe.pipeline.settings import ClusterSettings
+from cafe.plugins import Plugin, list_plugins
 from cafe.towers.weights import write_tensors
 
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
@@ -44,7 +45,8 @@ Check = Callable[[], None]
 class Worker:
     """Trains and evaluates runs one after another in one process, which keeps the faces of a source and of its targets.
 
-    `wrap` makes the module trained of a method, where several workers share it; `cores` are those this one may use.
+    `wrap` makes the module trained of a method, where several workers share it; `cores` are those this one may use, and
+    `plugins` those of the command.
     """
 
     def __init__(
@@ -52,7 +54,10 @@ class Worker:
         device: str | torch.device | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda method: method,
         cores: int | None = None,
+        plugins: Sequence[Plugin] = (),
     ) -> None:
+        for plugin in plugins:
+            plugin.install()
         self.device, self.wrap, self.cores = torch.device(device or cluster.device()), wrap, cores
         self.source: Faces | None = None
         self.targets: dict[str, Faces] = {}
@@ -166,7 +171,11 @@ class RayWorker:
         cluster.check_cores(1, minutes)
         shares = {"num_cpus": cluster.share(parallel, cluster.count("CPU")), "num_gpus": cluster.share(parallel, gpus)}
         retries = RESTARTS if settings.address else 0
-        self.actor = ray.remote(Worker).options(**shares, max_restarts=retries, max_task_retries=retries).remote()
+        self.actor = (
+            ray.remote(Worker)
+            .options(**shares, max_restarts=retries, max_task_retries=retries)
+            .remote(plugins=list_plugins())
+        )
 
     def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
         """Train a run to its end, or up to so many epochs."""
@@ -198,7 +207,9 @@ class RayTeam:
         import ray
 
         options = {"num_cpus": 1, "num_gpus": int(cluster.wants_gpu(self.use_gpu))}
-        future: Future[None] = ray.remote(evaluate_target).options(**options).remote(run, target).future()
+        future: Future[None] = (
+            ray.remote(_evaluate_alone).options(**options).remote(run, target, list_plugins()).future()
+        )
         return future
 
     def _fit(self, plan: TrainPlan, epochs: int | None) -> None:
@@ -209,7 +220,7 @@ class RayTeam:
         cluster.check_cores(self.workers, self.settings.scale_minutes)
         TorchTrainer(
             train_together,
-            train_loop_config={"plan": plan, "epochs": epochs, "drivers": versions()},
+            train_loop_config={"plan": plan, "epochs": epochs, "drivers": versions(), "plugins": list_plugins()},
             torch_config=TorchConfig(timeout_s=PREPARE_SECONDS),
             scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=gpu),
             run_config=RunConfig(
@@ -241,8 +252,14 @@ def train_together(config: dict[str, Any]) -> None:
 
     share = machine.cores() // ray.train.get_context().get_local_world_size()
     # Preparing hands the first worker's state to the others.
-    worker = Worker(ray.train.torch.get_device(), ray.train.torch.prepare_model, max(1, share))
+    prepare_model, plugins = ray.train.torch.prepare_model, config["plugins"]
+    worker = Worker(ray.train.torch.get_device(), prepare_model, max(1, share), plugins)
     worker.train(config["plan"], config["epochs"], config["drivers"])
+
+
+def _evaluate_alone(run: UPath, target: Faces, plugins: Sequence[Plugin]) -> None:
+    """Predict the faces of one target, in a process that does nothing else."""
+    Worker(plugins=plugins).evaluate(run, target)
 
 
 def _count_loaders(asked: int | None, device: torch.device, dataset: FaceDataset, cores: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import sqlite3
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy
 from conftest import draw_faces
 from mlflow import MlflowClient
 from runs import write_predictions, write_run
@@ -24,7 +24,7 @@ from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import list_folder, read_json, write_json
 from cafe.pipeline.benchmark.cells import write_comparison
-from cafe.pipeline.tracking.database import make_database
+from cafe.pipeline.tracking.database import draft_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
@@ -122,19 +122,27 @@ def test_a_lost_database_is_rebuilt_from_the_workspace(workspace: Workspace) -> 
     assert picture(workspace) == before
 
 
-def test_the_empty_database_is_the_one_that_mlflow_makes_itself(tmp_path: Path) -> None:
-    make_database(tmp_path / "ours.db")
-    MlflowClient(f"sqlite:///{tmp_path}/theirs.db").search_experiments()
-    ours, theirs = (
-        [line for line in sqlite3.connect(tmp_path / name).iterdump() if 'INTO "experiments"' not in line]
-        for name in ("ours.db", "theirs.db")
-    )
-    # MLflow makes indices and lists of choices in another order each time.
-    words = [sorted(re.findall(r"\w+", "".join(lines))) for lines in (ours, theirs)]
-    assert words[0] == words[1], "replace pipeline/mlflow-VERSION.sql by the lines of `theirs`"
-    before = (tmp_path / "ours.db").read_bytes()
-    make_database(tmp_path / "ours.db")
-    assert (tmp_path / "ours.db").read_bytes() == before
+def test_a_database_is_made_without_waiting_for_the_disk_and_then_written_with_care(tmp_path: Path) -> None:
+    def look(path: Path) -> tuple[int, list[Path]]:
+        with sqlalchemy.create_engine(f"sqlite:///{path}").connect() as connection:
+            connection.execute(sqlalchemy.text("CREATE TABLE IF NOT EXISTS made (by TEXT)"))
+            connection.commit()
+            return connection.execute(sqlalchemy.text("PRAGMA synchronous")).scalar_one(), list(tmp_path.iterdir())
+
+    path = tmp_path / "mlflow.db"
+    with draft_database(path) as uri:
+        synchronous, there = look(Path(uri.removeprefix("sqlite:///")))
+        assert (synchronous, path in there) == (0, False)
+    assert look(path) == (2, [path])
+    assert sqlite3.connect(path).execute("SELECT name FROM sqlite_master").fetchall() == [("made",)]
+
+
+def test_a_database_that_another_command_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    with draft_database(path):
+        path.write_bytes(b"theirs")
+    assert path.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_workspace_that_was_moved_keeps_its_files_where_it_is(workspace: Workspace, tmp_path: Path) -> None:
@@ -281,22 +289,6 @@ def test_data_sets_are_shown_with_their_counts_and_runs_with_source_and_version(
     assert shown.data.tags["mlflow.source.name"] == "cafe train --source faces --method cafe --seed 0"
 
 
-def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace) -> None:
-    Mirror(workspace).update(judged(workspace))
-    number = list_experiments(workspace)["cafe"]
-    tags = MlflowClient(default_uri(workspace)).get_experiment(number).tags
-    view = json.loads(tags["mlflow.sharedViewState.comparison"])
-    params = ["params.`source`", "params.`method`", "params.`seed`"]
-    metrics = ["metrics.`unseen/accuracy`", "metrics.`target/fer/accuracy`", "metrics.`target/raf/accuracy`"]
-    assert view["selectedColumns"] == params + metrics
-    assert [name for name in view["columnOrder"] if name in metrics] == metrics  # MLflow's own order is the alphabet's
-    assert view["columnWidths"]["metrics.`target/fer/accuracy`"] == 45 + 7 * len("target/fer/accuracy")
-    assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
-    assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
-        "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
-    ]  # fmt: skip
-
-
 def test_runs_are_grouped_by_the_rows_of_the_comparison(workspace: Workspace) -> None:
     """Those that differ only in their seed, by a name that tells them apart from all others of the experiment."""
     settings = [{"seed": 0}, {"seed": 1}, {"seed": 0, "tag": "long"}, {"seed": 0, "source": "fer"}]
@@ -312,9 +304,6 @@ def test_runs_are_grouped_by_the_rows_of_the_comparison(workspace: Workspace) ->
     list_experiments(workspace)
     rows = {run.info.run_name: run.data.tags.get("cafe.row", "") for run in tracked(workspace)}
     assert [rows[run.name] for run in (*runs[:2], other)] == ["cafe from raf", "cafe from raf", "cafe from fer"]
-    tags = MlflowClient(default_uri(workspace)).get_experiment_by_name("cafe").tags
-    view = json.loads(tags["mlflow.sharedViewState.comparison"])
-    assert view["groupsExpanded"] == {"tag.cafe.row.cafe from fer": False, "tag.cafe.row.cafe from raf": False}
 
 
 def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspace) -> None:

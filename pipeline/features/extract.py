@@ -34,6 +34,7 @@ from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.process.versions import versions
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.plugins import find_plugins
 from cafe.records import check_record
 from cafe.towers.facts import TowerFacts, resolve_normalisation
 from cafe.towers.names import absolute_name, parse_backbone
@@ -313,6 +314,7 @@ def _arguments(
         1 if gpus else share,
         "cuda" if gpus else "cpu",
         versions(),
+        find_plugins(towers=settings.backbone),
     )
 
 

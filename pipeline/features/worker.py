@@ -36,6 +36,7 @@ from cafe.files import locate
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.process.versions import check_versions
 from cafe.pipeline.settings import ExtractSettings
+from cafe.plugins import Plugin
 from cafe.towers.names import parse_backbone
 from cafe.views.rendering import Sample, rows_of
 
@@ -71,12 +72,15 @@ class ShardEmbedder:
         threads: int,
         device: str,
         versions: Mapping[str, str] = MappingProxyType({}),
+        plugins: Sequence[Plugin] = (),
     ) -> None:
         import torch
 
         from cafe.pipeline.features.store import FeatureStore
         from cafe.views.device import shorten_switch_interval
 
+        for plugin in plugins:
+            plugin.install()
         torch.set_num_threads(threads)
         if device != "cpu":
             shorten_switch_interval()
