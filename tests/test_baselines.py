@@ -25,7 +25,7 @@ from cafe.methods import METHODS
 from cafe.methods.baselines import finetune, nearest_mean, zero_shot
 from cafe.methods.baselines.finetune import Finetune, find_blocks, find_trained
 from cafe.methods.baselines.nearest_mean import NearestClassMean
-from cafe.methods.baselines.zero_shot import ZeroShot, write_prompts
+from cafe.methods.baselines.zero_shot import ZeroShot, parse_wordings, write_prompts
 from cafe.methods.method import Inputs, apply_overrides
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
@@ -97,10 +97,36 @@ def test_zero_shot_is_what_open_clip_says_when_asked_directly(dataset: FaceDatas
 
 
 def test_the_prompts_name_every_expression_in_order() -> None:
-    prompts = write_prompts()
+    prompts = write_prompts(EXPRESSIONS, {})
     assert len(set(prompts)) == 7 * len(zero_shot.TEMPLATES)
     assert prompts[0] == "a photo of a surprised face."
     assert "neutral" in prompts[-1]
+
+
+def test_classes_without_a_wording_are_called_by_their_name_unless_one_is_given() -> None:
+    classes = ("contempt", "happily_surprised", "pain", "anger")
+    prompts = write_prompts(classes, parse_wordings("pain:in pain, anger: cross"))[:: len(zero_shot.TEMPLATES)]
+    assert prompts == [
+        f"a photo of a {word} face." for word in ("contemptuous", "happily surprised", "in pain", "cross")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pain", "Cannot read 'pain' of the setting wordings of zero_shot: write CLASS:WORDING once"),
+        ("pain:in pain,fear:", "Cannot read 'fear:' of the setting wordings"),
+        ("pain:in pain,pain:hurt", "Cannot read 'pain:hurt'"),
+        ("rage:furious", "Unknown class in the wordings of zero_shot 'rage': choose drowsy, pain"),
+    ],
+)
+def test_wordings_that_cannot_be_used_are_one_sentence(text: str, message: str) -> None:
+    def build() -> ZeroShot:
+        recipe = apply_overrides(zero_shot.Recipe(), [f"wordings={text}"], "zero_shot")
+        return ZeroShot(recipe, Inputs(24, classes=("pain", "drowsy")))
+
+    with pytest.raises(UserError, match=message):
+        build()
 
 
 @pytest.mark.parametrize("name", ["imagenet-lite0", "timm:resnet18"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cafe.data.expressions import EIGHT
+from cafe.errors import UserError
 from cafe.methods import METHODS
 from cafe.methods.cafe import Recipe, apply_mask, cafe_losses, draw_kept_channels, pool_groups, resize_channels
 from cafe.methods.cafe_map import resize_map
@@ -13,7 +15,9 @@ from cafe.methods.method import Inputs
 
 def test_each_group_gives_its_largest_channel_and_the_remainder_is_left_out() -> None:
     masked = torch.arange(16.0)[None]  # 16 = 7 × 2 + 2
-    assert pool_groups(masked).tolist() == [[1, 3, 5, 7, 9, 11, 13]]
+    assert pool_groups(masked, 7).tolist() == [[1, 3, 5, 7, 9, 11, 13]]
+    assert pool_groups(masked, 3).tolist() == [[4, 9, 14]]  # 16 = 3 × 5 + 1
+    assert pool_groups(masked, 8).tolist() == [[1, 3, 5, 7, 9, 11, 13, 15]]
 
 
 def test_the_losses_of_a_worked_example() -> None:
@@ -40,11 +44,27 @@ def test_dropped_channels_play_no_part_in_separation() -> None:
 
 
 def test_ten_of_73_channels_are_dropped_in_every_group_as_in_the_released_script() -> None:
-    keep = draw_kept_channels(512, Recipe().dropped, torch.Generator().manual_seed(0))
+    keep = draw_kept_channels(512, 7, Recipe().dropped, torch.Generator().manual_seed(0))
     groups = [*keep[: 6 * 73].reshape(6, 73), keep[6 * 73 :]]
     assert [int(group.sum()) for group in groups] == [63] * 6 + [64]
-    again = draw_kept_channels(512, Recipe().dropped, torch.Generator().manual_seed(1))
+    again = draw_kept_channels(512, 7, Recipe().dropped, torch.Generator().manual_seed(1))
     assert not torch.equal(keep, again)
+
+
+def test_other_numbers_of_classes_share_the_channels_in_the_same_way() -> None:
+    """Of 512 channels 64 for each of eight classes, of which 9 (64 · 10 / 73 rounded) are dropped; 170 for each of three."""
+    eight = draw_kept_channels(512, 8, Recipe().dropped, torch.Generator().manual_seed(0))
+    assert [int(group.sum()) for group in eight.reshape(8, 64)] == [64 - 9] * 8
+    three = draw_kept_channels(512, 3, Recipe().dropped, torch.Generator().manual_seed(0))
+    assert [int(group.sum()) for group in three.split([170, 170, 172])] == [170 - 23, 170 - 23, 172 - 23]
+    losses = cafe_losses(torch.zeros(3, 3), torch.full((3, 7), 0.5), torch.tensor([0, 1, 2]), torch.ones(7), Recipe())
+    assert losses["separation"].item() == pytest.approx(1.0986123, abs=1e-6)  # ln 3
+    assert losses["diverse"].item() == pytest.approx(1 - 0.5 / 2)  # two channels a class, one left over
+
+
+def test_a_tower_with_fewer_channels_than_classes_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="for each of 8 classes, and has 7: take a wider tower or layer"):
+        METHODS["cafe_vector"](Recipe(), Inputs(7, classes=EIGHT))
 
 
 def test_widths_that_differ_are_averaged_down_or_interpolated_up() -> None:

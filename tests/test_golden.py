@@ -60,7 +60,7 @@ def test_cafe_agrees_in_losses_and_gradients(cafe_file: Path) -> None:
 def test_scn_agrees_in_losses_gradients_and_relabelling(scn_file: Path) -> None:
     golden = load(scn_file)
     (features,) = leaves(golden, "features")
-    head = WeightedHead(features.shape[1])
+    head = WeightedHead(features.shape[1], golden["logits"].shape[1])
     for layer, name in ((head.classifier, "fc"), (head.attention, "alpha")):
         layer.load_state_dict({key: golden[f"{name}_{key}"] for key in ("weight", "bias")})
     weight, logits = head(features)

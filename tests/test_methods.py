@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from upath import UPath
@@ -14,8 +15,10 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset
+from cafe.learning.masks import measure_heat_maps, measure_masks
 from cafe.learning.training import Training, fit, predict, prepare
 from cafe.methods import METHODS
+from cafe.methods.cafe import Cafe
 from cafe.methods.method import Inputs, Method
 from cafe.synthetic.domains import DOMAINS, write
 from cafe.towers.building import load_backbone
@@ -88,3 +91,57 @@ def test_every_method_names_a_policy_and_is_in_the_table_of_methods(name: str) -
     table = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     rows = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
     assert len(rows) == 1
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("classes")
+    write(folder, "studio", 112)
+    return index_files("studio", DATASETS["synthetic"](UPath(folder / "studio"))).manifest
+
+
+CLASSES = {count: tuple(f"kind {number}" for number in range(count)) for count in (3, 5, 8)}
+
+
+@pytest.mark.parametrize("count", CLASSES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_and_predictions_with_any_number_of_classes(
+    name: str, count: int, drawn: Manifest, tiny_tower: str, small_network: str
+) -> None:
+    labels = pa.array(np.arange(len(drawn)) % count, pa.int8())
+    table = drawn.table.set_column(drawn.table.column_names.index("label"), "label", labels)
+    manifest = replace(drawn, table=table, classes=CLASSES[count])
+    method_type = METHODS[name]
+    features = Embedder(load_backbone(tiny_tower), manifest, plan_for(method_type), "cpu", maps=True, dtype="float32")
+    recipe = replace(method_type.recipe_type(), batch_size=16, **QUICK.get(name, {}))
+    if method_type.trained:
+        recipe = replace(recipe, prior="adjusted")  # which has a share of each class
+    shape = features.tower.facts.map_shape
+    inputs = Inputs(
+        features.tower.facts.width, small_network, image_size=SIZE, backbone=tiny_tower,
+        grid=shape[1:] if shape else None, classes=manifest.classes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    method = method_type(recipe, inputs)
+    dataset = FaceDataset(manifest, plan_for(method_type), method.needs, SIZE, features)
+    rows, test = manifest.rows("train")[:16], manifest.rows("test")
+    if method.trained:
+        prepare(method, dataset, rows, 0, CPU)
+        training = Training(method, method, method.optimizer(), dataset, rows, 0, CPU)
+        assert training.log_prior.exp().sum().item() == pytest.approx(1)
+        assert all(np.isfinite(value) for value in training.run_epoch(1).values())
+    else:
+        fit(method, dataset, rows, CPU)
+    probabilities = predict(method, dataset, test, CPU)
+    assert probabilities.shape == (len(test), count)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    if isinstance(method, Cafe):
+        some = test[manifest.labels[test] != 1]  # a class without faces has no mask
+        masks = measure_masks(method, dataset, some, CPU)
+        assert list(masks) == [shown for number, shown in enumerate(manifest.classes) if number != 1]
+        assert np.ptp(np.array(list(masks.values()))) < 1
+    if name == "cafe_map":
+        maps = measure_heat_maps(method, dataset, test, CPU)
+        shown = [manifest.sample_ids.index(sample) for sample in maps["sample_ids"]]
+        assert maps["classes"] == list(manifest.name_classes(np.array(shown))) == list(manifest.classes)
+        assert np.shape(maps["heats"]) == (count, *(shape or ())[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import resource
 from pathlib import Path
@@ -10,15 +12,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
+from runs import write_predictions, write_run
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
+from cafe.jobs.cli import main
+from cafe.pipeline.release import library
+from cafe.pipeline.workspace import Workspace
+from cafe.report.experiment import draw_experiment
 from cafe.report.figures import draw_confusion, find_cell, shade
-from cafe.results.metrics import Estimate, confusion, estimate, score
+from cafe.report.formats import to_csv
+from cafe.report.report import list_records, make_report
+from cafe.report.sheets import BEST, run_sheet
+from cafe.results.columns import Column, Mean
+from cafe.results.metrics import METRICS, Estimate, Metric, confusion, estimate, score
 from cafe.results.predictions import Predictions
+from cafe.results.protocols import ALL_PROTOCOLS
+from cafe.results.runs import read_runs
+from cafe.results.scores import flatten_scores, read_scores
 
 
 def predictions(labels: list[int], predicted: list[int]) -> Predictions:
@@ -137,3 +152,66 @@ def test_the_confusion_figure_shows_percent_of_the_true_class() -> None:
     shown = {cell: page.getpixel(find_cell(*cell)) for cell in ((0, 0), (0, 3), (3, 6), (0, 1))}
     assert shown == {(0, 0): (68, 99, 144), (0, 3): shade(0.25), (3, 6): shade(0.5), (0, 1): shade(0)}
     assert page.getpixel(find_cell(1, 0)) == (255, 255, 255)  # no fearful face, no percent
+
+
+def test_a_metric_that_is_added_to_the_registry_is_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, from the table of scores to MLflow: the share of faces whose class is not the least probable one."""
+    monkeypatch.setitem(METRICS, "not_last", Metric("not the last", not_last, higher_is_better=False, beside=True))
+    workspace = Workspace.at(str(tmp_path / "work"))
+    labels = np.arange(70) % 7
+    for method, right in (("cafe", 10), ("scn", 40)):
+        for seed in range(2):
+            run = write_run(workspace, method, seed=seed)
+            for target in ("fer", "mine"):
+                write_predictions(
+                    run, target, labels, np.where(np.arange(70) < right + seed, labels, 6), confidence=0.4
+                )
+    runs = read_runs(map(workspace.run_path, workspace.run_names()))
+    scores = read_scores(runs)
+    assert scores["not_last"].between(0, 1).all()
+    assert {"target/fer/not_last", "unseen/not_last"} <= flatten_scores(scores[scores["run"] == runs[0].name]).keys()
+    assert "not_last" in library.scores(str(workspace.root)).columns
+    assert "unseen not the last" in make_report(runs).sheets[0].header
+    assert "not the last" in run_sheet(scores[scores["run"] == runs[0].name]).header
+    beside = list(csv.DictReader(io.StringIO(to_csv(make_report(runs)))))
+    assert {row["target"] for row in beside if row["metric"] == "not_last"} == {"mean of unseen"}
+
+    report = make_report(runs, metric="not_last")
+    (expected,) = set(scores.loc[(scores["method"] == "cafe") & (scores["seed"] == 0), "not_last"])
+    records = [record for record in list_records(report) if record["metric"] == "not_last"]
+    assert {record["target"] for record in records} == {"fer", "mine", "mean of unseen", "mean of all"}
+    assert report.comparison.rows[0].cells[Column("fer")].values[0] == pytest.approx(expected)
+    best = {line[1].text for line in report.sheets[0].lines if line[3].mark == BEST}
+    lowest = min(report.comparison.rows, key=lambda row: row.unseen.mean)
+    assert best == {lowest.label}
+    assert report.ranks is not None
+    assert report.ranks.labels[0] == lowest.label  # the lower, the better
+    assert "not the last" in draw_experiment("cafe", report, workspace.root, workspace.find_manifest).decode()
+    result = CliRunner().invoke(main, ["-w", str(workspace.root), "compare", "--metric", "not_last"])
+    assert result.exit_code == 0
+    assert "Not the last" in result.output
+    said = CliRunner().invoke(main, ["compare", "--help"]).output
+    assert "not_last" in said
+    assert "ece" in said
+
+
+def not_last(found: Predictions) -> float:
+    return float((found.probabilities.argmin(axis=1) != found.labels).mean())
+
+
+@pytest.mark.parametrize("protocol", ALL_PROTOCOLS)
+@pytest.mark.parametrize("name", ["cinema", "cinema@val", "mma-aligned@all"])
+def test_a_column_is_parsed_from_the_names_it_makes(name: str, protocol: str) -> None:
+    column, run = Column.parse(name, protocol), UPath("/work/runs/x")
+    assert (column.name, column.evaluated_by, column.title) == (name, protocol, name)
+    folder = "" if protocol == "clean" else f"{protocol}/"
+    assert str(column.predictions(run)) == f"/work/runs/x/predictions/{folder}{name}.parquet"
+    assert str(column.figure(run, "masks", ".json")) == f"/work/runs/x/figures/masks/{folder}{name}.json"
+    assert column.metric("ece") == f"{folder}target/{name.replace('@', ':')}/ece"
+
+
+def test_what_a_column_is_of_is_written_above_it() -> None:
+    assert Column("web", leak_free=True, class_set="8 classes").title == "web leak-free (8 classes)"
+    assert Column("web", class_set="8 classes", part="fear").title == "fear (8 classes)"
+    assert Mean("unseen", "ece", leak_free=True).title == "unseen ECE leak-free"
+    assert Mean("all", "accuracy", "8 classes").name == "mean of all (8 classes)"

@@ -50,7 +50,7 @@ class Graph(nn.Module):
             self.tower_view = CleanView(self.tower.facts.input_size, model.tower.plan)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Return the probabilities (N, 7) float32 of aligned faces (N, H, W, 3) uint8, RGB, all of one size."""
+        """Return the probabilities (N, K) float32 of aligned faces (N, H, W, 3) uint8, RGB, all of one size."""
         needs, batch = self.method.needs, {}
         if "image" in needs:
             batch["image"] = self.view(faces)
@@ -64,7 +64,7 @@ class Graph(nn.Module):
 
 
 def write_onnx(model: Model, path: str) -> None:
-    """Write a model as ONNX: `faces` (N, H, W, 3) uint8 of any N, H and W → `probabilities` (N, 7) float32.
+    """Write a model as ONNX: `faces` (N, H, W, 3) uint8 of any N, H and W → `probabilities` (N, K) float32.
 
     Needs the packages of the extra `export`.
     """
@@ -97,6 +97,6 @@ class Onnx:
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def predict(self, faces: np.ndarray) -> np.ndarray:
-        """Return the probabilities (N, 7) float32 of faces (N, H, W, 3) uint8."""
+        """Return the probabilities (N, K) float32 of faces (N, H, W, 3) uint8."""
         (probabilities,) = self.session.run([PROBABILITIES], {FACES: faces})
         return np.asarray(probabilities)

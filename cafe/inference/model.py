@@ -59,7 +59,7 @@ class Model:
     flip: bool = False
 
     def predict(self, images: Sequence[Picture]) -> np.ndarray:
-        """Return the probabilities (N, 7) float32 of N aligned faces, in the order of `EXPRESSIONS`.
+        """Return the probabilities (N, K) float32 of N aligned faces, in the order of `EXPRESSIONS`.
 
         An image is a picture of PIL or an array (H, W, 3) uint8 in RGB order, of any size; raises `UserError` for any other.
         """

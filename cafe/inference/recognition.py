@@ -34,7 +34,7 @@ class Search:
 
 @dataclass(frozen=True)
 class JudgedFace:
-    """A face in a frame and its probabilities (7,); `confidence` is the detector's, None for a face that was aligned."""
+    """A face in a frame and its probabilities (K,); `confidence` is the detector's, None for a face that was aligned."""
 
     box: Box
     confidence: float | None

@@ -25,7 +25,7 @@ T3A_BATCH, T3A_KEPT = 32, 100  # released script; M of the published grid 1, 5, 
 
 
 def predict_tent(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """Return probabilities (n, 7) by TENT: batch norms take the statistics of each batch, their scale and shift its entropy.
+    """Return probabilities (n, K) by TENT: batch norms take the statistics of each batch, their scale and shift its entropy.
 
     "Tent: Fully Test-Time Adaptation by Entropy Minimization", Wang et al., ICLR 2021. Each batch is judged, then one step
     is taken. Only batch norms are in training mode: dropout stays off. Raises `UserError` for a method without any.
@@ -48,7 +48,7 @@ def predict_tent(method: Method, dataset: FaceDataset, rows: np.ndarray, device:
 
 
 def predict_t3a(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """Return probabilities (n, 7) by T3A: each class's prototype is the mean of the surest faces taken for it.
+    """Return probabilities (n, K) by T3A: each class's prototype is the mean of the surest faces taken for it.
 
     "Test-Time Classifier Adjustment Module for Model-Agnostic Domain Generalization", Iwasawa and Matsuo, NeurIPS 2021. A
     batch joins the supports before it is judged, as in the released code. Raises `UserError` for a method that does not end
@@ -78,15 +78,15 @@ class Supports:
         self.count = len(self.features)
 
     def judge(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Take faces (n, C) in, keep the surest of each class, and return the faces' logits (n, 7) by its prototypes."""
+        """Take faces (n, C) in, keep the surest of each class, and return the faces' logits (n, K) by its prototypes."""
         self.features = torch.cat([self.features, features])
         self.classes = torch.cat([self.classes, logits.argmax(dim=1)])
         self.entropies = torch.cat([self.entropies, measure_entropy(logits)])
         order = self.entropies.argsort(stable=True)
         kept = torch.cat([order[self.classes[order] == number][:T3A_KEPT] for number in range(self.count)])
         self.features, self.classes, self.entropies = self.features[kept], self.classes[kept], self.entropies[kept]
-        members = functional.one_hot(self.classes, self.count).to(features)  # (S, 7)
-        prototypes = functional.normalize(members.T @ functional.normalize(self.features, dim=1), dim=1)  # (7, C)
+        members = functional.one_hot(self.classes, self.count).to(features)  # (S, K)
+        prototypes = functional.normalize(members.T @ functional.normalize(self.features, dim=1), dim=1)  # (K, C)
         return features @ prototypes.T
 
 
@@ -122,7 +122,7 @@ def _name(method: Method) -> str:
 def _judge_online(
     judge: Callable[[Batch], Tensor], dataset: FaceDataset, rows: np.ndarray, size: int, device: torch.device
 ) -> np.ndarray:
-    """Return the probabilities (n, 7) of rows judged batch by batch in a fixed order; a short rest joins the last batch."""
+    """Return the probabilities (n, K) of rows judged batch by batch in a fixed order; a short rest joins the last batch."""
     if len(rows) < SMALLEST_BATCH:
         raise UserError(f"{len(rows)} faces are too few to adapt to: at least {SMALLEST_BATCH} are needed.")
     order = random_generator("test time").permutation(len(rows))

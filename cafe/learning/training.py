@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset, epoch_order, own_part
 from cafe.methods.features import FeatureMethod, Standardisation
@@ -44,10 +43,11 @@ class Training:
 
     @cached_property
     def log_prior(self) -> Tensor:
-        """What the losses add to the logits (7,): the logarithm of each expression's share where the recipe says so."""
+        """What the losses add to the logits (K,): the logarithm of each expression's share where the recipe says so."""
+        classes = len(self.method.inputs.classes)
         if self.method.recipe.prior != "adjusted":
-            return torch.zeros(len(EXPRESSIONS), device=self.device)
-        counts = np.bincount(self.dataset.manifest.labels[self.rows], minlength=len(EXPRESSIONS))
+            return torch.zeros(classes, device=self.device)
+        counts = np.bincount(self.dataset.manifest.labels[self.rows], minlength=classes)
         return torch.from_numpy(np.log(counts.clip(min=1) / len(self.rows))).float().to(self.device)
 
     def run_epoch(
@@ -183,7 +183,7 @@ def measure_features(method: Method, dataset: FaceDataset, rows: np.ndarray, dev
 
 
 def predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """Return class probabilities (n, 7) float32 of the clean views of some rows."""
+    """Return class probabilities (n, K) float32 of the clean views of some rows."""
     return predict_average([method], dataset, rows, device)
 
 

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.methods import features
 from cafe.methods.features import FeatureMethod
 from cafe.methods.method import Batch, Inputs, widen
 from cafe.networks.branches import build_network
-
-CLASSES = len(EXPRESSIONS)
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,15 @@ class Cafe(FeatureMethod):
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        if self.width < CLASSES:
-            raise UserError(f"CAFE needs frozen features of at least {CLASSES} channels, not {self.width}.")
+        classes = len(inputs.classes)
+        if self.width < classes:
+            raise UserError(
+                f"CAFE needs a channel of the frozen features for each of {classes} classes, and has {self.width}: take a "
+                "wider tower or layer."
+            )
         self.build_mask()
         if recipe.classifier == "linear":
-            self.classifier = nn.Linear(self.width, CLASSES)
+            self.classifier = nn.Linear(self.width, classes)
 
     def build_mask(self) -> None:
         """Build the part that computes the mask."""
@@ -64,24 +65,26 @@ class Cafe(FeatureMethod):
         return apply_mask(torch.ones(()), self.mask_logits(batch), self.recipe.mask)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7) and the masked features (N, C)."""
+        """Return logits (N, K) and the masked features (N, C)."""
         masked = apply_mask(self.read(batch), self.mask_logits(batch), self.recipe.mask)
         return {"logits": self.classify(masked), "masked": masked}
 
     def classify(self, masked: Tensor) -> Tensor:
-        """Return the logits (N, 7) of masked features (N, C)."""
-        logits: Tensor = self.classifier(masked) if self.recipe.classifier == "linear" else pool_groups(masked)
+        """Return the logits (N, K) of masked features (N, C)."""
+        if self.recipe.classifier == "separation":
+            return pool_groups(masked, len(self.inputs.classes))
+        logits: Tensor = self.classifier(masked)
         return logits
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Eq. 9: classification + λ separation + β diverse."""
-        masked, labels = output["masked"], batch["label"]
-        keep = draw_kept_channels(masked.shape[1], self.recipe.dropped, batch["generator"]).to(masked.device)
+        masked, labels, classes = output["masked"], batch["label"], len(self.inputs.classes)
+        keep = draw_kept_channels(masked.shape[1], classes, self.recipe.dropped, batch["generator"]).to(masked.device)
         return cafe_losses(output["logits"], masked, labels, keep, self.recipe, batch["log_prior"])
 
 
 def resize_channels(values: Tensor, width: int) -> Tensor:
-    """Fit (N, K) to (N, width): channel-wise averaging down or interpolation up (supplement, Alg. 1 line 6)."""
+    """Fit (N, W) to (N, width): channel-wise averaging down or interpolation up (supplement, Alg. 1 line 6)."""
     if values.shape[1] >= width:
         return functional.adaptive_avg_pool1d(values, width)  # identity when the widths agree
     return functional.interpolate(values[:, None], size=width, mode="linear", align_corners=False)[:, 0]
@@ -94,39 +97,39 @@ def apply_mask(features: Tensor, mask_logits: Tensor, mask: str) -> Tensor:
     return features * (mask_logits.sigmoid() if mask == "sigmoid" else mask_logits)
 
 
-def draw_kept_channels(width: int, dropped: float, generator: torch.Generator) -> Tensor:
+def draw_kept_channels(width: int, classes: int, dropped: float, generator: torch.Generator) -> Tensor:
     """Draw which channels separation keeps, (C,) of 0 and 1: the same share dropped at random in every class's group.
 
-    The channels left over by C // 7 belong to the last group's draw, as in the released script (63 of 73 kept, and 64 of
-    the last 74).
+    The channels left over by C // K belong to the last group's draw, as in the released script (63 of 73 kept, and 64 of
+    the last 74, for 512 channels and 7 classes).
     """
-    size = width // CLASSES
+    size = width // classes
     keep = torch.ones(width)
-    for group in range(CLASSES):
-        start, end = group * size, (group + 1) * size if group < CLASSES - 1 else width
+    for group in range(classes):
+        start, end = group * size, (group + 1) * size if group < classes - 1 else width
         order = torch.randperm(end - start, generator=generator)
         keep[start + order[: round(dropped * size)]] = 0
     return keep
 
 
-def pool_groups(masked: Tensor) -> Tensor:
-    """Max over the channels of each class's group, (N, C) → (N, 7); the remainder of C / 7 is left out."""
-    size = masked.shape[1] // CLASSES
-    return masked[:, : CLASSES * size].reshape(-1, CLASSES, size).amax(dim=2)
+def pool_groups(masked: Tensor, classes: int) -> Tensor:
+    """Max over the channels of each class's group, (N, C) → (N, K); the remainder of C / K is left out."""
+    size = masked.shape[1] // classes
+    return masked[:, : classes * size].reshape(-1, classes, size).amax(dim=2)
 
 
 def cafe_losses(
     logits: Tensor, masked: Tensor, labels: Tensor, keep: Tensor, recipe: Recipe, log_prior: Tensor | float = 0.0
 ) -> dict[str, Tensor]:
-    """Eq. 3–9 for logits (N, 7), masked features (N, C), labels (N,) and the kept channels (C,).
+    """Eq. 3–9 for logits (N, K), masked features (N, C), labels (N,) and the kept channels (C,).
 
-    `log_prior` (7,), which the logits already contain, is added to the separation's; as published it is 0.
+    `log_prior` (K,), which the logits already contain, is added to the separation's; as published it is 0.
     """
-    size = masked.shape[1] // CLASSES
+    classes = logits.shape[1]
     classification = functional.cross_entropy(logits, labels)  # Eq. 3
-    separation = functional.cross_entropy(pool_groups(masked * keep) + log_prior, labels)  # Eq. 4–6
-    peaks = pool_groups(masked)  # Eq. 7, (N, 7)
+    separation = functional.cross_entropy(pool_groups(masked * keep, classes) + log_prior, labels)  # Eq. 4–6
+    peaks = pool_groups(masked, classes)  # Eq. 7, (N, K)
     peak = peaks.mean() if recipe.diverse_form == "mean" else peaks.sum(dim=1).mean()
-    diverse = 1 - peak / size  # Eq. 8
+    diverse = 1 - peak / (masked.shape[1] // classes)  # Eq. 8
     total = classification + recipe.separation * separation + recipe.diverse * diverse  # Eq. 9
     return {"total": total, "classification": classification, "separation": separation, "diverse": diverse}

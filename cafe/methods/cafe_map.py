@@ -23,18 +23,18 @@ class CafeMap(Cafe):
         return resize_map(widen(self.branch(batch["image"])), batch["map"].shape[1:])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7) and the masked features, averaged over positions (N, C)."""
+        """Return logits (N, K) and the masked features, averaged over positions (N, C)."""
         masked = apply_mask(self.read(batch), self.mask_logits(batch), self.recipe.mask).mean(dim=(2, 3))
         return {"logits": self.classify(masked), "masked": masked}
 
 
 def resize_map(values: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Fit (N, K, h, w) to (N, C, H, W): positions are averaged down or interpolated up, then channels as CAFE's are."""
+    """Fit (N, W, h, w) to (N, C, H, W): positions are averaged down or interpolated up, then channels as CAFE's are."""
     width, grid = shape[0], shape[1:]
     if grid[0] <= values.shape[2] and grid[1] <= values.shape[3]:
         values = functional.adaptive_avg_pool2d(values, grid)  # identity when the grids agree
     else:
         values = functional.interpolate(values, size=grid, mode="bilinear", align_corners=False)
-    positions = values.permute(0, 2, 3, 1)  # (N, H, W, K)
+    positions = values.permute(0, 2, 3, 1)  # (N, H, W, channels)
     resized = resize_channels(positions.flatten(0, 2), width)
     return resized.reshape(*positions.shape[:3], width).permute(0, 3, 1, 2)

@@ -13,7 +13,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
 from cafe.networks.branches import build_network
@@ -38,10 +37,10 @@ class Eac(Method):
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
         self.branch = build_network(inputs.network, inputs.init)
-        self.classifier = nn.Linear(self.branch.width, len(EXPRESSIONS))
+        self.classifier = nn.Linear(self.branch.width, len(inputs.classes))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7) and, while training, the attention (N, 7, h, w) of the view and of its mirror image."""
+        """Return logits (N, K) and, while training, the attention (N, K, h, w) of the view and of its mirror image."""
         features = self.branch(batch["image"])
         output = {"logits": self.classifier(self.branch.pool(features))}
         if self.training:
@@ -58,7 +57,7 @@ class Eac(Method):
 
 
 def attend(features: Tensor, weight: Tensor) -> Tensor:
-    """Return every class's attention map (N, 7, h, w): the map (N, C, h, w) weighed by its classifier weights (7, C).
+    """Return every class's attention map (N, K, h, w): the map (N, C, h, w) weighed by its classifier weights (K, C).
 
     The consistency shapes the features only: no gradient reaches the weights through the maps, and the bias is left out.
     """
@@ -68,7 +67,7 @@ def attend(features: Tensor, weight: Tensor) -> Tensor:
 def eac_losses(
     logits: Tensor, attention: Tensor, flipped_attention: Tensor, labels: Tensor, recipe: Recipe
 ) -> dict[str, Tensor]:
-    """Return classification, consistency and total for logits (N, 7), attention maps (N, 7, h, w) and labels (N,)."""
+    """Return classification, consistency and total for logits (N, K), attention maps (N, K, h, w) and labels (N,)."""
     classification = functional.cross_entropy(logits, labels)
     consistency = functional.mse_loss(attention, flipped_attention.flip(3))
     total = classification + recipe.consistency * consistency

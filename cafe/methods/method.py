@@ -37,7 +37,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method is built for: the width of the frozen features (or maps) and the image branch to use."""
+    """What a method is built for: the width of the frozen features (or maps), the image branch to use, and the classes."""
 
     width: int | None  # channels of the frozen features
     network: str = "resnet18"
@@ -45,7 +45,7 @@ class Inputs:
     image_size: int = 224  # pixels, side of the image branch's input
     backbone: str | None = None  # name of the tower the frozen features are of
     grid: tuple[int, int] | None = None  # (H, W) of the maps, where the method needs them
-    classes: tuple[str, ...] = EXPRESSIONS  # in the order of labels and logits
+    classes: tuple[str, ...] = EXPRESSIONS  # what its logits stand for, in order; their number is K
 
 
 class Method(nn.Module):
@@ -100,13 +100,13 @@ class Method(nn.Module):
         """
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return named outputs of which `logits` (N, 7) is required; runs inside DDP, on one worker's part of a batch."""
+        """Return named outputs of which `logits` (N, K) is required; runs inside DDP, on one worker's part of a batch."""
         raise NotImplementedError
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters.
 
-        A whole batch holds `label` (N,), `row` (N,) of the manifest, `epoch`, a seeded `generator` and `log_prior` (7,),
+        A whole batch holds `label` (N,), `row` (N,) of the manifest, `epoch`, a seeded `generator` and `log_prior` (K,),
         which the logits already contain and any other classification of the labels must add; 0 unless adjusted.
         """
         total = nn.functional.cross_entropy(output["logits"], batch["label"])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
@@ -78,8 +77,8 @@ class Ofer(Method):
             nn.Linear(self.branch.width + LATENT[1], 256),
             nn.Linear(256, 128),
             nn.BatchNorm1d(128),
-            nn.Linear(128, len(EXPRESSIONS)),
-            nn.BatchNorm1d(len(EXPRESSIONS)),
+            nn.Linear(128, len(inputs.classes)),
+            nn.BatchNorm1d(len(inputs.classes)),
         )
 
     def latent_shape(self, inputs: Inputs) -> tuple[int, tuple[int, int]]:
@@ -131,11 +130,11 @@ class Ofer(Method):
         return self.detector.standardise(latents).masked_fill(flagged[..., None], 0)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7) and the share of patches flagged on every face (N, 1)."""
+        """Return logits (N, K) and the share of patches flagged on every face (N, 1)."""
         image, latents, flagged = self.restore(batch)
         features = self.branch(image)
         seen = [head(features) for head in self.heads]
-        attended = merge_heads(torch.stack([values for values, _ in seen], dim=1))  # (N, K)
+        attended = merge_heads(torch.stack([values for values, _ in seen], dim=1))  # (N, W)
         if self.recipe.tokens == "region":
             latents = latents[:, self.region]
         else:
@@ -216,7 +215,7 @@ class AttentionHead(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gated features (N, K) of a map (N, K, h, w), averaged over positions, and the attention (N, h, w)."""
+        """Return the gated features (N, W) of a map (N, W, h, w), averaged over positions, and the attention (N, h, w)."""
         gated = features * self.channels(features.mean(dim=(2, 3)))[..., None, None]
         reduced = self.reduce(gated)
         attention = (self.square(reduced) + self.row(reduced) + self.column(reduced)).relu().sum(dim=1)  # (N, h, w)
@@ -235,7 +234,7 @@ def find_erased(images: Tensor) -> Tensor:
 
 
 def merge_heads(heads: Tensor) -> Tensor:
-    """Return (N, K) from the features of all heads (N, 4, K): the sum of their log-softmax across heads."""
+    """Return (N, W) from the features of all heads (N, 4, W): the sum of their log-softmax across heads."""
     return heads.log_softmax(dim=1).sum(dim=1)
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method, widen
 from cafe.networks.branches import build_network
@@ -52,10 +51,10 @@ class Rul(Method):
         self.mean, self.log_variance = (
             build_head(self.branch.width, height * width, recipe.dropout) for _ in ("mean", "log_variance")
         )
-        self.classifier = nn.Linear(EMBEDDING, len(EXPRESSIONS))
+        self.classifier = nn.Linear(EMBEDDING, len(inputs.classes))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the logits (N, 7) of the mean and, while training, the uncertainty (N, 1) of every face."""
+        """Return the logits (N, K) of the mean and, while training, the uncertainty (N, 1) of every face."""
         features = self.branch(batch["image"])
         output = {"logits": self.classifier(self.mean(features))}
         if self.training:
@@ -92,6 +91,6 @@ def mix(values: Tensor, uncertainty: Tensor, partner: Tensor) -> Tensor:
 
 
 def add_up_loss(mixed: Tensor, labels: Tensor, partner: Tensor) -> Tensor:
-    """Return the mean cross-entropy of mixed logits (N, 7) with the labels (N,) of both faces."""
+    """Return the mean cross-entropy of mixed logits (N, K) with the labels (N,) of both faces."""
     first, second = (functional.cross_entropy(mixed, wanted) for wanted in (labels, labels[partner]))
     return (first + second) / 2

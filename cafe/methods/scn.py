@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
 from cafe.networks.branches import build_network
@@ -48,13 +47,13 @@ class Scn(Method):
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
         self.branch = build_network(inputs.network, inputs.init)
-        self.head = WeightedHead(self.branch.width)
+        self.head = WeightedHead(self.branch.width, len(inputs.classes))
         if inputs.init == "scratch":
             self.head.draw()
         self.labels = Relabelling()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the weighted logits (N, 7) and the weight of every face (N, 1)."""
+        """Return the weighted logits (N, K) and the weight of every face (N, 1)."""
         weight, logits = self.head(self.branch.pool(self.branch(batch["image"])))
         return {"logits": logits, "weight": weight}
 
@@ -78,9 +77,9 @@ class Scn(Method):
 class WeightedHead(nn.Module):
     """A weight between 0 and 1 per face, learned from its features, scales its logits."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, classes: int) -> None:
         super().__init__()
-        self.classifier = nn.Linear(width, len(EXPRESSIONS))
+        self.classifier = nn.Linear(width, classes)
         self.attention = nn.Linear(width, 1)
 
     def draw(self) -> None:
@@ -90,7 +89,7 @@ class WeightedHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights (N, 1) and weighted logits (N, 7) of features (N, C)."""
+        """Return weights (N, 1) and weighted logits (N, K) of features (N, C)."""
         weight = self.attention(features).sigmoid()
         return weight, weight * self.classifier(features)  # the bias is scaled too (released script)
 
@@ -98,7 +97,7 @@ class WeightedHead(nn.Module):
 class Relabelling(nn.Module):
     """The labels that replaced the data set's, by manifest row.
 
-    They are part of the state dict as rows and labels (K, 2), so that a checkpoint holds them and a method that is built
+    They are part of the state dict as rows and labels (R, 2), so that a checkpoint holds them and a method that is built
     to predict need not know how many faces it was trained on.
     """
 
@@ -116,7 +115,7 @@ class Relabelling(nn.Module):
         self.replaced.update(zip(rows.tolist(), labels.tolist(), strict=True))
 
     def get_extra_state(self) -> Tensor:
-        """Return the state as torch's state dict takes it, (K, 2)."""
+        """Return the state as torch's state dict takes it, (R, 2)."""
         return torch.tensor(sorted(self.replaced.items()), dtype=torch.int64).reshape(-1, 2)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -133,7 +132,7 @@ def find_low_group(weight: Tensor, high_share: float) -> Tensor:
 
 
 def scn_losses(logits: Tensor, weight: Tensor, labels: Tensor, recipe: Recipe) -> dict[str, Tensor]:
-    """Return classification, rank regularisation and total for weighted logits (N, 7), weights (N, 1), labels (N,)."""
+    """Return classification, rank regularisation and total for weighted logits (N, K), weights (N, 1), labels (N,)."""
     low = find_low_group(weight, recipe.high_share)
     classification = functional.cross_entropy(logits, labels)
     rank = (recipe.margin - (weight[~low].mean() - weight[low].mean())).clamp(min=0)

@@ -116,8 +116,8 @@ class Comparison:
 
     @property
     def means(self) -> list[Mean]:
-        """The means that any of its rows has."""
-        return list(dict.fromkeys(mean for row in self.rows for mean in row.means))
+        """The means that any of its rows has, those over the same classes together."""
+        return sorted(dict.fromkeys(mean for row in self.rows for mean in row.means), key=lambda mean: mean.class_set)
 
     def targets_with(self, relation: str) -> list[str]:
         """The targets that have a relation to any of the runs."""
@@ -172,7 +172,7 @@ def _summarise(row: Row, table: _Table, without: _Table | None, metric: str) -> 
     """Return a row with its means over the targets, over whatever classes it was evaluated there."""
     members = row.runs
     unseen = [column for column in table.places(members) if table.relation(members, column) == UNSEEN]
-    class_set = ", ".join(dict.fromkeys(column.class_set for column in unseen if column.class_set))
+    class_set = ", ".join(sorted({column.class_set for column in unseen if column.class_set}))
     means = {Mean(UNSEEN, metric, class_set): table.estimate(members, metric, unseen)}
     for other in (name for name, about in METRICS.items() if about.beside and name != metric):
         means[Mean(UNSEEN, other, class_set)] = table.estimate(members, other, unseen)
@@ -298,7 +298,11 @@ def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
     for place, group in enumerate(groups):
         families[group[0].source_title, group[0].method].append(place)
     for (_, method), places in families.items():
-        chosen = [_common_settings(groups[place]) for place in places]
+        class_sets = name_class_sets(groups[place][0].classes for place in places)
+        chosen = [
+            {**_common_settings(groups[place]), "classes": class_sets[groups[place][0].classes].replace(" classes", "")}
+            for place in places
+        ]
         for longest in (24, 48, 10_000):
             names = [_name_row(method, own, chosen, longest) for own in chosen]
             if len(set(names)) == len(names):
@@ -311,8 +315,7 @@ def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 def _common_settings(group: Sequence[Run]) -> dict[str, object]:
     first = group[0].settings
-    common = {key: first[key] for key in first if all(run.settings.get(key) == first[key] for run in group)}
-    return {**common, "classes": ", ".join(group[0].classes)}
+    return {key: first[key] for key in first if all(run.settings.get(key) == first[key] for run in group)}
 
 
 def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, object]], longest: int) -> str:

@@ -40,7 +40,7 @@ class Pyfunc:
         self.model = build_model([folder])
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return for each record the most probable expression and the probability of each class; raise `UserError` for no image."""
+        """Return for each record the most probable class and the probability of all; raise `UserError` for no image."""
         import pandas as pd
 
         faces = []

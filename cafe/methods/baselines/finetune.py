@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
@@ -53,7 +52,7 @@ class Finetune(Method):
         self.tower = load_backbone(inputs.backbone, input_size=inputs.image_size)
         for parameter in find_trained(self.tower, recipe.blocks):
             parameter.requires_grad_(True)
-        self.classifier = nn.Linear(self.tower.facts.width, len(EXPRESSIONS))
+        self.classifier = nn.Linear(self.tower.facts.width, len(inputs.classes))
 
     @classmethod
     def check(cls, inputs: Inputs) -> None:
@@ -62,7 +61,7 @@ class Finetune(Method):
         parse_backbone(inputs.backbone)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7)."""
+        """Return logits (N, K)."""
         return {"logits": self.classifier(self.tower(batch["image"])[0])}
 
 

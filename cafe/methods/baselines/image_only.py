@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.methods.method import Batch, Inputs, Method, Recipe
 from cafe.networks.branches import build_network
 
@@ -17,8 +16,8 @@ class ImageOnly(Method):
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
         self.branch = build_network(inputs.network, inputs.init, scratch="pytorch")
-        self.classifier = nn.Linear(self.branch.width, len(EXPRESSIONS))
+        self.classifier = nn.Linear(self.branch.width, len(inputs.classes))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7)."""
+        """Return logits (N, K)."""
         return {"logits": self.classifier(self.branch.pool(self.branch(batch["image"])))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.methods.features import FeatureMethod, Recipe
 from cafe.methods.method import Batch, Inputs
 
@@ -19,9 +18,9 @@ class LinearProbe(FeatureMethod):
         self.classifier = self.build_classifier()
 
     def build_classifier(self) -> nn.Module:
-        """Return what turns features (N, C) into logits (N, 7)."""
-        return nn.Linear(self.width, len(EXPRESSIONS))
+        """Return what turns features (N, C) into logits (N, K)."""
+        return nn.Linear(self.width, len(self.inputs.classes))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7)."""
+        """Return logits (N, K)."""
         return {"logits": self.classifier(self.read(batch))}

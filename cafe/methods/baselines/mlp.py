@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.methods.baselines.linear_probe import LinearProbe
 
 HIDDEN = 512  # channels
@@ -19,4 +18,4 @@ class Mlp(LinearProbe):
 
     def build_classifier(self) -> nn.Module:
         """Return the two layers."""
-        return nn.Sequential(nn.Linear(self.width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(EXPRESSIONS)))
+        return nn.Sequential(nn.Linear(self.width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(self.inputs.classes)))

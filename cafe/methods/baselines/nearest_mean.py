@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.methods import features
 from cafe.methods.features import FeatureMethod
 from cafe.methods.method import Batch, Inputs
@@ -35,24 +34,24 @@ class NearestClassMean(FeatureMethod):
     trained = False
     recipe_type = Recipe
     recipe: Recipe
-    means: Tensor  # (7, C), unit vectors
-    absent: Tensor  # (7,), 0, or -inf for an expression without training faces, which is never predicted
+    means: Tensor  # (K, C), unit vectors
+    absent: Tensor  # (K,), 0, or -inf for an expression without training faces, which is never predicted
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        self.register_buffer("means", torch.zeros(len(EXPRESSIONS), self.width))
-        self.register_buffer("absent", torch.zeros(len(EXPRESSIONS)))
+        self.register_buffer("means", torch.zeros(len(inputs.classes), self.width))
+        self.register_buffer("absent", torch.zeros(len(inputs.classes)))
 
     def fit(self, batches: Iterable[Batch]) -> None:
         """Average the features of every expression."""
         sums = torch.zeros_like(self.means, dtype=torch.float64)
         for batch in batches:
-            members = functional.one_hot(batch["label"], len(EXPRESSIONS)).double()  # (n, 7)
+            members = functional.one_hot(batch["label"], len(self.means)).double()  # (n, K)
             sums += members.T @ functional.normalize(self.read(batch).double(), dim=1)
         self.means.copy_(functional.normalize(sums, dim=1))
         self.absent.masked_fill_(~sums.any(dim=1), -torch.inf)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return logits (N, 7)."""
+        """Return logits (N, K)."""
         cosines = functional.linear(functional.normalize(self.read(batch), dim=1), self.means)
         return {"logits": self.recipe.scale * cosines + self.absent}
