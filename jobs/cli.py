@@ -53,13 +53,13 @@ EXIT_CODES = (
 @click.version_option(package_name="cafe")
 @click.pass_context
 def main(ctx: click.Context, workspace: str, plugins: tuple[str, ...], quiet: bool, verbose: bool) -> None:
-    """Facial-expression recognition that generalises: train on one data set, be judged on all the others.
+    """Facial-expression recognition that generalises: train on one data set, be evaluated on all the others.
 
     \b
     cafe demo                                            # everything below on synthetic faces
     cafe data index folder ~/faces/news --name news      # a manifest
     cafe extract news cinema --backbone face-resnet      # frozen features, once
-    cafe train --source news --method cafe --seed 0      # train, then judge on every other manifest
+    cafe train --source news --method cafe --seed 0      # train, then evaluate on every other manifest
     cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals
     cafe report quickstart                               # the same as a page, with every method's mistakes

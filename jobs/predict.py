@@ -65,7 +65,7 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
         if place:
             say(f"Wrote {place}", err=True)
     if not summary.faces:
-        raise IncompleteError("No face was judged: see the reasons above, or lower --smallest or --confidence.")
+        raise IncompleteError("No face was predicted: see the reasons above, or lower --smallest or --confidence.")
 
 
 def _predict(
@@ -79,7 +79,7 @@ def _predict(
     search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
     summary, total = Summary(), sum(count_frames(file, settings.rate) for file in files)
     with ExitStack() as stack:
-        stack.enter_context(interruptible("what was judged so far is kept"))
+        stack.enter_context(interruptible("what was predicted so far is kept"))
         file = stack.enter_context(_open_output(settings.output))
         write = stack.enter_context(FORMATS[form](file, model.classes))
         progress = stack.enter_context(_show_progress(file))

@@ -56,7 +56,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
 @click.command()
 @options(TrainSettings)
 def train(**values: Any) -> None:
-    """Train a method on one source and judge it on every other manifest.
+    """Train a method on one source and evaluate it on every other manifest.
 
     \b
     cafe train --source news --method cafe --seed 0 --epochs 20
@@ -102,7 +102,7 @@ def explain_choices(settings: TrainSettings, precision: str, batch_size: int) ->
 @click.argument("run", shell_complete=complete("run"))
 @options(EvaluateSettings)
 def evaluate(run: str, **values: Any) -> None:
-    """Judge a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
+    """Evaluate a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
 
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
@@ -149,7 +149,7 @@ def evaluate(run: str, **values: Any) -> None:
 @click.argument("file")
 @options(BenchmarkSettings)
 def benchmark(file: str, **values: Any) -> None:
-    """Train and judge a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
+    """Train and evaluate a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
 
     FILE says what is in it; with this package come demo, quickstart, ferplus, rivals, mask, leave_one_out,
     leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared,
@@ -163,11 +163,11 @@ def benchmark(file: str, **values: Any) -> None:
 @click.command()
 @options(DemoSettings)
 def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster: Any) -> None:
-    """Everything once, in minutes, on drawn faces or your own: index, extract, train, judge, compare.
+    """Everything once, in minutes, on drawn faces or your own: index, extract, train, evaluate, compare.
 
     \b
     cafe demo                                            # five domains of drawn faces
-    cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, judged on both
+    cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, evaluated on both
     """
     from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
@@ -178,7 +178,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     grid = read_benchmark(SHIPPED / "demo.toml")
     sources = names[:1] if faces else grid.sources
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
-    about = f"Demo: trained on {names[0]}, judged on {', '.join(names)}" if faces else grid.about
+    about = f"Demo: trained on {names[0]}, evaluated on {', '.join(names)}" if faces else grid.about
     grid = replace(grid, about=about, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
     run_grid(workspace, grid, BenchmarkSettings(**cluster))
     report = report_runs(workspace, choose_runs(workspace, grid.name))

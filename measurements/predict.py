@@ -72,9 +72,9 @@ def make_photos(faces: Path, folder: Path, count: int) -> list[UPath]:
 
 
 def rate_ours(files: Sequence[UPath], model: Model) -> float:
-    """Return faces per second as the command finds, aligns and judges them."""
+    """Return faces per second as the command finds, aligns and predicts them."""
     start = time.perf_counter()
-    faces = sum(len(judged.faces) for judged in predict_frames(read_frames(files, 1.0), model, Search()))
+    faces = sum(len(predicted.faces) for predicted in predict_frames(read_frames(files, 1.0), model, Search()))
     return faces / (time.perf_counter() - start)
 
 

@@ -203,7 +203,7 @@ def _gather(resource: str, wanted: int, minutes: int) -> int:
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """Return what a user can mend among the causes of an error that crossed Ray: a mistake, or a process that was killed."""
+    """Return what a user can fix among the causes of an error that crossed Ray: a mistake, or a process that was killed."""
     from ray.exceptions import RayError, RayTaskError
 
     if error is None:

@@ -25,7 +25,7 @@ from cafe.pipeline.workspace import Workspace
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """A store as a list shows it: `info` is None where that cannot be told; `made` is in seconds since 1970."""
+    """A store as a list shows it: `info` is None where nothing says it; `made` is in seconds since 1970."""
 
     path: UPath
     info: StoreInfo | None

@@ -68,7 +68,7 @@ def test_a_file_is_sources_by_methods_by_towers_and_methods_without_a_tower_come
             ("linear_probe", "timm:c"),
         )
     ]
-    assert (grid.seeds, grid.judged, grid.views, grid.protocol) == ([3, 5], ["one", "two"], None, "clean")
+    assert (grid.seeds, grid.evaluated, grid.views, grid.protocol) == ([3, 5], ["one", "two"], None, "clean")
     settings = grid.train_settings(*next(line for line in grid.combinations() if line[2]))
     assert (settings.overrides, settings.epochs, settings.backbone) == (("gamma=1.0", "mask=none"), 4, "timm:a")
 
@@ -197,7 +197,7 @@ def fill_all(workspace: Workspace, grid: Benchmark) -> None:
 
 
 def train_here(run: TrainPlan) -> None:
-    """Train and judge a run as the workers do, in this process."""
+    """Train and evaluate a run as the workers do, in this process."""
     run.spec.save(run.run)
     method = build_method(run.spec).to(memory_format=torch.channels_last)
     rows, _ = run.source.split_rows("final")
@@ -221,8 +221,8 @@ def test_stores_are_shared_and_the_passes_they_save_are_counted(workspace: Works
         ("two", 1, 24),
     ]
     train = {name: len(workspace.load_manifest(name).rows("train")) for name in ("one", "two")}
-    judged = 36 - train["one"] + 24 - train["two"]
-    assert planned.published_passes == 2 * (2 * train["one"] + judged) + 2 * (3 * train["one"] + judged)
+    evaluated = 36 - train["one"] + 24 - train["two"]
+    assert planned.published_passes == 2 * (2 * train["one"] + evaluated) + 2 * (3 * train["one"] + evaluated)
     assert planned.store_passes == 4 * 36 + 24
     assert planned.work == 2 * train["one"] * (2 + 3 + 2)
     assert [cell.plan is None for cell in planned.cells[:3]] == [True, True, False]
@@ -332,7 +332,7 @@ def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspa
         changed = {name for name, when in written.items() if now[name] != when}
         assert changed == (set() if same else {"comparison.md", "report.html", "comparison.sha256"})
 
-    other = first.plan.run / "predictions" / "paper" / mine.name  # judged by another protocol besides
+    other = first.plan.run / "predictions" / "paper" / mine.name  # evaluated by another protocol besides
     other.parent.mkdir()
     other.write_bytes(mine.read_bytes())
     assert run_benchmark(plan(workspace, small, only="*/linear_probe/*"), Mirror(workspace), no_bar, said.append) == {}
@@ -411,8 +411,8 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
     grid = read_benchmark(tmp_path / "table1.toml")
     published = stores = 0
     manifests = {name: workspace.load_manifest(name) for name in SETS}
-    judged = {"rafdb": "test", "ferplus": "test", "affectnet": "val", "sfew": "val", "mma": "test"}
-    targets = sum(len(manifests[name].rows(split)) for name, split in judged.items())
+    evaluated = {"rafdb": "test", "ferplus": "test", "affectnet": "val", "sfew": "val", "mma": "test"}
+    targets = sum(len(manifests[name].rows(split)) for name, split in evaluated.items())
     readers = [entry for entry in grid.methods if entry.kind.needs_features()]
     for entry in readers:
         for manifest in manifests.values():
@@ -421,7 +421,8 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
             stores += (1 if entry.kind.clean_features else epochs + 1) * len(manifest)  # each has a tower of its own
     assert f"{stores:,} passes fill {5 * len(readers)} feature stores" in output
     assert (
-        f"would take {published:,} (epochs × training faces + judged faces, each cell for itself): the cache" in output
+        f"would take {published:,} (epochs × training faces + evaluated faces, each cell for itself): the cache"
+        in output
     )
     assert f"the cache saves {published - stores:,} passes ({(published - stores) / published:.1%})." in output
 

@@ -34,7 +34,7 @@ from cafe.views.drawing import ViewPlan
 
 
 class Extraction:
-    """The manifest `tiny` of 60 faces in four shards, worked off shard by shard in this process."""
+    """The manifest `tiny` of 60 faces in four shards, run shard by shard in this process."""
 
     def __init__(self, folder: Path, tower: str) -> None:
         self.faces, self.cafe = folder / "faces", Cafe(folder / "work", "")

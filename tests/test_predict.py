@@ -171,7 +171,7 @@ def test_a_file_of_every_format_holds_the_same_rows(name: str, command: Cafe, tm
 
 
 @needs_detector
-def test_every_face_of_a_photo_is_found_aligned_and_judged_and_what_has_none_says_why(
+def test_every_face_of_a_photo_is_found_aligned_and_predicted_and_what_has_none_says_why(
     command: Cafe, tmp_path: Path
 ) -> None:
     photo((30, 60), (400, 150)).save(tmp_path / "two.png")
@@ -270,7 +270,7 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
     (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:40])
     rows, said = answer(command, run, str(tmp_path / "torn.png"), "--aligned", code=1)
     assert [row["expression"] for row in rows] == [None]
-    assert "No face was judged" in said
+    assert "No face was predicted" in said
 
 
 def test_a_damaged_video_ends_with_the_reason(tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ def test_of_a_long_video_only_a_few_frames_are_in_memory(command: Cafe) -> None:
             yield Frame(UPath("long.mp4"), pixels, number, number / 5)
 
     frames = list(predict_frames(film(), build_model([run]), Search(aligned=True)))
-    assert [judged.frame.number for judged in frames] == list(range(400))
-    assert all(judged.frame.pixels is None for judged in frames)
+    assert [predicted.frame.number for predicted in frames] == list(range(400))
+    assert all(predicted.frame.pixels is None for predicted in frames)
     assert counts["most"] <= HELD_FACES + 2 * SEARCHED
 
 

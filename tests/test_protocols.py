@@ -1,4 +1,4 @@
-"""Protocols: which faces are judged, in which colours, and that no table mixes two of them."""
+"""Protocols: which faces are evaluated, in which colours, and that no table mixes two of them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def manifest(kind: str, *splits: str) -> Manifest:
         ("folder", ("train",), "rafdb", None, None, "rgb"),
     ],
 )
-def test_each_protocol_says_which_faces_are_judged_and_how(
+def test_each_protocol_says_which_faces_are_evaluated_and_how(
     kind: str, splits: tuple[str, ...], source: str, clean: str | None, paper: str | None, colours: str
 ) -> None:
     target = manifest(kind, *splits)
@@ -123,7 +123,7 @@ def test_the_grid_of_the_maps_is_kept_but_is_no_part_of_a_runs_name(workspace: W
     assert find_inputs(RunSpec.load(UPath(tmp_path))).grid == (4, 5)
 
 
-def judge(
+def evaluate(
     workspace: Workspace, run: UPath, spec: RunSpec, protocol: str, names: str | None = None, split: str | None = None
 ) -> None:
     for target in choose_targets(workspace, names, spec, protocol, split):
@@ -151,7 +151,7 @@ def test_missing_bgr_features_say_how_to_make_them(workspace: Workspace, tmp_pat
     workspace.manifest_path("mixed").unlink()
 
 
-def test_argmax_labels_are_judged_apart_or_not_at_all(workspace: Workspace) -> None:
+def test_argmax_labels_are_evaluated_apart_or_not_at_all(workspace: Workspace) -> None:
     _, spec = make_run(workspace)
     path, majority = workspace.manifest_path("fer"), workspace.load_manifest("fer")
     replace(majority, kind="ferplus-argmax").save(path)
@@ -181,33 +181,33 @@ def test_a_target_without_a_readable_face_is_one_sentence(workspace: Workspace, 
 
 def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Workspace) -> None:
     run, spec = make_run(workspace)
-    judge(workspace, run, spec, "clean")
+    evaluate(workspace, run, spec, "clean")
     clean = metrics_of(run)
     cafe = Cafe(Path(str(workspace.root)), "")
     table = cafe.succeed("compare")
-    assert "Protocol clean: RGB; SFEW is judged on val" in table
-    assert "also judged" not in table
+    assert "Protocol clean: RGB; SFEW is evaluated on val" in table
+    assert "also evaluated" not in table
     assert "No run was evaluated by the protocol 'paper' yet, only by clean" in cafe.fail(
         "compare", "--protocol", "paper"
     )
 
-    judge(workspace, run, spec, "paper")
-    judge(workspace, run, spec, "paper", "stills", "val")
+    evaluate(workspace, run, spec, "paper")
+    evaluate(workspace, run, spec, "paper", "stills", "val")
     with pytest.raises(UserError, match="'raf' has no faces in the split 'val': choose train, test, or leave it out"):
-        judge(workspace, run, spec, "paper", "raf", "val")
+        evaluate(workspace, run, spec, "paper", "raf", "val")
     both = metrics_of(run)
     assert {name: value for name, value in both.items() if not name.startswith("paper/")} == clean
     predictions = {name: load_predictions(run, name) for name in PROTOCOLS}
     assert set(predictions["clean"]) == {"raf", "stills", "fer"}
     assert set(predictions["paper"]) == {"raf", "stills", "fer", "stills@val"}
-    told = {
+    said = {
         (protocol, target): tuple(rows.about[name] for name in ("protocol", "split", "channels", "kind"))
         for protocol in PROTOCOLS
         for target, rows in predictions[protocol].items()
     }
-    assert told["clean", "stills"] == ("clean", "val", "rgb", "sfew")
-    assert told["paper", "stills"] == ("paper", "train", "bgr", "sfew")
-    assert told["paper", "fer"] == ("paper", "test", "rgb", "ferplus")
+    assert said["clean", "stills"] == ("clean", "val", "rgb", "sfew")
+    assert said["paper", "stills"] == ("paper", "train", "bgr", "sfew")
+    assert said["paper", "fer"] == ("paper", "test", "rgb", "ferplus")
     assert len(predictions["clean"]["stills"].labels) == 15
     assert len(predictions["paper"]["stills"].labels) == 12
     unseen = np.mean([accuracy(predictions["paper"][target]) for target in ("stills", "fer")])
@@ -222,7 +222,7 @@ def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Worksp
     for protocol, other in (("clean", "paper"), ("paper", "clean")):
         table = cafe.succeed("compare", "--protocol", protocol, "--markdown", str(workspace.root / "table.md"))
         assert f"{100 * accuracy(predictions[protocol]['stills']):.1f}" in table
-        assert f"also judged by --protocol {other}" in table
+        assert f"also evaluated by --protocol {other}" in table
         assert f"Protocol {protocol}: {PROTOCOLS[protocol].about}" in (workspace.root / "table.md").read_text()
 
 
@@ -234,9 +234,9 @@ def accuracy(predictions: Predictions) -> float:
     return float((predictions.predicted == predictions.labels).mean())
 
 
-def test_a_changed_split_is_judged_again(workspace: Workspace) -> None:
+def test_a_changed_split_is_evaluated_again(workspace: Workspace) -> None:
     run, spec = make_run(workspace, "linear_probe", "fer")
-    judge(workspace, run, spec, "clean")
+    evaluate(workspace, run, spec, "clean")
     (target,) = choose_targets(workspace, "stills", spec, "clean")
     assert target.is_evaluated(run)
     assert not replace(target, split="train").is_evaluated(run)

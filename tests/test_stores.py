@@ -1,4 +1,4 @@
-"""The stores of a workspace: what is damaged is found, named and refused; what is used is told before it goes."""
+"""The stores of a workspace: what is damaged is found, named and refused; what is used is named before it goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of test time: the papers' algorithms, the same numbers whenever judged again, and rows apart from all others."""
+"""Options of test time: the papers' algorithms, the same numbers whenever given again, and rows apart from all others."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from cafe.results.scores import flatten_scores, read_scores
 CPU = torch.device("cpu")
 
 
-class Judged(NamedTuple):
-    """A run with drawn weights, its method, and the target `two` with the rows that are judged."""
+class Evaluated(NamedTuple):
+    """A run with drawn weights, its method, and the target `two` with the rows that are evaluated."""
 
     run: UPath
     method: Method
@@ -61,28 +61,28 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Work
 
 
 @pytest.fixture(scope="module")
-def judged(workspace: Workspace) -> Judged:
+def evaluated(workspace: Workspace) -> Evaluated:
     run, _ = start_run(workspace, method="cafe", source="one", targets="two", image_size=32)
     spec = RunSpec.load(run)
     target = choose_target(workspace, "two", spec, find_protocol("clean"))
     evaluate_target(run, target)
-    return Judged(run, load_method(spec, run).eval(), make_dataset(spec, target), target.rows("test"))
+    return Evaluated(run, load_method(spec, run).eval(), make_dataset(spec, target), target.rows("test"))
 
 
-def judge(workspace: Workspace, run: UPath, option: str) -> np.ndarray:
-    """Judge the target as a worker does and return the probabilities that are kept."""
+def evaluate(workspace: Workspace, run: UPath, option: str) -> np.ndarray:
+    """Evaluate the target as a worker does and return the probabilities that are kept."""
     evaluate_target(run, choose_target(workspace, "two", RunSpec.load(run), find_protocol(f"clean-{option}")))
     return load_predictions(run, f"clean-{option}")["two"].probabilities
 
 
-def batches_of(judged: Judged, size: int) -> tuple[np.ndarray, list[dict[str, Tensor]]]:
+def batches_of(evaluated: Evaluated, size: int) -> tuple[np.ndarray, list[dict[str, Tensor]]]:
     """The fixed order, written down once more: shuffled, `size` faces at a time, a rest of fewer than 8 with the last."""
-    order = random_generator("test time").permutation(len(judged.rows))
+    order = random_generator("test time").permutation(len(evaluated.rows))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     if len(parts[-1]) < 8:
         parts[-2:] = [np.concatenate(parts[-2:])]
     assert len(parts) > 1
-    return order, list(judged.dataset.load([judged.rows[part] for part in parts], 0, CPU))
+    return order, list(evaluated.dataset.load([evaluated.rows[part] for part in parts], 0, CPU))
 
 
 def unshuffle(order: np.ndarray, parts: list[Tensor]) -> np.ndarray:
@@ -94,20 +94,20 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def test_tent_is_the_papers_algorithm_and_leaves_the_method_as_it_was(
-    judged: Judged, monkeypatch: pytest.MonkeyPatch
+    evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adaptation, "TENT_BATCH", 9)
-    before = copy.deepcopy(judged.method.state_dict())
-    got = predict_tent(*judged[1:], CPU)
-    assert all(torch.equal(value, before[name]) for name, value in judged.method.state_dict().items())
+    before = copy.deepcopy(evaluated.method.state_dict())
+    got = predict_tent(*evaluated[1:], CPU)
+    assert all(torch.equal(value, before[name]) for name, value in evaluated.method.state_dict().items())
 
-    method, affine = copy.deepcopy(judged.method), []
+    method, affine = copy.deepcopy(evaluated.method), []
     for module in method.modules():  # the released configuration: statistics of the batch, scale and shift are learned
         if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
             affine += [module.weight, module.bias]
     optimizer = torch.optim.Adam(affine, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
-    order, batches = batches_of(judged, 9)
+    order, batches = batches_of(evaluated, 9)
     said = []
     for batch in batches:
         logits = method(batch)["logits"]
@@ -116,23 +116,23 @@ def test_tent_is_the_papers_algorithm_and_leaves_the_method_as_it_was(
         entropy(logits).mean(0).backward()
         optimizer.step()
     np.testing.assert_allclose(got, unshuffle(order, said), atol=1e-6)
-    assert np.abs(got - predict(*judged[1:], CPU)).max() > 1e-3
+    assert np.abs(got - predict(*evaluated[1:], CPU)).max() > 1e-3
 
 
 @pytest.mark.parametrize("kept", [1, 3, 100])
-def test_t3a_is_the_papers_algorithm(judged: Judged, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_t3a_is_the_papers_algorithm(evaluated: Evaluated, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptation, "T3A_BATCH", 9)
     monkeypatch.setattr(adaptation, "T3A_KEPT", kept)
-    got = predict_t3a(*judged[1:], CPU)
+    got = predict_t3a(*evaluated[1:], CPU)
 
-    classifier: nn.Linear = judged.method.classifier  # type: ignore[assignment]
-    order, batches = batches_of(judged, 9)
+    classifier: nn.Linear = evaluated.method.classifier  # type: ignore[assignment]
+    order, batches = batches_of(evaluated, 9)
     said = []
     with torch.no_grad():
         first = entropy(classifier(classifier.weight)).tolist()
         supports = {number: [(first[number], classifier.weight[number])] for number in range(7)}
         for batch in batches:
-            features = judged.method(batch)["masked"]
+            features = evaluated.method(batch)["masked"]
             logits = classifier(features)
             for face, (choice, doubt) in enumerate(
                 zip(logits.argmax(1).tolist(), entropy(logits).tolist(), strict=True)
@@ -142,46 +142,46 @@ def test_t3a_is_the_papers_algorithm(judged: Judged, kept: int, monkeypatch: pyt
             means = [torch.stack([z / z.norm() for _, z in own]).mean(0) for own in surest]
             said.append(features @ torch.stack([mean / mean.norm() for mean in means]).T)
     np.testing.assert_allclose(got, unshuffle(order, said), atol=1e-6)
-    assert np.abs(got - predict(*judged[1:], CPU)).max() > 1e-3
+    assert np.abs(got - predict(*evaluated[1:], CPU)).max() > 1e-3
 
 
 def test_flipped_faces_are_averaged_alike_from_stored_features_and_from_pictures(
-    workspace: Workspace, judged: Judged
+    workspace: Workspace, evaluated: Evaluated
 ) -> None:
-    model, manifest = build_model([judged.run]), workspace.load_manifest("two")
-    faces = [manifest.read_face(row) for row in judged.rows]
+    model, manifest = build_model([evaluated.run]), workspace.load_manifest("two")
+    faces = [manifest.read_face(row) for row in evaluated.rows]
     plain, mirrored = model.predict(faces), model.predict([np.ascontiguousarray(face[:, ::-1]) for face in faces])
     assert np.abs(plain - mirrored).max() > 1e-3
-    got = judge(workspace, judged.run, "flip")
+    got = evaluate(workspace, evaluated.run, "flip")
     np.testing.assert_allclose(got, (plain + mirrored) / 2, atol=1e-4)
     np.testing.assert_allclose(replace(model, flip=True).predict(faces), got, atol=1e-6)
 
 
-def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, judged: Judged) -> None:
-    got = judge(workspace, judged.run, "views")
-    spec, said = RunSpec.load(judged.run), []
+def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, evaluated: Evaluated) -> None:
+    got = evaluate(workspace, evaluated.run, "views")
+    spec, said = RunSpec.load(evaluated.run), []
     dataset = make_dataset(spec, choose_target(workspace, "two", spec, find_protocol("clean-views")))
     with torch.no_grad():
         for view in range(5):
-            (batch,) = dataset.load([judged.rows], view, CPU)
-            said.append(judged.method(batch)["logits"].softmax(1).numpy())
+            (batch,) = dataset.load([evaluated.rows], view, CPU)
+            said.append(evaluated.method(batch)["logits"].softmax(1).numpy())
     np.testing.assert_allclose(got, np.mean(said, axis=0), atol=1e-6)
-    np.testing.assert_allclose(load_predictions(judged.run)["two"].probabilities, said[0], atol=1e-6)
+    np.testing.assert_allclose(load_predictions(evaluated.run)["two"].probabilities, said[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("option", ["tent", "t3a"])
-def test_judged_again_a_target_gets_the_same_numbers_apart_from_all_others(
-    workspace: Workspace, judged: Judged, option: str
+def test_evaluated_again_a_target_gets_the_same_numbers_apart_from_all_others(
+    workspace: Workspace, evaluated: Evaluated, option: str
 ) -> None:
     def read() -> dict[str, float]:
-        return flatten_scores(read_scores(read_runs([judged.run])))
+        return flatten_scores(read_scores(read_runs([evaluated.run])))
 
     plain = {name: value for name, value in read().items() if not name.startswith("clean-")}
-    first = judge(workspace, judged.run, option)
-    np.testing.assert_array_equal(judge(workspace, judged.run, option), first)
+    first = evaluate(workspace, evaluated.run, option)
+    np.testing.assert_array_equal(evaluate(workspace, evaluated.run, option), first)
     scores = read()
     assert {name: value for name, value in scores.items() if not name.startswith("clean-")} == plain
-    labels = workspace.load_manifest("two").labels[judged.rows]
+    labels = workspace.load_manifest("two").labels[evaluated.rows]
     assert scores[f"clean-{option}/unseen/accuracy"] == pytest.approx((first.argmax(1) == labels).mean())
 
 
@@ -189,8 +189,8 @@ def test_the_command_line_offers_the_options_there_are() -> None:
     assert set(TEST_TIME) == set(OPTIONS)
 
 
-def test_views_that_no_store_has_are_one_sentence(workspace: Workspace, judged: Judged, tiny_tower: str) -> None:
-    spec = RunSpec.load(judged.run)
+def test_views_that_no_store_has_are_one_sentence(workspace: Workspace, evaluated: Evaluated, tiny_tower: str) -> None:
+    spec = RunSpec.load(evaluated.run)
     for option, options in (("flip", "--views 2 --policy flip"), ("views", "--views 5 --policy paper --view-seed 0")):
         sentence = complaint(choose_target, workspace, "three", spec, find_protocol(f"clean-{option}"))
         assert "No features of 'three' match" in sentence
@@ -208,18 +208,18 @@ def test_what_a_method_lacks_for_an_option_is_one_sentence(workspace: Workspace)
     assert say("scn", "tent") == ""
 
 
-def test_too_few_faces_to_adapt_to_are_one_sentence(judged: Judged) -> None:
-    few = judged._replace(rows=judged.rows[:7])
+def test_too_few_faces_to_adapt_to_are_one_sentence(evaluated: Evaluated) -> None:
+    few = evaluated._replace(rows=evaluated.rows[:7])
     assert complaint(predict_tent, *few[1:], CPU).startswith("7 faces are too few to adapt to: at least 8")
 
 
-def test_a_run_is_judged_with_an_option_on_the_command_line(workspace: Workspace, judged: Judged) -> None:
+def test_a_run_is_evaluated_with_an_option_on_the_command_line(workspace: Workspace, evaluated: Evaluated) -> None:
     here = Cafe(Path(str(workspace.root)), "")
-    told = here.succeed("evaluate", judged.run.name, "--targets", "two", "--test-time", "t3a")
+    told = here.succeed("evaluate", evaluated.run.name, "--targets", "two", "--test-time", "t3a")
     assert "At test time: T3A (Iwasawa and Matsuo, NeurIPS 2021)" in told
     table = here.succeed("compare")
     assert "test_time" not in table
-    assert "also judged with --test-time t3a" in table
+    assert "also evaluated with --test-time t3a" in table
     table = here.succeed("compare", "--test-time", "t3a", "--versus", "cafe")
     assert "cafe (test_time=t3a)" in table
     assert "generalisation to unseen ones" in table
@@ -251,7 +251,7 @@ def test_rows_of_test_time_are_shown_where_they_are_named_tested_and_never_ranke
 
     rows, table = read()
     assert set(rows) == {"cafe", "scn"}
-    assert "also judged with --test-time tent" in table
+    assert "also evaluated with --test-time tent" in table
     rows, table = read("--test-time", "tent", "--test-time", "seeds", "--versus", "cafe")
     tent, seeds = rows["cafe (test_time=tent)"], rows["cafe (test_time=mean of 3 seeds)"]
     assert float(rows["cafe"]["mean"]) == 0.5

@@ -1,4 +1,4 @@
-"""Runs extracted, trained and judged in this process, by the code that Ray's workers run."""
+"""Runs extracted, trained and evaluated in this process, by the code that Ray's workers run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def on_one_thread(plan: TrainPlan, checkpoint_every: int = 1) -> TrainPlan:
 
 
 def train_run(workspace: Workspace, experiment: str = "cafe", **settings: Any) -> UPath:
-    """Train and judge a run; returns its folder."""
+    """Train and evaluate a run; returns its folder."""
     plan = _begin(workspace, experiment, settings)
     Worker().train(on_one_thread(plan))
     for target in plan.targets:

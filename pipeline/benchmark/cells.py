@@ -243,13 +243,13 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
 def _compare(plan: BenchmarkPlan) -> None:
     """Write the comparison of the cells, unless it was made before of the same predictions."""
     folders = {cell.plan.run: None for cell in plan.runnable if cell.plan}
-    judged = {
+    evaluated = {
         str(path.relative_to(folder.parent)): digest(read_file(path))
         for folder in folders
         for path in list_files(folder / "predictions")
     }
     note = plan.folder / "comparison.sha256"
-    made_of = digest(encode_json({"protocol": plan.benchmark.protocol, "judged": judged})).encode()
+    made_of = digest(encode_json({"protocol": plan.benchmark.protocol, "evaluated": evaluated})).encode()
     if not (exists(note) and exists(plan.folder / "report.html") and read_file(note) == made_of):
         write_comparison(plan.workspace, plan.folder, read_runs(folders), plan.experiment, plan.benchmark.protocol)
         write_file(note, made_of)

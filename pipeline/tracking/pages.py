@@ -123,7 +123,9 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
 
 def describe_scores(run: Run, scores: pd.DataFrame) -> str:
     """Return a run in a sentence, and for each protocol by which it was evaluated its accuracy on all targets."""
-    sentences = [f"`{run.method}` trained on {run.source_title} with seed {run.seed}; judged epoch: {run.selection}."]
+    sentences = [
+        f"`{run.method}` trained on {run.source_title} with seed {run.seed}; evaluated epoch: {run.selection}."
+    ]
     for protocol, own in scores.groupby("protocol", sort=False):
         shares = (f"{row.target} {100 * row.accuracy:.1f} % ({row.relation})" for row in own.itertuples())
         sentences.append(f"Accuracy by the protocol {protocol}: {', '.join(shares)}.")
