@@ -27,8 +27,8 @@ T3A_BATCH, T3A_KEPT = 32, 100  # released script; M of the published grid 1, 5, 
 def predict_tent(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return probabilities (n, K) by TENT: batch norms take the statistics of each batch, their scale and shift its entropy.
 
-    "Tent: Fully Test-Time Adaptation by Entropy Minimization", Wang et al., ICLR 2021. Each batch is predicted, then one step
-    is taken. Only batch norms are in training mode: dropout stays off. Raises `UserError` for a method without any.
+    "Tent: Fully Test-Time Adaptation by Entropy Minimization", Wang et al., ICLR 2021. Each batch is predicted, then one
+    step is taken. Only batch norms are in training mode: dropout stays off. Raises `UserError` for a method without any.
     """
     method = copy.deepcopy(method).eval().requires_grad_(False)
     for norm in find_norms(method):
@@ -78,7 +78,7 @@ class Supports:
         self.count = len(self.features)
 
     def evaluate(self, features: Tensor, logits: Tensor) -> Tensor:
-        """Take faces (n, C) in, keep those of lowest entropy of each class, and return the faces' logits (n, K) by its prototypes."""
+        """Take faces (n, C) in, keep those of lowest entropy of each class; return the logits (n, K) by its prototypes."""
         self.features = torch.cat([self.features, features])
         self.classes = torch.cat([self.classes, logits.argmax(dim=1)])
         self.entropies = torch.cat([self.entropies, measure_entropy(logits)])
