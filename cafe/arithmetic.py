@@ -1,4 +1,4 @@
-"""How float32 numbers are multiplied, which graphics cards decide by themselves unless they are told."""
+"""How float32 numbers are multiplied, which graphics cards decide by themselves unless a program says so."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: A
             if pause is None:
                 reason = getattr(error, "strerror", None) or quote(error)
                 raise StorageError(
-                    f"{path} cannot be {verb} ({reason}), though it was tried {len(pauses) + 1} times: mend the storage or "
+                    f"{path} cannot be {verb} ({reason}), though it was tried {len(pauses) + 1} times: fix the storage or "
                     "the rights to it and give the command again."
                 ) from error
             time.sleep(pause)

@@ -39,20 +39,27 @@ EXIT_CODES = (
 
 @click.group(cls=Commands, places=COMMANDS, context_settings=HELP, epilog=EXIT_CODES)
 @click.option("--workspace", "-w", default="work", show_default=True, help="Folder or URI that holds everything.")
+@click.option(
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="FILE.py",
+    help="Python file with a data set, tower, image branch or method of yours; repeatable.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="Print results and errors alone.")
 @click.option(
     "--verbose", "-v", is_flag=True, help="Print what libraries and workers report, and where an error was found."
 )
 @click.version_option(package_name="cafe")
 @click.pass_context
-def main(ctx: click.Context, workspace: str, quiet: bool, verbose: bool) -> None:
-    """Facial-expression recognition that generalises: train on one data set, be judged on all the others.
+def main(ctx: click.Context, workspace: str, plugins: tuple[str, ...], quiet: bool, verbose: bool) -> None:
+    """Facial-expression recognition that generalises: train on one data set, be evaluated on all the others.
 
     \b
     cafe demo                                            # everything below on synthetic faces
     cafe data index folder ~/faces/news --name news      # a manifest
     cafe extract news cinema --backbone face-resnet      # frozen features, once
-    cafe train --source news --method cafe --seed 0      # train, then judge on every other manifest
+    cafe train --source news --method cafe --seed 0      # train, then evaluate on every other manifest
     cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals
     cafe report quickstart                               # the same as a page, with every method's mistakes
@@ -60,6 +67,11 @@ def main(ctx: click.Context, workspace: str, quiet: bool, verbose: bool) -> None
     """
     ctx.obj = workspace
     set_loudness(quiet, verbose)
+    if plugins:
+        from cafe.plugins import load_plugins
+
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as of every command, before a plug-in imports torch
+        load_plugins(plugins)
 
 
 def run() -> None:

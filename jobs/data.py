@@ -116,18 +116,17 @@ def index(
 
 def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
     """List a data set with the options that its kind knows; raise `UserError` for others."""
-    from cafe.data.readers import DATASETS
+    from cafe.data.readers import find_reader
     from cafe.files import locate
 
-    if kind not in DATASETS:
-        raise unknown("kind of data set", kind, DATASETS)
+    read = find_reader(kind)
     if ferplus_rule and kind != "ferplus":
         raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
     if pictures and kind != "table":
         raise UserError(f"--root {pictures} has no meaning for {kind}: it is for table alone.")
     choices: dict[str, Any] = {"rule": ferplus_rule} if ferplus_rule else {}
     choices |= {"root": locate(pictures)} if pictures else {}
-    return DATASETS[kind](locate(root), **choices)
+    return read(locate(root), **choices)
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:
@@ -368,7 +367,7 @@ def list_data(as_json: bool) -> None:
 def _list_manifests(workspace: Workspace) -> Iterator[dict[str, object]]:
     """Yield the manifests of a workspace with their faces and what features there are of each."""
     from cafe.data.manifest import SPLITS
-    from cafe.pipeline.features.description import find_stores
+    from cafe.pipeline.features.integrity import find_stores
 
     for name in workspace.manifest_names():
         manifest = workspace.load_manifest(name)

@@ -48,7 +48,7 @@ def doctor(file: str | None, as_json: bool) -> None:
 
 
 def _software() -> Iterator[Finding]:
-    from cafe.pipeline.runs import code_version
+    from cafe.pipeline.process.versions import code_version
 
     yield "cafe", code_version(), ""
     yield "Python", f"{platform.python_version()} on {platform.platform(terse=True)}", ""
@@ -99,14 +99,14 @@ def _needs(workspace: Workspace, file: str) -> Iterator[Finding]:
     from cafe.jobs.runs import find_file
     from cafe.pipeline.benchmark.file import read_benchmark
     from cafe.pipeline.benchmark.plan import plan_benchmark
-    from cafe.pipeline.features.extract import describe_store, know_tower
+    from cafe.pipeline.features.extract import describe_store, look_up_tower
     from cafe.pipeline.settings import BenchmarkSettings
 
     plan = plan_benchmark(workspace, read_benchmark(find_file(file)), BenchmarkSettings())
     needed = 0
     for store in plan.missing_stores:
         try:
-            needed += describe_store(store.manifest, store.settings, know_tower(workspace, store.settings)).bytes
+            needed += describe_store(store.manifest, store.settings, look_up_tower(workspace, store.settings)).bytes
         except UserError as error:
             yield f"features of {store.manifest.name}", store.settings.backbone, str(error)
     free = shutil.disk_usage(str(workspace.root)).free if workspace.local else needed

@@ -16,7 +16,7 @@ test_time_option = click.option(
     "--test-time",
     multiple=True,
     type=click.Choice([*TEST_TIME, "seeds"]),
-    help="Add rows as judged with this option; seeds: the mean over the seeds of each row. Repeatable.",
+    help="Add rows as evaluated with this option; seeds: the mean over the seeds of each row. Repeatable.",
 )
 NAMED = {"run": "runs/*/run.json", "manifest": "manifests/*.parquet", "experiment": "runs/*/experiments/*.json"}
 COMPLETED = {"source": "manifest", "targets": "manifest", "experiment": "experiment"}  # fields of settings

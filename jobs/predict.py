@@ -30,7 +30,7 @@ SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 @click.argument("places", nargs=-1, required=True, metavar="PATH...")
 @options(PredictSettings)
 def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
-    """Tell the expression of every face in photos and videos: `cafe predict cafe-news-s0 party.jpg`.
+    """Predict the expression of every face in photos and videos: `cafe predict cafe-news-s0 party.jpg`.
 
     \b
     cafe predict cafe-news-s0 ~/photos --output faces.csv          # folders with all that is below them
@@ -42,7 +42,7 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     'faces/*.jpg', or - for a list of paths on standard input.
 
     Every face is a row, and so is every picture without one, with the reason; a broken file ends nothing. Exit code 0: at
-    least one face was judged; 1: none was; 2: a mistake in the command; 130: interrupted.
+    least one face got a prediction; 1: none did; 2: a mistake in the command; 130: interrupted.
     """
     settings, workspace = PredictSettings(**values), open_workspace()
     form = _choose_format(settings)
@@ -58,36 +58,38 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
-    summary = _judge(files, _load(runs, settings), settings, form, copies)
+    summary = _predict(files, _load(runs, settings), settings, form, copies)
     for sentence in summary.sentences():
         say(sentence, err=True)
     for place in (settings.output, settings.annotate):
         if place:
             say(f"Wrote {place}", err=True)
     if not summary.faces:
-        raise IncompleteError("No face was judged: see the reasons above, or lower --smallest or --confidence.")
+        raise IncompleteError("No face was predicted: see the reasons above, or lower --smallest or --confidence.")
 
 
-def _judge(files: list[UPath], model: Model, settings: PredictSettings, form: str, copies: Annotator | None) -> Summary:
-    """Judge all frames of the files, write their rows and the copies that are wanted, and return what they come to."""
+def _predict(
+    files: list[UPath], model: Model, settings: PredictSettings, form: str, copies: Annotator | None
+) -> Summary:
+    """Predict all faces of the files, write their rows and the copies that are wanted, and return what they come to."""
     from cafe.inference.frames import count_frames, read_frames
     from cafe.inference.output import FORMATS, Summary, list_rows
-    from cafe.inference.recognition import Search, judge_frames
+    from cafe.inference.recognition import Search, predict_frames
 
     search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
     summary, total = Summary(), sum(count_frames(file, settings.rate) for file in files)
     with ExitStack() as stack:
-        stack.enter_context(interruptible("what was judged so far is kept"))
+        stack.enter_context(interruptible("what was predicted so far is kept"))
         file = stack.enter_context(_open_output(settings.output))
-        write = stack.enter_context(FORMATS[form](file))
+        write = stack.enter_context(FORMATS[form](file, model.classes))
         progress = stack.enter_context(_show_progress(file))
         annotator = stack.enter_context(copies or nullcontext())
-        frames = judge_frames(read_frames(files, settings.rate), model, search, copies is not None)
-        for done, judged in enumerate(frames, start=1):
-            write(list_rows(judged))
-            summary.add(judged)
+        frames = predict_frames(read_frames(files, settings.rate), model, search, copies is not None)
+        for done, predicted in enumerate(frames, start=1):
+            write(list_rows(predicted, model.classes))
+            summary.add(predicted)
             if annotator:
-                annotator.add(judged)
+                annotator.add(predicted)
             progress(done, max(done, total))
     return summary
 
@@ -112,8 +114,8 @@ def _read_places(places: tuple[str, ...]) -> Iterator[str]:
 def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     """Load the model, and the face detector where it is needed, so that what is missing is said before work begins."""
     from cafe.data.alignment import find_detector
-    from cafe.pipeline.cluster import own_device
     from cafe.pipeline.models import build_model
+    from cafe.pipeline.process.machine import own_device
 
     device = own_device(settings.use_gpu)
     if not settings.aligned:
@@ -150,7 +152,8 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
     """Export a trained run as ONNX, safetensors and a model card: `cafe export cafe-news-s0 --output model`.
 
     RUN is the name of a run of this workspace or its unambiguous beginning. The graph holds everything from the pixels of an
-    aligned face to seven probabilities, and is checked against PyTorch on real faces. Needs `pip install 'cafe[export]'`.
+    aligned face to the probabilities of the classes, and is checked against PyTorch on real faces. Needs
+    `pip install 'cafe[export]'`.
     """
     from cafe.files import locate
     from cafe.pipeline.release.export import export_run

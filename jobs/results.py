@@ -228,7 +228,7 @@ def report(
 @click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
     """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
-    from cafe.pipeline.tracking.mirror import VIEW, default_uri, list_experiments
+    from cafe.pipeline.tracking.mirror import default_uri, list_experiments
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -248,8 +248,7 @@ def ui(port: int) -> None:
             _await_answer(server, port)
             click.echo(f"MLflow at {address} (stop with Ctrl-C)")
             for name, number in experiments.items():  # MLflow's own front page leads to pages about language models
-                place = f"{address}/#/experiments/{number}/runs"
-                click.echo(f"{name}: {place}?workflowType=machine_learning&viewStateShareKey={VIEW}")
+                click.echo(f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning")
             server.wait()
         except KeyboardInterrupt:
             server.terminate()

@@ -1,23 +1,28 @@
-"""The commands that compute: extract, train, evaluate, benchmark, demo."""
+"""The commands that compute: extract, train, evaluate, benchmark, demo; and the tables of a plan and of what failed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cafe.errors import IncompleteError, UserError
+from cafe.errors import IncompleteError, UserError, first_line
 from cafe.jobs.options import complete, options
-from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say, show
+from cafe.jobs.terminal import interruptible, make_table, open_workspace, progress_bar, say, show
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from upath import UPath
 
+    from cafe.pipeline.benchmark.cells import Failures
     from cafe.pipeline.benchmark.file import Benchmark
+    from cafe.pipeline.benchmark.grid import Cell
+    from cafe.pipeline.benchmark.plan import BenchmarkPlan
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.workspace import Workspace
 
@@ -51,7 +56,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
 @click.command()
 @options(TrainSettings)
 def train(**values: Any) -> None:
-    """Train a method on one source and judge it on every other manifest.
+    """Train a method on one source and evaluate it on every other manifest.
 
     \b
     cafe train --source news --method cafe --seed 0 --epochs 20
@@ -63,15 +68,16 @@ def train(**values: Any) -> None:
     settings, workspace = TrainSettings(**values), open_workspace()
     set_environment(settings)
 
+    from cafe.pipeline.plan import plan_training
     from cafe.pipeline.tracking.mirror import Mirror
-    from cafe.pipeline.train import plan_training, train_and_judge
+    from cafe.pipeline.train import train_and_evaluate
 
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     plan = plan_training(workspace, settings)
     for sentence in explain_choices(settings, plan.spec.precision, plan.spec.recipe["batch_size"]):
         click.echo(sentence)
     with interruptible():
-        train_and_judge(plan, mirror, progress_bar)
+        train_and_evaluate(plan, mirror, progress_bar)
     if plan.targets:
         _show_scores(workspace, plan.run, settings.protocol)
     say(f"Run {plan.spec.name} in {plan.run}")
@@ -96,7 +102,7 @@ def explain_choices(settings: TrainSettings, precision: str, batch_size: int) ->
 @click.argument("run", shell_complete=complete("run"))
 @options(EvaluateSettings)
 def evaluate(run: str, **values: Any) -> None:
-    """Judge a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
+    """Evaluate a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
 
     RUN is the name of a run of this workspace or its unambiguous beginning.
     """
@@ -105,12 +111,13 @@ def evaluate(run: str, **values: Any) -> None:
     settings, workspace = EvaluateSettings(**values), open_workspace()
     set_environment(settings)
 
-    from cafe.pipeline.evaluate import check_option, judge_anywhere, predict_targets
+    from cafe.pipeline.evaluate import check_option, evaluate_targets
     from cafe.pipeline.faces import choose_targets
     from cafe.pipeline.runs import RunSpec, add_experiment, is_finished
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import keep_status
     from cafe.pipeline.worker import find_worker
+    from cafe.plugins import check_plugins
     from cafe.results.leaks import load_leaks
     from cafe.results.protocols import find_protocol, name_protocol
 
@@ -118,6 +125,7 @@ def evaluate(run: str, **values: Any) -> None:
     if not is_finished(path):
         raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
     spec = RunSpec.load(path)
+    check_plugins(spec.plugins)
     protocol = name_protocol(settings.protocol, settings.test_time)
     check_option(spec, settings.test_time or "")
     targets = choose_targets(workspace, settings.targets, spec, protocol, settings.split)
@@ -127,9 +135,10 @@ def evaluate(run: str, **values: Any) -> None:
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     if settings.experiment:
         add_experiment(path, settings.experiment)
-    judging = progress_bar("Judging", "targets")
-    with interruptible(), keep_status(path, mirror), find_worker(settings) as worker, judging as progress:
-        predict_targets(path, targets, progress, worker.judge if worker else judge_anywhere(settings.use_gpu))
+    several = len(targets) if settings.address else 1  # side by side on a cluster
+    bar, at_work = progress_bar("Evaluating", "targets"), find_worker(settings, settings.use_gpu, several)
+    with interruptible(), keep_status(path, mirror), at_work as worker, bar as progress:
+        evaluate_targets(path, targets, progress, worker.evaluate)
     _show_scores(workspace, path, protocol, settings.exclude_leaks)
     if settings.test_time:
         say(f"Protocol {protocol}: {find_protocol(protocol).about}")
@@ -140,7 +149,7 @@ def evaluate(run: str, **values: Any) -> None:
 @click.argument("file")
 @options(BenchmarkSettings)
 def benchmark(file: str, **values: Any) -> None:
-    """Train and judge a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
+    """Train and evaluate a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
 
     FILE says what is in it; with this package come demo, quickstart, ferplus, rivals, mask, leave_one_out,
     leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared,
@@ -148,17 +157,17 @@ def benchmark(file: str, **values: Any) -> None:
     """
     from cafe.pipeline.benchmark.file import read_benchmark
 
-    _work_off(open_workspace(), read_benchmark(find_file(file)), BenchmarkSettings(**values))
+    run_grid(open_workspace(), read_benchmark(find_file(file)), BenchmarkSettings(**values))
 
 
 @click.command()
 @options(DemoSettings)
 def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster: Any) -> None:
-    """Everything once, in minutes, on drawn faces or your own: index, extract, train, judge, compare.
+    """Everything once, in minutes, on drawn faces or your own: index, extract, train, evaluate, compare.
 
     \b
     cafe demo                                            # five domains of drawn faces
-    cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, judged on both
+    cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, evaluated on both
     """
     from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
@@ -169,9 +178,9 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     grid = read_benchmark(SHIPPED / "demo.toml")
     sources = names[:1] if faces else grid.sources
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
-    about = f"Demo: trained on {names[0]}, judged on {', '.join(names)}" if faces else grid.about
+    about = f"Demo: trained on {names[0]}, evaluated on {', '.join(names)}" if faces else grid.about
     grid = replace(grid, about=about, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
-    _work_off(workspace, grid, BenchmarkSettings(**cluster))
+    run_grid(workspace, grid, BenchmarkSettings(**cluster))
     report = report_runs(workspace, choose_runs(workspace, grid.name))
     show_report(report)
     click.echo(conclude(report.comparison))
@@ -201,9 +210,8 @@ def _index_folder(workspace: Workspace, folder: str) -> str:
     return name
 
 
-def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings) -> None:
+def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings) -> None:
     """Show the plan of a benchmark and, unless it is a dry run, run all of its cells that are not done."""
-    from cafe.jobs.run_tables import failures_table, plan_tables
     from cafe.pipeline.benchmark.cells import run_benchmark
     from cafe.pipeline.benchmark.plan import plan_benchmark
     from cafe.pipeline.tracking.mirror import Mirror
@@ -220,7 +228,7 @@ def _work_off(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings
     if failures:
         show(failures_table(failures))
         raise IncompleteError(
-            f"{len(failures)} of {len(plan.cells)} cells failed, all others are done: mend what the table says and give the "
+            f"{len(failures)} of {len(plan.cells)} cells failed, all others are done: fix what the table says and give the "
             "same command again."
         )
     say(f"All {len(plan.cells)} cells are done: cafe compare --experiment {plan.experiment}")
@@ -259,3 +267,99 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
 def _warn(mirror: Mirror) -> None:
     if mirror.warning:
         click.echo(f"Warning: {mirror.warning}", err=True)
+
+
+def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
+    """What a benchmark will do and what that costs: methods × sources with the cells that are done, then the sums."""
+    from cafe.results.sources import ALL_BUT_TARGET
+
+    benchmark, cells = plan.benchmark, plan.cells
+    titles = list(dict.fromkeys(cell.title for cell in cells))
+    sources = list(dict.fromkeys(cell.source_name for cell in cells))
+    lines = []
+    for title in titles:
+        row = [[cell for cell in cells if (cell.title, cell.source_name) == (title, source)] for source in sources]
+        lines.append((title, *(f"{sum(cell.done for cell in own)} of {len(own)}" for own in row)))
+    table = make_table(["method", *sources], lines, title=benchmark.about or benchmark.name)
+    done, begun = sum(cell.done for cell in cells), sum(bool(cell.records) and not cell.done for cell in cells)
+    seeds = len({cell.settings.seed for cell in cells})
+    parts = (_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed"))
+    shape = " × ".join(parts) + (", restricted by --only" if plan.settings.only else "")
+    obstacles = Counter(cell.obstacle for cell in cells if cell.obstacle)
+    by = ", each by the trainings that leave it out," if benchmark.sources == [ALL_BUT_TARGET] else ""
+    evaluated = f"Evaluated on {', '.join(benchmark.evaluated_on)}{by} by the protocol {benchmark.protocol}."
+    return [
+        table,
+        f"{len(cells):,} cells ({shape}): {done:,} done, {begun:,} begun, {len(cells) - done - begun:,} to begin.",
+        evaluated,
+        _training_cost(plan),
+        _tower_cost(plan),
+        *_deviations(cells),
+        *(f"{count} cells cannot run: {first_line(reason)}" for reason, count in obstacles.items()),
+    ]
+
+
+def _deviations(cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield in which settings methods with published numbers differ from what was published, and which they are."""
+    from cafe.results.published import load_published
+
+    differing: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        if cell.deviations and cell.entry.method in load_published()["accuracy"]:
+            differing.setdefault(", ".join(cell.deviations), {})[cell.title] = None
+    for settings, titles in differing.items():
+        yield f"Not as published: {settings} ({'; '.join(titles)})."
+
+
+def _training_cost(plan: BenchmarkPlan) -> str:
+    from cafe.pipeline.process import machine
+
+    cores = 1 if plan.settings.address else plan.settings.num_cpus or machine.cores()
+    left, parallel = plan.work - plan.worked, plan.settings.parallel or cores
+    seconds = plan.seconds_left(parallel)
+    speed = "at a speed not known yet"
+    if seconds is not None:
+        speed = f"about {_duration(seconds)} with {_count(parallel, 'cell')} at a time"
+    rest = f"{left:,} of them left, {speed}" if left else "none of them left"
+    return f"Training: {plan.work:,} faces × epochs, {rest}.{_fold_cost(plan)}"
+
+
+def _fold_cost(plan: BenchmarkPlan) -> str:
+    folds = sum(cell.folds for cell in plan.runnable)
+    share = sum(cell.work - cell.work // cell.folds for cell in plan.runnable if cell.folds)
+    if not folds:
+        return ""
+    return (
+        f" Of these, {share:,} are of the {folds:,} trainings on all sources but one by which leave_one_out chooses epochs, "
+        "each of which also evaluates on the source left out after every epoch."
+    )
+
+
+def _tower_cost(plan: BenchmarkPlan) -> str:
+    needed, left = plan.store_passes, sum(store.passes_left for store in plan.stores)
+    published = plan.published_passes
+    if not published:
+        return "Towers: no method of this benchmark reads frozen features."
+    saved, several = published - needed, plan.benchmark.views_per_seed
+    share = f"{abs(saved):,} passes ({abs(saved) / published:.1%})"
+    each = f"for each of {len(plan.benchmark.seeds)} seeds views of its own, " if several else ""
+    return (
+        f"Towers: {needed:,} passes fill {len(plan.stores)} feature stores (faces × views), {each}{left:,} of them left. "
+        f"Without stores the cells that read features would take {published:,} (epochs × training faces + evaluated faces, "
+        f"each cell for itself): the cache {'saves' if saved >= 0 else 'costs'} {share}."
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
+
+
+def failures_table(failures: Failures) -> Table:
+    """The cells that failed, each with its reason."""
+    lines = [(cell.name, first_line(reason)) for cell, reason in failures.items()]
+    return make_table(["cell", "why it failed"], lines, words=2, title="Failed cells")

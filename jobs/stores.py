@@ -40,19 +40,29 @@ def list_all(names: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([facts.record() for facts in stores], indent=1))
         return
-    header = ["store", "features", "worked on by", "shards", "faces", "MB", "days old", "runs trained", "runs judged"]
+    header = [
+        "store",
+        "features",
+        "worked on by",
+        "shards",
+        "faces",
+        "MB",
+        "days old",
+        "runs trained",
+        "runs evaluated",
+    ]
     show(make_table(header, [_line(facts) for facts in stores], words=3, title=str(workspace.root)))
 
 
 def _line(facts: StoreFacts) -> tuple[object, ...]:
-    about = facts.about
+    info = facts.info
     described = (
-        (about.describe(), facts.holder, f"{facts.done} of {about.shards}", about.rows)
-        if about
+        (info.describe(), facts.holder, f"{facts.done} of {info.shards}", info.rows)
+        if info
         else ("unknown", "", "", "")
     )
     age = f"{(time.time() - facts.made) / DAY:.1f}"
-    return (facts.name, *described, f"{facts.bytes / 1e6:,.1f}", age, len(facts.trained), len(facts.judged))
+    return (facts.name, *described, f"{facts.bytes / 1e6:,.1f}", age, len(facts.trained), len(facts.evaluated))
 
 
 @store.command("verify")
@@ -60,14 +70,14 @@ def _line(facts: StoreFacts) -> tuple[object, ...]:
 @json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
     """Read stores back, every byte, and name the files that are not what was written: `cafe store verify news`."""
-    from cafe.pipeline.features.description import store_name
-    from cafe.pipeline.features.verify import find_damage
+    from cafe.pipeline.features.key import store_name
+    from cafe.pipeline.features.store import verify as verify_store
     from cafe.pipeline.stores import find_paths
 
     found = {}
     with interruptible("nothing was changed"), progress_bar("Verifying", "shards") as progress:
         for path in find_paths(open_workspace(), names):
-            found[store_name(path)] = find_damage(path, progress)
+            found[store_name(path)] = verify_store(path, progress)
     damaged = {name: damages for name, damages in found.items() if damages}
     if as_json:
         click.echo(
@@ -90,7 +100,7 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
 
     Interrupt it as you like: the same command goes on where it was.
     """
-    from cafe.pipeline.features.description import store_name
+    from cafe.pipeline.features.key import store_name
     from cafe.pipeline.stores import find_paths
     from cafe.pipeline.stores import repair as repair_store
 
@@ -125,12 +135,12 @@ def remove(names: tuple[str, ...], yes: bool) -> None:
 
 
 def _consequences(facts: StoreFacts) -> str:
-    about, used = facts.about, sorted({*facts.trained, *facts.judged})
-    what = f"{about.describe()}, {about.rows:,} faces" if about else "nobody can tell what it holds"
-    again = f"; to have it again takes {about.rows * about.key.views:,} passes of the tower" if about else ""
+    info, used = facts.info, sorted({*facts.trained, *facts.evaluated})
+    what = f"{info.describe()}, {info.rows:,} faces" if info else "it does not say what it holds"
+    again = f"; to have it again takes {info.rows * info.key.views:,} passes of the tower" if info else ""
     users = (
         f"used by {len(used)} runs ({', '.join(used)}), which keep their weights and scores, but need it to go on, to be "
-        "judged again or repeated"
+        "evaluated again or repeated"
         if used
         else "used by no run"
     )

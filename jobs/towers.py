@@ -1,4 +1,4 @@
-"""The commands about frozen towers: what their layers are and cost, and what they know of expressions."""
+"""The commands about frozen towers: what their layers are and cost, and how well these tell expressions apart."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class _Towers(Commands):
 
 @click.group(cls=_Towers)
 def tower() -> None:
-    """Frozen towers: their layers, and which of them knows expressions best.
+    """Frozen towers: their layers, and which of them tells expressions apart best.
 
     \b
     cafe tower face-resnet                                  # its layers, their maps and what they cost
-    cafe tower probe news --backbone face-resnet            # what they know, on faces held out of news
+    cafe tower probe news --backbone face-resnet            # how well they do, on faces held out of news
     """
 
 
@@ -64,9 +64,9 @@ def layers(backbone: str, input_size: int | None, as_json: bool) -> None:
 )
 @json_option
 def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int | None, as_json: bool) -> None:
-    """Find the layer that knows expressions best, e.g. `cafe tower probe news --backbone face-resnet`.
+    """Find the layer that tells expressions apart best, e.g. `cafe tower probe news --backbone face-resnet`.
 
-    A linear classifier is fitted on training faces of SOURCE and asked for others of them that were held out; no target
+    A linear classifier is fitted on training faces of SOURCE and evaluated on others of them that were held out; no target
     plays a part. The best line is what to write behind `cafe extract --backbone`.
     """
     import torch
@@ -77,22 +77,22 @@ def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int |
 
     manifest = open_workspace().load_manifest(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fitted, asked = choose_faces(manifest, faces)
-    answers = []
+    fitted, tested = choose_faces(manifest, faces)
+    results = []
     for name in backbones:
         loaded = load_backbone(name, input_size=input_size)
         with progress_bar(f"Probing {name}") as progress:
             head = split_name(name)[0]
-            answers += [(head, answer) for answer in probe_layers(loaded, manifest, fitted, asked, device, progress)]
+            results += [(head, result) for result in probe_layers(loaded, manifest, fitted, tested, device, progress)]
     records = [
         {
-            "backbone": f"{head}#{answer.layer}", "channels": answer.width,
-            "accuracy_percent": _percent(answer.accuracy), "error_percent": _percent(answer.error),
-            "mean_class_percent": _percent(answer.mean_class_accuracy),
+            "backbone": f"{head}#{result.layer}", "channels": result.width,
+            "accuracy_percent": _percent(result.accuracy), "error_percent": _percent(result.error),
+            "mean_class_percent": _percent(result.mean_class_accuracy),
         }
-        for head, answer in sorted(answers, key=lambda pair: -pair[1].accuracy)
+        for head, result in sorted(results, key=lambda pair: -pair[1].accuracy)
     ]  # fmt: skip
-    title = f"{source}: fitted on {len(fitted):,} faces, asked for {len(asked):,} held out"
+    title = f"{source}: fitted on {len(fitted):,} faces, evaluated on {len(tested):,} held out"
     show_records(records, as_json, title=title)
 
 

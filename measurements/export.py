@@ -1,8 +1,8 @@
-"""How fast an exported graph judges faces, beside PyTorch, and how well it, PyTorch, MLflow's pyfunc and its server agree.
+"""How fast an exported graph predicts faces, beside PyTorch, and how well it, PyTorch, MLflow's pyfunc and its server agree.
 
     python measurements/export.py WORKSPACE RUN MANIFEST [--served http://127.0.0.1:5001/invocations]
 
-Exports the run to a folder of its own, judges faces of the manifest in batches by PyTorch and by ONNX Runtime on the same
+Exports the run to a folder of its own, predicts faces of the manifest in batches by PyTorch and by ONNX Runtime on the same
 threads, one after the other, and prints the median of several rounds. What counts is processor time, which other programs on
 the machine hardly change: with one thread it is the time a free core would take. The difference is taken over all faces.
 """
@@ -76,10 +76,10 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(options.rounds + 1):  # the first warms up
-        for name, judge in ways.items():
+        for name, predict in ways.items():
             started = time.process_time()
             for batch in batches:
-                judge(batch)
+                predict(batch)
             seconds[name] += [time.process_time() - started] if number else []
     for name, taken in seconds.items():
         speeds = [len(timed) / value for value in taken]

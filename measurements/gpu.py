@@ -35,8 +35,7 @@ from cafe.learning.training import Training, autocast
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
 from cafe.pipeline.features.extract import Extraction, extract
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.building import load_backbone
@@ -77,7 +76,7 @@ def main(folder: Path, faces: int, train_faces: int, parallel: int) -> None:
                 f"stage one, {decoders} processes decode: {rate:,.0f} views/s, {rate / bare:.2f} of the bare pass"
             )
 
-        store, rows = FeatureStore(done.store, done.about), np.arange(train_faces)
+        store, rows = FeatureStore(done.store, done.info), np.arange(train_faces)
         for precision in ("fp32", "bf16"):
             step = statistics.median(rate_step(store, precision) for _ in range(REPEATS))
             click.echo(f"bare step in {precision} {step:,.0f} faces/s")
@@ -88,7 +87,7 @@ def main(folder: Path, faces: int, train_faces: int, parallel: int) -> None:
         for count in (2, parallel):
             with ProcessPoolExecutor(count, get_context("spawn")) as pool:
                 rates = list(
-                    pool.map(train_apart, *zip(*[(manifest, store.path, store.about, rows)] * count, strict=True))
+                    pool.map(train_apart, *zip(*[(manifest, store.path, store.info, rows)] * count, strict=True))
                 )
             click.echo(f"{count} trainings at once, fp32: {sum(rates):,.0f} faces/s together")
 
@@ -149,20 +148,20 @@ def rate_extraction(workspace: Workspace, manifest: Manifest, settings: ExtractS
 def make_training(manifest: Manifest, store: FeatureStore, rows: np.ndarray, precision: str) -> Training:
     """Return a training of CAFE, as published but for its data."""
     torch.manual_seed(0)
-    method = Cafe(Recipe(), Inputs(store.about.width, image_size=SIDE)).to(CUDA).to(memory_format=torch.channels_last)
-    features = FeatureReader(store, ["pooled"])
-    dataset = FaceDataset(KeptPictures(manifest, 2**34), store.about.key.view_plan, method.needs, SIDE, features)
+    method = Cafe(Recipe(), Inputs(store.info.width, image_size=SIDE)).to(CUDA).to(memory_format=torch.channels_last)
+    features = FeatureReader([store], ["pooled"])
+    dataset = FaceDataset(KeptPictures(manifest, 2**34), store.info.key.view_plan, method.needs, SIDE, features)
     return Training(method, method, method.optimizer(), dataset, rows, 0, CUDA, precision)
 
 
 def rate_step(store: FeatureStore, precision: str) -> float:
     """Return faces per second of the method's step on a batch that lies on the device."""
     torch.manual_seed(0)
-    method = Cafe(Recipe(), Inputs(store.about.width, image_size=SIDE)).to(CUDA).to(memory_format=torch.channels_last)
+    method = Cafe(Recipe(), Inputs(store.info.width, image_size=SIDE)).to(CUDA).to(memory_format=torch.channels_last)
     optimizer, size = method.optimizer(), Recipe.batch_size
     images = torch.randn(size, 3, SIDE, SIDE, device=CUDA).contiguous(memory_format=torch.channels_last)
     batch = {"image": images, "flipped_image": images.flip(3), "label": torch.arange(size, device=CUDA) % 7}
-    batch |= {"features": torch.randn(size, store.about.width, device=CUDA), "row": torch.arange(size, device=CUDA)}
+    batch |= {"features": torch.randn(size, store.info.width, device=CUDA), "row": torch.arange(size, device=CUDA)}
     targets = {
         **batch,
         "epoch": 1,

@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def run(settings: argparse.Namespace, scratch: Path) -> None:
-    """Prepare the method, plant, judge and draw."""
+    """Prepare the method, plant, evaluate and draw."""
     if settings.faces:
         listing, scale, eyes = DATASETS["folder"](UPath(settings.faces)), 0.36, 0.4
     else:
@@ -172,7 +172,7 @@ def run(settings: argparse.Namespace, scratch: Path) -> None:
     occluded_parts = list(
         dataset_of(planted).load(np.split(order, range(PREDICTION_BATCH, len(order), PREDICTION_BATCH)), 0, CPU)
     )
-    judge(method, clean_parts, occluded_parts, covered, plan, settings)
+    evaluate(method, clean_parts, occluded_parts, covered, plan, settings)
 
 
 class Stored:
@@ -191,7 +191,7 @@ class Stored:
 
 
 @torch.no_grad()
-def judge(
+def evaluate(
     method: Ofer,
     clean: list[Batch],
     occluded: list[Batch],

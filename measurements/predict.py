@@ -25,7 +25,7 @@ from upath import UPath
 from cafe.data.alignment import find_detector
 from cafe.inference.frames import read_frames
 from cafe.inference.model import BATCH_SIZE, Model
-from cafe.inference.recognition import SEARCHED, Search, judge_frames
+from cafe.inference.recognition import SEARCHED, Search, predict_frames
 from cafe.pipeline.release.library import load_model
 from cafe.views.pixels import normalise
 
@@ -72,9 +72,9 @@ def make_photos(faces: Path, folder: Path, count: int) -> list[UPath]:
 
 
 def rate_ours(files: Sequence[UPath], model: Model) -> float:
-    """Return faces per second as the command finds, aligns and judges them."""
+    """Return faces per second as the command finds, aligns and predicts them."""
     start = time.perf_counter()
-    faces = sum(len(judged.faces) for judged in judge_frames(read_frames(files, 1.0), model, Search()))
+    faces = sum(len(predicted.faces) for predicted in predict_frames(read_frames(files, 1.0), model, Search()))
     return faces / (time.perf_counter() - start)
 
 

@@ -30,10 +30,9 @@ from torch import Tensor
 
 from cafe.data.manifest import SCHEMA, Manifest
 from cafe.pipeline.features import extract as extraction
-from cafe.pipeline.features import shards
-from cafe.pipeline.features.computing import pack_shard
-from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.features.verify import find_damage
+from cafe.pipeline.features.extract import pack_shard
+from cafe.pipeline.features.store import FeatureStore, verify
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.facts import TowerFacts
@@ -77,7 +76,7 @@ class NullEmbedder:
     """A worker of an extraction with the null tower."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.worker = shards.ShardEmbedder(*arguments)
+        self.worker = ShardEmbedder(*arguments)
         vars(self.worker)["embedder"] = NullTower()
 
     def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
@@ -118,9 +117,9 @@ def fill_store(workspace: Workspace, rows: int) -> FeatureStore:
 def write(store: FeatureStore, manifest: Manifest) -> None:
     """Compute all shards as the driver and a worker do, without Ray between them."""
     without = replace(manifest, table=manifest.table.slice(0, 0))
-    embedder = NullEmbedder({str(store.path): store.about}, without, SETTINGS, 1, "cpu")
+    embedder = NullEmbedder({str(store.path): store.info}, without, SETTINGS, 1, "cpu")
     for shard in store.pending():
-        done = embedder({name: [value] for name, value in pack_shard(manifest, store.about, shard).items()})
+        done = embedder({name: [value] for name, value in pack_shard(manifest, store.info, shard).items()})
         assert done["fault"] == [""]
     store.finish()
 
@@ -140,7 +139,7 @@ def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
         measured[f"{name} s"] = clock() - since
         return result
 
-    extraction.know_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
+    extraction.look_up_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
     settings = replace(SETTINGS, num_actors=workers or None)
     with TemporaryDirectory() as folder:
         workspace = Workspace.at(folder)
@@ -152,15 +151,15 @@ def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
         measured["planning MB"] = peak()
         if not planning_only:
             if workers:
-                shards.ShardEmbedder = NullEmbedder  # type: ignore[assignment, misc]
+                extraction.ShardEmbedder = NullEmbedder  # type: ignore[assignment, misc]
                 timed("extract", lambda: extract(workspace, manifest, settings), time.monotonic)
             else:
                 timed("write", lambda: write(store, manifest))
             timed("no-op", lambda: extract(workspace, manifest, settings))
             measured["writing MB"] = peak()
             view = timed("read", lambda: store.read_view("pooled", 0))
-            assert (view[:, 0] == np.arange(rows) % store.about.shard_rows % 1000).all()
-            timed("verify", lambda: find_damage(store.path))
+            assert (view[:, 0] == np.arange(rows) % store.info.shard_rows % 1000).all()
+            timed("verify", lambda: verify(store.path))
     return measured
 
 

@@ -44,8 +44,8 @@ from cafe.pipeline.benchmark.cells import run_benchmark
 from cafe.pipeline.benchmark.file import read_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark
 from cafe.pipeline.features.extract import extract
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.process import machine
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.workspace import Workspace
@@ -126,9 +126,9 @@ def main(faces: int, repeats: int, renew: bool) -> None:
         spread, shown = f"{min(values):.2f} – {max(values):.2f}", "" if there is None else f"{there:.2f}"
         click.echo(f"{name:<28}{middle:>8.2f}{spread:>16}{shown:>8}{'  slower than known' if slow else ''}")
     if renew:
-        machine = f"{platform.machine()}, {cluster.cores()} cores, torch {torch.__version__}"
+        described = f"{platform.machine()}, {machine.cores()} cores, torch {torch.__version__}"
         multiples = {name: round(statistics.median(values), 3) for name, values in found.items()}
-        KNOWN.write_text(json.dumps({"machine": machine, "multiples": multiples}, indent=1) + "\n")
+        KNOWN.write_text(json.dumps({"machine": described, "multiples": multiples}, indent=1) + "\n")
 
 
 def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
@@ -151,8 +151,8 @@ def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
     yield "cell of a benchmark", seconds_per_cell(place) / starting
 
     yield "store, read of a view", seconds_of_reads(place)
-    store = FeatureStore(done.store, done.about)
-    cached, plan, width = FeatureReader(store, ["pooled"]), done.about.key.view_plan, tower.facts.width
+    store = FeatureStore(done.store, done.info)
+    cached, plan, width = FeatureReader([store], ["pooled"]), done.info.key.view_plan, tower.facts.width
     live = Embedder(tower, manifest, plan, "cpu", batch_size=BATCH)
     bare = rate_bare_branch(manifest, IMAGE_SIZE)
     yield "stage two, cache", bare / rate_epoch(manifest, cached, plan, width, IMAGE_SIZE)

@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 import torch
+from cafe.pipeline.features.computing import pack_shard
+from cafe.pipeline.features.shards import ShardEmbedder
 from torch import Tensor
 from torch.nn import functional
 from upath import UPath
@@ -31,13 +33,10 @@ from cafe.learning.loading import FaceDataset, epoch_order
 from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.pipeline import cluster
-from cafe.pipeline.features.computing import pack_shard
 from cafe.pipeline.features.extract import describe_store, know_tower
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.shards import ShardEmbedder
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.process import machine
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.randomness import random_generator
@@ -76,7 +75,7 @@ class Source:
 @click.option("--runs", default=15, show_default=True, help="Of the grid: methods × seeds.")
 def main(faces: int, epochs: int, backbone: str, input_size: int, image_size: int, runs: int) -> None:
     """Train both ways, compare the weights, and print CPU seconds and tower passes."""
-    torch.set_num_threads(cluster.cores())
+    torch.set_num_threads(machine.cores())
     set_arithmetic("fp32")
     recipe = Recipe(epochs=epochs)
     settings = ExtractSettings(
@@ -89,9 +88,9 @@ def main(faces: int, epochs: int, backbone: str, input_size: int, image_size: in
         manifest.save(workspace.manifest_path("studio"))
         store, filling = fill(workspace, manifest, settings)
         tower = load_backbone(backbone, input_size=input_size).to(memory_format=torch.channels_last)
-        source = Source(manifest, store.about.key.view_plan, tower, recipe, image_size)
+        source = Source(manifest, store.info.key.view_plan, tower, recipe, image_size)
         cached, reading = train_from_cache(source, store)
-        released, running = train_as_released(source, store.about)
+        released, running = train_as_released(source, store.info)
     same = all(torch.equal(cached[name], value) for name, value in released.items())
     click.echo(f"same weights, bit for bit: {'yes' if same else 'NO'}")
     trained, passes = len(manifest.rows("train")), len(manifest) * (epochs + 1)
@@ -108,11 +107,11 @@ def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) ->
     about = describe_store(manifest, settings, know_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     without_rows = replace(manifest, table=manifest.table.slice(0, 0))
-    embedder = ShardEmbedder({str(store.path): store.about}, without_rows, settings, cluster.cores(), "cpu")
+    embedder = ShardEmbedder({str(store.path): store.info}, without_rows, settings, machine.cores(), "cpu")
     assert embedder.embedder.tower.facts.width == about.width  # loaded before the clock starts, as for the other way
     start = time.process_time()
     for shard in store.pending():
-        faces = np.array([pack_shard(manifest, store.about, shard)["faces"]], object)
+        faces = np.array([pack_shard(manifest, store.info, shard)["faces"]], object)
         assert embedder({"shard": np.array([shard]), "faces": faces})["fault"] == [""]
     return store, time.process_time() - start
 
@@ -120,7 +119,7 @@ def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) ->
 def train_from_cache(source: Source, store: FeatureStore) -> tuple[dict[str, Tensor], float]:
     """Return the weights that the store's features lead to, and the CPU seconds of the training."""
     method, plan = source.method(), source.plan
-    dataset = FaceDataset(source.manifest, plan, method.needs, source.image_size, FeatureReader(store, ["pooled"]))
+    dataset = FaceDataset(source.manifest, plan, method.needs, source.image_size, FeatureReader([store], ["pooled"]))
     training = Training(method, method, method.optimizer(), dataset, source.manifest.rows("train"), SEED, CPU)
     start = time.process_time()
     for epoch in range(1, source.recipe.epochs + 1):

@@ -33,7 +33,7 @@ FRAMES_PER_SECOND = 25
 @click.option("--run", required=True, help="Trained run, or a folder of `cafe export`.")
 @click.option("--faces", required=True, help="Folder of pictures of one face each.")
 @click.option("--people", default=4, show_default=True, help="Faces in every frame.")
-@click.option("--rate", default=5.0, show_default=True, help="Frames a second that are judged.")
+@click.option("--rate", default=5.0, show_default=True, help="Frames a second that are predicted.")
 @click.option("--seconds", default=(10, 120), multiple=True, show_default=True, help="Length of a video; several.")
 def main(workspace: str, run: str, faces: str, people: int, rate: float, seconds: tuple[int, ...]) -> None:
     """Print memory and rate for each length."""
@@ -50,9 +50,9 @@ def main(workspace: str, run: str, faces: str, people: int, rate: float, seconds
             if status:
                 raise SystemExit(f"`cafe predict` ended with exit code {os.waitstatus_to_exitcode(status)}.")
             rows = pd.read_csv(output)
-            frames, judged = rows["frame"].nunique(), int(rows["expression"].notna().sum())
+            frames, predicted = rows["frame"].nunique(), int(rows["expression"].notna().sum())
             click.echo(
-                f"{length} s of {SIZE[0]} × {SIZE[1]}: {frames} frames, {judged} faces in {taken:.0f} s "
+                f"{length} s of {SIZE[0]} × {SIZE[1]}: {frames} frames, {predicted} faces in {taken:.0f} s "
                 f"({frames / taken:.1f} frames/s), {usage.ru_maxrss / 2**20:.2f} GiB at most"
             )
 

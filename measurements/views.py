@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from cafe.files import locate
 from cafe.pipeline import cluster
 from cafe.pipeline.features.extract import extract
+from cafe.pipeline.plan import plan_training
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror
-from cafe.pipeline.train import plan_training, train_and_judge
+from cafe.pipeline.train import train_and_evaluate
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import estimate
 from cafe.results.runs import read_runs
@@ -62,7 +63,7 @@ def main(
                     experiment="views", checkpoint_every=epochs,
                 )  # fmt: skip
                 plan = plan_training(place, settings)
-                train_and_judge(plan, Mirror(place))
+                train_and_evaluate(plan, Mirror(place))
                 metrics = flatten_scores(read_scores(read_runs([plan.run])))
                 runs[count].append(metrics)
                 click.echo(f"{source}, {count} views, seed {seed}: {100 * metrics['unseen/accuracy']:.1f} % unseen")

@@ -1,33 +1,24 @@
-"""The one door to Ray: this machine alone, or a running cluster; quiet either way.
+"""Ray started on this machine, or joined where it runs; quiet either way.
 
-Commands that follow each other in one process (the demo) share one Ray. How far long work is goes to a callback, which a bar
-gives. What a process may use of its machine is counted here too.
+Commands that follow each other in one process (the demo) share one Ray.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cafe
 from cafe.errors import IncompleteError, UserError, quote
 from cafe.pipeline.settings import ClusterSettings
 
-Progress = Callable[[int, int], None]  # (done, total)
-Bar = Callable[[str, str], AbstractContextManager[Progress]]  # (title, unit)
-
 CONNECT_SECONDS = 5.0
 TOO_SLOW = "timed out during startup"  # Ray's words
 LOOK_SECONDS = 1.0  # between two looks at what an autoscaler has brought
-LIBRARIES = ("numpy", "open_clip_torch", "pillow", "timm", "torch", "torchvision")
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,18 +29,6 @@ ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
-CGROUP = Path("/sys/fs/cgroup")
-# Limit, use and the line of the statistics that says what of the use can be dropped: of version 2 and of version 1.
-LAYOUTS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
-
-
-@contextmanager
-def no_bar(title: str, unit: str) -> Iterator[Progress]:
-    """Show nothing."""
-    yield lambda done, total: None
 
 
 def set_environment(settings: ClusterSettings) -> None:
@@ -156,27 +135,6 @@ def quieten(library: str) -> None:
     logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
-@cache
-def versions() -> dict[str, str]:
-    """Return what numbers depend on besides the settings: the versions of libraries, and a digest of this code itself."""
-    code = hashlib.sha256()
-    root = Path(cafe.__path__[0])
-    for folder, _, names in sorted(os.walk(root, followlinks=True)):  # in a checkout two packages are links
-        for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
-            code.update(f"{path.relative_to(root)} {path.stat().st_size} ".encode() + path.read_bytes())
-    return {"cafe": code.hexdigest()[:12], **{library: version(library) for library in LIBRARIES}}
-
-
-def check_versions(drivers: Mapping[str, str]) -> None:
-    """Raise `UserError` where this node computes with other code or libraries than the driver planned with."""
-    for name, wanted in drivers.items():
-        if (here := versions().get(name)) != wanted:
-            raise UserError(
-                f"Node {socket.gethostname()} has {name} {here}, and the command was given with {name} {wanted}: install "
-                "the same on every node."
-            )
-
-
 def count(resource: str) -> int:
     """Return how many of a resource (`CPU`, `GPU`) the connected cluster has."""
     import ray
@@ -207,16 +165,6 @@ def device() -> str:
     import ray
 
     return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
-
-
-def own_device(use_gpu: bool | None) -> str:
-    """Return `cuda` where this process is to compute on a GPU, else `cpu`; raise `UserError` where there is none."""
-    import torch
-
-    there = torch.cuda.is_available()
-    if use_gpu and not there:
-        raise UserError("--gpu needs a GPU and this machine has none: use --cpu.")
-    return "cuda" if there and use_gpu is not False else "cpu"
 
 
 def wants_gpu(use_gpu: bool | None, least: int = 1, minutes: int = 0) -> bool:
@@ -255,7 +203,7 @@ def _gather(resource: str, wanted: int, minutes: int) -> int:
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """Return what a user can mend among the causes of an error that crossed Ray: a mistake, or a process that was killed."""
+    """Return what a user can fix among the causes of an error that crossed Ray: a mistake, or a process that was killed."""
     from ray.exceptions import RayError, RayTaskError
 
     if error is None:
@@ -272,27 +220,3 @@ def user_error(error: BaseException | None) -> UserError | None:
             "where memory is short, fewer workers."
         )
     return None
-
-
-def cores() -> int:
-    """Return the cores this process may use: fewer than the machine has where its container or its affinity say so."""
-    import joblib
-
-    return int(joblib.cpu_count())
-
-
-def free_memory(cgroup: Path = CGROUP) -> int:
-    """Return the bytes this process may still take of its machine or container.
-
-    Of several workers on a node each may take its share, which is that of its threads in the cores.
-    """
-    import psutil
-    import torch
-
-    free = int(psutil.virtual_memory().available)
-    for limit, used, statistics, droppable in LAYOUTS:
-        with suppress(OSError, ValueError, KeyError):  # no such file, or no limit
-            numbers = dict(line.split() for line in (cgroup / statistics).read_text().splitlines())
-            in_use = int((cgroup / used).read_text()) - int(numbers[droppable])
-            free = min(free, max(0, int((cgroup / limit).read_text()) - in_use))
-    return free * min(torch.get_num_threads(), cores()) // cores()

@@ -29,7 +29,7 @@ from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import locate, write_file
-from cafe.pipeline.cluster import Progress
+from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.settings import AlignSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.leaks import audit_path

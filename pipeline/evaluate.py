@@ -1,110 +1,95 @@
-"""One run against every target: predictions as Parquet, and from those files alone every number and figure.
+"""One run against its targets: predictions as Parquet and what a mask selects as numbers; pictures are drawn from these.
 
-Targets are read here and nowhere else; training never sees one.
+Targets are read here and nowhere else; the only training that sees one is that of an oracle, by name.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from concurrent.futures import Future, as_completed
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
-from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.files import locate, write_file
+from cafe.files import write_file
 from cafe.learning.adaptation import ADAPTATIONS
 from cafe.learning.loading import FaceDataset
-from cafe.learning.masks import heat_maps, mean_masks
+from cafe.learning.masks import measure_heat_maps, measure_masks
 from cafe.learning.training import predict_average
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
 from cafe.pipeline import cluster
-from cafe.pipeline.cluster import Progress
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, load_method, make_dataset
+from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.runs import RunSpec
 from cafe.report.figures import draw_run_figures
-from cafe.results.columns import Column
 from cafe.results.predictions import Predictions
-from cafe.results.protocols import OPTIONS, find_protocol
+from cafe.results.protocols import OPTIONS
 
-MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
-
-Judge = Callable[[str, Faces], Future[None]]  # has a target predicted, given the run's folder
+Evaluate = Callable[[UPath, Faces], Future[None]]  # has the faces of a target predicted by the run in a folder
 
 
-def predict_targets(run: UPath, targets: list[Faces], progress: Progress, judge: Judge) -> None:
-    """Predict the judged split of each target; `progress(done, total)` counts targets.
+def evaluate_targets(run: UPath, targets: list[Faces], progress: Progress, evaluate: Evaluate) -> None:
+    """Have each target predicted and draw its figures; `progress(done, total)` counts targets.
 
     Predictions that are there already are made again.
     """
     progress(0, len(targets))
-    waiting = [judge(str(run), target) for target in targets]
-    for number, judged in enumerate(as_completed(waiting), start=1):
-        if error := judged.exception():
+    waiting = {evaluate(run, target): target for target in targets}
+    for number, evaluated in enumerate(as_completed(waiting), start=1):
+        if error := evaluated.exception():
             raise cluster.user_error(error) or error
+        draw_figures(run, waiting[evaluated])
         progress(number, len(targets))
 
 
-def judge_anywhere(use_gpu: bool | None) -> Judge:
-    """Return what has targets predicted side by side, wherever the connected cluster has room."""
-    import ray
-
-    task = ray.remote(predict_target).options(num_cpus=1, num_gpus=int(cluster.wants_gpu(use_gpu)))
-    return lambda run, target: task.remote(run, target).future()
-
-
-def predict_target(run: str, target: Faces, device: torch.device | None = None) -> None:
-    """Predict the judged split of one target and write it to the run's folder; the part that runs on a worker."""
-    path = locate(run)
-    spec = RunSpec.load(path)
-    rows, manifest = target.rows(target.split), target.manifest
-    device = device or torch.device(cluster.device())
+def evaluate_target(run: UPath, target: Faces, device: torch.device | None = None) -> None:
+    """Predict the faces of one target and write what came out to the run's folder; the part that runs on a worker."""
+    spec = RunSpec.load(run)
+    (part,), rows = target.parts, target.rows(target.split)
+    manifest, device = part.manifest, device or torch.device(cluster.device())
     set_arithmetic(spec.precision)
-    method = load_method(spec, path).to(device).to(memory_format=torch.channels_last)
+    method = load_method(spec, run).to(device).to(memory_format=torch.channels_last)
     dataset = make_dataset(spec, target)
+    readable, column = part.rows(target.split), target.column
+    assert column is not None
     predictions = Predictions(
-        [manifest.sample_ids[row] for row in rows],
-        manifest.labels[rows],
-        _judge(method, dataset, rows, device, find_protocol(target.protocol).option),
+        [target.sample_ids[row] for row in rows],
+        target.labels[rows],
+        _predict(method, dataset, rows, device, column.test_time),
         {
             "run": spec.name,
             "target": target.name,
-            "protocol": target.protocol,
+            "protocol": column.evaluated_by,
             "split": target.split,
             "channels": target.channels,
             "kind": manifest.kind,
             "manifest": manifest.digest,
-            "without_features": str(len(manifest.rows(target.split)) - len(rows)),
+            "without_features": str(len(manifest.rows(target.split)) - len(readable)),
+            "other_classes": str(len(readable) - len(rows)),
+            "target_classes": json.dumps(manifest.classes),
         },
-        manifest.table["group"].take(rows).to_pylist(),
+        target.groups(rows),
+        spec.classes,
     )
-    place = target.predictions_path(path)
-    column = Column.parse(target.title, target.protocol)
-    for kind, content in measure_masks(spec, method, dataset, rows, manifest, column, device):
-        write_file(column.figure(path, kind, ".json"), json.dumps(content).encode())
-    predictions.save(place)  # from here on the target is judged
-    for kind, ending, picture in draw_run_figures(path, column, manifest):
-        write_file(column.figure(path, kind, ending), picture)
+    if not column.test_time and isinstance(method, Cafe) and spec.recipe["mask"] == "sigmoid":
+        measured: dict[str, object] = {"masks": measure_masks(method, dataset, rows, device)}
+        if "map" in method.needs:
+            measured["heat_maps"] = measure_heat_maps(method, dataset, rows, device)
+        for kind, numbers in measured.items():
+            write_file(column.figure(run, kind, ".json"), json.dumps(numbers).encode())
+    predictions.save(column.predictions(run))  # last: from here on the run is evaluated on the target
 
 
-def check_option(spec: RunSpec, option: str) -> None:
-    """Raise `UserError` when a run cannot be judged with an option of test time."""
-    if option in ADAPTATIONS:
-        ADAPTATIONS[option][0](build_method(spec, init="scratch"))
-    if option == "views" and spec.policy == "clean":
-        raise UserError(f"All views of {spec.name!r} are the clean one: judge it without --test-time views.")
-
-
-def _judge(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device, option: str) -> np.ndarray:
-    """Return the probabilities (n, 7) of rows, with an option of test time or, where it is empty, without."""
+def _predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device, option: str) -> np.ndarray:
+    """Return the probabilities (n, K) of rows, with an option of test time or, where it is empty, without."""
     if option in ADAPTATIONS:
         return ADAPTATIONS[option][1](method, dataset, rows, device)
     views, policy = (OPTIONS[option].views, OPTIONS[option].policy) if option else (1, "")
@@ -113,45 +98,19 @@ def _judge(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch
     return predict_average([method], dataset, rows, device, views)
 
 
-def measure_masks(
-    spec: RunSpec,
-    method: Method,
-    dataset: FaceDataset,
-    rows: np.ndarray,
-    manifest: Manifest,
-    column: Column,
-    device: torch.device,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what the mask of CAFE selects on a target, by the kind of the picture that is drawn of it."""
-    if column.test_time or not isinstance(method, Cafe) or spec.recipe["mask"] != "sigmoid":
-        return
-    seen = np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
-    masks = mean_masks(method, dataset, seen, device)
-    yield (
-        "masks",
-        {
-            name: mask.round(4).tolist()
-            for name, mask in zip(manifest.classes, masks, strict=True)
-            if not np.isnan(mask[0])
-        },
-    )
-    if "map" in method.needs:
-        shown = [int(seen[manifest.labels[seen] == label][0]) for label in np.unique(manifest.labels[seen])]
-        heats = heat_maps(method, dataset, np.array(shown), device)
-        yield (
-            "heat_maps",
-            {
-                "sample_ids": [manifest.sample_ids[row] for row in shown],
-                "classes": [manifest.classes[label] for label in manifest.labels[shown]],
-                "heats": heats.round(4).tolist(),
-            },
-        )
+def draw_figures(run: UPath, target: Faces) -> None:
+    """Draw what a run's folder says of a target; a figure only decorates, so that it may fail alone, with a warning."""
+    assert target.column is not None
+    try:
+        for kind, ending, content in draw_run_figures(run, target.column, target.parts[0].manifest):
+            write_file(target.column.figure(run, kind, ending), content)
+    except (UserError, OSError) as error:
+        logging.getLogger(__name__).warning("Figures of %s on %s are not drawn: %s", run.name, target.name, error)
 
 
-def is_judged(run: UPath, target: Faces) -> bool:
-    """Whether there are predictions of a run for the target's judged split as its manifest lists it now."""
-    predictions = Predictions.load(target.predictions_path(run))
-    if predictions is None:
-        return False
-    about = predictions.about
-    return (about.get("manifest"), about.get("split")) == (target.digest, target.split)
+def check_option(spec: RunSpec, option: str) -> None:
+    """Raise `UserError` when a run cannot be evaluated with an option of test time."""
+    if option in ADAPTATIONS:
+        ADAPTATIONS[option][0](build_method(spec, init="scratch"))
+    if option == "views" and spec.policy == "clean":
+        raise UserError(f"All views of {spec.name!r} are the clean one: evaluate it without --test-time views.")

@@ -1,71 +1,71 @@
 """A run: everything that decides its result, written down before it starts, and what it leaves behind.
 
     runs/METHOD-SOURCE-sSEED-DIGEST/
-        run.json                     what was asked for; its digest names the run, so the same command is the same run
+        run.json                     what decides it; its digest names the run, so the same command is the same run
         experiments/EXPERIMENT.json  the experiments it belongs to, and their benchmark where there is one
-        status.json                  RUNNING, FINISHED once it is judged, FAILED or KILLED, with the reason
-        epochs/0001.json             metrics of each epoch
-        train/                       Ray Train's checkpoints: safetensors + JSON
+        status.json                  RUNNING, FINISHED once it is evaluated, FAILED or KILLED, with the reason
+        progress.json, epochs/0001.json                       how far it is, and the metrics of each epoch
+        checkpoints/0001/            the training's state after an epoch: safetensors + JSON
+        train/                       what Ray Train keeps of several workers
         model.safetensors, result.json                        the trained method, then the record that it is
-        predictions/[paper/]TARGET.parquet, figures/KIND/[paper/]TARGET.png
+        predictions/[PROTOCOL/]TARGET[@SPLIT].parquet, figures/KIND/[PROTOCOL/]TARGET[@SPLIT].png
 
 Everything here is read and written without torch: what builds a method from its specification is in `models`.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from upath import UPath
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, read_json, write_changed, write_json
 from cafe.pipeline.features.key import FeatureKey
+from cafe.pipeline.process.versions import code_version
+from cafe.pipeline.settings import RunChoices, RunIdentity
 from cafe.records import FORMAT, check_record, digest_changes
+from cafe.results.runs import read_record
 from cafe.results.sources import Source
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
-@dataclass(frozen=True)
-class RunSpec:
-    """What decides a run's result. Workers, devices and paths are not part of it."""
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(RunIdentity):
+    """What decides a run's result: what the user chose, and what the choices left open, the manifest and the store come to.
+
+    Workers, devices and paths are not part of it. A field that is added here needs a default, which renames nothing.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
 
+    method: str = field()  # without a default, so that every name depends on it
     source: str  # `a+b` where there are several
     source_digest: str
-    method: str
+    source_kind: str = ""  # the data set the source is; of several sources the one they agree in
+    sources: tuple[Source, ...] = ()  # where there are several
+    classes: tuple[str, ...] = EXPRESSIONS  # in the order of labels and logits
     recipe: dict[str, Any]  # all settings of it
     recipe_changes: dict[str, Any]  # those that differ from the method's defaults
     image_size: int
+    precision: str = "fp32"
     policy: str
     views: int
+    view_seed: int = 0  # the seed, with `views_per_seed`, by which the seeds of a row do not share their views
+    interpolation: str = "bilinear"
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str = "bilinear"
-    view_seed: int = 0
-    seed: int = 0
-    network: str = "resnet18"
-    init: str = "scratch"
-    precision: str = "fp32"
-    features: FeatureKey | None = None  # of the source's store; None when the method reads none
+    features: FeatureKey | None = (
+        None  # of the source's store; None when the method reads none; how the tower runs if `live`
+    )
     backbone: str | None = None  # as the user wrote it
     width: int | None = None
-    live: bool = False  # whether the tower runs while training; `features` then says how
-    selection: str = "final"
-    tag: str = ""
-    source_kind: str = ""  # the data set the source is; of several sources the one they agree in
-    grid: tuple[int, int] | None = None  # (H, W) of the maps it reads: told by the store
-    sources: tuple[Source, ...] = ()  # where there are several
-    sampler: str = "proportional"  # how often each of them is drawn
-    fold: str = ""  # the domain left out, of leave-one-domain-out
-    views_per_seed: bool = False  # whether `view_seed` is the seed, and the seeds of a row do not share their views
+    grid: tuple[int, int] | None = None  # (H, W) of the maps it reads, which the store says
+    plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
 
     @property
     def name(self) -> str:
@@ -101,14 +101,18 @@ class RunSpec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a user can choose, flat and named as on the command line: by these, runs are told apart."""
-        names = "method seed network init image_size precision live selection policy views view_seed tag"
-        chosen = {name: getattr(self, name) for name in names.split()}
-        chosen |= {"sampler": self.sampler} if self.sources else {}
-        chosen |= {"fold": self.fold, "domains": self.domains} if self.fold else {}
-        chosen |= {"views_per_seed": True} if self.views_per_seed else {}
-        recipe = {f"recipe.{name}": value for name, value in self.recipe.items()}
-        return {**chosen, "backbone": self.backbone or "none", **recipe}
+        """What a user can choose, flat and named as on the command line: by these, runs are distinguished."""
+        names = [one.name for one in (*fields(RunIdentity), *fields(RunChoices)) if one.name != "source"]
+        chosen = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        chosen["backbone"] = self.backbone or "none"
+        if not self.sources:
+            del chosen["sampler"]
+        for name in ("fold", "views_per_seed"):
+            if not chosen[name]:
+                del chosen[name]
+        chosen |= {"domains": self.domains} if self.fold else {}
+        chosen |= {"classes": ", ".join(self.classes)} if self.classes != EXPRESSIONS else {}
+        return chosen | {f"recipe.{name}": value for name, value in self.recipe.items()}
 
     @property
     def derived(self) -> dict[str, Any]:
@@ -126,14 +130,9 @@ class RunSpec:
     @classmethod
     def load(cls, run: UPath) -> RunSpec:
         """Read the specification in a run's folder; raise `UserError` when it is missing or of another format."""
-        record = read_json(run / "run.json")
+        record = read_record(run)
         if record is None:
             raise UserError(f"There is no run in {run}: give the name of a run of this workspace.")
-        if record.get("version") != FORMAT:
-            raise UserError(
-                f"The run {run.name!r} is in the old format {record.get('version', 1)}, and this version of cafe reads "
-                f"format {FORMAT}: train it again with `cafe train`, or use the version that made it."
-            )
         return check_record(record.get("spec"), cls, f"{run}/run.json")
 
     def save(self, run: UPath, not_as_published: Sequence[str] = ()) -> None:
@@ -141,7 +140,7 @@ class RunSpec:
 
         Raises `UserError` for a run of that name with another specification: a default has changed since.
         """
-        if read_json(run / "run.json") is not None:
+        if read_record(run) is not None:
             there = asdict(RunSpec.load(run))
             changed = [name for name, value in asdict(self).items() if there[name] != value]
             if changed:
@@ -153,17 +152,11 @@ class RunSpec:
         identity: dict[str, Any] = {"name": self.name, "group": self.group, "source": self.source}
         identity |= {"source_kind": self.source_kind}
         identity |= {"source_digest": self.source_digest, "method": self.method, "selection": self.selection}
+        identity |= {"classes": list(self.classes)}
         identity |= {"sources": [asdict(source) for source in self.trained_on], "fold": self.fold}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
         write_json(run / "run.json", {**identity, **described, **record})
-
-
-def code_version() -> str:
-    """Return the git commit this code was checked out from, or its released version when it was installed."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)  # noqa: S607
-    return git.stdout.strip() if git.returncode == 0 else f"cafe {version('cafe')}"
 
 
 def is_finished(run: UPath) -> bool:

@@ -1,4 +1,6 @@
-"""Every setting of every command with its default: frozen dataclasses, from which the command line is generated.
+"""The settings of the commands that compute, with their defaults: frozen dataclasses.
+
+The options of the command line and the keys that a benchmark file may have are generated from them.
 
 What a setting may be stands in its type: `Literal` lists its choices, `Count` and `Number` have a least value. Kept free of
 heavy imports so that `cafe --help` answers at once.
@@ -6,7 +8,7 @@ heavy imports so that `cafe --help` answers at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge
@@ -24,48 +26,69 @@ TEST_TIME = get_args(TestTime)
 Normalisation = Literal["tower", "imagenet", "clip"]
 
 
-def setting(default: Any, about: str, **click: Any) -> Any:
-    """A dataclass field with its help text and, where needed, its `flag` or that it is `required` or `multiple`."""
-    return field(default=default, metadata={"help": about, **click})
+def setting(default: Any, about: str, in_file: bool = True, **click: Any) -> Any:
+    """A dataclass field with its help text and, where needed, its `flag` or that it is `required` or `multiple`.
+
+    `in_file` says whether a benchmark file may set it: not what the grid itself decides, nor what belongs to the command.
+    """
+    return field(default=default, metadata={"help": about, "in_file": in_file, **click})
+
+
+def take(settings: Any, kind: type[Any]) -> dict[str, Any]:
+    """Return the values of those settings that a class of settings has, by name."""
+    return {one.name: getattr(settings, one.name) for one in fields(kind)}
 
 
 @dataclass(frozen=True)
 class ClusterSettings:
     """Where the work runs: the same for every command that computes."""
 
-    address: str | None = setting(None, "Ray cluster to join (HOST:PORT or auto); default: this machine alone.")
-    num_cpus: int | None = setting(None, "Cores to use on this machine; default: all.")
-    scale_minutes: Number = setting(
-        0, "Minutes to wait for the cluster's autoscaler where GPUs or cores that are asked for are missing."
+    address: str | None = setting(
+        None, "Ray cluster to join (HOST:PORT or auto); default: this machine alone.", in_file=False
     )
-    wait: bool = setting(False, "Wait while another command works on the same thing, instead of an error.")
+    num_cpus: int | None = setting(None, "Cores to use on this machine; default: all.", in_file=False)
+    scale_minutes: Number = setting(
+        0,
+        "Minutes to wait for the cluster's autoscaler where GPUs or cores that are asked for are missing.",
+        in_file=False,
+    )
+    wait: bool = setting(
+        False, "Wait while another command works on the same thing, instead of an error.", in_file=False
+    )
 
 
 @dataclass(frozen=True)
-class FeatureSettings:
-    """What decides a feature; together with the images and the weights this is the cache key."""
+class FeatureIdentity:
+    """What a user chooses that decides a feature and stands in the key of its store as it is."""
+
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
+        "fp32", "Arithmetic of the whole tower; tf32: float32 with shorter factors, faster on recent GPUs."
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
+    view_seed: int = setting(0, "Seed of the views (not of the training).")
+    views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", in_file=False)
+    maps: bool = setting(False, "Store the tower's spatial feature maps too.", in_file=False)
+    dtype: Literal["float16", "float32"] = setting("float16", "Number format of the stored features.")
+    channels: Literal["rgb", "bgr"] = setting(
+        "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper.", in_file=False
+    )
+
+
+@dataclass(frozen=True)
+class FeatureSettings(FeatureIdentity):
+    """What decides a feature besides the images and the weights; the key holds what the choices here come to."""
 
     backbone: str = setting(
         "clip-vit-b32",
         "Frozen tower: clip-vit-b32, face-resnet, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, "
         "timm:MODEL[@FILE]; #LAYER/GRID behind it reads a layer, such as #stage3/3x3.",
+        in_file=False,
     )
-    views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.")
-    policy: Policy = setting("paper", "How views are augmented.")
-    view_seed: int = setting(0, "Seed of the views (not of the training).")
+    policy: Policy = setting("paper", "How views are augmented.", in_file=False)
     normalisation: Normalisation | None = setting(
         None, "Pixel statistics; default: the backbone's own, ImageNet's for clip-vit-b32 as published."
     )
-    interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
     input_size: Side | None = setting(None, "Side of the tower's input in pixels; default: the tower's own.")
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
-        "fp32", "Arithmetic of the whole tower; tf32: float32 with shorter factors, faster on recent GPUs."
-    )
-    maps: bool = setting(False, "Store the tower's spatial feature maps too.")
-    dtype: Literal["float16", "float32"] = setting("float16", "Number format of the stored features.")
-    channels: Literal["rgb", "bgr"] = setting(
-        "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper."
-    )
 
 
 @dataclass(frozen=True)
@@ -73,7 +96,9 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     """Stage one: features of a manifest."""
 
     layers: str | None = setting(
-        None, "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says."
+        None,
+        "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says.",
+        in_file=False,
     )
     use_gpu: bool | None = setting(None, "Run towers on GPUs; default: when the cluster has one.", flag="--gpu/--cpu")
     num_gpus: Number | None = setting(None, "GPUs to use; default: all of the cluster.")
@@ -87,9 +112,11 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     batch_size: Count = setting(64, "Views per forward pass of the tower.")
     shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")
     max_megapixels: Count = setting(25, "Largest picture to decode; larger ones are left out as unreadable.")
-    max_skipped: Number = setting(0, "Unreadable images to put up with before the command fails.")
+    max_skipped: Number = setting(0, "Unreadable images to tolerate before the command fails.")
     retry_skipped: bool = setting(
-        False, "Compute shards again in which images were left out: they may be mended by now."
+        False,
+        "Compute shards again in which images were left out: they may be repaired by now.",
+        in_file=False,
     )
 
 
@@ -100,90 +127,128 @@ class StoreChoice:
     backbone: str | None = setting(
         None,
         "Frozen tower of the features; default: that of the only store; none: no tower, where a method needs none.",
+        in_file=False,
     )
-    views: Count | None = setting(None, "Views to use, of a feature store with as many or more; default: all.")
-    policy: Policy | None = setting(None, "View policy of the feature store.")
+    views: Count | None = setting(
+        None, "Views to use, of a feature store with as many or more; default: all.", in_file=False
+    )
+    policy: Policy | None = setting(None, "View policy of the feature store.", in_file=False)
     view_seed: int | None = setting(
-        None, "Seed of its views; of a method without features: of those it sees, 0 by default."
+        None, "Seed of its views; of a method without features: of those it sees, 0 by default.", in_file=False
     )
     store: str | None = setting(
         None,
         "Folder name of the feature store, where nothing else tells two of them apart; one for each of several sources.",
+        in_file=False,
     )
 
 
 @dataclass(frozen=True)
-class TrainSettings(ClusterSettings, StoreChoice):
-    """Stage two: one method on one source, judged on the others."""
+class RunIdentity:
+    """What a user chooses that decides the result of a run and stands in its record as it is."""
 
-    source: str = setting("", "Manifest to train on, or several, comma-separated: their union.", required=True)
-    method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.")
-    seed: int = setting(0, "Seed of initial weights, order and dropped channels.")
-    epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
-    overrides: tuple[str, ...] = setting(
-        (),
-        "Change a setting of the method's recipe: KEY=VALUE, e.g. separation=0.",
-        multiple=True,
-        flag="--set",
-        metavar="KEY=VALUE",
+    method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.", in_file=False)
+    seed: int = setting(0, "Seed of initial weights, order and dropped channels.", in_file=False)
+    network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
+    init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
+    live: bool = setting(
+        False,
+        "Run the tower on a fresh view in every epoch, as published, instead of reading the store's views: slow.",
+        in_file=False,
     )
-    views_per_seed: bool = setting(False, "Draw the views by --seed too: of the stores, the one with that --view-seed.")
+    views_per_seed: bool = setting(
+        False, "Draw the views by --seed too: of the stores, the one with that --view-seed.", in_file=False
+    )
     sampler: Literal["proportional", "balanced"] = setting(
         "proportional",
         "How often the faces of each of several sources are drawn: as many as it has, or all equally often.",
     )
-    network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
-    init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
-    live: bool = setting(
-        False, "Run the tower on a fresh view in every epoch, as published, instead of reading the store's views: slow."
-    )
-    fold: str = setting(
-        "", "The domain left out, of leave-one-domain-out: the run is judged on it alone, in a row of folds."
-    )
     selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle"] = setting(
         "final",
-        "Which epoch is judged: the last, or the best on faces held out of the source, on each source left out of a "
+        "Which epoch is evaluated: the last, or the best on faces held out of the source, on each source left out of a "
         "training on the others, or, only to know what a choice could gain, on the training faces of --fold.",
+    )
+    fold: str = setting(
+        "",
+        "The domain left out, of leave-one-domain-out: the run is evaluated on it alone, in a row of folds.",
+        in_file=False,
+    )
+    tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
+
+
+@dataclass(frozen=True)
+class RunChoices(StoreChoice):
+    """What decides the result of a run too, but is open until manifest, store and method are known: the record holds
+    what it comes to.
+    """
+
+    source: str = setting(
+        "", "Manifest to train on, or several, comma-separated: their union.", in_file=False, required=True
+    )
+    epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
+    overrides: tuple[str, ...] = setting(
+        (),
+        "Change a setting of the method's recipe: KEY=VALUE, e.g. separation=0.",
+        in_file=False,
+        multiple=True,
+        flag="--set",
+        metavar="KEY=VALUE",
     )
     image_size: Side | None = setting(None, "Side of the image branch's input; default: the tower's input.")
     precision: Literal["fp32", "tf32", "bf16", "auto"] = setting(
         "fp32", "Arithmetic of training (bf16: autocast; auto: bf16 where this machine computes with it, else fp32)."
-    )
-    targets: str | None = setting(None, "Manifests to judge on, comma-separated, or none; default: all.")
-    protocol: Protocol = setting("clean", "How targets are judged; training does not depend on it.")
-    num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")
-    use_gpu: bool | None = setting(
-        None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
-    )
-    threads: Count | None = setting(None, "Threads of each worker; default: its share of the machine's cores.")
-    loader_workers: Number | None = setting(
-        None,
-        "Processes per worker that make views ahead; default: none, or up to 8 for a GPU and a policy that turns faces.",
     )
     scale_batch: bool = setting(
         False,
         "Give each of several workers a whole batch of the recipe, and multiply the learning rate by their number: not as "
         "published.",
     )
+
+
+@dataclass(frozen=True)
+class Execution(ClusterSettings):
+    """Where and how a training runs, and what becomes of it: the result of the run does not depend on it."""
+
+    targets: str | None = setting(
+        None, "Manifests to evaluate on, comma-separated, or none; default: all.", in_file=False
+    )
+    protocol: Protocol = setting("clean", "How targets are evaluated; training does not depend on it.", in_file=False)
+    num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")
+    use_gpu: bool | None = setting(
+        None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
+    )
+    threads: Count | None = setting(
+        None, "Threads of each worker; default: its share of the machine's cores.", in_file=False
+    )
+    loader_workers: Number | None = setting(
+        None,
+        "Processes per worker that make views ahead; default: none, or up to 8 for a GPU and a policy that turns faces.",
+    )
     checkpoint_every: Count = setting(1, "Epochs between checkpoints.")
-    tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
-    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
-    experiment: str = setting("cafe", "MLflow experiment.")
+    mlflow_uri: str | None = setting(
+        None, "MLflow tracking server; default: the workspace's own database.", in_file=False
+    )
+    experiment: str = setting("cafe", "MLflow experiment.", in_file=False)
+
+
+@dataclass(frozen=True)
+class TrainSettings(Execution, RunChoices, RunIdentity):
+    """Stage two: one method on one source, evaluated on the others."""
 
 
 @dataclass(frozen=True)
 class EvaluateSettings(ClusterSettings):
     """One run against any number of targets."""
 
-    targets: str | None = setting(None, "Manifests to judge on, comma-separated; default: all of the workspace.")
-    protocol: Protocol = setting("clean", "How targets are judged: clean, or paper as the released readers do.")
+    targets: str | None = setting(None, "Manifests to evaluate on, comma-separated; default: all of the workspace.")
+    protocol: Protocol = setting("clean", "How targets are evaluated: clean, or paper as the released readers do.")
     test_time: TestTime | None = setting(
         None,
         "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a): "
         "numbers apart from all others.",
     )
     split: Literal["test", "val", "train", "all"] | None = setting(
-        None, "Faces to judge on; default: those the protocol names."
+        None, "Faces to evaluate on; default: those the protocol names."
     )
     exclude_leaks: bool = setting(False, "Give the numbers without copies of the source's training faces too.")
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
@@ -193,7 +258,7 @@ class EvaluateSettings(ClusterSettings):
 
 @dataclass(frozen=True)
 class BenchmarkSettings(ClusterSettings):
-    """How a benchmark file is worked off; what is computed is in the file alone."""
+    """How a benchmark file is run; what is computed is in the file alone."""
 
     dry_run: bool = setting(False, "Show the plan and what it costs, and do nothing.")
     only: str | None = setting(None, "Only cells whose SOURCE/METHOD/SEED matches, e.g. 'rafdb/*' or '*/cafe*/s0'.")
@@ -226,8 +291,8 @@ class PredictSettings:
     ensemble: bool = setting(False, "Average all seeds of the run.")
     flip: bool = setting(False, "Average every face with its mirror image.")
     aligned: bool = setting(False, "Every picture is one face, cropped and upright already: look for none.")
-    faces: Literal["largest", "all"] = setting("all", "Which faces of a picture to judge.")
-    smallest: Count = setting(20, "Narrowest face to judge, in pixels of the picture.")
+    faces: Literal["largest", "all"] = setting("all", "Which faces of a picture to predict.")
+    smallest: Count = setting(20, "Narrowest face to predict, in pixels of the picture.")
     confidence: float = setting(0.9, "Least confidence (0–1) at which something found counts as a face.")
     rate: float = setting(5.0, "Frames a second to look at in a video.")
     format: Literal["table", "jsonl", "csv", "parquet"] | None = setting(

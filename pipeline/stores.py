@@ -11,30 +11,29 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import list_folder, list_tree, remove_tree
-from cafe.pipeline.cluster import Progress
-from cafe.pipeline.faces import TARGET_MAY_DIFFER
-from cafe.pipeline.features.description import recover_about, store_name
-from cafe.pipeline.features.extract import describe_store, extract, know_tower
-from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.receipts import Receipts, in_parallel
-from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
-from cafe.pipeline.lease import find_holder, hold
+from cafe.pipeline.features.extract import describe_store, extract, look_up_tower
+from cafe.pipeline.features.integrity import Damage, Receipts, in_parallel, recover_info
+from cafe.pipeline.features.key import StoreInfo, store_name
+from cafe.pipeline.features.store import discard_damage, verify
+from cafe.pipeline.need import Need
+from cafe.pipeline.process.lease import find_holder, hold
+from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.runs import RunSpec
-from cafe.pipeline.settings import ClusterSettings, ExtractSettings, Normalisation
+from cafe.pipeline.settings import ClusterSettings, ExtractSettings, FeatureIdentity, Normalisation, take
 from cafe.pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """A store as a list shows it: `about` is None where that cannot be told; `made` is in seconds since 1970."""
+    """A store as a list shows it: `info` is None where nothing says it; `made` is in seconds since 1970."""
 
     path: UPath
-    about: StoreInfo | None
+    info: StoreInfo | None
     done: int
     bytes: int
     made: float
     trained: list[str]  # runs that learned from it
-    judged: list[str]  # runs that were judged on it
+    evaluated: list[str]  # runs that were evaluated on it
     holder: str  # who works on it now
 
     @property
@@ -44,10 +43,10 @@ class StoreFacts:
 
     def record(self) -> dict[str, Any]:
         """Return all of it as plain JSON values."""
-        about = asdict(self.about) if self.about else None
-        facts = {name: value for name, value in vars(self).items() if name != "path"}
-        shards = self.about.shards if self.about else None
-        return {"name": self.name, "place": str(self.path), **facts, "about": about, "shards": shards}
+        info = asdict(self.info) if self.info else None
+        facts = {name: value for name, value in vars(self).items() if name not in ("path", "info")}
+        shards = self.info.shards if self.info else None
+        return {"name": self.name, "place": str(self.path), **facts, "about": info, "shards": shards}
 
 
 def find_paths(workspace: Workspace, names: Sequence[str] = ()) -> list[UPath]:
@@ -71,28 +70,37 @@ def list_stores(workspace: Workspace, paths: Sequence[UPath]) -> list[StoreFacts
 
 def _look_at(path: UPath, runs: dict[str, tuple[RunSpec, list[str]]]) -> StoreFacts:
     try:
-        about = recover_about(path)
+        info = recover_info(path)
     except UserError:
-        about = None
+        info = None
     files = list_tree(path)
-    trained = [run for run, (spec, _) in runs.items() if about and _learns_from(spec, about)]
-    judged = [
-        run for run, (spec, targets) in runs.items() if about and about.manifest in targets and _fits(spec, about)
+    readers = {run: used for run, used in runs.items() if info and used[0].features}
+    trained = [
+        run
+        for run, (spec, _) in readers.items()
+        if info
+        and info.manifest in {source.name for source in spec.trained_on}
+        and Need.of_training(info.manifest, spec).matches(info)
+    ]
+    evaluated = [
+        run
+        for run, (spec, targets) in readers.items()
+        if info and info.manifest in targets and Need.of_evaluation(info.manifest, spec).matches(info)
     ]
     return StoreFacts(
         path,
-        about,
-        len(Receipts(path, about).done()) if about else 0,
+        info,
+        len(Receipts(path, info).done()) if info else 0,
         sum(size for size, _ in files.values()),
         min((changed for _, changed in files.values()), default=0.0),
         trained,
-        judged,
+        evaluated,
         find_holder(path),
     )
 
 
 def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
-    """Return the specification of each run, and the manifests it was judged on."""
+    """Return the specification of each run, and the manifests it was evaluated on."""
 
     def read(name: str) -> tuple[RunSpec, list[str]] | None:
         run = workspace.run_path(name)
@@ -109,51 +117,34 @@ def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
     return {name: found for name, found in zip(names, in_parallel(workspace.root, read, names), strict=True) if found}
 
 
-def _fits(spec: RunSpec, about: StoreInfo, may_differ: Sequence[str] = TARGET_MAY_DIFFER) -> bool:
-    if spec.features is None:
-        return False
-    return all(value == vars(about.key)[name] for name, value in vars(spec.features).items() if name not in may_differ)
-
-
-def _learns_from(spec: RunSpec, about: StoreInfo) -> bool:
-    sources = {source.name for source in spec.trained_on}
-    several = ("images",) if len(sources) > 1 else ()
-    return about.manifest in sources and _fits(spec, about, (*several, "views", "maps"))
-
-
 def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progress: Progress) -> list[Damage]:
     """Write again what is damaged in a store, its shards by computing them, and return what was.
 
     Raises `UserError` where the manifest or the tower are no longer those it was made with.
     """
     with hold(path, settings.wait):
-        damages = find_damage(path, progress)
+        damages = verify(path, progress)
         if not damages:
             return []
         manifest = workspace.load_manifest(path.parent.name)
         again = any(damage.shard is not None for damage in damages)
-        asked = _ask_again(workspace, manifest, recover_about(path), settings) if again else None
+        asked = _ask_again(workspace, manifest, recover_info(path), settings) if again else None
         discard_damage(path, manifest, damages)
     if asked:
         extract(workspace, [manifest], asked, progress)
     return damages
 
 
-def _ask_again(
-    workspace: Workspace, manifest: Manifest, about: StoreInfo, settings: ClusterSettings
-) -> ExtractSettings:
+def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settings: ClusterSettings) -> ExtractSettings:
     """Return the settings of the extraction that made a store; raise `UserError` where they would make another now."""
-    key = about.key
-    same = "views view_seed interpolation input_size precision maps dtype channels"
-    fixed: dict[str, Any] = {name: getattr(key, name) for name in same.split()}
-    fixed |= {
-        "backbone": about.backbone_name,
-        "policy": key.policy["name"],
-        "max_skipped": about.rows,
-        **vars(settings),
+    key = info.key
+    fixed: dict[str, Any] = take(key, FeatureIdentity) | {
+        "input_size": key.input_size,
+        **take(settings, ClusterSettings),
     }
+    fixed |= {"backbone": info.backbone_name, "policy": key.policy["name"], "max_skipped": info.rows}
     choices = [ExtractSettings(**fixed, normalisation=name) for name in (None, *get_args(Normalisation))]
-    tower = know_tower(workspace, choices[0])
+    tower = look_up_tower(workspace, choices[0])
     keys = [describe_store(manifest, choice, tower).key for choice in choices]
     if key in keys:
         return choices[keys.index(key)]

@@ -1,87 +1,139 @@
-"""The part of a training that runs on a worker: restore, train epoch by epoch, checkpoint; the first one writes the records.
+"""The part of a training and an evaluation that runs on a worker: restore, train epoch by epoch, checkpoint; then predict.
 
-One worker can train and judge many runs, one after another: in this process where it works on this machine alone, which
-needs no Ray, or in one of Ray's. Several share one training through Ray Train. What they do is the same.
+One worker can train and evaluate many runs, one after another: in a thread of the command where it works on this machine
+alone, which needs no Ray, or in a process of Ray's. Several share one training through Ray Train. What they do is the same.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
-from cafe.files import exists, list_folder, locate, remove_file, remove_tree, write_json
+from cafe.files import exists, list_folder, remove_file, remove_tree, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import Selection, Training, fit, prepare
 from cafe.networks.parallel import rank, share_batch_norm, world_size
 from cafe.pipeline import cluster
-from cafe.pipeline.evaluate import predict_target
+from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
-from cafe.pipeline.runs import RunSpec
-from cafe.pipeline.settings import EvaluateSettings, TrainSettings
-from cafe.pipeline.sources import UnitedFaces, choose_rows
+from cafe.pipeline.plan import TrainPlan
+from cafe.pipeline.process import machine
+from cafe.pipeline.process.versions import check_versions, versions
+from cafe.pipeline.settings import ClusterSettings
+from cafe.plugins import Plugin, list_plugins
 from cafe.towers.weights import write_tensors
 
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
+PREPARE_SECONDS = 24 * 3600  # that other workers wait for the first one, while it prepares a method
+RESTARTS = 3  # of what a cluster's nodes, which come and go, were at work on
 
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker is to train, and with what: all that decides the result follows from the run's specification."""
-
-    run: str
-    source: Faces | UnitedFaces
-    threads: int | None  # None: the worker's share of the cores
-    loader_workers: (
-        int | None
-    )  # None: the training's own process decodes, unless it trains on a GPU with views that no GPU makes
-    checkpoint_every: int
-    versions: dict[str, str] = field(default_factory=dict)  # of the driver
-    validation: Faces | None = None  # the domain by whose training faces the epoch is chosen, instead of the source's
-    epochs: int | None = None  # after which to end; None: those of the recipe
+Check = Callable[[], None]
 
 
 class Worker:
-    """Trains and judges runs one after another in one process, which keeps the faces of a source and of its targets."""
+    """Trains and evaluates runs one after another in one process, which keeps the faces of a source and of its targets.
 
-    def __init__(self, device: str | None = None) -> None:
-        self.device = torch.device(device or cluster.device())
-        self.source: Faces | UnitedFaces | None = None
+    `wrap` makes the module trained of a method, where several workers share it; `cores` are those this one may use, and
+    `plugins` those of the command.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        wrap: Callable[[nn.Module], nn.Module] = lambda method: method,
+        cores: int | None = None,
+        plugins: Sequence[Plugin] = (),
+    ) -> None:
+        for plugin in plugins:
+            plugin.install()
+        self.device, self.wrap, self.cores = torch.device(device or cluster.device()), wrap, cores
+        self.source: Faces | None = None
         self.targets: dict[str, Faces] = {}
 
-    def train(self, task: Task, check: Callable[[], None] = lambda: None) -> None:
-        """Train a run to its end, or until `check` raises between two steps."""
-        if task.source != self.source:
-            self.source, self.targets = task.source, {}
-        train_run(task, self.source, self.device, check=check)
+    def train(
+        self,
+        plan: TrainPlan,
+        epochs: int | None = None,
+        drivers: Mapping[str, str] | None = None,
+        check: Check = lambda: None,
+    ) -> None:
+        """Train a run from its last checkpoint to its end, or up to so many epochs.
 
-    def judge(self, run: str, target: Faces) -> None:
-        """Predict one target of a run that is trained."""
-        name = f"{target.place} {target.store} {target.title}"
-        predict_target(run, self.targets.setdefault(name, target), self.device)
+        `drivers` are the versions the command computes with; `check` may raise between two steps.
+        """
+        check_versions(drivers or {})
+        if plan.source != self.source:
+            self.source, self.targets = plan.source, {}
+        run, spec, source, settings = plan.run, plan.spec, self.source, plan.settings
+        set_arithmetic(spec.precision)
+        cores = self.cores or machine.cores()
+        torch.set_num_threads(min(cores, settings.threads or cores))
+
+        rows, held_out = source.split_rows(spec.selection)
+        method = build_method(spec).to(self.device).to(memory_format=torch.channels_last)
+        if not method.trained:
+            if rank() == 0:
+                fit(method, make_dataset(spec, source), rows, self.device)
+                _save_result(run, method.state_dict(), {"epochs": 0})
+            return
+        dataset = (
+            make_live_dataset(spec, source, str(self.device)) if spec.live else make_dataset(spec, source, keep=True)
+        )
+        loaders = _count_loaders(settings.loader_workers, self.device, dataset, cores)
+        checkpoint, prepared = find_checkpoint(run), False
+        if rank() == 0 and checkpoint is None:
+            prepared = prepare(method, dataset, rows, spec.seed, self.device, loaders)
+        if world_size() > 1:
+            share_batch_norm(method)
+        selection = Selection(held_out)
+        if plan.validation:  # the domain left out
+            selection = Selection(plan.validation.rows("train"), make_dataset(spec, plan.validation))
+        module, optimizer = self.wrap(method), method.optimizer()
+        domains = source.domains if spec.sources and spec.sampler == "balanced" else None
+        training = Training(
+            method, module, optimizer, dataset, rows, spec.seed, self.device, spec.precision, loaders, domains
+        )
+        done = _restore(checkpoint, training, selection) if checkpoint else 0
+        if prepared:  # it may have taken hours
+            _save_checkpoint(run, 0, training, selection)
+        last, metrics = epochs or spec.recipe["epochs"], dict[str, float]()
+        for epoch in range(done + 1, last + 1):
+            metrics = training.run_epoch(epoch, _Notes(run, epoch, check))
+            if rank() == 0:
+                metrics |= selection.evaluate(training, epoch)
+                write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
+                if epoch % settings.checkpoint_every == 0 and epoch < last:
+                    _save_checkpoint(run, epoch, training, selection)
+        if rank() == 0:
+            _save_result(run, selection.result(training), {"epochs": last, "selected": selection.epoch, **metrics})
+            _remove_checkpoints(run)
+
+    def evaluate(self, run: UPath, target: Faces) -> None:
+        """Predict the faces of one target by a run that is trained."""
+        name = f"{[(part.place, part.store) for part in target.parts]} {target.column} {target.classes}"
+        evaluate_target(run, self.targets.setdefault(name, target), self.device)
 
 
 class AnyWorker(Protocol):
-    """A worker that is told what to do next, wherever it is; it does one thing after another."""
+    """What trains and evaluates runs, wherever it is and however many share the work; it does one thing after another."""
 
-    def train(self, task: Task) -> Future[None]:
-        """Train a run to its end."""
+    def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
+        """Train a run to its end, or up to so many epochs."""
 
-    def judge(self, run: str, target: Faces) -> Future[None]:
-        """Predict one target of a run that is trained."""
+    def evaluate(self, run: UPath, target: Faces) -> Future[None]:
+        """Predict the faces of one target by a run that is trained."""
 
 
 class LocalWorker:
@@ -90,13 +142,13 @@ class LocalWorker:
     def __init__(self, device: str) -> None:
         self.worker, self.pool, self.ended = Worker(device), ThreadPoolExecutor(1), Event()
 
-    def train(self, task: Task) -> Future[None]:
-        """Train a run to its end."""
-        return self.pool.submit(self.worker.train, task, self._check)
+    def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
+        """Train a run to its end, or up to so many epochs."""
+        return self.pool.submit(self.worker.train, plan, epochs, check=self._check)
 
-    def judge(self, run: str, target: Faces) -> Future[None]:
-        """Predict one target of a run that is trained."""
-        return self.pool.submit(self.worker.judge, run, target)
+    def evaluate(self, run: UPath, target: Faces) -> Future[None]:
+        """Predict the faces of one target by a run that is trained."""
+        return self.pool.submit(self.worker.evaluate, run, target)
 
     def end(self) -> None:
         """Let a training that still runs end after its step, and nothing else begin."""
@@ -111,106 +163,110 @@ class LocalWorker:
 class RayWorker:
     """A worker in a process of Ray's, with its share of the machine where `parallel` of them work at a time."""
 
-    def __init__(self, settings: TrainSettings, parallel: int = 1) -> None:
+    def __init__(self, settings: ClusterSettings, use_gpu: bool | None, parallel: int = 1) -> None:
         import ray
 
         minutes = settings.scale_minutes
-        gpus = cluster.count("GPU") if cluster.wants_gpu(settings.use_gpu, minutes=minutes) else 0
+        gpus = cluster.count("GPU") if cluster.wants_gpu(use_gpu, minutes=minutes) else 0
         cluster.check_cores(1, minutes)
         shares = {"num_cpus": cluster.share(parallel, cluster.count("CPU")), "num_gpus": cluster.share(parallel, gpus)}
-        retries = 3 if settings.address else 0  # a cluster's nodes come and go
-        self.actor = ray.remote(Worker).options(**shares, max_restarts=retries, max_task_retries=retries).remote()
+        retries = RESTARTS if settings.address else 0
+        self.actor = (
+            ray.remote(Worker)
+            .options(**shares, max_restarts=retries, max_task_retries=retries)
+            .remote(plugins=list_plugins())
+        )
 
-    def train(self, task: Task) -> Future[None]:
-        """Train a run to its end."""
-        future: Future[None] = self.actor.train.remote(task).future()
+    def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
+        """Train a run to its end, or up to so many epochs."""
+        future: Future[None] = self.actor.train.remote(plan, epochs, versions()).future()
         return future
 
-    def judge(self, run: str, target: Faces) -> Future[None]:
-        """Predict one target of a run that is trained."""
-        future: Future[None] = self.actor.judge.remote(run, target).future()
+    def evaluate(self, run: UPath, target: Faces) -> Future[None]:
+        """Predict the faces of one target by a run that is trained."""
+        future: Future[None] = self.actor.evaluate.remote(run, target).future()
         return future
+
+
+class RayTeam:
+    """Several workers of Ray Train that share every batch; targets are evaluated side by side, wherever there is room."""
+
+    def __init__(self, settings: ClusterSettings, use_gpu: bool | None, workers: int) -> None:
+        self.settings, self.use_gpu, self.workers = settings, use_gpu, workers
+        self.pool = ThreadPoolExecutor(1)
+
+    def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
+        """Train a run to its end, or up to so many epochs."""
+        future = self.pool.submit(self._fit, plan, epochs)
+        self.pool.shutdown(wait=False)  # when interrupted, leaving Ray ends the training
+        self.pool = ThreadPoolExecutor(1)
+        return future
+
+    def evaluate(self, run: UPath, target: Faces) -> Future[None]:
+        """Predict the faces of one target by a run that is trained."""
+        import ray
+
+        options = {"num_cpus": 1, "num_gpus": int(cluster.wants_gpu(self.use_gpu))}
+        future: Future[None] = (
+            ray.remote(_evaluate_alone).options(**options).remote(run, target, list_plugins()).future()
+        )
+        return future
+
+    def _fit(self, plan: TrainPlan, epochs: int | None) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        gpu = cluster.wants_gpu(self.use_gpu, self.workers, self.settings.scale_minutes)
+        cluster.check_cores(self.workers, self.settings.scale_minutes)
+        TorchTrainer(
+            train_together,
+            train_loop_config={"plan": plan, "epochs": epochs, "drivers": versions(), "plugins": list_plugins()},
+            torch_config=TorchConfig(timeout_s=PREPARE_SECONDS),
+            scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=gpu),
+            run_config=RunConfig(
+                name="train",
+                storage_path=str(plan.run),
+                failure_config=FailureConfig(max_failures=RESTARTS if self.settings.address else 0),
+            ),
+        ).fit()
 
 
 @contextmanager
-def find_worker(settings: TrainSettings | EvaluateSettings) -> Iterator[AnyWorker | None]:
-    """Yield a worker in this process or, on a cluster, one of Ray's; None where several are to work side by side."""
-    single = not isinstance(settings, TrainSettings) or settings.num_workers == 1
-    if settings.address is None and single:
-        local = LocalWorker(cluster.own_device(settings.use_gpu))
+def find_worker(settings: ClusterSettings, use_gpu: bool | None, workers: int = 1) -> Iterator[AnyWorker]:
+    """Yield what trains and evaluates: a worker in this process, or on a cluster, or several that share the work there."""
+    if settings.address is None and workers == 1:
+        local = LocalWorker(machine.own_device(use_gpu))
         try:
             yield local
         finally:
             local.end()
         return
     with cluster.connect(settings):
-        yield RayWorker(settings) if single and isinstance(settings, TrainSettings) else None
+        yield RayWorker(settings, use_gpu) if workers == 1 else RayTeam(settings, use_gpu, workers)
 
 
-def train_together(config: dict[str, Task]) -> None:
-    """Train the run of `config["task"]` as one of several workers of Ray Train."""
+def train_together(config: dict[str, Any]) -> None:
+    """Train the run of `config["plan"]` as one of several workers of Ray Train."""
     import ray.train
     import ray.train.torch
 
-    task = config["task"]
-    share = cluster.cores() // ray.train.get_context().get_local_world_size()
-    device = ray.train.torch.get_device()
+    share = machine.cores() // ray.train.get_context().get_local_world_size()
     # Preparing hands the first worker's state to the others.
-    train_run(task, task.source, device, ray.train.torch.prepare_model, max(1, share))
+    prepare_model, plugins = ray.train.torch.prepare_model, config["plugins"]
+    worker = Worker(ray.train.torch.get_device(), prepare_model, max(1, share), plugins)
+    worker.train(config["plan"], config["epochs"], config["drivers"])
 
 
-def train_run(
-    task: Task,
-    source: Faces | UnitedFaces,
-    device: torch.device,
-    wrap: Callable[[nn.Module], nn.Module] = lambda method: method,
-    cores: int | None = None,
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """Train a run from its last checkpoint to its end; `wrap` makes the module trained, `check` may raise after any step."""
-    cluster.check_versions(task.versions)
-    run = locate(task.run)
-    spec = RunSpec.load(run)
-    set_arithmetic(spec.precision)
-    cores = cores or cluster.cores()
-    torch.set_num_threads(min(cores, task.threads or cores))
-
-    rows, held_out = choose_rows(source, spec.selection)
-    method = build_method(spec).to(device).to(memory_format=torch.channels_last)
-    if not method.trained:
-        if rank() == 0:
-            fit(method, make_dataset(spec, source), rows, device)
-            _save_result(run, method.state_dict(), {"epochs": 0})
-        return
-    dataset = make_live_dataset(spec, source, str(device)) if spec.live else make_dataset(spec, source, keep=True)
-    loaders = _count_loaders(task, device, dataset, cores)
-    checkpoint, prepared = find_checkpoint(run), False
-    if rank() == 0 and checkpoint is None:
-        prepared = prepare(method, dataset, rows, spec.seed, device, loaders)
-    if world_size() > 1:
-        share_batch_norm(method)
-    module, selection, optimizer = wrap(method), _choose_selection(task, spec, held_out), method.optimizer()
-    domains = source.manifest.domains if isinstance(source, UnitedFaces) and spec.sampler == "balanced" else None
-    training = Training(method, module, optimizer, dataset, rows, spec.seed, device, spec.precision, loaders, domains)
-    done = _restore(checkpoint, training, selection) if checkpoint else 0
-    if prepared:  # it may have taken hours
-        save_checkpoint(run / "checkpoints" / "0000", method, optimizer, selection.record(0), selection.weights)
-    last = task.epochs or spec.recipe["epochs"]
-    _train(training, selection, run, range(done + 1, last + 1), task.checkpoint_every, check)
+def _evaluate_alone(run: UPath, target: Faces, plugins: Sequence[Plugin]) -> None:
+    """Predict the faces of one target, in a process that does nothing else."""
+    Worker(plugins=plugins).evaluate(run, target)
 
 
-def _count_loaders(task: Task, device: torch.device, dataset: FaceDataset, cores: int) -> int:
+def _count_loaders(asked: int | None, device: torch.device, dataset: FaceDataset, cores: int) -> int:
     """Return how many processes make views: as asked for, else those a GPU needs that cannot make them itself."""
-    if task.loader_workers is not None:
-        return task.loader_workers
+    if asked is not None:
+        return asked
     return min(MOST_LOADERS, cores - 1) if device.type == "cuda" and dataset.plan.turns else 0
-
-
-def _choose_selection(task: Task, spec: RunSpec, held_out: np.ndarray) -> Selection:
-    """Return what chooses the epoch: the domain left out, where there is one, else faces held out of the source."""
-    if task.validation:
-        return Selection(task.validation.rows("train"), make_dataset(spec, task.validation))
-    return Selection(held_out)
 
 
 def find_checkpoint(run: UPath) -> UPath | None:
@@ -226,29 +282,10 @@ def _restore(checkpoint: UPath, training: Training, selection: Selection) -> int
     return int(record["epoch"])
 
 
-def _train(
-    training: Training,
-    selection: Selection,
-    run: UPath,
-    epochs: range,
-    checkpoint_every: int,
-    check: Callable[[], None],
-) -> None:
-    metrics: dict[str, float] = {}
-    for epoch in epochs:
-        metrics = training.run_epoch(epoch, _Notes(run, epoch, check))
-        if rank() > 0:
-            continue
-        metrics |= selection.judge(training, epoch)
-        write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
-        if epoch % checkpoint_every == 0 and epoch < epochs.stop - 1:
-            folder = run / "checkpoints" / f"{epoch:04d}"
-            save_checkpoint(folder, training.method, training.optimizer, selection.record(epoch), selection.weights)
-            _remove_checkpoints(run, keep=folder)
-    if rank() == 0:
-        result = {"epochs": epochs.stop - 1, "selected": selection.epoch, **metrics}
-        _save_result(run, selection.result(training), result)
-        _remove_checkpoints(run)
+def _save_checkpoint(run: UPath, epoch: int, training: Training, selection: Selection) -> None:
+    folder = run / "checkpoints" / f"{epoch:04d}"
+    save_checkpoint(folder, training.method, training.optimizer, selection.record(epoch), selection.weights)
+    _remove_checkpoints(run, keep=folder)
 
 
 def _remove_checkpoints(run: UPath, keep: UPath | None = None) -> None:
@@ -268,7 +305,7 @@ def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any])
 class _Notes:
     """Writes now and then how many faces were trained, for the progress bar of the driver."""
 
-    def __init__(self, run: UPath, epoch: int, check: Callable[[], None]) -> None:
+    def __init__(self, run: UPath, epoch: int, check: Check) -> None:
         self.path, self.epoch, self.check, self.last = run / "progress.json", epoch, check, 0.0
 
     def __call__(self, done: int, total: int) -> None:

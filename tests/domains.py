@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import draw_faces
+from trained import on_one_thread
 from upath import UPath
 
 from cafe.data.indexing import index_files
@@ -15,9 +16,9 @@ from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.plan import TrainPlan, plan_training
 from cafe.pipeline.settings import TrainSettings
-from cafe.pipeline.train import TrainPlan, plan_training
-from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.worker import Worker
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.weights import read_tensors
 
@@ -45,11 +46,12 @@ def draw_features(manifest: Manifest, seed: int, views: int = 3) -> np.ndarray:
 def fill(workspace: Workspace, manifest: Manifest, features: np.ndarray, **key: Any) -> FeatureStore:
     policy = describe_policy("paper" if features.shape[1] > 1 else "clean")
     fields = {"views": features.shape[1], "policy": policy, **key}
-    described = FeatureKey(manifest.image_digest, "timm:tiny", "weights", 32, STATISTICS, **fields)
+    tower = {"backbone": "timm:tiny", "weights": "weights", "input_size": 32, "normalisation": STATISTICS}
+    described = FeatureKey(images=manifest.image_digest, **tower, **fields)
     about = StoreInfo(described, manifest.name, "timm:tiny", len(manifest), features.shape[2], None, 64)
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     for shard in store.pending():
-        store.write_shard(shard, {"pooled": features[store.about.rows_of(shard)]}, {})
+        store.write_shard(shard, {"pooled": features[store.info.rows_of(shard)]}, {})
     return store
 
 
@@ -58,8 +60,8 @@ def planned(workspace: Workspace, source: str = "one,two", **settings: Any) -> T
     return plan_training(workspace, TrainSettings(source=source, **{**fixed, **settings}))
 
 
-def train(plan: TrainPlan, **more: Any) -> dict[str, torch.Tensor]:
+def train(plan: TrainPlan, epochs: int | None = None) -> dict[str, torch.Tensor]:
     """Train a run as a worker does, in this process; return its weights."""
     plan.spec.save(plan.run)
-    Worker().train(Task(str(plan.run), plan.source, 1, 0, 1, **more))
+    Worker().train(on_one_thread(plan), epochs)
     return read_tensors(plan.run / "model.safetensors")

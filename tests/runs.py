@@ -1,4 +1,4 @@
-"""Run folders as training and judging leave them, without either: for all that reads them."""
+"""Run folders as training and evaluating leave them, without either: for all that reads them."""
 
 from __future__ import annotations
 

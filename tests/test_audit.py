@@ -175,7 +175,7 @@ def test_the_splits_of_the_source_are_compared_once_each_and_never_with_themselv
     ]
 
 
-def judge(workspace: Workspace, manifests: dict[str, Manifest], wrong: set[str]) -> UPath:
+def evaluate(workspace: Workspace, manifests: dict[str, Manifest], wrong: set[str]) -> UPath:
     """Write a run trained on `film` with its predictions for both sets: right but for the samples of `wrong`."""
     film = manifests["film"]
     spec = RunSpec("film", film.digest, "image_only", {}, {}, 64, "paper", 2, (0.0,) * 3, (1.0,) * 3)
@@ -198,7 +198,7 @@ def test_leak_free_numbers_come_from_predictions_alone(
     workspace, manifests = sets
     command.succeed("data", "audit", "film", "web")
     shutil.rmtree(tmp_path / "faces")
-    run = judge(workspace, manifests, wrong={"test/anger/seen.jpg", "test/fear/leak0.jpg"})
+    run = evaluate(workspace, manifests, wrong={"test/anger/seen.jpg", "test/fear/leak0.jpg"})
     tested = len(manifests["web"].rows("test"))
     runs = read_runs([run])
     scores, leak_free = read_scores(runs), read_scores(runs, leave_out=leave_out_leaks(workspace.root))
@@ -230,7 +230,7 @@ def test_a_target_that_leaks_entirely_has_a_count_and_no_number(
     copy = index_files("copy", DATASETS["folder"](UPath(tmp_path / "faces" / "copy"))).manifest
     copy.save(workspace.manifest_path("copy"))
     command.succeed("data", "audit", "film", "copy")
-    run = judge(workspace, {"film": manifests["film"], "copy": copy}, wrong=set())
+    run = evaluate(workspace, {"film": manifests["film"], "copy": copy}, wrong=set())
     scores = read_scores(read_runs([run]), leave_out=leave_out_leaks(workspace.root))
     assert scores.set_index("target").loc["copy", "left_out"] == len(copy)
     assert np.isnan(scores.set_index("target").loc["copy", "accuracy"])
@@ -241,7 +241,7 @@ def test_a_missing_or_stale_audit_is_one_sentence_before_ray_starts(
     sets: tuple[Workspace, dict[str, Manifest]], command: Cafe, tmp_path: Path
 ) -> None:
     workspace, manifests = sets
-    run = judge(workspace, manifests, wrong=set())
+    run = evaluate(workspace, manifests, wrong=set())
     wanted = ("evaluate", run.name, "--exclude-leaks", "--targets", "web")
     assert "'web' was not audited against 'film' yet: run `cafe data audit film web`." in command.fail(*wanted)
     command.succeed("data", "audit", "film", "web")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
-from trained import embed
+from trained import embed, on_one_thread
 from upath import UPath
 
 from cafe.data.indexing import index_files
@@ -25,21 +25,20 @@ from cafe.files import read_json, write_json
 from cafe.learning.training import Training
 from cafe.methods import METHODS
 from cafe.pipeline.benchmark.cells import run_benchmark
-from cafe.pipeline.benchmark.file import DECIDED_FEATURES, DECIDED_TRAINING, Benchmark, parse_benchmark, read_benchmark
+from cafe.pipeline.benchmark.file import Benchmark, parse_benchmark, read_benchmark
 from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
-from cafe.pipeline.cluster import no_bar
-from cafe.pipeline.evaluate import predict_target
-from cafe.pipeline.features.description import find_stores
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.evaluate import evaluate_target
+from cafe.pipeline.features.extract import describe_store, look_up_tower
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, make_dataset
+from cafe.pipeline.plan import TrainPlan
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.runs import is_finished
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSettings
-from cafe.pipeline.sources import choose_rows
 from cafe.pipeline.tracking.mirror import PARENT, Mirror
-from cafe.pipeline.train import TrainPlan
-from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.worker import Worker
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.weights import write_tensors
 
@@ -69,7 +68,7 @@ def test_a_file_is_sources_by_methods_by_towers_and_methods_without_a_tower_come
             ("linear_probe", "timm:c"),
         )
     ]
-    assert (grid.seeds, grid.judged, grid.views, grid.protocol) == ([3, 5], ["one", "two"], None, "clean")
+    assert (grid.seeds, grid.evaluated, grid.views, grid.protocol) == ([3, 5], ["one", "two"], None, "clean")
     settings = grid.train_settings(*next(line for line in grid.combinations() if line[2]))
     assert (settings.overrides, settings.epochs, settings.backbone) == (("gamma=1.0", "mask=none"), 4, "timm:a")
 
@@ -119,15 +118,27 @@ def test_a_mistake_in_a_file_is_one_sentence(content: dict[str, Any], message: s
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("sources = one")
-    with pytest.raises(UserError, match=r"^bad\.toml is not TOML \(.*line 1.*\): mend it\.$"):
+    with pytest.raises(UserError, match=r"^bad\.toml is not TOML \(.*line 1.*\): fix it\.$"):
         read_benchmark(tmp_path / "bad.toml")
     with pytest.raises(UserError, match="No such file or directory"):
         read_benchmark(tmp_path / "none.toml")
 
 
-def test_what_the_grid_decides_are_settings_there_are() -> None:
-    assert set(DECIDED_FEATURES) <= set(ExtractSettings.__dataclass_fields__)
-    assert set(DECIDED_TRAINING) <= set(TrainSettings.__dataclass_fields__)
+def test_a_file_sets_what_neither_the_grid_nor_the_command_decides() -> None:
+    free = {
+        "train": {
+            "network", "init", "sampler", "selection", "tag", "epochs", "image_size", "precision", "scale_batch",
+            "num_workers", "use_gpu", "loader_workers", "checkpoint_every",
+        },
+        "features": {
+            "view_seed", "interpolation", "precision", "dtype", "normalisation", "input_size", "use_gpu", "num_gpus",
+            "num_actors", "decoders", "batch_size", "shard_rows", "max_megapixels", "max_skipped",
+        },
+    }  # fmt: skip
+    for table, settings in (("train", TrainSettings), ("features", ExtractSettings)):
+        assert {one.name for one in fields(settings) if one.metadata["in_file"]} == free[table]
+    with pytest.raises(UserError, match=r"Unknown key of \[train\] in grid 'scale_minutes'"):
+        parse_benchmark("grid", {"sources": ["one"], "methods": ["scn"], "train": {"scale_minutes": 3}})
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.toml")), ids=lambda path: path.stem)
@@ -173,7 +184,7 @@ def plan(workspace: Workspace, grid: Benchmark, **settings: Any) -> BenchmarkPla
 
 def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> None:
     """Fill a store as the actors of stage one do, in this process."""
-    about = describe_store(manifest, settings, know_tower(workspace, settings))
+    about = describe_store(manifest, settings, look_up_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     embedder = ShardEmbedder({str(store.path): about}, manifest, settings, 1, "cpu")
     for shard in store.pending():
@@ -186,10 +197,10 @@ def fill_all(workspace: Workspace, grid: Benchmark) -> None:
 
 
 def train_here(run: TrainPlan) -> None:
-    """Train and judge a run as the workers do, in this process."""
+    """Train and evaluate a run as the workers do, in this process."""
     run.spec.save(run.run)
     method = build_method(run.spec).to(memory_format=torch.channels_last)
-    rows, _ = choose_rows(run.source, "final")
+    rows, _ = run.source.split_rows("final")
     dataset, device = make_dataset(run.spec, run.source), torch.device("cpu")
     training = Training(method, method, method.optimizer(), dataset, rows, run.spec.seed, device)
     for epoch in range(1, run.spec.recipe["epochs"] + 1):
@@ -197,7 +208,7 @@ def train_here(run: TrainPlan) -> None:
     write_tensors(run.run / "model.safetensors", method.state_dict())
     write_json(run.run / "result.json", {})
     for target in run.targets:
-        predict_target(str(run.run), target)
+        evaluate_target(run.run, target)
 
 
 def test_stores_are_shared_and_the_passes_they_save_are_counted(workspace: Workspace, small: Benchmark) -> None:
@@ -210,8 +221,8 @@ def test_stores_are_shared_and_the_passes_they_save_are_counted(workspace: Works
         ("two", 1, 24),
     ]
     train = {name: len(workspace.load_manifest(name).rows("train")) for name in ("one", "two")}
-    judged = 36 - train["one"] + 24 - train["two"]
-    assert planned.published_passes == 2 * (2 * train["one"] + judged) + 2 * (3 * train["one"] + judged)
+    evaluated = 36 - train["one"] + 24 - train["two"]
+    assert planned.published_passes == 2 * (2 * train["one"] + evaluated) + 2 * (3 * train["one"] + evaluated)
     assert planned.store_passes == 4 * 36 + 24
     assert planned.work == 2 * train["one"] * (2 + 3 + 2)
     assert [cell.plan is None for cell in planned.cells[:3]] == [True, True, False]
@@ -321,7 +332,7 @@ def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspa
         changed = {name for name, when in written.items() if now[name] != when}
         assert changed == (set() if same else {"comparison.md", "report.html", "comparison.sha256"})
 
-    other = first.plan.run / "predictions" / "paper" / mine.name  # judged by another protocol besides
+    other = first.plan.run / "predictions" / "paper" / mine.name  # evaluated by another protocol besides
     other.parent.mkdir()
     other.write_bytes(mine.read_bytes())
     assert run_benchmark(plan(workspace, small, only="*/linear_probe/*"), Mirror(workspace), no_bar, said.append) == {}
@@ -348,7 +359,7 @@ def test_a_worker_that_trained_other_runs_gives_the_same_weights(workspace: Work
         (run.run / "model.safetensors").unlink()
     worker = Worker()
     for run in reversed(plans):
-        worker.train(Task(str(run.run), run.source, 1, 0, 1))
+        worker.train(on_one_thread(run))
     assert {run.run: (run.run / "model.safetensors").read_bytes() for run in plans} == alone
     assert not list((plans[0].run / "checkpoints").iterdir())
 
@@ -400,8 +411,8 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
     grid = read_benchmark(tmp_path / "table1.toml")
     published = stores = 0
     manifests = {name: workspace.load_manifest(name) for name in SETS}
-    judged = {"rafdb": "test", "ferplus": "test", "affectnet": "val", "sfew": "val", "mma": "test"}
-    targets = sum(len(manifests[name].rows(split)) for name, split in judged.items())
+    evaluated = {"rafdb": "test", "ferplus": "test", "affectnet": "val", "sfew": "val", "mma": "test"}
+    targets = sum(len(manifests[name].rows(split)) for name, split in evaluated.items())
     readers = [entry for entry in grid.methods if entry.kind.needs_features()]
     for entry in readers:
         for manifest in manifests.values():
@@ -410,7 +421,8 @@ def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_p
             stores += (1 if entry.kind.clean_features else epochs + 1) * len(manifest)  # each has a tower of its own
     assert f"{stores:,} passes fill {5 * len(readers)} feature stores" in output
     assert (
-        f"would take {published:,} (epochs × training faces + judged faces, each cell for itself): the cache" in output
+        f"would take {published:,} (epochs × training faces + evaluated faces, each cell for itself): the cache"
+        in output
     )
     assert f"the cache saves {published - stores:,} passes ({(published - stores) / published:.1%})." in output
 

@@ -17,8 +17,9 @@ import torch
 
 from cafe.errors import IncompleteError
 from cafe.pipeline.benchmark.cells import count_slots
-from cafe.pipeline.cluster import connect, cores, free_memory, share
-from cafe.pipeline.features.computing import share_out
+from cafe.pipeline.cluster import connect, share
+from cafe.pipeline.features.extract import share_out
+from cafe.pipeline.process.machine import cores, free_memory
 from cafe.pipeline.settings import ExtractSettings
 
 DEVICES = """

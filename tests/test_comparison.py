@@ -32,7 +32,7 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace.at(str(tmp_path / "work"))
 
 
-def judge(run: UPath, right: dict[str, int], kinds: dict[str, str] | None = None, **more: Any) -> None:
+def evaluate(run: UPath, right: dict[str, int], kinds: dict[str, str] | None = None, **more: Any) -> None:
     """Write predictions that are right on so many of 100 faces of each target."""
     labels = np.arange(100) % 7
     for target, count in right.items():
@@ -52,7 +52,7 @@ def texts(comparison: Comparison) -> list[dict[str, str]]:
 
 def test_means_leave_out_the_source_and_other_splits(workspace: Workspace) -> None:
     run = write_run(workspace, source="one", source_kind="folder")
-    judge(run, {"one": 90, "two": 40, "three": 20, "two@all": 0})
+    evaluate(run, {"one": 90, "two": 40, "three": 20, "two@all": 0})
     scores = read_scores(read_runs([run]))
     assert average_unseen(scores).loc[(run.name, "clean"), "accuracy"] == pytest.approx(0.3)
     assert average_all(scores).loc[(run.name, "clean"), "accuracy"] == pytest.approx(0.5)
@@ -77,8 +77,8 @@ def test_another_manifest_of_the_sources_set_is_not_unseen(
     workspace: Workspace, kind: str, manifest: str, seen: bool
 ) -> None:
     run = write_run(workspace, source="one", source_kind="rafdb")
-    judge(run, {"one": 90, "two": 40})
-    judge(run, {"again": 80}, {"again": kind}, manifest=manifest)
+    evaluate(run, {"one": 90, "two": 40})
+    evaluate(run, {"again": 80}, {"again": kind}, manifest=manifest)
     (row,) = texts(read(workspace))
     assert row["again"] == ("(80.0)" if seen else "80.0")
     assert row["unseen accuracy"] == ("40.0" if seen else "60.0")
@@ -88,30 +88,30 @@ def test_another_manifest_of_the_sources_set_is_not_unseen(
 
 def test_labels_by_another_rule_are_the_same_set(workspace: Workspace) -> None:
     run = write_run(workspace, source="one", source_kind="ferplus")
-    judge(run, {"two": 40, "argmax": 80}, {"argmax": "ferplus-argmax"})
+    evaluate(run, {"two": 40, "argmax": 80}, {"argmax": "ferplus-argmax"})
     assert texts(read(workspace))[0]["unseen accuracy"] == "40.0"
 
 
 def test_synthetic_domains_are_sets_of_their_own(workspace: Workspace) -> None:
     run = write_run(workspace, source="studio", source_kind="synthetic")
-    judge(run, {"studio": 90, "film": 40}, {"studio": "synthetic", "film": "synthetic"})
+    evaluate(run, {"studio": 90, "film": 40}, {"studio": "synthetic", "film": "synthetic"})
     assert texts(read(workspace))[0]["unseen accuracy"] == "40.0"
 
 
 def test_a_target_without_a_manifest_counts_no_more(workspace: Workspace) -> None:
     run = write_run(workspace, source="one")
-    judge(run, {"one": 90, "two": 40, "old": 10})
+    evaluate(run, {"one": 90, "two": 40, "old": 10})
     comparison = read(workspace, ["one", "two"])
     (row,) = texts(comparison)
     assert (row["unseen accuracy"], "old" in row) == ("40.0", False)
     assert "Left out, as the workspace has no manifest of that name any more: old." in main_sheet(comparison).notes
-    write_json(run / "pulled.json", {})  # judged on the manifests of another workspace
+    write_json(run / "pulled.json", {})  # evaluated on the manifests of another workspace
     assert texts(read(workspace, ["one", "two"]))[0]["unseen accuracy"] == "25.0"
 
 
-def test_a_row_that_was_not_judged_on_all_targets_has_no_mean(workspace: Workspace) -> None:
-    judge(write_run(workspace, "cafe", "one"), {"one": 90, "two": 50, "three": 30})
-    judge(write_run(workspace, "linear_probe", "one"), {"two": 60})
+def test_a_row_that_was_not_evaluated_on_all_targets_has_no_mean(workspace: Workspace) -> None:
+    evaluate(write_run(workspace, "cafe", "one"), {"one": 90, "two": 50, "three": 30})
+    evaluate(write_run(workspace, "linear_probe", "one"), {"two": 60})
     rows = texts(read(workspace))
     assert [row["unseen accuracy"] for row in rows[:2]] == ["40.0", "–"]
     assert [row["two"] for row in rows] == ["50.0", "60.0", "−10.0"]
@@ -119,9 +119,9 @@ def test_a_row_that_was_not_judged_on_all_targets_has_no_mean(workspace: Workspa
 
 def test_two_seeds_are_shown_as_they_are_and_more_with_their_interval(workspace: Workspace) -> None:
     for seed, right in enumerate((40, 44)):
-        judge(write_run(workspace, "cafe", seed=seed), {"fer": right})
-        judge(write_run(workspace, "scn", seed=seed), {"fer": right})
-    judge(write_run(workspace, "scn", seed=2), {"fer": 45})
+        evaluate(write_run(workspace, "cafe", seed=seed), {"fer": right})
+        evaluate(write_run(workspace, "scn", seed=seed), {"fer": right})
+    evaluate(write_run(workspace, "scn", seed=2), {"fer": 45})
     rows = {row["method"]: row for row in texts(read(workspace))}
     assert rows["cafe"]["fer"] == "40.0 / 44.0"
     assert rows["scn"]["fer"] == str(estimate([0.40, 0.44, 0.45])) == "43.0 ± 6.6"
@@ -131,7 +131,9 @@ def test_two_seeds_are_shown_as_they_are_and_more_with_their_interval(workspace:
 def test_cells_of_fewer_seeds_than_the_row_say_so(workspace: Workspace) -> None:
     for seed in range(4):
         run = write_run(workspace, seed=seed)
-        judge(run, {"fer": 40 + seed, **({"mine": 50 + seed} if seed < 3 else {}), **({"late": 7} if not seed else {})})
+        evaluate(
+            run, {"fer": 40 + seed, **({"mine": 50 + seed} if seed < 3 else {}), **({"late": 7} if not seed else {})}
+        )
     comparison = read(workspace)
     (row,) = texts(comparison)
     assert row["mine"].endswith(" [3]")
@@ -142,7 +144,7 @@ def test_cells_of_fewer_seeds_than_the_row_say_so(workspace: Workspace) -> None:
 
 def test_a_row_whose_seeds_predict_the_same_has_no_interval(workspace: Workspace) -> None:
     for seed in range(3):
-        judge(write_run(workspace, "zero_shot", seed=seed), {"fer": 40, "mine": 50})
+        evaluate(write_run(workspace, "zero_shot", seed=seed), {"fer": 40, "mine": 50})
     comparison = read(workspace)
     (row,) = texts(comparison)
     assert (row["seeds"], row["fer"], row["unseen accuracy"]) == ("any", "40.0", "45.0")
@@ -152,7 +154,7 @@ def test_a_row_whose_seeds_predict_the_same_has_no_interval(workspace: Workspace
 def test_the_table_says_that_seeds_share_one_draw_of_views(workspace: Workspace) -> None:
     note = "The seeds of a row share one draw of views, and the intervals say nothing of other draws."
     for seed in range(3):
-        judge(write_run(workspace, seed=seed), {"fer": 40 + seed})
+        evaluate(write_run(workspace, seed=seed), {"fer": 40 + seed})
     assert note in main_sheet(read(workspace)).notes
     for name in workspace.run_names():
         path = workspace.run_path(name) / "run.json"
@@ -216,19 +218,19 @@ def test_recalls_of_two_seeds_and_of_a_class_without_faces(workspace: Workspace)
         compare_classes(runs, read_scores(runs), "three", "clean")
 
 
-def test_a_torn_file_is_a_target_that_is_not_judged(workspace: Workspace) -> None:
+def test_a_torn_file_is_a_target_that_is_not_evaluated(workspace: Workspace) -> None:
     run = write_run(workspace)
-    judge(run, {"fer": 40, "mine": 60})
+    evaluate(run, {"fer": 40, "mine": 60})
     path = run / "predictions" / "mine.parquet"
     path.write_bytes(path.read_bytes()[:200])
     assert texts(read(workspace))[0]["unseen accuracy"] == "40.0"
 
 
 def test_compare_says_which_experiments_it_shows(workspace: Workspace) -> None:
-    judge(write_run(workspace, "cafe"), {"fer": 40})
+    evaluate(write_run(workspace, "cafe"), {"fer": 40})
     cafe = Cafe(Path(str(workspace.root)), "")
     assert "experiment" not in cafe.succeed("compare")
-    judge(write_run(workspace, "scn", experiments={"grid": "grid-01234567"}), {"fer": 50})
+    evaluate(write_run(workspace, "scn", experiments={"grid": "grid-01234567"}), {"fer": 50})
     output = cafe.succeed("compare")
     assert "scn" in output
     assert "Runs of all experiments, cafe (1), grid (1): choose one with --experiment." in output
@@ -254,7 +256,7 @@ def test_compare_without_runs_is_one_sentence(workspace: Workspace) -> None:
 
 
 def test_compare_loads_no_engine(workspace: Workspace) -> None:
-    judge(write_run(workspace), {"fer": 40})
+    evaluate(write_run(workspace), {"fer": 40})
     program = (
         "import sys; from cafe.jobs.cli import main\n"
         f"try: main(['-w', {str(workspace.root)!r}, 'compare'])\n"

@@ -17,13 +17,12 @@ from domains import STATISTICS, draw_features, fill, make_workspace, planned, tr
 from runs import write_predictions, write_run
 
 from cafe.data.manifest import Manifest
-from cafe.data.union import unite
 from cafe.files import write_file
 from cafe.learning.loading import FaceDataset, epoch_order
 from cafe.methods.method import Recipe
+from cafe.pipeline.faces import Faces, Part
 from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.runs import RunSpec
-from cafe.pipeline.sources import UnitedFaces, choose_rows
 from cafe.pipeline.workspace import Workspace
 from cafe.results.columns import Column
 from cafe.results.comparison import compare
@@ -40,28 +39,27 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def test_a_union_is_its_manifests_one_after_another(workspace: Workspace) -> None:
     source = planned(workspace).source
-    assert isinstance(source, UnitedFaces)
     one, two = (workspace.load_manifest(name) for name in ("one", "two"))
-    union = source.manifest
-    assert (union.name, union.kind, len(union)) == ("one+two", "folder", 36 + 24)
+    union = source
+    assert (union.name, union.kind, len(union.labels)) == ("one+two", "folder", 36 + 24)
     assert union.labels.tolist() == [*one.labels, *two.labels]
     assert union.sample_ids == [*one.sample_ids, *two.sample_ids]
     assert (union.path(35), union.path(36)) == (one.path(35), two.path(0))
     assert union.domains.tolist() == [0] * 36 + [1] * 24
-    assert choose_rows(source, "final")[0].tolist() == [*one.rows("train"), *(two.rows("train") + 36)]
+    assert source.split_rows("final")[0].tolist() == [*one.rows("train"), *(two.rows("train") + 36)]
     reader = source.reader(["pooled"])
     assert reader is not None
     rows = np.random.default_rng(0).permutation(60)
     whole = np.concatenate([draw_features(manifest, seed) for seed, manifest in enumerate((one, two))])
     np.testing.assert_array_equal(reader.read(rows, 2)["pooled"], whole[rows, 2].astype(np.float16))
-    assert unite([one]) is one
-    assert unite([one, replace(two, kind="rafdb")]).kind == ""
+    assert Faces.of(Part.of(workspace, one)).pictures is one
+    assert Faces.of(*(Part.of(workspace, part) for part in (one, replace(two, kind="rafdb")))).kind == ""
 
 
 def test_a_face_has_the_same_views_alone_and_in_a_union(workspace: Workspace) -> None:
     plan = ViewPlan("paper", 0, 3, "bilinear", *STATISTICS)
     two = workspace.load_manifest("two")
-    union = unite([workspace.load_manifest("one"), two])
+    union = Faces.of(*(Part.of(workspace, part) for part in (workspace.load_manifest("one"), two)))
     alone, together = (
         next(FaceDataset(faces, plan, frozenset({"image"}), 32).load([rows], 1, torch.device("cpu")))
         for faces, rows in ((two, np.arange(5)), (union, np.arange(36, 41)))
@@ -73,9 +71,9 @@ def test_a_face_has_the_same_views_alone_and_in_a_union(workspace: Workspace) ->
 def test_training_on_a_union_is_training_on_the_one_manifest_that_holds_all_faces(workspace: Workspace) -> None:
     """Statistics, the source's prior and the order of faces included."""
     one, two = (workspace.load_manifest(name) for name in ("one", "two"))
-    both = replace(unite([one, two]), name="both", root=str(workspace.root))
+    both = pa.concat_tables([one.table, two.table])
     ids = [f"{name}/{sample}" for name in ("1", "2") for sample in (one if name == "1" else two).sample_ids]
-    table = both.table.set_column(0, "sample_id", [ids]).cast(both.table.schema)
+    table = both.set_column(0, "sample_id", [ids]).cast(both.schema)
     Manifest("both", str(workspace.root), table, "folder").save(workspace.manifest_path("both"))
     both = workspace.load_manifest("both")
     features = np.concatenate([draw_features(manifest, seed) for seed, manifest in enumerate((one, two))])
@@ -105,11 +103,12 @@ def test_a_union_is_named_by_all_its_sources_and_their_order_plays_no_part(works
 
 
 def test_a_run_with_one_source_is_called_what_it_was_called_before() -> None:
-    key = FeatureKey("images", "timm:tiny", "weights", 32, STATISTICS, {"name": "paper", "version": 1}, views=3)
+    tower = {"backbone": "timm:tiny", "weights": "weights", "input_size": 32, "normalisation": STATISTICS}
+    key = FeatureKey(images="images", **tower, policy={"name": "paper", "version": 1}, views=3)
     common: dict[str, Any] = {"source_digest": "digest", "recipe": {"epochs": 3}, "recipe_changes": {"epochs": 3}}
     common |= {"image_size": 32, "policy": "paper", "views": 3, "mean": STATISTICS[0], "std": STATISTICS[1]}
     common |= {"features": key, "backbone": "timm:tiny", "width": 8, "source_kind": "folder"}
-    spec = RunSpec("one", method="linear_probe", seed=2, selection="source_val", **common)
+    spec = RunSpec(source="one", method="linear_probe", seed=2, selection="source_val", **common)
     assert (spec.name, spec.group) == ("linear_probe-one-s2-26855138", "20c64dc9")
 
 
@@ -175,9 +174,9 @@ def test_training_with_balanced_domains_is_another_run_with_other_weights(worksp
 
 def test_a_tenth_of_every_source_is_held_out(workspace: Workspace) -> None:
     source = planned(workspace, "one,three").source
-    kept, held = choose_rows(source, "source_val")
+    kept, held = source.split_rows("source_val")
     assert not set(kept) & set(held)
-    alone = [choose_rows(part, "source_val") for part in source.parts]
+    alone = [Faces.of(part).split_rows("source_val") for part in source.parts]
     assert held.tolist() == [*alone[0][1], *(alone[1][1] + 36)]
     assert kept.tolist() == [*alone[0][0], *(alone[1][0] + 36)]
 

@@ -20,9 +20,8 @@ from cafe.learning.training import Training
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
 from cafe.pipeline.features.extract import describe_store
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.shards import ShardEmbedder
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.settings import ExtractSettings
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
@@ -53,8 +52,8 @@ def train(name: str, manifest: Manifest, store: FeatureStore, features: FeatureS
     method_type = METHODS[name]
     torch.manual_seed(0)
     recipe = replace(method_type.recipe_type(), epochs=EPOCHS, batch_size=16, learning_rate=1e-3)
-    method = method_type(recipe, Inputs(store.about.width, image_size=32)).to(memory_format=torch.channels_last)
-    dataset = FaceDataset(manifest, store.about.key.view_plan, method.needs, 32, features)
+    method = method_type(recipe, Inputs(store.info.width, image_size=32)).to(memory_format=torch.channels_last)
+    dataset = FaceDataset(manifest, store.info.key.view_plan, method.needs, 32, features)
     training = Training(method, method, method.optimizer(), dataset, manifest.rows("train"), 0, CPU)
     for epoch in range(1, EPOCHS + 1):
         training.run_epoch(epoch)
@@ -70,8 +69,8 @@ def test_training_from_the_cache_is_training_with_the_tower_on_the_fly(
         backbone=tiny_tower, views=EPOCHS + 1, maps=True, dtype=dtype, batch_size=16, shard_rows=11
     )
     store = fill_store(tmp_path, manifest, settings)
-    live = Embedder(load_backbone(tiny_tower), manifest, store.about.key.view_plan, "cpu", True, dtype, batch_size=16)
-    cached = train(name, manifest, store, FeatureReader(store, ("pooled", "map"))).method.state_dict()
+    live = Embedder(load_backbone(tiny_tower), manifest, store.info.key.view_plan, "cpu", True, dtype, batch_size=16)
+    cached = train(name, manifest, store, FeatureReader([store], ("pooled", "map"))).method.state_dict()
     fly = train(name, manifest, store, live).method.state_dict()
     for key, value in cached.items():
         assert torch.equal(value, fly[key]), key
@@ -86,13 +85,13 @@ def test_a_layer_from_the_cache_is_the_layer_on_the_fly(
     settings = ExtractSettings(backbone=name, input_size=size, views=2, batch_size=16, shard_rows=11, maps=True)
     store = fill_store(tmp_path, manifest, settings)
     tower = load_backbone(name, input_size=size)
-    live = Embedder(tower, manifest, store.about.key.view_plan, "cpu", True, batch_size=16)
+    live = Embedder(tower, manifest, store.info.key.view_plan, "cpu", True, batch_size=16)
     rows = np.random.default_rng(0).permutation(len(manifest))[:30]
     for view in (0, 1):
-        cached = FeatureReader(store, ("pooled", "map")).read(rows, view)
+        cached = FeatureReader([store], ("pooled", "map")).read(rows, view)
         for array, values in live.read(rows, view).items():
             assert np.array_equal(cached[array], values), (array, view)
-    assert store.about.key.backbone == tower.facts.architecture
+    assert store.info.key.backbone == tower.facts.architecture
 
 
 def test_layers_of_one_pass_are_byte_for_byte_those_taken_one_by_one(
@@ -101,10 +100,10 @@ def test_layers_of_one_pass_are_byte_for_byte_those_taken_one_by_one(
     names = [f"{tiny_tower}#block1/2x2", tiny_tower, f"{tiny_tower}#block2/all"]
     settings = ExtractSettings(backbone=tiny_tower, views=2, batch_size=16, shard_rows=11, maps=True)
     alone = [fill_store(tmp_path / "alone", manifest, replace(settings, backbone=name)) for name in names]
-    together = [FeatureStore.create(UPath(tmp_path / "together"), store.about, manifest) for store in alone]
+    together = [FeatureStore.create(UPath(tmp_path / "together"), store.info, manifest) for store in alone]
 
     def embed_all(shards: list[int]) -> None:
-        stores = {str(store.path): store.about for store in together}
+        stores = {str(store.path): store.info for store in together}
         embedder = ShardEmbedder(stores, manifest, settings, threads=1, device="cpu")
         for shard in shards:
             embed(embedder, manifest, shard)

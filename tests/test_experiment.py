@@ -101,7 +101,7 @@ class Page(HTMLParser):
         return [table[1:] for table in self.tables if table[0] == list(header)]
 
 
-def judge(run: UPath, workspace: Workspace, target: str, seed: int) -> None:
+def evaluate(run: UPath, workspace: Workspace, target: str, seed: int) -> None:
     """Predict the real faces of a manifest: about a third of them wrongly, each as sure as its number says."""
     manifest = workspace.load_manifest(target)
     random = np.random.default_rng([seed, len(run.name)])
@@ -123,7 +123,7 @@ def first_run(workspace: Workspace, method: str) -> str:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Two methods × two seeds, judged on faces whose pictures are there (web), and on their source, of which none are."""
+    """Two methods × two seeds, evaluated on faces whose pictures are there (web), and on their source, of which none are."""
     folder = tmp_path_factory.mktemp("experiment")
     workspace = Workspace.at(str(folder / "work"))
     draw_faces(folder / "faces", per_class=20)
@@ -135,7 +135,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
             labels = np.arange(140) % 7
             predicted = np.where(np.random.default_rng(seed).random(140) < 0.5, labels, 0)
             write_predictions(run, "raf", labels, predicted, kind="rafdb")
-            judge(run, workspace, "web", seed)
+            evaluate(run, workspace, "web", seed)
             for epoch in (1, 2):
                 losses = {"train/total": (seed + 1) / epoch, "train/accuracy": 0.25 * epoch, "learning_rate": 0.1}
                 write_json(run / "epochs" / f"{epoch:04d}.json", losses)
@@ -265,7 +265,7 @@ def test_the_mask_is_shown_in_the_colours_of_the_page_with_its_numbers(page: Pag
     assert below[1, 0, 0] > below[1, 0, 2]
 
 
-def test_a_row_judged_with_an_option_of_test_time_is_shown_by_its_own_predictions(workspace: Workspace) -> None:
+def test_a_row_evaluated_with_an_option_of_test_time_is_shown_by_its_own_predictions(workspace: Workspace) -> None:
     page = report(workspace, "--test-time", "seeds", "--count", "500")
     tables = page.with_header("true", *(name[:3] for name in EXPRESSIONS))
     assert len(tables) == len(METHODS) * 2 * 2
@@ -375,7 +375,7 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
     assert Counter(shown.column.name for shown in detail.mistakes) == {"news": 20, "web": 50}
 
 
-def test_runs_judged_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:
+def test_runs_evaluated_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path))
     write_predictions(write_run(workspace), "raf@train", np.arange(14) % 7, np.zeros(14, int), kind="rafdb")
     found = make_report(read_runs(map(workspace.run_path, workspace.run_names())), workspace.manifest_names())

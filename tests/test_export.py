@@ -49,7 +49,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Work
 
 
 def faces_of(workspace: Workspace) -> np.ndarray:
-    """The judged faces of the target, (N, 24, 24, 3)."""
+    """The predicted faces of the target, (N, 24, 24, 3)."""
     manifest = workspace.load_manifest("two")
     return np.stack([manifest.read_face(row) for row in manifest.rows("test")])
 
@@ -71,11 +71,11 @@ def test_pictures_that_are_not_square_differ_by_a_grey_level_at_most() -> None:
     assert np.abs(resized - expected).max() <= 1
 
 
-def check_graph(path: Path, workspace: Workspace, judged: np.ndarray) -> None:
+def check_graph(path: Path, workspace: Workspace, predicted: np.ndarray) -> None:
     """A graph says of the target's faces, together and alone, what was said of them."""
     graph, faces = Onnx(str(path), threads=1), faces_of(workspace)
-    np.testing.assert_allclose(graph.predict(faces), judged, atol=1e-4)
-    np.testing.assert_allclose(graph.predict(faces[:1]), judged[:1], atol=1e-4)
+    np.testing.assert_allclose(graph.predict(faces), predicted, atol=1e-4)
+    np.testing.assert_allclose(graph.predict(faces[:1]), predicted[:1], atol=1e-4)
 
 
 EXPORTED = ("cafe", "finetune", "mlp")  # whose graphs are looked at further down, as they are exported
@@ -85,22 +85,22 @@ EXPORTED = ("cafe", "finetune", "mlp")  # whose graphs are looked at further dow
 def test_every_method_is_a_graph_that_says_the_same_or_tells_why_not(
     method: str, workspace: Workspace, small_network: str, tmp_path: Path
 ) -> None:
-    run, judged = start_run(workspace, method=method, network=small_network, **SETTINGS)
+    run, predicted = start_run(workspace, method=method, network=small_network, **SETTINGS)
     if reason := find_method(method).not_exported:
         assert complaint(export_run, workspace, run.name, UPath(tmp_path)).endswith(f"cannot be exported. {reason}")
         return
     write_onnx(build_model([run]), str(tmp_path / "model.onnx"))
-    check_graph(tmp_path / "model.onnx", workspace, judged)
+    check_graph(tmp_path / "model.onnx", workspace, predicted)
 
 
 @pytest.mark.parametrize("method", ["cafe", "finetune"])
 def test_an_exported_folder_is_the_same_model_where_the_towers_own_files_are_gone(
     method: str, workspace: Workspace, tmp_path: Path
 ) -> None:
-    run, judged = start_run(workspace, method=method, tag="exported", **SETTINGS)
+    run, predicted = start_run(workspace, method=method, tag="exported", **SETTINGS)
     exported = export_run(workspace, run.name, UPath(tmp_path / "model"))
     assert exported.difference < 1e-4
-    check_graph(tmp_path / "model" / "model.onnx", workspace, judged)
+    check_graph(tmp_path / "model" / "model.onnx", workspace, predicted)
     record = json.loads((tmp_path / "model" / "model.json").read_text())
     assert record["labels"] == ["surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral"]
     assert (record["origin"]["source"], record["origin"]["seed"]) == ("one", 0)
@@ -114,7 +114,7 @@ def test_an_exported_folder_is_the_same_model_where_the_towers_own_files_are_gon
         assert "No weights file" in complaint(build_model, [run]) or "Cannot read" in complaint(build_model, [run])
         model = build_model([UPath(tmp_path / "model")])
         assert model.name == run.name
-        np.testing.assert_allclose(model.predict(list(faces_of(workspace))), judged, atol=1e-6)
+        np.testing.assert_allclose(model.predict(list(faces_of(workspace))), predicted, atol=1e-6)
     finally:
         for file in files:
             (tmp_path / file.name).rename(file)
@@ -153,13 +153,13 @@ def test_the_middle_square_of_a_picture_is_cut() -> None:
 
 
 def test_the_command_says_how_well_the_graph_agrees(workspace: Workspace, tmp_path: Path) -> None:
-    run, judged = start_run(workspace, method="mlp", **SETTINGS)
+    run, predicted = start_run(workspace, method="mlp", **SETTINGS)
     said = Cafe(Path(str(workspace.root)), "").succeed("export", run.name, "--output", str(tmp_path / "model"))
     assert said.startswith(f"Wrote {tmp_path / 'model'}: on 32 faces the graph differs from PyTorch by at most ")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "README.md", "model.json", "model.onnx", "model.safetensors", "run.json", "tiny-cafe-vit.json", "tower.safetensors",
     }  # fmt: skip
-    check_graph(tmp_path / "model" / "model.onnx", workspace, judged)
+    check_graph(tmp_path / "model" / "model.onnx", workspace, predicted)
 
 
 def test_models_of_runs_that_were_trained_before_are_logged_once(workspace: Workspace) -> None:

@@ -1,29 +1,34 @@
-"""The blocks of docs/extending.md do what the page says, in their order, on tiny drawn faces."""
+"""The files of docs/extending.md, saved as printed, do what the page says with `cafe --plugin`, on tiny drawn faces."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import COLOURS
+from conftest import COLOURS, Cafe
 from PIL import Image
+from plugged import forgotten_plugins
 from torch.nn import functional
 from torchvision import models
+from upath import UPath
 
-from cafe.data.readers import DATASETS
-from cafe.methods import METHODS
-from cafe.networks.branches import NETWORKS
-from cafe.towers.names import BACKBONES
+from cafe.data.manifest import Manifest
+from cafe.files import read_json
+from cafe.networks.branches import build_network
+from cafe.pipeline.workspace import Workspace
+from cafe.plugins import load_plugins
+from cafe.results.predictions import load_predictions
+from cafe.towers.building import load_backbone
+from cafe.towers.weights import read_tensors
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-DICTS: tuple[dict[str, Any], ...] = (DATASETS, BACKBONES, NETWORKS, METHODS)
 PEOPLE = [f"p{number:02}" for number in range(10)]
+SMALL = ("--source", "actors", "--epochs", "1", "--image-size", "32", "--cpu")
 
 
 def draw_actors(root: Path) -> None:
@@ -38,26 +43,54 @@ def draw_actors(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What the page's names stand for after all its blocks have run."""
-    folder, before = tmp_path_factory.mktemp("page"), [dict(entries) for entries in DICTS]
-    draw_actors(folder / "actors")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The page's Python blocks as files, by their names, byte for byte."""
+    folder = tmp_path_factory.mktemp("page")
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+        (folder / block.partition("\n")[0].removeprefix("# ")).write_text(block)
+    found = {path.name: str(path) for path in folder.iterdir()}
+    assert found.keys() == {"actors.py", "tiny_resnet.py", "small_branch.py", "fusion.py"}
+    return found
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    with forgotten_plugins():
+        yield
+
+
+@pytest.fixture(scope="module")
+def tower_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    torch.save(timm.create_model("test_resnet").state_dict(), folder / "tiny-resnet.pt")
-    names: dict[str, Any] = {"__name__": "extending"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
-            exec(compile(block, str(PAGE), "exec"), names)  # our own page
-    names["folder"] = folder
-    yield names
-    for entries, kept in zip(DICTS, before, strict=True):
-        entries.clear()
-        entries.update(kept)
+    path = tmp_path_factory.mktemp("tower") / "tiny-resnet.pt"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    return path
 
 
-def test_the_new_reader_keeps_people_together(page: dict[str, Any]) -> None:
-    manifest = page["manifest"]
+@pytest.fixture(scope="module")
+def actors(files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Cafe:
+    """A workspace in which the new data set was indexed and extracted with the new tower."""
+    folder = tmp_path_factory.mktemp("actors")
+    draw_actors(folder / "actors")
+    cafe = Cafe(folder / "work", "")
+    with forgotten_plugins():
+        cafe.succeed(
+            "--plugin", files["actors.py"], "data", "index", "actors", str(folder / "actors"), "--name", "actors"
+        )
+    with forgotten_plugins():
+        tower = ("--backbone", f"tiny-resnet@{tower_file}", "--num-actors", "1")
+        cafe.succeed(
+            "--plugin", files["tiny_resnet.py"], "extract", "actors", *tower, "--views", "2", "--decoders", "0"
+        )
+    return cafe
+
+
+def manifest_of(cafe: Cafe) -> Manifest:
+    return Workspace.at(str(cafe.workspace)).load_manifest("actors")
+
+
+def test_the_new_reader_keeps_people_together(actors: Cafe) -> None:
+    manifest = manifest_of(actors)
     assert len(manifest) == 60
     assert manifest.kind == "actors"
     train, test = (
@@ -71,20 +104,25 @@ def test_the_new_reader_keeps_people_together(page: dict[str, Any]) -> None:
     assert manifest.labels[0] == 5
 
 
-def test_the_new_tower_gives_what_timm_gives(page: dict[str, Any]) -> None:
+def test_the_new_tower_gives_what_timm_gives(
+    files: dict[str, str], tower_file: Path, actors: Cafe, forget: None
+) -> None:
+    name = f"tiny-resnet@{tower_file}"
+    output = actors.succeed("--plugin", files["tiny_resnet.py"], "tower", name)
+    assert "stage3/2x2" in output.replace("\n", "")
     plain = timm.create_model("test_resnet").eval()
-    plain.load_state_dict(torch.load(page["folder"] / "tiny-resnet.pt", weights_only=True))
-    tower = page["tower"]
+    plain.load_state_dict(torch.load(tower_file, weights_only=True))
+    tower = load_backbone(name)
     images = torch.randn(2, 3, tower.facts.input_size, tower.facts.input_size)
     with torch.no_grad():
         (stage,) = plain.forward_intermediates(images, [2], intermediates_only=True)
         got, _ = tower(images)
-    assert str(tower.layer) == "stage3/2x2"
     assert torch.allclose(got, functional.adaptive_avg_pool2d(stage, 2).flatten(1), atol=1e-5)
 
 
-def test_the_new_branch_ends_in_the_map_of_torchvision(page: dict[str, Any]) -> None:
-    branch, images = page["branch"].eval(), torch.randn(2, 3, 64, 64)
+def test_the_new_branch_ends_in_the_map_of_torchvision(files: dict[str, str], forget: None) -> None:
+    load_plugins([files["small_branch.py"]])
+    branch, images = build_network("mobilenet_v3_small").eval(), torch.randn(2, 3, 64, 64)
     plain = models.mobilenet_v3_small().eval()
     plain.features.load_state_dict(branch.trunk.features.state_dict())
     with torch.no_grad():
@@ -92,13 +130,35 @@ def test_the_new_branch_ends_in_the_map_of_torchvision(page: dict[str, Any]) -> 
         assert branch(images).shape == (2, branch.width, 2, 2)
 
 
-def test_the_new_method_has_learned_an_epoch(page: dict[str, Any]) -> None:
-    method, metrics = page["method"], page["metrics"]
-    assert method.standardise.mean.abs().sum() > 0
-    assert np.isfinite(metrics["train/total"])
-    assert metrics["learning_rate"] == 2e-4
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in method.classifier.parameters())
-    probabilities = page["probabilities"]
-    assert probabilities.shape == (len(page["manifest"].rows("test")), 7)
+def train(cafe: Cafe, files: list[str], method: str, *settings: str) -> UPath:
+    """Train an epoch with plug-ins and return the run, once what it learned and evaluated is checked."""
+    plug_ins = [argument for file in files for argument in ("--plugin", file)]
+    cafe.succeed(*plug_ins, "train", "--method", method, *SMALL, *settings)
+    workspace = Workspace.at(str(cafe.workspace))
+    run = workspace.run_path(workspace.find_run(f"{method}-actors-s0"))
+    assert np.isfinite((read_json(run / "epochs" / "0001.json") or {})["train/total"])
+    probabilities = load_predictions(run)["actors"].probabilities
+    assert probabilities.shape == (len(manifest_of(cafe).rows("test")), 7)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
-    assert np.ptp(probabilities, axis=0).min() > 0  # not one answer for all faces
+    return run
+
+
+def test_the_new_branch_learns_an_epoch(files: dict[str, str], actors: Cafe, forget: None) -> None:
+    run = train(actors, [files["small_branch.py"]], "image_only", "--network", "mobilenet_v3_small")
+    assert read_tensors(run / "model.safetensors")["classifier.weight"].shape == (7, 576)
+
+
+def test_the_new_method_learns_an_epoch_and_is_evaluated_with_its_plug_in(
+    files: dict[str, str], actors: Cafe, forget: None
+) -> None:
+    plug_ins = [files["fusion.py"], files["tiny_resnet.py"]]
+    run = train(actors, plug_ins, "fusion", "--set", "features=standardised")
+    before = load_predictions(run)["actors"].probabilities
+    assert np.ptp(before, axis=0).min() > 0  # not one answer for all faces
+    (run / "predictions" / "actors.parquet").unlink()
+    actors.succeed(*(argument for file in plug_ins for argument in ("--plugin", file)), "evaluate", run.name, "--cpu")
+    np.testing.assert_array_equal(load_predictions(run)["actors"].probabilities, before)
+
+
+def test_without_the_plug_in_the_name_is_unknown(actors: Cafe, forget: None) -> None:
+    assert "Unknown method 'fusion': choose cafe, " in actors.fail("train", "--method", "fusion", *SMALL)

@@ -23,7 +23,7 @@ from torchvision import transforms
 from trained import fill_store
 from upath import UPath
 
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
@@ -67,7 +67,7 @@ def test_features_are_what_the_library_gives_and_a_rerun_does_nothing(indexed: C
     model = open_clip.create_model(Path(config).stem).eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
     clean = transforms.Compose([
-        transforms.Resize((32, 32)), transforms.ToTensor(), transforms.Normalize(*store.about.key.normalisation),
+        transforms.Resize((32, 32)), transforms.ToTensor(), transforms.Normalize(*store.info.key.normalisation),
     ])  # fmt: skip
     folder = indexed.workspace.parent / "faces"
     images = torch.stack([clean(Image.open(folder / sample)) for sample in store.array("sample_id")[:]])
@@ -95,8 +95,8 @@ def test_layers_of_one_pass_have_a_store_each(indexed: Cafe, tiny_tower: str) ->
     command = ("extract", "tiny", "--backbone", tiny_tower, "--layers", "block1/2x2, final,block2")
     output = indexed.succeed(*command, ray=True)
     assert output.count("computed 2 of 2 shards") == 3
-    stores = {store.about.key.backbone.partition("#")[2]: store for store in open_stores(indexed, "tiny")}
-    assert {layer: store.about.width for layer, store in stores.items()} == {
+    stores = {store.info.key.backbone.partition("#")[2]: store for store in open_stores(indexed, "tiny")}
+    assert {layer: store.info.width for layer, store in stores.items()} == {
         "": 24,
         "block1/2x2": 128,
         "block2/1x1": 32,
@@ -215,9 +215,9 @@ def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Pa
         "extract", "some", "--backbone", f"clip-vit-b32@{tmp_path / 'clip.pt'}", "--dtype", "float32", ray=True
     )
     store = open_store(cafe, "some")
-    assert store.about.key.normalisation[0] == (0.485, 0.456, 0.406)  # as published: ImageNet's, not CLIP's
+    assert store.info.key.normalisation[0] == (0.485, 0.456, 0.406)  # as published: ImageNet's, not CLIP's
     clean = transforms.Compose([
-        transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(*store.about.key.normalisation),
+        transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(*store.info.key.normalisation),
     ])  # fmt: skip
     images = torch.stack([clean(Image.open(folder / s).convert("RGB")) for s in store.array("sample_id")[:]])
     with torch.no_grad():

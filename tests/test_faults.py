@@ -15,28 +15,26 @@ import torch
 from conftest import Cafe, draw_faces
 from fsspec import AbstractFileSystem
 from PIL import Image
-from trained import embed
+from trained import embed, on_one_thread
 from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
-from cafe.pipeline.cluster import versions
-from cafe.pipeline.faces import Faces
-from cafe.pipeline.features.computing import pack_shard
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
+from cafe.pipeline.plan import plan_training
+from cafe.pipeline.process.versions import versions
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
-from cafe.pipeline.train import plan_training
-from cafe.pipeline.worker import LocalWorker, Task, find_checkpoint, train_run
+from cafe.pipeline.worker import LocalWorker, Worker, find_checkpoint
 from cafe.pipeline.workspace import Workspace
 from cafe.views.drawing import ViewPlan
 
 
 class Extraction:
-    """The manifest `tiny` of 60 faces in four shards, worked off shard by shard in this process."""
+    """The manifest `tiny` of 60 faces in four shards, run shard by shard in this process."""
 
     def __init__(self, folder: Path, tower: str) -> None:
         self.faces, self.cafe = folder / "faces", Cafe(folder / "work", "")
@@ -51,11 +49,11 @@ class Extraction:
     @property
     def store(self) -> FeatureStore:
         manifest = self.workspace.load_manifest("tiny")
-        about = describe_store(manifest, self.settings, know_tower(self.workspace, self.settings))
+        about = describe_store(manifest, self.settings, look_up_tower(self.workspace, self.settings))
         return FeatureStore.create(self.workspace.features / "tiny", about, manifest)
 
     def embedder(self) -> ShardEmbedder:
-        return ShardEmbedder({str(self.store.path): self.store.about}, self.manifest, self.settings, 1, "cpu")
+        return ShardEmbedder({str(self.store.path): self.store.info}, self.manifest, self.settings, 1, "cpu")
 
     def run(self) -> dict[int, str]:
         """Compute what is pending and return the fault of each shard."""
@@ -112,12 +110,12 @@ def test_a_picture_that_was_replaced_since_it_was_indexed_is_named(extraction: E
 
 def test_a_worker_is_given_the_rows_of_its_shard_alone(extraction: Extraction) -> None:
     store, manifest = extraction.store, extraction.manifest
-    packed = pack_shard(manifest, store.about, 1)
+    packed = pack_shard(manifest, store.info, 1)
     table = pa.ipc.open_stream(packed["faces"]).read_all()
     assert table == manifest.table.slice(15, 15)
     assert len(packed["faces"]) < 6_000
     alone = replace(manifest, table=manifest.table.slice(0, 0))
-    embedder = ShardEmbedder({str(store.path): store.about}, alone, extraction.settings, 1, "cpu")
+    embedder = ShardEmbedder({str(store.path): store.info}, alone, extraction.settings, 1, "cpu")
     (extraction.faces / manifest.table["path"][29].as_py()).unlink()
     assert embed(embedder, manifest, 1)["fault"] == [""]
     assert [skipped.row for skipped in store.receipts.skipped()] == [29]
@@ -179,17 +177,17 @@ def test_a_listing_shows_what_other_machines_have_written_since() -> None:
 def test_a_node_with_other_code_or_libraries_is_one_sentence(extraction: Extraction) -> None:
     there = versions()
     assert there["torch"] == torch.__version__.partition("+")[0]
-    stores = {str(extraction.store.path): extraction.store.about}
+    stores = {str(extraction.store.path): extraction.store.info}
     for name in ("cafe", "pillow"):
         embedder = ShardEmbedder(
             stores, extraction.manifest, extraction.settings, 1, "cpu", versions={**there, name: "0.1"}
         )
         with pytest.raises(UserError, match=f"Node {socket.gethostname()} has {name} {there[name]}, and the command"):
             embed(embedder, extraction.manifest, 0)
-    source = Faces.of(extraction.workspace, extraction.workspace.load_manifest("tiny"))
-    task = Task("nowhere", source, 1, 0, 1, {"torch": "1.0"})
+    settings = TrainSettings(source="tiny", method="image_only", targets="none")
+    plan = plan_training(extraction.workspace, settings)
     with pytest.raises(UserError, match=r"has torch .* and the command was given with torch 1.0"):
-        train_run(task, source, torch.device("cpu"))
+        Worker("cpu").train(plan, drivers={"torch": "1.0"})
 
 
 @pytest.mark.parametrize(("precision", "short"), [("fp32", False), ("tf32", True), ("bf16", False)])
@@ -198,7 +196,7 @@ def test_only_tf32_shortens_the_factors_of_float32(extraction: Extraction, preci
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     usual = matmul.allow_tf32, cudnn.allow_tf32
     extraction.settings = replace(extraction.settings, precision=precision)
-    assert extraction.store.about.key.precision == precision
+    assert extraction.store.info.key.precision == precision
     embedder = extraction.embedder()
     convolution = next(part for part in embedder.embedder.tower.modules() if isinstance(part, torch.nn.Conv2d))
     convolution.register_forward_hook(
@@ -214,21 +212,19 @@ def test_what_a_method_prepares_is_never_learned_twice(extraction: Extraction) -
     extraction.run()
     overrides = ("features=standardised", "batch_size=16")
     settings = TrainSettings(source="tiny", overrides=overrides, epochs=1, image_size=32, targets="none")
-    plan, device = plan_training(extraction.workspace, settings), torch.device("cpu")
+    plan = on_one_thread(plan_training(extraction.workspace, settings))
     plan.spec.save(plan.run)
-    task = Task(str(plan.run), plan.source, 1, 0, 1)
     picture = extraction.faces / "happiness" / "000.jpg"
     content = picture.read_bytes()
     picture.unlink()
     picture.symlink_to(picture)  # the first epoch ends here
     with pytest.raises(StorageError, match=r"happiness/000\.jpg cannot be read"):
-        train_run(task, plan.source, device)
+        Worker("cpu").train(plan)
     assert find_checkpoint(plan.run) == plan.run / "checkpoints" / "0000"
     picture.unlink()
     picture.write_bytes(content)
     extraction.store.array("pooled")[:, 0] = 0  # the clean views, which only preparing reads
-    again = plan_training(extraction.workspace, settings).source
-    train_run(task, again, device)
+    Worker("cpu").train(on_one_thread(plan_training(extraction.workspace, settings)))
     assert (read_json(plan.run / "result.json") or {})["epochs"] == 1
 
 
@@ -236,7 +232,7 @@ def test_a_training_ends_after_its_step_when_its_command_has_ended(extraction: E
     settings = TrainSettings(source="tiny", method="image_only", epochs=500, image_size=32, targets="none")
     plan, here = plan_training(extraction.workspace, settings), LocalWorker("cpu")
     plan.spec.save(plan.run)
-    training = here.train(Task(str(plan.run), plan.source, 1, 0, 500))
+    training = here.train(on_one_thread(plan, checkpoint_every=500))
     while not training.running():
         time.sleep(0.01)
     here.end()

@@ -25,9 +25,9 @@ from trained import fill_store
 from upath import UPath
 
 from cafe.data.manifest import Face, Manifest
-from cafe.pipeline.features.decoding import KILLER, Decoders
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import KILLER, Decoders
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.views.drawing import ViewPlan
@@ -74,11 +74,11 @@ def test_an_extraction_loses_only_unfinished_shards(work: Cafe, whole: Cafe, tin
     kill_at(work, command, "features/tiny/**/receipts/*.json")
     ((path, about),) = find_stores(UPath(work.workspace / "features"), "tiny")
     killed = FeatureStore(path, about)
-    assert 0 < len(killed.pending()) < killed.about.shards
+    assert 0 < len(killed.pending()) < killed.info.shards
 
     rerun = work.succeed(*command)
-    assert f"of {killed.about.shards} shards" in rerun
-    assert f"computed {killed.about.shards} of" not in rerun
+    assert f"of {killed.info.shards} shards" in rerun
+    assert f"computed {killed.info.shards} of" not in rerun
     settings = ExtractSettings(backbone=tiny_tower, views=8, shard_rows=8)
     fill_store(Workspace.at(str(whole.workspace)), "tiny", settings).finish()
     features = [cafe.workspace / "features" for cafe in (work, whole)]
@@ -229,9 +229,16 @@ def test_no_picture_is_blamed_where_no_process_can_be_started(tmp_path: Path, de
         Decoders(1).work(renderer_of(tmp_path, [(8, 8)]), [[(0, 0)]])
 
 
+def test_processes_that_decode_start_without_torch() -> None:
+    """Each would take half a gigabyte and five seconds more."""
+    code = "import sys, cafe.pipeline.features.worker; print({'torch', 'zarr', 'ray', 'timm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
+
+
 def test_processes_that_decode_end_with_their_parent(tmp_path: Path) -> None:
     program = (
-        "import time\nfrom cafe.pipeline.features.decoding import Decoders\n"
+        "import time\nfrom cafe.pipeline.features.worker import Decoders\n"
         "if __name__ == '__main__':\n"
         "    decoders = Decoders(1)\n    decoders.renew(None)\n    print('ready', flush=True)\n    time.sleep(600)\n"
     )

@@ -18,11 +18,11 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
-from cafe.pipeline import lease
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.lease import STALE_SECONDS, Lease, hold
+from cafe.pipeline.features.extract import describe_store, look_up_tower
+from cafe.pipeline.plan import plan_training
+from cafe.pipeline.process import lease
+from cafe.pipeline.process.lease import STALE_SECONDS, Lease, hold
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
-from cafe.pipeline.train import plan_training
 from cafe.pipeline.workspace import Workspace
 
 
@@ -131,7 +131,7 @@ def test_a_command_whose_run_or_store_is_worked_on_ends_before_it_touches_it(tmp
     cafe, workspace = Cafe(tmp_path / "work", ""), Workspace.at(str(tmp_path / "work"))
     cafe.succeed("data", "index", "folder", str(draw_faces(tmp_path / "faces", per_class=8)), "--name", "tiny")
     settings = ExtractSettings(backbone=tiny_tower)
-    about = describe_store(workspace.load_manifest("tiny"), settings, know_tower(workspace, settings))
+    about = describe_store(workspace.load_manifest("tiny"), settings, look_up_tower(workspace, settings))
     store = workspace.features / "tiny" / about.folder
     run = plan_training(workspace, TrainSettings(source="tiny", method="image_only", targets="none")).run
     with hold(store), hold(run):

@@ -1,4 +1,4 @@
-"""Leave-one-domain-out: which epoch is judged, which runs make a row, and views of its own for every seed."""
+"""Leave-one-domain-out: which epoch is evaluated, which runs make a row, and views of its own for every seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from domains import DOMAINS, draw_features, fill, make_workspace, planned, train
 from runs import write_predictions, write_run
 
 from cafe.files import read_json
-from cafe.jobs.run_tables import plan_tables
+from cafe.jobs.runs import plan_tables
 from cafe.learning.training import predict
 from cafe.pipeline.benchmark.file import Benchmark, parse_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark
@@ -35,16 +35,16 @@ def workspace(tmp_path: Path) -> Workspace:
     return make_workspace(tmp_path)
 
 
-# --- which epoch is judged --------------------------------------------------------------------------------------------
+# --- which epoch is evaluated --------------------------------------------------------------------------------------------
 
 
-def follow(workspace: Workspace, judged: str, rows: np.ndarray, **settings: Any) -> tuple[list[float], list[Any]]:
+def follow(workspace: Workspace, evaluated: str, rows: np.ndarray, **settings: Any) -> tuple[list[float], list[Any]]:
     """Return the accuracy on some rows of a manifest, and the weights, after 1, 2 and 3 epochs: of three trainings."""
-    manifest, accuracies, weights = workspace.load_manifest(judged), [], []
+    manifest, accuracies, weights = workspace.load_manifest(evaluated), [], []
     for epochs in (1, 2, 3):
         plan = planned(workspace, epochs=epochs, **settings)
         weights.append(train(plan))
-        (target,) = choose_targets(workspace, judged, plan.spec, "clean", "train")
+        (target,) = choose_targets(workspace, evaluated, plan.spec, "clean", "train")
         method, device = load_method(plan.spec, plan.run), torch.device("cpu")
         found = predict(method, make_dataset(plan.spec, target), rows, device).argmax(axis=1)
         accuracies.append(float((found == manifest.labels[rows]).mean()))
@@ -56,7 +56,7 @@ FAST = {"overrides": ("learning_rate=0.05", "batch_size=8")}
 
 def test_the_oracle_takes_the_epoch_by_the_training_faces_of_the_domain_left_out(workspace: Workspace) -> None:
     plan = planned(workspace, fold="three", selection="oracle", **FAST)
-    weights = train(plan, validation=plan.validation)
+    weights = train(plan)
     rows = workspace.load_manifest("three").rows("train")
     accuracies, after = follow(workspace, "three", rows, **FAST)
     best = int(np.argmax(accuracies))
@@ -69,7 +69,7 @@ def test_the_oracle_takes_the_epoch_by_the_training_faces_of_the_domain_left_out
 def test_leave_one_out_takes_the_epoch_that_is_best_on_the_sources_left_out_in_turn(workspace: Workspace) -> None:
     plan = planned(workspace, "one,two,three", selection="leave_one_out", sampler="balanced", **FAST)
     for fold in plan.folds:
-        train(fold, validation=fold.validation)
+        train(fold)
     assert [(fold.spec.source, fold.spec.fold) for fold in plan.folds] == [
         ("three+two", "one"), ("one+two", "three"), ("one+three", "two"),
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def grid_of(**content: Any) -> Benchmark:
     )
 
 
-def test_all_but_target_trains_on_all_other_targets_and_judges_that_one(workspace: Workspace) -> None:
+def test_all_but_target_trains_on_all_other_targets_and_evaluates_that_one(workspace: Workspace) -> None:
     replace(workspace.load_manifest("three"), kind="ferplus").save(workspace.manifest_path("three"))
     plan = plan_benchmark(workspace, grid_of(), BenchmarkSettings())
     assert [cell.name for cell in plan.cells[:6]] == [
@@ -132,8 +132,8 @@ def test_all_but_target_trains_on_all_other_targets_and_judges_that_one(workspac
     assert [(spec.source, spec.fold) for spec in specs[:6:2]] == [
         ("three+two", "one"), ("one+three", "two"), ("one+two", "three"),
     ]  # fmt: skip
-    judged = {cell.plan.spec.fold: [target.name for target in cell.plan.targets] for cell in plan.cells if cell.plan}
-    assert judged == {name: [name] for name in DOMAINS}
+    evaluated = {cell.plan.spec.fold: [target.name for target in cell.plan.targets] for cell in plan.cells if cell.plan}
+    assert evaluated == {name: [name] for name in DOMAINS}
     assert len({spec.name for spec in specs}) == 12
     assert len({spec.group for spec in specs}) == 2  # a row for each method
     assert planned(workspace, fold="three").spec.group != planned(workspace).spec.group
@@ -204,7 +204,7 @@ def write_folds(workspace: Workspace) -> None:
                 )  # fmt: skip
                 predicted = np.where(np.arange(100) < count, labels, (labels + 1) % 7)
                 write_predictions(run, target, labels, predicted)
-                write_predictions(run, sources[0], labels, labels)  # judged besides: no part of the table
+                write_predictions(run, sources[0], labels, labels)  # evaluated besides: no part of the table
 
 
 def test_the_row_of_a_method_takes_each_target_from_the_run_that_left_it_out(workspace: Workspace) -> None:
@@ -245,4 +245,4 @@ def test_the_oracle_is_marked_and_neither_best_nor_tested_nor_ranked(workspace: 
     assert report.ranks is None or not any("oracle" in label for label in report.ranks.labels)
     against = partial(make_report, runs, versus="cafe (selection=oracle)")
     assert "oracle" in complaint(against)
-    assert "All but target: each target is judged by a training on all other domains" in " ".join(sheet.notes)
+    assert "All but target: each target is evaluated by a training on all other domains" in " ".join(sheet.notes)

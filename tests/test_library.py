@@ -23,7 +23,7 @@ from cafe.pipeline.workspace import Workspace
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> str:
-    """Two domains with features of the tiny tower, and CAFE trained on one of them and judged on the other."""
+    """Two domains with features of the tiny tower, and CAFE trained on one of them and evaluated on the other."""
     workspace = Workspace.at(str(tmp_path_factory.mktemp("work")))
     for name, tint in (("one", 0), ("two", 30)):
         root = UPath(draw_faces(Path(str(workspace.root)) / "faces" / name, per_class=16, tint=tint))

@@ -21,9 +21,8 @@ from upath import UPath
 
 from cafe.files import read_json
 from cafe.pipeline.benchmark.file import parse_benchmark, read_benchmark
-from cafe.pipeline.features.description import find_stores
-from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.features.verify import find_damage
+from cafe.pipeline.features.integrity import find_stores
+from cafe.pipeline.features.store import FeatureStore, verify
 from cafe.pipeline.runs import RunSpec, read_status
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
@@ -70,7 +69,7 @@ def test_a_receipt_of_any_content(tmp_path: Path, steps: list[int], value: Any, 
     complaint(store.receipts.skipped_paths, MANIFEST)
     complaint(store.read_view, "pooled", 0)
     complaint(store.receipts.discard_skipped)
-    assert isinstance(find_damage(store.path), list)
+    assert isinstance(verify(store.path), list)
 
 
 @OFTEN

@@ -1,4 +1,4 @@
-"""A trained run judges faces that are in no manifest, by the numbers of its own predictions."""
+"""A trained run predicts faces that are in no manifest, by the numbers of its own predictions."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def faces_of(workspace: Workspace, target: str = "two", split: str = "test") -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_judges_arrays_as_it_judged_its_target(
+def test_every_method_predicts_arrays_as_it_predicted_its_target(
     method: str, workspace: Workspace, small_network: str
 ) -> None:
     network = "resnet18" if method == "cafe" else small_network
-    run, judged = start_run(workspace, method=method, network=network, **SETTINGS)
+    run, predicted = start_run(workspace, method=method, network=network, **SETTINGS)
     probabilities = build_model([run]).predict(faces_of(workspace))
-    assert (probabilities.dtype, probabilities.shape) == (np.float32, judged.shape)
-    np.testing.assert_allclose(probabilities, judged, atol=1e-6)
+    assert (probabilities.dtype, probabilities.shape) == (np.float32, predicted.shape)
+    np.testing.assert_allclose(probabilities, predicted, atol=1e-6)
 
 
 def test_real_faces_get_the_probabilities_of_the_runs_own_predictions(real_faces: Path, tmp_path: Path) -> None:
@@ -57,11 +57,11 @@ def test_real_faces_get_the_probabilities_of_the_runs_own_predictions(real_faces
     extract_few(real_faces, tmp_path, workspace, views=2)
     changes = ("epochs=2", "learning_rate=0.003", "features=standardised")
     run = train_run(workspace, source="news", method="cafe", image_size=64, overrides=changes)
-    judged = load_predictions(run)["cinema"]
+    predicted = load_predictions(run)["cinema"]
     manifest = workspace.load_manifest("cinema")
-    pictures = [Image.open(Path(manifest.root) / sample) for sample in judged.sample_ids]
+    pictures = [Image.open(Path(manifest.root) / sample) for sample in predicted.sample_ids]
     probabilities = build_model([run]).predict(pictures)
-    np.testing.assert_allclose(probabilities, judged.probabilities, atol=1e-5)
+    np.testing.assert_allclose(probabilities, predicted.probabilities, atol=1e-5)
     assert np.ptp(probabilities, axis=0).max() > 0.1  # the faces are told apart
 
 
@@ -71,7 +71,7 @@ def test_seeds_are_averaged(workspace: Workspace) -> None:
     np.testing.assert_allclose(build_model([one, two]).predict(faces_of(workspace)), (first + second) / 2, atol=1e-6)
 
 
-def test_faces_are_judged_one_by_one_as_together_and_none_gives_none(workspace: Workspace) -> None:
+def test_faces_are_predicted_one_by_one_as_together_and_none_gives_none(workspace: Workspace) -> None:
     run, _ = start_run(workspace, method="cafe", **SETTINGS)
     model, faces = build_model([run]), faces_of(workspace)[:3]
     alone = np.concatenate([model.predict([face]) for face in faces])

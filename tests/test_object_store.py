@@ -19,7 +19,7 @@ from cafe import files
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import create_file, list_folder, list_tree, locate, read_file, write_file
-from cafe.pipeline.lease import hold
+from cafe.pipeline.process.lease import hold
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
@@ -95,11 +95,11 @@ def test_a_study_in_an_object_store_that_stutters_is_that_on_a_disk(
     assert ours.keys() == theirs.keys()
     assert {name for name in ours if read_file(ours[name]) != read_file(theirs[name])} == set()
     assert read_file(run / "model.safetensors") == read_file(there / "model.safetensors")
-    judged, expected = (Predictions.load(folder / "predictions" / "tiny.parquet") for folder in (run, there))
-    assert judged is not None
+    evaluated, expected = (Predictions.load(folder / "predictions" / "tiny.parquet") for folder in (run, there))
+    assert evaluated is not None
     assert expected is not None
-    assert judged.sample_ids == expected.sample_ids
-    assert np.array_equal(judged.probabilities, expected.probabilities)
+    assert evaluated.sample_ids == expected.sample_ids
+    assert np.array_equal(evaluated.probabilities, expected.probabilities)
     assert [path.name for path in list_folder(run / "epochs")] == ["0001.json", "0002.json", "0003.json"]
     assert not [name for name in list_tree(store.root) if ".lease" in name or ".partial" in name]
 
@@ -111,7 +111,7 @@ def test_an_object_store_that_stays_away_is_one_sentence(monkeypatch: pytest.Mon
     sentence = complaint(read_file, away)
     assert sentence.startswith(f"{away} cannot be read (Could not connect to the endpoint URL")
     assert sentence.endswith(
-        "though it was tried 2 times: mend the storage or the rights to it and give the command again."
+        "though it was tried 2 times: fix the storage or the rights to it and give the command again."
     )
     assert "cannot be written (Could not connect" in complaint(write_file, away, b"{}")
     assert "make its bucket first" in complaint(write_file, locate("s3://no-such-bucket/x.json"), b"{}")

@@ -16,7 +16,7 @@ from cafe.methods.ofer import AttentionHead, Ofer, OferOwn, Recipe, find_region,
 from cafe.randomness import random_generator
 from cafe.synthetic.camera import plant
 from cafe.synthetic.domains import render
-from cafe.synthetic.face import View
+from cafe.synthetic.face import CameraPose
 from cafe.synthetic.person import draw_person
 from cafe.towers.building import load_backbone
 from cafe.views.pixels import normalise
@@ -356,7 +356,7 @@ def test_covered_patches_of_synthetic_faces_lie_further_out_than_free_ones(tiny_
     covered, shares = [], []
     for number in range(36):
         face = render(0, "studio", 500 + number, number % 7, 0)
-        view = View(0, 0, 0, 0.29 * len(face), (0.5 * len(face), 0.485 * len(face)))
+        view = CameraPose(0, 0, 0, 0.29 * len(face), (0.5 * len(face), 0.485 * len(face)))
         person = draw_person(random_generator(9, number))
         planted, where = plant(face, ("sunglasses", "hand", "mask")[number % 3], person, view, number)
         covered.append(planted)
@@ -374,7 +374,7 @@ def test_covered_patches_of_synthetic_faces_lie_further_out_than_free_ones(tiny_
 
 def test_a_planted_thing_lies_where_it_is_said_to_and_nowhere_else() -> None:
     face = render(0, "studio", 3, 0, 0)
-    view = View(0, 0, 0, 0.29 * len(face), (0.5 * len(face), 0.485 * len(face)))
+    view = CameraPose(0, 0, 0, 0.29 * len(face), (0.5 * len(face), 0.485 * len(face)))
     planted, where = plant(face, "sunglasses", draw_person(random_generator(9, 0)), view, 0)
     np.testing.assert_array_equal(planted[~where], face[~where])
     assert planted[where].max() < 60  # dark lenses

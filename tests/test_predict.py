@@ -12,11 +12,13 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import COLOURS, Cafe, draw_faces
-from PIL import Image, ImageFilter
+from PIL import Image, ImageColor, ImageFilter
 from test_alignment import needs_detector
 from trained import fill_store, start_run
 from upath import UPath
@@ -26,15 +28,22 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_json
-from cafe.inference.annotation import write_video
+from cafe.inference.annotation import choose_colours, write_video
+from cafe.inference.annotation import draw_faces as draw_boxes
 from cafe.inference.frames import Frame, count_frames, read_video
-from cafe.inference.quality import judge_quality, measure_sharpness, measure_turn
-from cafe.inference.recognition import HELD_FACES, SEARCHED, Search, judge_frames
+from cafe.inference.graph import Onnx, write_onnx
+from cafe.inference.model import Model
+from cafe.inference.output import FORMATS, build_schema, list_rows, name_columns
+from cafe.inference.quality import measure_quality, measure_sharpness, measure_turn
+from cafe.inference.recognition import HELD_FACES, SEARCHED, Search, predict_frames
 from cafe.jobs.cli import main
+from cafe.methods import METHODS
+from cafe.methods.method import Inputs
 from cafe.pipeline.models import build_model
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.synthetic.domains import render
+from cafe.views.drawing import ViewPlan
 
 MEADOW = (96, 120, 96)
 CHOSEN = {0: 0.5, 1: 0.75}  # seed: accuracy on held-out faces of the source
@@ -162,7 +171,7 @@ def test_a_file_of_every_format_holds_the_same_rows(name: str, command: Cafe, tm
 
 
 @needs_detector
-def test_every_face_of_a_photo_is_found_aligned_and_judged_and_what_has_none_says_why(
+def test_every_face_of_a_photo_is_found_aligned_and_predicted_and_what_has_none_says_why(
     command: Cafe, tmp_path: Path
 ) -> None:
     photo((30, 60), (400, 150)).save(tmp_path / "two.png")
@@ -261,7 +270,7 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
     (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:40])
     rows, said = answer(command, run, str(tmp_path / "torn.png"), "--aligned", code=1)
     assert [row["expression"] for row in rows] == [None]
-    assert "No face was judged" in said
+    assert "No face was predicted" in said
 
 
 def test_a_damaged_video_ends_with_the_reason(tmp_path: Path) -> None:
@@ -291,9 +300,9 @@ def test_of_a_long_video_only_a_few_frames_are_in_memory(command: Cafe) -> None:
             counts["most"] = max(counts["most"], counts["made"] - counts["gone"])
             yield Frame(UPath("long.mp4"), pixels, number, number / 5)
 
-    frames = list(judge_frames(film(), build_model([run]), Search(aligned=True)))
-    assert [judged.frame.number for judged in frames] == list(range(400))
-    assert all(judged.frame.pixels is None for judged in frames)
+    frames = list(predict_frames(film(), build_model([run]), Search(aligned=True)))
+    assert [predicted.frame.number for predicted in frames] == list(range(400))
+    assert all(predicted.frame.pixels is None for predicted in frames)
     assert counts["most"] <= HELD_FACES + 2 * SEARCHED
 
 
@@ -302,7 +311,7 @@ def test_a_face_is_turned_when_its_nose_leaves_the_middle_of_the_eyes(nose: int,
     eyes, mouth = np.array([[30.0, 40.0], [70.0, 40.0]]), np.array([50.0, 80.0])
     face = Detection((0, 0, 100, 47), eyes, mouth, 1.0, np.array([float(nose), 60.0]))
     assert measure_turn(face) == pytest.approx(turn)  # 10 of 40 pixels are a quarter
-    quality = judge_quality(np.asarray(drawn_face(0)), face)
+    quality = measure_quality(np.asarray(drawn_face(0)), face)
     assert (quality.turned, quality.small, quality.blurred) == (turned, True, False)
 
 
@@ -316,3 +325,56 @@ def test_sharpness_falls_with_blur_and_does_not_depend_on_brightness() -> None:
     checks = np.indices((112, 112)).sum(axis=0) % 2 * 255  # every pixel differs from its four neighbours by 255
     assert measure_sharpness(np.repeat(checks[..., None], 3, axis=2).astype(np.uint8)) == pytest.approx(64, rel=0.1)
     assert measure_sharpness(np.full((50, 50, 3), 7, np.uint8)) == 0
+
+
+def build_ward_model(network: str) -> Model:
+    """A model of three classes, two of them called like nothing else and one like a column."""
+    torch.manual_seed(0)
+    plan = ViewPlan("clean", 0, 1, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    inputs = Inputs(None, network, image_size=32, classes=("frame", "happily surprised", "pain"))
+    return Model("ward", (METHODS["image_only"](METHODS["image_only"].recipe_type(), inputs).eval(),), plan, 32)
+
+
+def test_a_model_of_other_classes_gives_a_column_for_each(small_network: str, tmp_path: Path) -> None:
+    pictures, model = album(tmp_path), build_ward_model(small_network)
+    expected = model.predict(pictures)
+    assert (model.classes, expected.shape) == (("frame", "happily surprised", "pain"), (4, 3))
+    assert model.predict([]).shape == (0, 3)
+    frames = [Frame(UPath(f"{number}.png"), pixels) for number, pixels in enumerate(pictures)]
+    found = list(predict_frames([*frames, Frame(UPath("x.png"), error="torn")], model, Search(aligned=True), True))
+    columns, written = ["class_frame", "happily surprised", "pain"], {}
+    for form, write_rows in FORMATS.items():
+        written[form] = io.BytesIO()
+        with write_rows(written[form], model.classes) as write:
+            for predicted in found:
+                write(list_rows(predicted, model.classes))
+    rows = [json.loads(line) for line in written["jsonl"].getvalue().decode().splitlines()]
+    np.testing.assert_allclose([[row[name] for name in columns] for row in rows[:4]], expected, atol=1e-6)
+    assert [row["expression"] for row in rows] == [*(model.classes[best] for best in expected.argmax(axis=1)), None]
+    assert [row["frame"] for row in rows] == [None] * 5
+    header = written["csv"].getvalue().decode().splitlines()[0].split(",")
+    assert header[header.index("expression") + 1 : header.index("small")] == columns
+    table = pq.read_table(pa.BufferReader(written["parquet"].getvalue()))
+    assert table.column_names == header
+    np.testing.assert_allclose(np.stack([table[name][:4] for name in columns], axis=1), expected, atol=1e-6)
+    second = model.classes[expected[0].argsort()[-2]]
+    shown = written["table"].getvalue().decode().splitlines()[1]
+    assert f"{rows[0]['expression']:<11} {expected[0].max():>5.0%}  {second} {np.sort(expected[0])[-2]:.0%}" in shown
+    colours = choose_colours((*EXPRESSIONS, *model.classes))
+    assert len(set(colours.values())) == 10
+    pixel = draw_boxes(pictures[0], found[0].faces).getpixel((0, 39))  # of the box, far from its label
+    assert pixel == ImageColor.getrgb(choose_colours(model.classes)[found[0].faces[0].expression])
+
+
+def test_the_graph_of_a_model_names_its_classes(small_network: str, tmp_path: Path) -> None:
+    model, faces = build_ward_model(small_network), np.zeros((2, 40, 30, 3), np.uint8)
+    write_onnx(model, str(tmp_path / "model.onnx"))
+    graph = Onnx(str(tmp_path / "model.onnx"))
+    assert json.loads(graph.session.get_modelmeta().custom_metadata_map["labels"]) == list(model.classes)
+    np.testing.assert_allclose(graph.predict(faces), model.predict(list(faces)), atol=1e-5)
+
+
+def test_two_columns_never_have_one_name() -> None:
+    classes = ("time", "class_time", "pain")
+    assert name_columns(classes) == {"time": "class_time", "class_time": "class_class_time", "pain": "pain"}
+    assert len(set(build_schema(classes).names)) == len(build_schema(EXPRESSIONS).names) - 4

@@ -1,4 +1,4 @@
-"""Protocols: which faces are judged, in which colours, and that no table mixes two of them."""
+"""Protocols: which faces are evaluated, in which colours, and that no table mixes two of them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.methods import METHODS
 from cafe.pipeline import settings
-from cafe.pipeline.evaluate import is_judged, predict_target
-from cafe.pipeline.faces import any_store, choose_store, choose_target, choose_targets
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.receipts import Skipped
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.evaluate import evaluate_target
+from cafe.pipeline.faces import choose_target, choose_targets
+from cafe.pipeline.features.extract import describe_store, look_up_tower
+from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, find_inputs
+from cafe.pipeline.need import any_store, choose_source_store
+from cafe.pipeline.plan import plan_training
 from cafe.pipeline.runs import RunSpec, add_experiment
 from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
-from cafe.pipeline.train import plan_training
 from cafe.pipeline.workspace import Workspace
 from cafe.records import write_sealed
 from cafe.results.predictions import Predictions, load_predictions
@@ -64,7 +65,7 @@ def manifest(kind: str, *splits: str) -> Manifest:
         ("folder", ("train",), "rafdb", None, None, "rgb"),
     ],
 )
-def test_each_protocol_says_which_faces_are_judged_and_how(
+def test_each_protocol_says_which_faces_are_evaluated_and_how(
     kind: str, splits: tuple[str, ...], source: str, clean: str | None, paper: str | None, colours: str
 ) -> None:
     target = manifest(kind, *splits)
@@ -97,7 +98,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Work
 def extract(workspace: Workspace, name: str, chosen: ExtractSettings) -> FeatureStore:
     """Fill a store as the actors of stage one do, in this process."""
     faces = workspace.load_manifest(name)
-    about = describe_store(faces, chosen, know_tower(workspace, chosen))
+    about = describe_store(faces, chosen, look_up_tower(workspace, chosen))
     store = FeatureStore.create(workspace.features / name, about, faces)
     embedder = ShardEmbedder({str(store.path): about}, faces, chosen, 1, "cpu")
     for shard in store.pending():
@@ -122,20 +123,20 @@ def test_the_grid_of_the_maps_is_kept_but_is_no_part_of_a_runs_name(workspace: W
     assert find_inputs(RunSpec.load(UPath(tmp_path))).grid == (4, 5)
 
 
-def judge(
+def evaluate(
     workspace: Workspace, run: UPath, spec: RunSpec, protocol: str, names: str | None = None, split: str | None = None
 ) -> None:
     for target in choose_targets(workspace, names, spec, protocol, split):
-        predict_target(str(run), target)
+        evaluate_target(run, target)
 
 
 def test_a_target_gets_the_store_of_its_colours_and_a_source_always_rgb(workspace: Workspace) -> None:
     _, spec = make_run(workspace)
     for protocol, channels in (("clean", "rgb"), ("paper", "bgr")):
         target = choose_target(workspace, "stills", spec, find_protocol(protocol), None)
-        assert target.about is not None
-        assert (target.about.key.channels, target.channels) == (channels, channels)
-    chosen = choose_store(workspace, workspace.load_manifest("stills"), StoreChoice(), METHODS["cafe"])
+        assert target.info is not None
+        assert (target.info.key.channels, target.channels) == (channels, channels)
+    chosen = choose_source_store(workspace, workspace.load_manifest("stills"), StoreChoice(), METHODS["cafe"])
     assert chosen is not None
     assert chosen[1].key.channels == "rgb"
 
@@ -150,11 +151,11 @@ def test_missing_bgr_features_say_how_to_make_them(workspace: Workspace, tmp_pat
     workspace.manifest_path("mixed").unlink()
 
 
-def test_argmax_labels_are_judged_apart_or_not_at_all(workspace: Workspace) -> None:
+def test_argmax_labels_are_evaluated_apart_or_not_at_all(workspace: Workspace) -> None:
     _, spec = make_run(workspace)
     path, majority = workspace.manifest_path("fer"), workspace.load_manifest("fer")
     replace(majority, kind="ferplus-argmax").save(path)
-    with pytest.raises(UserError, match=r"has no way to judge 'fer' .*majority rule.*--split SPLIT"):
+    with pytest.raises(UserError, match=r"has no way to evaluate 'fer' .*majority rule.*--split SPLIT"):
         choose_target(workspace, "fer", spec, find_protocol("clean"))
     apart = choose_target(workspace, "fer", spec, find_protocol("clean"), "test")
     assert (apart.split, apart.title) == ("test", "fer@test")
@@ -180,33 +181,33 @@ def test_a_target_without_a_readable_face_is_one_sentence(workspace: Workspace, 
 
 def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Workspace) -> None:
     run, spec = make_run(workspace)
-    judge(workspace, run, spec, "clean")
+    evaluate(workspace, run, spec, "clean")
     clean = metrics_of(run)
     cafe = Cafe(Path(str(workspace.root)), "")
     table = cafe.succeed("compare")
-    assert "Protocol clean: RGB; SFEW is judged on val" in table
-    assert "also judged" not in table
+    assert "Protocol clean: RGB; SFEW is evaluated on val" in table
+    assert "also evaluated" not in table
     assert "No run was evaluated by the protocol 'paper' yet, only by clean" in cafe.fail(
         "compare", "--protocol", "paper"
     )
 
-    judge(workspace, run, spec, "paper")
-    judge(workspace, run, spec, "paper", "stills", "val")
+    evaluate(workspace, run, spec, "paper")
+    evaluate(workspace, run, spec, "paper", "stills", "val")
     with pytest.raises(UserError, match="'raf' has no faces in the split 'val': choose train, test, or leave it out"):
-        judge(workspace, run, spec, "paper", "raf", "val")
+        evaluate(workspace, run, spec, "paper", "raf", "val")
     both = metrics_of(run)
     assert {name: value for name, value in both.items() if not name.startswith("paper/")} == clean
     predictions = {name: load_predictions(run, name) for name in PROTOCOLS}
     assert set(predictions["clean"]) == {"raf", "stills", "fer"}
     assert set(predictions["paper"]) == {"raf", "stills", "fer", "stills@val"}
-    told = {
+    said = {
         (protocol, target): tuple(rows.about[name] for name in ("protocol", "split", "channels", "kind"))
         for protocol in PROTOCOLS
         for target, rows in predictions[protocol].items()
     }
-    assert told["clean", "stills"] == ("clean", "val", "rgb", "sfew")
-    assert told["paper", "stills"] == ("paper", "train", "bgr", "sfew")
-    assert told["paper", "fer"] == ("paper", "test", "rgb", "ferplus")
+    assert said["clean", "stills"] == ("clean", "val", "rgb", "sfew")
+    assert said["paper", "stills"] == ("paper", "train", "bgr", "sfew")
+    assert said["paper", "fer"] == ("paper", "test", "rgb", "ferplus")
     assert len(predictions["clean"]["stills"].labels) == 15
     assert len(predictions["paper"]["stills"].labels) == 12
     unseen = np.mean([accuracy(predictions["paper"][target]) for target in ("stills", "fer")])
@@ -221,7 +222,7 @@ def test_predictions_say_their_protocol_and_no_table_mixes_two(workspace: Worksp
     for protocol, other in (("clean", "paper"), ("paper", "clean")):
         table = cafe.succeed("compare", "--protocol", protocol, "--markdown", str(workspace.root / "table.md"))
         assert f"{100 * accuracy(predictions[protocol]['stills']):.1f}" in table
-        assert f"also judged by --protocol {other}" in table
+        assert f"also evaluated by --protocol {other}" in table
         assert f"Protocol {protocol}: {PROTOCOLS[protocol].about}" in (workspace.root / "table.md").read_text()
 
 
@@ -233,13 +234,13 @@ def accuracy(predictions: Predictions) -> float:
     return float((predictions.predicted == predictions.labels).mean())
 
 
-def test_a_changed_split_is_judged_again(workspace: Workspace) -> None:
+def test_a_changed_split_is_evaluated_again(workspace: Workspace) -> None:
     run, spec = make_run(workspace, "linear_probe", "fer")
-    judge(workspace, run, spec, "clean")
+    evaluate(workspace, run, spec, "clean")
     (target,) = choose_targets(workspace, "stills", spec, "clean")
-    assert is_judged(run, target)
-    assert not is_judged(run, replace(target, split="train"))
-    assert not is_judged(run, replace(target, protocol="paper"))
+    assert target.is_evaluated(run)
+    assert not replace(target, split="train").is_evaluated(run)
+    assert not replace(target, protocol="paper").is_evaluated(run)
 
 
 def swap_pictures(faces: Manifest, root: Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""The published numbers: copied right, and set only beside what was judged alike."""
+"""The published numbers: copied right, and set only beside what was evaluated alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_published_tables_have_the_published_means() -> None:
     assert {len(row) for row in rows} == {5}
 
 
-def test_only_what_a_protocol_judges_as_the_paper_did_is_comparable() -> None:
+def test_only_what_a_protocol_evaluates_as_the_paper_did_is_comparable() -> None:
     assert set(find_published("cafe", "rafdb", "file:x", PROTOCOLS["paper"])) == set(SETS)
     assert set(find_published("cafe", "rafdb", "file:x", PROTOCOLS["clean"])) == {"rafdb", "ferplus"}
     assert find_published("cafe", "rafdb", "scratch", PROTOCOLS["clean"])["rafdb"] == pytest.approx(0.8592)

@@ -35,7 +35,7 @@ KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
 FACES = {"raf": 300, "fer": 250, "stills": 120, "mine": 200}
 
 
-def judged_run(
+def evaluated_run(
     workspace: Workspace,
     method: str,
     source: str,
@@ -46,7 +46,7 @@ def judged_run(
     faces: dict[str, int] = FACES,
     **settings: Any,
 ) -> UPath:
-    """Write a run as training and judging leave it, right on a share of faces that grows with its skill."""
+    """Write a run as training and evaluating leave it, right on a share of faces that grows with its skill."""
     run = write_run(workspace, method, source, seed, kinds[source], **settings)
     for number, (target, count) in enumerate(faces.items()):
         labels = np.arange(count) % 7
@@ -65,12 +65,12 @@ def report_all(workspace: Workspace, **choice: Any) -> Report:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Two sources × three methods × three seeds, judged on four targets."""
+    """Two sources × three methods × three seeds, evaluated on four targets."""
     workspace = Workspace.at(str(tmp_path_factory.mktemp("report") / "work"))
     for source in ("raf", "fer"):
         for method, skill in (("cafe", 0.8), ("scn", 0.2), ("linear_probe", 0.75)):
             for seed in range(3):
-                judged_run(workspace, method, source, seed, skill)
+                evaluated_run(workspace, method, source, seed, skill)
     return workspace
 
 
@@ -158,7 +158,7 @@ def test_paired_tests_are_those_of_the_predictions_corrected_over_targets(worksp
     assert {line[0].text for line in tests.lines} == {"scn", "linear_probe"}
 
 
-def test_published_numbers_stand_beside_what_was_judged_alike(workspace: Workspace, report: Report) -> None:
+def test_published_numbers_stand_beside_what_was_evaluated_alike(workspace: Workspace, report: Report) -> None:
     published = sheet(report, "Beside the published numbers")
     assert {line[1].text for line in published.lines} == {"cafe", "scn"}  # of a linear probe nothing was published
     (line,) = [line for line in published.lines if (line[0].text, line[1].text) == ("raf", "cafe")]
@@ -215,7 +215,7 @@ def test_markdown_shows_every_sheet_and_the_protocol(report: Report) -> None:
         for line in table.lines:
             marked = [{BEST: f"**{c.text}**", SECOND: f"*{c.text}*"}.get(c.mark, c.text) for c in line]
             assert f"| {' | '.join(marked)} |" in text
-    assert "Protocol clean: RGB; SFEW is judged on val" in text
+    assert "Protocol clean: RGB; SFEW is evaluated on val" in text
     assert "the best is bold and the second in italics" in text
     assert "<u>" not in text  # which MLflow shows as it stands
 
@@ -280,7 +280,7 @@ def fresh(tmp_path: Path) -> Workspace:
 
 def test_predictions_are_joined_by_sample(fresh: Workspace) -> None:
     """Other orders and left-out faces change nothing but the faces that are compared."""
-    runs = [judged_run(fresh, method, "raf", 0, skill) for method, skill in (("cafe", 0.5), ("scn", 0.0))]
+    runs = [evaluated_run(fresh, method, "raf", 0, skill) for method, skill in (("cafe", 0.5), ("scn", 0.0))]
     path = runs[1] / "predictions" / "fer.parquet"
     cafe, whole = (load_predictions(run)["fer"] for run in runs)
     kept = np.random.default_rng(0).permutation(len(whole.labels))[:-40]
@@ -292,7 +292,7 @@ def test_predictions_are_joined_by_sample(fresh: Workspace) -> None:
     difference = (whole.predicted == whole.labels)[both].mean() - (cafe.predicted == cafe.labels)[both].mean()
     assert (line[2].text, line[3].text) == ("210", f"{100 * difference:+.1f}".replace("-", "−"))
     assert line[7].text == "–"  # a single seed cannot be mixed
-    assert "Tested on the faces all runs have judged, without 40 of fer (scn)." in tests.notes
+    assert "Tested on the faces all runs have evaluated, without 40 of fer (scn)." in tests.notes
 
     Predictions(ids, (whole.labels[kept] + 1) % 7, whole.probabilities[kept], whole.about).save(path)
     with pytest.raises(UserError, match="evaluated on different faces or labels of 'fer': evaluate both again"):
@@ -315,8 +315,8 @@ def test_faces_of_one_group_are_one_draw(fresh: Workspace) -> None:
 def test_what_versus_names_must_be_one_row_per_source(fresh: Workspace) -> None:
     for mask in ("sigmoid", "none"):
         differing = () if mask == "sigmoid" else ("mask=none",)
-        judged_run(fresh, "cafe", "raf", 0, 0.5, not_as_published=differing, **{"recipe.mask": mask})
-    judged_run(fresh, "scn", "raf", 0, 0.5)
+        evaluated_run(fresh, "cafe", "raf", 0, 0.5, not_as_published=differing, **{"recipe.mask": mask})
+    evaluated_run(fresh, "scn", "raf", 0, 0.5)
     with pytest.raises(
         UserError, match=r"2 rows .* are 'cafe': choose one with --versus 'cafe \(mask=none\)', 'cafe \(mask"
     ):
@@ -335,16 +335,16 @@ def test_what_versus_names_must_be_one_row_per_source(fresh: Workspace) -> None:
 
 def test_a_tag_names_a_row_and_can_be_tested_against(fresh: Workspace) -> None:
     for tag in ("", "long"):
-        judged_run(fresh, "cafe", "raf", 0, 0.5, tag=tag)
+        evaluated_run(fresh, "cafe", "raf", 0, 0.5, tag=tag)
     report = report_all(fresh, versus="long")
     assert {line[1].text for line in report.sheets[0].lines} == {"cafe", "cafe (tag=long)"}
     assert {line[0].text for line in sheet(report, "Against cafe (tag=long), trained on raf").lines} == {"cafe"}
 
 
 def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: Workspace) -> None:
-    judged_run(fresh, "cafe", "raf", 0, 2.5, selection="source_test")
+    evaluated_run(fresh, "cafe", "raf", 0, 2.5, selection="source_test")
     for method, skill in (("cafe", 0.5), ("scn", 0.0)):
-        judged_run(fresh, method, "raf", 0, skill)
+        evaluated_run(fresh, method, "raf", 0, skill)
     report = report_all(fresh, versus="cafe")
     peeked = "cafe (selection=source_test)"
     lines = {line[1].text: line for line in sheet(report, "Accuracy").lines}
@@ -360,8 +360,8 @@ def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: Workspac
     assert {line[1].text for line in classes.lines if line[3].text.endswith("†")} == {peeked, f"{peeked} − published"}
 
 
-def test_runs_judged_on_other_splits_alone_have_an_empty_table(fresh: Workspace) -> None:
-    judged_run(fresh, "cafe", "raf", 0, 0.5, faces={"raf@train": 30}, kinds={**KINDS, "raf@train": "rafdb"})
+def test_runs_evaluated_on_other_splits_alone_have_an_empty_table(fresh: Workspace) -> None:
+    evaluated_run(fresh, "cafe", "raf", 0, 0.5, faces={"raf@train": 30}, kinds={**KINDS, "raf@train": "rafdb"})
     report = report_all(fresh, versus="cafe")
     assert report.sheets[0].header[3:] == ["unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy"]
     assert [cell.text for cell in report.sheets[0].lines[0][3:]] == ["–"] * 4
@@ -371,8 +371,10 @@ def test_runs_judged_on_other_splits_alone_have_an_empty_table(fresh: Workspace)
 def test_all_five_sets_by_the_papers_protocol_have_its_means(fresh: Workspace) -> None:
     kinds = {f"my-{kind}": kind for kind in SETS}
     faces = dict.fromkeys(kinds, 70)
-    judged_run(fresh, "cafe", "my-rafdb", 0, 0.5, "paper", kinds, faces)
-    judged_run(fresh, "eac", "my-rafdb", 0, 0.5, "paper", kinds, faces, init="scratch", not_as_published=("epochs=2",))
+    evaluated_run(fresh, "cafe", "my-rafdb", 0, 0.5, "paper", kinds, faces)
+    evaluated_run(
+        fresh, "eac", "my-rafdb", 0, 0.5, "paper", kinds, faces, init="scratch", not_as_published=("epochs=2",)
+    )
     published = sheet(report_all(fresh, protocol="paper"), "Beside the published numbers")
     by_method = {line[1].text: dict(zip(published.header, line, strict=True)) for line in published.lines}
     assert by_method["cafe"]["unseen accuracy"].text.endswith("(57.2)")
@@ -418,10 +420,10 @@ def test_expressions_are_tested_against_a_row_on_the_faces_of_each(workspace: Wo
     mean = paired_bootstrap(differences)
     assert (lines[-1][3].text, lines[-1][6].text) == (f"{100 * mean.mean:+.1f}".replace("-", "−"), "–")
     records = list(csv.DictReader(io.StringIO(to_csv(report))))
-    told = {r["expression"]: r for r in records if (r["source"], r["method"]) == ("raf", "scn")}
-    assert float(told["fear"]["accuracy_difference"]) == pytest.approx(differences[1].mean())
-    assert float(told["mean"]["accuracy_difference"]) == pytest.approx(mean.mean)
-    assert told["overall"]["accuracy_difference"] == ""
+    said = {r["expression"]: r for r in records if (r["source"], r["method"]) == ("raf", "scn")}
+    assert float(said["fear"]["accuracy_difference"]) == pytest.approx(differences[1].mean())
+    assert float(said["mean"]["accuracy_difference"]) == pytest.approx(mean.mean)
+    assert said["overall"]["accuracy_difference"] == ""
 
 
 def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Workspace, tmp_path: Path) -> None:
@@ -432,7 +434,7 @@ def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Worksp
     assert set(lines) == {
         *((source, method) for source in ("raf", "fer") for method in ("cafe", "scn", "linear_probe")),
         *(("raf", f"{method} − published") for method in ("cafe", "scn")),
-    }  # trained on RAF-DB and judged on FERPlus is what was published
+    }  # trained on RAF-DB and evaluated on FERPlus is what was published
     predictions = [
         load_predictions(workspace.run_path(name))["fer"]
         for name in workspace.run_names()

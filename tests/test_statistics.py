@@ -11,14 +11,16 @@ from scipy import stats
 from cafe.results.statistics import grouped_test, holm, paired_bootstrap, paired_test, rank_methods
 
 
-def judge_faces(random: np.random.Generator, faces: int, seeds: int, skills: tuple[float, float]) -> list[np.ndarray]:
+def evaluate_faces(
+    random: np.random.Generator, faces: int, seeds: int, skills: tuple[float, float]
+) -> list[np.ndarray]:
     """The share of seeds of two methods that are right on each face (N,), some faces being hard for everybody."""
     ease = random.normal(0.4, 1.2, faces)
     return [(ease + skill + random.normal(size=(seeds, faces)) > 0).mean(axis=0) for skill in skills]
 
 
 def test_the_interval_is_scipys_paired_percentile_bootstrap() -> None:
-    one, other = judge_faces(np.random.default_rng(2), 300, 3, (0.3, 0.0))
+    one, other = evaluate_faces(np.random.default_rng(2), 300, 3, (0.3, 0.0))
     result = paired_bootstrap([one - other])
     assert result.mean == pytest.approx(one.mean() - other.mean())
     assert result.faces == 300
@@ -49,7 +51,7 @@ def test_methods_that_are_alike_differ_five_times_in_a_hundred(seeds: int) -> No
     random = np.random.default_rng(5)
     results = []
     for number in range(1500):
-        one, other = judge_faces(random, 400, seeds, (0.0, 0.0))
+        one, other = evaluate_faces(random, 400, seeds, (0.0, 0.0))
         results.append(paired_bootstrap([one - other], resamples=1000, seed=number))
     assert 0.035 < np.mean([result.p < 0.05 for result in results]) < 0.065
     assert 0.93 < np.mean([result.low <= 0 <= result.high for result in results]) < 0.97
@@ -57,16 +59,16 @@ def test_methods_that_are_alike_differ_five_times_in_a_hundred(seeds: int) -> No
 
 def test_the_interval_covers_a_true_difference_95_times_in_100() -> None:
     random = np.random.default_rng(6)
-    truth = np.subtract(*(share.mean() for share in judge_faces(random, 4_000_000, 1, (0.25, 0.0))))
+    truth = np.subtract(*(share.mean() for share in evaluate_faces(random, 4_000_000, 1, (0.25, 0.0))))
     covered = []
     for number in range(1500):
-        one, other = judge_faces(random, 500, 2, (0.25, 0.0))
+        one, other = evaluate_faces(random, 500, 2, (0.25, 0.0))
         result = paired_bootstrap([one - other], resamples=1000, seed=number)
         covered.append(result.low <= truth <= result.high)
     assert 0.93 < np.mean(covered) < 0.97
 
 
-def judge_people(random: np.random.Generator, sizes: list[int], lead: float) -> tuple[np.ndarray, np.ndarray]:
+def evaluate_people(random: np.random.Generator, sizes: list[int], lead: float) -> tuple[np.ndarray, np.ndarray]:
     """The difference of two methods on each face (N,), and its person (N,): methods differ more on some people."""
     people = np.repeat(np.arange(len(sizes)), sizes)
     leads = random.normal(lead, 0.15, len(sizes))[people]
@@ -80,7 +82,7 @@ def test_faces_of_few_people_are_tested_and_covered_at_their_level(sizes: list[i
     for truth in (0.0, 0.1):
         results = [
             grouped_test([values], [people])
-            for values, people in (judge_people(random, sizes, truth) for _ in range(1500))
+            for values, people in (evaluate_people(random, sizes, truth) for _ in range(1500))
         ]
         assert 0.93 <= np.mean([result.low <= truth <= result.high for result in results]) <= 0.97
         if truth == 0:
@@ -88,7 +90,7 @@ def test_faces_of_few_people_are_tested_and_covered_at_their_level(sizes: list[i
 
 
 def test_equal_groups_are_students_t_over_their_means() -> None:
-    values, people = judge_people(np.random.default_rng(8), [14] * 5, 0.1)
+    values, people = evaluate_people(np.random.default_rng(8), [14] * 5, 0.1)
     means = values.reshape(5, 14).mean(axis=1)
     result = paired_test([values], [people])
     low, high = stats.t.interval(0.95, 4, loc=means.mean(), scale=stats.sem(means))

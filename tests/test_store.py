@@ -13,11 +13,10 @@ from upath import UPath
 
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
-from cafe.pipeline.faces import Wanted, fitting_stores
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
-from cafe.pipeline.features.reader import FeatureReader
-from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.need import Need
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
 KEY = FeatureKey(
@@ -39,7 +38,7 @@ MANIFEST = Manifest.from_faces(
 
 def features(shard: int, store: FeatureStore) -> dict[str, np.ndarray]:
     random = np.random.default_rng(shard)
-    rows = len(store.about.rows_of(shard))
+    rows = len(store.info.rows_of(shard))
     return {"pooled": random.normal(size=(rows, VIEWS, WIDTH)), "map": random.normal(size=(rows, VIEWS, 2, 2, 2))}
 
 
@@ -148,13 +147,13 @@ def test_features_that_are_no_numbers_are_refused_with_the_name_of_the_face(
 @pytest.mark.parametrize("share", [0.4, 0.0], ids=["in memory", "mapped"])
 def test_reading_gives_the_rows_of_the_wanted_view(tmp_path: Path, share: float) -> None:
     store = filled(tmp_path)
-    reader = FeatureReader(store, ("pooled", "map"), share)
+    reader = FeatureReader([store], ("pooled", "map"), share)
     rows = np.array([7, 0, 4])
     for view in (2, 0, 2):
         for name, values in reader.read(rows, view).items():
             np.testing.assert_array_equal(values, store.array(name)[:][rows, view])
     assert sorted(reader.kept) == ([0, 2] if share else [2])  # without room only the last view is kept
-    assert isinstance(reader.kept[2]["map"], np.memmap) == (share == 0)
+    assert isinstance(reader.kept[2][0]["map"], np.memmap) == (share == 0)
 
 
 def test_a_view_is_trusted_without_reading_the_others(tmp_path: Path) -> None:
@@ -177,10 +176,8 @@ def test_a_corrected_label_reaches_the_store_and_recomputes_nothing(tmp_path: Pa
 def test_every_field_of_the_key_names_another_store_and_is_named_when_it_differs(field: str) -> None:
     other = replace(KEY, **{field: CHANGES[field]})
     assert other.digest != KEY.digest
-    wanted = Wanted(
-        {name: value for name, value in vars(KEY).items() if name not in ("views", "maps")}, VIEWS, maps=True
-    )
-    differences = wanted.differences(replace(ABOUT, key=other))
+    equal = {name: value for name, value in vars(KEY).items() if name not in ("views", "maps")}
+    differences = Need("news", equal, VIEWS, maps=True).differences(replace(ABOUT, key=other))
     assert [difference.partition(":")[0] for difference in differences] == ([] if field == "views" else [field])
 
 
@@ -200,8 +197,8 @@ def test_a_store_of_an_older_format_is_listed_but_serves_nobody(tmp_path: Path) 
     (store.path / "about.json").write_text(json.dumps(record))
     ((path, about),) = find_stores(UPath(tmp_path), "news")
     assert "in the old format 1" in about.describe()
-    assert fitting_stores([(path, about)], Wanted({})) == []
-    assert fitting_stores([(path, ABOUT)], Wanted({})) == [(path, ABOUT)]
+    assert Need("news").find([(path, about)]) == []
+    assert Need("news").find([(path, ABOUT)]) == [(path, ABOUT)]
 
 
 def test_the_key_survives_its_json(tmp_path: Path) -> None:

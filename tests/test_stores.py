@@ -1,4 +1,4 @@
-"""The stores of a workspace: what is damaged is found, named and refused; what is used is told before it goes."""
+"""The stores of a workspace: what is damaged is found, named and refused; what is used is named before it goes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from upath import UPath
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import read_json, write_json
-from cafe.pipeline.features.description import find_stores, recover_about
-from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.features.verify import Damage, discard_damage, find_damage
-from cafe.pipeline.lease import hold
+from cafe.pipeline.features.integrity import Damage, find_stores, recover_info
+from cafe.pipeline.features.store import FeatureStore, discard_damage, verify
+from cafe.pipeline.plan import plan_training
+from cafe.pipeline.process.lease import hold
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
-from cafe.pipeline.train import plan_training
-from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.worker import Worker
 from cafe.pipeline.workspace import Workspace
 
 OURS = replace(ABOUT, key=replace(ABOUT.key, images=MANIFEST.image_digest))
@@ -39,7 +38,7 @@ def finished(folder: Path) -> FeatureStore:
 
 def test_a_changed_byte_anywhere_is_found_and_named(tmp_path: Path) -> None:
     store, random = finished(tmp_path), np.random.default_rng(0)
-    assert find_damage(store.path) == []
+    assert verify(store.path) == []
     files = sorted(path for path in store.path.rglob("*") if path.is_file())
     assert len(files) == 23  # 10 of the description, 9 of the arrays, 3 receipts, what was skipped
     for file in files:
@@ -48,12 +47,12 @@ def test_a_changed_byte_anywhere_is_found_and_named(tmp_path: Path) -> None:
             changed = bytearray(whole)
             changed[place] ^= random.integers(1, 256)
             file.write_bytes(changed)
-            assert [damage.file for damage in find_damage(store.path)] == [str(file.relative_to(store.path))], place
+            assert [damage.file for damage in verify(store.path)] == [str(file.relative_to(store.path))], place
         file.unlink()
         if file.name != "skipped.json":  # which is written again from the receipts
-            assert [damage.file for damage in find_damage(store.path)] == [str(file.relative_to(store.path))]
+            assert [damage.file for damage in verify(store.path)] == [str(file.relative_to(store.path))]
         file.write_bytes(whole)
-    assert find_damage(store.path) == []
+    assert verify(store.path) == []
 
 
 def test_what_is_damaged_is_written_again_and_only_its_shards_are_undone(tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_what_is_damaged_is_written_again_and_only_its_shards_are_undone(tmp_pat
     ):
         (store.path / file).write_bytes(b"{}")
     store.receipts.path(2).write_bytes(b"[]")
-    damages = find_damage(store.path)
+    damages = verify(store.path)
     assert {damage.shard for damage in damages} == {None, 1, 2}
     assert discard_damage(store.path, MANIFEST, damages) == OURS
     assert store.pending() == [1, 2]
@@ -82,16 +81,16 @@ def test_a_store_that_nothing_describes_can_only_be_removed(tmp_path: Path) -> N
     store = finished(tmp_path / "news")
     for file in ("about.json", "store.zarr/zarr.json"):
         (store.path / file).write_bytes(b"{}")
-    assert [damage.file for damage in find_damage(store.path)] == ["about.json", "store.zarr/zarr.json"]
-    assert f"remove it with `cafe store rm news/{store.path.name}`" in complaint(recover_about, store.path)
+    assert [damage.file for damage in verify(store.path)] == ["about.json", "store.zarr/zarr.json"]
+    assert f"remove it with `cafe store rm news/{store.path.name}`" in complaint(recover_info, store.path)
 
 
 def test_a_number_changed_in_a_description_is_not_believed(tmp_path: Path) -> None:
     store = finished(tmp_path / "news")
     record = read_json(store.path / "about.json") or {}
     write_json(store.path / "about.json", {**record, "rows": 9})
-    assert recover_about(store.path) == OURS
-    assert find_damage(store.path) == [Damage("about.json", "is not what was written")]
+    assert recover_info(store.path) == OURS
+    assert verify(store.path) == [Damage("about.json", "is not what was written")]
     write_json(store.path / "about.json", {**record, "backbone_name": "timm:y"})
     assert f"run `cafe store repair news/{store.path.name}`" in complaint(find_stores, UPath(tmp_path), "news")
 
@@ -111,17 +110,17 @@ def test_stores_of_before_files_had_checksums_are_verified_by_what_they_hold(tmp
     for shard in range(3):
         record = asdict(store.receipts.read(shard))
         write_json(store.receipts.path(shard), {name: value for name, value in record.items() if name != "files"})
-    assert find_damage(store.path) == []
+    assert verify(store.path) == []
     np.testing.assert_array_equal(store.read_view("pooled", 1), store.array("pooled")[:, 1])
     store.array("map")[9, 2, 1, 1, 1] = 0
-    assert {damage.shard for damage in find_damage(store.path)} == {2}
+    assert {damage.shard for damage in verify(store.path)} == {2}
 
 
 def test_features_of_other_images_are_not_repaired(tmp_path: Path) -> None:
     store = finished(tmp_path)
     (store.path / "about.json").unlink()
     other = Manifest("news", "/data", MANIFEST.table.slice(1))
-    assert "were made of other images" in complaint(discard_damage, store.path, other, find_damage(store.path))
+    assert "were made of other images" in complaint(discard_damage, store.path, other, verify(store.path))
 
 
 def test_training_refuses_a_damaged_store_and_names_the_repair(tmp_path: Path, tiny_tower: str) -> None:
@@ -141,7 +140,7 @@ def test_training_refuses_a_damaged_store_and_names_the_repair(tmp_path: Path, t
     plan = plan_training(workspace, train)
     plan.spec.save(plan.run)
     with pytest.raises(UserError, match=remedy):
-        Worker().train(Task(str(plan.run), plan.source, 1, 0, 1))
+        Worker().train(plan)
     damage = f"tiny/{store.path.name}/store.zarr/pooled/c/1/0/0 is not what was written"
     assert damage in cafe.fail("store", "verify", code=1)
     (record,) = json.loads(cafe("store", "verify", "tiny", "--json").stdout)
@@ -161,7 +160,7 @@ def test_a_list_tells_what_a_store_is_and_who_uses_it_and_a_removal_what_it_mean
     shared = {"source": "one", "method": "linear_probe", "epochs": 1, "image_size": 32}
     run = train_run(workspace, targets="two", **shared).name
     records = json.loads(cafe.succeed("store", "ls", "--json"))
-    assert [(one["name"].partition("/")[0], one["trained"], one["judged"]) for one in records] == [
+    assert [(one["name"].partition("/")[0], one["trained"], one["evaluated"]) for one in records] == [
         ("one", [run], []),
         ("two", [], [run]),
         ("two", [], [run]),  # it has the same clean views
@@ -180,7 +179,7 @@ def test_a_list_tells_what_a_store_is_and_who_uses_it_and_a_removal_what_it_mean
     refused = cafe("store", "rm", name)
     assert refused.exit_code == 1
     assert f"to have it again takes 60 passes of the tower; used by 1 runs ({run}), which keep" in refused.output
-    assert find_damage(store.path) == []
+    assert verify(store.path) == []
     cafe.succeed("store", "rm", name, "--yes")
     assert not store.path.exists()
     assert len(find_stores(workspace.features, "two")) == 1

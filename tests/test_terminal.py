@@ -141,8 +141,8 @@ def test_no_color_switches_colours_off() -> None:
 
 
 def test_help_names_the_exit_codes() -> None:
-    told = " ".join(CliRunner().invoke(main, ["--help"]).output.split())
-    assert "Exit codes: 0 done; 1 something could not be done, what was finished is kept; 2 a mistake" in told
+    said = " ".join(CliRunner().invoke(main, ["--help"]).output.split())
+    assert "Exit codes: 0 done; 1 something could not be done, what was finished is kept; 2 a mistake" in said
 
 
 @pytest.mark.parametrize(("shell", "part"), [("bash", "complete -o nosort"), ("zsh", "compdef"), ("fish", "complete ")])
@@ -186,7 +186,7 @@ def test_names_of_the_workspace_are_completed(tmp_path: Path, words: str, expect
 
 
 def completed(words: str) -> set[str]:
-    """What Bash is told, by a process that must not import what takes seconds."""
+    """What Bash gets, by a process that must not import what takes seconds."""
     environment = {**os.environ, "_CAFE_COMPLETE": "bash_complete", "COMP_WORDS": words}
     environment["COMP_CWORD"] = str(len(words.split()) - 1)
     code = (

@@ -1,4 +1,4 @@
-"""Options of test time: the papers' algorithms, the same numbers every time, and rows apart from all others."""
+"""Options of test time: the papers' algorithms, the same numbers whenever given again, and rows apart from all others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cafe.learning.adaptation import predict_t3a, predict_tent
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import predict
 from cafe.methods.method import Method
-from cafe.pipeline.evaluate import check_option, predict_target
+from cafe.pipeline.evaluate import check_option, evaluate_target
 from cafe.pipeline.faces import choose_target
 from cafe.pipeline.models import build_model, load_method, make_dataset
 from cafe.pipeline.runs import RunSpec
@@ -65,13 +65,13 @@ def evaluated(workspace: Workspace) -> Evaluated:
     run, _ = start_run(workspace, method="cafe", source="one", targets="two", image_size=32)
     spec = RunSpec.load(run)
     target = choose_target(workspace, "two", spec, find_protocol("clean"))
-    predict_target(str(run), target)
+    evaluate_target(run, target)
     return Evaluated(run, load_method(spec, run).eval(), make_dataset(spec, target), target.rows("test"))
 
 
-def judge(workspace: Workspace, run: UPath, option: str) -> np.ndarray:
-    """Judge the target as a worker does and return the probabilities that are kept."""
-    predict_target(str(run), choose_target(workspace, "two", RunSpec.load(run), find_protocol(f"clean-{option}")))
+def evaluate(workspace: Workspace, run: UPath, option: str) -> np.ndarray:
+    """Evaluate the target as a worker does and return the probabilities that are kept."""
+    evaluate_target(run, choose_target(workspace, "two", RunSpec.load(run), find_protocol(f"clean-{option}")))
     return load_predictions(run, f"clean-{option}")["two"].probabilities
 
 
@@ -152,13 +152,13 @@ def test_flipped_faces_are_averaged_alike_from_stored_features_and_from_pictures
     faces = [manifest.read_face(row) for row in evaluated.rows]
     plain, mirrored = model.predict(faces), model.predict([np.ascontiguousarray(face[:, ::-1]) for face in faces])
     assert np.abs(plain - mirrored).max() > 1e-3
-    got = judge(workspace, evaluated.run, "flip")
+    got = evaluate(workspace, evaluated.run, "flip")
     np.testing.assert_allclose(got, (plain + mirrored) / 2, atol=1e-4)
     np.testing.assert_allclose(replace(model, flip=True).predict(faces), got, atol=1e-6)
 
 
 def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, evaluated: Evaluated) -> None:
-    got = judge(workspace, evaluated.run, "views")
+    got = evaluate(workspace, evaluated.run, "views")
     spec, said = RunSpec.load(evaluated.run), []
     dataset = make_dataset(spec, choose_target(workspace, "two", spec, find_protocol("clean-views")))
     with torch.no_grad():
@@ -170,15 +170,15 @@ def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, evalu
 
 
 @pytest.mark.parametrize("option", ["tent", "t3a"])
-def test_judged_again_a_target_gets_the_same_numbers_apart_from_all_others(
+def test_evaluated_again_a_target_gets_the_same_numbers_apart_from_all_others(
     workspace: Workspace, evaluated: Evaluated, option: str
 ) -> None:
     def read() -> dict[str, float]:
         return flatten_scores(read_scores(read_runs([evaluated.run])))
 
     plain = {name: value for name, value in read().items() if not name.startswith("clean-")}
-    first = judge(workspace, evaluated.run, option)
-    np.testing.assert_array_equal(judge(workspace, evaluated.run, option), first)
+    first = evaluate(workspace, evaluated.run, option)
+    np.testing.assert_array_equal(evaluate(workspace, evaluated.run, option), first)
     scores = read()
     assert {name: value for name, value in scores.items() if not name.startswith("clean-")} == plain
     labels = workspace.load_manifest("two").labels[evaluated.rows]
@@ -213,13 +213,13 @@ def test_too_few_faces_to_adapt_to_are_one_sentence(evaluated: Evaluated) -> Non
     assert complaint(predict_tent, *few[1:], CPU).startswith("7 faces are too few to adapt to: at least 8")
 
 
-def test_a_run_is_judged_with_an_option_on_the_command_line(workspace: Workspace, evaluated: Evaluated) -> None:
+def test_a_run_is_evaluated_with_an_option_on_the_command_line(workspace: Workspace, evaluated: Evaluated) -> None:
     here = Cafe(Path(str(workspace.root)), "")
     told = here.succeed("evaluate", evaluated.run.name, "--targets", "two", "--test-time", "t3a")
     assert "At test time: T3A (Iwasawa and Matsuo, NeurIPS 2021)" in told
     table = here.succeed("compare")
     assert "test_time" not in table
-    assert "also judged with --test-time t3a" in table
+    assert "also evaluated with --test-time t3a" in table
     table = here.succeed("compare", "--test-time", "t3a", "--versus", "cafe")
     assert "cafe (test_time=t3a)" in table
     assert "generalisation to unseen ones" in table
@@ -251,7 +251,7 @@ def test_rows_of_test_time_are_shown_where_they_are_named_tested_and_never_ranke
 
     rows, table = read()
     assert set(rows) == {"cafe", "scn"}
-    assert "also judged with --test-time tent" in table
+    assert "also evaluated with --test-time tent" in table
     rows, table = read("--test-time", "tent", "--test-time", "seeds", "--versus", "cafe")
     tent, seeds = rows["cafe (test_time=tent)"], rows["cafe (test_time=mean of 3 seeds)"]
     assert float(rows["cafe"]["mean"]) == 0.5

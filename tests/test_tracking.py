@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import sqlite3
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy
 from conftest import draw_faces
 from mlflow import MlflowClient
 from runs import write_predictions, write_run
@@ -24,7 +24,7 @@ from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import list_folder, read_json, write_json
 from cafe.pipeline.benchmark.cells import write_comparison
-from cafe.pipeline.tracking.database import make_database
+from cafe.pipeline.tracking.database import draft_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
@@ -36,8 +36,8 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace.at(str(tmp_path / "work"))
 
 
-def judged(workspace: Workspace, **settings: Any) -> UPath:
-    """A run of two epochs, judged on two targets, with a figure."""
+def evaluated(workspace: Workspace, **settings: Any) -> UPath:
+    """A run of two epochs, evaluated on two targets, with a figure."""
     run = write_run(workspace, **settings)
     for epoch in (1, 2):
         write_json(run / "epochs" / f"{epoch:04d}.json", {"train/total": 1 / epoch, "learning_rate": 0.1})
@@ -74,7 +74,7 @@ def picture(workspace: Workspace, experiment: str = "cafe") -> dict[str, Any]:
 
 
 def test_the_server_shows_all_the_folder_says(workspace: Workspace) -> None:
-    run = judged(workspace)
+    run = evaluated(workspace)
     Mirror(workspace).update(run)
     shown = picture(workspace)
     assert (shown["name"], shown["status"]) == (run.name, "FINISHED")
@@ -87,13 +87,13 @@ def test_the_server_shows_all_the_folder_says(workspace: Workspace) -> None:
     assert shown["files"]["predictions"] == ["predictions/fer.parquet", "predictions/raf.parquet"]
     assert shown["inputs"] == {("raf", "training"), ("fer", "test")}
     assert tracked(workspace)[0].data.tags["mlflow.note.content"] == (
-        "`cafe` trained on raf with seed 0; judged epoch: final.\n\n"
+        "`cafe` trained on raf with seed 0; evaluated epoch: final.\n\n"
         "Accuracy by the protocol clean: fer 82.9 % (unseen), raf 100.0 % (source)."
     )
 
 
 def test_what_is_shown_is_not_logged_again_and_what_a_kill_left_out_is_filled_in(workspace: Workspace) -> None:
-    run = judged(workspace)
+    run = evaluated(workspace)
     whole = {path: path.read_bytes() for path in [*run.glob("epochs/*"), *run.glob("predictions/*")]}
     for path in whole:
         path.unlink()
@@ -114,7 +114,7 @@ def test_what_is_shown_is_not_logged_again_and_what_a_kill_left_out_is_filled_in
 
 
 def test_a_lost_database_is_rebuilt_from_the_workspace(workspace: Workspace) -> None:
-    run = judged(workspace)
+    run = evaluated(workspace)
     Mirror(workspace).update(run)
     before = picture(workspace)
     (workspace.root / "mlflow.db").unlink()
@@ -122,23 +122,31 @@ def test_a_lost_database_is_rebuilt_from_the_workspace(workspace: Workspace) -> 
     assert picture(workspace) == before
 
 
-def test_the_empty_database_is_the_one_that_mlflow_makes_itself(tmp_path: Path) -> None:
-    make_database(tmp_path / "ours.db")
-    MlflowClient(f"sqlite:///{tmp_path}/theirs.db").search_experiments()
-    ours, theirs = (
-        [line for line in sqlite3.connect(tmp_path / name).iterdump() if 'INTO "experiments"' not in line]
-        for name in ("ours.db", "theirs.db")
-    )
-    # MLflow makes indices and lists of choices in another order each time.
-    words = [sorted(re.findall(r"\w+", "".join(lines))) for lines in (ours, theirs)]
-    assert words[0] == words[1], "replace pipeline/mlflow-VERSION.sql by the lines of `theirs`"
-    before = (tmp_path / "ours.db").read_bytes()
-    make_database(tmp_path / "ours.db")
-    assert (tmp_path / "ours.db").read_bytes() == before
+def test_a_database_is_made_without_waiting_for_the_disk_and_then_written_with_care(tmp_path: Path) -> None:
+    def look(path: Path) -> tuple[int, list[Path]]:
+        with sqlalchemy.create_engine(f"sqlite:///{path}").connect() as connection:
+            connection.execute(sqlalchemy.text("CREATE TABLE IF NOT EXISTS made (by TEXT)"))
+            connection.commit()
+            return connection.execute(sqlalchemy.text("PRAGMA synchronous")).scalar_one(), list(tmp_path.iterdir())
+
+    path = tmp_path / "mlflow.db"
+    with draft_database(path) as uri:
+        synchronous, there = look(Path(uri.removeprefix("sqlite:///")))
+        assert (synchronous, path in there) == (0, False)
+    assert look(path) == (2, [path])
+    assert sqlite3.connect(path).execute("SELECT name FROM sqlite_master").fetchall() == [("made",)]
+
+
+def test_a_database_that_another_command_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    with draft_database(path):
+        path.write_bytes(b"theirs")
+    assert path.read_bytes() == b"theirs"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_workspace_that_was_moved_keeps_its_files_where_it_is(workspace: Workspace, tmp_path: Path) -> None:
-    name = judged(workspace).name
+    name = evaluated(workspace).name
     Mirror(workspace).update_all()
     moved = Workspace.at(str(tmp_path / "moved"))
     Path(f"{workspace.root}").rename(f"{moved.root}")
@@ -155,7 +163,7 @@ def test_a_workspace_that_was_moved_keeps_its_files_where_it_is(workspace: Works
 
 
 def test_what_the_database_shows_already_needs_no_mlflow(workspace: Workspace) -> None:
-    run = judged(workspace)
+    run = evaluated(workspace)
     Mirror(workspace).update(run)
     code = (
         "import sys; from upath import UPath; from cafe.pipeline.tracking.mirror import Mirror, Workspace;"
@@ -172,7 +180,7 @@ def test_what_the_database_shows_already_needs_no_mlflow(workspace: Workspace) -
 
 
 def test_the_status_and_its_reason_are_those_of_the_folder(workspace: Workspace) -> None:
-    run, mirror = judged(workspace), Mirror(workspace)
+    run, mirror = evaluated(workspace), Mirror(workspace)
     write_json(run / "status.json", {"status": "FAILED", "reason": "The disk is full."})
     mirror.update(run)
     assert (picture(workspace)["status"], picture(workspace)["tags"]["cafe.reason"]) == ("FAILED", "The disk is full.")
@@ -182,7 +190,7 @@ def test_the_status_and_its_reason_are_those_of_the_folder(workspace: Workspace)
 
 def test_a_run_lasted_as_long_as_its_training_however_late_it_is_mirrored(workspace: Workspace) -> None:
     folder = workspace.root / "benchmarks" / "grid-0123abcd"
-    run = judged(workspace, experiments={"grid": folder.name})
+    run = evaluated(workspace, experiments={"grid": folder.name})
     write_json(run / "result.json", {})
     write_json(folder / "benchmark.json", {"name": "grid"})
     (folder / "cells.json").write_text(json.dumps([{"cell": "raf/cafe/s0", "run": run.name, "failure": None}]))
@@ -203,7 +211,7 @@ def test_a_run_lasted_as_long_as_its_training_however_late_it_is_mirrored(worksp
 
 
 def test_a_run_of_two_experiments_is_shown_in_both_and_below_its_benchmark(workspace: Workspace) -> None:
-    run, mirror = judged(workspace, experiments={"cafe": None, "grid": "grid-0123abcd"}), Mirror(workspace)
+    run, mirror = evaluated(workspace, experiments={"cafe": None, "grid": "grid-0123abcd"}), Mirror(workspace)
     folder = workspace.root / "benchmarks" / "grid-0123abcd"
     write_json(folder / "benchmark.json", {"name": "grid", "sources": ["raf"], "seeds": [0, 1]})
     (folder / "cells.json").write_text(
@@ -221,7 +229,7 @@ def test_a_run_of_two_experiments_is_shown_in_both_and_below_its_benchmark(works
 
 
 def test_a_server_that_is_down_raises_nothing_and_is_completed_later(workspace: Workspace) -> None:
-    run = judged(workspace)
+    run = evaluated(workspace)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -233,7 +241,7 @@ def test_a_server_that_is_down_raises_nothing_and_is_completed_later(workspace: 
 
 
 def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Workspace, tmp_path: Path) -> None:
-    run = judged(workspace)
+    run = evaluated(workspace)
     Mirror(workspace).update(run)
     elsewhere = Mirror(Workspace.at(str(tmp_path / "elsewhere")), default_uri(workspace))
     (folder,) = elsewhere.pull("cafe")
@@ -247,7 +255,7 @@ def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Wo
 
 
 def test_a_record_that_a_kill_left_half_written_is_not_one(workspace: Workspace) -> None:
-    run = judged(workspace)
+    run = evaluated(workspace)
     (run / "epochs" / ".0003.json.0a1b2c3d").write_bytes(b'{"train/total"')
     assert [path.name for path in list_folder(run / "epochs")] == ["0001.json", "0002.json"]
     Mirror(workspace).update(run)
@@ -281,26 +289,10 @@ def test_data_sets_are_shown_with_their_counts_and_runs_with_source_and_version(
     assert shown.data.tags["mlflow.source.name"] == "cafe train --source faces --method cafe --seed 0"
 
 
-def test_an_experiment_opens_as_the_comparison_of_its_runs(workspace: Workspace) -> None:
-    Mirror(workspace).update(judged(workspace))
-    number = list_experiments(workspace)["cafe"]
-    tags = MlflowClient(default_uri(workspace)).get_experiment(number).tags
-    view = json.loads(tags["mlflow.sharedViewState.comparison"])
-    params = ["params.`source`", "params.`method`", "params.`seed`"]
-    metrics = ["metrics.`unseen/accuracy`", "metrics.`target/fer/accuracy`", "metrics.`target/raf/accuracy`"]
-    assert view["selectedColumns"] == params + metrics
-    assert [name for name in view["columnOrder"] if name in metrics] == metrics  # MLflow's own order is the alphabet's
-    assert view["columnWidths"]["metrics.`target/fer/accuracy`"] == 45 + 7 * len("target/fer/accuracy")
-    assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
-    assert [chart["metricKey"] for chart in view["compareRunCharts"]] == [
-        "unseen/accuracy", "target/fer/accuracy", "target/raf/accuracy",
-    ]  # fmt: skip
-
-
 def test_runs_are_grouped_by_the_rows_of_the_comparison(workspace: Workspace) -> None:
     """Those that differ only in their seed, by a name that tells them apart from all others of the experiment."""
     settings = [{"seed": 0}, {"seed": 1}, {"seed": 0, "tag": "long"}, {"seed": 0, "source": "fer"}]
-    runs = [judged(workspace, **own) for own in settings[:3]]
+    runs = [evaluated(workspace, **own) for own in settings[:3]]
     mirror = Mirror(workspace)
     for run in runs:
         mirror.update(run)
@@ -308,19 +300,16 @@ def test_runs_are_grouped_by_the_rows_of_the_comparison(workspace: Workspace) ->
     rows = {run.info.run_name: run.data.tags["cafe.row"] for run in tracked(workspace)}
     assert [rows[run.name] for run in runs] == ["cafe", "cafe", "cafe (tag=long)"]
     shutil.rmtree(str(runs[2]))  # then nothing has to tell the others apart
-    mirror.update(other := judged(workspace, **settings[3]))
+    mirror.update(other := evaluated(workspace, **settings[3]))
     list_experiments(workspace)
     rows = {run.info.run_name: run.data.tags.get("cafe.row", "") for run in tracked(workspace)}
     assert [rows[run.name] for run in (*runs[:2], other)] == ["cafe from raf", "cafe from raf", "cafe from fer"]
-    tags = MlflowClient(default_uri(workspace)).get_experiment_by_name("cafe").tags
-    view = json.loads(tags["mlflow.sharedViewState.comparison"])
-    assert view["groupsExpanded"] == {"tag.cafe.row.cafe from fer": False, "tag.cafe.row.cafe from raf": False}
 
 
 def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspace) -> None:
     folder = workspace.root / "benchmarks" / "grid-0123abcd"
     write_json(folder / "benchmark.json", {"name": "grid"})
-    write_comparison(workspace, folder, read_runs([judged(workspace)]), "grid", "clean")
+    write_comparison(workspace, folder, read_runs([evaluated(workspace)]), "grid", "clean")
     Mirror(workspace).update_benchmark(folder, "grid", "FINISHED")
     assert picture(workspace, "grid")["files"].keys() == {"benchmark.json", "comparison.md", "report.html"}
     list_experiments(workspace)

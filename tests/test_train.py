@@ -20,10 +20,10 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
-from cafe.pipeline.models import find_deviations, view_plan
+from cafe.pipeline.models import view_plan
+from cafe.pipeline.plan import find_deviations, plan_training
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
-from cafe.pipeline.train import plan_training
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions
@@ -114,7 +114,7 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
         assert again[name] == pytest.approx(epoch[name], rel=2e-3), name
 
 
-def test_evaluate_judges_other_splits_and_compare_averages_seeds(ready: Cafe) -> None:
+def test_evaluate_evaluates_other_splits_and_compare_averages_seeds(ready: Cafe) -> None:
     for seed in ("0", "1"):
         ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, "--experiment", "mine")
     names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
@@ -151,7 +151,7 @@ def test_image_only_needs_no_features(ready: Cafe) -> None:
     assert (only_run(ready) / "predictions" / "two.parquet").exists()
 
 
-def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_judges_the_domain_left_out(ready: Cafe) -> None:
+def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_evaluates_the_domain_left_out(ready: Cafe) -> None:
     probe = ("train", "--source", "two,one", "--fold", "three", "--method", "linear_probe", "--views", "1")
     command = (*probe, "--epochs", "4", "--set", "learning_rate=0.1", "--selection", "leave_one_out")
     ready.succeed(*command, ray=True)
@@ -176,7 +176,7 @@ def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_judges_the_domain_l
 
 
 @pytest.mark.parametrize(("method", "workers"), [("zero_shot", "1"), ("nearest_class_mean", "2")])
-def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str, workers: str) -> None:
+def test_a_method_without_training_is_fitted_and_evaluated(ready: Cafe, method: str, workers: str) -> None:
     command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", workers)
     ready.succeed(*command, ray=workers != "1")
     run = only_run(ready)
@@ -188,7 +188,7 @@ def test_a_method_without_training_is_fitted_and_judged(ready: Cafe, method: str
 
 
 def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None:
-    """With a target's images gone, training still ends; judging is what fails."""
+    """With a target's images gone, training still ends; evaluating is what fails."""
     path = UPath(ready.workspace / "manifests" / "two.parquet")
     replace(Manifest.load(path), root=str(ready.workspace / "gone")).save(path)
     result = ready(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "one,two", ray=True)

@@ -26,7 +26,7 @@ from cafe.learning.loading import FaceDataset, KeptPictures, epoch_order
 from cafe.learning.training import Selection, Training, predict, prepare
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs, Recipe, apply_overrides
-from cafe.pipeline.models import find_precision, find_recipe
+from cafe.pipeline.plan import find_precision, find_recipe
 from cafe.pipeline.settings import TrainSettings
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
@@ -176,7 +176,7 @@ def test_the_best_epoch_on_held_out_faces_is_selected_and_survives_a_checkpoint(
     accuracies, states = [], []
     for epoch in (1, 2, 3, 4):
         training.run_epoch(epoch)
-        accuracies.append(selection.judge(training, epoch)["selection/accuracy"])
+        accuracies.append(selection.evaluate(training, epoch)["selection/accuracy"])
         states.append(weights(training))
         predicted = predict(training.method, training.dataset, held_out, CPU).argmax(axis=1)
         assert accuracies[-1] == pytest.approx((predicted == manifest.labels[held_out]).mean())
@@ -194,7 +194,7 @@ def test_without_selection_the_last_epoch_is_the_result(manifest: Manifest, feat
     training = new_training("linear_probe", manifest, features)
     selection = Selection(manifest.rows("none"))
     training.run_epoch(1)
-    assert selection.judge(training, 1) == {}
+    assert selection.evaluate(training, 1) == {}
     assert all(torch.equal(value, weights(training)[name]) for name, value in selection.result(training).items())
 
 

@@ -1,4 +1,4 @@
-"""Runs extracted, trained and judged in this process, by the code that Ray's workers run."""
+"""Runs extracted, trained and evaluated in this process, by the code that Ray's workers run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.files import write_json
 from cafe.learning.training import fit, predict
-from cafe.pipeline.evaluate import predict_target
-from cafe.pipeline.features.computing import pack_shard
-from cafe.pipeline.features.extract import describe_store, know_tower
-from cafe.pipeline.features.shards import ShardEmbedder
+from cafe.pipeline.evaluate import evaluate_target
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, load_method, make_dataset
+from cafe.pipeline.plan import TrainPlan, plan_training
 from cafe.pipeline.runs import add_experiment, note_status
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
-from cafe.pipeline.train import TrainPlan, plan_training
-from cafe.pipeline.worker import Task, Worker
+from cafe.pipeline.worker import Worker
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.weights import write_tensors
 
@@ -45,7 +44,7 @@ def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> Fe
     """Extract the features of a manifest."""
     manifest = workspace.load_manifest(name)
     settings = replace(settings, decoders=0)
-    about = describe_store(manifest, settings, know_tower(workspace, settings))
+    about = describe_store(manifest, settings, look_up_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / name, about, manifest)
     embedder = ShardEmbedder({str(store.path): about}, manifest, settings, 1, "cpu")
     for shard in store.pending():
@@ -55,16 +54,22 @@ def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> Fe
 
 def embed(embedder: ShardEmbedder, manifest: Manifest, shard: int) -> dict[str, Any]:
     """Compute a shard; return what became of it."""
-    packed = pack_shard(manifest, embedder.stores[0].about, shard)
+    packed = pack_shard(manifest, embedder.stores[0].info, shard)
     return embedder({name: [value] for name, value in packed.items()})
 
 
+def on_one_thread(plan: TrainPlan, checkpoint_every: int = 1) -> TrainPlan:
+    """Return a plan whose worker computes and decodes in one thread."""
+    settings = replace(plan.settings, threads=1, loader_workers=0, checkpoint_every=checkpoint_every)
+    return replace(plan, settings=settings)
+
+
 def train_run(workspace: Workspace, experiment: str = "cafe", **settings: Any) -> UPath:
-    """Train and judge a run; returns its folder."""
+    """Train and evaluate a run; returns its folder."""
     plan = _begin(workspace, experiment, settings)
-    Worker().train(Task(str(plan.run), plan.source, 1, 0, 1))
+    Worker().train(on_one_thread(plan))
     for target in plan.targets:
-        predict_target(str(plan.run), target)
+        evaluate_target(plan.run, target)
     return plan.run
 
 

@@ -124,7 +124,7 @@ def _refuse_floats(image: Image.Image) -> None:
 
 @cache
 def _silence_pillow() -> None:
-    """Ignore Pillow's warnings of odd EXIF blocks and large pictures, which we judge ourselves.
+    """Ignore Pillow's warnings of odd EXIF blocks and large pictures, which we evaluate ourselves.
 
     Once for the process: filters that come and go are not safe among threads.
     """

@@ -6,6 +6,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from itertools import cycle
 from typing import Any
 
 import av
@@ -15,26 +16,28 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.inference.frames import is_video
-from cafe.inference.recognition import JudgedFace, JudgedFrame
+from cafe.inference.recognition import PredictedFace, PredictedFrame
 
-# Wong's palette ("Points of view: Color blindness", Nature Methods 2011), told apart by colour-blind readers too.
+# Palettes told apart by colour-blind readers too: Wong's ("Points of view: Color blindness", Nature Methods 2011) for the
+# seven basic expressions, and for other classes, in their order, Tol's light one, made for black writing.
 COLOURS = {
     "surprise": "#e69f00", "fear": "#cc79a7", "disgust": "#009e73", "happiness": "#f0e442", "sadness": "#56b4e9",
     "anger": "#d55e00", "neutral": "#cccccc",
 }  # fmt: skip
+OTHER_COLOURS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#aaaa00", "#dddddd")
 WRITTEN = (".jpg", ".jpeg", ".png")  # forms that pictures keep; others become JPEG
 Show = Callable[[Image.Image, float], None]
 
 TICKS = 1000  # a second, in which the times of a video are written
 
 
-def draw_faces(pixels: np.ndarray, faces: Sequence[JudgedFace]) -> Image.Image:
+def draw_faces(pixels: np.ndarray, faces: Sequence[PredictedFace]) -> Image.Image:
     """Return a picture (H, W, 3) uint8 with a box and a label for every face."""
     picture = Image.fromarray(pixels)
     pen, width = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 400))
     for face in faces:
         left, top, across, down = face.box
-        colour = COLOURS[face.expression]
+        colour = choose_colours(face.classes)[face.expression]
         pen.rectangle((left, top, left + across, top + down), outline=colour, width=width)
         font = ImageFont.load_default(max(12, min(10 * width, round(down / 6))))
         label = f"{face.expression} {face.probabilities.max():.0%}"
@@ -43,6 +46,12 @@ def draw_faces(pixels: np.ndarray, faces: Sequence[JudgedFace]) -> Image.Image:
         pen.rectangle((left, low, left + box[2] + 2 * width, low + box[3] + 2 * width), fill=colour)
         pen.text((left + width, low + width), label, "black", font)
     return picture
+
+
+def choose_colours(classes: Sequence[str]) -> dict[str, str]:
+    """Return a colour for every class; beyond sixteen classes they come again."""
+    others = cycle(OTHER_COLOURS)
+    return {name: COLOURS.get(name) or next(others) for name in classes}
 
 
 def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
@@ -79,12 +88,12 @@ class Annotator:
     def __exit__(self, *error: object) -> None:
         self.end.close()
 
-    def add(self, judged: JudgedFrame) -> None:
-        """Draw the faces of a frame that was judged with its pixels kept."""
-        frame, file = judged.frame, str(judged.frame.file)
+    def add(self, predicted: PredictedFrame) -> None:
+        """Draw the faces of a frame whose pixels were kept."""
+        frame, file = predicted.frame, str(predicted.frame.file)
         if frame.pixels is None:
             return
-        picture, place = draw_faces(frame.pixels, judged.faces), self.places[file]
+        picture, place = draw_faces(frame.pixels, predicted.faces), self.places[file]
         place.parent.mkdir(parents=True, exist_ok=True)
         if frame.time is None:
             with place.open("wb") as sink:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.inference.model import Model
 from cafe.towers.building import quiet
 from cafe.views.drawing import ViewPlan
@@ -66,7 +65,7 @@ class Graph(nn.Module):
 def write_onnx(model: Model, path: str) -> None:
     """Write a model as ONNX: `faces` (N, H, W, 3) uint8 of any N, H and W → `probabilities` (N, K) float32.
 
-    Needs the packages of the extra `export`.
+    The names of the K classes are its metadata `labels`, as JSON. Needs the packages of the extra `export`.
     """
     graph, anything = Graph(model).eval(), torch.export.Dim.DYNAMIC
     example = torch.zeros(2, 101, 103, 3, dtype=torch.uint8)
@@ -82,7 +81,7 @@ def write_onnx(model: Model, path: str) -> None:
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props["labels"] = json.dumps(EXPRESSIONS)
+    program.model.metadata_props["labels"] = json.dumps(model.classes)
     program.save(path)
 
 

@@ -1,7 +1,7 @@
 """A trained method with its frozen tower, ready for faces that are in no manifest.
 
-Faces go the way a run's own predictions went (`Embedder`, `FaceDataset`, the clean view 0), so that they are judged by the
-same numbers.
+Faces go the way a run's own predictions went (`Embedder`, `FaceDataset`, the clean view 0), so that they get the same
+numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import MAX_PIXELS, UnreadableImageError, image_pixels
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
@@ -58,14 +57,19 @@ class Model:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     flip: bool = False
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of its K classes, in the order of their probabilities."""
+        return self.methods[0].inputs.classes
+
     def predict(self, images: Sequence[Picture]) -> np.ndarray:
-        """Return the probabilities (N, K) float32 of N aligned faces, in the order of `EXPRESSIONS`.
+        """Return the probabilities (N, K) float32 of N aligned faces, in the order of `classes`.
 
         An image is a picture of PIL or an array (H, W, 3) uint8 in RGB order, of any size; raises `UserError` for any other.
         """
         faces = FacesInMemory([read_pixels(image) for image in images])
         if not len(faces.labels):
-            return np.zeros((0, len(EXPRESSIONS)), np.float32)
+            return np.zeros((0, len(self.classes)), np.float32)
         needs = self.methods[0].needs
         plan = replace(self.plan, policy="flip")  # of which the clean view 0 knows nothing
         dataset = FaceDataset(faces, plan, needs, self.image_size, self._embed(faces, "map" in needs))

@@ -1,4 +1,4 @@
-"""Judged frames as rows of plain values, and the four forms in which they are written, row by row as they come.
+"""Frames and their predictions as rows of plain values, and the four forms in which these are written as they come.
 
 One row per face; a photo or frame without any has one row whose `error` says why.
 """
@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -17,33 +17,50 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cafe.data.expressions import EXPRESSIONS
-from cafe.inference.recognition import JudgedFrame
+from cafe.inference.recognition import PredictedFrame
 
-SCHEMA = pa.schema([
+BEFORE = (
     ("file", pa.string()),
     ("frame", pa.int32()),  # of a video, from 0; null for a photo
     ("time", pa.float64()),  # of a video, seconds from its beginning; null for a photo
     ("face", pa.int32()),  # in its frame, from 0, the largest first; null where there is none
     *((name, pa.int32()) for name in ("left", "top", "width", "height")),  # of its box, pixels of the frame
     ("confidence", pa.float32()),  # of the detector; null for faces that were aligned already
-    ("expression", pa.string()),  # the most probable one
-    *((name, pa.float32()) for name in EXPRESSIONS),  # probabilities
+    ("expression", pa.string()),  # the most probable class
+)  # the columns before the probabilities of the classes
+AFTER = (
     *((name, pa.bool_()) for name in ("small", "blurred", "turned")),  # turned: null where no landmarks are known
     ("error", pa.string()),  # why a frame has no face; null where it has
-])  # fmt: skip
+)
 DIGITS = 6  # of a probability, where it is text
 
 Row = dict[str, Any]
 Write = Callable[[list[Row]], None]
 
 
-def list_rows(judged: JudgedFrame) -> list[Row]:
-    """Return a row of every column of `SCHEMA` for each face of a frame, or one that says why there is none."""
-    frame = judged.frame
-    place = {**dict.fromkeys(SCHEMA.names), "file": str(frame.file), "frame": frame.number, "time": frame.time}
-    if not judged.faces:
-        return [{**place, "error": judged.error}]
+def name_columns(classes: Sequence[str]) -> dict[str, str]:
+    """Return the column of every class's probability: its name, behind `class_` where another column has that name."""
+    columns: dict[str, str] = {}
+    for name in classes:
+        column = name
+        while column in (*dict(BEFORE), *dict(AFTER), *columns.values()):
+            column = f"class_{column}"
+        columns[name] = column
+    return columns
+
+
+def build_schema(classes: Sequence[str]) -> pa.Schema:
+    """Return the columns of the rows of a model with these classes."""
+    return pa.schema([*BEFORE, *((column, pa.float32()) for column in name_columns(classes).values()), *AFTER])
+
+
+def list_rows(predicted: PredictedFrame, classes: Sequence[str]) -> list[Row]:
+    """Return a row of every column of the schema for each face of a frame, or one that says why there is none."""
+    frame, columns = predicted.frame, name_columns(classes).values()
+    nothing = dict.fromkeys(build_schema(classes).names)
+    place = {**nothing, "file": str(frame.file), "frame": frame.number, "time": frame.time}
+    if not predicted.faces:
+        return [{**place, "error": predicted.error}]
     return [
         {
             **place,
@@ -51,38 +68,40 @@ def list_rows(judged: JudgedFrame) -> list[Row]:
             **dict(zip(("left", "top", "width", "height"), face.box, strict=True)),
             "confidence": face.confidence,
             "expression": face.expression,
-            **dict(zip(EXPRESSIONS, map(float, face.probabilities), strict=True)),
+            **dict(zip(columns, map(float, face.probabilities), strict=True)),
             **{name: getattr(face.quality, name) for name in ("small", "blurred", "turned")},
         }
-        for number, face in enumerate(judged.faces)
+        for number, face in enumerate(predicted.faces)
     ]
 
 
 @contextmanager
-def write_table(file: BinaryIO) -> Iterator[Write]:
+def write_table(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
     """Write aligned columns to be read on a terminal; the file stands last, so that any name fits."""
     form = "{:<11} {:>5}  {:<14} {:<20} {:>22}  {:>9}  {}\n"
+    columns = name_columns(classes)
     _put(file, form.format("expression", "", "next", "doubts", "box", "time", "file"))
 
     def write(rows: list[Row]) -> None:
-        _put(file, "".join(form.format(*_table_cells(row)) for row in rows))
+        _put(file, "".join(form.format(*_table_cells(row, columns)) for row in rows))
 
     yield write
 
 
-def _table_cells(row: Row) -> tuple[str, ...]:
+def _table_cells(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
     time = "" if row["time"] is None else f"{row['time']:.2f} s"
     if row["expression"] is None:
         return "–", "", "", "", "", time, f"{row['file']}: {row['error']}"
-    first, second = sorted(EXPRESSIONS, key=lambda name: -row[name])[:2]
+    first, second = sorted(columns, key=lambda name: -row[columns[name]])[:2]
     doubts = ", ".join(name for name in ("small", "blurred", "turned") if row[name])
     box = f"{row['width']}×{row['height']} at {row['left']}, {row['top']}"
-    return first, f"{row[first]:.0%}", f"{second} {row[second]:.0%}", doubts, box, time, row["file"]
+    shares = [f"{row[columns[name]]:.0%}" for name in (first, second)]
+    return first, shares[0], f"{second} {shares[1]}", doubts, box, time, row["file"]
 
 
 @contextmanager
-def write_jsonl(file: BinaryIO) -> Iterator[Write]:
-    """Write a JSON object a line."""
+def write_jsonl(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
+    """Write a JSON object a line; the rows name the classes themselves."""
 
     def write(rows: list[Row]) -> None:
         _put(file, "".join(json.dumps(_rounded(row), ensure_ascii=False) + "\n" for row in rows))
@@ -91,12 +110,12 @@ def write_jsonl(file: BinaryIO) -> Iterator[Write]:
 
 
 @contextmanager
-def write_csv(file: BinaryIO) -> Iterator[Write]:
+def write_csv(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
     """Write comma-separated values with a header; true and false are 1 and 0."""
 
     def write(rows: list[Row], header: bool = False) -> None:
         text = io.StringIO(newline="")
-        table = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
+        table = csv.DictWriter(text, build_schema(classes).names, lineterminator="\n")
         if header:
             table.writeheader()
         table.writerows(
@@ -110,24 +129,25 @@ def write_csv(file: BinaryIO) -> Iterator[Write]:
 
 
 @contextmanager
-def write_parquet(file: BinaryIO) -> Iterator[Write]:
+def write_parquet(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
     """Write Parquet, some thousand rows a group."""
     waiting: list[Row] = []
-    with pq.ParquetWriter(file, SCHEMA) as table:
+    schema = build_schema(classes)
+    with pq.ParquetWriter(file, schema) as table:
 
         def write(rows: list[Row], least: int = 4096) -> None:
             waiting.extend(rows)
             if len(waiting) >= least:
-                table.write_table(pa.Table.from_pylist(waiting, schema=SCHEMA))
+                table.write_table(pa.Table.from_pylist(waiting, schema=schema))
                 waiting.clear()
 
         try:
             yield write
-        finally:  # what was judged before an interruption is kept
+        finally:  # what was predicted before an interruption is kept
             write([], least=1)
 
 
-FORMATS: dict[str, Callable[[BinaryIO], AbstractContextManager[Write]]] = {
+FORMATS: dict[str, Callable[[BinaryIO, Sequence[str]], AbstractContextManager[Write]]] = {
     "table": write_table,
     "jsonl": write_jsonl,
     "csv": write_csv,
@@ -157,19 +177,19 @@ class Summary:
     expressions: Counter[str] = field(default_factory=Counter)
     doubts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, judged: JudgedFrame) -> None:
+    def add(self, predicted: PredictedFrame) -> None:
         """Count a frame."""
-        frame = judged.frame
+        frame = predicted.frame
         if frame.error:
             self.unreadable.append((str(frame.file), frame.error))
             return
         self.photos += frame.number is None
         self.frames += frame.number is not None
-        self.faces += len(judged.faces)
-        self.without += not judged.faces
-        self.several += judged.found > 1
-        self.expressions.update(face.expression for face in judged.faces)
-        self.doubts.update(flag for face in judged.faces for flag in face.quality.flags)
+        self.faces += len(predicted.faces)
+        self.without += not predicted.faces
+        self.several += predicted.found > 1
+        self.expressions.update(face.expression for face in predicted.faces)
+        self.doubts.update(flag for face in predicted.faces for flag in face.quality.flags)
 
     def sentences(self) -> list[str]:
         """Say what came out: faces and their expressions, then what there was besides."""

@@ -1,6 +1,6 @@
 """What makes a prediction doubtful before any network has looked: a face that is small, blurred or turned away.
 
-Flags, never filters: every face that is found is judged.
+Flags, never filters: every face that is found gets its prediction.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Quality:
         return [name for name in ("small", "blurred", "turned") if getattr(self, name)]
 
 
-def judge_quality(crop: np.ndarray, detection: Detection | None) -> Quality:
+def measure_quality(crop: np.ndarray, detection: Detection | None) -> Quality:
     """Return the quality of a face from its aligned crop (S, S, 3) uint8 and, where it was detected, its landmarks."""
     if detection is None:
         return Quality(min(crop.shape[:2]), measure_sharpness(crop), None)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cafe.data.alignment import Detection, align_faces
-from cafe.data.expressions import EXPRESSIONS
 from cafe.inference.frames import Frame
 from cafe.inference.model import Model
-from cafe.inference.quality import Quality, judge_quality
+from cafe.inference.quality import Quality, measure_quality
 
 CROP = 224  # pixels, as `cafe data align` makes its crops
 SEARCHED = 16  # frames, as the detector takes them
-HELD_BYTES = 2**28  # of pixels, before they are searched or judged whatever their number
+HELD_BYTES = 2**28  # of pixels, before they are searched or predicted whatever their number
 HELD_FACES = 64  # as a tower takes them
 HELD_FRAMES = 256
 
@@ -33,36 +32,37 @@ class Search:
 
 
 @dataclass(frozen=True)
-class JudgedFace:
-    """A face in a frame and its probabilities (K,); `confidence` is the detector's, None for a face that was aligned."""
+class PredictedFace:
+    """A face in a frame and the probabilities (K,) of `classes`; `confidence` is the detector's, None of an aligned face."""
 
     box: Box
     confidence: float | None
     quality: Quality
+    classes: tuple[str, ...]
     probabilities: np.ndarray
 
     @property
     def expression(self) -> str:
-        """The most probable expression."""
-        return EXPRESSIONS[int(self.probabilities.argmax())]
+        """The most probable class."""
+        return self.classes[int(self.probabilities.argmax())]
 
 
 @dataclass(frozen=True)
-class JudgedFrame:
+class PredictedFrame:
     """What became of a frame: its faces, the largest first; without any, `error` says why.
 
     `found` counts all its faces, those that were not asked for among them.
     """
 
     frame: Frame
-    faces: list[JudgedFace]
+    faces: list[PredictedFace]
     found: int = 0
     error: str = ""
 
 
 @dataclass
 class _Searched:
-    """A frame with the crops of its faces, which wait to be judged together with others."""
+    """A frame with the crops of its faces, which wait to be predicted together with others."""
 
     frame: Frame
     crops: list[np.ndarray] = field(default_factory=list)
@@ -72,18 +72,18 @@ class _Searched:
     error: str = ""
 
 
-def judge_frames(
+def predict_frames(
     frames: Iterable[Frame], model: Model, search: Search, keep_pixels: bool = False
-) -> Iterator[JudgedFrame]:
-    """Yield every frame with its faces judged, in order; pixels are dropped as soon as they were searched, unless kept."""
+) -> Iterator[PredictedFrame]:
+    """Yield every frame with its faces and their probabilities, in order; pixels are dropped once searched, unless kept."""
     held: list[_Searched] = []
     for searched in _search_frames(frames, search):
         held.append(searched if keep_pixels else replace(searched, frame=replace(searched.frame, pixels=None)))
         faces = sum(len(one.crops) for one in held)
         if faces >= HELD_FACES or len(held) >= HELD_FRAMES or _count_bytes(one.frame for one in held) > HELD_BYTES:
-            yield from _judge(held, model)
+            yield from _predict(held, model)
             held = []
-    yield from _judge(held, model)
+    yield from _predict(held, model)
 
 
 def _count_bytes(frames: Iterable[Frame]) -> int:
@@ -120,14 +120,16 @@ def _search(frames: list[Frame], search: Search) -> Iterator[_Searched]:
             yield _Searched(frame, faces.crops, list(faces.detections), boxes, faces.found, faces.reason)
 
 
-def _judge(held: list[_Searched], model: Model) -> Iterator[JudgedFrame]:
+def _predict(held: list[_Searched], model: Model) -> Iterator[PredictedFrame]:
     shares = iter(model.predict([crop for searched in held for crop in searched.crops]))
     for searched in held:
         faces = [
-            JudgedFace(box, found.confidence if found else None, judge_quality(crop, found), next(shares))
+            PredictedFace(
+                box, found.confidence if found else None, measure_quality(crop, found), model.classes, next(shares)
+            )
             for crop, found, box in zip(searched.crops, searched.detections, searched.boxes, strict=True)
         ]
-        yield JudgedFrame(searched.frame, faces, searched.found, searched.error)
+        yield PredictedFrame(searched.frame, faces, searched.found, searched.error)
 
 
 def find_box(face: Detection, pixels: np.ndarray) -> Box:

@@ -175,7 +175,7 @@ class FaceDataset:
     def _check(self, unreadable: dict[int, str]) -> None:
         for row, reason in unreadable.items():
             raise UserError(
-                f"{self.manifest.path(row)} is unreadable ({reason}): mend it, or extract features once so that it is "
+                f"{self.manifest.path(row)} is unreadable ({reason}): fix it, or extract features once so that it is "
                 "known and left out."
             )
 

@@ -116,7 +116,7 @@ class Selection:
     accuracy: float = -1.0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def judge(self, training: Training, epoch: int) -> dict[str, float]:
+    def evaluate(self, training: Training, epoch: int) -> dict[str, float]:
         """Keep the weights of an epoch when they are the best so far, the first among equals; return the accuracy."""
         if not len(self.rows):
             return {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from cafe.errors import unknown
 from cafe.methods.baselines.finetune import Finetune
 from cafe.methods.baselines.image_only import ImageOnly
 from cafe.methods.baselines.linear_probe import LinearProbe
@@ -18,6 +17,7 @@ from cafe.methods.method import Method
 from cafe.methods.ofer import Ofer, OferOwn
 from cafe.methods.rul import Rul
 from cafe.methods.scn import Scn
+from cafe.plugins import find_entry, offer
 
 METHODS: dict[str, type[Method]] = {
     "cafe": Cafe,
@@ -36,10 +36,10 @@ METHODS: dict[str, type[Method]] = {
     "finetune": Finetune,
     "image_only": ImageOnly,
 }
+offer("methods", METHODS)
 
 
 def find_method(name: str) -> type[Method]:
-    """Return a method by name; raise `UserError` naming all."""
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    return METHODS[name]
+    """Return a method by name, ours or a plug-in's; raise `UserError` naming all."""
+    found: type[Method] = find_entry("methods", name, "method")
+    return found

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from cafe.errors import UserError, unknown
 from cafe.files import copy_here, locate
+from cafe.plugins import find_entry, offer
 from cafe.towers.weights import read_state_dict
 
 Scratch = Literal["torchvision", "pytorch"]
@@ -61,6 +62,7 @@ NETWORKS: dict[str, Network] = {
     "resnet50": from_torchvision("resnet50", 2048, RESNET_LAYERS),
     "mobilenet_v2": from_torchvision("mobilenet_v2", 1280, ("features",)),
 }
+offer("networks", NETWORKS)
 
 
 class ImageBranch(nn.Module):
@@ -96,9 +98,7 @@ def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvis
     A file holds torchvision's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
     ResNet-18 does. Raises UserError for an unknown name, unreachable weights, or weights that fit less than 90 %.
     """
-    if name not in NETWORKS:
-        raise unknown("image branch", name, NETWORKS)
-    network = NETWORKS[name]
+    network: Network = find_entry("networks", name, "network")
     weights = _read_init(name, network, init)
     model = network.build()
     trunk = nn.Sequential(OrderedDict((layer, model.get_submodule(layer)) for layer in network.layers))
@@ -113,8 +113,7 @@ def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvis
 
 def check_network(name: str, init: str) -> None:
     """Raise `UserError` for an unknown image branch or initialisation."""
-    if name not in NETWORKS:
-        raise unknown("network", name, NETWORKS)
+    find_entry("networks", name, "network")
     if init not in ("scratch", "imagenet") and not init.startswith("file:"):
         raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
     if init.startswith("file:") and not locate(init.removeprefix("file:")).is_file():

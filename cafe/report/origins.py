@@ -24,7 +24,7 @@ def trainings_sheet(comparison: Comparison) -> Sheet:
     header = ["source", "method", "seeds", "epoch", "epochs", "tower", "views", "code", "not as published"]
     lines = [list(map(SheetCell, _describe_training(row))) for row in comparison.rows]
     notes = [
-        "Epoch: which one is judged. final: the last; source_val: the best on faces held out of the source. Code: the "
+        "Epoch: which one is evaluated. final: the last; source_val: the best on faces held out of the source. Code: the "
         "commit or the release a run was trained by. Not as published: settings that differ from the method's paper, where "
         "it has a published recipe. All settings of a run are in its run.json."
     ]
@@ -68,8 +68,8 @@ def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
         copies = [_count_copies(root, source, predictions) for source in sources]
         lines.append(list(map(SheetCell, [target, *words, faces, *copies])))
     notes = [
-        "Faces: those that were judged. Copies: how many of them cafe data audit found to be copies or near copies of the "
-        "source's training faces; --exclude-leaks adds the accuracy without them."
+        "Faces: those that were evaluated. Copies: how many of them cafe data audit found to be copies or near copies of "
+        "the source's training faces; --exclude-leaks adds the accuracy without them."
     ]
     return Sheet("Targets and leak audit", 4, 0, header, lines, notes)
 

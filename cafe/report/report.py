@@ -91,7 +91,7 @@ def make_report(
     sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
-    title = "Trained on one data set, judged on all"
+    title = "Trained on one data set, evaluated on all"
     return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks)
 
 
@@ -101,10 +101,10 @@ def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = 
     for other in map(find_protocol, ALL_PROTOCOLS):
         if (scores["protocol"] == other.name).any():
             if not other.option and other.plain != protocol:
-                said.append(f"Some of these runs were also judged by --protocol {other.name}: see its own table.")
+                said.append(f"Some of these runs were also evaluated by --protocol {other.name}: see its own table.")
             if other.option and other.option not in test_time and other.plain == protocol:
                 said.append(
-                    f"Some of these runs were also judged with --test-time {other.option}: name it to see rows of its own."
+                    f"Some of these runs were also evaluated with --test-time {other.option}: name it to see its rows."
                 )
     return said
 

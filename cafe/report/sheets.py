@@ -192,7 +192,7 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
             not all(row.seeded for row in rows),
         "The seeds of a row share one draw of views, and the intervals say nothing of other draws.": one_draw,
         "Every seed of a row has a draw of views of its own.": own_draws,
-        "All but target: each target is judged by a training on all other domains (leave-one-domain-out).":
+        "All but target: each target is evaluated by a training on all other domains (leave-one-domain-out).":
             any(row.runs[0].fold for row in rows),
     }  # fmt: skip
     return [note for note, holds in said.items() if holds]
@@ -230,8 +230,8 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
             if settings := row.runs[0].not_as_published:
                 differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
     notes = [
-        "Our accuracy minus the published one, which is in brackets, in percentage points. Only where this protocol judges "
-        f"the data set as the released test readers do. {NOISE}",
+        "Our accuracy minus the published one, which is in brackets, in percentage points. Only where this protocol "
+        f"takes the data set as the released test readers do. {NOISE}",
         *(f"Not as published: {settings} ({'; '.join(rows)})." for settings, rows in differing.items()),
     ]
     titles = (column.title for column in comparison.columns)
@@ -269,7 +269,7 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
         notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
         if incomplete := [test for test in own if test.left_out and test.column]:
             missing = (f"{test.left_out:,} of {test.title} ({test.row.label})" for test in incomplete)
-            notes.append(f"Tested on the faces all runs have judged, without {', '.join(missing)}.")
+            notes.append(f"Tested on the faces all runs have evaluated, without {', '.join(missing)}.")
         title = f"Against {own[0].reference.label}, trained on {source}"
         sheets.append(Sheet(title, 2, 1, header, [_test_line(test) for test in own], notes))
     return sheets

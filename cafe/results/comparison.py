@@ -319,16 +319,16 @@ def _common_settings(group: Sequence[Run]) -> dict[str, object]:
 
 
 def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, object]], longest: int) -> str:
-    told = {key: value for key, value in own.items() if key not in IDENTITY and value not in ("", None)}
+    said = {key: value for key, value in own.items() if key not in IDENTITY and value not in ("", None)}
     differing = []
-    for key, value in sorted(told.items()):
+    for key, value in sorted(said.items()):
         others = [rival.get(key) for rival in rivals]
         usual = (
             2 * others.count(value) > len(others) and None not in others
         )  # most rows have it: the others name theirs
         if (not usual and any(other != value for other in others)) or (key == "selection" and value in PEEKING):
             differing.append(key)
-    texts = (f"{key.removeprefix('recipe.')}={shorten(str(told[key]), longest)}" for key in differing)
+    texts = (f"{key.removeprefix('recipe.')}={shorten(str(said[key]), longest)}" for key in differing)
     return f"{method} ({', '.join(texts)})" if differing else method
 
 

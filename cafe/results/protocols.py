@@ -79,13 +79,13 @@ class Protocol:
 
 PROTOCOLS = {
     "clean": Protocol(
-        "clean", "RGB; SFEW is judged on val, FERPlus on test by the majority rule.", splits={"sfew": ("val",)}
+        "clean", "RGB; SFEW is evaluated on val, FERPlus on test by the majority rule.", splits={"sfew": ("val",)}
     ),
     # The released test readers convert these sets to RGB and then use the BGR array; their SFEW list has as many faces as
     # the aligned training set, 891.
     "paper": Protocol(
         "paper",
-        "the released test readers: BGR for AffectNet, SFEW and MMA; SFEW is judged on train.",
+        "the released test readers: BGR for AffectNet, SFEW and MMA; SFEW is evaluated on train.",
         splits={"sfew": ("train",)},
         bgr=frozenset({"affectnet", "sfew", "mma"}),
     ),

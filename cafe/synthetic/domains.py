@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import TypeAdapter
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 from cafe.randomness import random_generator
 from cafe.synthetic.camera import Domain, Pixels, encode, expose, occlude, paint_background
@@ -24,6 +23,7 @@ from cafe.synthetic.portrait import Ink, Light, paint
 _FILE = tomllib.loads(Path(__file__).with_name("domains.toml").read_text())
 DOMAINS = TypeAdapter(dict[str, Domain]).validate_python(_FILE["domains"])
 PROTOTYPES = TypeAdapter(dict[str, tuple[dict[int, float], ...]]).validate_python(_FILE["prototypes"])
+DRAWN = tuple(PROTOTYPES)  # the expressions, in an order on which every picture depends
 RESTING = (1, 2, 4, 5, 7, 12, 15, 17, 25)  # the action units that a face at rest shows a little of
 IDENTITIES = 2000  # of each domain: the first has 0–1999, the second 2000–3999, …
 
@@ -31,7 +31,7 @@ IDENTITIES = 2000  # of each domain: the first has 0–1999, the second 2000–3
 def render(seed: int, domain: str, identity: int, expression: int, index: int) -> Pixels:
     """Render one face and return it as (H, W, 3) RGB with every effect of its domain but the file's compression.
 
-    `expression` is a class index 0–6, `index` counts the pictures of one identity with one expression; an identity is
+    `expression` is an index into `DRAWN`, `index` counts the pictures of one identity with one expression; an identity is
     the same person in every domain. Raises `UserError` for an unknown domain.
     """
     look = _find_domain(domain)
@@ -59,7 +59,7 @@ def write(root: UPath | Path, domain: str, faces: int, seed: int = 0) -> None:
     """
     look = _find_domain(domain)
     samples = list(list_samples(domain, faces))
-    folders = {(split, label): root / domain / split / EXPRESSIONS[label] for split, _, label, _ in samples}
+    folders = {(split, label): root / domain / split / DRAWN[label] for split, _, label, _ in samples}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     for split, identity, expression, index in samples:
@@ -75,13 +75,13 @@ def list_samples(domain: str, faces: int) -> Iterator[tuple[str, int, int, int]]
     """
     first = list(DOMAINS.values()).index(_find_domain(domain)) * IDENTITIES
     repeats = 1 if faces < 112 else 2
-    people = max(4, round(faces / (repeats * len(EXPRESSIONS))))
+    people = max(4, round(faces / (repeats * len(DRAWN))))
     if people > IDENTITIES:
-        most = IDENTITIES * 2 * len(EXPRESSIONS)
+        most = IDENTITIES * 2 * len(DRAWN)
         raise UserError(f"Cannot make {faces} faces of one synthetic domain: choose at most {most}.")
     for person in range(people):
         split = "test" if person % 4 == 3 else "train"
-        for expression in range(len(EXPRESSIONS)):
+        for expression in range(len(DRAWN)):
             for index in range(repeats):
                 yield split, first + person, expression, index
 
@@ -89,7 +89,7 @@ def list_samples(domain: str, faces: int) -> Iterator[tuple[str, int, int, int]]
 def draw_units(domain: Domain, expression: int, rng: np.random.Generator) -> dict[int, float]:
     """Draw action units {number: intensity 0–1.2}: a variant of the prototype on top of a face at rest."""
     units = {unit: float(rng.uniform(0, 0.12)) for unit in RESTING if rng.random() < 0.35}
-    variants = PROTOTYPES[EXPRESSIONS[expression]]
+    variants = PROTOTYPES[DRAWN[expression]]
     strength = rng.uniform(*domain.intensity)
     for unit, share in variants[int(rng.integers(len(variants)))].items():
         units[unit] = float(np.clip(share * strength * rng.normal(1, 0.13), 0.05, 1.2))

@@ -98,7 +98,7 @@ class Embedder:
             rendered = self.renderer(batch, {})
             for row, reason in rendered.unreadable.items():
                 path = self.renderer.pictures.path(row)
-                raise UserError(f"{path} is unreadable ({reason}): mend it or leave it out.")
+                raise UserError(f"{path} is unreadable ({reason}): fix it or leave it out.")
             parts.append(self.embed_layers(rendered, layers))
         return [join_batches([part[number] for part in parts]) for number in range(len(layers))]
 

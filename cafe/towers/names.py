@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError
 from cafe.files import copy_here, locate
+from cafe.plugins import find_entry, has_entry, offer
 
 PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
 
@@ -96,13 +97,14 @@ BACKBONES: dict[str, BackboneSpec] = {
         layer=Layer("stage3", "3x3"),
     ),
 }
+offer("towers", BACKBONES)
 
 
 def parse_backbone(name: str) -> BackboneSpec:
     """Return the tower a name stands for, without loading it.
 
-    A name is a key of `BACKBONES`, `open_clip:MODEL/TAG` or `timm:MODEL`; `@FILE` behind the model (or the key) takes
-    the weights from a file, local or at a URI. `open_clip:PATH.json@FILE` builds a model from a configuration of your own.
+    A name is a key of `BACKBONES`, a plug-in's, `open_clip:MODEL/TAG` or `timm:MODEL`; `@FILE` behind the model (or the key)
+    takes the weights from a file, local or at a URI. `open_clip:PATH.json@FILE` builds a model from your own configuration.
     `#LAYER` or `#LAYER/GRID` at the end reads that layer instead of what the tower is usually read at, with its map
     averaged to the grid: `#stage3/3x3`, `#block8/1x1`, `#final` for the tower's end; `/all` keeps the whole map.
     OpenAI's weights need a `-quickgelu` model; with a file nobody can check that, with a tag it is checked here.
@@ -110,15 +112,13 @@ def parse_backbone(name: str) -> BackboneSpec:
     """
     head, file, layer = split_name(name)
     file = copy_here(file) if file else ""
-    if head in BACKBONES:
-        spec = BACKBONES[head]
-        spec = replace(spec, tag=None, package=None, file=file) if file else replace(spec, file=_packaged(spec.package))
-    elif head.startswith("open_clip:"):
+    if head.startswith("open_clip:"):
         spec = _parse_open_clip(name, copy_here(head.removeprefix("open_clip:")), file or None)
     elif head.startswith("timm:"):
         spec = _parse_timm(name, head.removeprefix("timm:"), file or None)
     else:
-        raise unknown("backbone", name, (*BACKBONES, *PATTERNS))
+        spec = find_entry("towers", head, "backbone", PATTERNS)
+        spec = replace(spec, tag=None, package=None, file=file) if file else replace(spec, file=_packaged(spec.package))
     if spec.file and not Path(spec.file).is_file():
         raise UserError(f"No weights file at '{spec.file}' for the backbone '{head}': check the path behind '@'.")
     return replace(spec, layer=layer) if layer else spec
@@ -137,7 +137,7 @@ def absolute_name(name: str) -> str:
     Workers run in folders of their own, and one store must have one name.
     """
     head, file, layer = split_name(name)
-    default = BACKBONES[head].layer if head in BACKBONES else END
+    default = find_entry("towers", head, "backbone").layer if has_entry("towers", head) else END
     at = f"@{locate(file)}" if file else ""
     return f"{head}{at}" + (f"#{layer}" if layer and layer != default else "")
 

@@ -1,6 +1,6 @@
 """What the layers of a tower cost and how well they tell expressions apart, so that one can be chosen without any target.
 
-A layer is judged by a linear classifier on faces that are held out of the source's training faces.
+A layer is evaluated by a linear classifier on faces that are held out of the source's training faces.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def probe_layers(
         for part, read in zip(parts, embedder.read_layers(rows[start:][: embedder.batch_size], 0, layers), strict=True):
             part.append(read["pooled"])
         progress(min(start + embedder.batch_size, len(rows)), len(rows) + len(layers))
-    answers = []
+    results = []
     for number, (layer, part) in enumerate(zip(layers, parts, strict=True), start=1):
         features = np.concatenate(part)
-        answers.append(_test_layer(layer, features, manifest.labels[rows], len(fitted)))
+        results.append(_test_layer(layer, features, manifest.labels[rows], len(fitted)))
         progress(len(rows) + number, len(rows) + len(layers))
-    return answers
+    return results
 
 
 def _test_layer(layer: Layer, features: np.ndarray, labels: np.ndarray, fitted: int) -> ProbeResult:

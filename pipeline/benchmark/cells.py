@@ -1,7 +1,7 @@
 """A benchmark at work: the stores it lacks are filled, then its cells run, several at a time.
 
-A cell is one training with its judging, the same run as `cafe train` makes. What is finished is left alone, so the same file
-goes on where it was interrupted; a cell that fails is reported at the end and stops no other.
+A cell is one training with its evaluation, the same run as `cafe train` makes. What is finished is left alone, so the same
+file goes on where it was interrupted; a cell that fails is reported at the end and stops no other.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from cafe.files import encode_json, exists, list_files, read_file, write_changed
 from cafe.pipeline import cluster
 from cafe.pipeline.benchmark.grid import Cell, StoreName
 from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
-from cafe.pipeline.cluster import Bar, Progress
-from cafe.pipeline.faces import Store
 from cafe.pipeline.features.extract import extract
-from cafe.pipeline.lease import hold
+from cafe.pipeline.need import Store
+from cafe.pipeline.plan import TrainPlan
+from cafe.pipeline.process.lease import hold
+from cafe.pipeline.process.progress import Bar, Progress
 from cafe.pipeline.runs import note_status, read_status
-from cafe.pipeline.settings import TrainSettings
+from cafe.pipeline.settings import ClusterSettings, Execution, take
 from cafe.pipeline.tracking.mirror import Mirror
-from cafe.pipeline.train import TrainPlan, show_finished, train_and_judge
-from cafe.pipeline.worker import AnyWorker, RayWorker
+from cafe.pipeline.train import show_finished, train_and_evaluate
+from cafe.pipeline.worker import AnyWorker, RayTeam, RayWorker
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.report.formats import to_markdown
@@ -52,10 +53,11 @@ def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Fa
     The file as it was read and the end of every cell are written to the benchmark's folder. Interrupt it at any time.
     """
     with hold(plan.folder, plan.settings.wait):
-        return _work_off(plan, mirror, bar, say)
+        return run_plan(plan, mirror, bar, say)
 
 
-def _work_off(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
+def run_plan(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
+    """Run a plan whose lease is held."""
     write_changed(plan.folder / "benchmark.json", encode_json(asdict(plan.benchmark)))
     try:
         with nullcontext() if all(cell.done for cell in plan.runnable) else cluster.connect(plan.settings):
@@ -94,7 +96,7 @@ def count_slots(gpus: int, cores: int, gpu_memory: int) -> int:
 
 def _here(plan: BenchmarkPlan) -> dict[str, Any]:
     """Return where and how this command runs, for everything it starts."""
-    return {name: getattr(plan.settings, name) for name in ("address", "num_cpus", "scale_minutes", "wait")}
+    return take(plan.settings, ClusterSettings)
 
 
 def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Store | str]:
@@ -104,7 +106,7 @@ def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Sto
         try:
             with bar(f"Features of {store.manifest.name}", "faces") as progress:
                 (result,) = extract(plan.workspace, [store.manifest], settings, progress)
-            filled[store.name] = result.store, result.about
+            filled[store.name] = result.store, result.info
             say(result.sentence())
         except Exception as error:  # the cells of other stores can still run; these say why they cannot
             filled[store.name] = _explain(error, f"the features of {store.manifest.name}")
@@ -164,15 +166,18 @@ class _Workers:
         self.parallel, self.single, self.idle = parallel, single, SimpleQueue[AnyWorker]()
 
     @contextmanager
-    def take(self, settings: TrainSettings) -> Iterator[AnyWorker | None]:
+    def borrow(self, settings: Execution) -> Iterator[AnyWorker]:
         """Yield a worker, which goes back when its cell is done; one whose cell failed is left to end."""
-        worker: AnyWorker | None
+        worker: AnyWorker
         try:
             worker = self.idle.get_nowait()
         except Empty:
-            worker = RayWorker(settings, self.parallel) if settings.num_workers == 1 else None
+            if settings.num_workers == 1:
+                worker = RayWorker(settings, settings.use_gpu, self.parallel)
+            else:
+                worker = RayTeam(settings, settings.use_gpu, settings.num_workers)
         yield worker
-        if worker and self.single:
+        if self.single:
             self.idle.put(worker)
 
 
@@ -181,8 +186,8 @@ def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, wor
 
     def work(plan: TrainPlan) -> None:
         settings = replace(plan.settings, **here)
-        with workers.take(settings) as worker:
-            train_and_judge(replace(plan, settings=settings), mirror, bar, worker)
+        with workers.borrow(settings) as worker:
+            train_and_evaluate(replace(plan, settings=settings), mirror, bar, worker)
 
     return _attempt(cell, work)
 
@@ -238,13 +243,13 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
 def _compare(plan: BenchmarkPlan) -> None:
     """Write the comparison of the cells, unless it was made before of the same predictions."""
     folders = {cell.plan.run: None for cell in plan.runnable if cell.plan}
-    judged = {
+    evaluated = {
         str(path.relative_to(folder.parent)): digest(read_file(path))
         for folder in folders
         for path in list_files(folder / "predictions")
     }
     note = plan.folder / "comparison.sha256"
-    made_of = digest(encode_json({"protocol": plan.benchmark.protocol, "judged": judged})).encode()
+    made_of = digest(encode_json({"protocol": plan.benchmark.protocol, "evaluated": evaluated})).encode()
     if not (exists(note) and exists(plan.folder / "report.html") and read_file(note) == made_of):
         write_comparison(plan.workspace, plan.folder, read_runs(folders), plan.experiment, plan.benchmark.protocol)
         write_file(note, made_of)

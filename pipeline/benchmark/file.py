@@ -29,27 +29,9 @@ from pydantic.dataclasses import dataclass
 from cafe.errors import UserError, unknown
 from cafe.methods import find_method
 from cafe.methods.method import Method
+from cafe.pipeline.plan import split_names
 from cafe.pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
-from cafe.pipeline.sources import split_names
 from cafe.results.sources import ALL_BUT_TARGET
-
-# What the grid itself decides for every store and every cell, so that a file cannot.
-DECIDED_FEATURES = (
-    "address",
-    "num_cpus",
-    "wait",
-    "retry_skipped",
-    "backbone",
-    "layers",
-    "views",
-    "policy",
-    "maps",
-    "channels",
-)
-DECIDED_TRAINING = (
-    "address", "num_cpus", "wait", "source", "fold", "method", "seed", "overrides", "backbone", "views", "policy",
-    "view_seed", "views_per_seed", "store", "live", "targets", "protocol", "threads", "mlflow_uri", "experiment",
-)  # fmt: skip
 
 PER_SEED = "per seed"  # for `view_seed`: every training seed sees a draw of views of its own
 
@@ -124,7 +106,7 @@ class Benchmark:
     about: str = ""
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2, 3, 4])
     towers: Names = field(default_factory=lambda: ["clip-vit-b32"])
-    targets: Names | None = None  # the sources, each judged on all of them
+    targets: Names | None = None  # the sources, each evaluated on all of them
     protocol: Protocol = "clean"
     views: Count | None = None  # per face; one for every epoch and the clean one, as published
     features: dict[str, Any] = field(default_factory=dict)
@@ -134,7 +116,7 @@ class Benchmark:
     @property
     def digest(self) -> str:
         """Names what the file asks for; its comments and its explanation play no part."""
-        record = {**asdict(self), "about": "", "targets": self.judged}
+        record = {**asdict(self), "about": "", "targets": self.evaluated_on}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -143,8 +125,8 @@ class Benchmark:
         return f"{self.name}-{self.digest[:8]}"
 
     @property
-    def judged(self) -> list[str]:
-        """The manifests to judge on."""
+    def evaluated_on(self) -> list[str]:
+        """The manifests to evaluate on."""
         return self.targets or list(dict.fromkeys(name for source in self.sources for name in source.split(",")))
 
     @property
@@ -152,7 +134,7 @@ class Benchmark:
         """What is trained on, comma-separated, and in leave-one-domain-out the target that it leaves out."""
         if self.sources != [ALL_BUT_TARGET]:
             return [(source, "") for source in self.sources]
-        return [(",".join(sorted({*self.judged} - {target})), target) for target in self.judged]
+        return [(",".join(sorted({*self.evaluated_on} - {target})), target) for target in self.evaluated_on]
 
     @property
     def views_per_seed(self) -> bool:
@@ -193,7 +175,7 @@ class Benchmark:
             method=entry.method,
             overrides=tuple(f"{key}={value}" for key, value in changes.items()),
             backbone=tower or "none",
-            targets=fold or ",".join(self.judged),
+            targets=fold or ",".join(self.evaluated_on),
             fold=fold,
             views_per_seed=self.views_per_seed and entry.kind.trained,
             protocol=self.protocol,
@@ -209,7 +191,7 @@ def read_benchmark(path: Path) -> Benchmark:
     except OSError as error:
         raise UserError(f"Cannot read the benchmark file {str(path)!r} ({error.strerror}): check the path.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path.name} is not TOML ({error}): mend it.") from None
+        raise UserError(f"{path.name} is not TOML ({error}): fix it.") from None
     return parse_benchmark(path.stem, content)
 
 
@@ -227,8 +209,8 @@ def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:
         "name": name,
         "methods": entries,
         "set": shared.pop("set", {}),
-        "train": check_settings(TrainSettings, DECIDED_TRAINING, shared, f"[train] in {name}", ("set",)),
-        "features": check_settings(ExtractSettings, DECIDED_FEATURES, features, f"[features] in {name}") | per_seed,
+        "train": check_settings(TrainSettings, shared, f"[train] in {name}", ("set",)),
+        "features": check_settings(ExtractSettings, features, f"[features] in {name}") | per_seed,
     }, name)  # fmt: skip
     if benchmark.sources == [ALL_BUT_TARGET] and len(benchmark.targets or ()) < 2:
         raise UserError(f'sources = "{ALL_BUT_TARGET}" in {name} needs at least two targets: give a list of them.')
@@ -253,7 +235,7 @@ def _parse_entry(item: Any, name: str) -> Entry:
     named = [one.name for one in fields(Entry) if one.name != "train"]
     own = {key: value for key, value in item.items() if key in named}
     rest = {key: value for key, value in item.items() if key not in named}
-    return check(Entry, {**own, "train": check_settings(TrainSettings, DECIDED_TRAINING, rest, where, named)}, where)
+    return check(Entry, {**own, "train": check_settings(TrainSettings, rest, where, named)}, where)
 
 
 def check(kind: type[Checked], values: Mapping[str, Any], where: str, more: Collection[str] = ()) -> Checked:
@@ -281,12 +263,12 @@ def check(kind: type[Checked], values: Mapping[str, Any], where: str, more: Coll
 
 
 def check_settings(
-    settings: type[Any], decided: Sequence[str], values: Mapping[str, Any], where: str, more: Collection[str] = ()
+    settings: type[Any], values: Mapping[str, Any], where: str, more: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return values of a settings dataclass's fields, less those that are decided, each as its type says."""
+    """Return values of those fields of a settings dataclass that a file may set, each as its type says."""
     hints = get_type_hints(settings, include_extras=True)
     free: dict[str, Any] = {
-        one.name: (hints[one.name], one.default) for one in fields(settings) if one.name not in decided
+        one.name: (hints[one.name], one.default) for one in fields(settings) if one.metadata["in_file"]
     }
     model: type[BaseModel] = create_model(settings.__name__, __config__=STRICT, **free)
     return check(model, values, where, more).model_dump(exclude_unset=True)

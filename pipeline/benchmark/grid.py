@@ -8,12 +8,12 @@ from functools import cached_property
 from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.data.union import parts_of
 from cafe.files import list_folder
 from cafe.pipeline.benchmark.file import Entry
-from cafe.pipeline.faces import Store
+from cafe.pipeline.faces import Faces
+from cafe.pipeline.need import Store
+from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
-from cafe.pipeline.train import TrainPlan
 
 StoreName = tuple[str, ExtractSettings]  # names a store before the weights of its tower are known
 # Source, tower, policy, seed of the views, and an entry's own number of views of maps.
@@ -50,7 +50,7 @@ class StorePlan:
 class Cell:
     """One run of the grid: a method on a source, or a union of several, with a tower and a seed."""
 
-    source: Manifest
+    source: Faces
     entry: Entry
     tower: str | None
     settings: TrainSettings
@@ -58,7 +58,7 @@ class Cell:
     epochs: int
     view_seed: int = 0  # of the features it reads
     faces: int = 0  # that an epoch trains on
-    tower_passes: int = 0  # of training and judging as published, without a store
+    tower_passes: int = 0  # of training and evaluating as published, without a store
     stores: tuple[StorePlan, ...] = ()
     plan: TrainPlan | None = None  # None while features are missing
     deviations: tuple[str, ...] = ()  # from what was published of its method
@@ -75,8 +75,8 @@ class Cell:
         return f"all but {self.settings.fold}" if self.settings.fold else self.source.name
 
     @property
-    def judged(self) -> list[str]:
-        """The manifests it is judged on."""
+    def evaluated_on(self) -> list[str]:
+        """The manifests it is evaluated on."""
         return (self.settings.targets or "").split(",")
 
     @property
@@ -96,12 +96,12 @@ class Cell:
         Maps are large, so cells with their own number of views of them stay apart.
         """
         rest = (self.tower, self.entry.kind.policy, self.view_seed, self.own_views if self.maps else None)
-        return [(part.name, *rest) for part in parts_of(self.source)] if self.tower else []
+        return [(part.name, *rest) for part in self.source.parts] if self.tower else []
 
     @property
     def folds(self) -> int:
         """How many trainings on all sources but one choose its epoch; together they see each source one time less."""
-        return len(parts_of(self.source)) if self.settings.selection == "leave_one_out" else 0
+        return len(self.source.parts) if self.settings.selection == "leave_one_out" else 0
 
     @property
     def work(self) -> int:
@@ -110,7 +110,7 @@ class Cell:
 
     @cached_property
     def done(self) -> bool:
-        """Whether it is trained and judged on all targets."""
+        """Whether it is trained and evaluated on all targets."""
         return self.plan is not None and self.plan.done
 
     @cached_property

@@ -6,7 +6,7 @@ Nothing is computed here and no tower is loaded, so it can be looked at before a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from statistics import median
@@ -15,22 +15,24 @@ from typing import Any
 from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.data.union import parts_of, unite
 from cafe.errors import UserError
 from cafe.files import read_json
 from cafe.networks.branches import check_network
 from cafe.pipeline.benchmark.file import Benchmark, Entry
 from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
-from cafe.pipeline.faces import Faces, Store, Wanted, fitting_stores
-from cafe.pipeline.features.description import find_stores
+from cafe.pipeline.faces import Faces, Part
 from cafe.pipeline.features.extract import Extraction
-from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
-from cafe.pipeline.features.receipts import Receipts
-from cafe.pipeline.models import PUBLISHED_SIZE, find_deviations, find_recipe, specify
-from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.features.integrity import Receipts, find_stores
+from cafe.pipeline.need import Need, Store
+from cafe.pipeline.plan import (
+    PUBLISHED_SIZE,
+    TrainPlan,
+    find_deviations,
+    find_recipe,
+    list_deviations,
+    plan_training,
+)
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
-from cafe.pipeline.sources import choose_rows, unite_faces
-from cafe.pipeline.train import TrainPlan, plan_training
 from cafe.pipeline.workspace import Workspace
 from cafe.results.protocols import find_protocol
 from cafe.towers.facts import NORMALISATIONS
@@ -38,7 +40,7 @@ from cafe.towers.names import absolute_name
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
 
-Filled = Mapping[StoreName, Store | str]  # stores of this session, or why there is none
+Filled = Mapping[StoreName, Store | str]  # stores of this command, or why there is none
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def plan_benchmark(
     first = []
     for cell in drafts:
         stores = [sources[sharing] for sharing in cell.sharings]
-        stores += [targets[name, cell.tower] for name in cell.judged] if cell.entry.kind.needs_features() else []
+        stores += [targets[name, cell.tower] for name in cell.evaluated_on] if cell.entry.kind.needs_features() else []
         first.append(planner.complete(cell, stores))
     seeds = [None] if benchmark.views_per_seed else benchmark.seeds  # all of the first seed come first
     cells = [cell if seed is None else cell.with_seed(seed) for seed in seeds for cell in first]
@@ -148,14 +150,15 @@ class _Planner:
 
     def draft(self, source: str, entry: Entry, tower: str | None, seed: int) -> Cell:
         """Return a cell before anything is known of its stores."""
-        manifest = unite([self.workspace.load_manifest(name) for name in source.split(",")])
+        parts = [Part.of(self.workspace, self.workspace.load_manifest(name)) for name in source.split(",")]
         settings = self.benchmark.train_settings(source, entry, tower)
-        epochs = find_recipe(settings, manifest.kind).epochs
+        faces = Faces.of(*parts)
+        epochs = find_recipe(settings, faces.kind).epochs
         views = entry.views or self.benchmark.views or epochs + 1  # one for every epoch and the clean one, as published
         settings = replace(settings, seed=seed, views=views, experiment=self.settings.experiment or self.benchmark.name)
         several = len({other for _, _, other in self.benchmark.combinations() if other}) > 1
         title = f"{entry.label} on {tower}" if several and tower else entry.label
-        return Cell(manifest, entry, tower, settings, title, epochs, self.benchmark.view_seed(entry, seed))
+        return Cell(faces, entry, tower, settings, title, epochs, self.benchmark.view_seed(entry, seed))
 
     def plan_source_stores(self, cells: Sequence[Cell]) -> dict[Sharing, StorePlan]:
         """Return one store per source, tower and policy, with the views and maps that any of its cells needs."""
@@ -176,7 +179,7 @@ class _Planner:
         stores: dict[tuple[str, str | None], StorePlan] = {}
         for tower in dict.fromkeys(cell.tower for cell in cells if cell.entry.kind.needs_features()):
             maps = any(cell.maps for cell in cells if cell.tower == tower)
-            for target in self.benchmark.judged:
+            for target in self.benchmark.evaluated_on:
                 manifest = self.workspace.load_manifest(target)
                 channels = find_protocol(self.benchmark.protocol).channels(manifest.kind)
                 serving = (
@@ -189,7 +192,7 @@ class _Planner:
         return stores
 
     def look_up(self, manifest: Manifest, tower: str | None, **changes: Any) -> StorePlan:
-        """Return what there is of a store; without loading the tower, so it is told by what it says of itself.
+        """Return what there is of a store; without loading the tower, so that it is known by what it says of itself.
 
         A store with more views, or with maps besides, serves as well.
         """
@@ -198,9 +201,8 @@ class _Planner:
         result = self.filled.get((manifest.name, settings))
         if isinstance(result, str):
             return StorePlan(manifest, settings, pending=len(manifest), obstacle=result)
-        fitting = fitting_stores(
-            find_stores(self.workspace.features, manifest.name), describe_wanted(manifest, settings)
-        )
+        need = Need.of_extraction(manifest, settings)
+        fitting = need.find(find_stores(self.workspace.features, manifest.name))
         sizes = [(about.key.views, about.key.maps) for _, about in fitting]
         found = [result] if result else fitting[: sizes.count(sizes[0])] if fitting else []
         if len(found) != 1:  # several differ in something only the tower can tell
@@ -216,11 +218,10 @@ class _Planner:
 
     def complete(self, cell: Cell, needed: Sequence[StorePlan]) -> Cell:
         """Return a cell with the stores it needs, what it costs and, once they are filled, its checked training."""
-        manifests = [self.workspace.load_manifest(name) for name in cell.judged]
-        protocol, parts = find_protocol(self.benchmark.protocol), parts_of(cell.source)
-        splits = [(target, protocol.split(target, *(part.kind for part in parts))) for target in manifests]
-        source = unite_faces([Faces.of(self.workspace, part) for part in parts])
-        train, held_out = choose_rows(source, cell.settings.selection)
+        manifests = [self.workspace.load_manifest(name) for name in cell.evaluated_on]
+        protocol, kinds = find_protocol(self.benchmark.protocol), [part.manifest.kind for part in cell.source.parts]
+        splits = [(target, protocol.split(target, *kinds)) for target in manifests]
+        train, held_out = cell.source.split_rows(cell.settings.selection)
         seen = max(1, cell.epochs) * (max(1, cell.folds) * len(train) + len(held_out))
         seen += sum(len(target.rows(split)) for target, split in splits if split)
         plan, obstacle = None, next((store.obstacle for store in needed if store.obstacle), "")
@@ -232,52 +233,37 @@ class _Planner:
             obstacle = obstacle or str(error)
         passes = seen if cell.entry.kind.needs_features() else 0
         cell = replace(cell, faces=len(train), tower_passes=passes, stores=tuple(needed))
-        deviations = tuple(find_deviations(plan.spec if plan else specify_draft(cell, needed)))
+        deviations = tuple(find_deviations(plan.spec) if plan else list_draft_deviations(cell))
         return replace(cell, plan=plan, deviations=deviations, obstacle=obstacle)
 
     def plan_cell(self, cell: Cell, stores: Sequence[StorePlan]) -> TrainPlan:
         """Plan the training, where a tower is used with the very store of the source."""
         settings = cell.settings
         if stores:
-            own = [store.found for store in stores[: len(parts_of(cell.source))]]
+            own = [store.found for store in stores[: len(cell.source.parts)]]
             settings = replace(settings, backbone=None, store=",".join(found[1].folder for found in own if found))
         return plan_training(self.workspace, settings)
 
 
-def specify_draft(cell: Cell, stores: Sequence[StorePlan]) -> RunSpec:
-    """Return what is known of a run before its features are there.
+def list_draft_deviations(cell: Cell) -> list[str]:
+    """Return in what a run is not as published, as far as that is known before its features are there.
 
     The statistics of a tower that is not loaded are taken for ImageNet's, as published, unless the file names others.
     """
-    about = None
-    if stores and cell.tower:
-        wanted = stores[0].settings
-        statistics = NORMALISATIONS.get(wanted.normalisation or "", NORMALISATIONS["imagenet"])
-        policy = describe_policy(wanted.policy)
-        key = FeatureKey(
-            stores[0].manifest.image_digest,
-            wanted.backbone,
-            "",
-            wanted.input_size or PUBLISHED_SIZE,
-            statistics,
-            policy,
-            wanted.precision,
-            wanted.interpolation,
-            views=wanted.views,
-        )
-        about = StoreInfo(key, stores[0].manifest.name, wanted.backbone, len(stores[0].manifest), 0, None, 1)
-    return specify(cell.settings, cell.source, find_recipe(cell.settings, cell.source.kind), about)
-
-
-def describe_wanted(manifest: Manifest, settings: ExtractSettings) -> Wanted:
-    """Return what a store must be to hold what `cafe extract` would make with these settings."""
-    names = ("precision", "interpolation", "dtype", "channels")
-    wanted: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    wanted |= {"images": manifest.image_digest, "backbone_name": settings.backbone}
-    if settings.input_size:
-        wanted["input_size"] = settings.input_size
-    if settings.normalisation in NORMALISATIONS:
-        wanted["normalisation"] = NORMALISATIONS[settings.normalisation]
-    if settings.views > 1:  # the clean view is the same by every policy
-        wanted |= {"policy": describe_policy(settings.policy), "view_seed": settings.view_seed}
-    return Wanted(wanted, settings.views, settings.maps)
+    settings, source, wanted = (
+        cell.settings,
+        cell.source,
+        cell.stores[0].settings if cell.stores and cell.tower else None,
+    )
+    recipe, method = find_recipe(settings, source.kind), cell.entry.kind
+    found = {**vars(settings), "recipe": asdict(recipe), "backbone": wanted.backbone if wanted else "none"}
+    found |= {"policy": settings.policy or method.policy, "views": settings.views or recipe.epochs + 1}
+    found |= {"interpolation": wanted.interpolation if wanted else "bilinear"}
+    found["mean"], found["std"] = NORMALISATIONS["imagenet"]
+    if wanted:
+        found["mean"], found["std"] = NORMALISATIONS.get(wanted.normalisation or "imagenet", NORMALISATIONS["imagenet"])
+        if not method.clean_features:
+            found["policy"] = wanted.policy if wanted.views > 1 else "clean"
+    found["image_size"] = settings.image_size or (wanted and wanted.input_size) or PUBLISHED_SIZE
+    several = [f"source={source.name}"] if len(source.parts) > 1 else []
+    return [*several, *list_deviations(method, source.kind, found)]

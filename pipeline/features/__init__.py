@@ -1,1 +1,1 @@
-"""Frozen features: the store that keeps them, a shard of it at work, and the extraction that fills it."""
+"""Frozen features: what a store is, the store itself and that it is whole, the extraction that fills it and its worker."""

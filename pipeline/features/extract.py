@@ -1,40 +1,51 @@
-"""Stage one: a manifest's images through a frozen tower into a feature store, with Ray Data.
+"""Stage one: a manifest's images through a frozen tower into feature stores.
 
-One Ray row is one shard: plan the unfinished ones, decode, embed, write. Kill it at any time; the next run computes only
-what has no receipt, and the store comes out byte for byte the same.
+Plan the shards that have no receipt, then decode, embed and write one after the other: one tower of this machine works in
+this process; several, and a cluster's, under Ray Data, where a row is a shard. Kill it at any time; the next run computes
+only what has no receipt, and the store comes out byte for byte the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.errors import IncompleteError, UserError
+from cafe.errors import IncompleteError, UserError, first_line
 from cafe.files import read_json, write_json
 from cafe.pipeline import cluster
-from cafe.pipeline.cluster import Progress
-from cafe.pipeline.features.computing import compute_shards, needs_ray
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
 from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.lease import hold
+from cafe.pipeline.features.worker import MANY_VIEWS, ShardEmbedder
+from cafe.pipeline.process import machine
+from cafe.pipeline.process.lease import hold
+from cafe.pipeline.process.progress import Progress
+from cafe.pipeline.process.versions import versions
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.plugins import find_plugins
 from cafe.records import check_record
 from cafe.towers.facts import TowerFacts, resolve_normalisation
 from cafe.towers.names import absolute_name, parse_backbone
 
-LISTED = 20  # faults of an extraction that are told
+LISTED = 20  # faults of an extraction that are reported
 TRIES = 3  # of shards whose workers died
 AT_ONCE = 1024  # shards given to Ray together, whose rows take about 1 GB
+RESTARTS = 3  # of a tower on a cluster before it counts as dead
+HANDED_OUT = 2  # shards that a tower has at a time
+FEW_DECODERS = 4  # which decode enough for a GPU that makes many views of each face; more only disturb
+CORES_EACH = 4  # of this machine for a tower; more speed it up little
 
 
 @dataclass(frozen=True)
@@ -42,21 +53,21 @@ class Extraction:
     """What an extract command did: so many shards `computed`, and why the `skipped` images have no features."""
 
     store: UPath
-    about: StoreInfo
+    info: StoreInfo
     computed: int
     skipped: list[tuple[str, str]]
 
     def sentence(self) -> str:
         """Say what happened, for the end of a command."""
-        what = f"computed {self.computed} of {self.about.shards} shards" if self.computed else "nothing to do"
+        what = f"computed {self.computed} of {self.info.shards} shards" if self.computed else "nothing to do"
         unreadable = f", {len(self.skipped)} unreadable images left out" if self.skipped else ""
-        return f"{self.about.manifest}: {what}{unreadable}; {self.about.describe()} in {self.store}"
+        return f"{self.info.manifest}: {what}{unreadable}; {self.info.describe()} in {self.store}"
 
     def complaint(self, allowed: int) -> str:
         """Say that too many images are unreadable, with their list."""
         listed = "\n".join(f"  {path}: {reason}" for path, reason in self.skipped)
         return (
-            f"{len(self.skipped)} of {self.about.rows} images of {self.about.manifest!r} are unreadable, more than "
+            f"{len(self.skipped)} of {self.info.rows} images of {self.info.manifest!r} are unreadable, more than "
             f"--max-skipped {allowed}; the features of all others are kept:\n{listed}"
         )
 
@@ -90,12 +101,12 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFa
     )
 
 
-def know_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
+def look_up_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts:
     """Return the facts of the tower at the layer its name says."""
-    return know_layers(workspace, settings, [settings.backbone])[0]
+    return look_up_layers(workspace, settings, [settings.backbone])[0]
 
 
-def know_layers(workspace: Workspace, settings: ExtractSettings, names: Sequence[str]) -> list[TowerFacts]:
+def look_up_layers(workspace: Workspace, settings: ExtractSettings, names: Sequence[str]) -> list[TowerFacts]:
     """Return the facts of one tower at each layer, remembered by the content of its weights file.
 
     So a rerun need not load the tower, which it does once, whatever the number of layers.
@@ -141,7 +152,7 @@ def extract(
     one are unreadable, or when shards could not be computed; what was computed is kept.
     """
     names = name_layers(settings)
-    towers = dict(zip(names, know_layers(workspace, settings, names), strict=True))
+    towers = dict(zip(names, look_up_layers(workspace, settings, names), strict=True))
     with ExitStack() as leases:
         by_name = sorted(manifests, key=lambda manifest: manifest.name)  # so that no two wait for each other
         passes = [step for manifest in by_name for step in _plan(workspace, manifest, settings, towers, leases)]
@@ -158,8 +169,8 @@ def _run(passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> 
     total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
     with cluster.connect(settings) if any(needs_ray(settings, len(step.shards)) for step in passes) else nullcontext():
         for step in passes:
-            done += len(step.manifest) - sum(len(step.stores[0].about.rows_of(shard)) for shard in step.shards)
-            for shard in _embed_patiently(step, settings):
+            done += len(step.manifest) - sum(len(step.stores[0].info.rows_of(shard)) for shard in step.shards)
+            for shard in _compute_with_retries(step, settings):
                 done += shard["rows"]
                 faults[str(shard["fault"])] += 1
                 step.check_leases()
@@ -195,7 +206,7 @@ class _Pass:
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
         return [
-            Extraction(store.path, store.about, len(pending), store.receipts.skipped_paths(self.manifest))
+            Extraction(store.path, store.info, len(pending), store.receipts.skipped_paths(self.manifest))
             for store, pending in zip(self.stores, self.pending, strict=True)
         ]
 
@@ -205,18 +216,18 @@ def _plan(
 ) -> list[_Pass]:
     """Lease, make or open the stores of all layers; those cut alike share a pass, which all do that are made together."""
     asked = [describe_store(manifest, replace(settings, backbone=name), tower) for name, tower in towers.items()]
-    step = min(about.shard_rows for about in asked)
+    step = min(info.shard_rows for info in asked)
     alike: dict[int, list[FeatureStore]] = defaultdict(list)
     folder = workspace.features / manifest.name
-    names = sorted({about.folder for about in asked})
+    names = sorted({info.folder for info in asked})
     leases = [held.enter_context(hold(folder / name, settings.wait)) for name in names]
-    for about in asked:
-        store = FeatureStore.create(folder, replace(about, shard_rows=step), manifest)
+    for info in asked:
+        store = FeatureStore.create(folder, replace(info, shard_rows=step), manifest)
         if settings.retry_skipped:
             store.receipts.discard_skipped()
         if store.pending():
             store.receipts.discard([])  # what is summed up may be wrong soon
-        alike[store.about.shard_rows].append(store)
+        alike[store.info.shard_rows].append(store)
     return [_Pass(manifest, stores, [store.pending() for store in stores], leases) for stores in alike.values()]
 
 
@@ -226,12 +237,12 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
     if lacking:
         listed = "".join(f"\n  {fault} ({count} shards)" for fault, count in faults.most_common(LISTED) if fault)
         raise IncompleteError(
-            f"{lacking} of {sum(store.about.shards for step in passes for store in step.stores)} shards could not be "
+            f"{lacking} of {sum(store.info.shards for step in passes for store in step.stores)} shards could not be "
             f"computed; all others are kept: give the same command again.{listed}"
         )
 
 
-def _embed_patiently(step: _Pass, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
+def _compute_with_retries(step: _Pass, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
     """Compute shards, so many at a time that their rows have room in memory.
 
     After a worker has died they are computed again, until `TRIES` have died without a shard done.
@@ -251,3 +262,132 @@ def _embed_patiently(step: _Pass, settings: ExtractSettings) -> Iterator[dict[st
                     f"The worker of shard {shards[0]} of {step.manifest.name!r} died {died} times ({error}): if memory is "
                     "short, take fewer --num-actors or a smaller --batch-size; give the same command again."
                 ) from None
+
+
+def compute_shards(
+    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, shards: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Compute shards; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
+    packed = [pack_shard(manifest, stores[0].info, shard) for shard in shards]
+    return (
+        _compute_with_ray(manifest, stores, settings, packed)
+        if needs_ray(settings, len(shards))
+        else _compute_here(manifest, stores, settings, packed)
+    )
+
+
+def needs_ray(settings: ExtractSettings, shards: int) -> bool:
+    """Whether shards are computed on a cluster, or by several towers of this machine; one tower works in this process."""
+    return shards > 0 and (settings.address is not None or share_out(settings, shards, *_count_here(settings))[0] > 1)
+
+
+def share_out(settings: ExtractSettings, shards: int, gpus: int, cores: int) -> tuple[int, float]:
+    """Return how many towers work side by side and what each has of a GPU, so that all fit; never more than one."""
+    # The cores of a cluster may lie on as many nodes; on one machine a tower works with several.
+    towers = cores if settings.address else max(1, cores // CORES_EACH)
+    actors = min(settings.num_actors or gpus or towers, shards)
+    return actors, cluster.share(actors, gpus)
+
+
+def _wants_gpu(settings: ExtractSettings) -> bool | None:
+    return settings.use_gpu if settings.num_gpus is None else settings.num_gpus > 0
+
+
+def _count_here(settings: ExtractSettings) -> tuple[int, int]:
+    """Return the GPUs and the cores of this machine that may be used; raise `UserError` where a GPU is missing."""
+    import torch
+
+    gpus = torch.cuda.device_count() if machine.own_device(_wants_gpu(settings)) == "cuda" else 0
+    return (settings.num_gpus or gpus) if gpus else 0, settings.num_cpus or machine.cores()
+
+
+def _arguments(
+    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, gpus: int, share: int
+) -> tuple[Any, ...]:
+    """Return what a `ShardEmbedder` is made of that has a share of the cores."""
+    enough = share - 1 if stores[0].info.key.views < MANY_VIEWS else FEW_DECODERS
+    decoders = max(1, min(share - 1, enough)) if gpus else 1  # on a CPU everything waits for the tower
+    return (
+        {str(store.path): store.info for store in stores},
+        replace(manifest, table=manifest.table.slice(0, 0)),
+        replace(settings, decoders=decoders if settings.decoders is None else settings.decoders),
+        1 if gpus else share,
+        "cuda" if gpus else "cpu",
+        versions(),
+        find_plugins(towers=settings.backbone),
+    )
+
+
+def _compute_here(
+    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, packed: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Compute shards in this process, two at a time: one has the tower, the other is being decoded or written."""
+    embedder = ShardEmbedder(*_arguments(manifest, stores, settings, *_count_here(settings)))
+    pool = ThreadPoolExecutor(HANDED_OUT)
+    try:
+        for receipt in pool.map(embedder, ({name: [value] for name, value in shard.items()} for shard in packed)):
+            yield {name: value for name, (value,) in receipt.items()}
+    finally:
+        embedder.end()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _bounded_restarts() -> dict[str, int]:
+    return {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+
+
+def _without_restarts() -> dict[str, int]:
+    return {"max_restarts": 0}
+
+
+def _compute_with_ray(
+    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, packed: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    import ray.data
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError, RayTaskError
+
+    wanted = cluster.wants_gpu(_wants_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
+    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(packed)), settings.scale_minutes)
+    gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
+    cores = cluster.count("CPU")
+    actors, gpus_each = share_out(settings, len(packed), gpus, cores)
+
+    _quieten_ray_data()
+    rows = ray.data.from_items(packed, override_num_blocks=len(packed))
+    receipts = rows.map_batches(
+        ShardEmbedder,
+        fn_constructor_args=_arguments(manifest, stores, settings, gpus, max(1, cores // actors)),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=HANDED_OUT),
+        num_cpus=1,
+        num_gpus=gpus_each,
+        # On a cluster, whose nodes come and go, Ray starts a tower elsewhere.
+        ray_remote_args_fn=_bounded_restarts if settings.address else _without_restarts,
+    )
+    try:
+        yield from receipts.iter_rows()
+    except RayTaskError as error:
+        raise cluster.user_error(error) or error from None
+    except RayError as error:
+        raise cluster.WorkerDiedError(first_line(str(error))) from error
+
+
+def _quieten_ray_data() -> None:
+    from ray.data import DataContext
+    from ray.util.annotations import RayDeprecationWarning
+
+    cluster.quieten("ray.data")
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # `ray_remote_args_fn` has no successor yet.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
+
+
+def pack_shard(manifest: Manifest, info: StoreInfo, shard: int) -> dict[str, Any]:
+    """Return a shard as a row of Ray: its number and its rows of the manifest."""
+    rows, sink = info.rows_of(shard), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
+        stream.write_table(manifest.table.slice(rows.start, len(rows)))
+    return {"shard": shard, "faces": sink.getvalue().to_pybytes()}

@@ -1,4 +1,4 @@
-"""What a feature store is: the key, which names everything that changes a feature, and the sizes."""
+"""What a feature store is: the key, which names everything that changes a feature, the sizes, and what it is called."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from upath import UPath
 
+from cafe.pipeline.settings import FeatureIdentity, take
 from cafe.records import FORMAT, check_record, digest_changes
 
 if TYPE_CHECKING:
@@ -19,9 +21,12 @@ MIN_SHARDS = 16  # so that a small data set still spreads over workers and loses
 MIN_SHARD_ROWS = 32
 
 
-@dataclass(frozen=True)
-class FeatureKey:
-    """Names everything that changes a feature, and nothing else; its digest names the store."""
+@dataclass(frozen=True, kw_only=True)
+class FeatureKey(FeatureIdentity):
+    """Names everything that changes a feature, and nothing else; its digest names the store.
+
+    What the user chose stands in it as it is; the other fields are what the choices, the images and the tower come to.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
 
@@ -31,13 +36,6 @@ class FeatureKey:
     input_size: int
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
     policy: dict[str, Any]
-    precision: str = "fp32"
-    interpolation: str = "bilinear"
-    view_seed: int = 0
-    views: int = 1
-    maps: bool = False
-    dtype: str = "float16"
-    channels: str = "rgb"  # the order of the colours
 
     @property
     def digest(self) -> str:
@@ -79,6 +77,13 @@ class StoreInfo:
     def from_record(cls, record: dict[str, Any], where: str) -> StoreInfo:
         """Rebuild the description from its JSON, of whatever format; raise `UserError` for what is none."""
         return check_record({"version": 1, **record}, cls, where)
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain values; of the key what a user chose comes last, the order in which stores have kept them."""
+        record = asdict(self)
+        chosen = take(self.key, FeatureIdentity)
+        record["key"] = {name: value for name, value in record["key"].items() if name not in chosen} | chosen
+        return record
 
     @property
     def folder(self) -> str:
@@ -123,3 +128,8 @@ def default_shard_rows(rows: int, views: int, width: int, map_shape: tuple[int, 
     """Return how many faces share a shard: about `SHARD_BYTES` of features, but at least `MIN_SHARDS` shards."""
     row_bytes = views * itemsize * (width + int(np.prod(map_shape)) if map_shape else width)
     return max(MIN_SHARD_ROWS, min(SHARD_BYTES // row_bytes, -(-rows // MIN_SHARDS)))
+
+
+def store_name(store: UPath) -> str:
+    """Return what a store is called on the command line."""
+    return f"{store.parent.name}/{store.name}"

@@ -1,5 +1,5 @@
 """The feature store: one Zarr v3 group that any Zarr reader opens, filled shard by shard, complete when every receipt lies
-beside it. This is the only file that knows Zarr.
+beside it.
 
     features/MANIFEST/BACKBONE-vV-KEY/
         about.json           the key and the sizes
@@ -8,14 +8,14 @@ beside it. This is the only file that knows Zarr.
         receipts/00000.json  rows, skipped samples and checksums (of every view and file) of one shard, written last
         skipped.json         the skipped samples of all shards
 
-One task writes whole shard objects and nobody shares one, so a killed run loses unfinished shards and nothing else.
+One task writes whole shard objects and nobody shares one, so a killed run loses unfinished shards and nothing else. What
+Zarr does is done here; the files around `store.zarr` are those of `integrity`.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -29,10 +29,20 @@ from zarr.storage import MemoryStore
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, quote
 from cafe.files import encode_json, list_folder, remove_file, retry, write_file
-from cafe.pipeline.cluster import free_memory
-from cafe.pipeline.features.description import ABOUT, CHECKSUMS, damaged, read_about, recover_about
+from cafe.pipeline.features.integrity import (
+    ABOUT,
+    CHECKSUMS,
+    Damage,
+    Receipt,
+    Receipts,
+    damaged,
+    find_damage,
+    in_parallel,
+    read_info,
+    recover_info,
+)
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.receipts import Receipt, Receipts, in_parallel
+from cafe.pipeline.process.machine import free_memory
 from cafe.records import digest, write_sealed
 
 ARRAYS = ("pooled", "map")
@@ -44,19 +54,19 @@ Opened = TypeVar("Opened")
 class FeatureStore:
     """A store on disk or in an object store; `path` is its folder."""
 
-    def __init__(self, path: UPath, about: StoreInfo) -> None:
-        self.path, self.about, self.receipts = path, about, Receipts(path, about)
+    def __init__(self, path: UPath, info: StoreInfo) -> None:
+        self.path, self.info, self.receipts = path, info, Receipts(path, info)
         self._arrays: dict[str, zarr.Array[Any]] = {}
         options = dict(path.storage_options) if path.protocol else None
         self.group = self._open(lambda: zarr.open_group(str(path / "store.zarr"), mode="r+", storage_options=options))
 
     @classmethod
-    def create(cls, folder: UPath, about: StoreInfo, manifest: Manifest) -> FeatureStore:
+    def create(cls, folder: UPath, info: StoreInfo, manifest: Manifest) -> FeatureStore:
         """Open the store of that key below `folder`, making it first when it is not there or was left half made."""
-        path = folder / about.folder
-        there = read_about(path)
+        path = folder / info.folder
+        there = read_info(path)
         if there is None:  # where only the description was lost, what was computed is kept
-            there = recover_about(path) if list_folder(path / "receipts") else about
+            there = recover_info(path) if list_folder(path / "receipts") else info
             write_description(path, there, manifest)
         store = cls(path, there)
         if not np.array_equal(store.array("label")[:], manifest.labels):
@@ -81,7 +91,7 @@ class FeatureStore:
 
     def write_shard(self, shard: int, arrays: dict[str, np.ndarray], skipped: dict[int, str]) -> None:
         """Write the features of a shard, {array: (rows, V, …)}, then its receipt; `skipped` gives reasons by row."""
-        rows = self.about.rows_of(shard)
+        rows = self.info.rows_of(shard)
         valid = np.array([row not in skipped for row in rows])
         checksums, files = {}, {}
         for name, values in {**arrays, "valid": valid}.items():
@@ -90,7 +100,7 @@ class FeatureStore:
                 self._check_finite(shard, values, valid)
                 values[~valid] = np.nan
             checksums[name] = view_digests(values)
-            file = self.about.objects(shard)[name]
+            file = self.info.objects(shard)[name]
             content = self._encode(name, rows.start, values).get(file)
             if content is None:  # Zarr keeps nothing where all is the fill value
                 remove_file(self.path / file)
@@ -109,7 +119,7 @@ class FeatureStore:
         """Raise `UserError` naming a face whose features are NaN or infinite, which no comparison would notice."""
         broken = valid & ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if broken.any():
-            row = self.about.rows_of(shard)[int(broken.argmax())]
+            row = self.info.rows_of(shard)[int(broken.argmax())]
             raise UserError(
                 f"The features of {self.array('sample_id')[row]!s} in {self.path} are NaN or infinite: take "
                 "--precision fp32 and --dtype float32."
@@ -117,7 +127,7 @@ class FeatureStore:
 
     def read_shard(self, shard: int, name: str, view: int) -> np.ndarray:
         """Return one view of a shard, (rows, …); raise `UserError` where it is not what was written."""
-        rows, receipt = self.about.rows_of(shard), self.receipts.read(shard)
+        rows, receipt = self.info.rows_of(shard), self.receipts.read(shard)
         array = self.array(name)
         try:
             values = np.asarray(retry(self.path, "read", lambda: array[rows.start : rows.stop, view]))
@@ -129,8 +139,8 @@ class FeatureStore:
 
     def matches(self, shard: int, receipt: Receipt) -> bool:
         """Whether what a shard holds is what its receipt says, whatever its files look like."""
-        rows = self.about.rows_of(shard)
-        read = {name: np.asarray(self.array(name)[rows.start : rows.stop]) for name in self.about.objects(shard)}
+        rows = self.info.rows_of(shard)
+        read = {name: np.asarray(self.array(name)[rows.start : rows.stop]) for name in self.info.objects(shard)}
         return all(view_digests(values) == receipt.checksums.get(name) for name, values in read.items())
 
     def read_view(self, name: str, view: int, memory_share: float = MEMORY_SHARE) -> np.ndarray:
@@ -140,17 +150,17 @@ class FeatureStore:
         """
         if pending := len(self.pending()):
             raise UserError(
-                f"The features in {self.path} lack {pending} of {self.about.shards} shards: run `cafe extract` again to "
+                f"The features in {self.path} lack {pending} of {self.info.shards} shards: run `cafe extract` again to "
                 "finish."
             )
         array = self.array(name)
         result = allocate((array.shape[0], *array.shape[2:]), array.dtype, memory_share)
 
         def read(shard: int) -> None:
-            rows = self.about.rows_of(shard)
+            rows = self.info.rows_of(shard)
             result[rows.start : rows.stop] = self.read_shard(shard, name, view)
 
-        for _ in in_parallel(self.path, read, range(self.about.shards)):
+        for _ in in_parallel(self.path, read, range(self.info.shards)):
             pass
         return result
 
@@ -164,22 +174,22 @@ class FeatureStore:
                 path.unlink(missing_ok=True)
 
 
-def write_description(path: UPath, about: StoreInfo, manifest: Manifest) -> None:
+def write_description(path: UPath, info: StoreInfo, manifest: Manifest) -> None:
     """Write all files of a store that belong to no shard, `about.json` last: from then on the store exists."""
-    files = {f"store.zarr/{key}": content for key, content in _make_arrays(about, manifest).items()}
+    files = {f"store.zarr/{key}": content for key, content in _make_arrays(info, manifest).items()}
     for _ in in_parallel(path, lambda file: write_file(path / file, files[file]), files):
         pass
-    facts = encode_json(asdict(about))
+    facts = encode_json(info.record())
     checksums = {file: digest(content) for file, content in {**files, ABOUT: facts}.items()}
     write_sealed(path / CHECKSUMS, {"files": checksums})
     write_file(path / ABOUT, facts)
 
 
-def _make_arrays(about: StoreInfo, manifest: Manifest) -> dict[str, bytes]:
+def _make_arrays(info: StoreInfo, manifest: Manifest) -> dict[str, bytes]:
     """Return the files of the empty arrays, with the samples and their labels, as Zarr writes them."""
     buffers: dict[str, Buffer] = {}
-    group = zarr.create_group(MemoryStore(buffers), attributes=asdict(about))
-    rows, step, views = about.rows, about.shard_rows, about.key.views
+    group = zarr.create_group(MemoryStore(buffers), attributes=info.record())
+    rows, step, views = info.rows, info.shard_rows, info.key.views
 
     def create(name: str, shape: tuple[int, ...], dtype: str, fill: float | bool, *names: str) -> None:
         # Float features do not compress: stored raw, one view of a shard is one contiguous read.
@@ -188,9 +198,9 @@ def _make_arrays(about: StoreInfo, manifest: Manifest) -> dict[str, bytes]:
             dtype=dtype, compressors=None, fill_value=fill, dimension_names=("sample", *names),
         )  # fmt: skip
 
-    create("pooled", (views, about.width), about.key.dtype, float("nan"), "view", "channel")
-    if about.map_shape:
-        create("map", (views, *about.map_shape), about.key.dtype, float("nan"), "view", "channel", "y", "x")
+    create("pooled", (views, info.width), info.key.dtype, float("nan"), "view", "channel")
+    if info.map_shape:
+        create("map", (views, *info.map_shape), info.key.dtype, float("nan"), "view", "channel", "y", "x")
     create("valid", (), "bool", False)
     for name, dtype in (("sample_id", "string"), ("label", "int8")):
         array = group.create_array(name, shape=(rows,), dtype=dtype, dimension_names=("sample",))
@@ -213,3 +223,62 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) 
         return np.empty(shape, dtype)
     scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
+
+
+def verify(store: UPath, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
+    """Read a store back, every byte of it, and return what is not as it was written; `progress` counts shards."""
+
+    def matches(info: StoreInfo, shard: int, receipt: Receipt) -> bool:
+        return FeatureStore(store, info).matches(shard, receipt)
+
+    return find_damage(store, matches, progress)
+
+
+def discard_damage(store: UPath, manifest: Manifest, damages: list[Damage]) -> StoreInfo:
+    """Declare damaged shards undone and write again what describes a store, which is returned; raise `UserError`."""
+    info = recover_info(store)
+    if info.key.images != manifest.image_digest:
+        raise UserError(
+            f"The features in {store} were made of other images than the manifest {manifest.name!r} lists now: remove them "
+            "with `cafe store rm`."
+        )
+    if any(damage.shard is None for damage in damages):
+        write_description(store, info, manifest)
+    Receipts(store, info).discard({damage.shard for damage in damages if damage.shard is not None})
+    return info
+
+
+class FeatureReader:
+    """The features of any rows of one view, of several stores one after another: each view is kept while there is room.
+
+    An epoch uses one view, so maps far larger than the memory are read view by view, and mapped where even one is too large.
+    """
+
+    def __init__(
+        self, stores: Sequence[FeatureStore], names: Iterable[str], memory_share: float = MEMORY_SHARE
+    ) -> None:
+        self.stores, self.names, self.memory_share = tuple(stores), tuple(names), memory_share
+        self.starts = np.cumsum([0, *(store.info.rows for store in stores[:-1])])
+        self.kept: dict[int, list[dict[str, np.ndarray]]] = {}
+
+    def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return {array: (n, …)} of some rows, in the number format of the stores."""
+        if view not in self.kept:
+            kept = sum(
+                values.nbytes for several in self.kept.values() for arrays in several for values in arrays.values()
+            )
+            if kept > self.memory_share * free_memory():
+                self.kept.clear()
+            self.kept[view] = [
+                {name: store.read_view(name, view, self.memory_share) for name in self.names} for store in self.stores
+            ]
+        several = self.kept[view]
+        if len(several) == 1:
+            return {name: np.asarray(values[rows]) for name, values in several[0].items()}
+        numbers, found = np.searchsorted(self.starts, rows, "right") - 1, dict[str, np.ndarray]()
+        for number in np.unique(numbers):
+            own = numbers == number
+            for name, values in several[number].items():
+                read = values[rows[own] - self.starts[number]]
+                found.setdefault(name, np.empty((len(rows), *read.shape[1:]), read.dtype))[own] = read
+        return found

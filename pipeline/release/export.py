@@ -1,6 +1,6 @@
 """A trained run as a folder for programs that know nothing of it: ONNX, safetensors, a record and a model card.
 
-model.onnx           faces (N, H, W, 3) uint8 → probabilities (N, 7): everything between is in the graph
+model.onnx           faces (N, H, W, 3) uint8 → probabilities (N, K): everything between is in the graph
 model.safetensors    the method's weights; tower.safetensors the tower's, unless they come with this package
 run.json             the run's description: with it the folder loads as a model again
 README.md            the model card
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.files import list_folder, read_json, write_file, write_json
 from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
@@ -33,7 +32,7 @@ from cafe.results.scores import flatten_scores, read_scores
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
 
-CHECKED = 32  # faces that the graph must judge as PyTorch does
+CHECKED = 32  # faces of which the graph must say what PyTorch does
 TOLERANCE = 1e-4  # of their probabilities
 PACKAGES = ("cafe", "torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
@@ -96,7 +95,7 @@ def check_exports(run: Run, folder: UPath) -> None:
 
 
 def choose_faces(workspace: Workspace, run: Run) -> list[np.ndarray]:
-    """Return the middle squares of faces that the run was judged on, or else trained on, spread over their manifest."""
+    """Return the middle squares of faces that the run was evaluated on, or else trained on, spread over their manifest."""
     known = workspace.manifest_names()
     names = [name for name in (*load_predictions(run.folder, named=False), run.source) if name in known]
     if not names:
@@ -154,9 +153,9 @@ def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -
     return {
         "format": 1,
         "name": run.name,
-        "labels": list(EXPRESSIONS),
+        "labels": list(model.classes),
         "input": {"name": FACES, "type": "uint8", "shape": ["N", "H", "W", 3], "about": "aligned faces, RGB"},
-        "output": {"name": PROBABILITIES, "type": "float32", "shape": ["N", len(EXPRESSIONS)]},
+        "output": {"name": PROBABILITIES, "type": "float32", "shape": ["N", len(model.classes)]},
         "preprocessing": preprocessing,
         "origin": origin,
         "trained": read_json(run.folder / "result.json"),

@@ -15,12 +15,11 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
 from cafe.files import read_json
-from cafe.pipeline.cluster import Progress
 from cafe.pipeline.models import build_model
+from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
 from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
 from cafe.pipeline.tracking.pages import NOTE
@@ -41,7 +40,7 @@ class Pyfunc:
         self.model = build_model([folder])
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return for each record the most probable expression and seven probabilities; raise `UserError` for no image."""
+        """Return for each record the most probable class and the probability of all; raise `UserError` for no image."""
         import pandas as pd
 
         faces = []
@@ -51,8 +50,8 @@ class Pyfunc:
             except UnreadableImageError as error:
                 raise UserError(f"Record {number} is no image ({error}): send the bytes of an image file.") from None
         probabilities = self.model.predict(faces)
-        table = pd.DataFrame(probabilities.astype(float), columns=list(EXPRESSIONS))
-        table.insert(0, "expression", [EXPRESSIONS[label] for label in probabilities.argmax(axis=1)])
+        table = pd.DataFrame(probabilities.astype(float), columns=list(self.model.classes))
+        table.insert(0, "expression", [self.model.classes[label] for label in probabilities.argmax(axis=1)])
         return table
 
 
@@ -124,7 +123,8 @@ def describe_tags(run: Run) -> dict[str, str]:
 
 def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
     types, column = mlflow.types, mlflow.types.ColSpec
-    outputs = [column("string", "expression"), *(column("double", name) for name in EXPRESSIONS)]
+    described = read_json(exported / "model.json") or {}
+    outputs = [column("string", "expression"), *(column("double", name) for name in described["labels"])]
     mlflow.models.Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
@@ -134,7 +134,7 @@ def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
         data_path=str(exported),
         signature=mlflow.models.ModelSignature(types.Schema([column("binary", COLUMN)]), types.Schema(outputs)),
         input_example=draw_example(),
-        pip_requirements=[f"cafe=={(read_json(exported / 'model.json') or {})['versions']['cafe']}"],
+        pip_requirements=[f"cafe=={described['versions']['cafe']}"],
     )
 
 

@@ -1,4 +1,4 @@
-"""The workspace's own MLflow database, made and asked with SQLite alone: MLflow takes seconds to start, and to make one.
+"""The workspace's own MLflow database, asked with SQLite alone, since MLflow takes seconds to start.
 
 Whatever is not as expected here is left to MLflow itself.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing, suppress
-from importlib.metadata import version
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 SHOWN = """
 SELECT 1 FROM tags JOIN runs USING (run_uuid) JOIN experiments USING (experiment_id)
@@ -28,21 +30,34 @@ MOVES = (
 )
 
 
-def make_database(path: Path) -> None:
-    """Make an empty database as the installed MLflow does in dozens of migrations, unless there is one.
+@contextmanager
+def draft_database(path: Path) -> Iterator[str]:
+    """Yield the URI of a draft, to be made into a database that then appears at `path`, unless one was made there meanwhile.
 
-    `mlflow-VERSION.sql` holds what these lead to; MLflow migrates by itself where there is none of its version.
+    Nothing waits until the draft is on disk, which takes MLflow's dozens of migrations most of their time: before it is
+    whole there is nothing to lose.
     """
-    schema = Path(__file__).with_name(f"mlflow-{version('mlflow')}.sql")
-    if path.exists() or not schema.exists():
-        return
+    from sqlalchemy import Engine, event
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with closing(sqlite3.connect(draft)) as database:
-        database.executescript(schema.read_text())
-    with suppress(OSError):
-        os.link(draft, path)  # whole, and only where no other command has made one meanwhile
-    draft.unlink()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft, copy = Path(folder, "draft.db"), Path(folder, "copy.db")
+        event.listen(Engine, "connect", _leave_unsynchronised)
+        try:
+            yield f"sqlite:///{draft}"
+        finally:
+            event.remove(Engine, "connect", _leave_unsynchronised)
+        # A copy, which none of the connections is open to that MLflow keeps.
+        with closing(sqlite3.connect(draft)) as made, closing(sqlite3.connect(copy)) as database:
+            made.backup(database)
+        with suppress(OSError):  # there is one meanwhile, or no such thing as a link: then MLflow makes it in place
+            os.link(copy, path)
+
+
+def _leave_unsynchronised(connection: Any, record: object) -> None:
+    """Have a new connection not wait for the disk; an event of SQLAlchemy's, through which MLflow opens its databases."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 def has_tag(path: Path, experiment: str, run: str, tag: str, value: str) -> bool:

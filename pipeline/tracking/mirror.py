@@ -6,7 +6,6 @@ A server that is down stops nothing: the mirror says so at the end, and `cafe ml
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,15 +24,14 @@ from upath import UPath
 from cafe.errors import UserError, quote, unknown
 from cafe.files import list_files, write_file, write_json
 from cafe.pipeline.tracking import pages
-from cafe.pipeline.tracking.database import has_tag, make_database, move_artifacts
-from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, describe_view, name_rows_of
+from cafe.pipeline.tracking.database import draft_database, has_tag, move_artifacts
+from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, name_rows_of
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.runs import PULLED, Run, read_run, read_runs
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the page was made of that a run shows
 UNNAMED = "Default"  # the experiment every server has
-VIEW = "comparison"  # the name of the view that compares the runs of an experiment
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those of language models
 LONGEST = 6000  # characters of a parameter that MLflow takes
 SLEEP = 60.0  # seconds until a server that was down is asked again
@@ -107,10 +105,9 @@ class Mirror:
             self.behind.add(name)
             if time.monotonic() < self._asleep_until:
                 return
-            if not self.uri:
-                make_database(database_path(self.workspace))
             with quiet_mlflow() as mlflow:
                 try:
+                    self._make_database(mlflow)
                     client = mlflow.MlflowClient(self.address)
                     bring(client, self._find_experiment(client, experiment), describe(), digest)
                 except (mlflow.exceptions.MlflowException, OSError) as error:
@@ -119,6 +116,12 @@ class Mirror:
                 else:
                     self._shown[experiment, name] = digest
                     self.behind.discard(name)
+
+    def _make_database(self, mlflow: Any) -> None:
+        """Make the workspace's own database, unless it is there."""
+        if not self.uri and not database_path(self.workspace).exists():
+            with draft_database(database_path(self.workspace)) as uri:
+                mlflow.MlflowClient(uri).search_experiments()
 
     @property
     def _artifacts(self) -> str:
@@ -298,9 +301,9 @@ def database_path(workspace: Workspace) -> Path:
 
 
 def list_experiments(workspace: Workspace) -> dict[str, str]:
-    """Return the id of every experiment in a workspace's own database by its name, having stored its view `VIEW` there.
+    """Return the id of every experiment in a workspace's own database by its name.
 
-    The view groups runs by the tag `ROW`, which depends on what else is in an experiment and is brought up to date here.
+    The tag `ROW`, by which its runs can be grouped, depends on what else is in an experiment and is brought up to date here.
     """
     known = [run for name in workspace.run_names() if (run := read_run(workspace.run_path(name)))]
     with quiet_mlflow() as mlflow:
@@ -314,10 +317,6 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
                 row = rows.get(run.info.run_name, "")
                 if run.data.tags.get(ROW, "") != row:
                     client.set_tag(run.info.run_id, ROW, row)
-            metrics = {name for run in runs for name in run.data.metrics}
-            view = json.dumps(describe_view(metrics, set(rows.values())))
-            if place.tags.get(f"mlflow.sharedViewState.{VIEW}") != view:
-                client.set_experiment_tag(place.experiment_id, f"mlflow.sharedViewState.{VIEW}", view)
         return {place.name: place.experiment_id for place in found}
 
 

@@ -1,4 +1,4 @@
-"""What MLflow shall show of the workspace: a page for each run and benchmark, and how an experiment is opened.
+"""What MLflow shall show of the workspace: a page for each run and benchmark, and the row of a comparison a run belongs to.
 
 Nothing here talks to a server; `mirror` brings one to these pages.
 """
@@ -6,7 +6,7 @@ Nothing here talks to a server; `mirror` brings one to these pages.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from upath import UPath
 from cafe.files import list_files, list_folder, read_file, read_json, time_written
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
-from cafe.results.columns import Column, find_metrics
+from cafe.results.columns import Column
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.runs import Run
@@ -28,9 +28,6 @@ from cafe.results.sources import SOURCE
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
-LETTER = 7  # pixels of a letter in MLflow's tables
-SECTION = "accuracy"  # of MLflow's charts
-MADE_BY_HAND = {"deleted": False, "isGenerated": False}  # so that MLflow keeps a chart as it is
 TIMED = ("run.json", "result.json", "status.json")  # what a run's page is made of: these and their times,
 DRAWN = ("epochs", "predictions", "figures")  # and what is in these folders
 CODE = version("cafe")  # whose pages these are
@@ -126,7 +123,9 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
 
 def describe_scores(run: Run, scores: pd.DataFrame) -> str:
     """Return a run in a sentence, and for each protocol by which it was evaluated its accuracy on all targets."""
-    sentences = [f"`{run.method}` trained on {run.source_title} with seed {run.seed}; judged epoch: {run.selection}."]
+    sentences = [
+        f"`{run.method}` trained on {run.source_title} with seed {run.seed}; evaluated epoch: {run.selection}."
+    ]
     for protocol, own in scores.groupby("protocol", sort=False):
         shares = (f"{row.target} {100 * row.accuracy:.1f} % ({row.relation})" for row in own.itertuples())
         sentences.append(f"Accuracy by the protocol {protocol}: {', '.join(shares)}.")
@@ -196,41 +195,3 @@ def name_rows_of(runs: Sequence[Run]) -> dict[str, str]:
     return {
         run.name: f"{label} from {run.source_title}" if several else label for group, label in labels for run in group
     }
-
-
-def describe_view(metrics: Collection[str], rows: Collection[str]) -> dict[str, Any]:
-    """Return how MLflow's list of an experiment's runs is to be shown: the state that its own `Share` button writes.
-
-    Sorted by the accuracy on unseen targets, grouped by the rows of `cafe compare`, with a column and a bar chart for every
-    target, the unseen ones' mean first; the runs of a row are folded away. `metrics` and `rows` name those that the runs of
-    the experiment have.
-    """
-    shown = ["unseen/accuracy", *find_metrics(metrics, "accuracy")]
-    metric_columns = {f"metrics.`{name}`": name for name in shown}
-    param_columns = {f"params.`{name}`": name for name in ("source", "method", "seed")}
-    longest = max(map(len, rows), default=0)
-    widths = {"attributes.`Run Name`": 150 + LETTER * min(longest, 40), "runDateAndNestInfo": 100, "duration": 80}
-    widths |= {column: 45 + LETTER * len(name) for column, name in (metric_columns | param_columns).items()}
-    return {
-        "orderByKey": "metrics.`unseen/accuracy`",
-        "orderByAsc": False,
-        "selectedColumns": [*param_columns, *metric_columns],
-        "columnOrder": list(widths),
-        "columnWidths": widths,
-        "groupBy": {
-            "aggregateFunction": "average",
-            "groupByKeys": [{"mode": "tag", "groupByData": ROW}],
-        },
-        "groupsExpanded": {f"tag.{ROW}.{row}": False for row in sorted(rows)},
-        "runsHiddenMode": "SHOW_ALL",
-        "compareRunCharts": [_describe_chart(name) for name in shown],
-        "compareRunSections": [
-            {"uuid": SECTION, "name": "Accuracy", "display": True, "columns": 2, "isReordered": False, **MADE_BY_HAND}
-        ],
-    }
-
-
-def _describe_chart(metric: str) -> dict[str, Any]:
-    """Return a bar chart of a metric, with a bar for each run or row."""
-    titles = {"uuid": metric, "metricKey": metric, "displayName": metric, "metricSectionId": SECTION}
-    return {"type": "BAR", **titles, "runsCountToCompare": 100, **MADE_BY_HAND}

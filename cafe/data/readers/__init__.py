@@ -11,6 +11,7 @@ from cafe.data.readers.folder import read_folder, read_synthetic, read_table
 from cafe.data.readers.mma import read_mma
 from cafe.data.readers.rafdb import read_rafdb
 from cafe.data.readers.sfew import read_sfew
+from cafe.plugins import find_entry, offer
 
 Reader = Callable[..., Listing]  # of the root, and what else the set lets choose
 
@@ -24,3 +25,10 @@ DATASETS: dict[str, Reader] = {
     "synthetic": read_synthetic,  # a domain drawn by `cafe data synth`
     "table": read_table,  # CSV or Parquet of path,label[,split,group]
 }
+offer("datasets", DATASETS)
+
+
+def find_reader(kind: str) -> Reader:
+    """Return the reader of a kind of data set, ours or a plug-in's; raise `UserError` naming all."""
+    found: Reader = find_entry("datasets", kind, "kind of data set")
+    return found

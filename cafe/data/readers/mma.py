@@ -1,7 +1,7 @@
 """MMA facial expression (MMAFEDB), as it is distributed: MMAFEDB/{train,valid,test}/{angry,…,surprise}/*.jpg.
 
 It very likely contains FER2013, since 28,709, 3,589 and 3,589 of its pictures are grey, as many as that has. FERPlus and MMA
-can be judged against each other only without the faces they share.
+can be evaluated against each other only without the faces they share.
 """
 
 from __future__ import annotations

@@ -1,0 +1,325 @@
+"""A worker of an extraction: one shard of faces through the tower into the stores, and processes that decode ahead of it.
+
+A shard is computed whole or left without a receipt, so that a fault of the storage never becomes a fact about a picture. A
+picture that kills whatever decodes it, by a crash of the decoder or for want of memory, costs one process and not the tower,
+and is distinguished from all others.
+
+The processes that decode import this file as well, so torch, Zarr and the towers are imported where a tower is made: without
+them a process starts in half a second and takes 90 MB, with them in five and 590 MB.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from itertools import product
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Event, Lock, Thread
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+
+from cafe.data.images import MISSING
+from cafe.data.manifest import Manifest
+from cafe.errors import StorageError, UserError
+from cafe.files import locate
+from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.process.versions import check_versions
+from cafe.pipeline.settings import ExtractSettings
+from cafe.plugins import Plugin
+from cafe.towers.names import parse_backbone
+from cafe.views.rendering import Sample, rows_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cafe.towers.embedding import Embedder
+
+MANY_VIEWS = 4  # of a face, from which on a GPU makes them: before, decoding it costs more
+KILLER = "kills its decoder"
+TRIES = 2  # of a picture; a process can also be killed by chance
+DEATHS = 3  # of processes that no picture is to blame for, after which a shard is left for another time
+FIRST_TO_GO = "500"  # where memory runs out: of the processes of an extraction these are the easiest to replace
+
+Result = TypeVar("Result")
+Work = Callable[[Sequence[Sample], Mapping[int, str]], Result]
+Batches = Sequence[Sequence[Sample]]
+
+
+class ShardEmbedder:
+    """A tower at work: a shard with its faces in, receipts out. Loaded once per worker, usable without Ray.
+
+    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}; `manifest` is without
+    its rows, which come with each shard, so that memory does not grow with the data set. Two threads may call it: while one
+    has the tower, the other has its pictures decoded, or writes.
+    """
+
+    def __init__(
+        self,
+        stores: dict[str, StoreInfo],
+        manifest: Manifest,
+        settings: ExtractSettings,
+        threads: int,
+        device: str,
+        versions: Mapping[str, str] = MappingProxyType({}),
+        plugins: Sequence[Plugin] = (),
+    ) -> None:
+        import torch
+
+        from cafe.pipeline.features.store import FeatureStore
+        from cafe.views.device import shorten_switch_interval
+
+        for plugin in plugins:
+            plugin.install()
+        torch.set_num_threads(threads)
+        if device != "cpu":
+            shorten_switch_interval()
+        self.stores = [FeatureStore(locate(path), info) for path, info in stores.items()]
+        self.pending = [set(store.pending()) for store in self.stores]
+        self.layers = [parse_backbone(info.backbone_name).layer for info in stores.values()]
+        self.manifest, self.settings, self.device = manifest, settings, device
+        self.versions = versions  # of the driver
+        self.decoders = Decoders(settings.decoders or 0)
+        self.decoders.start()  # while the tower is loaded
+        self.turn, self.ended = Lock(), Event()
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The tower and its faces; raises `UserError` where this node's are not those the stores were planned with.
+
+        Not made with the actor: Ray would take a mistake there for an accident and try again.
+        """
+        from cafe.towers.building import load_backbone
+        from cafe.towers.embedding import Embedder
+
+        check_versions(self.versions)
+        info, settings = self.stores[0].info, self.settings
+        tower = load_backbone(info.backbone_name, settings.precision, settings.input_size)
+        if tower.facts.weights_digest != info.key.weights:
+            raise UserError(
+                f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
+            )
+        return Embedder(
+            tower,
+            self.manifest,
+            info.key.view_plan,
+            self.device,
+            info.key.maps,
+            info.key.dtype,
+            info.batch_size,
+            info.key.channels,
+            settings.max_megapixels * 1_000_000,
+        )
+
+    def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
+        """Embed one shard, as `pack_shard` gives it, write it to the stores that lack it and return {shard, rows, fault}.
+
+        A storage that goes on failing is reported as the fault; the shard then has no receipt.
+        """
+        shard, faces = int(batch["shard"][0]), batch["faces"][0]
+        faces = replace(self.manifest, table=pa.ipc.open_stream(faces).read_all())
+        try:
+            return {"shard": [shard], "rows": [self._embed(shard, faces)], "fault": [""]}
+        except (OSError, MemoryError) as error:
+            return {"shard": [shard], "rows": [0], "fault": [str(error) or repr(error)]}
+
+    def end(self) -> None:
+        """Give up what is under way, after the next forward pass."""
+        self.ended.set()
+        self.decoders.close()
+
+    def _embed(self, shard: int, faces: Manifest) -> int:
+        from cafe.towers.embedding import join_batches
+
+        lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
+        layers = [self.layers[number] for number in lacking]
+        first, views = self.stores[0].info.rows_of(shard).start, self.stores[0].info.key.views
+        with self.turn:  # loading the tower
+            embedder = self.embedder
+        for_device = self.device != "cpu" and views >= MANY_VIEWS
+        renderer = replace(embedder.renderer, pictures=faces, for_device=for_device)
+        decoded = self.decoders.work(renderer, embedder.batches(list(product(range(len(faces)), range(views)))))
+
+        skipped: dict[int, str] = {}
+        read: list[list[dict[str, Tensor]]] = []
+        with self.turn:
+            for batch in decoded:
+                if self.ended.is_set():
+                    raise InterruptedError("the command that this shard belongs to has ended")
+                skipped |= batch.unreadable
+                read.append(embedder.embed_layers(batch, layers))
+        self._check_node(skipped, len(faces))
+        for number, batches in zip(lacking, zip(*read, strict=True), strict=True):
+            arrays = {
+                name: values.reshape(len(faces), views, *values.shape[1:])
+                for name, values in join_batches(batches).items()
+            }
+            self.stores[number].write_shard(shard, arrays, {first + row: reason for row, reason in skipped.items()})
+        return len(faces)
+
+    def _check_node(self, skipped: dict[int, str], faces: int) -> None:
+        """Raise `StorageError` where most pictures of a shard are missing, or kill: that is the node, not a picture."""
+        counts = Counter(skipped.values())
+        here = f"below {self.manifest.root} on node {socket.gethostname()}"
+        if 2 * counts[MISSING] > faces:
+            raise StorageError(
+                f"{counts[MISSING]} of the {faces} pictures of a shard are missing {here}: mount the folder there, or index "
+                "the set again if its faces are gone."
+            )
+        if 2 * counts[KILLER] > faces:
+            raise StorageError(
+                f"{counts[KILLER]} of the {faces} pictures of a shard {here} kill their decoder: it has too little memory."
+            )
+
+
+class Decoders:
+    """So many processes at work on batches of samples; without any, whoever asks does the work."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes, self.lock = processes, Lock()
+        self.pool: ProcessPoolExecutor | None = None
+
+    def work(self, function: Work[Result], batches: Batches) -> Iterator[Result]:
+        """Begin with the first batches at once; yield `function(batch, refused)` of all, in order.
+
+        `refused` are the rows not to decode, with the reason: those that killed a process twice. Raises `OSError` where
+        processes die and no picture is to blame.
+        """
+        if not self.processes:
+            return (function(batch, {}) for batch in batches)
+        self.renew(None)
+        queue = _Queue(self, function, batches)
+        queue.fill()
+        return iter(queue)
+
+    def start(self) -> None:
+        """Begin to start the processes, for which `work` then waits and says what goes wrong."""
+
+        def start() -> None:
+            with suppress(OSError):
+                self.renew(None)
+
+        if self.processes:
+            Thread(target=start, daemon=True).start()
+
+    def renew(self, broken: ProcessPoolExecutor | None) -> None:
+        """Start processes, at first or again, unless another shard that met the same death has."""
+        with self.lock:
+            if self.pool is broken:
+                if broken:
+                    broken.shutdown(wait=False)
+                self.pool = _start(self.processes)
+
+    def close(self) -> None:
+        """Let all processes end after the batch they work on."""
+        if self.pool:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Queue:
+    """The batches of one shard, some of which are under way."""
+
+    def __init__(self, decoders: Decoders, function: Work[Any], batches: Batches) -> None:
+        self.decoders, self.function, self.waiting = decoders, function, deque(batches)
+        self.under_way: deque[tuple[Sequence[Sample], ProcessPoolExecutor, Future[Any]]] = deque()
+        self.refused: dict[int, str] = {}
+        self.deaths = 0
+
+    def fill(self) -> None:
+        """Hand out batches, two for each process."""
+        while self.waiting and len(self.under_way) < 2 * self.decoders.processes:
+            self._submit(self.waiting.popleft())
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.under_way:
+            _, pool, future = self.under_way[0]
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                self._recover(pool)
+                continue
+            self.under_way.popleft()
+            self.fill()
+            yield result
+
+    def _submit(self, batch: Sequence[Sample]) -> None:
+        pool = self.decoders.pool
+        assert pool is not None
+        try:
+            future = pool.submit(self.function, batch, dict(self.refused))
+        except BrokenProcessPool as error:
+            future = Future()
+            future.set_exception(error)
+        self.under_way.append((batch, pool, future))
+
+    def _recover(self, broken: ProcessPoolExecutor) -> None:
+        """Find out which of the pictures under way kill, and begin again with all others."""
+        lost = [batch for batch, _, _ in self.under_way]
+        killers = find_killers(self.function, lost)
+        self.refused |= dict.fromkeys(killers, KILLER)
+        self.deaths += not killers
+        if self.deaths == DEATHS:
+            raise OSError(f"{DEATHS} processes that decode died, and no picture is to blame: memory may be short")
+        self.decoders.renew(broken)
+        self.under_way.clear()
+        for batch in lost:
+            self._submit(batch)
+
+
+def find_killers(function: Work[Any], batches: Batches) -> set[int]:
+    """Return the rows whose samples kill their process each time; raise `OSError` where none can be started."""
+    killers, pool = set[int](), _start(1)
+    samples = [sample for batch in batches for sample in batch]
+    for row in rows_of(samples):
+        for _ in range(TRIES):
+            try:
+                pool.submit(_attempt, function, [sample for sample in samples if sample[0] == row]).result()
+                break
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = _start(1)
+        else:
+            killers.add(row)
+    pool.shutdown()
+    return killers
+
+
+def _attempt(function: Work[Any], samples: Sequence[Sample]) -> None:
+    with suppress(StorageError, UserError):  # whoever embeds it meets the same and says why
+        function(samples, {})
+
+
+def _start(processes: int) -> ProcessPoolExecutor:
+    """Return processes that work; raise `OSError` where none can be started, which is no picture's fault."""
+    # A fork of a process with threads can hang.
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare)
+    try:
+        pool.submit(int).result()
+    except BrokenProcessPool:
+        raise OSError("no process can be started to decode pictures in") from None
+    return pool
+
+
+def _prepare() -> None:
+    """Leave interrupts to the command, end with it whatever happens to it, and go first where memory runs out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(FIRST_TO_GO)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

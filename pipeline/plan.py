@@ -1,0 +1,313 @@
+"""From settings to a plan: every name, file and store is checked, and the run is named, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from upath import UPath
+
+from cafe.arithmetic import choose_precision
+from cafe.errors import UserError
+from cafe.files import locate
+from cafe.learning.loading import SMALLEST_BATCH
+from cafe.methods import find_method
+from cafe.methods.method import Method, Recipe, apply_overrides
+from cafe.networks.branches import check_network
+from cafe.pipeline.faces import Faces, Part, choose_target, choose_targets
+from cafe.pipeline.features.integrity import find_stores
+from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
+from cafe.pipeline.models import find_inputs
+from cafe.pipeline.need import Store, any_store, check_alike, choose_source_store
+from cafe.pipeline.runs import RunSpec, is_finished
+from cafe.pipeline.settings import RunIdentity, TrainSettings, take
+from cafe.pipeline.workspace import Workspace, check_name
+from cafe.plugins import find_plugins
+from cafe.records import changed_fields
+from cafe.results.protocols import find_protocol
+from cafe.results.sources import Source
+from cafe.towers.facts import NORMALISATIONS
+
+PUBLISHED_SIZE = 224  # pixels: the input of every published method
+PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
+NEEDED = ("source_val", "source_test")  # selections that need faces of the source besides those trained on
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A checked training: nothing in it can be wrong any more when work begins. Workers are given it as it is."""
+
+    runs: UPath  # the folder of all runs
+    settings: TrainSettings
+    spec: RunSpec
+    source: Faces
+    targets: tuple[Faces, ...] = ()
+    benchmark: str | None = None  # whose cell it is
+    validation: Faces | None = None  # the domain left out, where its training faces choose the epoch
+    folds: tuple[TrainPlan, ...] = ()  # trainings on all sources but one, which choose the epoch together
+
+    @property
+    def run(self) -> UPath:
+        """The folder of the run."""
+        return self.runs / self.spec.name
+
+    @property
+    def remaining(self) -> list[Faces]:
+        """The targets that the run is not evaluated on yet."""
+        trained = is_finished(self.run)
+        return [target for target in self.targets if not (trained and target.is_evaluated(self.run))]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return is_finished(self.run) and not self.remaining
+
+    def with_seed(self, seed: int) -> TrainPlan:
+        """Return the same training with another seed."""
+        settings, spec = replace(self.settings, seed=seed), replace(self.spec, seed=seed)
+        return replace(self, settings=settings, spec=spec, folds=tuple(fold.with_seed(seed) for fold in self.folds))
+
+
+def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
+    """Check every name, file and store and return what will be trained; raise `UserError`."""
+    if settings.views_per_seed:
+        settings = replace(settings, view_seed=settings.seed)
+    names = split_names(settings.source)
+    sources = Faces.of(*(Part.of(workspace, workspace.load_manifest(name)) for name in names))
+    recipe = find_recipe(settings, sources.kind)
+    _check_names(settings, recipe)
+    _check_domains(settings, names)
+    stores = _choose_stores(workspace, sources, settings)
+    spec = specify(settings, sources, recipe, describe_stores(sources, stores, settings))
+    find_method(settings.method).check(find_inputs(spec))
+    source = Faces.of(
+        *(
+            Part.of(workspace, part.manifest, store or any_store(workspace, part.manifest))
+            for part, store in zip(sources.parts, stores, strict=True)
+        )
+    )
+    for part in source.parts:
+        _check_faces(part, settings)
+    evaluated = settings.fold or None if settings.targets is None else settings.targets
+    targets = choose_targets(workspace, evaluated, spec, settings.protocol)
+    plan = TrainPlan(workspace.run_path(""), settings, spec, source, tuple(targets))
+    if settings.selection == "oracle":
+        plan = replace(plan, validation=choose_target(workspace, settings.fold, spec, find_protocol("clean"), "train"))
+    if settings.selection == "leave_one_out":
+        plan = replace(plan, folds=tuple(_plan_fold(workspace, plan, part) for part in source.parts))
+    return plan
+
+
+def _plan_fold(workspace: Workspace, plan: TrainPlan, left_out: Part) -> TrainPlan:
+    """Return the training on all sources but one, with the same stores, whose epochs are evaluated on the one left out."""
+    others = [part for part in plan.source.parts if part is not left_out]
+    changes: dict[str, Any] = {"source": ",".join(part.name for part in others), "fold": left_out.name}
+    if plan.spec.features:
+        changes |= {"backbone": None, "store": ",".join(part.info.folder for part in others if part.info)}
+    if len(others) == 1:
+        changes["sampler"] = "proportional"
+    return plan_training(workspace, replace(plan.settings, selection="oracle", targets="none", **changes))
+
+
+def split_names(text: str) -> list[str]:
+    """Return the names in a comma-separated list of sources, sorted, so that their order changes no run."""
+    names = sorted(name for part in text.split(",") if (name := part.strip()))
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"The source {text!r} must be one manifest or different ones, comma-separated.")
+    return names
+
+
+def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
+    """Return the published recipe of the method for a kind of source with the changes asked for; raise `UserError`."""
+    shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
+    published = find_method(settings.method).published_recipe(kind)
+    recipe = apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+    if not settings.scale_batch:
+        return recipe
+    # Linear scaling of the rate with the batch: Goyal et al., "Accurate, Large Minibatch SGD", 2017.
+    batch, rate = settings.num_workers * recipe.batch_size, settings.num_workers * recipe.learning_rate
+    return apply_overrides(recipe, [f"batch_size={batch}", f"learning_rate={rate:.12g}"], settings.method)
+
+
+def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: StoreInfo | None) -> RunSpec:
+    """Return what names the run: the settings, with what they leave open taken from the source, its store and the method."""
+    method = find_method(settings.method)
+    policy = settings.policy or method.policy
+    key = store.key if store else None
+    if key and settings.live:  # a tower on the fly makes views of its own
+        key = replace(key, views=recipe.epochs + 1, policy=describe_policy(policy))
+    # As published, every image branch sees the same pixel statistics, whatever its tower takes; a learning tower its own.
+    mean, std = key.normalisation if key and "tower" in method.needs else NORMALISATIONS["imagenet"]
+    own = key is None or method.clean_features  # views that no store has
+    shape = store.map_shape if store and "map" in method.needs else None
+    identity = take(settings, RunIdentity)
+    if settings.init.startswith("file:"):
+        identity["init"] = f"file:{locate(settings.init[5:])}"
+    several = source.parts if len(source.parts) > 1 else ()
+    branch = settings.network if "image" in method.needs else None
+    plugins = find_plugins(methods=settings.method, networks=branch, towers=store.backbone_name if store else None)
+    return RunSpec(
+        **identity,
+        source=source.name,
+        source_digest=source.digest,
+        source_kind=source.kind,
+        sources=tuple(Source(part.name, part.manifest.kind, part.digest) for part in several),
+        classes=source.classes,
+        recipe=asdict(recipe),
+        recipe_changes=changed_fields(recipe),
+        image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
+        precision=find_precision(settings),
+        policy=policy if key is None or own else key.policy["name"],
+        views=_count_views(settings, recipe, key, own),
+        view_seed=settings.view_seed or 0 if key is None or own else key.view_seed,
+        interpolation=key.interpolation if key else "bilinear",
+        mean=tuple(mean),
+        std=tuple(std),
+        features=key,
+        backbone=store.backbone_name if store else None,
+        width=shape[0] if shape else store.width if store else None,
+        grid=shape[1:] if shape else None,
+        plugins=tuple(plugin.identity for plugin in plugins),
+    )
+
+
+def find_precision(settings: TrainSettings) -> str:
+    """Return the arithmetic asked for, or that which suits this machine; raise `UserError` where others compute."""
+    if settings.precision != "auto":
+        return settings.precision
+    if settings.address:
+        raise UserError("--precision auto looks at this machine, not at a cluster's: name fp32, tf32 or bf16.")
+    return choose_precision()
+
+
+def _count_views(settings: TrainSettings, recipe: Recipe, key: FeatureKey | None, own: bool) -> int:
+    """Return how many views of a face a training sees: one for every epoch and the clean one, or those of its store."""
+    if key is None:
+        return settings.views or recipe.epochs + 1
+    return recipe.epochs + 1 if own or settings.live else settings.views or key.views
+
+
+def _choose_stores(workspace: Workspace, source: Faces, settings: TrainSettings) -> list[Store | None]:
+    """Return the store of each source for a method that needs a tower; any other learns as published unless asked otherwise.
+
+    `settings.store` may name one for each source. Raises `UserError` where a store is missing.
+    """
+    folders = settings.store.split(",") if settings.store else []
+    method, chosen = find_method(settings.method), list[Store | None]()
+    for part in source.parts:
+        there = {path.name for path, _ in find_stores(workspace.features, part.name)} if folders else set()
+        folder = next((folder for folder in folders if folder in there), settings.store)
+        store = None
+        if settings.backbone != "none" and (method.needs_tower() or settings.backbone or folder):
+            choice = replace(settings, store=folder)
+            store = choose_source_store(workspace, part.manifest, choice, method, settings.live)
+        _check_store(settings, part.name, store[1] if store else None)
+        chosen.append(store)
+    return chosen
+
+
+def _check_store(settings: TrainSettings, source: str, store: StoreInfo | None) -> None:
+    method = find_method(settings.method)
+    if settings.backbone == "none" and method.needs_tower():
+        raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
+    if settings.live and not (method.needs_features() and method.trained):
+        raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
+    if store is None and method.needs_tower():
+        raise UserError(f"{settings.method} needs frozen features of {source!r}: run `cafe extract {source}` first.")
+    if store and store.map_shape is None and "map" in method.needs:
+        raise UserError(f"{settings.method} needs feature maps of {source!r}: run `cafe extract {source} --maps`.")
+
+
+def describe_stores(source: Faces, stores: Sequence[Store | None], settings: TrainSettings) -> StoreInfo | None:
+    """Return what the stores of the sources are together; raise `UserError` naming in what they differ.
+
+    They must be of one tower and one draw of views; they may hold more views than are used, or maps besides.
+    """
+    found = [store for store in stores if store]
+    if len(found) < 2:
+        return found[0][1] if found else None
+    method, first = find_method(settings.method), found[0][1]
+    used: dict[str, Any] = {"maps": "map" in method.needs}
+    if method.clean_features or not method.trained:  # only the clean view is read
+        used |= {name: getattr(first.key, name) for name in ("policy", "view_seed", "views")}
+    elif settings.live:
+        used |= {name: getattr(first.key, name) for name in ("policy", "views")}
+    elif settings.views == 1:
+        used |= {"policy": describe_policy("clean"), "view_seed": 0, "views": 1}
+    elif settings.views:
+        used["views"] = settings.views
+    check_alike(found, used)
+    key = replace(first.key, **{**used, "images": source.image_digest})
+    return replace(first, key=key, manifest=source.name, rows=len(source.labels))
+
+
+def find_deviations(spec: RunSpec) -> list[str]:
+    """Return, as `key=value`, the settings in which a run is not what was published of its method."""
+    found = {**vars(spec), "backbone": spec.backbone or "none"}
+    if spec.features:
+        found["mean"], found["std"] = spec.features.normalisation  # the tower's pixel statistics
+    deviations = [f"source={spec.source}"] if spec.sources else []
+    return [*deviations, *list_deviations(find_method(spec.method), spec.source_kind, found)]
+
+
+def list_deviations(method: type[Method], kind: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield, as `key=value`, which of some settings are not as published of a method for a kind of source."""
+    published = method.published_recipe(kind)
+    usual = {one.name: getattr(published, one.name) for one in fields(published)}
+    yield from (f"{name}={value}" for name, value in found["recipe"].items() if value != usual[name])
+    mean, std = NORMALISATIONS["imagenet"]
+    settings: dict[str, object] = {"precision": "fp32", "selection": "final", "mean": mean, "std": std}
+    settings["interpolation"] = "bilinear"
+    if "image" in method.needs:
+        settings |= {"network": "resnet18", "image_size": PUBLISHED_SIZE}
+    if method.trained:
+        settings |= {"policy": method.policy, "views": found["recipe"]["epochs"] + 1}
+    if found["method"] in PUBLISHED_TOWERS:
+        settings["backbone"] = PUBLISHED_TOWERS[found["method"]]
+    found = {**found, "backbone": found["backbone"].partition("@")[0]}
+    yield from (f"{name}={_plain(found[name])}" for name, value in settings.items() if found[name] != value)
+    if "image" in method.needs and found["init"] != "scratch" and "msceleb" not in found["init"]:
+        yield f"init={found['init']}"
+
+
+def _plain(value: object) -> str:
+    return "/".join(f"{part:.4g}" for part in value) if isinstance(value, tuple) else str(value)
+
+
+def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
+    check_network(settings.network, settings.init)
+    check_name(settings.experiment)
+    if settings.tag:
+        check_name(settings.tag)
+    if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
+        raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
+
+
+def _check_domains(settings: TrainSettings, names: Sequence[str]) -> None:
+    """Raise `UserError` for a sampler, a selection or a fold that these sources have no use for."""
+    selection, alone = settings.selection, f"several sources, not {settings.source!r} alone"
+    if settings.sampler == "balanced" and len(names) == 1:
+        raise UserError(f"--sampler balanced needs {alone}: leave it out.")
+    if selection == "leave_one_out" and len(names) == 1:
+        raise UserError(f"--selection leave_one_out needs {alone}: choose the epoch by source_val.")
+    if selection == "oracle" and not settings.fold:
+        raise UserError("--selection oracle looks at the domain left out: name it with --fold.")
+    if selection in ("leave_one_out", "oracle") and not find_method(settings.method).trained:
+        raise UserError(f"{settings.method} has no epochs to choose from: leave out --selection {selection}.")
+    if settings.fold in names:
+        raise UserError(
+            f"--fold {settings.fold} is one of the sources {settings.source!r}: name a domain they leave out."
+        )
+
+
+def _check_faces(part: Part, settings: TrainSettings) -> None:
+    """Raise `UserError` where a source has too few faces to train on, or none to choose the epoch by."""
+    train, held_out = Faces.of(part).split_rows(settings.selection)
+    if len(train) < SMALLEST_BATCH:
+        raise UserError(f"{part.name!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
+    if settings.selection in NEEDED and not len(held_out):
+        raise UserError(
+            f"{part.name!r} has no faces for --selection {settings.selection}: choose the epoch by source_val, or take "
+            "the last one with final."
+        )
