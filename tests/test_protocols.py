@@ -36,6 +36,7 @@ from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
 from cafe.pipeline.workspace import Workspace
 from cafe.records import write_sealed
+from cafe.results.columns import Column
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.runs import read_runs
@@ -158,7 +159,7 @@ def test_argmax_labels_are_evaluated_apart_or_not_at_all(workspace: Workspace) -
     with pytest.raises(UserError, match=r"has no way to evaluate 'fer' .*majority rule.*--split SPLIT"):
         choose_target(workspace, "fer", spec, find_protocol("clean"))
     apart = choose_target(workspace, "fer", spec, find_protocol("clean"), "test")
-    assert (apart.split, apart.title) == ("test", "fer@test")
+    assert (apart.split, apart.column) == ("test", Column("fer", "test"))
     majority.save(path)
 
 
@@ -240,7 +241,7 @@ def test_a_changed_split_is_evaluated_again(workspace: Workspace) -> None:
     (target,) = choose_targets(workspace, "stills", spec, "clean")
     assert target.is_evaluated(run)
     assert not replace(target, split="train").is_evaluated(run)
-    assert not replace(target, protocol="paper").is_evaluated(run)
+    assert not replace(target, column=Column("stills", protocol="paper")).is_evaluated(run)
 
 
 def swap_pictures(faces: Manifest, root: Path) -> Manifest:

@@ -5,7 +5,6 @@ Names on disk, in MLflow and in print are made here, and here alone a name is pa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -86,11 +85,6 @@ class Mean:
     def name(self) -> str:
         """What stands for it in place of a target."""
         return _qualify(f"mean of {self.over}", self.leak_free, self.class_set)
-
-
-def find_metrics(names: Iterable[str], metric: str) -> list[str]:
-    """Return those of MLflow's names that are of a metric on a target, by the protocol `clean`, in order."""
-    return sorted(name for name in names if re.fullmatch(rf"target/[^/]+/{metric}", name))
 
 
 def _qualify(name: str, leak_free: bool, class_set: str) -> str:

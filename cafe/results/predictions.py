@@ -71,7 +71,7 @@ class Predictions:
             return self
         left = self.probabilities[:, kept]
         sums = left.sum(axis=1, keepdims=True)
-        probabilities = np.divide(left, sums, out=np.full_like(left, 1 / len(kept)), where=sums > 0)
+        probabilities = np.divide(left, sums, out=np.full_like(left, 1 / max(1, len(kept))), where=sums > 0)
         classes = tuple(self.classes[place] for place in kept)
         return replace(self, labels=np.searchsorted(kept, self.labels), probabilities=probabilities, classes=classes)
 

@@ -40,7 +40,7 @@ def load_store(manifest: str, workspace: str = "work", folder: str | None = None
     `read_view("pooled", 0)` gives those of the clean view, (N, C); `group` is the Zarr group itself.
 
     >>> store = load_store("two", workspace)
-    >>> store.about.describe().partition(" of ")[0]
+    >>> store.info.describe().partition(" of ")[0]
     '2 views × 24 channels and 24×4×4 maps'
     >>> store.read_view("pooled", 0).shape
     (48, 24)
