@@ -32,7 +32,7 @@ from cafe.pipeline.process import machine
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.process.versions import versions
-from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.settings import ExtractSettings, FeatureIdentity, take
 from cafe.pipeline.workspace import Workspace
 from cafe.plugins import find_plugins
 from cafe.records import check_record
@@ -77,20 +77,15 @@ def describe_store(manifest: Manifest, settings: ExtractSettings, tower: TowerFa
     if settings.maps and tower.map_shape is None:
         raise UserError(f"The tower {settings.backbone!r} has no spatial map: leave out --maps.")
     clean = settings.views == 1
+    chosen = take(settings, FeatureIdentity) | ({"view_seed": 0} if clean else {})
     key = FeatureKey(
+        **chosen,
         images=manifest.image_digest,
         backbone=tower.architecture,
         weights=tower.weights_digest,
-        precision=settings.precision,
         input_size=tower.input_size,
-        interpolation=settings.interpolation,
         normalisation=resolve_normalisation(tower, settings.normalisation),
         policy=describe_policy("clean" if clean else settings.policy),
-        view_seed=0 if clean else settings.view_seed,
-        views=settings.views,
-        maps=settings.maps,
-        dtype=settings.dtype,
-        channels=settings.channels,
     )
     map_shape = tower.map_shape if settings.maps else None
     step = settings.shard_rows or default_shard_rows(

@@ -1,0 +1,60 @@
+"""A field of the key is one line, a class set none: both are then in every option, file, table and identity they belong to.
+
+A metric, the third of the kind, is in test_metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from conftest import draw_faces
+
+ROOT = Path(__file__).parents[1]
+FIELD = '    sharpening: float = setting(0.0, "How much faces are sharpened before they are resized.")\n'
+
+
+def test_a_field_of_the_key_and_a_class_set_are_everywhere(tmp_path: Path, tiny_tower: str) -> None:
+    package, work = tmp_path / "changed" / "cafe", tmp_path / "work"
+    shutil.copytree(ROOT / "cafe", package, ignore=shutil.ignore_patterns("__pycache__"))  # what is linked as files
+    settings = package / "pipeline" / "settings.py"
+    head, place, rest = settings.read_text().partition('    """What a user chooses that decides a feature')
+    first = rest.index("\n\n") + 2
+    settings.write_text(head + place + rest[:first] + FIELD + rest[first:])
+
+    def cafe(*arguments: str) -> str:
+        command = [sys.executable, "-m", "cafe.jobs.cli", "-w", str(work), *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(package.parent), "COLUMNS": "200"}
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    draw_faces(tmp_path / "faces", per_class=12)
+    assert "--sharpening" in cafe("extract", "--help")
+    classes = ["sadness", "happiness", "anger"]
+    said = cafe(
+        "data", "index", "folder", str(tmp_path / "faces"), "--name", "three", "--expressions", ",".join(classes)
+    )
+    assert all(name in said for name in classes)
+    assert "neutral" not in said
+    cafe("extract", "three", "--backbone", tiny_tower, "--sharpening", "0.5")
+    (store,) = (work / "features" / "three").iterdir()
+    assert json.loads((store / "about.json").read_text())["key"]["sharpening"] == 0.5
+    cafe("train", "--source", "three", "--method", "linear_probe", "--epochs", "2", "--cpu")
+    (run,) = (work / "runs").iterdir()
+    record = json.loads((run / "run.json").read_text())
+    assert record["spec"]["features"]["sharpening"] == 0.5
+    assert record["classes"] == record["spec"]["classes"] == classes
+    assert record["settings"]["classes"] == "sadness, happiness, anger"
+    table = pq.read_table(run / "predictions" / "three.parquet")
+    assert json.loads(table.schema.metadata[b"expressions"]) == classes
+    assert table["probabilities"].type.list_size == 3
+    assert set(table["label"].to_pylist()) == {0, 1, 2}
+    recalls = cafe("compare", "--per-class", "three")
+    assert all(name in recalls for name in classes)
+    assert "neutral" not in recalls
