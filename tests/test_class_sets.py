@@ -103,6 +103,8 @@ def test_what_is_shared_is_renormalised_and_the_labels_keep_their_names() -> Non
         list("abc"), np.array([2, 0, 2]), probabilities, {"target_classes": json.dumps(OWN)}, classes=OWN
     )
     assert same.share_classes() is same
+    nothing = Predictions([], np.zeros(0, int), np.zeros((0, 3), np.float32), ALL_EIGHT, classes=OWN).share_classes()
+    assert (nothing.classes, nothing.probabilities.shape) == ((), (0, 0))
 
 
 def test_class_sets_are_told_apart_by_their_number_or_else_by_their_turn() -> None:
