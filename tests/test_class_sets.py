@@ -26,6 +26,7 @@ from cafe.report.experiment import draw_experiment
 from cafe.report.figures import draw_run_figures, find_cell, shade
 from cafe.report.formats import to_csv, to_markdown
 from cafe.report.report import Report, conclude, make_report
+from cafe.report.sheets import run_sheet
 from cafe.results.columns import Column, name_class_sets
 from cafe.results.metrics import confusion, score
 from cafe.results.predictions import Predictions
@@ -191,6 +192,12 @@ def test_tracked_names_have_the_recalls_of_the_run(workspace: Workspace) -> None
     names = flatten_scores(read_scores([run])).keys()
     assert "target/fer/recall/contempt" in names
     assert "target/news/recall/contempt" not in names  # which has no such face
+
+
+def test_the_table_of_one_run_says_how_many_faces_its_model_has_no_class_for(workspace: Workspace) -> None:
+    for run in runs_of(workspace):
+        note = ["Faces left out, as the model knows no such class: 16 of fer."]
+        assert run_sheet(read_scores([run])).notes == (note if run.classes == EXPRESSIONS else [])
 
 
 def test_figures_are_drawn_from_files_and_a_face_that_is_gone_is_left_out(tmp_path: Path) -> None:

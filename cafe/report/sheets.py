@@ -161,17 +161,18 @@ def class_notes(comparison: Comparison) -> Iterator[str]:
     if len(comparison.class_sets) > 1:
         named = "; ".join(f"{name}: {', '.join(classes)}" for classes, name in comparison.class_sets.items())
         yield f"Predictions over different classes are not comparable and stand in columns of their own. {named}."
-    scores = comparison.scores
-    lacking = scores[scores["other_classes"] > 0].drop_duplicates(["target", "classes"])
-    if len(lacking):
-        said = (
-            f"{count:,} of {target}" for count, target in zip(lacking["other_classes"], lacking["target"], strict=True)
-        )
-        yield f"Faces left out, as the model knows no such class: {', '.join(said)}."
+    yield from _lacking_notes(comparison.scores)
     if any(run.shared_classes for row in comparison.rows for run in row.runs):
         yield "Over the classes that model and target share: the probabilities of others are left out."
-    elif any(set(own) - set(theirs) for own, theirs in zip(scores["classes"], scores["target_classes"], strict=True)):
+    elif any(set(own) - set(theirs) for own, theirs in comparison.scores[["classes", "target_classes"]].to_numpy()):
         yield "Over all classes of a model, also where a target lacks some: --shared-classes leaves those out."
+
+
+def _lacking_notes(scores: pd.DataFrame) -> Iterator[str]:
+    lacking = scores[scores["other_classes"] > 0].drop_duplicates(["target", "classes"])
+    if len(lacking):
+        said = (f"{row.other_classes:,} of {row.target}" for row in lacking.itertuples())
+        yield f"Faces left out, as the model knows no such class: {', '.join(said)}."
 
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
@@ -351,7 +352,7 @@ def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sh
         table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(_percent)
         table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)
     lines = [list(map(SheetCell, line)) for line in table.fillna("").reset_index().to_numpy()]
-    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, [])
+    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, list(_lacking_notes(scores)))
 
 
 def _with_mean(scores: pd.DataFrame) -> pd.DataFrame:

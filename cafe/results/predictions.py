@@ -41,7 +41,7 @@ class Predictions:
     def target_classes(self) -> tuple[str, ...]:
         """The classes of the target's manifest; the seven in a file from before there were others."""
         named = self.about.get("target_classes")
-        return tuple(json.loads(named)) if named else EXPRESSIONS
+        return tuple(json.loads(named)) if named else Predictions.classes
 
     @property
     def other_classes(self) -> int:
@@ -130,7 +130,7 @@ class Predictions:
         columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
         table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        classes = json.loads(about["expressions"]) if "expressions" in about else EXPRESSIONS
+        classes = json.loads(about["expressions"]) if "expressions" in about else cls.classes
         if not all(isinstance(name, str) for name in classes):
             raise ValueError(classes)
         grouped = named and "group" in table.column_names and table["group"].null_count < len(table)

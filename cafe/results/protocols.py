@@ -39,16 +39,16 @@ OPTIONS = {
 class Protocol:
     """How targets are evaluated, by the kind of their data set. Training always reads RGB and the split `train`."""
 
-    name: str
+    plain: str  # its name without the option of test time
     about: str
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # instead of `EVALUATED`
     bgr: frozenset[str] = frozenset()
     option: str = ""  # of `OPTIONS`
 
     @property
-    def plain(self) -> str:
-        """Its name without the option of test time."""
-        return self.name.removesuffix(f"-{self.option}") if self.option else self.name
+    def name(self) -> str:
+        """Its name, with the option of test time."""
+        return name_protocol(self.plain, self.option)
 
     @property
     def prefix(self) -> str:
@@ -110,4 +110,4 @@ def find_protocol(name: str) -> Protocol:
     if option not in OPTIONS:
         raise unknown("option of test time", option, OPTIONS)
     about = f"{PROTOCOLS[plain].about} At test time: {OPTIONS[option].about}."
-    return replace(PROTOCOLS[plain], name=name, about=about, option=option)
+    return replace(PROTOCOLS[plain], about=about, option=option)
