@@ -101,16 +101,24 @@ def list_plugins() -> tuple[Plugin, ...]:
 
 
 def check_plugins(identities: Iterable[str]) -> None:
-    """Raise `UserError` where plug-ins that something was made with, `NAME:DIGEST`, are not loaded."""
-    loaded = {plugin.identity for plugin in _suppliers.values()}
+    """Raise `UserError` where plug-ins that something was made with, `NAME:DIGEST`, are neither loaded nor installed."""
     for identity in identities:
-        name, _, digest_ = identity.partition(":")
-        if identity not in loaded:
-            other = ", of which another version is loaded" if any(own.startswith(f"{name}:") for own in loaded) else ""
+        name, _, wanted = identity.partition(":")
+        if identity not in _list_identities():
+            for group in _registries:
+                for entry in entry_points(group=f"cafe.{group}", name=name):
+                    _load_entry(entry, group)
+        if identity not in _list_identities():
+            names = {own.partition(":")[0] for own in _list_identities()}
+            other = ", of which another version is loaded" if name in names else ""
             raise UserError(
-                f"This needs the plug-in {name!r} with the digest {digest_[:12]}{other}: give its file with `cafe --plugin "
+                f"This needs the plug-in {name!r} with the digest {wanted[:12]}{other}: give its file with `cafe --plugin "
                 f"{name}.py`, or install it."
             )
+
+
+def _list_identities() -> set[str]:
+    return {plugin.identity for plugin in _suppliers.values()}
 
 
 def _load_file(path: Path) -> Plugin:

@@ -68,7 +68,7 @@ def test_a_file_is_sources_by_methods_by_towers_and_methods_without_a_tower_come
             ("linear_probe", "timm:c"),
         )
     ]
-    assert (grid.seeds, grid.evaluated, grid.views, grid.protocol) == ([3, 5], ["one", "two"], None, "clean")
+    assert (grid.seeds, grid.evaluated_on, grid.views, grid.protocol) == ([3, 5], ["one", "two"], None, "clean")
     settings = grid.train_settings(*next(line for line in grid.combinations() if line[2]))
     assert (settings.overrides, settings.epochs, settings.backbone) == (("gamma=1.0", "mask=none"), 4, "timm:a")
 

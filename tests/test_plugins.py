@@ -226,6 +226,14 @@ def test_what_was_made_with_a_plug_in_that_is_not_loaded_is_one_sentence(tmp_pat
     )
 
 
+def test_what_was_made_with_an_installed_plug_in_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(write(tmp_path, SOURCES["methods"], "needed.py"))
+    install(tmp_path, "needed", {"methods": "needed = needed:Probe"}, monkeypatch)
+    check_plugins([f"needed:{sha256(path.read_bytes()).hexdigest()}"])
+    assert find_plugins(methods="needed")
+    assert "of which another version is loaded" in complaint(check_plugins, ["needed:0123"])
+
+
 def test_the_specification_of_a_tower_of_ours_is_not_touched() -> None:
     assert isinstance(BACKBONES["clip-vit-b32"], BackboneSpec)
     assert find_plugins(towers="clip-vit-b32", methods="cafe", networks="resnet18", datasets="folder") == ()

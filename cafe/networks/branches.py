@@ -98,7 +98,7 @@ def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvis
     A file holds torchvision's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
     ResNet-18 does. Raises UserError for an unknown name, unreachable weights, or weights that fit less than 90 %.
     """
-    network: Network = find_entry("networks", name, "network")
+    network: Network = find_entry("networks", name, "image branch")
     weights = _read_init(name, network, init)
     model = network.build()
     trunk = nn.Sequential(OrderedDict((layer, model.get_submodule(layer)) for layer in network.layers))
