@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.files import list_folder, read_json, write_file, write_json
 from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
@@ -153,9 +152,9 @@ def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -
     return {
         "format": 1,
         "name": run.name,
-        "labels": list(EXPRESSIONS),
+        "labels": list(model.classes),
         "input": {"name": FACES, "type": "uint8", "shape": ["N", "H", "W", 3], "about": "aligned faces, RGB"},
-        "output": {"name": PROBABILITIES, "type": "float32", "shape": ["N", len(EXPRESSIONS)]},
+        "output": {"name": PROBABILITIES, "type": "float32", "shape": ["N", len(model.classes)]},
         "preprocessing": preprocessing,
         "origin": origin,
         "trained": read_json(run.folder / "result.json"),
