@@ -373,4 +373,5 @@ def _list_manifests(workspace: Workspace) -> Iterator[dict[str, object]]:
         manifest = workspace.load_manifest(name)
         sizes = {split: len(manifest.rows(split)) for split in SPLITS}
         stores = [about.describe() for _, about in find_stores(workspace.features, name)]
-        yield {"manifest": name, "kind": manifest.kind, "features": stores, "faces": len(manifest), **sizes}
+        numbers = {"classes": len(manifest.classes), "faces": len(manifest), **sizes}
+        yield {"manifest": name, "kind": manifest.kind, "features": stores, **numbers}

@@ -25,6 +25,7 @@ from cafe.data.alignment import (
     detect_faces,
     find_detector,
 )
+from cafe.data.expressions import EIGHT
 from cafe.data.images import decode_image
 from cafe.data.manifest import Manifest
 from cafe.results.protocols import find_protocol
@@ -152,7 +153,7 @@ def test_a_manifest_keeps_its_kind_labels_splits_and_sample_ids(
     (root / "train" / "anger" / "torn.jpg").write_bytes(whole[:3000])
     command.succeed("data", "index", "folder", str(root), "--name", "raw")
     manifest = UPath(command.workspace / "manifests" / "raw.parquet")
-    replace(Manifest.load(manifest), kind="sfew").save(manifest)
+    replace(Manifest.load(manifest), kind="sfew", classes=EIGHT).save(manifest)
     output = command.succeed("data", "align", "raw", "--name", "upright", "--size", "96")
     assert (
         "2 photos left out:\n  train/anger/meadow.jpg: no face found\n  train/anger/torn.jpg: damaged image" in output
@@ -162,6 +163,7 @@ def test_a_manifest_keeps_its_kind_labels_splits_and_sample_ids(
     )
     protocol = find_protocol("paper")
     assert (aligned.kind, protocol.channels(aligned.kind), protocol.split(aligned, "sfew")) == ("sfew", "bgr", "test")
+    assert aligned.classes == EIGHT
     columns = ["sample_id", "label", "split", "group"]
     kept = [row for row in raw.table.select(columns).to_pylist() if row["sample_id"].rsplit("/")[-1][0] in "012"]
     assert aligned.table.select(columns).to_pylist() == kept

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Cafe
@@ -16,6 +18,7 @@ from upath import UPath
 
 from cafe.data.auditing import audit
 from cafe.data.copies import CopyIndex, draw_thumbnail
+from cafe.data.expressions import EIGHT
 from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
@@ -23,6 +26,7 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
+from cafe.report.audit import draw_audit
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.comparison import compare
 from cafe.results.leaks import leave_out_leaks
@@ -173,6 +177,24 @@ def test_the_splits_of_the_source_are_compared_once_each_and_never_with_themselv
     assert [(pair.source_split, pair.target_split, pair.copied, pair.pairs) for pair in result.splits] == [
         ("train", "test", 1, 2)
     ]
+
+
+def test_labels_of_sets_with_different_classes_are_compared_by_name(
+    sets: tuple[Workspace, dict[str, Manifest]],
+) -> None:
+    """The copies of film in web carry other labels; in a class set of another order the same names are still others."""
+    _, manifests = sets
+    film, web = manifests["film"], manifests["web"]
+    turned = tuple(reversed(EIGHT))
+    labels = pa.array([turned.index(name) for name in web.name_classes(web.rows("all"))], pa.int8())
+    table = web.table.set_column(web.table.column_names.index("label"), "label", labels)
+    other = replace(web, table=table, classes=turned)
+    *_, first = audit(film, [web], lambda *_: None, lambda *_: None)
+    *_, second = audit(film, [other], lambda *_: None, lambda *_: None)
+    assert second.splits == first.splits
+    assert sum(pair.relabelled for pair in first.splits) == 3
+    assert b"contempt" not in draw_audit(second)
+    assert draw_audit(second).count(b"fear") == draw_audit(first).count(b"fear")
 
 
 def evaluate(workspace: Workspace, manifests: dict[str, Manifest], wrong: set[str]) -> UPath:

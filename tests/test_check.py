@@ -83,6 +83,21 @@ def test_the_state_of_a_data_set_is_counted_and_shown(tmp_path: Path, command: C
     assert "damaged image" in text
 
 
+def test_a_set_with_classes_of_its_own_has_a_line_and_a_sheet_for_each(tmp_path: Path, command: Cafe) -> None:
+    root = draw_faces(tmp_path / "faces", per_class=3)
+    (root / "anger").rename(root / "Pain")
+    command.succeed(
+        "data", "index", "folder", str(root), "--name", "ward", "--expressions", "pain,happiness,sadness,awake"
+    )
+    output = command.succeed("data", "check", "ward")
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+    assert [(line[0], line[3]) for line in lines[:5]] == [
+        ("pain", "3"), ("happiness", "3"), ("sadness", "3"), ("awake", "0"), ("all", "9"),
+    ]  # fmt: skip
+    page = Page((command.workspace / "reports" / "check-ward.html").read_text())
+    assert len(page.pictures) == 9
+
+
 def test_a_set_of_which_nothing_can_be_read_is_no_crash(tmp_path: Path, command: Cafe) -> None:
     root = draw_faces(tmp_path / "faces", per_class=2)
     command.succeed("data", "index", "folder", str(root), "--name", "gone")

@@ -34,7 +34,7 @@ def test_every_listing_is_json_on_request(tmp_path: Path) -> None:
     (listed,) = json.loads(run(tmp_path, "data", "list", "--json"))
     assert listed["manifest"] == "mine"
     assert listed["faces"] == listed["train"] + listed["test"]
-    assert listed["features"] == []
+    assert (listed["features"], listed["classes"]) == ([], 7)
 
     assert "No run in" in run(tmp_path, "runs")
     workspace, labels = Workspace.at(str(tmp_path / "work")), np.arange(14) % 7

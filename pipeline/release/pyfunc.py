@@ -18,6 +18,7 @@ from upath import UPath
 from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
 from cafe.files import read_json
+from cafe.inference.output import name_columns
 from cafe.pipeline.models import build_model
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
@@ -40,7 +41,7 @@ class Pyfunc:
         self.model = build_model([folder])
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return for each record the most probable class and the probability of all; raise `UserError` for no image."""
+        """Return for each record the most probable class and the probability of each; raise `UserError` for no image."""
         import pandas as pd
 
         faces = []
@@ -50,8 +51,9 @@ class Pyfunc:
             except UnreadableImageError as error:
                 raise UserError(f"Record {number} is no image ({error}): send the bytes of an image file.") from None
         probabilities = self.model.predict(faces)
-        table = pd.DataFrame(probabilities.astype(float), columns=list(self.model.classes))
-        table.insert(0, "expression", [self.model.classes[label] for label in probabilities.argmax(axis=1)])
+        classes = self.model.classes
+        table = pd.DataFrame(probabilities.astype(float), columns=list(name_columns(classes).values()))
+        table.insert(0, "expression", [classes[label] for label in probabilities.argmax(axis=1)])
         return table
 
 
@@ -124,7 +126,8 @@ def describe_tags(run: Run) -> dict[str, str]:
 def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
     types, column = mlflow.types, mlflow.types.ColSpec
     described = read_json(exported / "model.json") or {}
-    outputs = [column("string", "expression"), *(column("double", name) for name in described["labels"])]
+    outputs = [column("double", name) for name in name_columns(described["labels"]).values()]
+    outputs = [column("string", "expression"), *outputs]
     mlflow.models.Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
