@@ -1,1 +1,1 @@
-"""The engine: feature extraction with Ray Data, training with Ray Train, tracking with MLflow."""
+"""The engine: workspace, runs, feature stores, training, evaluation, benchmarks, tracking, release."""
