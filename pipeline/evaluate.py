@@ -60,6 +60,7 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
     dataset = make_dataset(spec, target)
     readable, column = part.rows(target.split), target.column
     assert column is not None
+    other = {"other_classes": str(len(readable) - len(rows)), "target_classes": json.dumps(manifest.classes)}
     predictions = Predictions(
         [target.sample_ids[row] for row in rows],
         target.labels[rows],
@@ -73,8 +74,7 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
             "kind": manifest.kind,
             "manifest": manifest.digest,
             "without_features": str(len(manifest.rows(target.split)) - len(readable)),
-            "other_classes": str(len(readable) - len(rows)),
-            "target_classes": json.dumps(manifest.classes),
+            **(other if manifest.classes != spec.classes else {}),
         },
         target.groups(rows),
         spec.classes,

@@ -26,8 +26,8 @@ class Predictions:
     """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, K) float32.
 
     `classes` are those of the model, K, of which labels are the places. `groups` names the person or film of each face, None
-    where it has none; `about` names the run, target, protocol, split, kind and manifest, the classes of the target and the
-    number of its faces of classes that the model lacks.
+    where it has none; `about` names the run, target, protocol, split, kind and manifest, and where the classes of the target are
+    not the model's, these and the number of its faces of classes that the model lacks.
     """
 
     sample_ids: list[str]
@@ -39,9 +39,9 @@ class Predictions:
 
     @property
     def target_classes(self) -> tuple[str, ...]:
-        """The classes of the target's manifest; the seven in a file from before there were others."""
+        """The classes of the target's manifest, which a file names only where they are not the model's."""
         named = self.about.get("target_classes")
-        return tuple(json.loads(named)) if named else Predictions.classes
+        return tuple(json.loads(named)) if named else self.classes
 
     @property
     def other_classes(self) -> int:
