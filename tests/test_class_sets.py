@@ -85,7 +85,7 @@ def test_predictions_keep_their_classes_and_files_from_before_have_the_seven(tmp
     found = Predictions.load(path)
     assert found is not None
     assert (found.classes, found.probabilities.shape) == (OWN, (1, 3))
-    assert (found.target_classes, found.other_classes) == (EXPRESSIONS, 0)
+    assert (found.target_classes, found.other_classes) == (OWN, 0)  # the model's, unless the file says others
     run = write_run(Workspace.at(str(tmp_path)))
     old = read_run(run)
     assert old is not None
