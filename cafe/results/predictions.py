@@ -26,8 +26,8 @@ class Predictions:
     """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, K) float32.
 
     `classes` are those of the model, K, of which labels are the places. `groups` names the person or film of each face, None
-    where it has none; `about` names the run, target, protocol, split, kind and manifest, and where the target has other classes
-    than the model, these and the number of faces that were left out for it.
+    where it has none; `about` names the run, target, protocol, split, kind and manifest, and of a target with other classes
+    than the model these and the number of faces that were left out for it.
     """
 
     sample_ids: list[str]
