@@ -200,7 +200,10 @@ def test_labels_of_sets_with_different_classes_are_compared_by_name(
 def evaluate(workspace: Workspace, manifests: dict[str, Manifest], wrong: set[str]) -> UPath:
     """Write a run trained on `film` with its predictions for both sets: right but for the samples of `wrong`."""
     film = manifests["film"]
-    spec = RunSpec("film", film.digest, "image_only", {}, {}, 64, "paper", 2, (0.0,) * 3, (1.0,) * 3)
+    spec = RunSpec(
+        method="image_only", source="film", source_digest=film.digest, recipe={}, recipe_changes={}, image_size=64,
+        policy="paper", views=2, mean=(0.0,) * 3, std=(1.0,) * 3,
+    )  # fmt: skip
     run = workspace.run_path(spec.name)
     spec.save(run)
     (run / "result.json").write_text("{}")

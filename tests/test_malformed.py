@@ -45,7 +45,10 @@ VALUE = st.recursive(
 TEXT = st.binary(max_size=30) | VALUE.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 100_000)
 PICK = st.lists(st.integers(0, 1000), min_size=1, max_size=4)
 GRID = (Path(__file__).parents[1] / "jobs" / "benchmarks" / "demo.toml").read_text()
-SPEC = RunSpec("raf", "0", "cafe", {"epochs": 1}, {}, 64, "paper", 2, (0.5,) * 3, (0.5,) * 3)
+SPEC = RunSpec(
+    method="cafe", source="raf", source_digest="0", recipe={"epochs": 1}, recipe_changes={}, image_size=64, policy="paper",
+    views=2, mean=(0.5,) * 3, std=(0.5,) * 3,
+)  # fmt: skip
 
 
 def put(record: Any, steps: list[int], value: Any) -> Any:
