@@ -112,7 +112,7 @@ class RunSpec(RunIdentity):
                 del chosen[name]
         chosen |= {"domains": self.domains} if self.fold else {}
         chosen |= {"classes": ", ".join(self.classes)} if self.classes != EXPRESSIONS else {}
-        return chosen | {f"recipe.{name}": value for name, value in self.recipe.items()}
+        return chosen | {f"recipe.{name}": value for name, value in self.recipe.items() if value != ""}
 
     @property
     def derived(self) -> dict[str, Any]:
@@ -142,6 +142,9 @@ class RunSpec(RunIdentity):
         """
         if read_record(run) is not None:
             there = asdict(RunSpec.load(run))
+            there["recipe"] = (
+                self.recipe | there["recipe"]
+            )  # a setting that is younger than the run has its default there
             changed = [name for name, value in asdict(self).items() if there[name] != value]
             if changed:
                 raise UserError(

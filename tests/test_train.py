@@ -289,6 +289,19 @@ def test_a_field_added_later_renames_no_run(ready: Cafe) -> None:
     assert replace(spec, precision="bf16").group != spec.group
 
 
+def test_a_recipe_setting_added_later_is_no_other_run_and_an_empty_one_is_not_reported(
+    ready: Cafe, tmp_path: Path
+) -> None:
+    spec = plan_training(Workspace.at(str(ready.workspace)), TrainSettings(source="one")).spec
+    run = UPath(tmp_path / spec.name)
+    spec.save(run)
+    before = (run / "run.json").read_bytes()
+    replace(spec, recipe={**spec.recipe, "wordings": ""}).save(run)
+    assert (run / "run.json").read_bytes() == before
+    assert replace(spec, recipe={**spec.recipe, "wordings": ""}).settings == spec.settings
+    assert "recipe.wordings" in replace(spec, recipe={**spec.recipe, "wordings": "fear:afraid"}).settings
+
+
 def test_a_run_of_an_older_format_or_of_other_defaults_is_one_sentence(ready: Cafe) -> None:
     plan = plan_training(Workspace.at(str(ready.workspace)), TrainSettings(source="one", targets="none"))
     plan.spec.save(plan.run)
