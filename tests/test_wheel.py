@@ -1,0 +1,65 @@
+"""What is installed claims the name `cafe` alone: it works in a folder whose own modules are named `pipeline` and `jobs`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from conftest import draw_faces
+
+ROOT = Path(__file__).parents[1]
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+SCORES = "import cafe; print(cafe.scores('work').accuracy.between(0, 1).all())"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an installed wheel."""
+    tree, site = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("site")
+    for name in ("cafe", "pipeline", "jobs"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    subprocess.run([sys.executable, "-c", BUILD, str(site)], cwd=tree, check=True, capture_output=True)
+    (wheel,) = site.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        archive.extractall(site)
+    wheel.unlink()
+    return site
+
+
+def test_only_cafe_is_installed(installed: Path) -> None:
+    assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["cafe"]
+    for name in ("pipeline/train.py", "jobs/benchmarks/table1.toml", "results/published.toml"):
+        assert (installed / "cafe" / name).is_file()
+
+
+def test_it_works_beside_modules_named_like_its_folders(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    for name in ("pipeline/__init__.py", "jobs.py"):
+        (tmp_path / name).write_text("raise ImportError('a module of somebody else')\n")
+    drawn = list(draw_faces(tmp_path / "faces", per_class=6).rglob("*.*g"))
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert run("-c", "import cafe.pipeline; print(cafe.pipeline.__file__)").startswith(str(installed))
+    cafe = ("-m", "cafe.jobs.cli")
+    run(*cafe, "data", "index", "folder", "faces", "--name", "drawn")
+    run(*cafe, "train", "--source", "drawn", "--method", "image_only", "--epochs", "1", "--image-size", "32")
+    run(*cafe, "predict", "image_only-drawn", "faces", "--aligned", "--output", "faces.csv")
+    assert len((tmp_path / "faces.csv").read_text().splitlines()) == 1 + len(drawn)
+    assert run("-c", SCORES).strip() == "True"
