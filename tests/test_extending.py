@@ -23,6 +23,7 @@ from cafe.networks.branches import build_network
 from cafe.pipeline.workspace import Workspace
 from cafe.plugins import load_plugins
 from cafe.results.predictions import load_predictions
+from cafe.results.runs import read_runs
 from cafe.towers.building import load_backbone
 from cafe.towers.weights import read_tensors
 
@@ -158,6 +159,38 @@ def test_the_new_method_learns_an_epoch_and_is_evaluated_with_its_plug_in(
     (run / "predictions" / "actors.parquet").unlink()
     actors.succeed(*(argument for file in plug_ins for argument in ("--plugin", file)), "evaluate", run.name, "--cpu")
     np.testing.assert_array_equal(load_predictions(run)["actors"].probabilities, before)
+
+
+BENCHMARK = """
+sources = ["actors"]
+seeds = 1
+methods = ["fusion", {{ method = "image_only", network = "mobilenet_v3_small" }}]
+towers = ["{tower}"]
+views = 2
+
+[train]
+epochs = 1
+image_size = 32
+"""
+
+
+def test_all_of_them_run_through_a_benchmark_and_an_export(
+    files: dict[str, str], tower_file: Path, actors: Cafe, ray_address: str, tmp_path: Path
+) -> None:
+    plug_ins = [
+        part for name in ("fusion", "tiny_resnet", "small_branch") for part in ("--plugin", files[f"{name}.py"])
+    ]
+    (tmp_path / "own.toml").write_text(BENCHMARK.format(tower=f"tiny-resnet@{tower_file}"))
+    cafe, model = Cafe(actors.workspace, ray_address), str(tmp_path / "model")
+    face = str(actors.workspace.parent / "actors" / "p00-anger-0.png")
+    with forgotten_plugins():
+        cafe.succeed(*plug_ins, "benchmark", str(tmp_path / "own.toml"), ray=True)
+        runs = [run for run in read_runs(UPath(cafe.workspace / "runs").iterdir()) if "own" in run.experiments]
+        assert sorted(run.method for run in runs) == ["fusion", "image_only"]
+        (fused,) = (run.name for run in runs if run.method == "fusion")
+        assert "differs from PyTorch by at most" in cafe.succeed(*plug_ins, "export", fused, "--output", model)
+        assert "p00-anger-0.png" in cafe.succeed(*plug_ins, "predict", model, face, "--aligned")
+    assert "This needs the plug-in 'fusion' with the digest " in cafe.fail("predict", model, face, "--aligned")
 
 
 def test_without_the_plug_in_the_name_is_unknown(actors: Cafe, forget: None) -> None:
