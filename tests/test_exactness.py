@@ -126,7 +126,7 @@ def test_shards_and_order_change_no_feature(manifest: Manifest, tiny_tower: str,
     whole = fill_store(tmp_path / "whole", manifest, settings).array("pooled")[:]
     small = replace(settings, shard_rows=7)
     np.testing.assert_array_equal(fill_store(tmp_path / "small", manifest, small).array("pooled")[:], whole)
-    plan = fill_store(tmp_path / "whole", manifest, settings).about.key.view_plan
+    plan = fill_store(tmp_path / "whole", manifest, settings).info.key.view_plan
     live = Embedder(load_backbone(tiny_tower), manifest, plan, "cpu", dtype="float32", batch_size=16)
     rows = np.random.default_rng(0).permutation(len(manifest))
     for view in (2, 0, 1):
