@@ -1,7 +1,8 @@
 """CAFE in one file that reads top to bottom: from the feature store to its accuracy on data sets it never saw.
 
 "Generalizable Facial Expression Recognition", ECCV 2024. Copy this file to try an idea: nothing of the method is hidden, and
-nothing of the engine is needed. As it stands its weights and probabilities are those of `cafe train`, bit for bit:
+of the engine it needs the feature store alone. As it stands its weights and probabilities are those of `cafe train`, bit for
+bit:
 
     cafe data index folder ~/faces/news --name news
     cafe data index folder ~/faces/cinema --name cinema
@@ -15,6 +16,7 @@ nothing of the engine is needed. As it stands its weights and probabilities are 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -27,6 +29,7 @@ from upath import UPath
 
 import cafe
 from cafe.data.manifest import Manifest
+from cafe.errors import UserError
 from cafe.randomness import random_generator
 from cafe.towers.weights import write_tensors
 from cafe.views.drawing import ViewPlan
@@ -55,9 +58,9 @@ class Faces:
     it again here: a pure function of (seed, sample_id, v).
     """
 
-    def __init__(self, name: str, workspace: str, image_size: int) -> None:
+    def __init__(self, name: str, workspace: str, image_size: int, store: str | None = None) -> None:
         self.manifest: Manifest = cafe.load_manifest(name, workspace)
-        self.store = cafe.load_store(name, workspace)
+        self.store = cafe.load_store(name, workspace, store)
         self.plan: ViewPlan = replace(self.store.info.key.view_plan, mean=MEAN, std=STD)
         self.image_size = image_size
         self.features: dict[int, np.ndarray] = {}  # by view, (N, C) float16
@@ -165,21 +168,28 @@ def predict(model: Cafe, faces: Faces, rows: np.ndarray) -> Iterator[Tensor]:
 
 
 def main() -> None:
-    """Train on one manifest of a workspace and print the accuracy on others, none of which training has seen."""
+    """Train on the training faces of one manifest of a workspace, then print the accuracy on the test faces of several."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument(
         "source", help="manifest to train on, with features of as many views as there are epochs, and one"
     )
     parser.add_argument("--targets", required=True, help="manifests to evaluate on, comma-separated")
+    parser.add_argument("--store", help="folder of the features of the source, where it has several")
     parser.add_argument("--workspace", default="work")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--image-size", type=int, default=IMAGE_SIZE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="file for the weights, .safetensors")
     chosen = parser.parse_args()
-    model = train(Faces(chosen.source, chosen.workspace, chosen.image_size), chosen.epochs, chosen.seed)
-    for name in chosen.targets.split(","):
-        target = Faces(name, chosen.workspace, chosen.image_size)
+    source = Faces(chosen.source, chosen.workspace, chosen.image_size, chosen.store)
+    others = set(chosen.targets.split(",")) - {chosen.source}
+    known = {name: Faces(name, chosen.workspace, chosen.image_size) for name in others} | {chosen.source: source}
+    targets = {name: known[name] for name in chosen.targets.split(",")}
+    for name, target in targets.items():
+        if target.manifest.classes != source.manifest.classes:
+            raise UserError(f"{name!r} has other classes than {chosen.source!r}: evaluate on sets with the same ones.")
+    model = train(source, chosen.epochs, chosen.seed)
+    for name, target in targets.items():
         rows = target.rows("test")
         probabilities = torch.cat(list(predict(model, target, rows))).numpy()
         accuracy = (probabilities.argmax(axis=1) == target.manifest.labels[rows]).mean()
@@ -189,4 +199,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -161,7 +161,9 @@ def _index_tables(index: Index) -> list[Table | str]:
     smallest, middle, largest = (f"{widths[n]}×{heights[n]}" for n in (0, (len(widths) - 1) // 2, -1))
     ignored = f"; {listing.ignored:,} other files ignored" if listing.ignored else ""
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(listing.dropped.items()))
-    left_out = f"{listing.dropped.total():,} of none of the {len(manifest.classes)} classes, left out: {dropped}"
+    left_out = (
+        f"{listing.dropped.total():,} left out, which show none of the {len(manifest.classes)} classes: {dropped}"
+    )
     repeated, duplicates = listing.repeated, [" = ".join(group) for group in index.duplicates]
     broken = [f"{path}: {reason}" for path, reason in index.broken]
     return [

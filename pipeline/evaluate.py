@@ -1,6 +1,6 @@
 """One run against its targets: predictions as Parquet and what a mask selects as numbers; pictures are drawn from these.
 
-Targets are read here and nowhere else; the only training that sees one is that of an oracle, by name.
+Training reads no target; the only training that sees one is that of an oracle, by name.
 """
 
 from __future__ import annotations

@@ -33,15 +33,15 @@ PICTURES_SHARE = 0.2  # of the free memory that decoded pictures of a source may
 HELD_OUT = 0.1  # of the training faces of a source, for `source_val`
 
 
-class _Sent:
-    """Goes to other processes without what this one has opened."""
+class _PicklesFields:
+    """Goes to other processes with its fields alone, without what this one has opened."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Part(_Sent):
+class Part(_PicklesFields):
     """The faces of one manifest and, where there is one, the store of their frozen features."""
 
     place: UPath  # of the manifest
@@ -88,7 +88,7 @@ class Part(_Sent):
 
 
 @dataclass(frozen=True)
-class Faces(_Sent):
+class Faces(_PicklesFields):
     """The faces of one or several manifests, one manifest after another, as if they were one data set.
 
     A face keeps its root, its box and its sample_id, so that its views are those it has alone. Labels count in the order of
@@ -221,7 +221,7 @@ class Faces(_Sent):
 
         `source_val` takes the data set's own validation split, or holds a tenth of the train split out where there is none
         or where it is what is evaluated, as of AffectNet and SFEW. Of several sources it always holds a tenth of each one
-        out, as DomainBed's training-domain validation does, so that none is heard more for having a large validation split.
+        out, as DomainBed's training-domain validation does, so that a large validation split does not outweigh the others.
         """
         own_val = len(self.parts) == 1
         return (
@@ -291,8 +291,12 @@ def choose_target(
 def choose_targets(
     workspace: Workspace, wanted: str | None, spec: RunSpec, protocol: str, split: str | None = None
 ) -> list[Faces]:
-    """Return the targets of a comma-separated list, of all manifests when there is none, of nothing for `none`."""
+    """Return the targets of a comma-separated list, of nothing for `none`; without one, of all that share a class."""
     if wanted == "none":
         return []
-    names = workspace.manifest_names() if wanted is None else [part.strip() for part in wanted.split(",")]
-    return [choose_target(workspace, name, spec, find_protocol(protocol), split) for name in names if name]
+    if wanted is not None:
+        names = [name for part in wanted.split(",") if (name := part.strip())]
+    else:
+        known = set(spec.classes)
+        names = [name for name in workspace.manifest_names() if known & set(workspace.load_manifest(name).classes)]
+    return [choose_target(workspace, name, spec, find_protocol(protocol), split) for name in names]

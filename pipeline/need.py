@@ -35,7 +35,7 @@ class Need:
 
     `equal` names fields of its key and what they must be, or what it is called by: `tower`, `backbone_name`, `folder`,
     `policy_name`. It must hold at least so many `views`, and maps where they are needed. `options` are those of the
-    `command` that would fill it.
+    `command` that would fill it, for what somebody still has to extract.
     """
 
     manifest: str
@@ -45,18 +45,24 @@ class Need:
     options: str = ""
 
     @classmethod
-    def of_source(cls, manifest: Manifest, choice: StoreChoice) -> Need:
+    def of_images(cls, manifest: Manifest) -> Need:
+        """Return that it is of the images that a manifest lists now."""
+        return cls(manifest.name, {"images": manifest.image_digest})
+
+    @classmethod
+    def of_source(cls, manifest: Manifest, choice: StoreChoice, method: type[Method]) -> Need:
         """Return what a training needs of the store of a source, by what a user says of it; targets alone may be BGR."""
         known = {"folder": choice.store, "policy_name": choice.policy, "view_seed": choice.view_seed}
         known |= {"tower": absolute_name(choice.backbone) if choice.backbone else None}
         equal = {"channels": "rgb", **{name: value for name, value in known.items() if value not in (None, "")}}
-        return cls(manifest.name, equal, choice.views or 1, options=write_options(replace(choice, store=None)))
+        maps = "map" in method.needs
+        return cls(manifest.name, equal, choice.views or 1, maps, write_options(replace(choice, store=None), maps))
 
     @classmethod
     def of_target(cls, manifest: Manifest, spec: RunSpec, protocol: Protocol) -> Need:
         """Return what the evaluation of a run by a protocol needs of the store of a target."""
         method, option = find_method(spec.method), OPTIONS.get(protocol.option)
-        equal = dict(cls.of_evaluation(manifest.name, spec).equal)
+        equal = dict(cls.evaluated_with(manifest.name, spec).equal)
         equal["channels"], views, maps = protocol.channels(manifest.kind), 1, "map" in method.needs
         drawn = StoreChoice()
         if option and option.views > 1 and not method.clean_features:  # several views are averaged
@@ -65,18 +71,18 @@ class Need:
             views = option.views
             equal |= {"policy_name": drawn.policy}
             equal |= {} if drawn.view_seed is None else {"view_seed": drawn.view_seed}
-        options = [f"--backbone {spec.backbone}", "--maps" if maps else ""]
-        options += ["--channels bgr" if equal["channels"] == "bgr" else "", write_options(drawn)]
-        return cls(manifest.name, equal, views, maps, " ".join(filter(None, options)))
+        options = [write_options(replace(drawn, backbone=spec.backbone), maps)]
+        options += ["--channels bgr"] if equal["channels"] == "bgr" else []
+        return cls(manifest.name, equal, views, maps, " ".join(options))
 
     @classmethod
-    def of_training(cls, manifest: str, spec: RunSpec) -> Need:
+    def trained_with(cls, manifest: str, spec: RunSpec) -> Need:
         """Return what a store must be to be one that a run learned from."""
         free = ("views", "maps", *(["images"] if spec.sources else []))
         return cls(manifest, {name: value for name, value in vars(spec.features).items() if name not in free})
 
     @classmethod
-    def of_evaluation(cls, manifest: str, spec: RunSpec) -> Need:
+    def evaluated_with(cls, manifest: str, spec: RunSpec) -> Need:
         """Return what a store must be to be one that a run was evaluated on."""
         return cls(manifest, {name: value for name, value in vars(spec.features).items() if name not in OF_THE_SOURCE})
 
@@ -139,8 +145,8 @@ def choose_source_store(
         choice = replace(choice, policy=None)
     elif choice.views == 1 or not method.trained:  # the clean view is the same by every seed
         choice = replace(choice, view_seed=None)
-    stores, need = find_stores(workspace.features, manifest.name), Need.of_source(manifest, choice)
-    asked = write_options(choice)
+    stores, need = find_stores(workspace.features, manifest.name), Need.of_source(manifest, choice, method)
+    asked = write_options(choice, need.maps)
     if not stores:
         if asked:
             raise UserError(f"There are no features of {manifest.name!r} yet: run `{need.command}`.")
@@ -151,7 +157,7 @@ def choose_source_store(
         raise UserError(
             f"No features of {manifest.name!r} fit {asked or 'a training'} (there are: {there}): run `{need.command}`."
         )
-    current = Need(manifest.name, {"images": manifest.image_digest}).find(fitting)
+    current = Need.of_images(manifest).find(fitting)
     if not current:
         raise UserError(
             f"The features of {manifest.name!r} were made of other images than its manifest lists now: run "
@@ -186,14 +192,31 @@ def choose_target_store(workspace: Workspace, manifest: Manifest, spec: RunSpec,
 
 def any_store(workspace: Workspace, manifest: Manifest) -> Store | None:
     """Return any finished store of a manifest: where nobody reads features, it says which images are unreadable."""
-    current = Need(manifest.name, {"images": manifest.image_digest}).find(
-        find_stores(workspace.features, manifest.name)
-    )
+    current = Need.of_images(manifest).find(find_stores(workspace.features, manifest.name))
     return next((store for store in current if not Receipts(*store).pending()), None)
 
 
-def check_alike(stores: Sequence[Store], used: Mapping[str, Any]) -> None:
-    """Raise `UserError` naming in what the stores of several sources differ, beside what is `used` of all of them alike."""
+def join_stores(stores: Sequence[Store], choice: StoreChoice, method: type[Method], live: bool = False) -> StoreInfo:
+    """Return what the stores of several sources are together; raise `UserError` naming in what they differ.
+
+    They must be of one tower and one draw of views; they may hold more views than are used, or maps besides. The manifest,
+    images and number of faces are those of the first.
+    """
+    together = stores[0][1].key
+    used: dict[str, Any] = {"maps": "map" in method.needs}
+    if method.clean_features or not method.trained:  # only the clean view is read
+        used |= {name: getattr(together, name) for name in ("policy", "view_seed", "views")}
+    elif live:
+        used |= {name: getattr(together, name) for name in ("policy", "views")}
+    elif choice.views == 1:
+        used |= {"policy": describe_policy("clean"), "view_seed": 0, "views": 1}
+    elif choice.views:
+        used["views"] = choice.views
+    _check_alike(stores, used)
+    return replace(stores[0][1], key=replace(together, **used))
+
+
+def _check_alike(stores: Sequence[Store], used: Mapping[str, Any]) -> None:
     first, *others = [(info, replace(info.key, **{**used, "images": ""})) for _, info in stores]
     for info, key in others:
         differing = [name for name, value in vars(first[1]).items() if vars(key)[name] != value]
@@ -205,10 +228,11 @@ def check_alike(stores: Sequence[Store], used: Mapping[str, Any]) -> None:
             )
 
 
-def write_options(choice: StoreChoice) -> str:
+def write_options(choice: StoreChoice, maps: bool = False) -> str:
     """Return a choice as the options of a command."""
     asked = take(choice, StoreChoice).items()
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asked if value not in (None, ""))
+    written = [f"--{name.replace('_', '-')} {value}" for name, value in asked if value not in (None, "")]
+    return " ".join([*written, *(["--maps"] if maps else [])])
 
 
 def _finished(store: Store) -> Store:

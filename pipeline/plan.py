@@ -19,7 +19,7 @@ from cafe.pipeline.faces import Faces, Part, choose_target, choose_targets
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
 from cafe.pipeline.models import find_inputs
-from cafe.pipeline.need import Store, any_store, check_alike, choose_source_store
+from cafe.pipeline.need import Store, any_store, choose_source_store, join_stores
 from cafe.pipeline.runs import RunSpec, is_finished
 from cafe.pipeline.settings import RunIdentity, TrainSettings, take
 from cafe.pipeline.workspace import Workspace, check_name
@@ -79,7 +79,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     _check_names(settings, recipe)
     _check_domains(settings, names)
     stores = _choose_stores(workspace, sources, settings)
-    spec = specify(settings, sources, recipe, describe_stores(sources, stores, settings))
+    spec = specify(settings, sources, recipe, _describe_stores(sources, stores, settings))
     find_method(settings.method).check(find_inputs(spec))
     source = Faces.of(
         *(
@@ -202,44 +202,28 @@ def _choose_stores(workspace: Workspace, source: Faces, settings: TrainSettings)
         if settings.backbone != "none" and (method.needs_tower() or settings.backbone or folder):
             choice = replace(settings, store=folder)
             store = choose_source_store(workspace, part.manifest, choice, method, settings.live)
-        _check_store(settings, part.name, store[1] if store else None)
+        _check_store(settings, method, part.name, store)
         chosen.append(store)
     return chosen
 
 
-def _check_store(settings: TrainSettings, source: str, store: StoreInfo | None) -> None:
-    method = find_method(settings.method)
+def _check_store(settings: TrainSettings, method: type[Method], source: str, store: Store | None) -> None:
     if settings.backbone == "none" and method.needs_tower():
         raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
     if settings.live and not (method.needs_features() and method.trained):
         raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
     if store is None and method.needs_tower():
         raise UserError(f"{settings.method} needs frozen features of {source!r}: run `cafe extract {source}` first.")
-    if store and store.map_shape is None and "map" in method.needs:
-        raise UserError(f"{settings.method} needs feature maps of {source!r}: run `cafe extract {source} --maps`.")
 
 
-def describe_stores(source: Faces, stores: Sequence[Store | None], settings: TrainSettings) -> StoreInfo | None:
-    """Return what the stores of the sources are together; raise `UserError` naming in what they differ.
-
-    They must be of one tower and one draw of views; they may hold more views than are used, or maps besides.
-    """
+def _describe_stores(source: Faces, stores: Sequence[Store | None], settings: TrainSettings) -> StoreInfo | None:
+    """Return the description of the only store, or of those of all sources as one; raise `UserError` where they differ."""
     found = [store for store in stores if store]
     if len(found) < 2:
         return found[0][1] if found else None
-    method, first = find_method(settings.method), found[0][1]
-    used: dict[str, Any] = {"maps": "map" in method.needs}
-    if method.clean_features or not method.trained:  # only the clean view is read
-        used |= {name: getattr(first.key, name) for name in ("policy", "view_seed", "views")}
-    elif settings.live:
-        used |= {name: getattr(first.key, name) for name in ("policy", "views")}
-    elif settings.views == 1:
-        used |= {"policy": describe_policy("clean"), "view_seed": 0, "views": 1}
-    elif settings.views:
-        used["views"] = settings.views
-    check_alike(found, used)
-    key = replace(first.key, **{**used, "images": source.image_digest})
-    return replace(first, key=key, manifest=source.name, rows=len(source.labels))
+    together = join_stores(found, settings, find_method(settings.method), settings.live)
+    key = replace(together.key, images=source.image_digest)
+    return replace(together, key=key, manifest=source.name, rows=len(source.labels))
 
 
 def find_deviations(spec: RunSpec) -> list[str]:

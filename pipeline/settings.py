@@ -210,7 +210,9 @@ class Execution(ClusterSettings):
     """Where and how a training runs, and what becomes of it: the result of the run does not depend on it."""
 
     targets: str | None = setting(
-        None, "Manifests to evaluate on, comma-separated, or none; default: all.", in_file=False
+        None,
+        "Manifests to evaluate on, comma-separated, or none; default: all that share a class with the source.",
+        in_file=False,
     )
     protocol: Protocol = setting("clean", "How targets are evaluated; training does not depend on it.", in_file=False)
     num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")
@@ -240,7 +242,9 @@ class TrainSettings(Execution, RunChoices, RunIdentity):
 class EvaluateSettings(ClusterSettings):
     """One run against any number of targets."""
 
-    targets: str | None = setting(None, "Manifests to evaluate on, comma-separated; default: all of the workspace.")
+    targets: str | None = setting(
+        None, "Manifests to evaluate on, comma-separated; default: all with a class of the run's."
+    )
     protocol: Protocol = setting("clean", "How targets are evaluated: clean, or paper as the released readers do.")
     test_time: TestTime | None = setting(
         None,

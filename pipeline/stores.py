@@ -80,12 +80,12 @@ def _look_at(path: UPath, runs: dict[str, tuple[RunSpec, list[str]]]) -> StoreFa
         for run, (spec, _) in readers.items()
         if info
         and info.manifest in {source.name for source in spec.trained_on}
-        and Need.of_training(info.manifest, spec).matches(info)
+        and Need.trained_with(info.manifest, spec).matches(info)
     ]
     evaluated = [
         run
         for run, (spec, targets) in readers.items()
-        if info and info.manifest in targets and Need.of_evaluation(info.manifest, spec).matches(info)
+        if info and info.manifest in targets and Need.evaluated_with(info.manifest, spec).matches(info)
     ]
     return StoreFacts(
         path,

@@ -39,7 +39,7 @@ def train_and_evaluate(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worke
         show_finished(plan, mirror)
         return
     settings = plan.settings
-    _describe(plan, plan)
+    _write_description(plan, plan)
     with (
         hold(plan.run, settings.wait) as check,
         keep_status(plan.run, mirror),
@@ -50,7 +50,7 @@ def train_and_evaluate(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worke
                 share = len(plan.folds) + 1
                 for number, fold in enumerate(plan.folds):
                     if not is_finished(fold.run):
-                        _describe(fold, plan)
+                        _write_description(fold, plan)
                         with keep_status(fold.run, mirror):
                             training = at_work.train(replace(fold, settings=settings))
                             follow(fold, training, mirror, _part(progress, number, share), check)
@@ -64,12 +64,12 @@ def train_and_evaluate(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worke
 
 def show_finished(plan: TrainPlan, mirror: Mirror) -> None:
     """Note that a run that is done belongs to this experiment too, and mirror it."""
-    _describe(plan, plan)
+    _write_description(plan, plan)
     note_status(plan.run, "FINISHED")
     mirror.update(plan.run)
 
 
-def _describe(plan: TrainPlan, owner: TrainPlan) -> None:
+def _write_description(plan: TrainPlan, owner: TrainPlan) -> None:
     """Write down what a run is, and to which experiment it belongs: a fold to that of the run whose epoch it chooses."""
     plan.spec.save(plan.run, find_deviations(plan.spec))
     add_experiment(plan.run, owner.settings.experiment, owner.benchmark)

@@ -39,7 +39,7 @@ PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 PREPARE_SECONDS = 24 * 3600  # that other workers wait for the first one, while it prepares a method
 RESTARTS = 3  # of what a cluster's nodes, which come and go, were at work on
 
-Check = Callable[[], None]
+CheckLease = Callable[[], None]
 
 
 class Worker:
@@ -67,7 +67,7 @@ class Worker:
         plan: TrainPlan,
         epochs: int | None = None,
         drivers: Mapping[str, str] | None = None,
-        check: Check = lambda: None,
+        check: CheckLease = lambda: None,
     ) -> None:
         """Train a run from its last checkpoint to its end, or up to so many epochs.
 
@@ -305,7 +305,7 @@ def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any])
 class _Notes:
     """Writes now and then how many faces were trained, for the progress bar of the driver."""
 
-    def __init__(self, run: UPath, epoch: int, check: Check) -> None:
+    def __init__(self, run: UPath, epoch: int, check: CheckLease) -> None:
         self.path, self.epoch, self.check, self.last = run / "progress.json", epoch, check, 0.0
 
     def __call__(self, done: int, total: int) -> None:

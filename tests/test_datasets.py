@@ -303,7 +303,7 @@ def test_eight_classes_are_indexed_and_listed_by_the_command(tmp_path: Path, caf
     assert Manifest.load(UPath(cafe.workspace / "manifests" / "fer.parquet")).classes == EIGHT
     expected = cafe.fail("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--expressions", "8")
     assert "contempt" not in expected  # of which no number is known
-    assert "of none of the 8 classes" in output
+    assert "which show none of the 8 classes" in output
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -516,7 +516,7 @@ def test_ferplus_is_indexed_into_the_workspace_by_the_wanted_rule(tmp_path: Path
     miniatures.write_ferplus_csv(tmp_path / "fer")
     command = ("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--accept-counts")
     output = cafe.succeed(*command, "--ferplus-rule", "argmax")
-    assert "3 of none of the 7 classes, left out: 2 NF, 1 contempt" in output
+    assert "3 left out, which show none of the 7 classes: 2 NF, 1 contempt" in output
     manifest = Manifest.load(UPath(cafe.workspace / "manifests" / "fer.parquet"))
     assert (len(manifest), manifest.kind, manifest.root) == (
         9,

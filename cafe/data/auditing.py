@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, draw_thumbnail
+from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, Progress, draw_thumbnail
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
 
-Progress = Callable[[int, int], None]
 Thumbnails = dict[str, tuple[np.ndarray, np.ndarray]]  # of each split the manifest rows (N,) and pictures (N, 64, 64)
 
 

@@ -42,7 +42,7 @@ NOISE = 0.01  # added to the variances of a part (a picture's is 1), so that two
 MIN_OVERLAP = 0.65  # share of the first picture that the second shows; below it there is too little to compare
 BATCH = 1024
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True)

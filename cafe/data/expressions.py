@@ -1,4 +1,4 @@
-"""Class sets: which expressions a data set knows, in which order, and the spellings by which data sets name them.
+"""Class sets: which expressions a data set has, in which order, and the spellings by which data sets name them.
 
 The seven basic expressions are the default. A manifest may have any other class set; whatever is trained on it takes the
 number, order and names of its classes from there.

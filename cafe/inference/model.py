@@ -71,7 +71,7 @@ class Model:
         if not len(faces.labels):
             return np.zeros((0, len(self.classes)), np.float32)
         needs = self.methods[0].needs
-        plan = replace(self.plan, policy="flip")  # of which the clean view 0 knows nothing
+        plan = replace(self.plan, policy="flip")  # which leaves the clean view 0 as it is
         dataset = FaceDataset(faces, plan, needs, self.image_size, self._embed(faces, "map" in needs))
         return predict_average(self.methods, dataset, np.arange(len(faces.labels)), self.device, 1 + self.flip)
 

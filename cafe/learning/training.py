@@ -63,7 +63,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
-        # A batch norm knows no deviation of a single face.
+        # Batch norm needs two faces to estimate a variance.
         smallest = 2 if any(isinstance(module, _BatchNorm) for module in self.method.modules()) else 1
         labels, recipe = self.dataset.manifest.labels, self.method.recipe
         order = epoch_order(self.rows, labels, recipe, self.seed, epoch, smallest, self.domains)

@@ -77,7 +77,7 @@ def run_plan(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failure
 def share_machine(plan: BenchmarkPlan) -> tuple[int, int]:
     """Return how many cells run at a time on the connected cluster, and the threads of each of their workers.
 
-    Cells know nothing of each other; that other numbers of threads add floats in another order is all that can differ.
+    Cells are independent of each other: all that other numbers of threads change is the order in which floats are added.
     """
     training = [cell.plan.settings for cell in plan.cells if cell.plan]
     workers = max(settings.num_workers for settings in training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from upath import UPath
 
@@ -16,8 +17,16 @@ from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 
 StoreName = tuple[str, ExtractSettings]  # names a store before the weights of its tower are known
-# Source, tower, policy, seed of the views, and an entry's own number of views of maps.
-Sharing = tuple[str, str | None, str, int, int | None]
+
+
+class Sharing(NamedTuple):
+    """What cells that read one store of a source have in common."""
+
+    source: str
+    tower: str
+    policy: str
+    view_seed: int
+    own_views: int | None  # an entry's own number of views of maps
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,13 @@ class Cell:
 
         Maps are large, so cells with their own number of views of them stay apart.
         """
-        rest = (self.tower, self.entry.kind.policy, self.view_seed, self.own_views if self.maps else None)
-        return [(part.name, *rest) for part in self.source.parts] if self.tower else []
+        if not self.tower:
+            return []
+        own_views = self.own_views if self.maps else None
+        return [
+            Sharing(part.name, self.tower, self.entry.kind.policy, self.view_seed, own_views)
+            for part in self.source.parts
+        ]
 
     @property
     def folds(self) -> int:

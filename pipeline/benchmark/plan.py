@@ -168,7 +168,7 @@ class _Planner:
             views = max(cell.own_views or cell.settings.views or 1 for cell in members)
             policy = {"policy": members[0].entry.kind.policy} if views > 1 else {}
             maps = any(cell.maps for cell in members)
-            manifest, wanted = self.workspace.load_manifest(sharing[0]), {"views": views, "maps": maps, **policy}
+            manifest, wanted = self.workspace.load_manifest(sharing.source), {"views": views, "maps": maps, **policy}
             stores[sharing] = self.look_up(manifest, members[0].tower, view_seed=members[0].view_seed, **wanted)
         return stores
 
@@ -185,7 +185,8 @@ class _Planner:
                 serving = (
                     store
                     for sharing, store in sources.items()
-                    if (*sharing[:2], channels) == (target, tower, "rgb") and store.settings.maps >= maps
+                    if (sharing.source, sharing.tower, channels) == (target, tower, "rgb")
+                    and store.settings.maps >= maps
                 )
                 own = {"views": 1, "maps": maps, "channels": channels}
                 stores[target, tower] = next(serving, None) or self.look_up(manifest, tower, **own)

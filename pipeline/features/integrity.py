@@ -93,7 +93,7 @@ def recover_info(store: UPath) -> StoreInfo:
     agreed = list(found.values())
     if not agreed or agreed[0] != agreed[-1]:
         raise UserError(
-            f"Nothing in {store} tells reliably what it holds: remove it with `cafe store rm {store_name(store)}`, then run "
+            f"No file in {store} says reliably what it holds: remove it with `cafe store rm {store_name(store)}`, then run "
             "`cafe extract` again."
         )
     return agreed[0]

@@ -114,11 +114,11 @@ class ShardEmbedder:
             self.manifest,
             info.key.view_plan,
             self.device,
-            info.key.maps,
-            info.key.dtype,
-            info.batch_size,
-            info.key.channels,
-            settings.max_megapixels * 1_000_000,
+            maps=info.key.maps,
+            dtype=info.key.dtype,
+            batch_size=info.batch_size,
+            channels=info.key.channels,
+            max_pixels=settings.max_megapixels * 1_000_000,
         )
 
     def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:

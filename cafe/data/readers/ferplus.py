@@ -41,9 +41,9 @@ def choose_majority(votes: Sequence[int]) -> int | None:
 
     The published rule: single votes are struck out for all ten candidates, unknown and NF among them, before the sum.
     """
-    heard = [0 if count <= 1 else count for count in votes]
-    most = max(heard)
-    return heard.index(most) if 2 * most > sum(heard) else None
+    counted = [0 if count <= 1 else count for count in votes]
+    most = max(counted)
+    return counted.index(most) if 2 * most > sum(counted) else None
 
 
 def choose_most_voted(votes: Sequence[int]) -> int | None:
