@@ -50,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
         (folder / block.partition("\n")[0].removeprefix("# ")).write_text(block)
     found = {path.name: str(path) for path in folder.iterdir()}
-    assert found.keys() == {"actors.py", "tiny_resnet.py", "small_branch.py", "fusion.py"}
+    assert found.keys() == {"actors.py", "tiny_resnet.py", "small_branch.py", "fusion.py", "sparse_cafe.py"}
     return found
 
 
@@ -134,9 +134,8 @@ def test_the_new_branch_ends_in_the_map_of_torchvision(files: dict[str, str], fo
 def train(cafe: Cafe, files: list[str], method: str, *settings: str) -> UPath:
     """Train an epoch with plug-ins and return the run, once what it learned and evaluated is checked."""
     plug_ins = [argument for file in files for argument in ("--plugin", file)]
-    cafe.succeed(*plug_ins, "train", "--method", method, *SMALL, *settings)
-    workspace = Workspace.at(str(cafe.workspace))
-    run = workspace.run_path(workspace.find_run(f"{method}-actors-s0"))
+    output = cafe.succeed(*plug_ins, "train", "--method", method, *SMALL, *settings)
+    run = UPath(cafe.workspace / "runs" / output.rpartition("\nRun ")[2].split()[0])
     assert np.isfinite((read_json(run / "epochs" / "0001.json") or {})["train/total"])
     probabilities = load_predictions(run)["actors"].probabilities
     assert probabilities.shape == (len(manifest_of(cafe).rows("test")), 7)
@@ -159,6 +158,15 @@ def test_the_new_method_learns_an_epoch_and_is_evaluated_with_its_plug_in(
     (run / "predictions" / "actors.parquet").unlink()
     actors.succeed(*(argument for file in plug_ins for argument in ("--plugin", file)), "evaluate", run.name, "--cpu")
     np.testing.assert_array_equal(load_predictions(run)["actors"].probabilities, before)
+
+
+def test_the_new_loss_term_is_learned_by(files: dict[str, str], actors: Cafe, forget: None) -> None:
+    def mean_mask(weight: str) -> float:
+        plug_ins = [files["sparse_cafe.py"], files["tiny_resnet.py"]]
+        run = train(actors, plug_ins, "sparse_cafe", "--set", f"sparse={weight}", "--targets", "actors")
+        return float((read_json(run / "epochs" / "0001.json") or {})["train/sparse"])
+
+    assert 0 < mean_mask("100") < mean_mask("0") < 1
 
 
 BENCHMARK = """
