@@ -164,7 +164,7 @@ def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri:
             raise UserError("--mlflow-uri needs to know which runs to compare: give --experiment NAME too.")
         runs = read_runs(Mirror(workspace, mlflow_uri).pull(experiment))
         return Chosen(runs, f"Runs of the experiment {experiment} at {mlflow_uri}")
-    return choose(read_runs(workspace.run_path(name) for name in workspace.run_names()), experiment)
+    return choose(workspace.read_runs(), experiment)
 
 
 @click.command()

@@ -30,7 +30,7 @@ from cafe.report.sheets import run_sheet
 from cafe.results.columns import Column, name_class_sets
 from cafe.results.metrics import confusion, score
 from cafe.results.predictions import Predictions
-from cafe.results.runs import Run, read_run, read_runs
+from cafe.results.runs import Run, read_run
 from cafe.results.scores import flatten_scores, read_scores
 
 EIGHT = (*EXPRESSIONS, "contempt")
@@ -60,7 +60,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def runs_of(workspace: Workspace) -> list[Run]:
-    return read_runs(workspace.run_path(name) for name in workspace.run_names())
+    return workspace.read_runs()
 
 
 def cells(report: Report) -> dict[str, dict[str, str]]:

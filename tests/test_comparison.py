@@ -41,7 +41,7 @@ def evaluate(run: UPath, right: dict[str, int], kinds: dict[str, str] | None = N
 
 
 def read(workspace: Workspace, known: Sequence[str] = ()) -> Comparison:
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     return compare(runs, read_scores(runs, known), "accuracy", "clean")
 
 
@@ -172,7 +172,7 @@ def test_rows_are_told_apart_by_what_was_chosen_and_never_by_what_follows(worksp
     for name in ("first", "second"):
         write_run(workspace, "linear_probe", backbone=tower.format(name, name))
     write_run(workspace, "scn", selection="source_test")
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     labels = sorted(name_rows([[run] for run in runs]))
     assert labels[:2] == ["cafe (mask=none)", "cafe (mask=sigmoid)"]
     assert labels[4] == "scn (selection=source_test)"
@@ -192,7 +192,7 @@ def test_what_most_rows_of_a_method_have_is_not_named(workspace: Workspace) -> N
     ):
         recipe = {"prior": "source", "features": "standardised", "mask": "sigmoid"} | changes
         write_run(workspace, **{f"recipe.{name}": value for name, value in recipe.items()})
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     assert sorted(name_rows([[run] for run in runs])) == [
         "cafe", "cafe (features=raw)", "cafe (features=raw, prior=adjusted)", "cafe (mask=none)", "cafe (prior=adjusted)",
     ]  # fmt: skip
@@ -208,7 +208,7 @@ def test_recalls_of_two_seeds_and_of_a_class_without_faces(workspace: Workspace)
         labels = np.repeat([1, 3], 10)
         predicted = np.where(np.arange(20) % 10 < right, labels, 0)
         write_predictions(write_run(workspace, seed=seed), "two", labels, predicted)
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     (row,) = compare_classes(runs, read_scores(runs), "two", "clean").rows
     shown = {column.title: str(value) for column, value in row.cells.items()}
     assert (row.seeds, shown["surprise"], shown["fear"], shown["mean"]) == (2, "–", "20.0 / 40.0", "20.0 / 40.0")

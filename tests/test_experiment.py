@@ -35,7 +35,6 @@ from cafe.results.columns import Column
 from cafe.results.leaks import audit_path
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, average, load_predictions
-from cafe.results.runs import read_runs
 from cafe.results.scores import read_scores
 
 SEEDS = (0, 1)
@@ -168,7 +167,7 @@ def predictions_of(workspace: Workspace, method: str, target: str) -> list[Predi
 
 
 def scores_of(workspace: Workspace) -> pd.DataFrame:
-    return read_scores(read_runs(map(workspace.run_path, workspace.run_names())), workspace.manifest_names())
+    return read_scores(workspace.read_runs(), workspace.manifest_names())
 
 
 def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
@@ -187,7 +186,7 @@ def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
 
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace) -> None:
-    runs = read_runs(map(workspace.run_path, workspace.run_names()))
+    runs = workspace.read_runs()
     found = make_report(runs, workspace.manifest_names(), versus="cafe")
     text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
     assert found.ranks is None  # over a single unseen target they are its order again
@@ -365,7 +364,7 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
         for target in ("web", "news"):  # a fold knows its own sources better, which counts for nothing
             knows = right if target == fold else 7
             write_predictions(run, target, labels, np.where(labels < knows, labels, 6))
-    runs = read_runs(map(workspace.run_path, workspace.run_names()))
+    runs = workspace.read_runs()
     (detail,) = list_details(make_report(runs, workspace.manifest_names()).comparison, Gallery(500))
     assert {column.name: own.counts.diagonal().tolist() for column, own in detail.confusions.items()} == {
         "news": [10.0, 10.0, 10.0, 10.0, 0.0, 0.0, 10.0],
@@ -378,7 +377,7 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
 def test_runs_evaluated_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path))
     write_predictions(write_run(workspace), "raf@train", np.arange(14) % 7, np.zeros(14, int), kind="rafdb")
-    found = make_report(read_runs(map(workspace.run_path, workspace.run_names())), workspace.manifest_names())
+    found = make_report(workspace.read_runs(), workspace.manifest_names())
     assert Page(draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()).open == []
 
 

@@ -136,7 +136,7 @@ def train(cafe: Cafe, files: list[str], method: str, *settings: str) -> UPath:
     plug_ins = [argument for file in files for argument in ("--plugin", file)]
     cafe.succeed(*plug_ins, "train", "--method", method, *SMALL, *settings)
     workspace = Workspace.at(str(cafe.workspace))
-    run = workspace.run_path(workspace.find_run(f"{method}-actors-s0"))
+    (run,) = (found.folder for found in workspace.read_runs(f"{method}-actors-s0"))
     assert np.isfinite((read_json(run / "epochs" / "0001.json") or {})["train/total"])
     probabilities = load_predictions(run)["actors"].probabilities
     assert probabilities.shape == (len(manifest_of(cafe).rows("test")), 7)

@@ -27,7 +27,6 @@ from cafe.pipeline.workspace import Workspace
 from cafe.report.report import make_report
 from cafe.report.sheets import ORACLES, PEEKED
 from cafe.results.columns import Column
-from cafe.results.runs import read_runs
 
 
 @pytest.fixture
@@ -209,7 +208,7 @@ def write_folds(workspace: Workspace) -> None:
 
 def test_the_row_of_a_method_takes_each_target_from_the_run_that_left_it_out(workspace: Workspace) -> None:
     write_folds(workspace)
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     report = make_report(runs, versus="scn")
     rows = {row.label: row for row in report.comparison.rows}
     assert {row.source for row in rows.values()} == {"all but target"}
@@ -233,7 +232,7 @@ def test_the_row_of_a_method_takes_each_target_from_the_run_that_left_it_out(wor
 
 def test_the_oracle_is_marked_and_neither_best_nor_tested_nor_ranked(workspace: Workspace) -> None:
     write_folds(workspace)
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     report = make_report(runs, versus="scn")
     sheet = report.sheets[0]
     (line,) = (line for line in sheet.lines if "oracle" in line[1].text)

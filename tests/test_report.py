@@ -28,7 +28,6 @@ from cafe.report.sheets import BEST, SECOND, Sheet, SheetCell
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS
-from cafe.results.runs import read_runs
 from cafe.results.statistics import Ranking, grouped_test, holm, paired_bootstrap
 
 KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
@@ -59,7 +58,7 @@ def evaluated_run(
 
 
 def report_all(workspace: Workspace, **choice: Any) -> Report:
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     return make_report(runs, workspace.manifest_names(), **choice)
 
 
