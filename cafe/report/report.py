@@ -142,7 +142,7 @@ def list_records(report: Report) -> Iterator[dict[str, object]]:
         for column, estimate in row.cells.items():
             where: dict[str, object] = {"target": report.target, "expression": column.title}
             if not report.target:
-                role = SOURCE if column.name in row.source.split("+") else SAME_SET if column in row.seen else UNSEEN
+                role = SOURCE if column.name in row.sources else SAME_SET if column in row.seen else UNSEEN
                 where = {"target": column.title, "role": role, "metric": metric}
             described = _describe(comparison, row, where, estimate, numbers.cells.get(column, math.nan))
             yield described | _describe_test(tested.get((id(row), None if column.part == MEAN else column)))

@@ -54,6 +54,11 @@ class Row:
         return self.runs[0].source_title
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the manifests it was trained on; none in leave-one-domain-out, where every fold has others."""
+        return () if self.runs[0].fold else tuple(source.name for source in self.runs[0].sources)
+
+    @property
     def method(self) -> str:
         """Its method."""
         return self.runs[0].method
@@ -298,10 +303,9 @@ def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
     for place, group in enumerate(groups):
         families[group[0].source_title, group[0].method].append(place)
     for (_, method), places in families.items():
-        class_sets = name_class_sets(groups[place][0].classes for place in places)
+        class_sets = name_class_sets((groups[place][0].classes for place in places), noun="")
         chosen = [
-            {**_common_settings(groups[place]), "classes": class_sets[groups[place][0].classes].replace(" classes", "")}
-            for place in places
+            {**_common_settings(groups[place]), "classes": class_sets[groups[place][0].classes]} for place in places
         ]
         for longest in (24, 48, 10_000):
             names = [_name_row(method, own, chosen, longest) for own in chosen]

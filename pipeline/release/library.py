@@ -105,7 +105,7 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     """
     known = Workspace.at(workspace)
     chosen = choose(known.read_runs(), experiment)
-    return read_scores(chosen.runs, known.manifest_names()).drop(columns="column")
+    return read_scores(chosen.runs, known.manifest_names()).drop(columns=["column", "sources"])
 
 
 def find_runs(
