@@ -20,6 +20,7 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import write_json
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.report.card import write_card
 from cafe.report.details import Gallery, list_details
 from cafe.report.experiment import draw_experiment
@@ -116,7 +117,7 @@ def test_class_sets_are_told_apart_by_their_number_or_else_by_their_turn() -> No
 
 
 def test_runs_of_several_class_sets_have_columns_and_means_of_their_own(workspace: Workspace) -> None:
-    report = make_report(runs_of(workspace), versus="scn")
+    report = make_report(runs_of(workspace), settings=ReportSettings(versus="scn"))
     sheet = report.sheets[0]
     assert sheet.header[3:8] == [
         "fer (7 classes)", "fer (8 classes)", "news (7 classes)", "news (8 classes)", "unseen accuracy (7 classes)",
@@ -144,7 +145,7 @@ def test_runs_of_several_class_sets_have_columns_and_means_of_their_own(workspac
 
 
 def test_over_shared_classes_the_target_of_seven_is_one_column(workspace: Workspace, tmp_path: Path) -> None:
-    report = make_report(runs_of(workspace), versus="scn", shared_classes=True)
+    report = make_report(runs_of(workspace), settings=ReportSettings(versus="scn", shared_classes=True))
     assert report.sheets[0].header[3:6] == ["fer (7 classes)", "fer (8 classes)", "news (7 classes)"]
     row = cells(report)["cafe (classes=8)"]
     means = [name for name in row if name.startswith("unseen accuracy") and row[name] != "–"]
@@ -157,11 +158,13 @@ def test_over_shared_classes_the_target_of_seven_is_one_column(workspace: Worksp
     assert "Over the classes that model and target share" in " ".join(report.sheets[0].notes)
     cafe, file = Cafe(tmp_path / "work", ""), tmp_path / "table.md"
     cafe.succeed("compare", "--shared-classes", "--versus", "scn", "--markdown", str(file))
-    assert file.read_text() == to_markdown(make_report(runs_of(workspace), versus="scn", shared_classes=True))
+    assert file.read_text() == to_markdown(
+        make_report(runs_of(workspace), settings=ReportSettings(versus="scn", shared_classes=True))
+    )
 
 
 def test_recalls_by_class_are_those_of_each_class_set(workspace: Workspace) -> None:
-    report = make_report(runs_of(workspace), per_class="news", versus="scn")
+    report = make_report(runs_of(workspace), settings=ReportSettings(versus="scn"), per_class="news")
     header = report.sheets[0].header[3:]
     assert header[:9] == [f"{name} (7 classes)" for name in (*EXPRESSIONS, "overall", "mean")]
     assert header[9:] == [f"{name} (8 classes)" for name in (*EIGHT, "overall", "mean")]

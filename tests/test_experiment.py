@@ -26,6 +26,7 @@ from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_file, write_json
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.report.charts import INK
 from cafe.report.details import Gallery, list_details
 from cafe.report.drawings import list_drawings
@@ -187,7 +188,7 @@ def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace) -> None:
     runs = workspace.read_runs()
-    found = make_report(runs, workspace.manifest_names(), versus="cafe")
+    found = make_report(runs, workspace.manifest_names(), ReportSettings(versus="cafe"))
     text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
     assert found.ranks is None  # over a single unseen target they are its order again
     page = Page(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.methods import METHODS
-from cafe.pipeline import settings
 from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.faces import choose_target, choose_targets
 from cafe.pipeline.features.extract import describe_store, look_up_tower
@@ -38,7 +38,7 @@ from cafe.pipeline.workspace import Workspace
 from cafe.records import write_sealed
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions, load_predictions
-from cafe.results.protocols import PROTOCOLS, find_protocol
+from cafe.results.protocols import PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.runs import read_runs
 from cafe.results.scores import flatten_scores, read_scores
 from cafe.towers.weights import write_tensors
@@ -76,7 +76,7 @@ def test_each_protocol_says_which_faces_are_evaluated_and_how(
 
 
 def test_the_command_line_offers_the_protocols_there_are() -> None:
-    assert set(settings.PROTOCOLS) == set(PROTOCOLS)
+    assert set(get_args(ProtocolName)) == set(PROTOCOLS)
     with pytest.raises(UserError, match=r"Unknown protocol 'papr': choose clean, paper\."):
         find_protocol("papr")
 

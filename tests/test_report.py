@@ -20,6 +20,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.report.charts import draw_ranks, find_ties, to_svg
 from cafe.report.drawings import list_drawings
 from cafe.report.formats import to_csv, to_latex, to_markdown
@@ -57,9 +58,10 @@ def evaluated_run(
     return run
 
 
-def report_all(workspace: Workspace, **choice: Any) -> Report:
+def report_all(workspace: Workspace, metric: str = "accuracy", per_class: str | None = None, **settings: Any) -> Report:
     runs = workspace.read_runs()
-    return make_report(runs, workspace.manifest_names(), **choice)
+    known = workspace.manifest_names()
+    return make_report(runs, known, ReportSettings(**settings), metric=metric, per_class=per_class)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
+from cafe.report import ReportSettings
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
@@ -49,33 +50,33 @@ class Report:
 def make_report(
     runs: Sequence[Run],
     known: Collection[str] = (),
-    protocol: str = "clean",
+    settings: ReportSettings | None = None,
     *,
     metric: str = "accuracy",
     per_class: str | None = None,
-    versus: str | None = None,
-    test_time: Sequence[str] = (),
-    shared_classes: bool = False,
-    without_leaks: UPath | None = None,
+    root: UPath | None = None,
     about: Sequence[str] = (),
 ) -> Report:
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
-    `known` names the manifests there are. `test_time` names options for which there are rows of their own;
-    `shared_classes` restricts predictions to the classes that a run and a target share. `without_leaks` is the root of the
-    workspace whose audits found copies of the source's training faces: there are columns without them. `about` is what
-    else there is to say of these runs.
+    `known` names the manifests there are. `root` is that of the workspace, whose audits found copies of the source's
+    training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
     """
+    settings = settings or ReportSettings()
+    protocol, versus = settings.protocol, settings.versus
     scores = read_scores(runs, known)
-    others = list_others(scores, protocol, test_time)
-    varied = vary_runs(runs, protocol, test_time)
+    others = list_others(scores, protocol, settings.test_time)
+    varied = vary_runs(runs, protocol, settings.test_time)
     shown = [*runs, *varied]
-    if shared_classes:
+    if settings.shared_classes:
         shown = [replace(run, shared_classes=True) for run in shown]
         scores = read_scores(shown, known, [protocol])
     elif varied:
         scores = pd.concat([scores, read_scores(varied, known, [protocol])], ignore_index=True)
-    leak_free = read_scores(shown, known, [protocol], leave_out_leaks(without_leaks)) if without_leaks else None
+    leak_free = None
+    if settings.exclude_leaks:
+        assert root is not None
+        leak_free = read_scores(shown, known, [protocol], leave_out_leaks(root))
     said = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
     if per_class:
         classes = compare_classes(shown, scores, per_class, protocol)
