@@ -130,7 +130,7 @@ def test_runs_of_several_class_sets_have_columns_and_means_of_their_own(workspac
     assert eight["unseen accuracy (8 classes)"] == f"{100 * 90 / COUNT:.1f}"
     notes = " ".join(sheet.notes)
     assert "stand in columns of their own. 7 classes: surprise, fear" in notes
-    assert "Faces left out, as the model knows no such class: 16 of fer." in notes
+    assert "Faces left out, of a class that the model does not have: 16 of fer." in notes
     assert "--shared-classes leaves those out" in notes
     assert {(test.row.runs[0].classes, test.title) for test in report.tests} == {
         (EXPRESSIONS, "fer (7 classes)"), (EXPRESSIONS, "news (7 classes)"), (EXPRESSIONS, "mean of unseen"),
@@ -201,7 +201,7 @@ def test_tracked_names_have_the_recalls_of_the_run(workspace: Workspace) -> None
 
 def test_the_table_of_one_run_says_how_many_faces_its_model_has_no_class_for(workspace: Workspace) -> None:
     for run in runs_of(workspace):
-        note = ["Faces left out, as the model knows no such class: 16 of fer."]
+        note = ["Faces left out, of a class that the model does not have: 16 of fer."]
         assert run_sheet(read_scores([run])).notes == (note if run.classes == EXPRESSIONS else [])
 
 

@@ -388,7 +388,7 @@ def test_mistakes_in_the_command_are_one_sentence(workspace: Workspace) -> None:
     assert cafe.fail("report", "trial", "--errors", "joy").startswith("Error: Unknown expression 'joy': choose ")
     assert "wrote" not in cafe.fail("report", "trial", "--versus", "scn").lower()
     assert cafe.fail("report", "trial", "--test-time", "tent").startswith("Error: --test-time tent has nothing to show")
-    unheld = "knows its accuracy on held-out faces of the source"
+    unheld = "has an accuracy on held-out faces of the source"
     assert f"No finished run of this workspace {unheld}" in cafe.fail("compare", "--best", "source_val")
     best = cafe.fail("compare", "--best", "source_val", "--experiment", "trial")
     assert f"No finished run of the experiment 'trial' {unheld}" in best

@@ -24,7 +24,7 @@ from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
-from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank
+from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
@@ -87,7 +87,7 @@ def make_report(
             f"Every expression of {per_class}", [*said, *about], sheets, classes, published, tests, target=per_class
         )
     comparison = compare(shown, scores, metric, protocol, leak_free)
-    published, ranks = publish_rows(comparison), rank(comparison)
+    published, ranks = publish_rows(comparison), rank_rows(comparison)
     tests = pair_rows(comparison, versus) if versus else []
     sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []

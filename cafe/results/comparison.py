@@ -23,7 +23,7 @@ PEEKING = (
     "source_test",
     ORACLE,
 )  # selections that look at what the run is evaluated on: always said beside its numbers
-IDENTITY = {"source", "method", "seed"}  # what a row shows anyway
+NOT_IN_LABELS = {"source", "method", "seed"}  # settings that a row shows beside its label
 ALL = "all"  # targets: the unseen ones and the sources
 NOTHING = estimate([])
 
@@ -323,7 +323,7 @@ def _common_settings(group: Sequence[Run]) -> dict[str, object]:
 
 
 def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, object]], longest: int) -> str:
-    said = {key: value for key, value in own.items() if key not in IDENTITY and value not in ("", None)}
+    said = {key: value for key, value in own.items() if key not in NOT_IN_LABELS and value not in ("", None)}
     differing = []
     for key, value in sorted(said.items()):
         others = [rival.get(key) for rival in rivals]

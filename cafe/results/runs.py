@@ -21,7 +21,7 @@ from cafe.results.sources import ALL_BUT_TARGET, Source, find_relation
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
 
 # What run.json says of a run.
-DESCRIBED = ("name", "group", "source", "method", "seed", "selection", "settings", "derived")
+RUN_FIELDS = ("name", "group", "source", "method", "seed", "selection", "settings", "derived")
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def read_run(folder: UPath) -> Run | None:
     record = read_record(folder)
     if record is None:
         return None
-    described = {name: record[name] for name in DESCRIBED if name in record}
-    if missing := [name for name in DESCRIBED if name not in described]:
+    described = {name: record[name] for name in RUN_FIELDS if name in record}
+    if missing := [name for name in RUN_FIELDS if name not in described]:
         raise UserError(f"{folder}/run.json has no {missing[0]!r}: it was changed by hand; train the run again.")
     deviations, spec, classes = (record.get(name) for name in ("not_as_published", "spec", "classes"))
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
@@ -207,7 +207,7 @@ def _choose_best(runs: Sequence[Run], best: str, where: str) -> tuple[Run, str]:
     accuracies = {run.name: accuracy for run in runs if (accuracy := read_validation_accuracy(run)) is not None}
     if not accuracies:
         raise UserError(
-            f"No finished run of {where} knows its accuracy on held-out faces of the source: train "
+            f"No finished run of {where} has an accuracy on held-out faces of the source: train "
             "with --selection source_val, or give the name of a run."
         )
     rivals = [run for run in runs if run.name in accuracies]

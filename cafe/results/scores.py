@@ -20,7 +20,7 @@ from cafe.results.sources import SOURCE, UNKNOWN, UNSEEN
 
 # What a record says beside the metrics and the recalls. `sources` is how many there are; `column` is the `Column` of which
 # `protocol` and `target` are names.
-DESCRIBED = (
+SCORE_FIELDS = (
     "run", "group", "source", "sources", "method", "seed", "column", "protocol", "target", "split", "kind", "manifest",
     "relation", "unseen", "classes", "target_classes", "faces", "left_out", "other_classes",
 )  # fmt: skip
@@ -36,7 +36,7 @@ def read_scores(
 ) -> pd.DataFrame:
     """Return one record per run, protocol and target, computed from the predictions.
 
-    Columns: those of `DESCRIBED`, every metric, and recall/CLASS of all classes there are. `known` names the manifests of
+    Columns: those of `SCORE_FIELDS`, every metric, and recall/CLASS of all classes there are. `known` names the manifests of
     the workspace: the relation of other targets is `unknown`, unless the run was pulled from a tracking server; without
     `known` none is. `leave_out` takes faces out, counted in `left_out`; a target of which none is left has no scores.
     `other_classes` counts the faces that were not predicted, being of classes the model lacks.
@@ -64,7 +64,7 @@ def read_scores(
                     "other_classes": predictions.other_classes,
                     **(score(kept) if len(kept.labels) else {}),
                 })  # fmt: skip
-    return pd.DataFrame(records, columns=[*DESCRIBED, *METRICS, *(f"{RECALL}{name}" for name in classes)])
+    return pd.DataFrame(records, columns=[*SCORE_FIELDS, *METRICS, *(f"{RECALL}{name}" for name in classes)])
 
 
 def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:

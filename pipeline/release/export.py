@@ -65,7 +65,7 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)
     write_onnx(model, str(folder / "model.onnx"))
-    difference = compare(model, Onnx(str(folder / "model.onnx")), faces)
+    difference = check_graph(model, Onnx(str(folder / "model.onnx")), faces)
     for file in ("model.safetensors", "run.json"):
         write_file(folder / file, (run.folder / file).read_bytes())
     if tower := tower_of(model):
@@ -108,7 +108,7 @@ def cut_middle(picture: np.ndarray) -> np.ndarray:
     return picture[top : top + side, left : left + side]
 
 
-def compare(model: Model, graph: Onnx, faces: list[np.ndarray]) -> float:
+def check_graph(model: Model, graph: Onnx, faces: list[np.ndarray]) -> float:
     """Return by how much a graph's probabilities differ at most from the model's; raise `UserError` beyond the tolerance."""
     expected = model.predict(faces)
     got = np.concatenate([graph.predict(face[None]) for face in faces])

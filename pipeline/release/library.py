@@ -97,7 +97,7 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     """Return a row for every run, protocol and target, computed from the runs' predictions; of one experiment or of all.
 
     The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, all from 0 to 1, beside what
-    tells runs and targets apart (`cafe.results.scores.DESCRIBED`).
+    tells runs and targets apart (`cafe.results.scores.SCORE_FIELDS`).
 
     >>> table = scores(workspace)
     >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
