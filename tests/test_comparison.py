@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cafe
+from conftest import Cafe, complaint
 from runs import write_predictions, write_run
 from upath import UPath
 
@@ -23,7 +23,7 @@ from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
 from cafe.results.metrics import estimate
-from cafe.results.runs import read_runs
+from cafe.results.runs import choose, read_runs
 from cafe.results.scores import average_all, average_unseen, read_scores
 
 
@@ -266,3 +266,13 @@ def test_compare_loads_no_engine(workspace: Workspace) -> None:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.endswith("[]\n")
+
+
+def test_a_name_reads_its_run_alone_else_those_that_begin_so_else_all(workspace: Workspace) -> None:
+    first, second = (write_run(workspace, seed=seed).name for seed in (0, 1))
+    write_json(workspace.run_path(f"{first}-later") / "run.json", {"version": 1})  # which this version does not read
+    assert [run.name for run in workspace.read_runs(first)] == [first]
+    assert [run.name for run in workspace.read_runs("cafe-raf-s1")] == [second]
+    assert "is in the old format 1" in complaint(workspace.read_runs, "other")
+    said = complaint(choose, workspace.read_runs(second), None, "cafe-raf-s1")
+    assert f"The run {second!r} is not trained to its end" in said
