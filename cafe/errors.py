@@ -35,6 +35,6 @@ def first_line(text: str) -> str:
     return text.strip().partition("\n")[0]
 
 
-def quote(error: Exception) -> str:
+def quote(error: BaseException) -> str:
     """Return the first line of what a library says of its error, without a full stop, to be quoted in a sentence."""
     return (first_line(str(error)) or type(error).__name__).rstrip(".:")

@@ -13,7 +13,7 @@ given; an entry point is loaded only when a name is asked for that nothing else 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -27,6 +27,7 @@ Entries = dict[str, Any]
 
 _registries: dict[str, Entries] = {}  # of what is imported: the dict of each group
 _ours: dict[str, Entries] = {}  # and what is in it without any plug-in
+_kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {}  # what an entry of each group must be
 _suppliers: dict[tuple[str, str], Plugin] = {}  # by group and name
 
 
@@ -58,9 +59,12 @@ class Plugin:
             )
 
 
-def offer(group: str, entries: Entries) -> None:
-    """Let plug-ins of a group (`methods`, `towers`, `datasets`, `networks`) add to a dict, which is still complete."""
-    _registries[group], _ours[group] = entries, dict(entries)
+def offer(group: str, entries: Entries, kind: str, fits: Callable[[Any], bool]) -> None:
+    """Let plug-ins of a group (`methods`, `towers`, `datasets`, `networks`) add to a dict, which is still complete.
+
+    `fits` says whether an object may be an entry, and `kind` in words what it must be.
+    """
+    _registries[group], _ours[group], _kinds[group] = entries, dict(entries), (kind, fits)
 
 
 def find_entry(group: str, name: str, kind: str, others: Iterable[str] = ()) -> Any:
@@ -141,7 +145,7 @@ def _run_file(plugin: Plugin, path: str) -> None:
     try:
         exec(compile(plugin.source, path, "exec"), vars(module))  # noqa: S102  # the user asked for it
         _note_entries(plugin, path, before)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module.__name__]
         for group, entries in _registries.items():
             kept = before.get(group, _ours[group])
@@ -155,7 +159,7 @@ def _run_file(plugin: Plugin, path: str) -> None:
         ) from error
 
 
-def _find_line(error: Exception, path: str) -> int | None:
+def _find_line(error: BaseException, path: str) -> int | None:
     """Return the line of a file at which it failed, the last one that is its own."""
     line, trace = getattr(error, "lineno", None), error.__traceback__
     while trace:
@@ -177,12 +181,20 @@ def _note_entries(plugin: Plugin, path: str, before: dict[str, Entries]) -> None
                 raise UserError(
                     f"The plug-in {path!r} takes the name {name!r}, which {whose} has among the {group}: choose another."
                 )
-        added += [(group, name) for name in entries.keys() - known.keys()]
+        for name in entries.keys() - known.keys():
+            _check_entry(f"The plug-in {path!r}", group, name, entries[name])
+            added.append((group, name))
     if not added:
         raise UserError(
             f"The plug-in {path!r} adds nothing: have it fill METHODS, BACKBONES, NETWORKS or DATASETS (docs/extending.md)."
         )
     _suppliers.update(dict.fromkeys(added, plugin))
+
+
+def _check_entry(plugin: str, group: str, name: str, value: Any) -> None:
+    kind, fits = _kinds[group]
+    if not fits(value):
+        raise UserError(f"{plugin} adds {name!r} to the {group}, and that is {value!r}: it must be {kind}.")
 
 
 def _load_entry(entry: EntryPoint, group: str) -> Plugin:
@@ -194,6 +206,7 @@ def _load_entry(entry: EntryPoint, group: str) -> Plugin:
             f"The plug-in {entry.name!r} ({entry.value}, among the entry points cafe.{group}) cannot be loaded "
             f"({type(error).__name__}: {quote(error)}): correct or uninstall it."
         ) from error
+    _check_entry(f"The plug-in {entry.name!r} ({entry.value})", group, entry.name, found)
     # An object that is no class or function, such as a tower's description, is an instance of a class of ours.
     module = sys.modules[found.__module__ if isinstance(found, type | FunctionType) else entry.module]
     if not module.__file__:

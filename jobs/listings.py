@@ -12,7 +12,6 @@ from cafe.jobs.terminal import json_option, open_workspace, show_records
 def runs(as_json: bool) -> None:
     """List the runs of the workspace with what they were trained on and how far they are."""
     from cafe.files import read_json
-    from cafe.results.runs import read_runs
 
     workspace = open_workspace()
     records = [
@@ -21,7 +20,7 @@ def runs(as_json: bool) -> None:
             "status": (read_json(run.folder / "status.json") or {}).get("status", ""),
             "experiments": sorted(run.experiments), "seed": run.seed,
         }
-        for run in read_runs(workspace.run_path(name) for name in workspace.run_names())
+        for run in workspace.read_runs()
     ]  # fmt: skip
     if not (records or as_json):
         click.echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")

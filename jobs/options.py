@@ -10,14 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import click
 
-from cafe.pipeline.settings import TEST_TIME
-
-test_time_option = click.option(
-    "--test-time",
-    multiple=True,
-    type=click.Choice([*TEST_TIME, "seeds"]),
-    help="Add rows as evaluated with this option; seeds: the mean over the seeds of each row. Repeatable.",
-)
 NAMED = {"run": "runs/*/run.json", "manifest": "manifests/*.parquet", "experiment": "runs/*/experiments/*.json"}
 COMPLETED = {"source": "manifest", "targets": "manifest", "experiment": "experiment"}  # fields of settings
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,10 +53,9 @@ def _option(field: Field[Any], hint: Any) -> Callable[[Command], Command]:
         known["shell_complete"] = complete(COMPLETED[field.name])
     if kind is bool:
         known |= {} if "/" in name else {"is_flag": True}
-    elif about.get("multiple"):
-        known |= {"multiple": True, "metavar": about["metavar"]}
     else:
-        known["type"] = _type(kind)
+        known["type"] = _type(get_args(kind)[0] if about.get("multiple") else kind)
+        known |= {key: about[key] for key in ("multiple", "metavar") if key in about}
     return click.option(name, field.name, **known)
 
 

@@ -157,10 +157,12 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
     """
     from cafe.files import locate
     from cafe.pipeline.release.export import export_run
+    from cafe.results.runs import choose
 
     workspace = open_workspace()
-    name = workspace.find_run(run)
-    exported = export_run(workspace, name, locate(output) if output else workspace.root / "exports" / name)
+    (chosen,), _ = choose(workspace.read_runs(run), name=run)
+    folder = locate(output) if output else workspace.root / "exports" / chosen.name
+    exported = export_run(workspace, chosen.name, folder)
     say(
         f"Wrote {exported.folder}: on {exported.faces} faces the graph differs from PyTorch by at most "
         f"{exported.difference:.1e}. Read README.md there before you ship it."
@@ -169,4 +171,4 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
         from cafe.pipeline.release.pyfunc import log_model
         from cafe.pipeline.tracking.mirror import Mirror
 
-        say(log_model(Mirror(workspace, mlflow_uri), workspace.run_path(name), exported.folder, register))
+        say(log_model(Mirror(workspace, mlflow_uri), chosen.folder, exported.folder, register))

@@ -16,10 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.options import complete, test_time_option
+from cafe.jobs.options import complete, options
 from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
-from cafe.pipeline.settings import PROTOCOLS
-from cafe.report import MISTAKES
+from cafe.report import MISTAKES, ReportSettings
 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
@@ -59,13 +58,7 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 @click.command()
 @click.option("--metric", cls=MetricOption, default="accuracy", show_default=True)
 @click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
-@click.option("--versus", metavar="ROW", help="Test the accuracy of every other row against this method, tag or row.")
-@click.option(
-    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were evaluated."
-)
-@test_time_option
-@click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
-@click.option("--shared-classes", is_flag=True, help="Predict only among the classes that model and target share.")
+@options(ReportSettings)
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
 @click.option("--csv", metavar="FILE", help="Write the numbers: a line per row and target.")
@@ -78,16 +71,14 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
 def compare(
     metric: str,
     per_class: str | None,
-    versus: str | None,
-    protocol: str,
-    test_time: tuple[str, ...],
-    exclude_leaks: bool,
-    shared_classes: bool,
+    markdown: str | None,
+    latex: str | None,
+    csv: str | None,
     as_json: bool,
     experiment: str | None,
     best: str | None,
     mlflow_uri: str | None,
-    **files: str | None,
+    **values: Any,
 ) -> None:
     """Compare runs evaluated by one protocol: methods × targets, mean ± 95 % interval over seeds.
 
@@ -104,14 +95,11 @@ def compare(
     workspace = open_workspace()
     chosen = choose_runs(workspace, experiment, mlflow_uri)
     ship = [_say_best(chosen.runs, experiment, best)] if best else []
-    report = report_runs(
-        workspace, chosen, protocol, exclude_leaks, test_time=test_time, shared_classes=shared_classes, metric=metric,
-        per_class=per_class, versus=versus,
-    )  # fmt: skip
+    report = report_runs(workspace, chosen, ReportSettings(**values), metric, per_class)
     show_report(report, as_json)
     for sentence in ship:
         click.echo(sentence)
-    for name, file in files.items():
+    for name, file in {"markdown": markdown, "latex": latex, "csv": csv}.items():
         if file:
             place = locate(file)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -142,15 +130,20 @@ def show_report(report: Report, as_json: bool = False) -> None:
 
 
 def report_runs(
-    workspace: Workspace, chosen: Chosen, protocol: str = "clean", exclude_leaks: bool = False, **choice: Any
+    workspace: Workspace,
+    chosen: Chosen,
+    settings: ReportSettings | None = None,
+    metric: str = "accuracy",
+    per_class: str | None = None,
 ) -> Report:
     """Return the report of chosen runs of a workspace, as `make_report` makes it; raise `UserError`."""
     from cafe.report.report import make_report
 
     about = [f"{chosen.reason}."] if chosen.reason else []
-    root = workspace.root if exclude_leaks else None
     known = workspace.manifest_names()
-    return make_report(chosen.runs, known, protocol, without_leaks=root, about=about, **choice)
+    return make_report(
+        chosen.runs, known, settings, metric=metric, per_class=per_class, root=workspace.root, about=about
+    )
 
 
 def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri: str | None = None) -> Chosen:
@@ -164,7 +157,7 @@ def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri:
             raise UserError("--mlflow-uri needs to know which runs to compare: give --experiment NAME too.")
         runs = read_runs(Mirror(workspace, mlflow_uri).pull(experiment))
         return Chosen(runs, f"Runs of the experiment {experiment} at {mlflow_uri}")
-    return choose(read_runs(workspace.run_path(name) for name in workspace.run_names()), experiment)
+    return choose(workspace.read_runs(), experiment)
 
 
 @click.command()
@@ -172,13 +165,7 @@ def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri:
 @click.option(
     "--output", metavar="FILE", help="Where to write the page; default: reports/EXPERIMENT.html in the workspace."
 )
-@click.option("--versus", metavar="ROW", help="Test the accuracy of every other row against this method, tag or row.")
-@click.option(
-    "--protocol", default="clean", show_default=True, type=click.Choice(PROTOCOLS), help="How the runs were evaluated."
-)
-@test_time_option
-@click.option("--exclude-leaks", is_flag=True, help="Add columns without copies of the source's training faces.")
-@click.option("--shared-classes", is_flag=True, help="Predict only among the classes that model and target share.")
+@options(ReportSettings)
 @click.option(
     "--errors", multiple=True, metavar="EXPRESSION", help="Show mistakes on faces of this expression only; repeatable."
 )
@@ -192,13 +179,9 @@ def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri:
 def report(
     experiment: str,
     output: str | None,
-    versus: str | None,
-    protocol: str,
-    test_time: tuple[str, ...],
-    exclude_leaks: bool,
-    shared_classes: bool,
     errors: tuple[str, ...],
     count: int,
+    **values: Any,
 ) -> None:
     """Write an experiment as one page that needs nothing else.
 
@@ -215,9 +198,7 @@ def report(
 
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
     chosen = choose_runs(workspace, experiment)._replace(reason="")
-    found = report_runs(
-        workspace, chosen, protocol, exclude_leaks, test_time=test_time, shared_classes=shared_classes, versus=versus
-    )
+    found = report_runs(workspace, chosen, ReportSettings(**values))
     page = draw_experiment(experiment, found, workspace.root, workspace.find_manifest, gallery)
     place = locate(output) if output else workspace.root / "reports" / f"{experiment}.html"
     write_file(place, page)

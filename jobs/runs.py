@@ -113,18 +113,17 @@ def evaluate(run: str, **values: Any) -> None:
 
     from cafe.pipeline.evaluate import check_option, evaluate_targets
     from cafe.pipeline.faces import choose_targets
-    from cafe.pipeline.runs import RunSpec, add_experiment, is_finished
+    from cafe.pipeline.runs import RunSpec, add_experiment
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import keep_status
     from cafe.pipeline.worker import find_worker
     from cafe.plugins import check_plugins
     from cafe.results.leaks import load_leaks
     from cafe.results.protocols import find_protocol, name_protocol
+    from cafe.results.runs import choose
 
-    path = workspace.run_path(workspace.find_run(run))
-    if not is_finished(path):
-        raise UserError(f"The run {path.name!r} is not trained to its end: give its `cafe train` command again.")
-    spec = RunSpec.load(path)
+    (chosen,), _ = choose(workspace.read_runs(run), name=run)
+    path, spec = chosen.folder, RunSpec.load(chosen.folder)
     check_plugins(spec.plugins)
     protocol = name_protocol(settings.protocol, settings.test_time)
     check_option(spec, settings.test_time or "")

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from cafe.files import exists, list_folder, read_json
 from cafe.pipeline.workspace import Workspace
 from cafe.results.comparison import name_rows
-from cafe.results.runs import Run, read_runs
+from cafe.results.runs import Run
 
 ACCURACY = "train/accuracy"
 
@@ -30,7 +30,7 @@ def main(workspace: str, experiment: str, output: Path) -> None:
     """Draw the curves of finished runs and print the last two epochs of each row."""
     place = Workspace.at(workspace)
     groups: dict[str, list[Run]] = defaultdict(list)
-    for run in read_runs(place.run_path(name) for name in place.run_names()):
+    for run in place.read_runs():
         if experiment in run.experiments and exists(run.folder / "result.json"):
             groups[run.group].append(run)
     names = name_rows(list(groups.values()))

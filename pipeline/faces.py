@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from upath import UPath
 
+from cafe.data.expressions import order_classes
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import SPLITS, Manifest, Pictures, hold_out_rows
 from cafe.errors import UserError
@@ -104,8 +105,9 @@ class Faces(_PicklesFields):
     @classmethod
     def of(cls, *parts: Part) -> Faces:
         """Return the faces of some manifests, with all of their classes."""
-        classes = dict.fromkeys(name for part in parts for name in part.manifest.classes)
-        return cls(parts, tuple(classes))
+        first, *others = (part.manifest.classes for part in parts)
+        alike = all(classes == first for classes in others)
+        return cls(parts, first if alike else order_classes(name for classes in (first, *others) for name in classes))
 
     @property
     def name(self) -> str:
@@ -156,9 +158,9 @@ class Faces(_PicklesFields):
     @cached_property
     def labels(self) -> np.ndarray:
         """The label of every row, (N,) int64; -1 for a class that is none of these."""
+        places = {name: place for place, name in enumerate(self.classes)}
         labels = []
         for part in self.parts:
-            places = {name: place for place, name in enumerate(self.classes)}
             labels.append(np.array([places.get(name, -1) for name in part.manifest.classes])[part.manifest.labels])
         return np.concatenate(labels)
 
@@ -232,7 +234,7 @@ class Faces(_PicklesFields):
     def is_evaluated(self, run: UPath) -> bool:
         """Whether there are predictions of a run for the split to evaluate on, as the manifest lists it now."""
         predictions = Predictions.load(self.column.predictions(run)) if self.column else None
-        if predictions is None:
+        if predictions is None or predictions.target_classes != self.parts[0].manifest.classes:
             return False
         return (predictions.about.get("manifest"), predictions.about.get("split")) == (self.digest, self.split)
 

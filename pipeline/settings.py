@@ -9,20 +9,18 @@ heavy imports so that `cafe --help` answers at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
+
+from cafe.results.protocols import ProtocolName, TestTime
 
 Count = Annotated[int, Ge(1)]
 Number = Annotated[int, Ge(0)]
 Side = Annotated[int, Ge(16)]  # of a picture, in pixels
 
-# Of cafe.views.drawing and cafe.results.protocols, which take a second to import.
+# Of cafe.views.drawing and cafe.towers, which take a second to import.
 Policy = Literal["paper", "scn", "eac", "ofer", "clean", "clean+flip", "flip"]
-Protocol = Literal["clean", "paper"]
-PROTOCOLS = get_args(Protocol)
-TestTime = Literal["flip", "views", "tent", "t3a"]
-TEST_TIME = get_args(TestTime)
 Normalisation = Literal["tower", "imagenet", "clip"]
 
 
@@ -214,7 +212,9 @@ class Execution(ClusterSettings):
         "Manifests to evaluate on, comma-separated, or none; default: all that share a class with the source.",
         in_file=False,
     )
-    protocol: Protocol = setting("clean", "How targets are evaluated; training does not depend on it.", in_file=False)
+    protocol: ProtocolName = setting(
+        "clean", "How targets are evaluated; training does not depend on it.", in_file=False
+    )
     num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")
     use_gpu: bool | None = setting(
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
@@ -245,7 +245,7 @@ class EvaluateSettings(ClusterSettings):
     targets: str | None = setting(
         None, "Manifests to evaluate on, comma-separated; default: all with a class of the run's."
     )
-    protocol: Protocol = setting("clean", "How targets are evaluated: clean, or paper as the released readers do.")
+    protocol: ProtocolName = setting("clean", "How targets are evaluated: clean, or paper as the released readers do.")
     test_time: TestTime | None = setting(
         None,
         "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a): "

@@ -21,6 +21,8 @@ from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.settings import ClusterSettings, ExtractSettings, FeatureIdentity, Normalisation, take
 from cafe.pipeline.workspace import Workspace
+from cafe.results.columns import Column
+from cafe.results.predictions import list_predictions, list_protocols
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,8 @@ def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
             spec = RunSpec.load(run)
         except UserError:  # of another format: none of these stores serves it
             return None
-        top = list_folder(run / "predictions")
-        nested = [path for folder in top if not folder.suffix for path in list_folder(folder)]  # of other protocols
-        files = [path.stem for path in (*top, *nested) if path.suffix == ".parquet"]
-        return spec, [file.partition("@")[0] for file in files]
+        files = [name for protocol in list_protocols(run) for name in list_predictions(run, protocol)]
+        return spec, [Column.parse(name).target for name in files]
 
     names = workspace.run_names()
     return {name: found for name, found in zip(names, in_parallel(workspace.root, read, names), strict=True) if found}

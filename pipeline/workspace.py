@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from upath import UPath
 
 from cafe.data.manifest import NAME, Manifest
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError
 from cafe.files import exists, list_folder, locate
+from cafe.results.runs import Run, read_runs
 
 
 def check_name(name: str) -> str:
@@ -98,12 +99,12 @@ class Workspace:
         """The runs there are, finished or not."""
         return [path.name for path in list_folder(self.root / "runs") if exists(path / "run.json")]
 
-    def find_run(self, name: str) -> str:
-        """Return the run of that name, or the only one that begins so; raise `UserError`."""
+    def read_runs(self, name: str = "") -> list[Run]:
+        """Read the runs there are; with a name that of this name, else those that begin so, and all where none does.
+
+        That is as many as choosing one by name needs (`cafe.results.runs.choose`). Raises `UserError` for a run of another
+        format.
+        """
         names = self.run_names()
-        if name in names:
-            return name
-        found = [run for run in names if run.startswith(name)]
-        if len(found) == 1:
-            return found[0]
-        raise unknown("run", name, found or names)
+        found = [name] if name in names else [run for run in names if run.startswith(name)]
+        return read_runs(self.run_path(run) for run in found or names)

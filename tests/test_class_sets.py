@@ -20,6 +20,7 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import write_json
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.report.card import write_card
 from cafe.report.details import Gallery, list_details
 from cafe.report.experiment import draw_experiment
@@ -30,7 +31,7 @@ from cafe.report.sheets import run_sheet
 from cafe.results.columns import Column, name_class_sets
 from cafe.results.metrics import confusion, score
 from cafe.results.predictions import Predictions
-from cafe.results.runs import Run, read_run, read_runs
+from cafe.results.runs import Run, read_run
 from cafe.results.scores import flatten_scores, read_scores
 
 EIGHT = (*EXPRESSIONS, "contempt")
@@ -60,7 +61,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def runs_of(workspace: Workspace) -> list[Run]:
-    return read_runs(workspace.run_path(name) for name in workspace.run_names())
+    return workspace.read_runs()
 
 
 def cells(report: Report) -> dict[str, dict[str, str]]:
@@ -107,6 +108,22 @@ def test_what_is_shared_is_renormalised_and_the_labels_keep_their_names() -> Non
     assert (nothing.classes, nothing.probabilities.shape) == ((), (0, 0))
 
 
+def test_the_order_of_the_classes_of_a_model_makes_no_column_of_its_own(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    labels, wrong = np.arange(90) % 3, (np.arange(90) + 1) % 3
+    for method, order in (("cafe", (0, 1, 2)), ("scn", (2, 0, 1))):
+        names = tuple(("happiness", "sadness", "pain")[place] for place in order)
+        run = write_run(workspace, method, "raf", classes=names, source_kind="rafdb")
+        place = np.argsort(order)  # of each class in this model's order
+        write_predictions(run, "news", place[labels], place[np.where(np.arange(90) < 60, labels, wrong)], classes=names)
+    report = make_report(runs_of(workspace), settings=ReportSettings(versus="scn"))
+    assert report.sheets[0].header[3] == "news"
+    assert [row["news"] for row in cells(report).values()][:2] == ["66.7", "66.7"]
+    assert {row.classes for row in report.comparison.scores.itertuples()} == {("happiness", "sadness", "pain")}
+    (test,) = (test for test in report.tests if test.title == "news")
+    assert test.difference.mean == 0
+
+
 def test_class_sets_are_told_apart_by_their_number_or_else_by_their_turn() -> None:
     assert name_class_sets([EXPRESSIONS, EXPRESSIONS]) == {EXPRESSIONS: ""}
     other = (*EXPRESSIONS[:-1], "contempt")
@@ -116,7 +133,7 @@ def test_class_sets_are_told_apart_by_their_number_or_else_by_their_turn() -> No
 
 
 def test_runs_of_several_class_sets_have_columns_and_means_of_their_own(workspace: Workspace) -> None:
-    report = make_report(runs_of(workspace), versus="scn")
+    report = make_report(runs_of(workspace), settings=ReportSettings(versus="scn"))
     sheet = report.sheets[0]
     assert sheet.header[3:8] == [
         "fer (7 classes)", "fer (8 classes)", "news (7 classes)", "news (8 classes)", "unseen accuracy (7 classes)",
@@ -129,7 +146,7 @@ def test_runs_of_several_class_sets_have_columns_and_means_of_their_own(workspac
     assert eight["unseen accuracy (8 classes)"] == f"{100 * 90 / COUNT:.1f}"
     notes = " ".join(sheet.notes)
     assert "stand in columns of their own. 7 classes: surprise, fear" in notes
-    assert "Faces left out, as the model knows no such class: 16 of fer." in notes
+    assert "Faces left out, of a class that the model does not have: 16 of fer (7 classes)." in notes
     assert "--shared-classes leaves those out" in notes
     assert {(test.row.runs[0].classes, test.title) for test in report.tests} == {
         (EXPRESSIONS, "fer (7 classes)"), (EXPRESSIONS, "news (7 classes)"), (EXPRESSIONS, "mean of unseen"),
@@ -144,7 +161,7 @@ def test_runs_of_several_class_sets_have_columns_and_means_of_their_own(workspac
 
 
 def test_over_shared_classes_the_target_of_seven_is_one_column(workspace: Workspace, tmp_path: Path) -> None:
-    report = make_report(runs_of(workspace), versus="scn", shared_classes=True)
+    report = make_report(runs_of(workspace), settings=ReportSettings(versus="scn", shared_classes=True))
     assert report.sheets[0].header[3:6] == ["fer (7 classes)", "fer (8 classes)", "news (7 classes)"]
     row = cells(report)["cafe (classes=8)"]
     means = [name for name in row if name.startswith("unseen accuracy") and row[name] != "–"]
@@ -157,11 +174,13 @@ def test_over_shared_classes_the_target_of_seven_is_one_column(workspace: Worksp
     assert "Over the classes that model and target share" in " ".join(report.sheets[0].notes)
     cafe, file = Cafe(tmp_path / "work", ""), tmp_path / "table.md"
     cafe.succeed("compare", "--shared-classes", "--versus", "scn", "--markdown", str(file))
-    assert file.read_text() == to_markdown(make_report(runs_of(workspace), versus="scn", shared_classes=True))
+    assert file.read_text() == to_markdown(
+        make_report(runs_of(workspace), settings=ReportSettings(versus="scn", shared_classes=True))
+    )
 
 
 def test_recalls_by_class_are_those_of_each_class_set(workspace: Workspace) -> None:
-    report = make_report(runs_of(workspace), per_class="news", versus="scn")
+    report = make_report(runs_of(workspace), settings=ReportSettings(versus="scn"), per_class="news")
     header = report.sheets[0].header[3:]
     assert header[:9] == [f"{name} (7 classes)" for name in (*EXPRESSIONS, "overall", "mean")]
     assert header[9:] == [f"{name} (8 classes)" for name in (*EIGHT, "overall", "mean")]
@@ -198,7 +217,7 @@ def test_tracked_names_have_the_recalls_of_the_run(workspace: Workspace) -> None
 
 def test_the_table_of_one_run_says_how_many_faces_its_model_has_no_class_for(workspace: Workspace) -> None:
     for run in runs_of(workspace):
-        note = ["Faces left out, as the model knows no such class: 16 of fer."]
+        note = ["Faces left out, of a class that the model does not have: 16 of fer."]
         assert run_sheet(read_scores([run])).notes == (note if run.classes == EXPRESSIONS else [])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cafe
+from conftest import Cafe, complaint
 from runs import write_predictions, write_run
 from upath import UPath
 
@@ -23,7 +23,7 @@ from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
 from cafe.results.metrics import estimate
-from cafe.results.runs import read_runs
+from cafe.results.runs import choose, read_runs
 from cafe.results.scores import average_all, average_unseen, read_scores
 
 
@@ -41,7 +41,7 @@ def evaluate(run: UPath, right: dict[str, int], kinds: dict[str, str] | None = N
 
 
 def read(workspace: Workspace, known: Sequence[str] = ()) -> Comparison:
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     return compare(runs, read_scores(runs, known), "accuracy", "clean")
 
 
@@ -172,7 +172,7 @@ def test_rows_are_told_apart_by_what_was_chosen_and_never_by_what_follows(worksp
     for name in ("first", "second"):
         write_run(workspace, "linear_probe", backbone=tower.format(name, name))
     write_run(workspace, "scn", selection="source_test")
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     labels = sorted(name_rows([[run] for run in runs]))
     assert labels[:2] == ["cafe (mask=none)", "cafe (mask=sigmoid)"]
     assert labels[4] == "scn (selection=source_test)"
@@ -192,7 +192,7 @@ def test_what_most_rows_of_a_method_have_is_not_named(workspace: Workspace) -> N
     ):
         recipe = {"prior": "source", "features": "standardised", "mask": "sigmoid"} | changes
         write_run(workspace, **{f"recipe.{name}": value for name, value in recipe.items()})
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     assert sorted(name_rows([[run] for run in runs])) == [
         "cafe", "cafe (features=raw)", "cafe (features=raw, prior=adjusted)", "cafe (mask=none)", "cafe (prior=adjusted)",
     ]  # fmt: skip
@@ -208,7 +208,7 @@ def test_recalls_of_two_seeds_and_of_a_class_without_faces(workspace: Workspace)
         labels = np.repeat([1, 3], 10)
         predicted = np.where(np.arange(20) % 10 < right, labels, 0)
         write_predictions(write_run(workspace, seed=seed), "two", labels, predicted)
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    runs = workspace.read_runs()
     (row,) = compare_classes(runs, read_scores(runs), "two", "clean").rows
     shown = {column.title: str(value) for column, value in row.cells.items()}
     assert (row.seeds, shown["surprise"], shown["fear"], shown["mean"]) == (2, "–", "20.0 / 40.0", "20.0 / 40.0")
@@ -266,3 +266,13 @@ def test_compare_loads_no_engine(workspace: Workspace) -> None:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.endswith("[]\n")
+
+
+def test_a_name_reads_its_run_alone_else_those_that_begin_so_else_all(workspace: Workspace) -> None:
+    first, second = (write_run(workspace, seed=seed).name for seed in (0, 1))
+    write_json(workspace.run_path(f"{first}-later") / "run.json", {"version": 1})  # which this version does not read
+    assert [run.name for run in workspace.read_runs(first)] == [first]
+    assert [run.name for run in workspace.read_runs("cafe-raf-s1")] == [second]
+    assert "is in the old format 1" in complaint(workspace.read_runs, "other")
+    said = complaint(choose, workspace.read_runs(second), None, "cafe-raf-s1")
+    assert f"The run {second!r} is not trained to its end" in said

@@ -56,6 +56,17 @@ def test_a_union_is_its_manifests_one_after_another(workspace: Workspace) -> Non
     assert Faces.of(*(Part.of(workspace, part) for part in (one, replace(two, kind="rafdb")))).kind == ""
 
 
+def test_a_union_has_the_classes_of_all_in_one_order_whatever_that_of_its_manifests(workspace: Workspace) -> None:
+    one, two = (workspace.load_manifest(name) for name in workspace.manifest_names()[:2])
+    odd = replace(two, classes=("pain", *reversed(two.classes[1:])))
+    for several in ((one, odd), (odd, one)):
+        faces = Faces.of(*(Part.of(workspace, manifest) for manifest in several))
+        assert faces.classes == (*one.classes, "pain")
+        named = [manifest.name_classes(manifest.rows("all")) for manifest in several]
+        assert np.array(faces.classes)[faces.labels].tolist() == np.concatenate(named).tolist()
+    assert Faces.of(Part.of(workspace, odd)).classes == odd.classes  # alone, its own
+
+
 def test_a_face_has_the_same_views_alone_and_in_a_union(workspace: Workspace) -> None:
     plan = ViewPlan("paper", 0, 3, "bilinear", *STATISTICS)
     two = workspace.load_manifest("two")

@@ -26,6 +26,7 @@ from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_file, write_json
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.report.charts import INK
 from cafe.report.details import Gallery, list_details
 from cafe.report.drawings import list_drawings
@@ -35,7 +36,6 @@ from cafe.results.columns import Column
 from cafe.results.leaks import audit_path
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, average, load_predictions
-from cafe.results.runs import read_runs
 from cafe.results.scores import read_scores
 
 SEEDS = (0, 1)
@@ -168,7 +168,7 @@ def predictions_of(workspace: Workspace, method: str, target: str) -> list[Predi
 
 
 def scores_of(workspace: Workspace) -> pd.DataFrame:
-    return read_scores(read_runs(map(workspace.run_path, workspace.run_names())), workspace.manifest_names())
+    return read_scores(workspace.read_runs(), workspace.manifest_names())
 
 
 def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
@@ -187,8 +187,8 @@ def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
 
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace) -> None:
-    runs = read_runs(map(workspace.run_path, workspace.run_names()))
-    found = make_report(runs, workspace.manifest_names(), versus="cafe")
+    runs = workspace.read_runs()
+    found = make_report(runs, workspace.manifest_names(), ReportSettings(versus="cafe"))
     text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
     assert found.ranks is None  # over a single unseen target they are its order again
     page = Page(text)
@@ -365,7 +365,7 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
         for target in ("web", "news"):  # a fold knows its own sources better, which counts for nothing
             knows = right if target == fold else 7
             write_predictions(run, target, labels, np.where(labels < knows, labels, 6))
-    runs = read_runs(map(workspace.run_path, workspace.run_names()))
+    runs = workspace.read_runs()
     (detail,) = list_details(make_report(runs, workspace.manifest_names()).comparison, Gallery(500))
     assert {column.name: own.counts.diagonal().tolist() for column, own in detail.confusions.items()} == {
         "news": [10.0, 10.0, 10.0, 10.0, 0.0, 0.0, 10.0],
@@ -378,7 +378,7 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
 def test_runs_evaluated_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path))
     write_predictions(write_run(workspace), "raf@train", np.arange(14) % 7, np.zeros(14, int), kind="rafdb")
-    found = make_report(read_runs(map(workspace.run_path, workspace.run_names())), workspace.manifest_names())
+    found = make_report(workspace.read_runs(), workspace.manifest_names())
     assert Page(draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()).open == []
 
 
@@ -388,7 +388,7 @@ def test_mistakes_in_the_command_are_one_sentence(workspace: Workspace) -> None:
     assert cafe.fail("report", "trial", "--errors", "joy").startswith("Error: Unknown expression 'joy': choose ")
     assert "wrote" not in cafe.fail("report", "trial", "--versus", "scn").lower()
     assert cafe.fail("report", "trial", "--test-time", "tent").startswith("Error: --test-time tent has nothing to show")
-    unheld = "knows its accuracy on held-out faces of the source"
+    unheld = "has an accuracy on held-out faces of the source"
     assert f"No finished run of this workspace {unheld}" in cafe.fail("compare", "--best", "source_val")
     best = cafe.fail("compare", "--best", "source_val", "--experiment", "trial")
     assert f"No finished run of the experiment 'trial' {unheld}" in best

@@ -28,7 +28,6 @@ from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
 from cafe.pipeline.workspace import Workspace
 from cafe.report.card import format_share, write_card
-from cafe.results.runs import read_runs
 from cafe.views.resizing import Resize
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
@@ -138,7 +137,7 @@ def test_the_card_holds_the_scores_of_every_domain_with_intervals(tmp_path: Path
     for seed, wrong in ((0, 35), (1, 0)):
         run = write_run(workspace, seed=seed, source_kind="folder")
         write_predictions(run, "fer", labels, np.where(np.arange(70) < wrong, (labels + 1) % 7, labels))
-    one, two = read_runs(workspace.run_path(name) for name in workspace.run_names())
+    one, two = workspace.read_runs()
     record = {"input": {"name": "faces"}, "output": {"name": "probabilities"}}
     record |= {"check": {"faces": 32, "largest_difference": 2e-7}}
     card = write_card(one, [one, two], [], record).decode()

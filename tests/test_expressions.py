@@ -50,6 +50,7 @@ def test_names_are_found_in_any_class_set(name: str, classes: tuple[str, ...], f
         (("pain", "a/b"), "The class name 'a/b' cannot be used"),
         (("pain", "all"), "A class cannot be called 'all'"),
         (("pain", "pain"), "The class 'pain' is named twice"),
+        (("joy", "pain", "happy"), "The classes 'joy' and 'happy' are two spellings of one: name it once."),
         (("pain",), "at least two classes, not pain"),
         (tuple(f"c{number}" for number in range(128)), "128 classes are more than the 127 a manifest can hold"),
     ],

@@ -24,10 +24,10 @@ from cafe.pipeline.models import load_method, make_dataset
 from cafe.pipeline.settings import BenchmarkSettings
 from cafe.pipeline.train import choose_epoch
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.report.report import make_report
 from cafe.report.sheets import ORACLES, PEEKED
 from cafe.results.columns import Column
-from cafe.results.runs import read_runs
 
 
 @pytest.fixture
@@ -209,8 +209,8 @@ def write_folds(workspace: Workspace) -> None:
 
 def test_the_row_of_a_method_takes_each_target_from_the_run_that_left_it_out(workspace: Workspace) -> None:
     write_folds(workspace)
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
-    report = make_report(runs, versus="scn")
+    runs = workspace.read_runs()
+    report = make_report(runs, settings=ReportSettings(versus="scn"))
     rows = {row.label: row for row in report.comparison.rows}
     assert {row.source for row in rows.values()} == {"all but target"}
     assert rows.keys() == {"cafe (selection=final)", "cafe (selection=oracle)", "scn"}
@@ -233,8 +233,8 @@ def test_the_row_of_a_method_takes_each_target_from_the_run_that_left_it_out(wor
 
 def test_the_oracle_is_marked_and_neither_best_nor_tested_nor_ranked(workspace: Workspace) -> None:
     write_folds(workspace)
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
-    report = make_report(runs, versus="scn")
+    runs = workspace.read_runs()
+    report = make_report(runs, settings=ReportSettings(versus="scn"))
     sheet = report.sheets[0]
     (line,) = (line for line in sheet.lines if "oracle" in line[1].text)
     assert all(cell.text.endswith("†") for cell in line[3:6])
@@ -243,6 +243,6 @@ def test_the_oracle_is_marked_and_neither_best_nor_tested_nor_ranked(workspace: 
     assert PEEKED not in sheet.notes
     assert not any(test.row.oracle or test.reference.oracle for test in report.tests)
     assert report.ranks is None or not any("oracle" in label for label in report.ranks.labels)
-    against = partial(make_report, runs, versus="cafe (selection=oracle)")
+    against = partial(make_report, runs, settings=ReportSettings(versus="cafe (selection=oracle)"))
     assert "oracle" in complaint(against)
     assert "All but target: each target is evaluated by a training on all other domains" in " ".join(sheet.notes)

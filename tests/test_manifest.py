@@ -244,7 +244,7 @@ def test_a_manifest_survives_its_file_and_its_digest_names_labels(tmp_path: Path
     assert relabelled.image_digest == manifest.image_digest
 
 
-def test_other_classes_survive_the_file_and_name_another_manifest(tmp_path: Path) -> None:
+def test_other_classes_survive_the_file_and_the_same_faces_are_the_same_in_any_class_set(tmp_path: Path) -> None:
     faces = [replace(face(n, n % 3), split="train") for n in range(9)]
     seven, three = (
         Manifest.from_faces("x", "/data", faces, "", classes) for classes in (EXPRESSIONS, ("pain", "a b", "c-2"))
@@ -255,7 +255,10 @@ def test_other_classes_survive_the_file_and_name_another_manifest(tmp_path: Path
     assert again.name_classes(np.array([0, 8])).tolist() == ["pain", "c-2"]
     assert three.digest != seven.digest
     assert three.image_digest == seven.image_digest
-    assert replace(three, classes=("a b", "pain", "c-2")).digest != three.digest
+    assert replace(three, classes=("a b", "pain", "c-2")).digest != three.digest  # other labels
+    turned = [replace(face, label=2 - face.label) for face in faces]
+    assert Manifest.from_faces("x", "/data", turned, "", ("c-2", "a b", "pain")).digest == three.digest
+    assert replace(seven, classes=(*EXPRESSIONS, "contempt")).digest == seven.digest
     assert thin_training(three, 3).classes == three.classes
 
 

@@ -32,7 +32,6 @@ from cafe.results.columns import Column, Mean
 from cafe.results.metrics import METRICS, Estimate, Metric, confusion, estimate, score
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS
-from cafe.results.runs import read_runs
 from cafe.results.scores import flatten_scores, read_scores
 
 
@@ -166,7 +165,7 @@ def test_a_metric_that_is_added_to_the_registry_is_everywhere(tmp_path: Path, mo
                 write_predictions(
                     run, target, labels, np.where(np.arange(70) < right + seed, labels, 6), confidence=0.4
                 )
-    runs = read_runs(map(workspace.run_path, workspace.run_names()))
+    runs = workspace.read_runs()
     scores = read_scores(runs)
     assert scores["not_last"].between(0, 1).all()
     assert {"target/fer/not_last", "unseen/not_last"} <= flatten_scores(scores[scores["run"] == runs[0].name]).keys()

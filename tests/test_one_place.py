@@ -1,6 +1,6 @@
 """A field of the key is one line, a class set none: both are then in every option, file, table and identity they belong to.
 
-A metric, the third of the kind, is in test_metrics.
+A metric, the third of the kind, is in test_metrics. The choices that settings list are compared with what there is.
 """
 
 from __future__ import annotations
@@ -11,12 +11,26 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pyarrow.parquet as pq
 from conftest import draw_faces
 
+from cafe.pipeline.settings import FeatureIdentity, Normalisation, Policy
+from cafe.results.protocols import OPTIONS, PROTOCOLS, ProtocolName, TestTime
+from cafe.towers.facts import NORMALISATIONS
+from cafe.views.drawing import INTERPOLATIONS, POLICIES
+
 ROOT = Path(__file__).parents[1]
 FIELD = '    sharpening: float = setting(0.0, "How much faces are sharpened before they are resized.")\n'
+
+
+def test_the_choices_of_settings_are_those_there_are() -> None:
+    assert set(get_args(Policy)) == set(POLICIES)
+    assert set(get_args(Normalisation)) == {"tower", *NORMALISATIONS}
+    assert set(get_args(get_type_hints(FeatureIdentity)["interpolation"])) == set(INTERPOLATIONS)
+    assert set(get_args(ProtocolName)) == set(PROTOCOLS)
+    assert set(get_args(TestTime)) == set(OPTIONS)
 
 
 def test_a_field_of_the_key_and_a_class_set_are_everywhere(tmp_path: Path, tiny_tower: str) -> None:

@@ -237,3 +237,29 @@ def test_what_was_made_with_an_installed_plug_in_finds_it(tmp_path: Path, monkey
 def test_the_specification_of_a_tower_of_ours_is_not_touched() -> None:
     assert isinstance(BACKBONES["clip-vit-b32"], BackboneSpec)
     assert find_plugins(towers="clip-vit-b32", methods="cafe", networks="resnet18", datasets="folder") == ()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("from cafe.methods import METHODS\nMETHODS['foo'] = 3\n",
+         "adds 'foo' to the methods, and that is 3: it must be a subclass of Method."),
+        ("from cafe.networks.branches import NETWORKS\nNETWORKS['foo'] = print\n", "it must be a Network."),
+        ("from cafe.towers.names import BACKBONES\nBACKBONES['foo'] = 'timm'\n", "it must be a BackboneSpec."),
+        ("from cafe.data.readers import DATASETS\nDATASETS['foo'] = []\n", "it must be a function that returns a Listing."),
+        ("raise SystemExit(3)\n", "cannot be run (SystemExit: 3, line 1): correct it."),
+    ],
+)  # fmt: skip
+def test_what_a_plug_in_adds_must_be_what_its_group_holds(tmp_path: Path, source: str, said: str) -> None:
+    before = [dict(entries) for entries in (METHODS, BACKBONES, NETWORKS, DATASETS)]
+    assert said in complaint(load_plugins, [write(tmp_path, source)])
+    assert before == [METHODS, BACKBONES, NETWORKS, DATASETS]
+
+
+def test_an_entry_point_must_be_what_its_group_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "Probe = 3\n", "three_module.py")
+    install(tmp_path, "three_module", {"methods": "three = three_module:Probe"}, monkeypatch)
+    assert complaint(find_method, "three") == (
+        "The plug-in 'three' (three_module:Probe) adds 'three' to the methods, and that is 3: it must be a subclass of "
+        "Method."
+    )

@@ -262,7 +262,7 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
         ((run, there, "--rate", "0"), "above 0, not 0.0"),
         (("other", there), "Unknown run 'other'"),
         (("table", there), "'table' is an experiment"),
-        (("plain", there, "--best", "source_val"), "knows its accuracy on held-out faces"),
+        (("plain", there, "--best", "source_val"), "has an accuracy on held-out faces"),
         (("other", there, "--best", "source_val"), "Unknown experiment 'other'"),
     ):
         assert part in command.fail("predict", *arguments), arguments

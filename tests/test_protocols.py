@@ -21,7 +21,6 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.methods import METHODS
-from cafe.pipeline import settings
 from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.faces import choose_target, choose_targets
 from cafe.pipeline.features.extract import describe_store, look_up_tower
@@ -75,8 +74,7 @@ def test_each_protocol_says_which_faces_are_evaluated_and_how(
     assert (PROTOCOLS["clean"].channels(kind), PROTOCOLS["paper"].channels(kind)) == ("rgb", colours)
 
 
-def test_the_command_line_offers_the_protocols_there_are() -> None:
-    assert set(settings.PROTOCOLS) == set(PROTOCOLS)
+def test_an_unknown_protocol_is_answered_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"Unknown protocol 'papr': choose clean, paper\."):
         find_protocol("papr")
 
@@ -140,6 +138,19 @@ def test_a_target_gets_the_store_of_its_colours_and_a_source_always_rgb(workspac
     chosen = choose_source_store(workspace, workspace.load_manifest("stills"), StoreChoice(), METHODS["cafe"])
     assert chosen is not None
     assert chosen[1].key.channels == "rgb"
+
+
+def test_a_target_that_shares_no_class_is_left_out_unless_it_is_named(workspace: Workspace) -> None:
+    _, spec = make_run(workspace, "image_only")
+    names = [target.name for target in choose_targets(workspace, None, spec, "clean")]
+    faces = workspace.load_manifest("fer")
+    other = replace(faces, name="ward", classes=tuple(f"state {number}" for number in range(len(faces.classes))))
+    other.save(workspace.manifest_path("ward"))
+    assert [target.name for target in choose_targets(workspace, None, spec, "clean")] == names
+    with pytest.raises(
+        UserError, match=r"No face of 'ward' in the split 'test' shows a class of this run \(surprise, "
+    ):
+        choose_targets(workspace, "ward", spec, "clean")
 
 
 def test_missing_bgr_features_say_how_to_make_them(workspace: Workspace, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.report.charts import draw_ranks, find_ties, to_svg
 from cafe.report.drawings import list_drawings
 from cafe.report.formats import to_csv, to_latex, to_markdown
@@ -28,7 +29,6 @@ from cafe.report.sheets import BEST, SECOND, Sheet, SheetCell
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS
-from cafe.results.runs import read_runs
 from cafe.results.statistics import Ranking, grouped_test, holm, paired_bootstrap
 
 KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
@@ -58,9 +58,10 @@ def evaluated_run(
     return run
 
 
-def report_all(workspace: Workspace, **choice: Any) -> Report:
-    runs = read_runs(workspace.run_path(name) for name in workspace.run_names())
-    return make_report(runs, workspace.manifest_names(), **choice)
+def report_all(workspace: Workspace, metric: str = "accuracy", per_class: str | None = None, **settings: Any) -> Report:
+    runs = workspace.read_runs()
+    known = workspace.manifest_names()
+    return make_report(runs, known, ReportSettings(**settings), metric=metric, per_class=per_class)
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,11 @@ from cafe.pipeline.evaluate import check_option, evaluate_target
 from cafe.pipeline.faces import choose_target
 from cafe.pipeline.models import build_model, load_method, make_dataset
 from cafe.pipeline.runs import RunSpec
-from cafe.pipeline.settings import TEST_TIME, ExtractSettings
+from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.randomness import random_generator
 from cafe.results.predictions import load_predictions
-from cafe.results.protocols import OPTIONS, find_protocol
+from cafe.results.protocols import find_protocol
 from cafe.results.runs import read_runs
 from cafe.results.scores import flatten_scores, read_scores
 
@@ -183,10 +183,6 @@ def test_evaluated_again_a_target_gets_the_same_numbers_apart_from_all_others(
     assert {name: value for name, value in scores.items() if not name.startswith("clean-")} == plain
     labels = workspace.load_manifest("two").labels[evaluated.rows]
     assert scores[f"clean-{option}/unseen/accuracy"] == pytest.approx((first.argmax(1) == labels).mean())
-
-
-def test_the_command_line_offers_the_options_there_are() -> None:
-    assert set(TEST_TIME) == set(OPTIONS)
 
 
 def test_views_that_no_store_has_are_one_sentence(workspace: Workspace, evaluated: Evaluated, tiny_tower: str) -> None:

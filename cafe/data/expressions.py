@@ -81,6 +81,12 @@ def normalise_name(name: str) -> str:
     return name.strip().casefold()
 
 
+def order_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names in the one order that tables and unions have them: the seven, contempt, then others by alphabet."""
+    distinct = set(names)
+    return (*(name for name in EIGHT if name in distinct), *sorted(distinct.difference(EIGHT)))
+
+
 def check_classes(classes: Sequence[str]) -> None:
     """Raise `UserError` unless these names are a class set: two to 127 different ones, of the letters a–z and the like."""
     for name in classes:
@@ -93,6 +99,10 @@ def check_classes(classes: Sequence[str]) -> None:
             raise UserError(f"A class cannot be called {name!r}, as tables call their sums and means so: rename it.")
     if repeated := [name for position, name in enumerate(classes) if name in classes[:position]]:
         raise UserError(f"The class {repeated[0]!r} is named twice: name every class once.")
+    for position, name in enumerate(classes):
+        same = [other for other in classes[:position] if ALIASES.get(other, other) == ALIASES.get(name, name)]
+        if same:
+            raise UserError(f"The classes {same[0]!r} and {name!r} are two spellings of one: name it once.")
     if len(classes) < 2:
         raise UserError(f"A class set has at least two classes, not {', '.join(classes) or 'none'}: name more of them.")
     if len(classes) > MOST:

@@ -27,6 +27,7 @@ from cafe.data.expressions import (
     check_classes,
     find_class,
     normalise_name,
+    order_classes,
 )
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
@@ -172,7 +173,7 @@ class Listing:
         classes = choice.classes
         if classes is None:
             own = (normalise_name(name) for name in names if not find_class(name, choice.skip))
-            classes = tuple(sorted(set(own)))
+            classes = order_classes(own)
             if self.files:
                 check_classes(classes)
         optional = (*choice.skip, *(() if self.kind in OWN_KINDS else (CONTEMPT,)))

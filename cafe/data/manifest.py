@@ -225,11 +225,17 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all but where the files lie: samples, labels, splits, groups, contents; and classes but the seven."""
-        rows = _digest(self.table, ("sample_id", "label", "split", "group", "digest", "box"))
-        if self.classes == EXPRESSIONS:
-            return rows
-        return hashlib.sha256(json.dumps([*self.classes, rows]).encode()).hexdigest()
+        """A digest of all but where the files lie: samples, labels, splits, groups, contents.
+
+        Labels count by what they mean, so that the same faces are the same in whatever class set they were indexed.
+        """
+        table, place = self.table, self.table.column_names.index("label")
+        if self.classes != EXPRESSIONS:
+            named = self.name_classes(np.arange(len(self))).tolist()
+            seven = {name: label for label, name in enumerate(EXPRESSIONS)}
+            labels = pa.array([seven[name] for name in named] if seven.keys() >= set(named) else named)
+            table = table.set_column(place, "label", labels)
+        return _digest(table, ("sample_id", "label", "split", "group", "digest", "box"))
 
     @cached_property
     def image_digest(self) -> str:

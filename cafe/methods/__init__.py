@@ -36,7 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "finetune": Finetune,
     "image_only": ImageOnly,
 }
-offer("methods", METHODS)
+offer("methods", METHODS, "a subclass of Method", lambda entry: isinstance(entry, type) and issubclass(entry, Method))
 
 
 def find_method(name: str) -> type[Method]:

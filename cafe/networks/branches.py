@@ -62,7 +62,7 @@ NETWORKS: dict[str, Network] = {
     "resnet50": from_torchvision("resnet50", 2048, RESNET_LAYERS),
     "mobilenet_v2": from_torchvision("mobilenet_v2", 1280, ("features",)),
 }
-offer("networks", NETWORKS)
+offer("networks", NETWORKS, "a Network", lambda entry: isinstance(entry, Network))
 
 
 class ImageBranch(nn.Module):

@@ -75,7 +75,7 @@ class Detail:
 def list_details(comparison: Comparison, gallery: Gallery) -> list[Detail]:
     """Return the details of every row that was evaluated on anything, from the same predictions as its cells.
 
-    Raises `UserError` when the gallery is to show a class that no run knows.
+    Raises `UserError` when the gallery is to show a class that no run has.
     """
     runs = [run for row in comparison.rows for run in row.runs]
     known = {name for run in runs for name in run.classes}
@@ -96,9 +96,12 @@ def _evaluated(row: Row) -> list[Column]:
 def _describe(row: Row, classes: dict[tuple[str, str], Row], comparison: Comparison, gallery: Gallery) -> Detail:
     columns = _evaluated(row)
     unseen = [column for column in columns if column not in row.seen]
-    first = replace(row, runs=tuple(run for run in row.runs if run.seed == row.runs[0].seed))
-    (seed,) = comparison.load_predictions(first)
-    seeds = comparison.load_predictions(row, named=False)
+    first, others = (
+        replace(row, runs=tuple(run for run in row.runs if (run.seed == row.runs[0].seed) == own))
+        for own in (True, False)
+    )
+    (seed,) = comparison.load_predictions(first)  # with the ids of its faces, of which the mistakes are shown
+    seeds = [seed, *comparison.load_predictions(others, named=False)]
     confusions = {column: count_confusions([one[column] for one in seeds if column in one]) for column in columns}
     names = dict.fromkeys(name for own in confusions.values() for name in own.classes)
     cells = [

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
+from cafe.report import ReportSettings
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
@@ -23,7 +24,7 @@ from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
-from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank
+from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
@@ -49,33 +50,33 @@ class Report:
 def make_report(
     runs: Sequence[Run],
     known: Collection[str] = (),
-    protocol: str = "clean",
+    settings: ReportSettings | None = None,
     *,
     metric: str = "accuracy",
     per_class: str | None = None,
-    versus: str | None = None,
-    test_time: Sequence[str] = (),
-    shared_classes: bool = False,
-    without_leaks: UPath | None = None,
+    root: UPath | None = None,
     about: Sequence[str] = (),
 ) -> Report:
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
-    `known` names the manifests there are. `test_time` names options for which there are rows of their own;
-    `shared_classes` restricts predictions to the classes that a run and a target share. `without_leaks` is the root of the
-    workspace whose audits found copies of the source's training faces: there are columns without them. `about` is what
-    else there is to say of these runs.
+    `known` names the manifests there are. `root` is that of the workspace, whose audits found copies of the source's
+    training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
     """
+    settings = settings or ReportSettings()
+    protocol, versus = settings.protocol, settings.versus
     scores = read_scores(runs, known)
-    others = list_others(scores, protocol, test_time)
-    varied = vary_runs(runs, protocol, test_time)
+    others = list_others(scores, protocol, settings.test_time)
+    varied = vary_runs(runs, protocol, settings.test_time)
     shown = [*runs, *varied]
-    if shared_classes:
+    if settings.shared_classes:
         shown = [replace(run, shared_classes=True) for run in shown]
         scores = read_scores(shown, known, [protocol])
     elif varied:
         scores = pd.concat([scores, read_scores(varied, known, [protocol])], ignore_index=True)
-    leak_free = read_scores(shown, known, [protocol], leave_out_leaks(without_leaks)) if without_leaks else None
+    leak_free = None
+    if settings.exclude_leaks:
+        assert root is not None
+        leak_free = read_scores(shown, known, [protocol], leave_out_leaks(root))
     said = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
     if per_class:
         classes = compare_classes(shown, scores, per_class, protocol)
@@ -86,7 +87,7 @@ def make_report(
             f"Every expression of {per_class}", [*said, *about], sheets, classes, published, tests, target=per_class
         )
     comparison = compare(shown, scores, metric, protocol, leak_free)
-    published, ranks = publish_rows(comparison), rank(comparison)
+    published, ranks = publish_rows(comparison), rank_rows(comparison)
     tests = pair_rows(comparison, versus) if versus else []
     sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
@@ -142,7 +143,7 @@ def list_records(report: Report) -> Iterator[dict[str, object]]:
         for column, estimate in row.cells.items():
             where: dict[str, object] = {"target": report.target, "expression": column.title}
             if not report.target:
-                role = SOURCE if column.name in row.source.split("+") else SAME_SET if column in row.seen else UNSEEN
+                role = SOURCE if column.name in row.sources else SAME_SET if column in row.seen else UNSEEN
                 where = {"target": column.title, "role": role, "metric": metric}
             described = _describe(comparison, row, where, estimate, numbers.cells.get(column, math.nan))
             yield described | _describe_test(tested.get((id(row), None if column.part == MEAN else column)))

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import pandas as pd
 
-from cafe.results.columns import Column, Mean
+from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
 from cafe.results.metrics import METRICS, Estimate
 from cafe.results.paired_tests import RECALLS, Paired, Ranks
@@ -31,7 +31,7 @@ PEEKED = "†: the epoch was chosen on the source's test split, as published scr
 ORACLES = (
     "†: the epoch was chosen on the target's own training faces (oracle): what a choice could gain, and no result."
 )
-TEST_TIME = (
+TEST_TIME_NOTE = (
     "test_time: more was done than to ask a trained network once; tent and t3a learned from the target's faces, which is no "
     "generalisation to unseen ones. Such rows are neither marked nor ranked."
 )
@@ -169,10 +169,14 @@ def class_notes(comparison: Comparison) -> Iterator[str]:
 
 
 def _lacking_notes(scores: pd.DataFrame) -> Iterator[str]:
+    class_sets = name_class_sets(scores["classes"])
     lacking = scores[scores["other_classes"] > 0].drop_duplicates(["target", "classes"])
-    if len(lacking):
-        said = (f"{row.other_classes:,} of {row.target}" for row in lacking.itertuples())
-        yield f"Faces left out, as the model knows no such class: {', '.join(said)}."
+    said = [
+        f"{row.other_classes:,} of {row.target}" + (f" ({name})" if (name := class_sets[row.classes]) else "")
+        for row in lacking.itertuples()
+    ]
+    if said:
+        yield f"Faces left out, of a class that the model does not have: {', '.join(said)}."
 
 
 def row_notes(rows: Sequence[Row]) -> list[str]:
@@ -186,7 +190,7 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
             len(rows) > len({row.source for row in rows}),
         PEEKED: any(row.peeked and not row.oracle for row in rows),
         ORACLES: any(row.oracle for row in rows),
-        TEST_TIME: any(row.test_time for row in rows),
+        TEST_TIME_NOTE: any(row.test_time for row in rows),
         "[n]: n seeds, fewer than the row has.": fewer,
         "Seeds: any: every seed predicts the same, because nothing in the method is random.":
             not all(row.seeded for row in rows),

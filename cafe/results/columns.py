@@ -91,14 +91,14 @@ def _qualify(name: str, leak_free: bool, class_set: str) -> str:
     return name + " leak-free" * leak_free + (f" ({class_set})" if class_set else "")
 
 
-def name_class_sets(several: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Return a short name for each of several class sets; an empty one where there is only one, not told apart."""
+def name_class_sets(several: Iterable[tuple[str, ...]], noun: str = " classes") -> dict[tuple[str, ...], str]:
+    """Return a short name for each of several class sets, how many of the noun; an empty one where all are the same."""
     distinct = list(dict.fromkeys(several))
     if len(distinct) < 2:
         return dict.fromkeys(distinct, "")
     counts = [len(classes) for classes in distinct]
     return {
-        classes: f"{len(classes)} classes"
+        classes: f"{len(classes)}{noun}"
         + (f" #{counts[:place].count(len(classes)) + 1}" if counts.count(len(classes)) > 1 else "")
         for place, classes in enumerate(distinct)
     }

@@ -23,7 +23,7 @@ PEEKING = (
     "source_test",
     ORACLE,
 )  # selections that look at what the run is evaluated on: always said beside its numbers
-IDENTITY = {"source", "method", "seed"}  # what a row shows anyway
+NOT_IN_LABELS = {"source", "method", "seed"}  # settings that a row shows beside its label
 ALL = "all"  # targets: the unseen ones and the sources
 NOTHING = estimate([])
 
@@ -52,6 +52,11 @@ class Row:
     def source(self) -> str:
         """What it was trained on."""
         return self.runs[0].source_title
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the manifests it was trained on; none in leave-one-domain-out, where every fold has others."""
+        return () if self.runs[0].fold else tuple(source.name for source in self.runs[0].sources)
 
     @property
     def method(self) -> str:
@@ -238,7 +243,7 @@ class _Table:
         columns = [column for column in self.columns if column.name == target]
         mine = (column for column in columns if any((run.name, column) in self.records for run in runs))
         other = columns[0] if columns else Column(target)
-        return next(mine, replace(other, class_set=self.class_sets.get(runs[0].classes, "")))
+        return next(mine, replace(other, class_set=self.class_sets.get(runs[0].class_set, "")))
 
     def places(self, runs: Sequence[Run]) -> list[Column]:
         """Return the column of runs on every target."""
@@ -298,10 +303,9 @@ def name_rows(groups: Sequence[Sequence[Run]]) -> list[str]:
     for place, group in enumerate(groups):
         families[group[0].source_title, group[0].method].append(place)
     for (_, method), places in families.items():
-        class_sets = name_class_sets(groups[place][0].classes for place in places)
+        class_sets = name_class_sets((groups[place][0].class_set for place in places), noun="")
         chosen = [
-            {**_common_settings(groups[place]), "classes": class_sets[groups[place][0].classes].replace(" classes", "")}
-            for place in places
+            {**_common_settings(groups[place]), "classes": class_sets[groups[place][0].class_set]} for place in places
         ]
         for longest in (24, 48, 10_000):
             names = [_name_row(method, own, chosen, longest) for own in chosen]
@@ -319,7 +323,7 @@ def _common_settings(group: Sequence[Run]) -> dict[str, object]:
 
 
 def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, object]], longest: int) -> str:
-    said = {key: value for key, value in own.items() if key not in IDENTITY and value not in ("", None)}
+    said = {key: value for key, value in own.items() if key not in NOT_IN_LABELS and value not in ("", None)}
     differing = []
     for key, value in sorted(said.items()):
         others = [rival.get(key) for rival in rivals]

@@ -193,7 +193,7 @@ class Ranks:
     left_out: tuple[str, ...]  # methods that were not trained on every source, or peeked
 
 
-def rank(comparison: Comparison) -> Ranks | None:
+def rank_rows(comparison: Comparison) -> Ranks | None:
     """Rank the methods that were trained on every source, by their mean over two or more targets; else None."""
     rows = {(row.source, row.label): row for row in comparison.rows if row.contends}
     ranked = [row for row in comparison.rows if not row.test_time]

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS, order_classes
 from cafe.errors import UserError
 from cafe.files import list_folder, read_file, write_file
-from cafe.results.protocols import find_protocol
+from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,15 @@ class Predictions:
         probabilities = np.divide(left, sums, out=np.full_like(left, 1 / max(1, len(kept))), where=sums > 0)
         classes = tuple(self.classes[place] for place in kept)
         return replace(self, labels=np.searchsorted(kept, self.labels), probabilities=probabilities, classes=classes)
+
+    def order_classes(self) -> Predictions:
+        """Return them with the classes in the order of tables, whatever the order of the model's."""
+        classes = order_classes(self.classes)
+        if classes == self.classes:
+            return self
+        places = [self.classes.index(name) for name in classes]
+        labels = np.argsort(places)[self.labels]
+        return replace(self, labels=labels, probabilities=self.probabilities[:, places], classes=classes)
 
     def sort(self) -> Predictions:
         """Return them in the order of the samples' ids."""
@@ -159,8 +168,19 @@ def average(several: Sequence[Predictions]) -> Predictions:
     return replace(first, probabilities=np.mean([first.probabilities, *(one.probabilities for one in others)], axis=0))
 
 
+def list_protocols(run: UPath) -> list[str]:
+    """Return the protocols by which a run may have predictions: `clean`, whose files have no folder, and those with one."""
+    there = {path.name for path in list_folder(run / "predictions")}
+    return [name for name in ALL_PROTOCOLS if find_protocol(name).prefix.rstrip("/") in {"", *there}]
+
+
+def list_predictions(run: UPath, protocol: str = "clean") -> dict[str, UPath]:
+    """Return the files of a run's predictions by one protocol by their names, `TARGET[@SPLIT]`."""
+    folder = run / "predictions" / find_protocol(protocol).prefix
+    return {path.stem: path for path in list_folder(folder) if path.suffix == ".parquet"}
+
+
 def load_predictions(run: UPath, protocol: str = "clean", named: bool = True) -> dict[str, Predictions]:
     """Return all predictions of a run by one protocol, by the name of their file; damaged files are left out."""
-    folder = run / "predictions" / find_protocol(protocol).prefix
-    loaded = {path.stem: Predictions.load(path, named) for path in list_folder(folder) if path.suffix == ".parquet"}
+    loaded = {name: Predictions.load(path, named) for name, path in list_predictions(run, protocol).items()}
     return {name: predictions for name, predictions in loaded.items() if predictions is not None}

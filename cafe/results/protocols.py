@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cafe.errors import unknown
 
 if TYPE_CHECKING:
     from cafe.data.manifest import Manifest
 
+ProtocolName = Literal["clean", "paper"]  # of `PROTOCOLS`
+TestTime = Literal["flip", "views", "tent", "t3a"]  # of `OPTIONS`
 EVALUATED = ("test", "val")  # the first of them that a set has: the labels of some test sets were never published
 
 

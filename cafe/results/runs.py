@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS, order_classes
 from cafe.errors import UserError, unknown
 from cafe.files import exists, list_folder, read_json
 from cafe.records import FORMAT
@@ -21,7 +21,7 @@ from cafe.results.sources import ALL_BUT_TARGET, Source, find_relation
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
 
 # What run.json says of a run.
-DESCRIBED = ("name", "group", "source", "method", "seed", "selection", "settings", "derived")
+RUN_FIELDS = ("name", "group", "source", "method", "seed", "selection", "settings", "derived")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Run:
     not_as_published: tuple[str, ...]
     experiments: dict[str, str | None]
     pulled: bool  # from a tracking server: it was evaluated on the manifests of another workspace
-    classes: tuple[str, ...] = EXPRESSIONS  # that it tells apart; old records do not say
+    classes: tuple[str, ...] = EXPRESSIONS  # in the order of its outputs; old records do not say
     test_time: str = ""  # the option with which it was evaluated
     ensemble: tuple[Run, ...] = ()  # the runs whose mean it is
     shared_classes: bool = False  # whether its predictions are over the classes it shares with each target
@@ -58,6 +58,11 @@ class Run:
     def source_title(self) -> str:
         """What tables call its source: `all but target` for all folds of leave-one-domain-out."""
         return ALL_BUT_TARGET if self.fold else self.source
+
+    @property
+    def class_set(self) -> tuple[str, ...]:
+        """Its classes in the order of tables."""
+        return order_classes(self.classes)
 
     @property
     def finished(self) -> bool:
@@ -71,7 +76,8 @@ class Run:
     def load_predictions(self, protocol: str, named: bool = True) -> dict[Column, Predictions]:
         """Return what it predicted by a protocol; of an ensemble, the mean where all of it have predictions.
 
-        The columns are those of the protocol: a run with an option of test time stands in them as a row of its own.
+        The columns are those of the protocol: a run with an option of test time stands in them as a row of its own. Classes
+        are in the order of tables, so that runs whose class sets differ in their order alone can be compared.
         """
         if self.ensemble:
             several = [run.load_predictions(protocol) for run in self.ensemble]
@@ -82,7 +88,7 @@ class Run:
             files = load_predictions(self.folder, name_protocol(protocol, option), named)
             found = {Column.parse(name, protocol): predictions for name, predictions in files.items()}
         return {
-            column: predictions.share_classes() if self.shared_classes else predictions
+            column: (predictions.share_classes() if self.shared_classes else predictions).order_classes()
             for column, predictions in found.items()
         }
 
@@ -108,8 +114,8 @@ def read_run(folder: UPath) -> Run | None:
     record = read_record(folder)
     if record is None:
         return None
-    described = {name: record[name] for name in DESCRIBED if name in record}
-    if missing := [name for name in DESCRIBED if name not in described]:
+    described = {name: record[name] for name in RUN_FIELDS if name in record}
+    if missing := [name for name in RUN_FIELDS if name not in described]:
         raise UserError(f"{folder}/run.json has no {missing[0]!r}: it was changed by hand; train the run again.")
     deviations, spec, classes = (record.get(name) for name in ("not_as_published", "spec", "classes"))
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
@@ -207,7 +213,7 @@ def _choose_best(runs: Sequence[Run], best: str, where: str) -> tuple[Run, str]:
     accuracies = {run.name: accuracy for run in runs if (accuracy := read_validation_accuracy(run)) is not None}
     if not accuracies:
         raise UserError(
-            f"No finished run of {where} knows its accuracy on held-out faces of the source: train "
+            f"No finished run of {where} has an accuracy on held-out faces of the source: train "
             "with --selection source_val, or give the name of a run."
         )
     rivals = [run for run in runs if run.name in accuracies]

@@ -11,18 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-from cafe.files import list_folder
 from cafe.results.columns import Column
 from cafe.results.metrics import METRICS, RECALL, score
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Predictions, list_protocols
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.sources import SOURCE, UNKNOWN, UNSEEN
 
-# What a record says beside the metrics and the recalls. `column` is the `Column` of which `protocol` and `target` are names.
-DESCRIBED = (
-    "run", "group", "source", "method", "seed", "column", "protocol", "target", "split", "kind", "manifest", "relation",
-    "unseen", "classes", "target_classes", "faces", "left_out", "other_classes",
+# What a record says beside the metrics and the recalls. `sources` is how many there are; `column` is the `Column` of which
+# `protocol` and `target` are names.
+SCORE_FIELDS = (
+    "run", "group", "source", "sources", "method", "seed", "column", "protocol", "target", "split", "kind", "manifest",
+    "relation", "unseen", "classes", "target_classes", "faces", "left_out", "other_classes",
 )  # fmt: skip
 
 Filter = Callable[[Run, Column, Predictions], Predictions]
@@ -36,7 +36,7 @@ def read_scores(
 ) -> pd.DataFrame:
     """Return one record per run, protocol and target, computed from the predictions.
 
-    Columns: those of `DESCRIBED`, every metric, and recall/CLASS of all classes there are. `known` names the manifests of
+    Columns: those of `SCORE_FIELDS`, every metric, and recall/CLASS of all classes there are. `known` names the manifests of
     the workspace: the relation of other targets is `unknown`, unless the run was pulled from a tracking server; without
     `known` none is. `leave_out` takes faces out, counted in `left_out`; a target of which none is left has no scores.
     `other_classes` counts the faces that were not predicted, being of classes the model lacks.
@@ -44,10 +44,10 @@ def read_scores(
     records: list[dict[str, Any]] = []
     classes: dict[str, None] = {}
     for run in runs:
-        there = {path.name for path in list_folder(run.folder / "predictions")}
+        there = list_protocols(run.folder)
         classes |= dict.fromkeys(run.classes)
         for protocol in protocols:
-            if find_protocol(protocol).prefix.rstrip("/") not in {"", *there}:
+            if protocol not in there:
                 continue
             for column, predictions in run.load_predictions(protocol, named=leave_out is not None).items():
                 kept = leave_out(run, column, predictions) if leave_out else predictions
@@ -56,15 +56,15 @@ def read_scores(
                 relation = UNKNOWN if missing else run.relation(column, about["kind"], about["manifest"])
                 classes |= dict.fromkeys(kept.classes)
                 records.append({
-                    "run": run.name, "group": run.group, "source": run.source, "method": run.method, "seed": run.seed,
-                    "column": column, "protocol": protocol, "target": column.name, **about,
-                    "relation": relation, "unseen": relation == UNSEEN, "classes": kept.classes,
+                    "run": run.name, "group": run.group, "source": run.source, "sources": len(run.sources),
+                    "method": run.method, "seed": run.seed, "column": column, "protocol": protocol, "target": column.name,
+                    **about, "relation": relation, "unseen": relation == UNSEEN, "classes": kept.classes,
                     "target_classes": kept.target_classes,
                     "faces": len(kept.labels), "left_out": len(predictions.labels) - len(kept.labels),
                     "other_classes": predictions.other_classes,
                     **(score(kept) if len(kept.labels) else {}),
                 })  # fmt: skip
-    return pd.DataFrame(records, columns=[*DESCRIBED, *METRICS, *(f"{RECALL}{name}" for name in classes)])
+    return pd.DataFrame(records, columns=[*SCORE_FIELDS, *METRICS, *(f"{RECALL}{name}" for name in classes)])
 
 
 def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def average_all(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the same over the unseen targets and the sources, as published tables do, for runs evaluated on all."""
     keys = [scores["run"], scores["protocol"]]
     evaluated = (scores["relation"] == SOURCE).groupby(keys).transform("sum")
-    complete = evaluated == scores["source"].astype(str).str.count(r"\+") + 1
+    complete = evaluated == scores["sources"]
     return _average(scores[complete & scores["relation"].isin([SOURCE, UNSEEN])])
 
 

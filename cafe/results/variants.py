@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from cafe.errors import UserError
-from cafe.files import list_folder
-from cafe.results.protocols import find_protocol, name_protocol
+from cafe.results.predictions import list_predictions
+from cafe.results.protocols import name_protocol
 from cafe.results.runs import Run
 
 SEEDS = "seeds"  # the mean over the probabilities of all seeds of a row
@@ -46,8 +46,7 @@ def average_seeds(runs: Iterable[Run]) -> list[Run]:
 
 
 def _is_evaluated(run: Run, protocol: str) -> bool:
-    files = list_folder(run.folder / "predictions" / find_protocol(protocol).prefix)
-    return any(path.suffix == ".parquet" for path in files)
+    return bool(list_predictions(run.folder, protocol))
 
 
 def _name(run: Run, option: str, label: str = "") -> Run:

@@ -97,7 +97,7 @@ BACKBONES: dict[str, BackboneSpec] = {
         layer=Layer("stage3", "3x3"),
     ),
 }
-offer("towers", BACKBONES)
+offer("towers", BACKBONES, "a BackboneSpec", lambda entry: isinstance(entry, BackboneSpec))
 
 
 def parse_backbone(name: str) -> BackboneSpec:

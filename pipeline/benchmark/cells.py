@@ -35,8 +35,10 @@ from cafe.pipeline.train import show_finished, train_and_evaluate
 from cafe.pipeline.worker import AnyWorker, RayTeam, RayWorker
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
+from cafe.report import ReportSettings
 from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
+from cafe.results.protocols import ProtocolName
 from cafe.results.runs import Run, read_runs
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
@@ -255,12 +257,14 @@ def _compare(plan: BenchmarkPlan) -> None:
         write_file(note, made_of)
 
 
-def write_comparison(workspace: Workspace, folder: UPath, runs: Sequence[Run], experiment: str, protocol: str) -> None:
+def write_comparison(
+    workspace: Workspace, folder: UPath, runs: Sequence[Run], experiment: str, protocol: ProtocolName
+) -> None:
     """Write the comparison of runs, where any was evaluated, to a benchmark's folder: tables and the page of a report."""
     from cafe.report.experiment import draw_experiment
 
     if any(run.load_predictions(protocol, named=False) for run in runs):
-        report = make_report(runs, workspace.manifest_names(), protocol)
+        report = make_report(runs, workspace.manifest_names(), ReportSettings(protocol=protocol))
         write_file(folder / "comparison.md", to_markdown(report).encode())
         page = draw_experiment(experiment, report, workspace.root, workspace.keeping_manifests().find_manifest)
         write_file(folder / "report.html", page)

@@ -30,7 +30,8 @@ from cafe.errors import UserError, unknown
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.pipeline.plan import split_names
-from cafe.pipeline.settings import Count, ExtractSettings, Number, Protocol, TrainSettings
+from cafe.pipeline.settings import Count, ExtractSettings, Number, TrainSettings
+from cafe.results.protocols import ProtocolName
 from cafe.results.sources import ALL_BUT_TARGET
 
 PER_SEED = "per seed"  # for `view_seed`: every training seed sees a draw of views of its own
@@ -107,7 +108,7 @@ class Benchmark:
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2, 3, 4])
     towers: Names = field(default_factory=lambda: ["clip-vit-b32"])
     targets: Names | None = None  # the sources, each evaluated on all of them
-    protocol: Protocol = "clean"
+    protocol: ProtocolName = "clean"
     views: Count | None = None  # per face; one for every epoch and the clean one, as published
     features: dict[str, Any] = field(default_factory=dict)
     set: Changes = field(default_factory=dict)

@@ -23,11 +23,10 @@ from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.methods import find_method
 from cafe.pipeline.models import build_model
-from cafe.pipeline.runs import is_finished
 from cafe.pipeline.workspace import Workspace
 from cafe.report.card import write_card
 from cafe.results.predictions import load_predictions
-from cafe.results.runs import Run, read_runs
+from cafe.results.runs import Run, choose
 from cafe.results.scores import flatten_scores, read_scores
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
@@ -53,11 +52,10 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
     Raises `UserError` for a run that is not finished or of a method that cannot be exported, where packages are missing,
     where there are no faces to check it on, and when the graph does not agree with PyTorch.
     """
-    path = workspace.run_path(workspace.find_run(name))
-    runs = read_runs(workspace.run_path(other) for other in workspace.run_names())
-    run = next(run for run in runs if run.folder == path)
+    runs = workspace.read_runs()
+    (run,), _ = choose(runs, name=name)
     check_exports(run, folder)
-    model = build_model([path], batch_size=1)
+    model = build_model([run.folder], batch_size=1)
     if model.tower and model.tower.backbone.precision != "fp32":
         raise UserError(
             f"The features of the run {run.name!r} are of precision {model.tower.backbone.precision}, and a graph computes "
@@ -67,9 +65,9 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)
     write_onnx(model, str(folder / "model.onnx"))
-    difference = compare(model, Onnx(str(folder / "model.onnx")), faces)
+    difference = check_graph(model, Onnx(str(folder / "model.onnx")), faces)
     for file in ("model.safetensors", "run.json"):
-        write_file(folder / file, (path / file).read_bytes())
+        write_file(folder / file, (run.folder / file).read_bytes())
     if tower := tower_of(model):
         keep_tower(tower, folder)
     record = describe(workspace, run, model, Exported(folder, len(faces), difference))
@@ -80,13 +78,11 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
 
 
 def check_exports(run: Run, folder: UPath) -> None:
-    """Raise `UserError` unless a run can be exported to a folder."""
+    """Raise `UserError` unless a trained run can be exported to a folder."""
     if folder.protocol:
         raise UserError(f"Cannot export to {folder}: give a folder of this machine with --output, and copy it.")
     if folder.exists() and list_folder(folder) and not (folder / "run.json").exists():
         raise UserError(f"The folder {folder} holds other files: give a new one with --output.")
-    if not is_finished(run.folder):
-        raise UserError(f"The run {run.name!r} is not trained to its end: give its `cafe train` command again.")
     if reason := find_method(run.method).not_exported:
         raise UserError(f"A run of {run.method} cannot be exported. {reason}")
     for package in EXTRA:
@@ -112,7 +108,7 @@ def cut_middle(picture: np.ndarray) -> np.ndarray:
     return picture[top : top + side, left : left + side]
 
 
-def compare(model: Model, graph: Onnx, faces: list[np.ndarray]) -> float:
+def check_graph(model: Model, graph: Onnx, faces: list[np.ndarray]) -> float:
     """Return by how much a graph's probabilities differ at most from the model's; raise `UserError` beyond the tolerance."""
     expected = model.predict(faces)
     got = np.concatenate([graph.predict(face[None]) for face in faces])

@@ -15,7 +15,7 @@ from cafe.files import exists, locate
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.workspace import Workspace
-from cafe.results.runs import choose, read_runs
+from cafe.results.runs import choose
 from cafe.results.scores import read_scores
 
 if TYPE_CHECKING:
@@ -97,15 +97,15 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     """Return a row for every run, protocol and target, computed from the runs' predictions; of one experiment or of all.
 
     The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, all from 0 to 1, beside what
-    tells runs and targets apart (`cafe.results.scores.DESCRIBED`).
+    tells runs and targets apart (`cafe.results.scores.SCORE_FIELDS`).
 
     >>> table = scores(workspace)
     >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
     [['cafe', 'one', 'two', 'unseen', 9]]
     """
     known = Workspace.at(workspace)
-    chosen = choose(read_runs(known.run_path(name) for name in known.run_names()), experiment)
-    return read_scores(chosen.runs, known.manifest_names()).drop(columns="column")
+    chosen = choose(known.read_runs(), experiment)
+    return read_scores(chosen.runs, known.manifest_names()).drop(columns=["column", "sources"])
 
 
 def find_runs(
@@ -120,11 +120,10 @@ def find_runs(
         if ensemble:
             raise UserError(f"{name!r} is one exported model without other seeds: leave --ensemble out.")
         return [folder], f"Model {name}."
-    runs = read_runs(workspace.run_path(run) for run in workspace.run_names())
     chosen, reason = (
-        choose(runs, experiment=name, best=best, ensemble=ensemble)
+        choose(workspace.read_runs(), experiment=name, best=best, ensemble=ensemble)
         if best is not None
-        else choose(runs, name=name, ensemble=ensemble)
+        else choose(workspace.read_runs("" if ensemble else name), name=name, ensemble=ensemble)
     )
     return [run.folder for run in chosen], f"{reason}."
 

@@ -27,7 +27,7 @@ from cafe.pipeline.tracking import pages
 from cafe.pipeline.tracking.database import draft_database, has_tag, move_artifacts
 from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, name_rows_of
 from cafe.pipeline.workspace import Workspace, check_name
-from cafe.results.runs import PULLED, Run, read_run, read_runs
+from cafe.results.runs import PULLED, Run, read_run
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the page was made of that a run shows
@@ -86,13 +86,13 @@ class Mirror:
 
     def update_all(self) -> int:
         """Show every run and benchmark of the workspace; return how many runs there are."""
-        folders = [self.workspace.run_path(name) for name in self.workspace.run_names()]
-        belongs = [entry for run in read_runs(folders) for entry in run.experiments.items()]
+        runs = self.workspace.read_runs()
+        belongs = [entry for run in runs for entry in run.experiments.items()]
         for experiment, name in sorted({(experiment, name) for experiment, name in belongs if name}):
             self.update_benchmark(self.workspace.root / "benchmarks" / name, experiment)
-        for folder in folders:
-            self.update(folder)
-        return len(folders)
+        for run in runs:
+            self.update(run.folder)
+        return len(runs)
 
     def _show(self, experiment: str, name: str, digest: str, describe: Callable[[], Page]) -> None:
         """Bring the server to the page of a name, unless it shows that of the digest; what goes wrong is never raised."""
@@ -305,7 +305,7 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
 
     The tag `ROW`, by which its runs can be grouped, depends on what else is in an experiment and is brought up to date here.
     """
-    known = [run for name in workspace.run_names() if (run := read_run(workspace.run_path(name)))]
+    known = workspace.read_runs()
     with quiet_mlflow() as mlflow:
         client = mlflow.MlflowClient(default_uri(workspace))
         found = [place for place in client.search_experiments() if place.name != UNNAMED]

@@ -25,7 +25,7 @@ DATASETS: dict[str, Reader] = {
     "synthetic": read_synthetic,  # a domain drawn by `cafe data synth`
     "table": read_table,  # CSV or Parquet of path,label[,split,group]
 }
-offer("datasets", DATASETS)
+offer("datasets", DATASETS, "a function that returns a Listing", callable)
 
 
 def find_reader(kind: str) -> Reader:
