@@ -201,11 +201,11 @@ def not_last(found: Predictions) -> float:
 @pytest.mark.parametrize("protocol", ALL_PROTOCOLS)
 @pytest.mark.parametrize("name", ["cinema", "cinema@val", "mma-aligned@all"])
 def test_a_column_is_parsed_from_the_names_it_makes(name: str, protocol: str) -> None:
-    column, run = Column.parse(name, protocol), UPath("/work/runs/x")
+    column, run = Column.parse(name, protocol), UPath("/data/runs/x")
     assert (column.name, column.evaluated_by, column.title) == (name, protocol, name)
     folder = "" if protocol == "clean" else f"{protocol}/"
-    assert str(column.predictions(run)) == f"/work/runs/x/predictions/{folder}{name}.parquet"
-    assert str(column.figure(run, "masks", ".json")) == f"/work/runs/x/figures/masks/{folder}{name}.json"
+    assert str(column.predictions(run)) == f"/data/runs/x/predictions/{folder}{name}.parquet"
+    assert str(column.figure(run, "masks", ".json")) == f"/data/runs/x/figures/masks/{folder}{name}.json"
     assert column.metric("ece") == f"{folder}target/{name.replace('@', ':')}/ece"
 
 
