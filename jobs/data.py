@@ -61,7 +61,7 @@ def data() -> None:
     "order. Default: the seven.",
 )
 @click.option(
-    "--skip", multiple=True, metavar="NAME", help="Leave out the faces of this class; may be given several times."
+    "--skip", multiple=True, metavar="NAME,…", help="Leave out the faces of these classes; may be given several times."
 )
 @click.option(
     "--split",

@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "benchmarks"
 NEXT_STEPS = """Next steps
-  cafe -w {workspace} ui                                      the runs in MLflow, in your browser
-  cafe data index folder ~/faces/mine --name mine      your own faces: a folder per expression
-  cafe extract mine --backbone face-resnet --views 5
-  cafe train --source mine --method cafe --seed 0 --set features=standardised
-  cafe extract mine --backbone clip-vit-b32 --views 61 the published tower (its weights come from the hub)"""
+  The runs in MLflow, in your browser:
+    {cafe} ui
+  Your own faces, a folder per expression:
+    {cafe} data index folder ~/faces/mine --name mine
+    {cafe} extract mine --backbone face-resnet --views 5
+    {cafe} train --source mine --method cafe --seed 0 --set features=standardised
+  The published tower, whose weights come from its hub:
+    {cafe} extract mine --backbone clip-vit-b32 --views 61"""
 
 
 @click.command()
@@ -183,7 +186,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     report = report_runs(workspace, choose_runs(workspace, grid.name))
     show_report(report)
     click.echo(conclude(report.comparison))
-    say(NEXT_STEPS.format(workspace=click.get_current_context().obj))
+    say(NEXT_STEPS.format(cafe=f"cafe -w {click.get_current_context().obj}"))
 
 
 def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
