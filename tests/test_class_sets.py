@@ -124,6 +124,17 @@ def test_the_order_of_the_classes_of_a_model_makes_no_column_of_its_own(tmp_path
     assert test.difference.mean == 0
 
 
+def test_published_numbers_stand_beside_the_seven_in_any_order(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    run = write_run(workspace, "cafe", "raf", classes=EXPRESSIONS[::-1], source_kind="rafdb")
+    labels = np.arange(70) % 7
+    write_predictions(run, "fer", labels, labels, kind="ferplus", classes=EXPRESSIONS[::-1])
+    assert make_report(runs_of(workspace)).published[0] is not None
+    (published,) = make_report(runs_of(workspace), per_class="fer").published
+    assert published is not None
+    assert {column.part for column in published.cells} >= set(EXPRESSIONS)
+
+
 def test_class_sets_are_told_apart_by_their_number_or_else_by_their_turn() -> None:
     assert name_class_sets([EXPRESSIONS, EXPRESSIONS]) == {EXPRESSIONS: ""}
     other = (*EXPRESSIONS[:-1], "contempt")

@@ -111,7 +111,7 @@ def _is_comparable(row: Row, comparison: Comparison) -> bool:
     published = tuple(load_published()["classes"])
     alike = own["classes"].map(lambda classes: classes == published) & (own["other_classes"] == 0)
     alone = len(first.sources) == 1 and not (first.fold or first.test_time)
-    return alone and first.classes == published and bool(alike.all())
+    return alone and first.class_set == published and bool(alike.all())
 
 
 def _init(row: Row) -> str:
