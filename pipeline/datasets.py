@@ -6,7 +6,6 @@ photo without a crop.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from cafe.files import locate, write_file
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.settings import AlignSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.records import digest
 from cafe.results.leaks import audit_path
 from cafe.synthetic.domains import write
 
@@ -203,10 +203,10 @@ def _save_crops(
         data = io.BytesIO()
         Image.fromarray(crop).save(data, "JPEG", quality=95, subsampling=0)
         write_file(result.folder / path, data.getvalue())
-        digest = hashlib.sha256(data.getvalue()).hexdigest()
+        content = digest(data.getvalue())
         place = {"confidence": found.confidence, "box": list(found.box), "eyes": found.eyes.ravel().tolist()}
         result.rows.append({**entry, "aligned_id": sample, "path": path, **place})
-        faces.append(Face(sample, path, photo["label"], photo["split"], photo["group"], size, size, digest))
+        faces.append(Face(sample, path, photo["label"], photo["split"], photo["group"], size, size, content))
     return faces
 
 

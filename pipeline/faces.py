@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -23,6 +22,7 @@ from cafe.pipeline.need import Store, any_store, choose_target_store
 from cafe.pipeline.process.machine import free_memory
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
+from cafe.records import digest
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import Protocol, find_protocol
@@ -252,7 +252,7 @@ def _split_rows(part: Part, selection: str, own_val: bool) -> tuple[np.ndarray, 
 
 def _join(digests: Sequence[str]) -> str:
     """Name several things together, and a single one by its own name."""
-    return digests[0] if len(digests) == 1 else hashlib.sha256("+".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else digest("+".join(digests).encode())
 
 
 def choose_target(
@@ -296,6 +296,7 @@ def choose_targets(
     """Return the targets of a comma-separated list, of nothing for `none`; without one, of all that share a class."""
     if wanted == "none":
         return []
+    workspace = workspace.keeping_manifests()
     if wanted is not None:
         names = [name for part in wanted.split(",") if (name := part.strip())]
     else:

@@ -163,7 +163,7 @@ def choose_source_store(
             f"The features of {manifest.name!r} were made of other images than its manifest lists now: run "
             f"`{need.command}` again."
         )
-    current = [store for store in current if store[1].key.maps == ("map" in method.needs)] or current
+    current = [store for store in current if store[1].key.maps == need.maps] or current
     if choice.views:
         current = [store for store in current if store[1].key.views == current[0][1].key.views]
     current = [store for store in current if store[1].key.policy["name"] == method.policy] or current

@@ -71,6 +71,7 @@ class TrainPlan:
 
 def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     """Check every name, file and store and return what will be trained; raise `UserError`."""
+    workspace = workspace.keeping_manifests()  # a source is a target, too
     if settings.views_per_seed:
         settings = replace(settings, view_seed=settings.seed)
     names = split_names(settings.source)

@@ -13,7 +13,6 @@ Nothing but the file is looked at here: no workspace, no tower, no Ray.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tomllib
@@ -31,6 +30,7 @@ from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.pipeline.plan import split_names
 from cafe.pipeline.settings import Count, ExtractSettings, Number, TrainSettings
+from cafe.records import digest
 from cafe.results.protocols import ProtocolName
 from cafe.results.sources import ALL_BUT_TARGET
 
@@ -118,7 +118,7 @@ class Benchmark:
     def digest(self) -> str:
         """Names what the file asks for; its comments and its explanation play no part."""
         record = {**asdict(self), "about": "", "targets": self.evaluated_on}
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        return digest(json.dumps(record, sort_keys=True).encode())
 
     @property
     def title(self) -> str:

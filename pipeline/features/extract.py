@@ -7,7 +7,6 @@ only what has no receipt, and the store comes out byte for byte the same.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from cafe.pipeline.process.versions import versions
 from cafe.pipeline.settings import ExtractSettings, FeatureIdentity, take
 from cafe.pipeline.workspace import Workspace
 from cafe.plugins import find_plugins
-from cafe.records import check_record
+from cafe.records import check_record, digest
 from cafe.towers.facts import TowerFacts, resolve_normalisation
 from cafe.towers.names import absolute_name, parse_backbone
 
@@ -108,12 +107,9 @@ def look_up_layers(workspace: Workspace, settings: ExtractSettings, names: Seque
     """
     spec, notes = parse_backbone(names[0]), dict[str, UPath]()
     if spec.file:
-        content = hashlib.sha256(Path(spec.file).read_bytes()).hexdigest()
+        content = digest(Path(spec.file).read_bytes())
         asked = {name: f"2 {name} {settings.input_size} {content}" for name in names}
-        notes = {
-            name: workspace.root / "towers" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-            for name, text in asked.items()
-        }
+        notes = {name: workspace.root / "towers" / f"{digest(text.encode())[:16]}.json" for name, text in asked.items()}
     known = {
         name: check_record(record, TowerFacts, str(note)) for name, note in notes.items() if (record := read_json(note))
     }

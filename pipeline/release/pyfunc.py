@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
 from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
 from cafe.pipeline.tracking.pages import NOTE
+from cafe.records import digest
 from cafe.results.runs import Run
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
         client = mlflow.MlflowClient()
         place = client.get_experiment_by_name(experiment).experiment_id
         run_id = find_run(client, place, run.name).info.run_id
-        weights = sha256((exported / "model.safetensors").read_bytes()).hexdigest()[:32]
+        weights = digest((exported / "model.safetensors").read_bytes())[:32]
         there = client.search_logged_models(
             [place], f"source_run_id = '{run_id}' AND tags.`cafe.weights` = '{weights}'"
         )
