@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Event
 from typing import Any, Protocol
 
@@ -135,6 +135,9 @@ class AnyWorker(Protocol):
     def evaluate(self, run: UPath, target: Faces) -> Future[None]:
         """Predict the faces of one target by a run that is trained."""
 
+    def end(self) -> None:
+        """Begin nothing else, and give back what it holds of the machine or the cluster, whoever still refers to it."""
+
 
 class LocalWorker:
     """A worker in a thread of this process; only one at a time, since torch's random numbers belong to the process."""
@@ -187,6 +190,12 @@ class RayWorker:
         future: Future[None] = self.actor.evaluate.remote(run, target).future()
         return future
 
+    def end(self) -> None:
+        """End its process, whose core Ray would keep as long as anything refers to it, such as an error's traceback."""
+        import ray
+
+        ray.kill(self.actor)
+
 
 class RayTeam:
     """Several workers of Ray Train that share every batch; targets are evaluated side by side, wherever there is room."""
@@ -212,6 +221,10 @@ class RayTeam:
         )
         return future
 
+    def end(self) -> None:
+        """Let no other training begin: each ends its own workers, and one that is interrupted with the connection."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
     def _fit(self, plan: TrainPlan, epochs: int | None) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -234,15 +247,17 @@ class RayTeam:
 @contextmanager
 def find_worker(settings: ClusterSettings, use_gpu: bool | None, workers: int = 1) -> Iterator[AnyWorker]:
     """Yield what trains and evaluates: a worker in this process, or on a cluster, or several that share the work there."""
-    if settings.address is None and workers == 1:
-        local = LocalWorker(machine.own_device(use_gpu))
+    alone = settings.address is None and workers == 1
+    with nullcontext() if alone else cluster.connect(settings):
+        worker: LocalWorker | RayWorker | RayTeam
+        if alone:
+            worker = LocalWorker(machine.own_device(use_gpu))
+        else:
+            worker = RayWorker(settings, use_gpu) if workers == 1 else RayTeam(settings, use_gpu, workers)
         try:
-            yield local
+            yield worker
         finally:
-            local.end()
-        return
-    with cluster.connect(settings):
-        yield RayWorker(settings, use_gpu) if workers == 1 else RayTeam(settings, use_gpu, workers)
+            worker.end()
 
 
 def train_together(config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from cafe.data.manifest import Manifest
 from cafe.pipeline.models import view_plan
 from cafe.pipeline.plan import find_deviations, plan_training
 from cafe.pipeline.runs import RunSpec
-from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.settings import ClusterSettings, ExtractSettings, TrainSettings
+from cafe.pipeline.worker import find_worker
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions
@@ -143,6 +145,22 @@ def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker
     assert not ray.is_initialized()
     assert contents() == there
     assert len(there) == 1 + 3 * 3  # weights; predictions and two figures of three targets
+
+
+def test_a_worker_gives_its_core_back_though_something_still_refers_to_it(ready: Cafe) -> None:
+    import ray
+
+    ready.join()
+    with find_worker(ClusterSettings(ready.address), False) as worker:
+        there = time.monotonic() + 60
+        while ray.available_resources().get("CPU", 0) == 2 and time.monotonic() < there:  # it takes its core
+            time.sleep(0.1)
+        assert ray.available_resources().get("CPU", 0) == 1
+    end = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ray.available_resources().get("CPU", 0) == 2
+    assert worker
 
 
 def test_image_only_needs_no_features(ready: Cafe) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from queue import Empty, SimpleQueue
 from threading import Event
@@ -149,6 +149,7 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
         finally:  # when interrupted, no other cell begins, and nobody waits for those that run: leaving Ray ends them
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            workers.end()
     return {cell: failures[cell] for cell in plan.cells if cell in failures}
 
 
@@ -169,7 +170,7 @@ class _Workers:
 
     @contextmanager
     def borrow(self, settings: Execution) -> Iterator[AnyWorker]:
-        """Yield a worker, which goes back when its cell is done; one whose cell failed is left to end."""
+        """Yield a worker, which goes back when its cell is done; one whose cell failed ends."""
         worker: AnyWorker
         try:
             worker = self.idle.get_nowait()
@@ -178,9 +179,21 @@ class _Workers:
                 worker = RayWorker(settings, settings.use_gpu, self.parallel)
             else:
                 worker = RayTeam(settings, settings.use_gpu, settings.num_workers)
-        yield worker
-        if self.single:
-            self.idle.put(worker)
+        done = False
+        try:
+            yield worker
+            done = True
+        finally:
+            if done and self.single:
+                self.idle.put(worker)
+            else:
+                worker.end()
+
+    def end(self) -> None:
+        """End those that wait, when there is no cell any more."""
+        with suppress(Empty):
+            while True:
+                self.idle.get_nowait().end()
 
 
 def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, workers: _Workers) -> str:
