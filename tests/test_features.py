@@ -143,13 +143,17 @@ def test_others_have_no_such_setting(name: str) -> None:
 # --- the source's prior ----------------------------------------------------------------------------------------------
 
 
-def test_the_adjusted_losses_are_those_of_logits_plus_the_logarithm_of_the_prior(manifest: Manifest) -> None:
-    training = new_training("linear_probe", manifest, "prior=adjusted", "batch_size=1000")
+@pytest.mark.parametrize("strength", [1.0, 0.75])
+def test_the_adjusted_losses_are_those_of_logits_plus_the_logarithm_of_the_prior(
+    strength: float, manifest: Manifest
+) -> None:
+    changes = ("prior=adjusted", f"prior_strength={strength}", "batch_size=1000")
+    training = new_training("linear_probe", manifest, *changes)
     rows, labels = training.rows, manifest.labels
     shares = np.bincount(labels[rows], minlength=7).clip(1) / len(rows)
     features = torch.from_numpy(training.dataset.features.read(rows, 1)["pooled"])
     with torch.no_grad():
-        logits = training.method.classifier(features).double() + torch.from_numpy(np.log(shares))
+        logits = training.method.classifier(features).double() + torch.from_numpy(strength * np.log(shares))
     expected = functional.cross_entropy(logits, torch.from_numpy(labels[rows])).item()
     assert training.run_epoch(1)["train/total"] == pytest.approx(expected, rel=1e-6)
     test = manifest.rows("test")
@@ -217,7 +221,7 @@ def test_the_separation_head_classifies_by_the_largest_channel_of_each_group() -
 
 def test_the_hidden_layer_of_the_mlp() -> None:
     method, features = build("mlp"), torch.rand(5, WIDTH)
-    first, _, last = method.classifier
+    first, last = (layer for layer in method.classifier if isinstance(layer, nn.Linear))
     hidden = (features @ first.weight.T + first.bias).clamp(min=0)
     torch.testing.assert_close(method({"features": features})["logits"], hidden @ last.weight.T + last.bias)
     assert hidden.shape == (5, 512)

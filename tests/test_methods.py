@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import complaint
 from upath import UPath
 
 from cafe.data.indexing import index_files
@@ -19,7 +20,7 @@ from cafe.learning.masks import measure_heat_maps, measure_masks
 from cafe.learning.training import Training, fit, predict, prepare
 from cafe.methods import METHODS
 from cafe.methods.cafe import Cafe
-from cafe.methods.method import Inputs, Method
+from cafe.methods.method import Inputs, Method, apply_overrides
 from cafe.synthetic.domains import DOMAINS, write
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
@@ -145,3 +146,69 @@ def test_a_step_and_predictions_with_any_number_of_classes(
         shown = [manifest.sample_ids.index(sample) for sample in maps["sample_ids"]]
         assert maps["classes"] == list(manifest.name_classes(np.array(shown))) == list(manifest.classes)
         assert np.shape(maps["heats"]) == (count, *(shape or ())[1:])
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def new_head(name: str, *overrides: str, width: int = 24) -> Method:
+    method = METHODS[name]
+    torch.manual_seed(0)
+    return method(apply_overrides(method.recipe_type(), overrides, name), Inputs(width))
+
+
+def test_dropout_zeroes_channels_in_training_alone_and_its_weights_are_named_as_without() -> None:
+    plain, dropping = new_head("mlp"), new_head("mlp", "input_dropout=0.5", "dropout=0.25")
+    assert {name: value.tolist() for name, value in plain.state_dict().items()} == {
+        name: value.tolist() for name, value in dropping.state_dict().items()
+    }
+    assert list(plain.state_dict()) == [f"classifier.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")]
+    kept = list[torch.Tensor]()
+    hidden = dict(dropping.named_modules())["classifier.dropout"]
+    hidden.register_forward_hook(
+        lambda _, inputs, output: kept.append(output[inputs[0] > 0] / inputs[0][inputs[0] > 0])
+    )
+    batch = {"features": torch.randn(400, 24)}
+    dropping.train()(batch)
+    assert (kept[0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert kept[0].max().item() == pytest.approx(1 / 0.75)  # what is left is scaled up
+    torch.testing.assert_close(dropping.eval()(batch)["logits"], plain.eval()(batch)["logits"], rtol=0, atol=0)
+
+
+def test_a_head_is_trained_by_the_optimiser_schedule_and_labels_of_its_recipe() -> None:
+    method = new_head("linear_probe", "optimizer=adamw", "schedule=cosine", "epochs=4", "label_smoothing=0.1")
+    assert type(method.optimizer()) is torch.optim.AdamW
+    assert type(new_head("linear_probe").optimizer()) is torch.optim.Adam
+    np.testing.assert_allclose([method.learning_rate_factor(epoch) for epoch in (1, 2, 3)], [1, 0.5 + 0.5**1.5, 0.5])
+    logits = torch.tensor([[2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    share = np.exp(2) / (np.exp(2) + 6)
+    expected = -(0.9 + 0.1 / 7) * np.log(share) - 0.1 * 6 / 7 * np.log((1 - share) / 6)
+    assert method.losses({"logits": logits}, {"label": torch.tensor([0])})["total"].item() == pytest.approx(expected)
+
+
+def test_cafe_takes_a_hidden_layer_behind_its_mask_which_may_be_made_through_few_channels() -> None:
+    method = new_head("cafe_self", "classifier=mlp", "hidden=5", "mask_channels=3").eval()
+    assert sum(value.numel() for value in method.parameters()) == 24 * 3 + 3 + 3 * 24 + 24 + 24 * 5 + 5 + 5 * 7 + 7
+    batch = {"features": torch.randn(2, 24)}
+    weights = method.state_dict()
+    gate = torch.relu(batch["features"] @ weights["gate.0.weight"].T + weights["gate.0.bias"])
+    masked = batch["features"] * torch.sigmoid(gate @ weights["gate.2.weight"].T + weights["gate.2.bias"])
+    hidden = torch.relu(masked @ weights["classifier.0.weight"].T + weights["classifier.0.bias"])
+    logits = hidden @ weights["classifier.2.weight"].T + weights["classifier.2.bias"]
+    torch.testing.assert_close(method(batch)["logits"], logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("cafe", ("hidden=64",), "classifier=mlp too"),
+        ("mlp", ("dropout=1",), "a share below 1"),
+        ("mlp", ("hidden=0",), "at least one channel"),
+        ("mlp", ("prior_strength=0.5",), "set prior=adjusted too"),
+        ("linear_probe", ("dropout=0.5",), "Unknown setting of linear_probe"),
+    ],
+)
+def test_a_setting_of_a_head_that_would_do_nothing_is_one_sentence(
+    name: str, overrides: tuple[str, ...], message: str
+) -> None:
+    assert message in complaint(new_head, name, *overrides)

@@ -43,12 +43,13 @@ class Training:
 
     @cached_property
     def log_prior(self) -> Tensor:
-        """What the losses add to the logits (K,): the logarithm of each expression's share where the recipe says so."""
-        classes = len(self.method.inputs.classes)
-        if self.method.recipe.prior != "adjusted":
+        """What the losses add to the logits (K,): τ times the logarithm of each class's share, where the recipe says so."""
+        classes, recipe = len(self.method.inputs.classes), self.method.recipe
+        if recipe.prior != "adjusted":
             return torch.zeros(classes, device=self.device)
         counts = np.bincount(self.dataset.manifest.labels[self.rows], minlength=classes)
-        return torch.from_numpy(np.log(counts.clip(min=1) / len(self.rows))).float().to(self.device)
+        shares = counts.clip(min=1) / len(self.rows)
+        return torch.from_numpy(recipe.prior_strength * np.log(shares)).float().to(self.device)
 
     def run_epoch(
         self, epoch: int, progress: Callable[[int, int], None] = lambda done, total: None

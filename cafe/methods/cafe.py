@@ -10,29 +10,38 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cafe.errors import UserError
-from cafe.methods import features
-from cafe.methods.features import FeatureMethod
+from cafe.methods.heads import HeadMethod, HiddenRecipe
 from cafe.methods.method import Batch, Inputs, widen
 from cafe.networks.branches import build_network
 
 
 @dataclass(frozen=True)
-class Recipe(features.Recipe):
+class Recipe(HiddenRecipe):
     """CAFE's published settings, with its ablations as switches."""
 
     mask: Literal["sigmoid", "linear", "none"] = "sigmoid"  # "none": the frozen features as they are
-    classifier: Literal["linear", "separation"] = "linear"  # "separation": each class's largest channel is its logit
+    # "separation": each class's largest channel is its logit; "mlp": a hidden layer, of which the paper has none
+    classifier: Literal["linear", "separation", "mlp"] = "linear"
     separation: float = 1.5  # λ of Eq. 9; 0 switches the loss off
     diverse: float = 5.0  # β of Eq. 9; 0 switches the loss off
     diverse_form: Literal["mean", "sum"] = "mean"  # the released script; "sum" over classes is Eq. 8 read literally
     dropped: float = 10 / 73  # share of a group's channels that separation drops (10 of 73, released script)
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for settings of a hidden layer where there is none too."""
+        super().__post_init__()
+        if self.classifier != "mlp" and (self.hidden, self.dropout) != (HiddenRecipe.hidden, HiddenRecipe.dropout):
+            raise UserError(
+                f"hidden and dropout are settings of a hidden layer, which classifier={self.classifier} has not: set "
+                "classifier=mlp too, or leave them out."
+            )
 
-class Cafe(FeatureMethod):
+
+class Cafe(HeadMethod):
     """Eq. 2: F~ = sigmoid(image branch) * frozen features; one linear layer classifies F~."""
 
     needs = frozenset({"image", "features"})
@@ -49,7 +58,9 @@ class Cafe(FeatureMethod):
             )
         self.build_mask()
         if recipe.classifier == "linear":
-            self.classifier = nn.Linear(self.width, classes)
+            self.classifier = self.build_linear()
+        elif recipe.classifier == "mlp":
+            self.classifier = self.build_hidden(recipe)
 
     def build_mask(self) -> None:
         """Build the part that computes the mask."""
@@ -126,7 +137,7 @@ def cafe_losses(
     `log_prior` (K,), which the logits already contain, is added to the separation's; as published it is 0.
     """
     classes = logits.shape[1]
-    classification = functional.cross_entropy(logits, labels)  # Eq. 3
+    classification = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)  # Eq. 3
     separation = functional.cross_entropy(pool_groups(masked * keep, classes) + log_prior, labels)  # Eq. 4–6
     peaks = pool_groups(masked, classes)  # Eq. 7, (N, K)
     peak = peaks.mean() if recipe.diverse_form == "mean" else peaks.sum(dim=1).mean()

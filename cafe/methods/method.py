@@ -27,8 +27,9 @@ class Recipe:
     gamma: float = 0.9  # the learning rate is multiplied by it after every epoch
     # Which shares of the expressions training assumes. "source": the source's own; "balanced": faces are drawn by
     # 1 / class count, with replacement; "adjusted": the logarithm of each share is added to the logits, in the losses only
-    # ("Long-tail learning via logit adjustment", Menon et al., ICLR 2021, Eq. 10 with τ = 1).
+    # ("Long-tail learning via logit adjustment", Menon et al., ICLR 2021, Eq. 10).
     prior: Literal["source", "balanced", "adjusted"] = "source"
+    prior_strength: float = 1.0  # τ of Eq. 10: what the logarithm is multiplied by, where `prior` is "adjusted"
 
     # Settings that keep their ratio to another one when that one alone is changed: a point of the schedule to the epochs,
     # the rate of a part to the learning rate.
@@ -178,6 +179,11 @@ def _check(recipe: Recipe, method: str) -> None:
             raise unknown(f"{name} of {method}", value, get_args(kinds[name]))
         if isinstance(value, int | float) and value < 0:
             raise UserError(f"The setting {name} of {method} cannot be negative, but is {value}.")
+    if recipe.prior != "adjusted" and recipe.prior_strength != Recipe.prior_strength:
+        raise UserError(
+            f"prior_strength says how far the prior is adjusted, and prior is {recipe.prior!r}: set prior=adjusted too, or "
+            "leave it out."
+        )
     if type(recipe)().epochs == 0:
         if recipe.epochs:
             raise UserError(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cafe.methods.features import FeatureMethod, Recipe
+from cafe.methods.heads import HeadMethod, Recipe
 from cafe.methods.method import Batch, Inputs
 
 
-class LinearProbe(FeatureMethod):
+class LinearProbe(HeadMethod):
     """Cross-entropy on the frozen features alone; trained with CAFE's recipe and views."""
 
     needs = frozenset({"features"})
@@ -19,7 +19,7 @@ class LinearProbe(FeatureMethod):
 
     def build_classifier(self) -> nn.Module:
         """Return what turns features (N, C) into logits (N, K)."""
-        return nn.Linear(self.width, len(self.inputs.classes))
+        return self.build_linear()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, K)."""

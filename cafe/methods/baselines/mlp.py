@@ -9,13 +9,15 @@ from __future__ import annotations
 from torch import nn
 
 from cafe.methods.baselines.linear_probe import LinearProbe
-
-HIDDEN = 512  # channels
+from cafe.methods.heads import HiddenRecipe
 
 
 class Mlp(LinearProbe):
     """One hidden layer with a ReLU, cross-entropy; trained with CAFE's recipe and views."""
 
+    recipe_type = HiddenRecipe
+    recipe: HiddenRecipe
+
     def build_classifier(self) -> nn.Module:
         """Return the two layers."""
-        return nn.Sequential(nn.Linear(self.width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(self.inputs.classes)))
+        return self.build_hidden(self.recipe)

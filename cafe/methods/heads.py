@@ -1,0 +1,97 @@
+"""Heads: what classifies frozen features, masked or as they are, and the settings by which it is trained.
+
+The defaults are those of CAFE's released script: Adam, a rate that falls from epoch to epoch, no regularisation but weight
+decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cafe.errors import UserError
+from cafe.methods import features
+from cafe.methods.features import FeatureMethod
+from cafe.methods.method import Batch
+
+
+@dataclass(frozen=True)
+class Recipe(features.Recipe):
+    """How a linear head is trained."""
+
+    optimizer: Literal["adam", "adamw"] = "adam"  # "adamw": decoupled weight decay (Loshchilov and Hutter, ICLR 2019)
+    schedule: Literal["exponential", "cosine"] = "exponential"  # by `gamma`, or half a cosine over all epochs
+    label_smoothing: float = 0.0  # share of a label that goes to all classes alike (Szegedy et al., CVPR 2016)
+    input_dropout: float = 0.0  # share of the channels that are 0 in a training step
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for a share of everything, of which nothing can be learned."""
+        for name in ("label_smoothing", "input_dropout", "dropout"):
+            if (share := getattr(self, name, 0.0)) >= 1:
+                raise UserError(f"The setting {name} is a share below 1, not {share}: give 0.1, for example.")
+
+
+@dataclass(frozen=True)
+class HiddenRecipe(Recipe):
+    """How a head with a hidden layer is trained."""
+
+    hidden: int = 512  # channels of the hidden layer
+    dropout: float = 0.0  # share of the hidden channels that are 0 in a training step
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for a hidden layer without channels too."""
+        super().__post_init__()
+        if self.hidden < 1:
+            raise UserError(f"A hidden layer has at least one channel, not {self.hidden}: give 512, for example.")
+
+
+class HeadMethod(FeatureMethod):
+    """A method that classifies frozen features by a head."""
+
+    recipe_type = Recipe
+    recipe: Recipe
+
+    def build_linear(self) -> nn.Module:
+        """Return one linear layer from features (N, C) to logits (N, K)."""
+        linear = nn.Linear(self.width, len(self.inputs.classes))
+        return nn.Sequential(self._drop_channels(), linear) if self.recipe.input_dropout else linear
+
+    def build_hidden(self, recipe: HiddenRecipe) -> nn.Module:
+        """Return two layers with a ReLU between them from features (N, C) to logits (N, K)."""
+        # Layers with weights keep the names they have without dropout.
+        return nn.Sequential(
+            OrderedDict(
+                {
+                    "input_dropout": self._drop_channels(),
+                    "0": nn.Linear(self.width, recipe.hidden),
+                    "1": nn.ReLU(),
+                    "dropout": nn.Dropout(recipe.dropout),
+                    "2": nn.Linear(recipe.hidden, len(self.inputs.classes)),
+                }
+            )
+        )
+
+    def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy with labels that are smoothed as the recipe says."""
+        smoothing = self.recipe.label_smoothing
+        return {"total": functional.cross_entropy(output["logits"], batch["label"], label_smoothing=smoothing)}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the recipe."""
+        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
+        return kind(self.parameter_groups(), weight_decay=self.recipe.weight_decay, fused=True)
+
+    def learning_rate_factor(self, epoch: int) -> float:
+        """What the optimiser's learning rates are multiplied by in epoch 1, 2, …"""
+        if self.recipe.schedule == "cosine":
+            return 0.5 + 0.5 * math.cos(math.pi * (epoch - 1) / self.recipe.epochs)
+        return super().learning_rate_factor(epoch)
+
+    def _drop_channels(self) -> nn.Module:
+        return nn.Dropout(self.recipe.input_dropout)
