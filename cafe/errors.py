@@ -24,6 +24,10 @@ class StorageError(IncompleteError, OSError):
     """A file that could not be read or written although it was tried again: nothing is known of its content."""
 
 
+class DamagedError(UserError):
+    """A file that is not what was written."""
+
+
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
     """Return the error for a name that is not one of `allowed`."""
     names = ", ".join(sorted(allowed)) or "nothing yet"

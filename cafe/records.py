@@ -9,10 +9,7 @@ from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, TypeVar
 
-from upath import UPath
-
 from cafe.errors import UserError
-from cafe.files import encode_json, read_file, write_file
 
 FORMAT = 2  # of run folders and feature stores; a part of their names
 
@@ -49,28 +46,6 @@ def digest_changes(value: Any, without: Collection[str] = ()) -> str:
     """Name a dataclass by what differs from the defaults, as a SHA-256: a field that is added later renames nothing."""
     record = [FORMAT, changed_fields(value, without)]
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=changed_fields).encode()).hexdigest()
-
-
-def write_sealed(path: UPath, record: dict[str, Any]) -> None:
-    """Write a JSON object that carries a checksum of itself."""
-    write_file(path, encode_json({**record, "seal": digest(encode_json(record))}))
-
-
-def read_sealed(path: UPath, required: bool = True) -> dict[str, Any] | None:
-    """Return a sealed JSON object without its seal, or None when there is none; raise `UserError` for another content."""
-    try:
-        content = read_file(path)
-    except FileNotFoundError:
-        return None
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
-        record = None
-    if isinstance(record, dict) and content == encode_json(record):
-        seal = record.pop("seal", None)
-        if seal == digest(encode_json(record)) or not (seal or required):
-            return record
-    raise UserError(f"{path} is not what was written.")
 
 
 def digest(content: bytes) -> str:

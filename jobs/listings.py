@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
 import click
 
-from cafe.jobs.terminal import json_option, open_workspace, show_records
+from cafe.errors import IncompleteError, UserError
+from cafe.jobs.options import complete
+from cafe.jobs.terminal import json_option, open_workspace, progress_bar, show_records
+
+if TYPE_CHECKING:
+    from cafe.pipeline.workspace import Workspace
 
 
 @click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete("run"))
+@click.option("--verify", is_flag=True, help="Read the files of all or the named runs and manifests back, every byte.")
 @json_option
-def runs(as_json: bool) -> None:
-    """List the runs of the workspace with what they were trained on and how far they are."""
+def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
+    """List the runs of the workspace with what they were trained on and how far they are, or verify their files.
+
+    \b
+    cafe runs
+    cafe runs --verify
+    """
     from cafe.files import read_json
 
     workspace = open_workspace()
+    if verify:
+        verify_files(workspace, names, as_json)
+        return
+    if names:
+        raise UserError(f"All runs are listed: leave {names[0]!r} out, or give --verify too.")
     records = [
         {
             "run": run.name, "source": run.source, "method": run.method, "selection": run.selection,
@@ -26,6 +47,33 @@ def runs(as_json: bool) -> None:
         click.echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
         return
     show_records(records, as_json, words=6, title=str(workspace.root))
+
+
+def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) -> None:
+    """Say of the files of some runs and manifests, or of all, which are not what was written and which were never sealed.
+
+    Raises `IncompleteError` that lists those that are damaged.
+    """
+    from cafe.seals import verify_file
+
+    found: dict[str, list[str]] = {"whole": [], "unchecked": [], "damaged": []}
+    with progress_bar("Verifying", "files") as progress:
+        files = workspace.sealed_files(names)
+        for number, path in enumerate(files, start=1):
+            found[verify_file(path)].append(str(path.relative_to(workspace.root)))
+            progress(number, len(files))
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        click.echo(f"{len(found['whole'])} files: every byte is what was written")
+        for name in found["unchecked"]:
+            click.echo(f"{name}: unchecked, it was written before files had checksums")
+    if found["damaged"]:
+        listed = "".join(f"\n  {name}" for name in found["damaged"])
+        raise IncompleteError(
+            f"{len(found['damaged'])} files are not what was written: index, evaluate or train again what they "
+            f"belong to.{listed}"
+        )
 
 
 @click.command()

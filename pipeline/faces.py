@@ -13,7 +13,7 @@ from upath import UPath
 from cafe.data.expressions import order_classes
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import SPLITS, Manifest, Pictures, hold_out_rows
-from cafe.errors import UserError
+from cafe.errors import DamagedError, UserError
 from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
 from cafe.pipeline.features.integrity import Receipts
@@ -233,7 +233,10 @@ class Faces(_PicklesFields):
 
     def is_evaluated(self, run: UPath) -> bool:
         """Whether there are predictions of a run for the split to evaluate on, as the manifest lists it now."""
-        predictions = Predictions.load(self.column.predictions(run)) if self.column else None
+        try:
+            predictions = Predictions.load(self.column.predictions(run)) if self.column else None
+        except DamagedError:  # evaluating again is what repairs it
+            return False
         if predictions is None or predictions.target_classes != self.parts[0].manifest.classes:
             return False
         return (predictions.about.get("manifest"), predictions.about.get("split")) == (self.digest, self.split)

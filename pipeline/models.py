@@ -38,10 +38,22 @@ def build_method(spec: RunSpec, init: str | None = None) -> Method:
 
 
 def load_method(spec: RunSpec, run: UPath) -> Method:
-    """Return the trained method of a run's folder."""
-    method = build_method(spec, init="scratch")
-    method.load_state_dict(read_tensors(run / "model.safetensors"))
+    """Return the trained method of a run's folder; raise `UserError` where its weights are damaged or not finite."""
+    path, method = run / "model.safetensors", build_method(spec, init="scratch")
+    method.load_state_dict(read_tensors(path, "move the run's folder elsewhere and train it again with `cafe train`"))
+    check_finite(method, path)
     return method
+
+
+def check_finite(method: Method, path: UPath) -> None:
+    """Raise `UserError` where a weight is no finite number, or a buffer, some of which are infinite by design, is NaN."""
+    broken = [name for name, value in method.named_parameters() if not value.isfinite().all()]
+    broken += [name for name, value in method.named_buffers() if value.isnan().any()]
+    if broken:
+        raise UserError(
+            f"{path} holds weights that are NaN or infinite, {broken[0]!r} among {len(broken)}: train again with a smaller "
+            "learning rate, or with --precision fp32."
+        )
 
 
 def build_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BATCH_SIZE) -> Model:

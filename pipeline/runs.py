@@ -30,7 +30,9 @@ from cafe.pipeline.settings import RunChoices, RunIdentity
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.runs import read_record
 from cafe.results.sources import Source
+from cafe.seals import write_sealed
 
+CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -159,7 +161,26 @@ class RunSpec(RunIdentity):
         identity |= {"sources": [asdict(source) for source in self.trained_on], "fold": self.fold}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
-        write_json(run / "run.json", {**identity, **described, **record})
+        write_sealed(run / "run.json", {**identity, **described, **record})
+
+
+def check_identity(run: UPath) -> None:
+    """Raise `UserError` unless the record in a run's folder, where it holds a specification, describes that very run.
+
+    What a file from elsewhere claims of itself is compared with what its specification comes to.
+    """
+    record = read_record(run) or {}
+    if not record.get("spec"):
+        return
+    spec = RunSpec.load(run)
+    expected = {"name": spec.name, "group": spec.group, **{name: getattr(spec, name) for name in CLAIMED}}
+    wrong = [name for name, value in expected.items() if record.get(name, value) != value]
+    if wrong or spec.name != run.name:
+        name = wrong[0] if wrong else "name"
+        raise UserError(
+            f"{run}/run.json says of its {name} {record.get(name)!r}, and its specification makes it "
+            f"{expected[name]!r}: it is not the run it claims to be; fetch it from a server that you trust."
+        )
 
 
 def is_finished(run: UPath) -> bool:

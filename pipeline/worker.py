@@ -32,6 +32,7 @@ from cafe.pipeline.process import machine
 from cafe.pipeline.process.versions import check_versions, versions
 from cafe.pipeline.settings import ClusterSettings
 from cafe.plugins import Plugin, list_plugins
+from cafe.seals import write_sealed
 from cafe.towers.weights import write_tensors
 
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
@@ -113,7 +114,7 @@ class Worker:
             metrics = training.run_epoch(epoch, _Notes(run, epoch, check))
             if rank() == 0:
                 metrics |= selection.evaluate(training, epoch)
-                write_json(run / "epochs" / f"{epoch:04d}.json", metrics)
+                write_sealed(run / "epochs" / f"{epoch:04d}.json", metrics)
                 if epoch % settings.checkpoint_every == 0 and epoch < last:
                     _save_checkpoint(run, epoch, training, selection)
         if rank() == 0:
@@ -314,7 +315,7 @@ def _remove_checkpoints(run: UPath, keep: UPath | None = None) -> None:
 def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
     """Write a trained method; the record that it is finished comes last."""
     write_tensors(run / "model.safetensors", weights)
-    write_json(run / "result.json", result)
+    write_sealed(run / "result.json", result)
 
 
 class _Notes:

@@ -7,14 +7,18 @@ nothing relies on renaming.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from upath import UPath
 
 from cafe.data.manifest import NAME, Manifest
-from cafe.errors import UserError
-from cafe.files import exists, list_folder, locate
-from cafe.results.runs import Run, read_runs
+from cafe.errors import UserError, unknown
+from cafe.files import exists, list_files, list_folder, locate
+from cafe.results.runs import Run, read_run, read_runs
+
+RUN_FILES = ("run.json", "result.json", "model.safetensors")
+RUN_FOLDERS = {"epochs": (".json",), "checkpoints": (".json", ".safetensors"), "predictions": (".parquet",)}
 
 
 def check_name(name: str) -> str:
@@ -95,6 +99,28 @@ class Workspace:
         """The folder of a run."""
         return self.root / "runs" / name
 
+    def sealed_files(self, names: Collection[str] = ()) -> list[UPath]:
+        """Return the files outside feature stores whose content decides a number: of some runs and manifests, or of all.
+
+        Raises `UserError` for a name that is neither. Not among them are notes that decide none: of status, progress and
+        leases, which experiments a run belongs to, figures, and pages.
+        """
+        runs = [path.name for path in list_folder(self.root / "runs")]
+        if unheard := set(names) - {*runs, *self.manifest_names()}:
+            raise unknown("run or manifest", min(unheard), [*runs, *self.manifest_names()])
+        found = [self.manifest_path(name) for name in self.manifest_names() if not names or name in names]
+        for run in (self.run_path(name) for name in runs if not names or name in names):
+            found += [path for file in RUN_FILES if exists(path := run / file)]
+            found += [
+                path
+                for folder, suffixes in RUN_FOLDERS.items()
+                for path in list_files(run / folder)
+                if path.suffix in suffixes
+            ]
+        if not names:
+            found += [path for path in list_files(self.root / "audits") if path.suffix == ".parquet"]
+        return found
+
     def run_names(self) -> list[str]:
         """The runs there are, finished or not."""
         return [path.name for path in list_folder(self.root / "runs") if exists(path / "run.json")]
@@ -102,9 +128,12 @@ class Workspace:
     def read_runs(self, name: str = "") -> list[Run]:
         """Read the runs there are; with a name that of this name, else those that begin so, and all where none does.
 
-        That is as many as choosing one by name needs (`cafe.results.runs.choose`). Raises `UserError` for a run of another
-        format.
+        That is as many as choosing one by name needs (`cafe.results.runs.choose`). Others that cannot be read are left out,
+        each named by a warning; raises `UserError` where it is the one of this name.
         """
         names = self.run_names()
-        found = [name] if name in names else [run for run in names if run.startswith(name)]
+        if name in names:
+            run = read_run(self.run_path(name))
+            return [run] if run else []
+        found = [run for run in names if run.startswith(name)]
         return read_runs(self.run_path(run) for run in found or names)

@@ -15,6 +15,7 @@ from cafe.pipeline.workspace import Workspace
 from cafe.records import FORMAT
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions
+from cafe.seals import write_sealed
 
 
 def write_run(
@@ -49,7 +50,7 @@ def write_run(
         "settings": {**chosen, "seed": seed}, "derived": {"width": 512, "store": "0a1b2c3d"},
         "not_as_published": list(not_as_published), "spec": {},
     }  # fmt: skip
-    write_json(folder / "run.json", record | ({"classes": list(classes)} if classes else {}))
+    write_sealed(folder / "run.json", record | ({"classes": list(classes)} if classes else {}))
     write_json(folder / "status.json", {"status": "FINISHED", "reason": ""})
     for name, benchmark in (experiments or {"cafe": None}).items():
         write_json(folder / "experiments" / f"{name}.json", {"benchmark": benchmark})

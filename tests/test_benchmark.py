@@ -21,7 +21,7 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.files import read_json, write_json
+from cafe.files import write_json
 from cafe.learning.training import Training
 from cafe.methods import METHODS
 from cafe.pipeline.benchmark.cells import run_benchmark
@@ -40,6 +40,7 @@ from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings, TrainSett
 from cafe.pipeline.tracking.mirror import PARENT, Mirror
 from cafe.pipeline.worker import Worker
 from cafe.pipeline.workspace import Workspace
+from cafe.seals import read_sealed, write_sealed
 from cafe.towers.weights import write_tensors
 
 BENCHMARKS = Path(__file__).parents[1] / "jobs" / "benchmarks"
@@ -337,8 +338,8 @@ def test_finished_cells_are_left_alone_and_begun_ones_counted(workspace: Workspa
     other.write_bytes(mine.read_bytes())
     assert run_benchmark(plan(workspace, small, only="*/linear_probe/*"), Mirror(workspace), no_bar, said.append) == {}
 
-    record = read_json(first.plan.run / "run.json") or {}
-    write_json(first.plan.run / "run.json", {**record, "spec": {**record["spec"], "network": "resnet50"}})
+    record = read_sealed(first.plan.run / "run.json", "read") or {}
+    write_sealed(first.plan.run / "run.json", {**record, "spec": {**record["spec"], "network": "resnet50"}})
     planned = plan(workspace, small, only="*/linear_probe/*")
     ((cell, reason),) = run_benchmark(planned, Mirror(workspace), no_bar, said.append).items()
     assert (cell.name, "was begun with another network" in reason) == (planned.cells[0].name, True)

@@ -25,6 +25,7 @@ from cafe.results.comparison import Comparison, compare, compare_classes, name_r
 from cafe.results.metrics import estimate
 from cafe.results.runs import choose, read_runs
 from cafe.results.scores import average_all, average_unseen, read_scores
+from cafe.seals import read_sealed, write_sealed
 
 
 @pytest.fixture
@@ -218,12 +219,14 @@ def test_recalls_of_two_seeds_and_of_a_class_without_faces(workspace: Workspace)
         compare_classes(runs, read_scores(runs), "three", "clean")
 
 
-def test_a_torn_file_is_a_target_that_is_not_evaluated(workspace: Workspace) -> None:
-    run = write_run(workspace)
-    evaluate(run, {"fer": 40, "mine": 60})
+def test_a_torn_file_of_predictions_is_named_and_no_seed_vanishes(workspace: Workspace) -> None:
+    for seed in (0, 1):
+        run = write_run(workspace, seed=seed)
+        evaluate(run, {"fer": 40, "mine": 60})
     path = run / "predictions" / "mine.parquet"
     path.write_bytes(path.read_bytes()[:200])
-    assert texts(read(workspace))[0]["unseen accuracy"] == "40.0"
+    said = Cafe(Path(str(workspace.root)), "").fail("compare")
+    assert f"{path} is damaged or was changed, it is not what was written: evaluate the run again with `cafe ev" in said
 
 
 def test_compare_says_which_experiments_it_shows(workspace: Workspace) -> None:
@@ -243,10 +246,39 @@ def test_compare_says_which_experiments_it_shows(workspace: Workspace) -> None:
 def test_a_run_of_another_version_is_one_sentence(workspace: Workspace) -> None:
     run = write_run(workspace)
     record = json.loads((run / "run.json").read_text())
-    write_json(run / "run.json", {name: value for name, value in record.items() if name != "version"})
-    assert "is in the old format 1, and this version of cafe reads format 2" in Cafe(
-        Path(str(workspace.root)), ""
-    ).fail("compare")
+    write_json(run / "run.json", {name: value for name, value in record.items() if name not in ("version", "seal")})
+    cafe = Cafe(Path(str(workspace.root)), "")
+    assert "is in the old format 1, and this version of cafe reads format 2" in cafe.fail("predict", run.name, "x.jpg")
+
+
+@pytest.mark.parametrize("damage", ["version", "name", "torn"])
+def test_a_run_that_cannot_be_read_is_left_out_and_named(
+    workspace: Workspace, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What calls itself like another run, such as one that came from a server, adds nothing to the numbers of that run."""
+    own = write_run(workspace)
+    evaluate(own, {"fer": 40})
+    other = write_run(workspace, seed=1)
+    evaluate(other, {"fer": 80})
+    record = read_sealed(other / "run.json") or {}
+    if damage == "torn":
+        (other / "run.json").write_bytes((other / "run.json").read_bytes()[:100])
+    else:
+        write_sealed(
+            other / "run.json", {**record, "version": 1} if damage == "version" else {**record, "name": own.name}
+        )
+    assert [run.name for run in workspace.read_runs()] == [own.name]
+    assert len(caplog.messages) == 1
+    assert other.name in caplog.text
+    output = Cafe(Path(str(workspace.root)), "").succeed("compare")
+    assert "40.0" in output
+    assert "80.0" not in output
+    reason = {
+        "version": "is in the old format 1",
+        "name": f"says that it is the run '{own.name}'",
+        "torn": "is damaged",
+    }
+    assert reason[damage] in complaint(workspace.read_runs, other.name)
 
 
 def test_compare_without_runs_is_one_sentence(workspace: Workspace) -> None:
@@ -273,6 +305,6 @@ def test_a_name_reads_its_run_alone_else_those_that_begin_so_else_all(workspace:
     write_json(workspace.run_path(f"{first}-later") / "run.json", {"version": 1})  # which this version does not read
     assert [run.name for run in workspace.read_runs(first)] == [first]
     assert [run.name for run in workspace.read_runs("cafe-raf-s1")] == [second]
-    assert "is in the old format 1" in complaint(workspace.read_runs, "other")
+    assert [run.name for run in workspace.read_runs("other")] == [first, second]  # the third is named by a warning
     said = complaint(choose, workspace.read_runs(second), None, "cafe-raf-s1")
     assert f"The run {second!r} is not trained to its end" in said

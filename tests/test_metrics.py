@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from conftest import complaint
 from runs import write_predictions, write_run
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score
@@ -83,22 +84,22 @@ def test_predictions_survive_their_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "x"]  # nothing half written is left
 
 
-def test_a_damaged_file_holds_no_predictions(tmp_path: Path) -> None:
+def test_a_damaged_file_of_predictions_is_named_with_the_remedy(tmp_path: Path) -> None:
     path = UPath(tmp_path / "cinema.parquet")
     assert Predictions.load(path) is None
     predictions([1, 2], [2, 2]).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    assert Predictions.load(path) is None
+    assert "evaluate the run again" in complaint(Predictions.load, path)
     path.write_bytes(whole[:40] + b"\xff" * 60 + whole[100:])
-    assert Predictions.load(path) is None
+    assert "evaluate the run again" in complaint(Predictions.load, path)
     for column in ("label", "probabilities"):
         table = pq.read_table(pa.BufferReader(whole))
         words = table.set_column(table.column_names.index(column), column, [["surprise", "fear"]])
         pq.write_table(words, path)
-        assert Predictions.load(path) is None
+        assert "evaluate the run again" in complaint(Predictions.load, path)
     pq.write_table(pa.table({"label": [1, 2], "probabilities": [[math.nan] * 7] * 2, "sample_id": ["a", "b"]}), path)
-    assert Predictions.load(path, named=False) is None
+    assert "evaluate the run again" in complaint(Predictions.load, path, False)
 
 
 def test_probabilities_that_are_no_numbers_are_refused_with_the_name_of_the_face(tmp_path: Path) -> None:

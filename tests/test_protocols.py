@@ -34,12 +34,12 @@ from cafe.pipeline.runs import RunSpec, add_experiment
 from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
 from cafe.pipeline.workspace import Workspace
-from cafe.records import write_sealed
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.runs import read_runs
 from cafe.results.scores import flatten_scores, read_scores
+from cafe.seals import write_sealed
 from cafe.towers.weights import write_tensors
 from cafe.views.drawing import ViewPlan
 

@@ -22,13 +22,14 @@ from upath import UPath
 
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.files import list_folder, read_json, write_json
+from cafe.files import list_folder, write_json
 from cafe.pipeline.benchmark.cells import write_comparison
 from cafe.pipeline.tracking.database import draft_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
 from cafe.results.runs import read_runs
+from cafe.seals import read_sealed, write_sealed
 
 
 @pytest.fixture
@@ -269,8 +270,8 @@ def test_data_sets_are_shown_with_their_counts_and_runs_with_source_and_version(
     manifest = index_files("faces", DATASETS["folder"](root)).manifest
     manifest.save(workspace.manifest_path("faces"))
     run = write_run(workspace, source="faces", selection="source_val")
-    record = read_json(run / "run.json") or {}
-    write_json(run / "run.json", {**record, "source_digest": manifest.digest, "derived": {"code": "0123abcd"}})
+    record = read_sealed(run / "run.json", "read") or {}
+    write_sealed(run / "run.json", {**record, "source_digest": manifest.digest, "derived": {"code": "0123abcd"}})
     labels = manifest.labels[manifest.rows("test")]
     write_predictions(run, "other", labels, labels)
     Mirror(workspace).update(run)

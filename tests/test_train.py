@@ -29,6 +29,7 @@ from cafe.pipeline.worker import find_worker
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions
+from cafe.seals import read_sealed
 
 TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=20", "--set", "learning_rate=0.001")
 
@@ -324,7 +325,7 @@ def test_a_run_of_an_older_format_or_of_other_defaults_is_one_sentence(ready: Ca
     plan = plan_training(Workspace.at(str(ready.workspace)), TrainSettings(source="one", targets="none"))
     plan.spec.save(plan.run)
     assert RunSpec.load(plan.run) == plan.spec
-    record = json.loads((plan.run / "run.json").read_text())
+    record = read_sealed(plan.run / "run.json") or {}
     record["spec"]["recipe"]["gamma"] = 0.5  # the default of the version that began the run
     (plan.run / "run.json").write_text(json.dumps(record))
     assert "was begun with another recipe by another version of cafe" in ready.fail(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, Progress, draw_thumbnail
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
+from cafe.seals import encode_table
 
 Thumbnails = dict[str, tuple[np.ndarray, np.ndarray]]  # of each split the manifest rows (N,) and pictures (N, 64, 64)
 
@@ -109,7 +109,4 @@ def encode_audit(result: Audit) -> bytes:
         "target_digest": result.target.digest,
         "unreadable": result.broken,
     }
-    sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({"cafe.audit": json.dumps(about)}), sink)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    return encode_table(table.replace_schema_metadata({"cafe.audit": json.dumps(about)}))

@@ -17,14 +17,14 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
-from cafe.files import OBJECT_STORES, locate, read_file, write_file
+from cafe.files import OBJECT_STORES, locate, write_file
+from cafe.seals import encode_table, read_table
 
 SPLITS = ("train", "val", "test")
 READERS = 16  # threads that wait for the disk or the network
@@ -124,10 +124,9 @@ class Manifest:
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
-        """Read a manifest file; raise `UserError` when it is none, is of another version or does not fit its own name."""
-        data = pa.BufferReader(read_file(path))
+        """Read a manifest file; raise `UserError` when it is none, of another version or name, or not what was written."""
         try:
-            table = pq.read_table(data)
+            table = read_table(path, "write it again with `cafe data index`")
             header = Header.model_validate_json(table.schema.metadata[b"cafe.manifest"])
             table = table.select(SCHEMA.names).cast(SCHEMA)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValidationError):
@@ -141,9 +140,8 @@ class Manifest:
     def save(self, path: UPath) -> None:
         """Write the manifest as Parquet."""
         header = Header(version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes)
-        sink = pa.BufferOutputStream()
-        pq.write_table(self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()}), sink)
-        write_file(path, sink.getvalue().to_pybytes())
+        table = self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()})
+        write_file(path, encode_table(table))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -277,6 +275,8 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
         return str(error).rstrip(".")
     if empty := [name for name in REQUIRED if table[name].null_count]:
         return f"empty cells in {empty[0]!r}"
+    if pc.any(pc.equal(pc.utf8_trim_whitespace(table["digest"]), "")).as_py():  # replaced pictures would not be noticed
+        return "a face without the SHA-256 of its file in 'digest'"
     if pc.any(pc.match_substring_regex(table["path"], r"(^|/)\.\.(/|$)|^/")).as_py():
         return "a path that leads out of its root"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):

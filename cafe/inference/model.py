@@ -73,7 +73,10 @@ class Model:
         needs = self.methods[0].needs
         plan = replace(self.plan, policy="flip")  # which leaves the clean view 0 as it is
         dataset = FaceDataset(faces, plan, needs, self.image_size, self._embed(faces, "map" in needs))
-        return predict_average(self.methods, dataset, np.arange(len(faces.labels)), self.device, 1 + self.flip)
+        probabilities = predict_average(self.methods, dataset, np.arange(len(faces.labels)), self.device, 1 + self.flip)
+        if not np.isfinite(probabilities).all():
+            raise UserError(f"The model {self.name!r} gives probabilities that are NaN: train it again, with fp32.")
+        return probabilities
 
     def _embed(self, faces: FacesInMemory, maps: bool) -> Embedder | None:
         if self.tower is None:

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 from upath import UPath
 
-from cafe.files import read_file, write_file
-from cafe.towers.weights import write_tensors
+from cafe.seals import damaged, read_sealed, write_sealed
+from cafe.towers.weights import read_tensors, write_tensors
 
 
 def save_checkpoint(
@@ -33,15 +31,21 @@ def save_checkpoint(
         tensors |= {f"optimizer.{parameter}.{name}": value for name, value in values.items()}
     write_tensors(folder / "state.safetensors", tensors)
     about = {**record, "optimizer_groups": state["param_groups"]}
-    write_file(folder / "state.json", json.dumps(about, indent=1).encode())
+    write_sealed(folder / "state.json", about)
 
 
 def load_checkpoint(
     folder: UPath, method: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore a training's state from a folder and return its record and the selected weights."""
-    tensors = load_tensors(read_file(folder / "state.safetensors"))
-    record: dict[str, Any] = json.loads(read_file(folder / "state.json"))
+    """Restore a training's state from a folder and return its record and the selected weights.
+
+    Raises `DamagedError` where a file is not what was written.
+    """
+    remedy = f"remove {folder} and give the `cafe train` command again, which then begins anew"
+    tensors = read_tensors(folder / "state.safetensors", remedy)
+    record = read_sealed(folder / "state.json", "read", remedy)
+    if record is None:
+        raise damaged(folder / "state.json", remedy)
     method.load_state_dict(_below(tensors, "method."))
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in _below(tensors, "optimizer.").items():

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import exists, read_file
+from cafe.files import exists
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions
 from cafe.results.runs import Run
 from cafe.results.scores import Filter
+from cafe.seals import damaged, read_table
 
 
 def audit_path(root: UPath, source: str, target: str) -> UPath:
@@ -34,8 +34,13 @@ def load_leaks(root: UPath, source: str, source_digest: str, target: str, target
     path = audit_path(root, source, target)
     if not exists(path):
         raise UserError(f"{target!r} was not audited against {source!r} yet: run `{audit_command(source, target)}`.")
-    table = pq.read_table(pa.BufferReader(read_file(path)))
-    about = json.loads(table.schema.metadata[b"cafe.audit"])
+    remedy = f"run `{audit_command(source, target)}` again"
+    try:
+        table = read_table(path, remedy)
+        about = json.loads(table.schema.metadata[b"cafe.audit"])
+        splits, samples = (table[name].to_pylist() for name in ("source_split", "target_sample_id"))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+        raise damaged(path, remedy) from None
     for name, digest, audited in (
         (source, source_digest, about["source_digest"]),
         (target, target_digest, about["target_digest"]),
@@ -45,7 +50,6 @@ def load_leaks(root: UPath, source: str, source_digest: str, target: str, target
                 f"The audit of {target!r} against {source!r} read another version of {name!r} than the run did: run "
                 f"`{audit_command(source, target)}`, and train or evaluate again if its files changed."
             )
-    splits, samples = (table[name].to_pylist() for name in ("source_split", "target_sample_id"))
     return frozenset(sample for sample, split in zip(samples, splits, strict=True) if split == "train")
 
 

@@ -12,13 +12,15 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, order_classes
-from cafe.errors import UserError
-from cafe.files import list_folder, read_file, write_file
+from cafe.errors import StorageError, UserError
+from cafe.files import list_folder, write_file
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
+from cafe.seals import damaged, encode_table, read_table
+
+REMEDY = "evaluate the run again with `cafe evaluate RUN`"
 
 
 @dataclass(frozen=True)
@@ -112,32 +114,33 @@ class Predictions:
             "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(probabilities), len(self.classes)),
             "group": pa.array(self.groups or [None] * len(self.labels), pa.string()),
         })  # fmt: skip
-        sink = pa.BufferOutputStream()
         about = {**self.about, "expressions": json.dumps(self.classes)}
-        pq.write_table(table.replace_schema_metadata(about), sink)
-        write_file(path, sink.getvalue().to_pybytes())
+        write_file(path, encode_table(table.replace_schema_metadata(about)))
 
     @classmethod
     def load(cls, path: UPath, named: bool = True) -> Predictions | None:
-        """Read what `save` wrote; None when it is missing, damaged or not finite: then the target is not evaluated.
+        """Read what `save` wrote; None when it is missing: then the target is not evaluated.
 
-        Without `named`, the ids and groups of the faces are left out, which takes most of the time.
+        Without `named`, the ids and groups of the faces are left out, which takes most of the time. Raises `DamagedError`
+        for a file that is not what was written, or not finite.
         """
         try:
-            content = read_file(path)
+            found = cls._parse(path, named)
         except FileNotFoundError:
             return None
-        try:
-            found = cls._parse(content, named)
+        except StorageError:  # nothing is known of its content
+            raise
         except (OSError, pa.ArrowException, KeyError, ValueError, AttributeError):  # of columns of another type too
-            return None
+            raise damaged(path, REMEDY) from None
         whole = len(found.probabilities) == len(found.labels) and np.isfinite(found.probabilities).all()
-        return found if whole and (found.labels < len(found.classes)).all() else None
+        if not whole or not (found.labels < len(found.classes)).all():
+            raise damaged(path, REMEDY)
+        return found
 
     @classmethod
-    def _parse(cls, content: bytes, named: bool) -> Predictions:
+    def _parse(cls, path: UPath, named: bool) -> Predictions:
         columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
-        table = pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
+        table = read_table(path, REMEDY, columns)
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         classes = json.loads(about["expressions"]) if "expressions" in about else cls.classes
         if not all(isinstance(name, str) for name in classes):
@@ -181,6 +184,6 @@ def list_predictions(run: UPath, protocol: str = "clean") -> dict[str, UPath]:
 
 
 def load_predictions(run: UPath, protocol: str = "clean", named: bool = True) -> dict[str, Predictions]:
-    """Return all predictions of a run by one protocol, by the name of their file; damaged files are left out."""
+    """Return all predictions of a run by one protocol, by the name of their file; raise `DamagedError`."""
     loaded = {name: Predictions.load(path, named) for name, path in list_predictions(run, protocol).items()}
     return {name: predictions for name, predictions in loaded.items() if predictions is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, order_classes
-from cafe.errors import UserError, unknown
+from cafe.errors import StorageError, UserError, unknown
 from cafe.files import exists, list_folder, read_json
 from cafe.records import FORMAT
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions, average, load_predictions
 from cafe.results.protocols import OPTIONS, name_protocol
 from cafe.results.sources import ALL_BUT_TARGET, Source, find_relation
+from cafe.seals import read_sealed
 
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
 
@@ -98,8 +100,12 @@ class Run:
 
 
 def read_record(folder: UPath) -> dict[str, Any] | None:
-    """Return what run.json says; None when the folder holds no run. Raises `UserError` when its format is another."""
-    record = read_json(folder / "run.json")
+    """Return what run.json says; None when the folder holds no run.
+
+    Raises `DamagedError` when it is not what was written, and `UserError` when its format is another.
+    """
+    remedy = "remove this file and give the run's `cafe train` command again, or move the folder elsewhere"
+    record = read_sealed(folder / "run.json", "read", remedy)
     if record is not None and record.get("version") != FORMAT:
         raise UserError(
             f"The run {folder.name!r} is in the old format {record.get('version', 1)}, and this version of cafe reads "
@@ -110,13 +116,21 @@ def read_record(folder: UPath) -> dict[str, Any] | None:
 
 
 def read_run(folder: UPath) -> Run | None:
-    """Read a run's description; None when the folder holds none. Raises `UserError` when it is of another format."""
+    """Read a run's description; None when the folder holds none.
+
+    Raises `UserError` when it is damaged, of another format, or calls itself otherwise than its folder: it is by its folder
+    that a run is known, whatever a file that came from elsewhere claims.
+    """
     record = read_record(folder)
     if record is None:
         return None
     described = {name: record[name] for name in RUN_FIELDS if name in record}
     if missing := [name for name in RUN_FIELDS if name not in described]:
         raise UserError(f"{folder}/run.json has no {missing[0]!r}: it was changed by hand; train the run again.")
+    if record["name"] != folder.name:
+        raise UserError(
+            f"{folder}/run.json says that it is the run {record['name']!r}: give the folder that name back, or remove it."
+        )
     deviations, spec, classes = (record.get(name) for name in ("not_as_published", "spec", "classes"))
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
     alone = {"name": record["source"], "kind": record.get("source_kind"), "digest": record.get("source_digest")}
@@ -141,9 +155,18 @@ def read_run(folder: UPath) -> Run | None:
 
 
 def read_runs(folders: Iterable[UPath]) -> list[Run]:
-    """Read the runs of folders, leaving out those without a run; raise `UserError` for a run of another format."""
-    runs = (read_run(folder) for folder in folders)
-    return [run for run in runs if run is not None]
+    """Read the runs of folders; those that cannot be read are left out, each named by a warning that says why."""
+    runs = []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        except StorageError:
+            raise
+        except UserError as error:
+            logging.getLogger(__name__).warning("A run is left out: %s", error)
+        else:
+            runs += [run] if run else []
+    return runs
 
 
 class Chosen(NamedTuple):
@@ -230,11 +253,23 @@ def _choose_best(runs: Sequence[Run], best: str, where: str) -> tuple[Run, str]:
     )
 
 
+def read_result(folder: UPath) -> dict[str, Any] | None:
+    """Return what a run's folder says of its end, None before it; raise `DamagedError`."""
+    remedy = "remove it and give the run's `cafe train` command again"
+    return read_sealed(folder / "result.json", "read", remedy)
+
+
+def read_epoch(path: UPath) -> dict[str, Any]:
+    """Return the metrics in a file of one epoch, none where there is no file; raise `DamagedError`."""
+    remedy = "move the run's folder elsewhere and give its `cafe train` command again"
+    return read_sealed(path, "read", remedy) or {}
+
+
 def read_validation_accuracy(run: Run) -> float | None:
     """Return the accuracy by which the epoch of a run was selected on held-out faces of its source; None without one."""
-    result = read_json(run.folder / "result.json")
+    result = read_result(run.folder)
     if run.selection != "source_val" or not result or not result.get("selected"):
         return None
-    epoch = read_json(run.folder / "epochs" / f"{result['selected']:04d}.json") or {}
+    epoch = read_epoch(run.folder / "epochs" / f"{result['selected']:04d}.json")
     accuracy = epoch.get("selection/accuracy")
     return None if accuracy is None else float(accuracy)

@@ -19,6 +19,7 @@ from upath import UPath
 
 from cafe.errors import UserError, quote
 from cafe.files import read_file, write_file
+from cafe.seals import BLANK, KEY, check_seal, damaged, seal
 from cafe.towers.face import read_face_weights
 from cafe.towers.names import BackboneSpec, timm_name
 
@@ -134,11 +135,18 @@ def digest_state_dict(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors as one safetensors file."""
+    """Write named tensors as one safetensors file that carries a seal."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_file(path, save(plain))
+    write_file(path, seal(save(plain, {KEY: BLANK})))
 
 
-def read_tensors(path: UPath) -> dict[str, Tensor]:
-    """Read named tensors from a safetensors file."""
-    return dict(load(read_file(path)))
+def read_tensors(path: UPath, remedy: str = "write it again") -> dict[str, Tensor]:
+    """Read named tensors from a safetensors file; raise `DamagedError` with what to do when it is not what was written."""
+    from safetensors import SafetensorError
+
+    content = read_file(path)
+    check_seal(content, path, remedy)
+    try:
+        return dict(load(content))
+    except SafetensorError:
+        raise damaged(path, remedy) from None

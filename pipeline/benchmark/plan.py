@@ -16,7 +16,6 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.files import read_json
 from cafe.networks.branches import check_network
 from cafe.pipeline.benchmark.file import Benchmark, Entry
 from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
@@ -35,6 +34,7 @@ from cafe.pipeline.plan import (
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.protocols import find_protocol
+from cafe.results.runs import read_epoch
 from cafe.towers.facts import NORMALISATIONS
 from cafe.towers.names import absolute_name
 
@@ -105,7 +105,7 @@ class BenchmarkPlan:
         """
         speeds: dict[str, list[float]] = {}
         for cell in self.cells:
-            for record in map(read_json, cell.records[-RATE_EPOCHS:]):
+            for record in map(read_epoch, cell.records[-RATE_EPOCHS:]):
                 if record and "faces_per_second" in record:
                     speeds.setdefault(cell.title, []).append(record["faces_per_second"])
         if not speeds:

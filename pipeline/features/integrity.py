@@ -20,7 +20,8 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError
 from cafe.files import exists, list_folder, list_sizes, read_file, read_json, remove_file
 from cafe.pipeline.features.key import StoreInfo, store_name
-from cafe.records import FORMAT, check_record, digest, read_sealed, write_sealed
+from cafe.records import FORMAT, check_record, digest
+from cafe.seals import read_sealed, write_sealed
 
 ABOUT, GROUP = "about.json", "store.zarr/zarr.json"  # both say what the store is
 CHECKSUMS = "checksums.json"  # of these and of all other files that belong to no shard
@@ -171,7 +172,7 @@ class Receipts:
             return self._kept[shard]
         path, rows = self.path(shard), self.info.rows_of(shard)
         try:
-            record = read_sealed(path, required=False)  # older ones have no seal
+            record = read_sealed(path, "canonical")  # older ones have no seal
             receipt = check_record(record, Receipt, str(path)) if record else None
         except UserError:
             raise damaged(self.store, f"receipts/{path.name} is not what was written") from None

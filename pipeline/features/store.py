@@ -43,7 +43,8 @@ from cafe.pipeline.features.integrity import (
 )
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.process.machine import free_memory
-from cafe.records import digest, write_sealed
+from cafe.records import digest
+from cafe.seals import write_sealed
 
 ARRAYS = ("pooled", "map")
 MEMORY_SHARE = 0.4  # of the free memory a view may take before it is mapped from a scratch file

@@ -18,16 +18,18 @@ import numpy as np
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import list_folder, read_json, write_file, write_json
+from cafe.files import list_folder, write_file
 from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.methods import find_method
 from cafe.pipeline.models import build_model
 from cafe.pipeline.workspace import Workspace
+from cafe.records import digest
 from cafe.report.card import write_card
 from cafe.results.predictions import load_predictions
-from cafe.results.runs import Run, choose
+from cafe.results.runs import Run, choose, read_result
 from cafe.results.scores import flatten_scores, read_scores
+from cafe.seals import write_sealed
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
 
@@ -73,7 +75,10 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
     record = describe(workspace, run, model, Exported(folder, len(faces), difference))
     seeds = [other for other in runs if other.group == run.group]
     write_file(folder / "README.md", write_card(run, seeds, workspace.manifest_names(), record))
-    write_json(folder / "model.json", record)
+    record["files"] = {
+        path.name: digest(path.read_bytes()) for path in list_folder(folder) if path.name != "model.json"
+    }
+    write_sealed(folder / "model.json", record)
     return Exported(folder, len(faces), difference)
 
 
@@ -154,7 +159,7 @@ def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -
         "output": {"name": PROBABILITIES, "type": "float32", "shape": ["N", len(model.classes)]},
         "preprocessing": preprocessing,
         "origin": origin,
-        "trained": read_json(run.folder / "result.json"),
+        "trained": read_result(run.folder),
         "scores": flatten_scores(read_scores([run], workspace.manifest_names())),
         "check": {"faces": exported.faces, "largest_difference": exported.difference, "tolerance": TOLERANCE},
         "versions": {"python": platform.python_version(), "opset": OPSET}

@@ -16,7 +16,6 @@ from upath import UPath
 
 from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
-from cafe.files import read_json
 from cafe.inference.output import name_columns
 from cafe.pipeline.models import build_model
 from cafe.pipeline.process.progress import Progress
@@ -25,6 +24,7 @@ from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
 from cafe.pipeline.tracking.pages import NOTE
 from cafe.records import digest
 from cafe.results.runs import Run
+from cafe.seals import read_sealed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,7 @@ def describe_tags(run: Run) -> dict[str, str]:
 
 def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
     types, column = mlflow.types, mlflow.types.ColSpec
-    described = read_json(exported / "model.json") or {}
+    described = read_sealed(exported / "model.json", "read", "export the run again with `cafe export`") or {}
     outputs = [column("double", name) for name in name_columns(described["labels"]).values()]
     outputs = [column("string", "expression"), *outputs]
     mlflow.models.Model.log(

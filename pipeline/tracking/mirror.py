@@ -23,6 +23,7 @@ from upath import UPath
 
 from cafe.errors import UserError, quote, unknown
 from cafe.files import list_files, write_file, write_json
+from cafe.pipeline.runs import check_identity
 from cafe.pipeline.tracking import pages
 from cafe.pipeline.tracking.database import draft_database, has_tag, move_artifacts
 from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, name_rows_of
@@ -179,11 +180,12 @@ class Mirror:
                     raise unknown("experiment", experiment, found.keys() - {UNNAMED})
                 runs = client.search_runs([found[experiment]], max_results=50_000)
                 whole = [run for run in runs if {"cafe.group", MIRRORED} <= run.data.tags.keys()]
-                return [self._pull_run(client, run, check_name(experiment)) for run in whole]
+                pulled = [self._pull_run(client, run, check_name(experiment)) for run in whole]
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 raise UserError(
                     f"MLflow at {self.address} cannot be read ({quote(error)}): check --mlflow-uri."
                 ) from None
+        return [folder for folder in pulled if _is_itself(folder)]
 
     def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
         """Copy a run's description and predictions, unless the cache has them as they are."""
@@ -199,6 +201,17 @@ class Mirror:
             write_json(folder / "experiments" / f"{experiment}.json", {"benchmark": None})
             write_json(folder / PULLED, {"uri": self.address, "run_id": run_id})  # last: the copy is whole
         return folder
+
+
+def _is_itself(folder: UPath) -> bool:
+    """Whether a pulled run can be read and is what its name says; else a warning names it."""
+    try:
+        read_run(folder)
+        check_identity(folder)
+    except UserError as error:
+        logging.getLogger(__name__).warning("A run of the server is left out: %s", error)
+        return False
+    return True
 
 
 def copy_folder(folder: UPath, place: UPath) -> None:

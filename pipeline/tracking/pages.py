@@ -22,7 +22,7 @@ from cafe.records import digest
 from cafe.results.columns import Column
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
-from cafe.results.runs import Run
+from cafe.results.runs import Run, read_epoch
 from cafe.results.scores import flatten_scores, read_scores
 from cafe.results.sources import SOURCE
 
@@ -98,7 +98,7 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
     points = {
         (name, int(path.stem)): value
         for path in list_folder(run.folder / "epochs")
-        for name, value in (read_json(path) or {}).items()
+        for name, value in read_epoch(path).items()
     }
     points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
     protocols = [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]
