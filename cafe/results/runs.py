@@ -230,6 +230,12 @@ def _choose_best(runs: Sequence[Run], best: str, where: str) -> tuple[Run, str]:
     )
 
 
+def list_epochs(folder: UPath) -> dict[int, UPath]:
+    """Return the record of each epoch that a run's folder holds; other files there are nobody's."""
+    there = list_folder(folder / "epochs")
+    return {int(path.stem): path for path in there if path.suffix == ".json" and path.stem.isdecimal()}
+
+
 def read_validation_accuracy(run: Run) -> float | None:
     """Return the accuracy by which the epoch of a run was selected on held-out faces of its source; None without one."""
     result = read_json(run.folder / "result.json")
