@@ -339,5 +339,5 @@ def test_a_workspace_of_any_name_holds_its_own_database(tmp_path: Path, name: st
     mirror = Mirror(workspace)
     mirror.update(run)
     assert mirror.warning == ""
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()} == {name}
     assert picture(workspace)["name"] == run.name
