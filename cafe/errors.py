@@ -5,7 +5,11 @@ The command line turns a `UserError` into its message and exit code 2; anything 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+# Control characters, marks that turn the direction of writing, and halves of characters, as of names that are no UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -26,6 +30,15 @@ class StorageError(IncompleteError, OSError):
 
 class DamagedError(UserError):
     """A file that is not what was written."""
+
+
+def printable(text: str) -> str:
+    """Return a text in which control characters, but line ends and tabs, and what is no character are written as `\\u001b`.
+
+    Names of files, labels and what files say of themselves come from others: an escape sequence there could move the cursor,
+    hide what was printed or change the terminal, and a character that turns the direction of writing show another name.
+    """
+    return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryFile
+from typing import Any, BinaryIO, TypeVar
 
 from upath import UPath
 
 from cafe.errors import StorageError, UserError, quote
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
+LONGEST = 60  # characters of a name beside which a file is written
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
 OBJECT_PAUSES = (*PAUSES, 5.0, 10.0, 20.0, 30.0)  # those of an object store, whose outages pass
 # No fault of the storage: another try changes nothing.
@@ -26,12 +31,18 @@ Result = TypeVar("Result")
 def locate(location: str) -> UPath:
     """Return a URI as it is and a local path made absolute: workers run in folders of their own.
 
-    Of an object store nothing is remembered that was listed before: other machines write there.
+    Of an object store nothing is remembered that was listed before: other machines write there. Raises `UserError` for a
+    protocol that nothing here reads, and for the home of a user there is not.
     """
-    path = UPath(location)
-    if path.protocol in OBJECT_STORES:
-        return UPath(location, use_listings_cache=False)
-    return path if path.protocol else path.expanduser().absolute()
+    try:
+        path = UPath(location)
+        if path.protocol in OBJECT_STORES:
+            return UPath(location, use_listings_cache=False)
+        return path if path.protocol else path.expanduser().absolute()
+    except (ValueError, ImportError, RuntimeError) as error:  # an unknown protocol, its library, a user's unknown home
+        raise UserError(
+            f"The place {location!r} cannot be used ({quote(error)}): give a folder, a file or a URI."
+        ) from None
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
@@ -163,6 +174,79 @@ def write_file(path: UPath, content: bytes) -> None:
     retry(path, "written", _put if path.protocol in OBJECT_STORES else _write_beside, path, content)
 
 
+@contextmanager
+def write_whole(path: UPath) -> Iterator[BinaryIO]:
+    """Yield a file to write to that takes its place at the end: before, and after an error or a kill, the old one is there.
+
+    What is interrupted by its user is kept as far as it came. Links are followed, and what is no file, such as
+    `/dev/stdout`, is written as it is.
+    """
+    if not path.protocol and path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    place = path if path.protocol else path.resolve()
+    if not path.protocol:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    folder = None if path.protocol else place.parent
+    with NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
+        beside = Path(file.name)
+        try:
+            try:
+                yield file
+            except KeyboardInterrupt:
+                _settle(file, beside, place)
+                raise
+            _settle(file, beside, place)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _settle(file: BinaryIO, beside: Path, place: UPath) -> None:
+    """Put what was written beside a file into its place."""
+    file.flush()
+    if place.protocol:
+        retry(place, "written", place.fs.put_file, str(beside), place.path)
+        return
+    beside.chmod(_usual_mode(place))
+    beside.replace(place)
+
+
+def _usual_mode(place: UPath) -> int:
+    """Return the rights of a file that is there, or those that a new one gets."""
+    if place.exists():
+        return place.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def check_output(location: str, option: str) -> UPath:
+    """Return the path of a file that a command shall write at its end; raise `UserError` at once where it cannot.
+
+    Nothing is left there, no folder either; of an object store only the address is looked at.
+    """
+    place = locate(location)
+    if place.protocol:
+        return place
+    above = next(folder for folder in place.parents if folder.exists() or folder == folder.parent)
+    try:
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        os.lstat(place)  # a name that is too long, links in a circle
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{option} {location} cannot be written ({error.strerror}): give another file.") from None
+    if place.exists() and not place.is_file():
+        return place
+    try:
+        with TemporaryFile(dir=str(place.resolve().parent if place.exists() else above)):
+            return place
+    except OSError as error:
+        raise UserError(f"{option} {location} cannot be written ({error.strerror}): give another file.") from None
+
+
 def write_changed(path: UPath, content: bytes) -> None:
     """Write a file, unless it says so already: what watches its time takes a new one for news."""
     if not exists(path) or read_file(path) != content:
@@ -191,7 +275,7 @@ def _write_beside(path: UPath, content: bytes) -> None:
     if path.protocol:
         path.write_bytes(content)
         return
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{path.name[:LONGEST]}.{secrets.token_hex(4)}")  # names have at most 255 bytes
     try:
         beside.write_bytes(content)
         beside.replace(path)

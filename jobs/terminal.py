@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import psutil
 
-from cafe.errors import UserError
+from cafe.errors import UserError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,9 +62,15 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             logging.getLogger(__name__).info("Where this was found:", exc_info=error)
-            sentence = click.ClickException(str(error))
+            sentence = click.ClickException(printable(str(error)))
             sentence.exit_code = error.exit_code  # type: ignore[misc]  # click's own default is a class variable
             raise sentence from None
+        except OSError as error:
+            if error.errno in (None, errno.EPIPE):  # a library's, or click's own affair
+                raise
+            logging.getLogger(__name__).info("Where this was found:", exc_info=error)
+            place = f"{error.filename} cannot be used" if error.filename else "A file cannot be read or written"
+            raise click.ClickException(printable(f"{place} ({error.strerror}): fix that and try again.")) from None
 
 
 def open_workspace() -> Workspace:
@@ -91,7 +98,7 @@ def is_quiet() -> bool:
 def say(sentence: str, err: bool = False) -> None:
     """Print what was done: no result, so nothing with --quiet."""
     if not is_quiet():
-        click.echo(sentence, err=err)
+        click.echo(printable(sentence), err=err)
 
 
 def defer_gc() -> None:

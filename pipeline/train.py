@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 from upath import UPath
 
-from cafe.files import list_folder, read_json, write_json
+from cafe.files import read_json, write_json
 from cafe.pipeline import cluster
 from cafe.pipeline.evaluate import evaluate_targets
 from cafe.pipeline.plan import TrainPlan, find_deviations
@@ -24,7 +24,7 @@ from cafe.pipeline.process.progress import Bar, Progress, no_bar
 from cafe.pipeline.runs import add_experiment, is_finished, note_status, read_status
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.worker import AnyWorker, find_worker
-from cafe.results.runs import read_epoch
+from cafe.results.runs import list_epochs, read_epoch
 
 FOLLOW_SECONDS = 1.0  # between two looks at what the workers have written
 MIRROR_SECONDS = 10.0  # between two times that MLflow is shown the epochs of a run, which takes a tenth of a second
@@ -98,7 +98,7 @@ def _part(progress: Progress, number: int, count: int) -> Progress:
 
 def choose_epoch(plan: TrainPlan) -> int:
     """Return the epoch with the best mean accuracy on the sources left out, the first of equals, and write it down."""
-    records = [[read_epoch(path) for path in list_folder(fold.run / "epochs")] for fold in plan.folds]
+    records = [[read_epoch(path) for path in list_epochs(fold.run).values()] for fold in plan.folds]
     means = np.mean([[record["selection/accuracy"] for record in own] for own in records], axis=0).tolist()
     epoch = int(means.index(max(means))) + 1
     runs = {fold.spec.fold: fold.spec.name for fold in plan.folds}
@@ -118,7 +118,7 @@ def follow(
     mirrored, since, last = 0, time.monotonic(), epochs or plan.spec.recipe["epochs"]
     while not training.done():
         check()
-        trained = len(list_folder(plan.run / "epochs"))
+        trained = len(list_epochs(plan.run))
         if trained > mirrored and time.monotonic() - since > MIRROR_SECONDS:
             mirror.update(plan.run)
             mirrored, since = trained, time.monotonic()

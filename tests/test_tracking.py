@@ -317,3 +317,28 @@ def test_the_run_of_a_benchmark_holds_the_table_and_the_page(workspace: Workspac
     assert tracked(workspace, "grid")[0].data.tags["cafe.row"] == "benchmark"  # else it is among the `Additional runs`
     assert "| raf | cafe |" in (folder / "comparison.md").read_text()
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_what_is_no_database_and_files_of_others_never_end_a_run(workspace: Workspace) -> None:
+    run = evaluated(workspace)
+    (run / "epochs" / "notes.txt").write_bytes(b"the third epoch looks odd")
+    database = workspace.root / "mlflow.db"
+    database.write_bytes(bytes(range(256)) * 20)
+    mirror = Mirror(workspace)
+    mirror.update(run)
+    assert f"does not show everything of 1 of the runs ({database} cannot be opened" in mirror.warning
+    assert f"`cafe mlflow sync`; if it fails again, move {database} away before." in mirror.warning
+    database.unlink()
+    Mirror(workspace).update(run)
+    assert picture(workspace)["history"]["train/total"] == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["q?x=1", "pct%20x #é"])
+def test_a_workspace_of_any_name_holds_its_own_database(tmp_path: Path, name: str) -> None:
+    workspace = Workspace.at(str(tmp_path / name))
+    run = evaluated(workspace)
+    mirror = Mirror(workspace)
+    mirror.update(run)
+    assert mirror.warning == ""
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()} == {name}
+    assert picture(workspace)["name"] == run.name

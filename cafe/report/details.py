@@ -12,7 +12,6 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import unknown
-from cafe.files import list_folder
 from cafe.report import MISTAKES
 from cafe.report.figures import Mistake, find_worst_mistakes, read_faces, read_masks
 from cafe.report.pages import embed
@@ -20,7 +19,7 @@ from cafe.results.columns import MEAN, OVERALL, Column
 from cafe.results.comparison import NOTHING, Comparison, Row, compare_classes
 from cafe.results.metrics import Estimate, confusion
 from cafe.results.predictions import Predictions
-from cafe.results.runs import read_epoch
+from cafe.results.runs import list_epochs, read_epoch
 
 CURVES = {"train/total": "loss", "train/accuracy": "accuracy", "selection/accuracy": "held-out accuracy"}
 PICTURED = (
@@ -160,10 +159,9 @@ def read_thumbnails(mistakes: Sequence[ShownMistake], find_manifest: FindManifes
 def read_epochs(row: Row) -> pd.DataFrame:
     """Return what the runs of a row noted after each epoch; empty where nothing was trained by epochs, or for this row."""
     records = [
-        {"run": run.name, "seed": run.seed, "epoch": int(path.stem), **read_epoch(path)}
+        {"run": run.name, "seed": run.seed, "epoch": epoch, **read_epoch(path)}
         for run in ([] if row.test_time else row.runs)
-        for path in list_folder(run.folder / "epochs")
-        if path.stem.isdecimal()
+        for epoch, path in list_epochs(run.folder).items()
     ]
     return pd.DataFrame(records, columns=["run", "seed", "epoch", *CURVES])
 

@@ -265,6 +265,12 @@ def read_epoch(path: UPath) -> dict[str, Any]:
     return read_sealed(path, "read", remedy) or {}
 
 
+def list_epochs(folder: UPath) -> dict[int, UPath]:
+    """Return the record of each epoch that a run's folder holds; other files there are nobody's."""
+    there = list_folder(folder / "epochs")
+    return {int(path.stem): path for path in there if path.suffix == ".json" and path.stem.isdecimal()}
+
+
 def read_validation_accuracy(run: Run) -> float | None:
     """Return the accuracy by which the epoch of a run was selected on held-out faces of its source; None without one."""
     result = read_result(run.folder)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.files import list_folder
 from cafe.pipeline.benchmark.file import Entry
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.need import Store
 from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.results.runs import list_epochs
 
 StoreName = tuple[str, ExtractSettings]  # names a store before the weights of its tower are known
 
@@ -130,14 +130,14 @@ class Cell:
     @cached_property
     def records(self) -> list[UPath]:
         """The records of the epochs that are trained."""
-        return list_folder(self.plan.run / "epochs") if self.plan else []
+        return list(list_epochs(self.plan.run).values()) if self.plan else []
 
     @property
     def worked(self) -> int:
         """How many faces × epochs are behind it."""
         if self.done or self.plan is None:
             return self.work if self.done else 0
-        folds = sum(len(list_folder(fold.run / "epochs")) for fold in self.plan.folds)
+        folds = sum(len(list_epochs(fold.run)) for fold in self.plan.folds)
         faces = self.faces * len(self.records) + self.faces * (self.folds - 1) * folds // max(1, self.folds)
         return min(self.work, faces)
 

@@ -70,7 +70,7 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
     run = mirror.update(run_folder)
     assert run is not None
     if mirror.warning:
-        raise UserError(f"MLflow at {mirror.address} could not be reached: start it, or check --mlflow-uri.")
+        raise UserError(mirror.warning)
     tags, experiment = describe_tags(run), min(run.experiments)
     card = (exported / "README.md").read_text(encoding="utf-8")[:LONGEST_NOTE]
     with quiet_mlflow() as mlflow, mirror.as_default(mlflow):

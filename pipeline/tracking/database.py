@@ -13,6 +13,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cafe.errors import UserError, quote
+
 SHOWN = """
 SELECT 1 FROM tags JOIN runs USING (run_uuid) JOIN experiments USING (experiment_id)
 WHERE experiments.name = ? AND runs.name = ? AND runs.lifecycle_stage = 'active' AND tags.key = ? AND tags.value = ?
@@ -30,6 +32,30 @@ MOVES = (
 )
 
 
+def address_of(path: Path) -> str:
+    """Return the URI of a database; raise `UserError` for a path that SQLAlchemy reads as another one.
+
+    Its releases before 2.1 cannot write a question mark: they took what follows for options and made the database elsewhere.
+    """
+    from sqlalchemy import URL, make_url
+
+    uri = URL.create("sqlite", database=str(path)).render_as_string()
+    if make_url(uri).database != str(path):
+        raise UserError(f"MLflow's database cannot be kept at {path}: give a --workspace without ?, # and %.")
+    return uri
+
+
+def check_database(path: Path) -> None:
+    """Raise `UserError` for a file that is no database of SQLite's: MLflow would try for two minutes to open it."""
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)) as database:
+            database.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error as error:
+        raise UserError(f"{path} cannot be opened ({quote(error)})") from None
+
+
 @contextmanager
 def draft_database(path: Path) -> Iterator[str]:
     """Yield the URI of a draft, to be made into a database that then appears at `path`, unless one was made there meanwhile.
@@ -44,7 +70,7 @@ def draft_database(path: Path) -> Iterator[str]:
         draft, copy = Path(folder, "draft.db"), Path(folder, "copy.db")
         event.listen(Engine, "connect", _leave_unsynchronised)
         try:
-            yield f"sqlite:///{draft}"
+            yield address_of(draft)
         finally:
             event.remove(Engine, "connect", _leave_unsynchronised)
         # A copy, which none of the connections is open to that MLflow keeps.

@@ -25,7 +25,7 @@ from cafe.errors import UserError, quote, unknown
 from cafe.files import list_files, write_file, write_json
 from cafe.pipeline.runs import check_identity
 from cafe.pipeline.tracking import pages
-from cafe.pipeline.tracking.database import draft_database, has_tag, move_artifacts
+from cafe.pipeline.tracking.database import address_of, check_database, draft_database, has_tag, move_artifacts
 from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, name_rows_of
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.runs import PULLED, Run, read_run
@@ -45,6 +45,7 @@ class Mirror:
     workspace: Workspace
     uri: str | None = None
     behind: set[str] = field(default_factory=set)  # runs the server does not show as they are
+    _reason: str = ""  # why it does not, the last one
     _asleep_until: float = 0.0
     _shown: dict[tuple[str, str], str] = field(default_factory=dict)  # the digest of each page, by experiment and name
     _settled: bool = False  # whether runs are known to keep their files in this workspace
@@ -61,9 +62,10 @@ class Mirror:
         if not self.behind:
             return ""
         option = f" --mlflow-uri {self.uri}" if self.uri else ""
+        own = "" if self.uri else f"; if it fails again, move {database_path(self.workspace)} away before"
         return (
-            f"MLflow at {self.address} does not show everything of {len(self.behind)} of the runs, as it could not be "
-            f"reached; nothing is lost: bring it up to date with `cafe mlflow sync{option}`."
+            f"MLflow at {self.address} does not show everything of {len(self.behind)} of the runs ({self._reason}); nothing "
+            f"is lost: bring it up to date with `cafe mlflow sync{option}`{own}."
         )
 
     def update(self, folder: UPath, status: str | None = None) -> Run | None:
@@ -71,19 +73,22 @@ class Mirror:
 
         `status` is RUNNING, FINISHED, FAILED or KILLED, and by default that of the folder.
         """
-        run = read_run(folder)
-        if run is None or not run.experiments:
-            return run
-        state = pages.digest_run(self.workspace, folder)
-        for experiment, benchmark in run.experiments.items():
-            describe = partial(pages.describe_run, self.workspace, run, benchmark, status)
-            self._show(experiment, run.name, pages.digest_of(state, benchmark, status), describe)
+        run = None
+        with self._surviving(folder.name):
+            run = read_run(folder)
+            if run is None or not run.experiments:
+                return run
+            state = pages.digest_run(self.workspace, folder)
+            for experiment, benchmark in run.experiments.items():
+                describe = partial(pages.describe_run, self.workspace, run, benchmark, status)
+                self._show(experiment, run.name, pages.digest_of(state, benchmark, status), describe)
         return run
 
     def update_benchmark(self, folder: UPath, experiment: str, status: str | None = None) -> None:
         """Show a benchmark as its folder says, as the run above those of its cells."""
-        digest = pages.digest_of(pages.digest_benchmark(folder), status)
-        self._show(experiment, folder.name, digest, lambda: pages.describe_benchmark(folder, status))
+        with self._surviving(folder.name):
+            digest = pages.digest_of(pages.digest_benchmark(folder), status)
+            self._show(experiment, folder.name, digest, lambda: pages.describe_benchmark(folder, status))
 
     def update_all(self) -> int:
         """Show every run and benchmark of the workspace; return how many runs there are."""
@@ -96,7 +101,7 @@ class Mirror:
         return len(runs)
 
     def _show(self, experiment: str, name: str, digest: str, describe: Callable[[], Page]) -> None:
-        """Bring the server to the page of a name, unless it shows that of the digest; what goes wrong is never raised."""
+        """Bring the server to the page of a name, unless it shows that of the digest."""
         with self._lock:
             if not self.uri and not self._settled:
                 move_artifacts(database_path(self.workspace), self._artifacts)
@@ -107,21 +112,38 @@ class Mirror:
             if time.monotonic() < self._asleep_until:
                 return
             with quiet_mlflow() as mlflow:
+                page = describe()
                 try:
                     self._make_database(mlflow)
                     client = mlflow.MlflowClient(self.address)
-                    bring(client, self._find_experiment(client, experiment), describe(), digest)
-                except (mlflow.exceptions.MlflowException, OSError) as error:
-                    logging.getLogger(__name__).info("MLflow at %s: %s", self.address, error)
+                    bring(client, self._find_experiment(client, experiment), page, digest)
+                except Exception:
                     self._asleep_until = time.monotonic() + SLEEP
-                else:
-                    self._shown[experiment, name] = digest
-                    self.behind.discard(name)
+                    raise
+                self._shown[experiment, name] = digest
+                self.behind.discard(name)
+
+    @contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """Note what goes wrong with the page of a name, to be said at the end: it never ends a training.
+
+        Whatever MLflow, its database and the files of others in a run's folder raise: none of it is the run's result.
+        """
+        try:
+            yield
+        except Exception as error:
+            logging.getLogger(__name__).info("MLflow does not show %s", name, exc_info=error)
+            self.behind.add(name)
+            self._reason = quote(error)
 
     def _make_database(self, mlflow: Any) -> None:
-        """Make the workspace's own database, unless it is there."""
-        if not self.uri and not database_path(self.workspace).exists():
-            with draft_database(database_path(self.workspace)) as uri:
+        """Make the workspace's own database, unless it is there; raise `UserError` for what is no database."""
+        if self.uri:
+            return
+        path = database_path(self.workspace)
+        check_database(path)
+        if not path.exists():
+            with draft_database(path) as uri:
                 mlflow.MlflowClient(uri).search_experiments()
 
     @property
@@ -305,7 +327,7 @@ def default_uri(workspace: Workspace) -> str:
     if not workspace.local:
         raise UserError(f"A workspace at {workspace.root} cannot hold MLflow's database: give --mlflow-uri.")
     workspace.root.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{database_path(workspace)}"
+    return address_of(database_path(workspace))
 
 
 def database_path(workspace: Workspace) -> Path:
@@ -319,6 +341,7 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
     The tag `ROW`, by which its runs can be grouped, depends on what else is in an experiment and is brought up to date here.
     """
     known = workspace.read_runs()
+    check_database(database_path(workspace))
     with quiet_mlflow() as mlflow:
         client = mlflow.MlflowClient(default_uri(workspace))
         found = [place for place in client.search_experiments() if place.name != UNNAMED]

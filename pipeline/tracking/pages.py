@@ -22,7 +22,7 @@ from cafe.records import digest
 from cafe.results.columns import Column
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
-from cafe.results.runs import Run, read_epoch
+from cafe.results.runs import Run, list_epochs, read_epoch
 from cafe.results.scores import flatten_scores, read_scores
 from cafe.results.sources import SOURCE
 
@@ -96,8 +96,8 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
     ended = read_json(run.folder / "status.json") or {}
     reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
     points = {
-        (name, int(path.stem)): value
-        for path in list_folder(run.folder / "epochs")
+        (name, epoch): value
+        for epoch, path in list_epochs(run.folder).items()
         for name, value in read_epoch(path).items()
     }
     points |= {(name, 0): value for name, value in flatten_scores(scores).items()}
