@@ -13,7 +13,7 @@ from upath import UPath
 
 from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError
-from cafe.files import exists, list_folder, locate
+from cafe.files import exists, list_folder, locate, place_below
 from cafe.results.runs import Run, read_runs
 
 
@@ -52,11 +52,11 @@ class Workspace:
 
     def manifest_path(self, name: str) -> UPath:
         """Where the manifest of that name is kept."""
-        return self.root / "manifests" / f"{name}.parquet"
+        return place_below(self.root / "manifests", f"{name}.parquet")
 
     def image_path(self, name: str) -> UPath:
         """Where the pictures of a manifest are kept that came as a table of pixels."""
-        return self.root / "images" / name
+        return place_below(self.root / "images", name)
 
     def manifest_names(self) -> list[str]:
         """The manifests there are."""
@@ -93,7 +93,7 @@ class Workspace:
 
     def run_path(self, name: str) -> UPath:
         """The folder of a run."""
-        return self.root / "runs" / name
+        return place_below(self.root / "runs", name)
 
     def run_names(self) -> list[str]:
         """The runs there are, finished or not."""

@@ -20,7 +20,7 @@ from upath import UPath
 from cafe.files import list_folder, read_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
-# What a file may be, whatever its name (JPEG brings MPO along): decoders that start no program, as Pillow's for PostScript does.
+# What a file may be, whatever its name (JPEG brings MPO along): decoders that start no program, as that of PostScript does.
 FORMATS = ("BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
 DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it claims to be
