@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import sys
 import time
@@ -43,6 +44,23 @@ def locate(location: str) -> UPath:
         raise UserError(
             f"The place {location!r} cannot be used ({quote(error)}): give a folder, a file or a URI."
         ) from None
+
+
+def place_below(folder: UPath, name: str) -> UPath:
+    """Return the path of a name, which a file or an option brought, below a folder; a name may hold folders of its own.
+
+    The one place where such names become paths. Raises `UserError` for a name that would lead out of the folder.
+    """
+    parts = name.split("/")
+    outside = any(part in ("", ".", "..") for part in parts) or re.match(r"[A-Za-z]:", name) or set(name) & set("\\\0")
+    if outside or "://" in name:
+        raise UserError(
+            f"The name {name!r} leads out of {folder}: take one without '..', '\\\\', empty parts, drives and a leading '/'."
+        )
+    place = folder / name
+    if not folder.protocol and not Path(str(place)).resolve().is_relative_to(Path(str(folder)).resolve()):
+        raise UserError(f"{place} is a link that leads out of {folder}: remove the link, or name a folder without it.")
+    return place
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

@@ -192,7 +192,7 @@ def report(
     It holds the tables of `cafe compare`, and of each method its recalls, confusions, mistakes, mask and training; then how
     the numbers were made. The mistakes are thumbnails: the licences of the data sets apply to the page.
     """
-    from cafe.files import locate, write_file
+    from cafe.files import locate, place_below, write_file
     from cafe.report.details import Gallery
     from cafe.report.experiment import draw_experiment
 
@@ -200,7 +200,7 @@ def report(
     chosen = choose_runs(workspace, experiment)._replace(reason="")
     found = report_runs(workspace, chosen, ReportSettings(**values))
     page = draw_experiment(experiment, found, workspace.root, workspace.find_manifest, gallery)
-    place = locate(output) if output else workspace.root / "reports" / f"{experiment}.html"
+    place = locate(output) if output else place_below(workspace.root / "reports", f"{experiment}.html")
     write_file(place, page)
     say(f"Wrote {place} ({len(page) / 1e6:.1f} MB)")
 

@@ -120,11 +120,14 @@ def evaluate(run: str, **values: Any) -> None:
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import keep_status
     from cafe.pipeline.worker import find_worker
+    from cafe.pipeline.workspace import check_name
     from cafe.plugins import check_plugins
     from cafe.results.leaks import load_leaks
     from cafe.results.protocols import find_protocol, name_protocol
     from cafe.results.runs import choose
 
+    if settings.experiment:
+        check_name(settings.experiment)
     (chosen,), _ = choose(workspace.read_runs(run), name=run)
     path, spec = chosen.folder, RunSpec.load(chosen.folder)
     check_plugins(spec.plugins)

@@ -27,7 +27,7 @@ from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.files import locate, write_file
+from cafe.files import locate, place_below, write_file
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.settings import AlignSettings
 from cafe.pipeline.workspace import Workspace
@@ -150,6 +150,8 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
         raise UserError(f"The manifest {photos.name!r} would overwrite itself: give another --name.")
     if str(folder).rstrip("/") == photos.root.rstrip("/"):
         raise UserError(f"The crops would overwrite the photos in {folder}: give another --out.")
+    for sample in photos.sample_ids:  # before the work
+        place_below(folder, _name_crop(sample, 1))
     result, faces = Alignment(folder), []
     for row, aligned in _align(photos, settings, progress):
         faces += _save_crops(result, photos, row, aligned, settings.size)
@@ -202,7 +204,7 @@ def _save_crops(
         path = _name_crop(photo["sample_id"], number)
         data = io.BytesIO()
         Image.fromarray(crop).save(data, "JPEG", quality=95, subsampling=0)
-        write_file(result.folder / path, data.getvalue())
+        write_file(place_below(result.folder, path), data.getvalue())
         content = digest(data.getvalue())
         place = {"confidence": found.confidence, "box": list(found.box), "eyes": found.eyes.ravel().tolist()}
         result.rows.append({**entry, "aligned_id": sample, "path": path, **place})

@@ -27,6 +27,7 @@ from cafe.files import encode_json, exists, read_json, write_changed, write_json
 from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import RunChoices, RunIdentity
+from cafe.pipeline.workspace import check_name
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.runs import read_record
 from cafe.results.sources import Source
@@ -190,7 +191,7 @@ def is_finished(run: UPath) -> bool:
 
 def add_experiment(run: UPath, experiment: str, benchmark: str | None = None) -> None:
     """Note that a run belongs to an experiment, and to a benchmark of it where it is one's cell."""
-    path = run / "experiments" / f"{experiment}.json"
+    path = run / "experiments" / f"{check_name(experiment)}.json"
     known = read_json(path) or {}
     if not known or (benchmark and known.get("benchmark") != benchmark):
         write_json(path, {"benchmark": benchmark})

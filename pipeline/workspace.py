@@ -14,7 +14,7 @@ from upath import UPath
 
 from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import exists, list_files, list_folder, locate
+from cafe.files import exists, list_files, list_folder, locate, place_below
 from cafe.results.runs import Run, read_run, read_runs
 
 RUN_FILES = ("run.json", "result.json", "model.safetensors")
@@ -56,11 +56,11 @@ class Workspace:
 
     def manifest_path(self, name: str) -> UPath:
         """Where the manifest of that name is kept."""
-        return self.root / "manifests" / f"{name}.parquet"
+        return place_below(self.root / "manifests", f"{name}.parquet")
 
     def image_path(self, name: str) -> UPath:
         """Where the pictures of a manifest are kept that came as a table of pixels."""
-        return self.root / "images" / name
+        return place_below(self.root / "images", name)
 
     def manifest_names(self) -> list[str]:
         """The manifests there are."""
@@ -97,7 +97,7 @@ class Workspace:
 
     def run_path(self, name: str) -> UPath:
         """The folder of a run."""
-        return self.root / "runs" / name
+        return place_below(self.root / "runs", name)
 
     def sealed_files(self, names: Collection[str] = ()) -> list[UPath]:
         """Return the files outside feature stores whose content decides a number: of some runs and manifests, or of all.

@@ -27,7 +27,7 @@ from cafe.data.alignment import (
 )
 from cafe.data.expressions import EIGHT
 from cafe.data.images import decode_image
-from cafe.data.manifest import Manifest
+from cafe.data.manifest import Face, Manifest
 from cafe.results.protocols import find_protocol
 
 MEADOW = (96, 120, 96)
@@ -136,6 +136,22 @@ def test_a_photo_gives_the_same_crop_alone_and_among_others(real_faces: Path) ->
         [alone] = align_faces([photo])
         np.testing.assert_allclose(together.detections[0].eyes, alone.detections[0].eyes, atol=0.05)
         assert np.abs(together.crops[0].astype(int) - alone.crops[0]).mean() < 0.5
+
+
+@pytest.mark.parametrize("name", ["../../mine.jpg", "a/../../mine.jpg", "/tmp/mine.jpg", "C:mine.jpg", "link/mine.jpg"])
+def test_the_names_of_a_manifest_lead_to_no_file_outside_the_folder_of_crops(
+    tmp_path: Path, command: Cafe, name: str
+) -> None:
+    Image.new("RGB", (80, 80)).save(tmp_path / "photo.png")
+    (tmp_path / "crops").mkdir()
+    (tmp_path / "crops" / "link").symlink_to(tmp_path)
+    face = Face(name, "photo.png", 0, "test", None, 80, 80, "")
+    Manifest.from_faces("stranger", str(tmp_path), [face]).save(
+        UPath(command.workspace / "manifests" / "stranger.parquet")
+    )
+    output = command.fail("data", "align", "stranger", "--name", "own", "--out", str(tmp_path / "crops"), code=2)
+    assert "out of" in output
+    assert not (tmp_path / "mine.jpg").exists()
 
 
 @needs_detector

@@ -17,7 +17,7 @@ from runs import write_predictions, write_run
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import write_json
+from cafe.files import list_files, write_json
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.columns import Column
@@ -241,6 +241,17 @@ def test_compare_says_which_experiments_it_shows(workspace: Workspace) -> None:
     assert "│ raf    │ cafe" not in output
     assert "Runs of the experiment grid; there are also cafe: leave --experiment out to see all." in output
     assert "Unknown experiment 'gird': choose cafe, grid." in cafe.fail("compare", "--experiment", "gird")
+
+
+@pytest.mark.parametrize("name", ["../../../../escaped", "a/b", "/tmp/escaped"])
+def test_an_experiment_whose_name_is_a_path_is_refused_before_anything_is_written(
+    workspace: Workspace, name: str
+) -> None:
+    run = write_run(workspace)
+    before = list_files(workspace.root)
+    cafe = Cafe(Path(str(workspace.root)), "")
+    assert "cannot be used" in cafe.fail("evaluate", run.name, "--experiment", name)
+    assert list_files(workspace.root) == before
 
 
 def test_a_run_of_another_version_is_one_sentence(workspace: Workspace) -> None:

@@ -37,6 +37,14 @@ def test_colour_png_is_read_as_it_is() -> None:
     np.testing.assert_array_equal(decode_image(data), RED)
 
 
+def test_postscript_is_no_picture_whatever_its_name_is_as_it_is_a_program() -> None:
+    data = encode(Image.fromarray(RED), "EPS")
+    assert Image.open(io.BytesIO(data)).format == "EPS"  # Pillow would give it to Ghostscript
+    for read in (read_size, decode_image):
+        with pytest.raises(UnreadableImageError, match="not an image of a known format"):
+            read(data)
+
+
 def test_grey_palette_and_alpha_become_rgb() -> None:
     grey = Image.fromarray(np.full((3, 3), 77, np.uint8))
     assert decode_image(encode(grey, "PNG")).tolist() == np.full((3, 3, 3), 77).tolist()

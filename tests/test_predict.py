@@ -273,6 +273,14 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
     assert "No face was predicted" in said
 
 
+def test_a_list_of_other_files_is_no_video_whatever_its_name_is(tmp_path: Path) -> None:
+    walk(tmp_path / "film.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile film.mp4\n")
+    (frame,) = read_video(UPath(tmp_path / "list.mp4"), 5)
+    assert frame.pixels is None
+    assert "no readable video: Invalid argument" in frame.error
+
+
 def test_a_damaged_video_ends_with_the_reason(tmp_path: Path) -> None:
     walk(tmp_path / "walk.mp4", seconds=1)
     assert (count_frames(UPath(tmp_path / "walk.mp4"), 5), count_frames(UPath(tmp_path / "walk.mp4"), 100)) == (5, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def test_any_zarr_reader_opens_it_with_the_sample_beside_each_feature(tmp_path: 
     expected = features(1, store)["pooled"].astype(np.float16)
     np.testing.assert_array_equal(group["pooled"][4], expected[0])
     assert np.isnan(group["pooled"][5]).all()
+
+
+def test_a_store_of_zarr_2_which_can_hold_pickled_objects_is_not_opened(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    shutil.rmtree(store.path / "store.zarr")
+    group = zarr.open_group(str(store.path / "store.zarr"), mode="w", zarr_format=2)
+    group.create_array("pooled", data=np.zeros((ROWS, VIEWS, WIDTH), np.float16))
+    with pytest.raises(UserError, match="Zarr cannot open it"):
+        FeatureStore(store.path, store.info)
 
 
 def test_a_shard_is_one_object(tmp_path: Path) -> None:

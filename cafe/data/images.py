@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import struct
+import subprocess
 import warnings
 import zlib
 from functools import cache
@@ -19,10 +20,13 @@ from upath import UPath
 from cafe.files import list_folder, read_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+# What a file may be, whatever its name (JPEG brings MPO along): decoders that start no program, as that of PostScript does.
+FORMATS = ("BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
 DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it claims to be
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
-    RuntimeError, AssertionError, zlib.error, Image.DecompressionBombError,
+    RuntimeError, AssertionError, zlib.error, subprocess.SubprocessError,
+    Image.DecompressionBombError,
 )  # fmt: skip
 MISSING = "file not found"
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
@@ -108,7 +112,7 @@ def clip_box(box: Box, width: int, height: int) -> Box:
 def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _silence_pillow()
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except DAMAGED:
         raise UnreadableImageError("not an image of a known format") from None
     if image.width * image.height > max_pixels:

@@ -24,6 +24,8 @@ from cafe.data.layouts import is_image, list_files
 from cafe.errors import UserError
 
 VIDEOS = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp"})
+# FFmpeg's names of what a video may be, whatever its file is called: none is a list of other files or addresses.
+CONTAINERS = "asf,avi,flv,matroska,mov,mp4,3gp,m4a,mpeg,mpegts,mpegvideo,webm"
 DECODERS = 4  # threads
 AHEAD = 8  # photos: a telephone's takes 36 MB
 USUAL_RATE = 25.0  # frames a second of a video that does not say
@@ -137,7 +139,8 @@ def read_video(file: UPath, rate: float) -> Iterator[Frame]:
 
 @contextmanager
 def _open_video(file: UPath) -> Iterator[Any]:
-    with file.open("rb") as data, av.open(data) as container:
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
+    with file.open("rb") as data, av.open(data, options=options) as container:
         yield container
 
 

@@ -59,7 +59,8 @@ class FeatureStore:
         self.path, self.info, self.receipts = path, info, Receipts(path, info)
         self._arrays: dict[str, zarr.Array[Any]] = {}
         options = dict(path.storage_options) if path.protocol else None
-        self.group = self._open(lambda: zarr.open_group(str(path / "store.zarr"), mode="r+", storage_options=options))
+        place = str(path / "store.zarr")  # format 2 can hold pickled objects, which run code when they are read
+        self.group = self._open(lambda: zarr.open_group(place, mode="r+", storage_options=options, zarr_format=3))
 
     @classmethod
     def create(cls, folder: UPath, info: StoreInfo, manifest: Manifest) -> FeatureStore:
@@ -113,7 +114,7 @@ class FeatureStore:
     def _encode(self, name: str, start: int, values: np.ndarray) -> dict[str, bytes]:
         """Return the files that Zarr would write for some rows of an array, by their place in the store's folder."""
         buffers = self.array(name).metadata.to_buffer_dict(default_buffer_prototype())
-        zarr.open_array(MemoryStore(buffers), mode="r+")[start : start + len(values)] = values
+        zarr.open_array(MemoryStore(buffers), mode="r+", zarr_format=3)[start : start + len(values)] = values
         return {f"store.zarr/{name}/{key}": buffer.to_bytes() for key, buffer in buffers.items()}
 
     def _check_finite(self, shard: int, values: np.ndarray, valid: np.ndarray) -> None:

@@ -220,7 +220,7 @@ class Mirror:
                 for part in sorted(there & {"run.json", "predictions"}):
                     client.download_artifacts(run_id, part, temporary)
                 copy_folder(UPath(temporary), folder)
-            write_json(folder / "experiments" / f"{experiment}.json", {"benchmark": None})
+            write_json(folder / "experiments" / f"{check_name(experiment)}.json", {"benchmark": None})
             write_json(folder / PULLED, {"uri": self.address, "run_id": run_id})  # last: the copy is whole
         return folder
 
