@@ -140,7 +140,7 @@ def report_runs(
     from cafe.report.report import make_report
 
     about = [f"{chosen.reason}."] if chosen.reason else []
-    known = workspace.manifest_names()
+    known = workspace.manifest_digests()
     return make_report(
         chosen.runs, known, settings, metric=metric, per_class=per_class, root=workspace.root, about=about
     )

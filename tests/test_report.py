@@ -60,7 +60,7 @@ def evaluated_run(
 
 def report_all(workspace: Workspace, metric: str = "accuracy", per_class: str | None = None, **settings: Any) -> Report:
     runs = workspace.read_runs()
-    known = workspace.manifest_names()
+    known = workspace.manifest_digests()
     return make_report(runs, known, ReportSettings(**settings), metric=metric, per_class=per_class)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
-from cafe.results.scores import read_scores
+from cafe.results.scores import meet, read_scores
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 from cafe.results.variants import vary_runs
 
@@ -49,7 +49,7 @@ class Report:
 
 def make_report(
     runs: Sequence[Run],
-    known: Collection[str] = (),
+    known: Mapping[str, str] | None = None,
     settings: ReportSettings | None = None,
     *,
     metric: str = "accuracy",
@@ -59,11 +59,15 @@ def make_report(
 ) -> Report:
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
-    `known` names the manifests there are. `root` is that of the workspace, whose audits found copies of the source's
+    `known` are the digests of the manifests by name. `root` is that of the workspace, whose audits found copies of the
+    source's
     training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
     """
     settings = settings or ReportSettings()
     protocol, versus = settings.protocol, settings.versus
+    known = known or {}
+    runs, left_out = meet(runs, known)
+    about = [*about, *map(str, left_out)]
     scores = read_scores(runs, known)
     others = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
