@@ -124,6 +124,8 @@ def show_report(report: Report, as_json: bool = False) -> None:
 
     if as_json:
         show_records(list(list_records(report)), as_json)
+        for line in report.left_out:
+            click.echo(line, err=True)
         return
     for table in (*sheet_tables(report.sheets), *report.about):
         show(table)

@@ -45,6 +45,7 @@ class Report:
     tests: Sequence[Paired] = ()
     ranks: Ranks | None = None
     target: str = ""
+    left_out: Sequence[str] = ()  # predictions that do not belong beside the others, each in a line of `about` too
 
 
 def make_report(
@@ -67,7 +68,8 @@ def make_report(
     protocol, versus = settings.protocol, settings.versus
     known = known or {}
     runs, left_out = meet(runs, known)
-    about = [*about, *map(str, left_out)]
+    lines = [str(one) for one in left_out]
+    about = [*about, *lines]
     scores = read_scores(runs, known)
     others = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
@@ -88,7 +90,14 @@ def make_report(
         tests = pair_rows(classes, versus, per_class) if versus else []
         sheets = [class_sheet(classes, per_class, published), *tests_sheets(tests)]
         return Report(
-            f"Every expression of {per_class}", [*said, *about], sheets, classes, published, tests, target=per_class
+            f"Every expression of {per_class}",
+            [*said, *about],
+            sheets,
+            classes,
+            published,
+            tests,
+            target=per_class,
+            left_out=lines,
         )
     comparison = compare(shown, scores, metric, protocol, leak_free)
     published, ranks = publish_rows(comparison), rank_rows(comparison)
@@ -97,7 +106,7 @@ def make_report(
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
     title = "Trained on one data set, evaluated on all"
-    return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks)
+    return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks, left_out=lines)
 
 
 def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = ()) -> list[str]:
