@@ -124,6 +124,8 @@ def show_report(report: Report, as_json: bool = False) -> None:
 
     if as_json:
         show_records(list(list_records(report)), as_json)
+        for line in report.left_out:
+            click.echo(line, err=True)
         return
     for table in (*sheet_tables(report.sheets), *report.about):
         show(table)
@@ -140,7 +142,7 @@ def report_runs(
     from cafe.report.report import make_report
 
     about = [f"{chosen.reason}."] if chosen.reason else []
-    known = workspace.manifest_names()
+    known = workspace.manifest_digests()
     return make_report(
         chosen.runs, known, settings, metric=metric, per_class=per_class, root=workspace.root, about=about
     )

@@ -260,9 +260,12 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
     from cafe.report.sheets import run_sheet
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.runs import read_runs
-    from cafe.results.scores import read_scores
+    from cafe.results.scores import meet, read_scores
 
-    runs, known = read_runs([run]), workspace.manifest_names()
+    known = workspace.manifest_digests()
+    runs, left_out = meet(read_runs([run]), known)
+    for one in left_out:
+        say(str(one))
     scores = read_scores(runs, known, [protocol])
     leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
     for table in sheet_tables([run_sheet(scores, leak_free)]):

@@ -30,7 +30,7 @@ from cafe.pipeline.models import build_method, load_method, make_dataset
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.runs import RunSpec
 from cafe.report.figures import draw_run_figures
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Predictions, name_rows
 from cafe.results.protocols import OPTIONS
 
 Evaluate = Callable[[UPath, Faces], Future[None]]  # has the faces of a target predicted by the run in a folder
@@ -61,8 +61,9 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
     readable, column = part.rows(target.split), target.column
     assert column is not None
     other = {"other_classes": str(len(readable) - len(rows)), "target_classes": json.dumps(manifest.classes)}
+    samples = [target.sample_ids[row] for row in rows]
     predictions = Predictions(
-        [target.sample_ids[row] for row in rows],
+        samples,
         target.labels[rows],
         _predict(method, dataset, rows, device, column.test_time),
         {
@@ -73,6 +74,7 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
             "channels": target.channels,
             "kind": manifest.kind,
             "manifest": manifest.digest,
+            "rows": name_rows(samples),
             "without_features": str(len(manifest.rows(target.split)) - len(readable)),
             **(other if manifest.classes != spec.classes else {}),
         },

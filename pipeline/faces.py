@@ -24,7 +24,7 @@ from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.results.columns import Column
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Predictions, name_rows
 from cafe.results.protocols import Protocol, find_protocol
 
 if TYPE_CHECKING:
@@ -232,14 +232,16 @@ class Faces(_PicklesFields):
         )
 
     def is_evaluated(self, run: UPath) -> bool:
-        """Whether there are predictions of a run for the split to evaluate on, as the manifest lists it now."""
+        """Whether there are predictions of a run for the faces to evaluate on, as they are listed and readable now."""
         try:
             predictions = Predictions.load(self.column.predictions(run)) if self.column else None
         except DamagedError:  # evaluating again is what repairs it
             return False
         if predictions is None or predictions.target_classes != self.parts[0].manifest.classes:
             return False
-        return (predictions.about.get("manifest"), predictions.about.get("split")) == (self.digest, self.split)
+        if (predictions.about.get("manifest"), predictions.about.get("split")) != (self.digest, self.split):
+            return False
+        return predictions.rows == name_rows([self.sample_ids[row] for row in self.rows(self.split)])
 
 
 def _split_rows(part: Part, selection: str, own_val: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -66,6 +66,10 @@ class Workspace:
         """The manifests there are."""
         return [path.stem for path in list_folder(self.root / "manifests") if path.suffix == ".parquet"]
 
+    def manifest_digests(self) -> dict[str, str]:
+        """The digests of the manifests there are, by their names."""
+        return {name: self.load_manifest(name).digest for name in self.manifest_names()}
+
     def load_manifest(self, name: str) -> Manifest:
         """Load a manifest by name; raise `UserError` naming those there are and how to make one."""
         if self.manifests is not None and name in self.manifests:

@@ -188,7 +188,7 @@ def wrong(predictions: Predictions, *labels: str) -> set[tuple[str, str]]:
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(workspace: Workspace) -> None:
     runs = workspace.read_runs()
-    found = make_report(runs, workspace.manifest_names(), ReportSettings(versus="cafe"))
+    found = make_report(runs, workspace.manifest_digests(), ReportSettings(versus="cafe"))
     text = draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()
     assert found.ranks is None  # over a single unseen target they are its order again
     page = Page(text)
@@ -366,7 +366,7 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
             knows = right if target == fold else 7
             write_predictions(run, target, labels, np.where(labels < knows, labels, 6))
     runs = workspace.read_runs()
-    (detail,) = list_details(make_report(runs, workspace.manifest_names()).comparison, Gallery(500))
+    (detail,) = list_details(make_report(runs, workspace.manifest_digests()).comparison, Gallery(500))
     assert {column.name: own.counts.diagonal().tolist() for column, own in detail.confusions.items()} == {
         "news": [10.0, 10.0, 10.0, 10.0, 0.0, 0.0, 10.0],
         "web": [10.0, 0.0, 0.0, 0.0, 0.0, 0.0, 10.0],
@@ -378,7 +378,7 @@ def test_a_target_is_described_by_the_fold_that_left_it_out(tmp_path: Path) -> N
 def test_runs_evaluated_on_other_splits_alone_have_an_empty_page(tmp_path: Path) -> None:
     workspace = Workspace.at(str(tmp_path))
     write_predictions(write_run(workspace), "raf@train", np.arange(14) % 7, np.zeros(14, int), kind="rafdb")
-    found = make_report(workspace.read_runs(), workspace.manifest_names())
+    found = make_report(workspace.read_runs(), workspace.manifest_digests())
     assert Page(draw_experiment("trial", found, workspace.root, workspace.find_manifest).decode()).open == []
 
 

@@ -140,7 +140,7 @@ def test_the_card_holds_the_scores_of_every_domain_with_intervals(tmp_path: Path
     one, two = workspace.read_runs()
     record = {"input": {"name": "faces"}, "output": {"name": "probabilities"}}
     record |= {"check": {"faces": 32, "largest_difference": 2e-7}}
-    card = write_card(one, [one, two], [], record).decode()
+    card = write_card(one, [one, two], {}, record).decode()
     assert "**Unseen data sets: 50.0 / 100.0 % (mean ± 95 % t-interval over 2 seeds) on fer.**" in card
     assert f"| fer | unseen | 70 | {format_share(35, 70)} | {format_share(5, 10)} |" in card
     assert "the graph's probabilities differ from PyTorch's by at most 2.0e-07" in card

@@ -253,6 +253,14 @@ def test_a_changed_split_is_evaluated_again(workspace: Workspace) -> None:
     assert target.is_evaluated(run)
     assert not replace(target, split="train").is_evaluated(run)
     assert not replace(target, column=Column("stills", protocol="paper")).is_evaluated(run)
+    (path,) = (run / "predictions").glob("stills.parquet")
+    found = load_predictions(run)["stills"]
+    about = {key: value for key, value in found.about.items() if key != "rows"}  # as files of before
+    Predictions(found.sample_ids, found.labels, found.probabilities, about, classes=found.classes).save(path)
+    assert target.is_evaluated(run)
+    found = Predictions(found.sample_ids[1:], found.labels[1:], found.probabilities[1:], about, classes=found.classes)
+    found.save(path)  # another face is readable now
+    assert not target.is_evaluated(run)
 
 
 def swap_pictures(faces: Manifest, root: Path) -> Manifest:

@@ -202,7 +202,11 @@ class Manifest:
         `channels` is the order of the colours, `rgb` or `bgr`. Raises `UnreadableImageError`, and `UserError` for a file
         that is not the one that was indexed.
         """
-        return self.decode_face(row, read_bytes(self.path(row)), channels, max_pixels)
+        try:
+            return self.decode_face(row, read_bytes(self.path(row)), channels, max_pixels)
+        except UnreadableImageError as error:
+            error.add_note(f"The picture is {self.path(row)}.")  # its message is the reason alone, as records keep it
+            raise
 
     def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face as `read_face` does, from the bytes of its picture."""

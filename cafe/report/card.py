@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,10 +13,10 @@ from scipy.stats import binomtest
 
 from cafe.report.pages import render
 from cafe.results.metrics import confusion, estimate
-from cafe.results.predictions import Predictions, load_predictions
+from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
-from cafe.results.scores import average_unseen, read_scores
+from cafe.results.scores import average_unseen, meet, read_scores
 from cafe.results.sources import UNSEEN
 from cafe.towers.names import split_name
 
@@ -37,11 +37,12 @@ DATA = {
 }
 
 
-def write_card(run: Run, seeds: Sequence[Run], known: Collection[str], record: dict[str, Any]) -> bytes:
+def write_card(run: Run, seeds: Sequence[Run], known: Mapping[str, str], record: dict[str, Any]) -> bytes:
     """Return the card of a run in Markdown; `seeds` are the runs that differ from it in nothing but their seed.
 
-    `known` names the manifests of the workspace, `record` is what `model.json` will hold.
+    `known` are the digests of the workspace's manifests by name, `record` is what `model.json` will hold.
     """
+    (run,), _ = meet([run], known)
     scores = read_scores([run], known)
     tower = split_name(run.settings.get("backbone") or "none")[0]
     tables = {
@@ -66,7 +67,8 @@ def write_card(run: Run, seeds: Sequence[Run], known: Collection[str], record: d
 def list_domains(run: Run, protocol: str, scores: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Yield for each target its name, what it is to the run, faces, and the shares of them that were recognised."""
     relations = scores[scores["protocol"] == protocol].set_index("target")["relation"]
-    for target, predictions in load_predictions(run.folder, protocol, named=False).items():
+    for column, predictions in run.load_predictions(protocol, named=False).items():
+        target = column.name
         yield {"name": target, "relation": relations[target], **count_right(predictions)}
 
 
@@ -86,9 +88,9 @@ def format_share(right: int, faces: int) -> str:
     return f"{100 * right / faces:.1f} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
 
 
-def describe_seeds(seeds: Sequence[Run], known: Collection[str]) -> str:
+def describe_seeds(seeds: Sequence[Run], known: Mapping[str, str]) -> str:
     """Return the mean accuracy on unseen targets over all seeds of a run, in a sentence; nothing without such targets."""
-    scores = read_scores(seeds, known, ["clean"])
+    scores = read_scores(meet(seeds, known).runs, known, ["clean"])
     means = average_unseen(scores)
     if not len(means):
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
-from cafe.results.scores import read_scores
+from cafe.results.scores import meet, read_scores
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 from cafe.results.variants import vary_runs
 
@@ -45,11 +45,12 @@ class Report:
     tests: Sequence[Paired] = ()
     ranks: Ranks | None = None
     target: str = ""
+    left_out: Sequence[str] = ()  # predictions that do not belong beside the others, each in a line of `about` too
 
 
 def make_report(
     runs: Sequence[Run],
-    known: Collection[str] = (),
+    known: Mapping[str, str] | None = None,
     settings: ReportSettings | None = None,
     *,
     metric: str = "accuracy",
@@ -59,11 +60,16 @@ def make_report(
 ) -> Report:
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
-    `known` names the manifests there are. `root` is that of the workspace, whose audits found copies of the source's
+    `known` are the digests of the manifests by name. `root` is that of the workspace, whose audits found copies of the
+    source's
     training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
     """
     settings = settings or ReportSettings()
     protocol, versus = settings.protocol, settings.versus
+    known = known or {}
+    runs, left_out = meet(runs, known)
+    lines = [str(one) for one in left_out]
+    about = [*about, *lines]
     scores = read_scores(runs, known)
     others = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
@@ -84,7 +90,14 @@ def make_report(
         tests = pair_rows(classes, versus, per_class) if versus else []
         sheets = [class_sheet(classes, per_class, published), *tests_sheets(tests)]
         return Report(
-            f"Every expression of {per_class}", [*said, *about], sheets, classes, published, tests, target=per_class
+            f"Every expression of {per_class}",
+            [*said, *about],
+            sheets,
+            classes,
+            published,
+            tests,
+            target=per_class,
+            left_out=lines,
         )
     comparison = compare(shown, scores, metric, protocol, leak_free)
     published, ranks = publish_rows(comparison), rank_rows(comparison)
@@ -93,7 +106,7 @@ def make_report(
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
     title = "Trained on one data set, evaluated on all"
-    return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks)
+    return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks, left_out=lines)
 
 
 def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = ()) -> list[str]:

@@ -17,6 +17,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS, order_classes
 from cafe.errors import StorageError, UserError
 from cafe.files import list_folder, write_file
+from cafe.records import digest
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.seals import damaged, encode_table, read_table
 
@@ -49,6 +50,11 @@ class Predictions:
     def other_classes(self) -> int:
         """How many faces of the target were left out, being of classes that the model lacks."""
         return int(self.about.get("other_classes", 0))
+
+    @property
+    def rows(self) -> str:
+        """Names the faces; empty for a file of before that was loaded without their ids."""
+        return self.about.get("rows") or (name_rows(self.sample_ids) if self.sample_ids else "")
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -154,6 +160,11 @@ class Predictions:
             table["group"].to_numpy().tolist() if grouped else None,
             tuple(classes),
         )
+
+
+def name_rows(sample_ids: Sequence[str]) -> str:
+    """Name the faces that were evaluated, whatever their order."""
+    return digest(json.dumps(sorted(sample_ids)).encode())
 
 
 def average(several: Sequence[Predictions]) -> Predictions:

@@ -54,6 +54,9 @@ class Run:
     classes: tuple[str, ...] = EXPRESSIONS  # in the order of its outputs; old records do not say
     test_time: str = ""  # the option with which it was evaluated
     ensemble: tuple[Run, ...] = ()  # the runs whose mean it is
+    set_aside: frozenset[tuple[str, str]] = (
+        frozenset()
+    )  # protocol and column of predictions on other faces than the rest
     shared_classes: bool = False  # whether its predictions are over the classes it shares with each target
 
     @property
@@ -87,8 +90,10 @@ class Run:
             found = {column: average([one[column] for one in several]) for column in columns}
         else:
             option = self.test_time if self.test_time in OPTIONS else None
-            files = load_predictions(self.folder, name_protocol(protocol, option), named)
-            found = {Column.parse(name, protocol): predictions for name, predictions in files.items()}
+            by = name_protocol(protocol, option)
+            files = load_predictions(self.folder, by, named)
+            kept = {name: one for name, one in files.items() if (by, name) not in self.set_aside}
+            found = {Column.parse(name, protocol): predictions for name, predictions in kept.items()}
         return {
             column: (predictions.share_classes() if self.shared_classes else predictions).order_classes()
             for column, predictions in found.items()
@@ -240,7 +245,13 @@ def _choose_best(runs: Sequence[Run], best: str, where: str) -> tuple[Run, str]:
             "with --selection source_val, or give the name of a run."
         )
     rivals = [run for run in runs if run.name in accuracies]
-    if len(sources := sorted({run.source for run in rivals})) > 1:
+    sources = sorted({run.source for run in rivals})
+    if len(sources) == 1 and len({run.sources for run in rivals}) > 1:
+        raise UserError(
+            f"The runs of {where} learned from different data sets that were called {sources[0]!r}, whose validation "
+            "accuracies cannot be compared: give the name of a run."
+        )
+    if len(sources) > 1:
         raise UserError(
             f"The runs of {where} learned from {', '.join(sources)}, whose validation accuracies cannot be compared: "
             "give the name of a run."

@@ -6,14 +6,16 @@ Comparisons, tests, tracked metrics and pages all read this table; leaving out f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from cafe.results.columns import Column
 from cafe.results.metrics import METRICS, RECALL, score
-from cafe.results.predictions import Predictions, list_protocols
+from cafe.results.predictions import Predictions, list_predictions, list_protocols
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.sources import SOURCE, UNKNOWN, UNSEEN
@@ -65,6 +67,96 @@ def read_scores(
                     **(score(kept) if len(kept.labels) else {}),
                 })  # fmt: skip
     return pd.DataFrame(records, columns=[*SCORE_FIELDS, *METRICS, *(f"{RECALL}{name}" for name in classes)])
+
+
+class LeftOut(NamedTuple):
+    """Predictions that do not belong in the column of their target, and why."""
+
+    run: str
+    protocol: str
+    column: str
+    reason: str
+
+    def __str__(self) -> str:
+        target, _, split = self.column.partition("@")
+        plain = find_protocol(self.protocol)
+        options = f" --protocol {plain.plain}" * (plain.plain != "clean") + f" --split {split}" * bool(split)
+        options += f" --test-time {plain.option}" if plain.option else ""
+        return (
+            f"Left out: {self.run} on {self.column} ({self.protocol}), {self.reason}. "
+            f"Evaluate it again: cafe evaluate {self.run} --targets {target}{options}"
+        )
+
+
+class Meeting(NamedTuple):
+    """Runs without the predictions that cannot be compared, and these."""
+
+    runs: list[Run]
+    left_out: list[LeftOut]
+
+
+class _Evaluated(NamedTuple):
+    run: str
+    protocol: str
+    column: str
+    manifest: str
+    rows: str
+    faces: int
+
+
+def meet(runs: Sequence[Run], manifests: Mapping[str, str] | None = None) -> Meeting:
+    """Choose which predictions meet in a column: those of one manifest and, over the same classes, of the same faces.
+
+    `manifests` are the digests of the workspace's by name: where it has the target's, that one counts. Else it is the one
+    that most runs were evaluated on, among equals the first by its digest, as no record says which is newer. Of one
+    manifest, the most faces count: others were readable later. Every number about several runs is of what meets here.
+    """
+    columns: dict[tuple[str, str, str], list[tuple[tuple[str, ...], _Evaluated]]] = defaultdict(list)
+    for run in runs:
+        for protocol in list_protocols(run.folder):
+            for name, path in list_predictions(run.folder, protocol).items():
+                found = Predictions.load(path, named=False)
+                if found is not None and not found.rows and len(found.labels):
+                    found = Predictions.load(path)  # of before files named their rows
+                if found is None:
+                    continue
+                about = (found.about.get("manifest", ""), found.rows, len(found.labels))
+                # Runs that know other classes are evaluated on other faces, in columns of their own.
+                place = (find_protocol(protocol).plain, name, found.about.get("split", ""))
+                columns[place].append((tuple(sorted(found.classes)), _Evaluated(run.name, protocol, name, *about)))
+    left_out = [
+        left for (_, name, _), several in columns.items() for left in _leave_out(name, several, manifests or {})
+    ]
+    aside: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for one in left_out:
+        aside[one.run].add((one.protocol, one.column))
+    return Meeting([replace(run, set_aside=frozenset(aside[run.name])) for run in runs], sorted(left_out))
+
+
+def _leave_out(
+    column: str, several: Sequence[tuple[tuple[str, ...], _Evaluated]], manifests: Mapping[str, str]
+) -> Iterable[LeftOut]:
+    """Yield which of the predictions for a column are of another manifest or of other faces than those that count."""
+    voters: dict[str, set[str]] = defaultdict(set)
+    for _, one in several:
+        voters[one.manifest].add(one.run)
+    current = manifests.get(column.partition("@")[0])
+    chosen = current or min(voters, key=lambda manifest: (-len(voters[manifest]), manifest))
+    known = "the workspace has now" if current else "most runs were evaluated on, or the first by its digest"
+    largest: dict[tuple[str, ...], tuple[int, str]] = {}
+    for classes, one in several:
+        if one.manifest == chosen:
+            largest[classes] = max(largest.get(classes, (-1, "")), (one.faces, one.rows))
+    for classes, one in several:
+        if one.manifest != chosen:
+            reason = (
+                f"evaluated on the manifest {one.manifest[:8] or 'of no digest'}, not on {chosen[:8]}, which {known}"
+            )
+        elif (one.faces, one.rows) != largest[classes]:
+            reason = f"evaluated on {one.faces} faces, while others were on {largest[classes][0]}, not the same ones"
+        else:
+            continue
+        yield LeftOut(one.run, one.protocol, one.column, reason)
 
 
 def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:

@@ -277,7 +277,7 @@ def write_comparison(
     from cafe.report.experiment import draw_experiment
 
     if any(run.load_predictions(protocol, named=False) for run in runs):
-        report = make_report(runs, workspace.manifest_names(), ReportSettings(protocol=protocol))
+        report = make_report(runs, workspace.manifest_digests(), ReportSettings(protocol=protocol))
         write_file(folder / "comparison.md", to_markdown(report).encode())
         page = draw_experiment(experiment, report, workspace.root, workspace.keeping_manifests().find_manifest)
         write_file(folder / "report.html", page)

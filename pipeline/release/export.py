@@ -28,7 +28,7 @@ from cafe.records import digest
 from cafe.report.card import write_card
 from cafe.results.predictions import load_predictions
 from cafe.results.runs import Run, choose, read_result
-from cafe.results.scores import flatten_scores, read_scores
+from cafe.results.scores import flatten_scores, meet, read_scores
 from cafe.seals import write_sealed
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
@@ -74,7 +74,7 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
         keep_tower(tower, folder)
     record = describe(workspace, run, model, Exported(folder, len(faces), difference))
     seeds = [other for other in runs if other.group == run.group]
-    write_file(folder / "README.md", write_card(run, seeds, workspace.manifest_names(), record))
+    write_file(folder / "README.md", write_card(run, seeds, workspace.manifest_digests(), record))
     record["files"] = {
         path.name: digest(path.read_bytes()) for path in list_folder(folder) if path.name != "model.json"
     }
@@ -160,7 +160,9 @@ def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -
         "preprocessing": preprocessing,
         "origin": origin,
         "trained": read_result(run.folder),
-        "scores": flatten_scores(read_scores([run], workspace.manifest_names())),
+        "scores": flatten_scores(
+            read_scores(meet([run], workspace.manifest_digests()).runs, workspace.manifest_names())
+        ),
         "check": {"faces": exported.faces, "largest_difference": exported.difference, "tolerance": TOLERANCE},
         "versions": {"python": platform.python_version(), "opset": OPSET}
         | {package: find_version(package) for package in PACKAGES},

@@ -5,6 +5,7 @@ Commands that use a trained model choose it here too. Torch is imported when a m
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from upath import UPath
@@ -16,7 +17,7 @@ from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.workspace import Workspace
 from cafe.results.runs import choose
-from cafe.results.scores import read_scores
+from cafe.results.scores import meet, read_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +98,8 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     """Return a row for every run, protocol and target, computed from the runs' predictions; of one experiment or of all.
 
     The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, all from 0 to 1, beside what
-    tells runs and targets apart (`cafe.results.scores.SCORE_FIELDS`).
+    tells runs and targets apart (`cafe.results.scores.SCORE_FIELDS`). Predictions on other faces than those of the rest are
+    left out with a warning that names them (`cafe.results.scores.meet`).
 
     >>> table = scores(workspace)
     >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
@@ -105,7 +107,11 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     """
     known = Workspace.at(workspace)
     chosen = choose(known.read_runs(), experiment)
-    return read_scores(chosen.runs, known.manifest_names()).drop(columns=["column", "sources"])
+    manifests = known.manifest_digests()
+    runs, left_out = meet(chosen.runs, manifests)
+    for one in left_out:
+        warnings.warn(str(one), stacklevel=2)
+    return read_scores(runs, manifests).drop(columns=["column", "sources"])
 
 
 def find_runs(

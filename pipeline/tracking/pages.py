@@ -23,7 +23,7 @@ from cafe.results.columns import Column
 from cafe.results.comparison import name_rows
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.runs import Run, list_epochs, read_epoch
-from cafe.results.scores import flatten_scores, read_scores
+from cafe.results.scores import flatten_scores, meet, read_scores
 from cafe.results.sources import SOURCE
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
@@ -92,7 +92,8 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
 
     It lasted from its description to the end of its training: no record holds a time, as the same run has the same files.
     """
-    scores = read_scores([run], workspace.manifest_names())
+    manifests = workspace.manifest_digests()
+    scores = read_scores(meet([run], manifests).runs, manifests)
     ended = read_json(run.folder / "status.json") or {}
     reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
     points = {
