@@ -145,7 +145,7 @@ def test_another_limit_or_batch_is_another_store_and_an_older_one_is_named(extra
     assert store.receipts.unreadable() == set()
     with pytest.raises(UserError, match="left out by another --max-megapixels: run `cafe extract`"):
         plan_training(extraction.workspace, TrainSettings(source="tiny", method="linear_probe", targets="none"))
-    with pytest.raises(UserError, match="filled .* by passes of 1 views, which its name does not say"):
+    with pytest.raises(UserError, match=r"filled .* by passes of 1 views, which its name does not say"):
         replace(store.info, batch_size=1).check_batches(store.path)
 
 
