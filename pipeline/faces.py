@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
 from cafe.pipeline.features.integrity import Receipts
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.need import Store, any_store, choose_target_store
+from cafe.pipeline.need import Store, choose_target_store, find_readers
 from cafe.pipeline.process.machine import free_memory
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
@@ -49,6 +49,18 @@ class Part(_PicklesFields):
     digest: str  # of the manifest
     store: UPath | None = None
     info: StoreInfo | None = None
+    unreadable: tuple[int, ...] = ()  # rows whose picture no store could read, where no features are read
+
+    @classmethod
+    def of_pictures(cls, workspace: Workspace, manifest: Manifest) -> Part:
+        """Return the faces of a manifest whose features nobody reads: all whose pictures can be read.
+
+        A picture counts as readable when any store has it, or left it out only for a limit of its own to the pixels, so
+        that it plays no part which stores there are.
+        """
+        known = [Receipts(*store).unreadable() for store in find_readers(workspace, manifest)]
+        rows = sorted(set.intersection(*known)) if known else []
+        return replace(cls.of(workspace, manifest), unreadable=tuple(rows))
 
     @classmethod
     def of(cls, workspace: Workspace, manifest: Manifest, store: Store | None = None) -> Part:
@@ -79,11 +91,17 @@ class Part(_PicklesFields):
 
     @cached_property
     def valid(self) -> np.ndarray | None:
-        """Which rows have features, (N,) bool; None without a store."""
-        return Receipts(self.store, self.info).valid() if self.store and self.info else None
+        """Which rows have features or, where none are read, a picture, (N,) bool; None where that is all of them."""
+        if self.store and self.info:
+            return Receipts(self.store, self.info).valid()
+        if not self.unreadable:
+            return None
+        valid = np.ones(len(self.manifest), bool)
+        valid[list(self.unreadable)] = False
+        return valid
 
     def rows(self, split: str) -> np.ndarray:
-        """The rows of a split that have features; all of them without a store."""
+        """The rows of a split that can be used."""
         rows = self.manifest.rows(split)
         return rows if self.valid is None else rows[self.valid[rows]]
 
@@ -279,8 +297,9 @@ def choose_target(
         there = ", ".join(split for split in SPLITS if len(manifest.rows(split)))
         raise UserError(f"{name!r} has no faces in the split {chosen!r}: choose {there}, or leave it out.")
     reads = find_method(spec.method).needs_features()
-    store = choose_target_store(workspace, manifest, spec, protocol) if reads else any_store(workspace, manifest)
-    part, other_split = Part.of(workspace, manifest, store), "" if chosen == usual else chosen
+    part, other_split = Part.of_pictures(workspace, manifest), "" if chosen == usual else chosen
+    if reads:
+        part = Part.of(workspace, manifest, choose_target_store(workspace, manifest, spec, protocol))
     faces = Faces((part,), spec.classes, Column(name, other_split, protocol.plain, protocol.option), chosen)
     if len(faces.rows(chosen)):
         return faces

@@ -9,7 +9,7 @@ import torch
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import exists
+from cafe.files import exists, locate, read_file
 from cafe.inference.model import BATCH_SIZE, Model, TowerInput
 from cafe.learning.loading import FaceDataset
 from cafe.methods import find_method
@@ -17,6 +17,7 @@ from cafe.methods.method import ARRAYS, Inputs, Method
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.runs import RunSpec
 from cafe.plugins import check_plugins
+from cafe.records import digest
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.keeping import find_tower
@@ -33,6 +34,10 @@ def build_method(spec: RunSpec, init: str | None = None) -> Method:
     """Return the method with initial weights drawn from the seed; raise `UserError` where a plug-in of its is missing."""
     check_plugins(spec.plugins)
     method = find_method(spec.method)
+    if init is None and spec.init_digest and digest(read_file(locate(spec.init[5:]))) != spec.init_digest:
+        raise UserError(
+            f"The file of {spec.init!r} is not the one that this run was planned with: give the command again."
+        )
     torch.manual_seed(spec.seed)
     return method(method.recipe_type(**spec.recipe), replace(find_inputs(spec), init=init or spec.init))
 
@@ -111,7 +116,7 @@ def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
     assert info is not None
     assert spec.backbone is not None
     needs, plan, pictures = find_method(spec.method).needs, view_plan(spec), source.kept_pictures
-    tower = load_backbone(spec.backbone, key.precision, key.input_size)
+    tower = load_tower(spec, info.batch_size).backbone
     mean, std = key.normalisation
     towers_plan = replace(plan, mean=mean, std=std)
     embedder = Embedder(tower, pictures, towers_plan, device, "map" in needs, key.dtype, info.batch_size)

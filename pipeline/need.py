@@ -24,7 +24,7 @@ from cafe.towers.names import absolute_name, short_name
 
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,
 # since only the clean view 0 is evaluated.
-OF_THE_SOURCE = ("images", "policy", "view_seed", "views", "maps")
+OF_THE_SOURCE = ("images", "max_megapixels", "policy", "view_seed", "views", "maps")
 
 Store = tuple[UPath, StoreInfo]
 
@@ -117,6 +117,8 @@ class Need:
             for name, value in {"format": FORMAT, **self.equal}.items()
             if (value not in _names(info) if name == "tower" else value != found[name])
         ]
+        if info.batch_size != info.key.batch_size:
+            pairs.append(("batch_size", info.key.batch_size, info.batch_size))
         pairs += [("views", self.views, info.key.views)] if info.key.views < self.views else []
         pairs += [("maps", self.maps, info.key.maps)] if info.key.maps < self.maps else []
         return [f"{name}: {_shorten(needed)} against {_shorten(there)}" for name, needed, there in pairs]
@@ -166,7 +168,8 @@ def choose_source_store(
     current = [store for store in current if store[1].key.maps == need.maps] or current
     if choice.views:
         current = [store for store in current if store[1].key.views == current[0][1].key.views]
-    current = [store for store in current if store[1].key.policy["name"] == method.policy] or current
+    published = [store for store in current if store[1].key.policy["name"] == method.policy] or current
+    current = _finished_first(published)
     if len(current) > 1:
         raise UserError(
             f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views, --policy or "
@@ -181,7 +184,7 @@ def choose_target_store(workspace: Workspace, manifest: Manifest, spec: RunSpec,
     stores = find_stores(workspace.features, manifest.name)
     current = [store for store in stores if store[1].key.images == manifest.image_digest]
     if serving := need.find(current):
-        return _finished(serving[0])
+        return _finished(_finished_first(serving)[0])
     closest = min((need.differences(info) for _, info in current), key=len, default=None)
     reason = f"its closest store differs in {', '.join(closest)}" if closest else "it has none"
     raise UserError(
@@ -190,10 +193,10 @@ def choose_target_store(workspace: Workspace, manifest: Manifest, spec: RunSpec,
     )
 
 
-def any_store(workspace: Workspace, manifest: Manifest) -> Store | None:
-    """Return any finished store of a manifest: where nobody reads features, it says which images are unreadable."""
+def find_readers(workspace: Workspace, manifest: Manifest) -> list[Store]:
+    """Return all finished stores of a manifest: where nobody reads features, they say which pictures are readable."""
     current = Need.of_images(manifest).find(find_stores(workspace.features, manifest.name))
-    return next((store for store in current if not Receipts(*store).pending()), None)
+    return [store for store in current if not Receipts(*store).pending()]
 
 
 def join_stores(stores: Sequence[Store], choice: StoreChoice, method: type[Method], live: bool = False) -> StoreInfo:
@@ -235,6 +238,13 @@ def write_options(choice: StoreChoice, maps: bool = False) -> str:
     return " ".join([*written, *(["--maps"] if maps else [])])
 
 
+def _finished_first(stores: Sequence[Store]) -> list[Store]:
+    """Return those that are finished, where any is: one that was begun or given up does not compete with them."""
+    if len(stores) < 2:
+        return list(stores)
+    return [store for store in stores if not Receipts(*store).pending()] or list(stores)
+
+
 def _finished(store: Store) -> Store:
     path, info = store
     check_description(path)
@@ -242,6 +252,11 @@ def _finished(store: Store) -> Store:
         raise UserError(
             f"The features of {info.manifest!r} ({info.describe()}) lack {pending} shards: "
             f"run `cafe extract` with the same options again to finish them."
+        )
+    if Receipts(path, info).outdated():
+        raise UserError(
+            f"The features of {info.manifest!r} ({info.describe()}) lack pictures that an earlier version left out by "
+            "another --max-megapixels: run `cafe extract` with the same options again to add them."
         )
     return store
 

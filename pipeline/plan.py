@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 from upath import UPath
 
 from cafe.arithmetic import choose_precision
 from cafe.errors import UserError
-from cafe.files import locate
+from cafe.files import locate, read_file
 from cafe.learning.loading import SMALLEST_BATCH
 from cafe.methods import find_method
 from cafe.methods.method import Method, Recipe, apply_overrides
@@ -19,12 +20,12 @@ from cafe.pipeline.faces import Faces, Part, choose_target, choose_targets
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
 from cafe.pipeline.models import find_inputs
-from cafe.pipeline.need import Store, any_store, choose_source_store, join_stores
+from cafe.pipeline.need import Store, choose_source_store, join_stores
 from cafe.pipeline.runs import RunSpec, is_finished
 from cafe.pipeline.settings import RunIdentity, TrainSettings, take
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.plugins import find_plugins
-from cafe.records import changed_fields
+from cafe.records import changed_fields, digest
 from cafe.results.protocols import find_protocol
 from cafe.results.sources import Source
 from cafe.towers.facts import NORMALISATIONS
@@ -80,14 +81,15 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     _check_names(settings, recipe)
     _check_domains(settings, names)
     stores = _choose_stores(workspace, sources, settings)
-    spec = specify(settings, sources, recipe, _describe_stores(sources, stores, settings))
-    find_method(settings.method).check(find_inputs(spec))
     source = Faces.of(
         *(
-            Part.of(workspace, part.manifest, store or any_store(workspace, part.manifest))
+            Part.of(workspace, part.manifest, store) if store else Part.of_pictures(workspace, part.manifest)
             for part, store in zip(sources.parts, stores, strict=True)
         )
     )
+    spec = specify(settings, source, recipe, _describe_stores(sources, stores, settings))
+    spec = replace(spec, rows=_name_rows(sources, source, settings.selection))
+    find_method(settings.method).check(find_inputs(spec))
     for part in source.parts:
         _check_faces(part, settings)
     evaluated = settings.fold or None if settings.targets is None else settings.targets
@@ -142,9 +144,10 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
     mean, std = key.normalisation if key and "tower" in method.needs else NORMALISATIONS["imagenet"]
     own = key is None or method.clean_features  # views that no store has
     shape = store.map_shape if store and "map" in method.needs else None
-    identity = take(settings, RunIdentity)
+    identity, init_digest = take(settings, RunIdentity), ""
     if settings.init.startswith("file:"):
-        identity["init"] = f"file:{locate(settings.init[5:])}"
+        file = locate(settings.init[5:])
+        identity["init"], init_digest = f"file:{file}", digest(read_file(file))
     several = source.parts if len(source.parts) > 1 else ()
     branch = settings.network if "image" in method.needs else None
     plugins = find_plugins(methods=settings.method, networks=branch, towers=store.backbone_name if store else None)
@@ -169,8 +172,17 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
         backbone=store.backbone_name if store else None,
         width=shape[0] if shape else store.width if store else None,
         grid=shape[1:] if shape else None,
+        init_digest=init_digest,
         plugins=tuple(plugin.identity for plugin in plugins),
     )
+
+
+def _name_rows(listed: Faces, source: Faces, selection: str) -> str:
+    """Name the rows that are trained on and held out where they are not all that the manifests list, which is usual."""
+    everything, left = listed.split_rows(selection), source.split_rows(selection)
+    if all(np.array_equal(one, other) for one, other in zip(everything, left, strict=True)):
+        return ""
+    return digest("|".join(" ".join(map(str, rows)) for rows in left).encode())
 
 
 def find_precision(settings: TrainSettings) -> str:

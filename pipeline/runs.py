@@ -68,6 +68,8 @@ class RunSpec(RunIdentity):
     backbone: str | None = None  # as the user wrote it
     width: int | None = None
     grid: tuple[int, int] | None = None  # (H, W) of the maps it reads, which the store says
+    rows: str = ""  # digest of the rows trained on or held out, where pictures of the source are left out
+    init_digest: str = ""  # of the file of initial weights, where there is one
     plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
 
     @property
@@ -85,7 +87,13 @@ class RunSpec(RunIdentity):
             same = replace(same, features=key, view_seed=0)
         if self.fold:
             key = replace(key, images="") if key else None
-            open_fields: dict[str, Any] = {"source_digest": "", "source_kind": "", "sources": (), "fold": "any"}
+            open_fields: dict[str, Any] = {
+                "source_digest": "",
+                "source_kind": "",
+                "sources": (),
+                "fold": "any",
+                "rows": "",
+            }
             same = replace(same, features=key, source=self.domains, **open_fields)
         return same._digest("seed")
 
@@ -122,6 +130,8 @@ class RunSpec(RunIdentity):
         """What only follows from the settings, the source, its features and the code, flat."""
         return {
             "manifest": self.source_digest,
+            **({"rows": self.rows} if self.rows else {}),
+            **({"init_digest": self.init_digest} if self.init_digest else {}),
             "store": self.features.digest if self.features else "none",
             "width": self.width or 0,
             "interpolation": self.interpolation,

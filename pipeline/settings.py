@@ -71,6 +71,9 @@ class FeatureIdentity:
         "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper.", in_file=False
     )
 
+    batch_size: Count = setting(64, "Views per forward pass of the tower, to which all are filled up.")
+    max_megapixels: Count = setting(25, "Largest picture to decode; larger ones are left out as unreadable.")
+
 
 @dataclass(frozen=True)
 class FeatureSettings(FeatureIdentity):
@@ -107,9 +110,7 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
         None,
         "Processes that decode ahead of each tower; default: one; for a GPU four, or its cores where views are few.",
     )
-    batch_size: Count = setting(64, "Views per forward pass of the tower.")
     shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")
-    max_megapixels: Count = setting(25, "Largest picture to decode; larger ones are left out as unreadable.")
     max_skipped: Number = setting(0, "Unreadable images to tolerate before the command fails.")
     retry_skipped: bool = setting(
         False,

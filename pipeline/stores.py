@@ -137,6 +137,7 @@ def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progres
 
 def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settings: ClusterSettings) -> ExtractSettings:
     """Return the settings of the extraction that made a store; raise `UserError` where they would make another now."""
+    info.check_batches(workspace.features / info.manifest / info.folder)
     key = info.key
     fixed: dict[str, Any] = take(key, FeatureIdentity) | {
         "input_size": key.input_size,

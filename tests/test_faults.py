@@ -131,6 +131,43 @@ def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extr
     assert skipped == [("anger/019.png", "1001×1000 pixels are more than 1,000,000")]
 
 
+def test_another_limit_or_batch_is_another_store_and_an_older_one_is_named(extraction: Extraction) -> None:
+    usual = extraction.settings
+    changed = [replace(usual, max_megapixels=60), replace(usual, batch_size=1)]
+    tower = look_up_tower(extraction.workspace, usual)
+    infos = [describe_store(extraction.manifest, settings, tower) for settings in (usual, *changed)]
+    assert len({info.folder for info in infos}) == 3
+    store = extraction.store
+    for shard in range(4):  # as an earlier version left them, by a limit that the name does not say
+        reasons = {3: "1001×1000 pixels are more than 1,000,000"} if shard == 0 else {}
+        store.receipts.write(shard, reasons, {}, {})
+    assert store.receipts.outdated() == [0]
+    assert store.receipts.unreadable() == set()
+    with pytest.raises(UserError, match="left out by another --max-megapixels: run `cafe extract`"):
+        plan_training(extraction.workspace, TrainSettings(source="tiny", method="linear_probe", targets="none"))
+    with pytest.raises(UserError, match=r"filled .* by passes of 1 views, which its name does not say"):
+        replace(store.info, batch_size=1).check_batches(store.path)
+
+
+def test_rows_and_initial_weights_are_in_the_name_of_a_run(extraction: Extraction, tmp_path: Path) -> None:
+    file = tmp_path / "init.pth"
+    chosen = TrainSettings(source="tiny", method="image_only", targets="none", init=f"file:{file}")
+    file.write_bytes(b"one")
+    one = plan_training(extraction.workspace, chosen).spec
+    file.write_bytes(b"two")
+    two = plan_training(extraction.workspace, chosen).spec
+    assert one.name != two.name
+    store = extraction.store
+    for shard in range(4):
+        store.receipts.write(shard, {3: "file is empty"} if shard == 0 else {}, {}, {})
+    left_out = plan_training(extraction.workspace, chosen).spec
+    assert left_out.rows
+    assert left_out.derived["rows"] == left_out.rows
+    assert left_out.name != two.name
+    store.receipts.write(0, {3: "9000×9000 pixels are more than 25,000,000"}, {}, {})
+    assert plan_training(extraction.workspace, chosen).spec == two  # a limit of the store is none of the pictures
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_training_that_cannot_read_a_picture_names_it(extraction: Extraction, workers: int) -> None:
     picture = extraction.faces / "happiness" / "000.jpg"

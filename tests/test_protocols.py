@@ -28,7 +28,7 @@ from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, find_inputs
-from cafe.pipeline.need import any_store, choose_source_store
+from cafe.pipeline.need import choose_source_store, find_readers
 from cafe.pipeline.plan import plan_training
 from cafe.pipeline.runs import RunSpec, add_experiment
 from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
@@ -177,8 +177,7 @@ def test_argmax_labels_are_evaluated_apart_or_not_at_all(workspace: Workspace) -
 def test_a_target_without_a_readable_face_is_one_sentence(workspace: Workspace, tmp_path: Path) -> None:
     _, spec = make_run(workspace)
     manifest = workspace.load_manifest("fer")
-    store = any_store(workspace, manifest)
-    assert store is not None
+    (store,) = find_readers(workspace, manifest)
     summary = FeatureStore(*store).receipts.summary
     assert not summary.exists()
     write_sealed(summary, {"skipped": [asdict(Skipped(row, "missing")) for row in range(len(manifest))]})

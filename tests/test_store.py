@@ -29,7 +29,7 @@ CHANGES = {
     "images": "c" * 64, "backbone": "timm:y", "weights": "d" * 64, "precision": "bf16", "input_size": 48,
     "interpolation": "bicubic", "normalisation": ((0.4, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "policy": {"name": "paper", "noise_variance": 31.0}, "view_seed": 1, "views": 4, "maps": False, "dtype": "float32",
-    "channels": "bgr",
+    "channels": "bgr", "batch_size": 1, "max_megapixels": 60,
 }  # fmt: skip
 ABOUT = StoreInfo(KEY, "news", "timm:x", ROWS, WIDTH, (2, 2, 2), shard_rows=4)
 MANIFEST = Manifest.from_faces(
@@ -187,7 +187,9 @@ def test_every_field_of_the_key_names_another_store_and_is_named_when_it_differs
     other = replace(KEY, **{field: CHANGES[field]})
     assert other.digest != KEY.digest
     equal = {name: value for name, value in vars(KEY).items() if name not in ("views", "maps")}
-    differences = Need("news", equal, VIEWS, maps=True).differences(replace(ABOUT, key=other))
+    differences = Need("news", equal, VIEWS, maps=True).differences(
+        replace(ABOUT, key=other, batch_size=other.batch_size)
+    )
     assert [difference.partition(":")[0] for difference in differences] == ([] if field == "views" else [field])
 
 

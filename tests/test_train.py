@@ -21,6 +21,8 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
+from cafe.pipeline.features.extract import describe_store, look_up_tower
+from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.models import view_plan
 from cafe.pipeline.plan import find_deviations, plan_training
 from cafe.pipeline.runs import RunSpec
@@ -261,6 +263,17 @@ def test_an_unfinished_store_or_run_says_how_to_finish_it(ready: Cafe) -> None:
     receipt.unlink()
     assert "lack 1 shards: run `cafe extract`" in ready.fail("train", "--source", "one")
     assert "Unknown run 'x': choose nothing yet." in ready.fail("evaluate", "x")
+
+
+def test_a_store_that_was_only_begun_does_not_compete_with_finished_ones(ready: Cafe, tiny_tower: str) -> None:
+    workspace = Workspace.at(str(ready.workspace))
+    before = plan_training(workspace, TrainSettings(source="one"))
+    settings = ExtractSettings(backbone=tiny_tower, interpolation="bicubic", views=3)
+    tower = look_up_tower(workspace, settings)
+    for name in ("one", "two"):
+        manifest = workspace.load_manifest(name)
+        FeatureStore.create(workspace.features / name, describe_store(manifest, settings, tower), manifest)
+    assert plan_training(workspace, TrainSettings(source="one")) == before
 
 
 def test_changed_images_ask_for_a_new_extraction(ready: Cafe, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ class _Planner:
             return StorePlan(manifest, settings, pending=len(manifest))
         path, about = found[0]
         receipts = Receipts(path, about)
-        pending = receipts.pending()
+        pending = receipts.pending() or receipts.outdated()
         faces = sum(len(about.rows_of(shard)) for shard in pending)
         skipped = [] if pending else receipts.skipped_paths(manifest)
         extraction = Extraction(path, about, 0, skipped)

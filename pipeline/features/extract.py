@@ -214,6 +214,8 @@ def _plan(
     leases = [held.enter_context(hold(folder / name, settings.wait)) for name in names]
     for info in asked:
         store = FeatureStore.create(folder, replace(info, shard_rows=step), manifest)
+        if outdated := store.receipts.outdated():
+            store.receipts.discard(outdated)
         if settings.retry_skipped:
             store.receipts.discard_skipped()
         if store.pending():

@@ -7,6 +7,7 @@ every receipt to find out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from cafe.seals import read_sealed, write_sealed
 ABOUT, GROUP = "about.json", "store.zarr/zarr.json"  # both say what the store is
 CHECKSUMS = "checksums.json"  # of these and of all other files that belong to no shard
 CHANGED, MISSING = "is not what was written", "is missing"
+TOO_LARGE = re.compile(r"pixels are more than ([\d,]+)$")  # why a picture was left out
 READERS = 16  # threads that wait for an object store
 READERS_HERE = 2  # that read a disk: more would only wait for each other
 
@@ -123,6 +125,12 @@ class Skipped:
     row: int
     reason: str
 
+    @property
+    def limit(self) -> int | None:
+        """The largest number of pixels allowed, where the picture was left out for having more."""
+        found = TOO_LARGE.search(self.reason)
+        return int(found[1].replace(",", "")) if found else None
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -208,6 +216,15 @@ class Receipts:
         valid = np.ones(self.info.rows, bool)
         valid[np.array([entry.row for entry in self.skipped()], int)] = False
         return valid
+
+    def unreadable(self) -> set[int]:
+        """Return the rows whose picture nothing can read, whatever this store's own limit to the pixels is."""
+        return {entry.row for entry in self.skipped() if entry.limit is None}
+
+    def outdated(self) -> list[int]:
+        """Return the shards that an earlier version made with another limit to the pixels than the key says."""
+        limit, step = self.info.key.max_megapixels * 1_000_000, self.info.shard_rows
+        return sorted({entry.row // step for entry in self.skipped() if entry.limit not in (None, limit)})
 
     def sum_up(self) -> None:
         """Write down what was left out, once all shards are done."""

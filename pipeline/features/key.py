@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from upath import UPath
 
+from cafe.errors import UserError
 from cafe.pipeline.settings import FeatureIdentity, take
 from cafe.records import FORMAT, check_record, digest_changes
 
@@ -70,7 +71,7 @@ class StoreInfo:
     width: int
     map_shape: tuple[int, int, int] | None
     shard_rows: int
-    batch_size: int = 64  # of the tower's forward passes, to which all are filled up
+    batch_size: int = 64  # as the key has it, but in stores of earlier versions, whose names do not say it
     version: int = FORMAT
 
     @classmethod
@@ -114,6 +115,14 @@ class StoreInfo:
         """What all features take, before compression."""
         channels = self.width + (int(np.prod(self.map_shape)) if self.map_shape else 0)
         return self.rows * self.key.views * channels * np.dtype(self.key.dtype).itemsize
+
+    def check_batches(self, store: UPath) -> None:
+        """Raise `UserError` for a store of an earlier version with forward passes of another size than its name says."""
+        if self.batch_size != self.key.batch_size:
+            raise UserError(
+                f"An earlier version filled {store} by passes of {self.batch_size} views, which its name does not say: "
+                f"remove it with `cafe store rm {store_name(store)}`, then run `cafe extract` again."
+            )
 
     def describe(self) -> str:
         """Say what the features are, in a few words."""

@@ -70,6 +70,7 @@ class FeatureStore:
         if there is None:  # where only the description was lost, what was computed is kept
             there = recover_info(path) if list_folder(path / "receipts") else info
             write_description(path, there, manifest)
+        there.check_batches(path)
         store = cls(path, there)
         if not np.array_equal(store.array("label")[:], manifest.labels):
             write_description(path, there, manifest)  # a corrected label changes no feature

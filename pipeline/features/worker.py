@@ -118,7 +118,7 @@ class ShardEmbedder:
             dtype=info.key.dtype,
             batch_size=info.batch_size,
             channels=info.key.channels,
-            max_pixels=settings.max_megapixels * 1_000_000,
+            max_pixels=info.key.max_megapixels * 1_000_000,
         )
 
     def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
