@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, TypeVar
 
 from upath import UPath
 
@@ -193,7 +193,7 @@ def write_file(path: UPath, content: bytes) -> None:
 
 
 @contextmanager
-def write_whole(path: UPath) -> Iterator[BinaryIO]:
+def write_whole(path: UPath) -> Iterator[IO[bytes]]:
     """Yield a file to write to that takes its place at the end: before, and after an error or a kill, the old one is there.
 
     What is interrupted by its user is kept as far as it came. Links are followed, and what is no file, such as
@@ -206,7 +206,7 @@ def write_whole(path: UPath) -> Iterator[BinaryIO]:
     place = path if path.protocol else path.resolve()
     if not path.protocol:
         place.parent.mkdir(parents=True, exist_ok=True)
-    folder = None if path.protocol else place.parent
+    folder = None if path.protocol else str(place.parent)
     with NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
         beside = Path(file.name)
         try:
@@ -220,14 +220,14 @@ def write_whole(path: UPath) -> Iterator[BinaryIO]:
             beside.unlink(missing_ok=True)
 
 
-def _settle(file: BinaryIO, beside: Path, place: UPath) -> None:
+def _settle(file: IO[bytes], beside: Path, place: UPath) -> None:
     """Put what was written beside a file into its place."""
     file.flush()
     if place.protocol:
         retry(place, "written", place.fs.put_file, str(beside), place.path)
         return
     beside.chmod(_usual_mode(place))
-    beside.replace(place)
+    beside.replace(str(place))
 
 
 def _usual_mode(place: UPath) -> int:
@@ -251,7 +251,7 @@ def check_output(location: str, option: str) -> UPath:
     try:
         if place.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        os.lstat(place)  # a name that is too long, links in a circle
+        os.lstat(str(place))  # a name that is too long, links in a circle
     except FileNotFoundError:
         pass
     except OSError as error:
