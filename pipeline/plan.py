@@ -94,7 +94,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         _check_faces(part, settings)
     evaluated = settings.fold or None if settings.targets is None else settings.targets
     targets = choose_targets(workspace, evaluated, spec, settings.protocol)
-    plan = TrainPlan(workspace.run_path(""), settings, spec, source, tuple(targets))
+    plan = TrainPlan(workspace.runs, settings, spec, source, tuple(targets))
     if settings.selection == "oracle":
         plan = replace(plan, validation=choose_target(workspace, settings.fold, spec, find_protocol("clean"), "train"))
     if settings.selection == "leave_one_out":

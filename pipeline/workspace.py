@@ -99,9 +99,14 @@ class Workspace:
         command = "cafe data synth" if name in DOMAINS else f"cafe data index {kind} ROOT --name {name}"
         return UserError(f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with `{command}`.")
 
+    @property
+    def runs(self) -> UPath:
+        """The folder of all runs."""
+        return self.root / "runs"
+
     def run_path(self, name: str) -> UPath:
         """The folder of a run."""
-        return place_below(self.root / "runs", name)
+        return place_below(self.runs, name)
 
     def sealed_files(self, names: Collection[str] = ()) -> list[UPath]:
         """Return the files outside feature stores whose content decides a number: of some runs and manifests, or of all.
@@ -109,7 +114,7 @@ class Workspace:
         Raises `UserError` for a name that is neither. Not among them are notes that decide none: of status, progress and
         leases, which experiments a run belongs to, figures, and pages.
         """
-        runs = [path.name for path in list_folder(self.root / "runs")]
+        runs = [path.name for path in list_folder(self.runs)]
         if unheard := set(names) - {*runs, *self.manifest_names()}:
             raise unknown("run or manifest", min(unheard), [*runs, *self.manifest_names()])
         found = [self.manifest_path(name) for name in self.manifest_names() if not names or name in names]
@@ -127,7 +132,7 @@ class Workspace:
 
     def run_names(self) -> list[str]:
         """The runs there are, finished or not."""
-        return [path.name for path in list_folder(self.root / "runs") if exists(path / "run.json")]
+        return [path.name for path in list_folder(self.runs) if exists(path / "run.json")]
 
     def read_runs(self, name: str = "") -> list[Run]:
         """Read the runs there are; with a name that of this name, else those that begin so, and all where none does.
