@@ -116,6 +116,7 @@ def evaluate(run: str, **values: Any) -> None:
 
     from cafe.pipeline.evaluate import check_option, evaluate_targets
     from cafe.pipeline.faces import choose_targets
+    from cafe.pipeline.process.lease import hold
     from cafe.pipeline.runs import RunSpec, add_experiment
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import keep_status
@@ -138,12 +139,13 @@ def evaluate(run: str, **values: Any) -> None:
         for source in spec.trained_on:
             load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
-    if settings.experiment:
-        add_experiment(path, settings.experiment)
     several = len(targets) if settings.address else 1  # side by side on a cluster
     bar, at_work = progress_bar("Evaluating", "targets"), find_worker(settings, settings.use_gpu, several)
-    with interruptible(), keep_status(path, mirror), at_work as worker, bar as progress:
-        evaluate_targets(path, targets, progress, worker.evaluate)
+    with interruptible(), hold(path, settings.wait):
+        if settings.experiment:
+            add_experiment(path, settings.experiment)
+        with keep_status(path, mirror), at_work as worker, bar as progress:
+            evaluate_targets(path, targets, progress, worker.evaluate)
     _show_scores(workspace, path, protocol, settings.exclude_leaks)
     if settings.test_time:
         say(f"Protocol {protocol}: {find_protocol(protocol).about}")
@@ -251,7 +253,7 @@ def find_file(name: str) -> Path:
 
 def _check_mirror(mirror: Mirror) -> Mirror:
     """Return the mirror; raise `UserError` at once where the workspace cannot hold a database and no server is named."""
-    assert mirror.address
+    mirror.check_address()
     return mirror
 
 

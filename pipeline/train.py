@@ -51,16 +51,31 @@ def train_and_evaluate(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worke
                 share = len(plan.folds) + 1
                 for number, fold in enumerate(plan.folds):
                     if not is_finished(fold.run):
-                        _write_description(fold, plan)
-                        with keep_status(fold.run, mirror):
-                            training = at_work.train(replace(fold, settings=settings))
-                            follow(fold, training, mirror, _part(progress, number, share), check)
+                        _train_fold(plan, fold, mirror, at_work, _part(progress, number, share), check)
                 epochs = choose_epoch(plan) if plan.folds else None
                 training = at_work.train(plan, epochs)
                 follow(plan, training, mirror, _part(progress, share - 1, share), check, epochs)
         if remaining := plan.remaining:
             with bar("Evaluating", "targets") as progress:
                 evaluate_targets(plan.run, remaining, progress, at_work.evaluate)
+
+
+def _train_fold(
+    plan: TrainPlan, fold: TrainPlan, mirror: Mirror, worker: AnyWorker, progress: Progress, check: Callable[[], None]
+) -> None:
+    """Train a fold, which the runs of other commands may choose their epoch by too: it has a lease of its own."""
+    with hold(fold.run, plan.settings.wait) as check_fold:
+
+        def check_both() -> None:
+            check()
+            check_fold()
+
+        if is_finished(fold.run):  # by whom this command waited for
+            return
+        _write_description(fold, plan)
+        with keep_status(fold.run, mirror):
+            training = worker.train(replace(fold, settings=plan.settings))
+            follow(fold, training, mirror, progress, check_both)
 
 
 def show_finished(plan: TrainPlan, mirror: Mirror) -> None:
@@ -78,13 +93,19 @@ def _write_description(plan: TrainPlan, owner: TrainPlan) -> None:
 
 @contextmanager
 def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
-    """Write into a run's folder that it is RUNNING and then how it ended, and mirror it."""
-    note_status(run, "RUNNING")
+    """Write into a run's folder that it is RUNNING and then how it ended, and mirror it.
+
+    One that is FINISHED stays so, whatever becomes of another evaluation of it: its weights and predictions are there.
+    """
+    finished = read_status(run) == "FINISHED" and is_finished(run)
+    if not finished:
+        note_status(run, "RUNNING")
     try:
         yield
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt) or read_status(run) == "KILLED"
-        note_status(run, "KILLED" if killed else "FAILED", "interrupted" if killed else str(error))
+        if not finished:
+            note_status(run, "KILLED" if killed else "FAILED", "interrupted" if killed else str(error))
         raise
     else:
         note_status(run, "FINISHED")

@@ -9,8 +9,9 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, Event, Thread
 
 import pytest
 from conftest import Cafe, draw_faces
@@ -21,7 +22,7 @@ from cafe.files import read_json, write_json
 from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.plan import plan_training
 from cafe.pipeline.process import lease
-from cafe.pipeline.process.lease import STALE_SECONDS, Lease, hold
+from cafe.pipeline.process.lease import Lease, find_kernel, find_start, hold
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.workspace import Workspace
 
@@ -66,27 +67,85 @@ def test_of_several_at_once_one_gets_it(folder: UPath) -> None:
 def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(folder: UPath) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    write_json(folder / ".lease.json", asdict(Lease(process=ended.pid, started=time.time())))
+    write_json(folder / ".lease.json", asdict(Lease(process=ended.pid, kernel=find_kernel(), ticks=1)))
     with hold(folder):
         assert read_json(folder / ".lease.json")["process"] == os.getpid()
 
 
+def test_the_lease_of_a_killed_process_that_nobody_has_buried_is_taken_over(folder: UPath) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    start = find_start(process.pid)
+    assert start is not None
+    there = Lease(process=process.pid, kernel=find_kernel(), ticks=start)
+    assert there.alive
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert there.alive is False
+    process.wait()
+
+
 def test_the_lease_of_a_number_that_another_process_has_now_is_taken_over(folder: UPath) -> None:
-    write_json(folder / ".lease.json", asdict(Lease(process=os.getpid(), started=1.0)))
+    write_json(folder / ".lease.json", asdict(Lease(kernel=find_kernel(), ticks=1)))
     with hold(folder):
         pass
 
 
-@pytest.mark.parametrize(("age", "free"), [(STALE_SECONDS - 30, False), (STALE_SECONDS + 1, True)])
-def test_the_lease_of_another_machine_counts_until_it_is_stale(folder: UPath, age: float, free: bool) -> None:
-    write_json(folder / ".lease.json", asdict(Lease(host="elsewhere", renewed=time.time() - age)))
-    if free:
-        with hold(folder):
-            assert read_json(folder / ".lease.json")["host"] == socket.gethostname()
-    else:
-        with pytest.raises(UserError, match="on elsewhere works on"), hold(folder):
+ELSEWHERE = {  # where the number of a process says nothing here
+    "another machine": Lease(host="elsewhere", kernel=find_kernel(), process=2**22),
+    "another boot": Lease(kernel=find_kernel().replace(find_kernel()[:8], "00000000"), process=2**22),
+    "another container of this host's name": Lease(kernel=find_kernel().replace("pid:[", "pid:[1"), process=2**22),
+    "a system that does not say": Lease(process=2**22),
+}
+
+
+@pytest.mark.parametrize("there", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_lease_that_changes_is_left_alone_and_one_that_does_not_is_taken_over(
+    folder: UPath, there: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.02)
+    path, ended = folder / ".lease.json", Event()
+    write_json(path, asdict(there))
+
+    def renew() -> None:
+        for number in count(1):
+            if ended.wait(0.05):
+                return
+            write_json(path, asdict(replace(there, renewed=number)))
+
+    holder = Thread(target=renew)
+    holder.start()
+    try:
+        with pytest.raises(UserError, match=f"Process {there.process} on {there.host} works on"), hold(folder):
             pass
-        assert read_json(folder / ".lease.json")["host"] == "elsewhere"
+    finally:
+        ended.set()
+        holder.join()
+    assert read_json(path)["owner"] == there.owner
+    with hold(folder):
+        assert read_json(path)["process"] == os.getpid()
+
+
+@pytest.mark.parametrize("days", [-1.0, 1.0])
+def test_no_clock_of_another_machine_counts(folder: UPath, days: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.01)
+    before = {"host": "elsewhere", "process": 7, "started": 1.0, "owner": "ab", "renewed": time.time() + days * 86_400}
+    write_json(folder / ".lease.json", before)  # as earlier versions wrote it
+    began = time.monotonic()
+    with hold(folder):
+        assert time.monotonic() - began > 0.1
+
+
+def test_what_passes_while_nobody_can_look_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.1)
+    watch, there = lease._Watch(), Lease(host="elsewhere")
+    watch.look(there)
+    time.sleep(0.2)  # the storage is away, for the holder as well
+    assert watch.look(there) is None
 
 
 def test_whoever_waits_follows_the_other(folder: UPath, monkeypatch: pytest.MonkeyPatch) -> None:

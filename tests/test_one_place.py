@@ -5,6 +5,7 @@ A metric, the third of the kind, is in test_metrics. The choices that settings l
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -31,6 +32,25 @@ def test_the_choices_of_settings_are_those_there_are() -> None:
     assert set(get_args(get_type_hints(FeatureIdentity)["interpolation"])) == set(INTERPOLATIONS)
     assert set(get_args(ProtocolName)) == set(PROTOCOLS)
     assert set(get_args(TestTime)) == set(OPTIONS)
+
+
+def test_no_check_is_an_assert_which_python_leaves_out_with_an_option() -> None:
+    """One that only names a thing, or says that it is there or of a class, tells a type checker what is known already."""
+    checks = [
+        f"{file}:{node.lineno}: {ast.unparse(node)}"
+        for folder in ("cafe", "pipeline", "jobs")
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Assert) and not _narrows(node.test)
+    ]
+    assert checks == []
+
+
+def _narrows(test: ast.expr) -> bool:
+    match test:
+        case ast.Compare(left=ast.Name() | ast.Attribute(), ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]):
+            return True
+    return False
 
 
 def test_a_field_of_the_key_and_a_class_set_are_everywhere(tmp_path: Path, tiny_tower: str) -> None:

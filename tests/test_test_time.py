@@ -27,7 +27,8 @@ from cafe.methods.method import Method
 from cafe.pipeline.evaluate import check_option, evaluate_target
 from cafe.pipeline.faces import choose_target
 from cafe.pipeline.models import build_model, load_method, make_dataset
-from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.process.lease import hold
+from cafe.pipeline.runs import RunSpec, note_status, read_status
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.randomness import random_generator
@@ -219,6 +220,23 @@ def test_a_run_is_evaluated_with_an_option_on_the_command_line(workspace: Worksp
     table = here.succeed("compare", "--test-time", "t3a", "--versus", "cafe")
     assert "cafe (test_time=t3a)" in table
     assert "generalisation to unseen ones" in table
+
+
+def test_an_evaluation_waits_its_turn_and_one_that_fails_leaves_its_run_finished(
+    workspace: Workspace, evaluated: Evaluated
+) -> None:
+    here, run = Cafe(Path(str(workspace.root)), ""), evaluated.run
+    note_status(run, "FINISHED")
+    command = ("evaluate", run.name, "--targets", "two", "--split", "all")
+    with hold(run):
+        assert f"works on {run}: wait until it is done" in here.fail(*command)
+    faces = Path(str(workspace.root)) / "faces" / "two"
+    faces.rename(faces.with_name("away"))
+    try:
+        assert "is missing with its whole folder" in here.fail(*command, code=1)
+    finally:
+        faces.with_name("away").rename(faces)
+    assert read_status(run) == "FINISHED"
 
 
 LABELS = np.arange(100) % 7

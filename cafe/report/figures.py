@@ -179,8 +179,8 @@ def to_png(figure: Figure | Image.Image) -> bytes:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Return matplotlib's font at a size in pixels, as in the other figures: it knows the letters of many languages."""
     found = find_spec("matplotlib")
-    assert found
-    assert found.origin
+    assert found is not None
+    assert found.origin is not None
     return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 

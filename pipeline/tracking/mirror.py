@@ -56,6 +56,11 @@ class Mirror:
         """Where the server is; raises `UserError` for a workspace that cannot hold a database."""
         return self.uri or default_uri(self.workspace)
 
+    def check_address(self) -> None:
+        """Raise `UserError` for a workspace that cannot hold a database, where no server is named."""
+        if not self.uri:
+            default_uri(self.workspace)
+
     @property
     def warning(self) -> str:
         """What a command must say at its end: nothing, or that the server is behind and how to bring it up to date."""
