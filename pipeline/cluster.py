@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import cafe
 from cafe.errors import IncompleteError, UserError, quote
@@ -28,6 +29,7 @@ ENVIRONMENT = {
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # within a job of Ray's, what a command says of its workers holds
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
+TOKEN = Path("~/.ray/auth_token")  # where Ray keeps the one that all nodes of a cluster share
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
 
 
@@ -35,6 +37,14 @@ def set_environment(settings: ClusterSettings) -> None:
     """Say to libraries how to work, here and in every process that is started; to be called before they are imported."""
     for name, value in (ENVIRONMENT if settings.address else ENVIRONMENT | LOCAL).items():
         os.environ.setdefault(name, value)
+    if (
+        settings.address
+        and TOKEN.expanduser().exists()
+        and not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    ):
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # as `ray start` does where there is a token, and a client does not
 
 
 @contextmanager
@@ -208,8 +218,9 @@ def user_error(error: BaseException | None) -> UserError | None:
 
     if error is None:
         return None
-    workers = getattr(error, "worker_failures", {}).values()  # of a training
-    causes = [getattr(error, "cause", None), getattr(error, "_base_exc", None), error.__cause__, *workers]
+    names = ("cause", "_base_exc", "__cause__", "health_check_failure", "controller_failure")  # some are Ray Train's
+    workers = getattr(error, "worker_failures", {}).values()
+    causes = [*(getattr(error, name, None) for name in names), *workers]
     found = next((mistake for cause in causes if (mistake := user_error(cause))), None)
     # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
     if found or isinstance(error, UserError):

@@ -145,7 +145,7 @@ def test_the_names_of_a_manifest_lead_to_no_file_outside_the_folder_of_crops(
     Image.new("RGB", (80, 80)).save(tmp_path / "photo.png")
     (tmp_path / "crops").mkdir()
     (tmp_path / "crops" / "link").symlink_to(tmp_path)
-    face = Face(name, "photo.png", 0, "test", None, 80, 80, "")
+    face = Face(name, "photo.png", 0, "test", None, 80, 80, "0" * 64)
     Manifest.from_faces("stranger", str(tmp_path), [face]).save(
         UPath(command.workspace / "manifests" / "stranger.parquet")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import ray._private.node
 import torch
 
 from cafe.errors import IncompleteError
+from cafe.pipeline import cluster
 from cafe.pipeline.benchmark.cells import count_slots
 from cafe.pipeline.cluster import connect, share
 from cafe.pipeline.features.extract import share_out
 from cafe.pipeline.process.machine import cores, free_memory
-from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.settings import ClusterSettings, ExtractSettings
 
 DEVICES = """
 import ray
@@ -150,3 +152,30 @@ def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch
         connect(ExtractSettings()),
     ):
         pass
+
+
+def test_a_worker_of_a_shared_training_that_was_killed_is_a_sentence() -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    died = ActorDiedError("The actor died unexpectedly before finishing this task.")
+    killed = WorkerGroupError("rank 1", {1: WorkerHealthCheckFailedError("A worker does not answer.", died)})
+    for error in (killed, ControllerError(died)):
+        said = cluster.user_error(error)
+        assert isinstance(said, IncompleteError)
+        assert str(said).startswith("A process of Ray's ended in the middle of its work")
+
+
+@pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, None)])
+def test_the_token_of_this_machines_cluster_is_used_as_ray_start_does(
+    there: bool, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if there:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    cluster.set_environment(ClusterSettings("127.0.0.1:6379"))
+    assert os.environ.get("RAY_AUTH_MODE") == mode

@@ -184,11 +184,11 @@ def load_or_die(image):
     if image.size == (13, 17):
         os.kill(os.getpid(), signal.SIGKILL)
     return load(image)
-def note_and_open(file):
+def note_and_open(file, **options):
     if "TRIED" in os.environ and "--multiprocessing-fork" in sys.orig_argv:
         with open(os.environ["TRIED"], "a") as tried:
             tried.write(".")
-    return open_image(file)
+    return open_image(file, **options)
 ImageFile.ImageFile.load, Image.open = load_or_die, note_and_open
 """
 

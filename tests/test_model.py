@@ -14,13 +14,13 @@ from upath import UPath
 
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.files import read_json, write_json
 from cafe.inference.model import read_pixels
 from cafe.methods import METHODS
 from cafe.pipeline.models import build_model
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
+from cafe.seals import read_sealed, write_sealed
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
 
@@ -105,10 +105,10 @@ def test_what_is_no_image_is_answered_in_one_sentence(image: object, part: str) 
 def test_a_run_without_weights_or_with_another_tower_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     run, _ = start_run(workspace, method="linear_probe", **SETTINGS)
     shutil.copytree(run, tmp_path / "other")
-    record = read_json(UPath(tmp_path / "other" / "run.json"))
+    record = read_sealed(UPath(tmp_path / "other" / "run.json"))
     assert record is not None
     record["spec"]["features"]["weights"] = "0" * 64
-    write_json(UPath(tmp_path / "other" / "run.json"), record)
+    write_sealed(UPath(tmp_path / "other" / "run.json"), record)
     assert "are not those that the run" in complaint(build_model, [UPath(tmp_path / "other")])
     (tmp_path / "other" / "model.safetensors").unlink()
     assert "has no trained weights here" in complaint(build_model, [UPath(tmp_path / "other")])

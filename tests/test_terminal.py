@@ -39,7 +39,7 @@ def test_every_listing_is_json_on_request(tmp_path: Path) -> None:
     assert "No run in" in run(tmp_path, "runs")
     workspace, labels = Workspace.at(str(tmp_path / "work")), np.arange(14) % 7
     folder = write_run(workspace, "scn", source="mine", source_kind="folder")
-    write_predictions(folder, "mine", labels, labels)
+    write_predictions(folder, "mine", labels, labels, manifest=workspace.load_manifest("mine").digest)
     (listed,) = json.loads(run(tmp_path, "runs", "--json"))
     assert (listed["run"], listed["status"], listed["experiments"]) == (folder.name, "FINISHED", ["cafe"])
     assert folder.name in run(tmp_path, "runs")

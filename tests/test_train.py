@@ -31,6 +31,7 @@ from cafe.pipeline.worker import find_worker
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import score
 from cafe.results.predictions import load_predictions
+from cafe.results.runs import read_result
 from cafe.seals import read_sealed
 
 TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=20", "--set", "learning_rate=0.001")
@@ -201,7 +202,7 @@ def test_a_method_without_training_is_fitted_and_evaluated(ready: Cafe, method: 
     command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", workers)
     ready.succeed(*command, ray=workers != "1")
     run = only_run(ready)
-    assert json.loads((run / "result.json").read_text()) == {"epochs": 0}
+    assert read_result(run) == {"epochs": 0}
     (logged,) = tracked(ready)
     expected = score(load_predictions(run)["two"])["accuracy"]
     assert logged.data.metrics["target/two/accuracy"] == pytest.approx(expected)
