@@ -187,6 +187,21 @@ class Faces(_PicklesFields):
         part, own = self._find(row)
         return part.manifest.path(own)
 
+    @property
+    def remote(self) -> bool:
+        """Whether the pictures of any of them lie in an object store."""
+        return any(part.manifest.remote for part in self.parts)
+
+    def fetch(self, row: int) -> bytes:
+        """Return the bytes of a face's picture."""
+        part, own = self._find(row)
+        return part.manifest.fetch(own)
+
+    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a face (H, W, 3) uint8 as its manifest does."""
+        part, own = self._find(row)
+        return part.manifest.decode_face(own, data, channels, max_pixels)
+
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8 as its manifest does."""
         part, own = self._find(row)

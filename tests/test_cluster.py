@@ -159,7 +159,7 @@ def test_a_worker_of_a_shared_training_that_was_killed_is_a_sentence() -> None:
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    died = ActorDiedError("The actor died unexpectedly before finishing this task.")
+    died = ActorDiedError()
     killed = WorkerGroupError("rank 1", {1: WorkerHealthCheckFailedError("A worker does not answer.", died)})
     for error in (killed, ControllerError(died)):
         said = cluster.user_error(error)

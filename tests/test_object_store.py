@@ -10,6 +10,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+import torch
 from conftest import Cafe, complaint, draw_faces
 from faulty import FaultyS3
 from trained import fill_store, train_run
@@ -19,12 +20,16 @@ from cafe import files
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import create_file, list_folder, list_tree, locate, read_file, write_file
+from cafe.learning.loading import FaceDataset
+from cafe.pipeline.faces import Faces, Part
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
+from cafe.views.drawing import ViewPlan
 from cafe.views.fetching import FetchedFaces
 
+STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 BUCKET = "s3://bucket"
 TRAIN = ("train", "--source", "tiny", "--method", "linear_probe", "--epochs", "3", "--image-size", "32")
 
@@ -157,4 +162,18 @@ def test_a_picture_is_one_request_and_several_are_under_way_at_once(s3: FaultyS3
             np.testing.assert_array_equal(fetched.read_face(row), here.read_face(row))
         np.testing.assert_array_equal(fetched.read_face(0), here.read_face(0))  # where all views are begun again
     assert s3.requests == 60
+    assert s3.most > 1
+
+    places = [UPath(tmp_path / name / "many.parquet") for name in ("one", "two")]  # a union, which a training keeps
+    for place in places:
+        there.save(place)
+    union = Faces.of(*(Part(place, there.digest) for place in places))
+    plan = ViewPlan("flip", 0, 2, "bilinear", *STATISTICS)
+    dataset = FaceDataset(union.kept_pictures, plan, frozenset({"image"}), 32)
+    batches = [np.arange(50, 60), np.arange(60, 70)]
+    s3.requests = s3.most = 0
+    for _ in range(2):
+        epoch = list(dataset.load(batches, 1, torch.device("cpu")))
+        assert [len(batch["image"]) for batch in epoch] == [10, 10]
+    assert s3.requests == 20
     assert s3.most > 1

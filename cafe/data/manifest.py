@@ -91,6 +91,16 @@ class Pictures(Protocol):
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
 
+    @property
+    def remote(self) -> bool:
+        """Whether any of them lies in an object store."""
+
+    def fetch(self, row: int) -> bytes:
+        """Return the bytes of a face's picture, none where they are not needed."""
+
+    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a face as `read_face` does, from what `fetch` returned."""
+
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8 in the order of colours `rgb` or `bgr`."""
 
@@ -203,10 +213,14 @@ class Manifest:
         that is not the one that was indexed.
         """
         try:
-            return self.decode_face(row, read_bytes(self.path(row)), channels, max_pixels)
+            return self.decode_face(row, self.fetch(row), channels, max_pixels)
         except UnreadableImageError as error:
             error.add_note(f"The picture is {self.path(row)}.")  # its message is the reason alone, as records keep it
             raise
+
+    def fetch(self, row: int) -> bytes:
+        """Return the bytes of a face's picture."""
+        return read_bytes(self.path(row))
 
     def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face as `read_face` does, from the bytes of its picture."""

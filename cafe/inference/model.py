@@ -105,6 +105,19 @@ class FacesInMemory:
         """What an error calls a picture: its number."""
         return UPath(str(row))
 
+    @property
+    def remote(self) -> bool:
+        """They are here."""
+        return False
+
+    def fetch(self, row: int) -> bytes:
+        """Nothing is left to fetch."""
+        return b""
+
+    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a picture as `read_face` does."""
+        return self.read_face(row, channels)
+
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a picture, in the order of colours `rgb` or `bgr`."""
         return self.pictures[row] if channels == "rgb" else self.pictures[row][..., ::-1]

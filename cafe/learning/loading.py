@@ -72,9 +72,23 @@ class KeptPictures:
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8, not to be written to."""
+        return self.decode_face(row, b"", channels, max_pixels)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of them lies in an object store."""
+        return self.pictures.remote
+
+    def fetch(self, row: int) -> bytes:
+        """Return the bytes of a face's picture, none where it is kept."""
+        return b"" if (row, "rgb") in self.kept or (row, "bgr") in self.kept else self.pictures.fetch(row)
+
+    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a face (H, W, 3) uint8 as `read_face` does; without bytes they are fetched if need be."""
         face = self.kept.get((row, channels))
         if face is None:
-            face = np.ascontiguousarray(self.pictures.read_face(row, channels, max_pixels))
+            data = data or self.pictures.fetch(row)
+            face = np.ascontiguousarray(self.pictures.decode_face(row, data, channels, max_pixels))
         with self.lock:
             if (row, channels) not in self.kept:  # another thread may have decoded it too
                 self.kept[row, channels] = face

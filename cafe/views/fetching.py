@@ -9,18 +9,20 @@ from types import TracebackType
 import numpy as np
 from upath import UPath
 
-from cafe.data.images import MAX_PIXELS, read_bytes
-from cafe.data.manifest import Manifest
+from cafe.data.images import MAX_PIXELS
+from cafe.data.manifest import Pictures
 
 AT_ONCE = 32  # requests under way
 
 
 class FetchedFaces:
-    """Some rows of a manifest, each fetched once; a `Pictures` of these."""
+    """Some rows of pictures, each fetched once; a `Pictures` of these."""
 
-    def __init__(self, manifest: Manifest, rows: Sequence[int]) -> None:
-        self.manifest, self.pool = manifest, ThreadPoolExecutor(AT_ONCE)
-        self.fetched = {row: self.pool.submit(read_bytes, manifest.path(row)) for row in rows}
+    remote = False
+
+    def __init__(self, pictures: Pictures, rows: Sequence[int]) -> None:
+        self.pictures, self.pool = pictures, ThreadPoolExecutor(AT_ONCE)
+        self.fetched = {row: self.pool.submit(pictures.fetch, row) for row in rows}
 
     def __enter__(self) -> FetchedFaces:
         return self
@@ -31,17 +33,25 @@ class FetchedFaces:
     @property
     def sample_ids(self) -> list[str]:
         """The sample_id of every row."""
-        return self.manifest.sample_ids
+        return self.pictures.sample_ids
 
     @property
     def labels(self) -> np.ndarray:
         """The label of every row, (N,) int64."""
-        return self.manifest.labels
+        return self.pictures.labels
 
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
-        return self.manifest.path(row)
+        return self.pictures.path(row)
+
+    def fetch(self, row: int) -> bytes:
+        """Return the bytes of a face's picture, waiting for them."""
+        return self.fetched[row].result()
+
+    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Return the pixels of a face from its bytes."""
+        return self.pictures.decode_face(row, data, channels, max_pixels)
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face as its manifest does."""
-        return self.manifest.decode_face(row, self.fetched[row].result(), channels, max_pixels)
+        return self.decode_face(row, self.fetch(row), channels, max_pixels)

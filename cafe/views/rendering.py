@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cafe.data.images import MAX_PIXELS, MissingImageError, UnreadableImageError, is_gone
-from cafe.data.manifest import Manifest, Pictures
+from cafe.data.manifest import Pictures
 from cafe.errors import StorageError
 from cafe.views.drawing import View, ViewPlan
 from cafe.views.fetching import FetchedFaces
@@ -66,15 +66,15 @@ class Renderer:
 
     def __call__(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> Rendered | ViewParameters:
         """Render or draw samples; the rows `refused` are not decoded, for the reason given."""
-        if isinstance(self.pictures, Manifest) and self.pictures.remote:
-            with FetchedFaces(self.pictures, rows_of(samples)) as fetched:
-                return replace(self, pictures=fetched)(samples, refused)
         if self.for_device and not self.plan.turns:
             return self.draw(samples, refused)
         return self.render(samples, refused)
 
     def render(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> Rendered:
         """Decode samples and make their views; an unreadable image is black there."""
+        if self.pictures.remote:
+            with FetchedFaces(self.pictures, self._wanted(samples, refused)) as fetched:
+                return replace(self, pictures=fetched).render(samples, refused)
         pictures = np.zeros((len(samples), self.side, self.side, 3), np.uint8)
         boxes, unreadable = np.zeros((len(samples), 4), np.int64), dict[int, str]()
         for row, group in groupby(enumerate(samples), key=lambda sample: sample[1][0]):
@@ -87,6 +87,9 @@ class Renderer:
 
     def draw(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> ViewParameters | Rendered:
         """Decode samples and draw their views for a device to make; they are made here where a face is large."""
+        if self.pictures.remote:
+            with FetchedFaces(self.pictures, self._wanted(samples, refused)) as fetched:
+                return replace(self, pictures=fetched).draw(samples, refused)
         faces, unreadable, count = list[np.ndarray](), dict[int, str](), len(samples)
         face, flips = np.full(count, -1), np.zeros(count, bool)
         keys, starts = np.zeros((count, 2), np.uint64), np.full(count, NO_NOISE)
@@ -103,6 +106,9 @@ class Renderer:
                 keys[position], starts[position] = find_noise(drawn)
             faces.append(pixels)
         return ViewParameters(faces, face, keys, starts, flips, boxes, unreadable)
+
+    def _wanted(self, samples: Sequence[Sample], refused: Mapping[int, str]) -> list[int]:
+        return [row for row in rows_of(samples) if row not in refused]
 
     def _decode(self, row: int, refused: Mapping[int, str], unreadable: dict[int, str]) -> np.ndarray | None:
         """Return the pixels of a face, or say why there are none."""
