@@ -9,8 +9,8 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import IO, Any, TypeVar
@@ -193,10 +193,10 @@ def write_file(path: UPath, content: bytes) -> None:
 
 
 @contextmanager
-def write_whole(path: UPath) -> Iterator[IO[bytes]]:
+def write_whole(path: UPath, keep: bool = False) -> Iterator[IO[bytes]]:
     """Yield a file to write to that takes its place at the end: before, and after an error or a kill, the old one is there.
 
-    What is interrupted by its user is kept as far as it came. Links are followed, and what is no file, such as
+    With `keep`, what is interrupted by its user is kept as far as it came. Links are followed, and what is no file, such as
     `/dev/stdout`, is written as it is.
     """
     if not path.protocol and path.exists() and not path.is_file():
@@ -213,7 +213,8 @@ def write_whole(path: UPath) -> Iterator[IO[bytes]]:
             try:
                 yield file
             except KeyboardInterrupt:
-                _settle(file, beside, place)
+                if keep:
+                    _settle(file, beside, place)
                 raise
             _settle(file, beside, place)
         finally:
@@ -247,22 +248,29 @@ def check_output(location: str, option: str) -> UPath:
     place = locate(location)
     if place.protocol:
         return place
-    above = next(folder for folder in place.parents if folder.exists() or folder == folder.parent)
     try:
         if place.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        os.lstat(str(place))  # a name that is too long, links in a circle
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"{option} {location} cannot be written ({error.strerror}): give another file.") from None
-    if place.exists() and not place.is_file():
-        return place
-    try:
+        above = next(folder for folder in place.parents if folder.exists() or folder == folder.parent)
+        if not place.exists():
+            with suppress(FileNotFoundError):
+                os.lstat(str(place))  # a name that is too long, links in a circle
+        elif not os.access(str(place), os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        elif not place.is_file():
+            return place
         with TemporaryFile(dir=str(place.resolve().parent if place.exists() else above)):
             return place
     except OSError as error:
-        raise UserError(f"{option} {location} cannot be written ({error.strerror}): give another file.") from None
+        raise UserError(f"{option} {location} cannot be written ({error.strerror}): give another place.") from None
+
+
+def check_different(places: Mapping[str, str], what: str) -> None:
+    """Raise `UserError` where two inputs have one place for their outputs; `places` maps input to place."""
+    seen: dict[str, str] = {}
+    for name, place in places.items():
+        if (other := seen.setdefault(place, name)) != name:
+            raise UserError(f"{what} of {other} and {name} would both be {place}: rename one of them.")
 
 
 def write_changed(path: UPath, content: bytes) -> None:

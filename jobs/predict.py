@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -49,11 +49,13 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     if settings.rate <= 0:
         raise UserError(f"--rate is a number of frames a second above 0, not {settings.rate}.")
 
-    from cafe.files import locate
+    from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
     from cafe.pipeline.release.library import find_runs
 
+    if settings.output:
+        check_output(settings.output, "--output")
     runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
@@ -72,15 +74,17 @@ def _predict(
     files: list[UPath], model: Model, settings: PredictSettings, form: str, copies: Annotator | None
 ) -> Summary:
     """Predict all faces of the files, write their rows and the copies that are wanted, and return what they come to."""
+    from cafe.files import locate, write_whole
     from cafe.inference.frames import count_frames, read_frames
     from cafe.inference.output import FORMATS, Summary, list_rows
     from cafe.inference.recognition import Search, predict_frames
 
     search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
+    output = locate(settings.output) if settings.output else None
     summary, total = Summary(), sum(count_frames(file, settings.rate) for file in files)
     with ExitStack() as stack:
         stack.enter_context(interruptible("what was predicted so far is kept"))
-        file = stack.enter_context(_open_output(settings.output))
+        file = stack.enter_context(write_whole(output, keep=True)) if output else sys.stdout.buffer
         write = stack.enter_context(FORMATS[form](file, model.classes))
         progress = stack.enter_context(_show_progress(file))
         annotator = stack.enter_context(copies or nullcontext())
@@ -124,20 +128,7 @@ def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     return replace(model, flip=settings.flip)
 
 
-@contextmanager
-def _open_output(output: str | None) -> Iterator[BinaryIO]:
-    from cafe.files import locate
-
-    if output is None:
-        yield sys.stdout.buffer
-        return
-    place = locate(output)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("wb") as file:
-        yield file
-
-
-def _show_progress(file: BinaryIO) -> Any:
+def _show_progress(file: IO[bytes]) -> Any:
     """Return a bar, unless the rows themselves appear on the terminal."""
     return nullcontext(lambda done, total: None) if file.isatty() else progress_bar("Predicting", "pictures")
 

@@ -89,9 +89,13 @@ def compare(
     Everything is computed from the runs' predictions. Published numbers stand beside ours where a data set is
     evaluated as it was in the paper.
     """
-    from cafe.files import locate
+    from cafe.files import check_output, locate, write_whole
     from cafe.report.formats import FORMATS
 
+    files = {"markdown": markdown, "latex": latex, "csv": csv}
+    for name, file in files.items():
+        if file:
+            check_output(file, f"--{name}")
     workspace = open_workspace()
     chosen = choose_runs(workspace, experiment, mlflow_uri)
     ship = [_say_best(chosen.runs, experiment, best)] if best else []
@@ -99,11 +103,10 @@ def compare(
     show_report(report, as_json)
     for sentence in ship:
         click.echo(sentence)
-    for name, file in {"markdown": markdown, "latex": latex, "csv": csv}.items():
+    for name, file in files.items():
         if file:
-            place = locate(file)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(FORMATS[name](report).encode())
+            with write_whole(locate(file)) as output:
+                output.write(FORMATS[name](report).encode())
             say(f"Wrote {file}")
 
 
@@ -194,16 +197,19 @@ def report(
     It holds the tables of `cafe compare`, and of each method its recalls, confusions, mistakes, mask and training; then how
     the numbers were made. The mistakes are thumbnails: the licences of the data sets apply to the page.
     """
-    from cafe.files import locate, place_below, write_file
+    from cafe.files import check_output, locate, place_below, write_whole
     from cafe.report.details import Gallery
     from cafe.report.experiment import draw_experiment
 
+    if output:
+        check_output(output, "--output")
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
     chosen = choose_runs(workspace, experiment)._replace(reason="")
     found = report_runs(workspace, chosen, ReportSettings(**values))
     page = draw_experiment(experiment, found, workspace.root, workspace.find_manifest, gallery)
     place = locate(output) if output else place_below(workspace.root / "reports", f"{experiment}.html")
-    write_file(place, page)
+    with write_whole(place) as file:
+        file.write(page)
     say(f"Wrote {place} ({len(page) / 1e6:.1f} MB)")
 
 

@@ -7,6 +7,7 @@ photo without a crop.
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.files import locate, place_below, write_file
+from cafe.files import check_different, check_output, locate, place_below, write_file
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.settings import AlignSettings
 from cafe.pipeline.workspace import Workspace
@@ -150,8 +151,7 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
         raise UserError(f"The manifest {photos.name!r} would overwrite itself: give another --name.")
     if str(folder).rstrip("/") == photos.root.rstrip("/"):
         raise UserError(f"The crops would overwrite the photos in {folder}: give another --out.")
-    for sample in photos.sample_ids:  # before the work
-        place_below(folder, _name_crop(sample, 1))
+    _check_crops(folder, photos, settings)
     result, faces = Alignment(folder), []
     for row, aligned in _align(photos, settings, progress):
         faces += _save_crops(result, photos, row, aligned, settings.size)
@@ -168,6 +168,23 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
         result.manifest = workspace.manifest_path(settings.name)
         Manifest.from_faces(settings.name, str(folder), faces, photos.kind, photos.classes).save(result.manifest)
     return result
+
+
+def _check_crops(folder: UPath, photos: Manifest, settings: AlignSettings) -> None:
+    """Raise `UserError` before the work when a crop has no place below a folder, or that of another photo's."""
+    crops = {sample: _name_crop(sample, 1) for sample in photos.sample_ids}
+    for crop in crops.values():
+        place_below(folder, crop)
+    check_different(crops, "The crops")
+    if settings.faces == "all":
+        taken = set(crops.values())
+        for crop in crops.values():
+            first = re.sub(r"@\d+(\.[^.]*)$", r"\1", crop)
+            if first != crop and first in taken:
+                raise UserError(f"A further face of {first} and the crop {crop} could have one name: rename a photo.")
+    longest = max(crops.values(), key=lambda crop: max(len(part.encode()) for part in crop.split("/")))
+    for file in ("alignment.parquet", longest):
+        check_output(str(folder / file), "The output")
 
 
 def _align(

@@ -221,6 +221,17 @@ def test_originals_are_never_overwritten(tmp_path: Path, command: Cafe) -> None:
     assert "There is no photo below" in command.fail("data", "align", str(tmp_path / "empty"), "--name", "x")
 
 
+def test_crops_of_two_photos_with_one_name_are_refused_first(tmp_path: Path, command: Cafe) -> None:
+    for first, second, faces in (("p.png", "p.png.jpg", "largest"), ("q.png", "q.png@2.jpg", "all")):
+        folder = tmp_path / first
+        folder.mkdir()
+        for name in (first, second):
+            Image.new("RGB", (9, 9)).save(folder / name)
+        said = command.fail("data", "align", str(folder), "--name", "cut", "--faces", faces)
+        assert "would both be" in said or "could have one name" in said
+    assert not (command.workspace / "aligned" / "cut").exists()
+
+
 def test_without_the_detector_the_remedy_is_named(
     tmp_path: Path, command: Cafe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,25 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(workspace: W
     assert not (tmp_path / "model").exists()
 
 
+def test_an_export_goes_on_where_it_was_and_replaces_nothing_else(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = start_run(workspace, method="linear_probe", tag="begun", **SETTINGS)
+    other, _ = start_run(workspace, method="linear_probe", tag="other", **SETTINGS)
+    before = {path: path.read_bytes() for path in Path(str(other)).rglob("*") if path.is_file()}
+    assert "holds other files" in complaint(export_run, workspace, run.name, other)
+    assert {path: path.read_bytes() for path in Path(str(other)).rglob("*") if path.is_file()} == before
+    folder = UPath(tmp_path / "model")
+    with monkeypatch.context() as broken:
+        broken.setattr("cafe.pipeline.release.export.TOLERANCE", -1.0)  # the graph is there, the rest is not
+        assert "cannot be exported exactly" in complaint(export_run, workspace, run.name, folder)
+    assert (folder / "model.onnx").exists()
+    assert "holds other files" in complaint(export_run, workspace, other.name, folder)
+    export_run(workspace, run.name, folder)
+    assert not (folder / ".export.json").exists()
+    assert "holds other files" in complaint(export_run, workspace, other.name, folder)
+
+
 def test_the_card_holds_the_scores_of_every_domain_with_intervals(tmp_path: Path) -> None:
     assert format_share(5, 10) == "50.0 (23.7–76.3)"  # Wilson: Agresti and Coull's example of 1998 is the like
     assert format_share(0, 0) == "–"

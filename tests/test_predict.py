@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,6 +235,43 @@ def test_annotated_pictures_keep_their_places_and_never_overwrite_originals(comm
         != np.asarray(Image.open(tmp_path / "album" / "c" / "3.png"))
     ).any()
     assert "would overwrite" in command.fail(*arguments, str(tmp_path / "album"))
+
+
+def test_two_annotated_copies_with_one_name_are_refused(command: Cafe, tmp_path: Path) -> None:
+    (tmp_path / "album").mkdir()
+    for name in ("p.bmp", "p.bmp.jpg"):
+        Image.new("RGB", (9, 9)).save(tmp_path / "album" / name)
+    where = (str(tmp_path / "album"), "--aligned", "--annotate", str(tmp_path / "shown"))
+    assert "would both be" in command.fail("predict", "linear_probe-one-s0-plain", *where)
+    assert not (tmp_path / "shown").exists()
+
+
+def test_a_prediction_that_is_killed_leaves_the_earlier_file(command: Cafe, tmp_path: Path) -> None:
+    output = tmp_path / "rows.parquet"
+    output.write_bytes(b"earlier")
+    album(tmp_path / "album")
+    words = ["--workspace", str(command.workspace), "predict", "linear_probe-one-s0-plain", str(tmp_path / "album")]
+    words += ["--aligned", "--output", str(output)]
+    program = f"""
+import os, signal, sys
+from cafe.inference import output
+from cafe.jobs.cli import main
+output.list_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main({words!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert output.read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize("place", ["folder", "file/rows.csv", f"{'n' * 300}.csv", f"{'n' * 300}/rows.csv"])
+def test_an_output_that_cannot_be_written_is_refused_first(place: str, command: Cafe, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    said = command.fail("predict", "no-such-run", "no-such-file.jpg", "--output", str(tmp_path / place))
+    assert "--output" in said
+    assert "cannot be written" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_the_best_run_is_chosen_by_held_out_faces_of_the_source_and_seeds_are_averaged(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import cycle
+from types import TracebackType
 from typing import Any
 
 import av
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from upath import UPath
 
 from cafe.errors import UserError
+from cafe.files import check_different, check_output, write_whole
 from cafe.inference.frames import is_video
 from cafe.inference.recognition import PredictedFace, PredictedFrame
 
@@ -57,7 +59,7 @@ def choose_colours(classes: Sequence[str]) -> dict[str, str]:
 def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
     """Return where in a folder the annotated copy of each file goes: as deep as below the folder that holds all files.
 
-    Raises `UserError` when a copy would overwrite an original.
+    Raises `UserError` when a copy would overwrite an original or another copy, or cannot be written.
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file: give --annotate a folder.")
@@ -71,6 +73,9 @@ def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
     originals = {file.resolve() for file in full.values()}
     if taken := [place for place in places.values() if place.absolute().resolve() in originals]:
         raise UserError(f"The annotated copy would overwrite {taken[0]}: give --annotate another folder.")
+    check_different({name: str(place) for name, place in places.items()}, "The annotated copies")
+    for place in places.values():
+        check_output(str(place), "The annotated copy")
     return places
 
 
@@ -85,8 +90,10 @@ class Annotator:
     def __enter__(self) -> Annotator:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.end.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end.__exit__(kind, error, trace)  # a video that an error ends is not written
 
     def add(self, predicted: PredictedFrame) -> None:
         """Draw the faces of a frame whose pixels were kept."""
@@ -94,9 +101,8 @@ class Annotator:
         if frame.pixels is None:
             return
         picture, place = draw_faces(frame.pixels, predicted.faces), self.places[file]
-        place.parent.mkdir(parents=True, exist_ok=True)
         if frame.time is None:
-            with place.open("wb") as sink:
+            with write_whole(place) as sink:
                 picture.save(sink, "PNG" if place.suffix.casefold() == ".png" else "JPEG", quality=92)
             return
         if file != self.file:
@@ -110,7 +116,7 @@ class Annotator:
 def write_video(place: UPath, size: tuple[int, int]) -> Iterator[Show]:
     """Yield `show(picture, seconds)`, which adds a picture to an MP4 file (H.264) at its time, in the size of the first."""
     width, height = (max(2, side - side % 2) for side in size)  # the usual colour format halves both sides
-    with place.open("wb") as sink, av.open(sink, "w", format="mp4") as container:
+    with write_whole(place) as sink, av.open(sink, "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=TICKS)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, TICKS)

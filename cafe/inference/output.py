@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,7 +76,7 @@ def list_rows(predicted: PredictedFrame, classes: Sequence[str]) -> list[Row]:
 
 
 @contextmanager
-def write_table(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
+def write_table(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     """Write aligned columns to be read on a terminal; the file stands last, so that any name fits."""
     form = "{:<11} {:>5}  {:<14} {:<20} {:>22}  {:>9}  {}\n"
     columns = name_columns(classes)
@@ -100,7 +100,7 @@ def _table_cells(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def write_jsonl(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
+def write_jsonl(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     """Write a JSON object a line; the rows name the classes themselves."""
 
     def write(rows: list[Row]) -> None:
@@ -110,7 +110,7 @@ def write_jsonl(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
 
 
 @contextmanager
-def write_csv(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
+def write_csv(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     """Write comma-separated values with a header; true and false are 1 and 0."""
 
     def write(rows: list[Row], header: bool = False) -> None:
@@ -129,7 +129,7 @@ def write_csv(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
 
 
 @contextmanager
-def write_parquet(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
+def write_parquet(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     """Write Parquet, some thousand rows a group."""
     waiting: list[Row] = []
     schema = build_schema(classes)
@@ -147,7 +147,7 @@ def write_parquet(file: BinaryIO, classes: Sequence[str]) -> Iterator[Write]:
             write([], least=1)
 
 
-FORMATS: dict[str, Callable[[BinaryIO, Sequence[str]], AbstractContextManager[Write]]] = {
+FORMATS: dict[str, Callable[[IO[bytes], Sequence[str]], AbstractContextManager[Write]]] = {
     "table": write_table,
     "jsonl": write_jsonl,
     "csv": write_csv,
@@ -155,7 +155,7 @@ FORMATS: dict[str, Callable[[BinaryIO, Sequence[str]], AbstractContextManager[Wr
 }
 
 
-def _put(file: BinaryIO, text: str) -> None:
+def _put(file: IO[bytes], text: str) -> None:
     file.write(text.encode("utf-8", "surrogateescape"))
     file.flush()
 

@@ -5,6 +5,7 @@ Nothing is computed here and no tower is loaded, so it can be looked at before a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from typing import Any
 
 from upath import UPath
 
-from cafe.data.manifest import Manifest
+from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError
 from cafe.networks.branches import check_network
 from cafe.pipeline.benchmark.file import Benchmark, Entry
@@ -32,7 +33,7 @@ from cafe.pipeline.plan import (
     plan_training,
 )
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
-from cafe.pipeline.workspace import Workspace
+from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.protocols import find_protocol
 from cafe.results.runs import read_epoch
 from cafe.towers.facts import NORMALISATIONS
@@ -123,6 +124,7 @@ def plan_benchmark(
 
     Raises `UserError` for what is wrong with the file; what only keeps some cells from running is their `obstacle`.
     """
+    _check_experiment(benchmark, settings)
     planner = _Planner(workspace.keeping_manifests(), benchmark, settings, filled or {})
     planned = benchmark.seeds if benchmark.views_per_seed else benchmark.seeds[:1]
     drafts = [planner.draft(*combination, seed) for seed in planned for combination in benchmark.combinations()]
@@ -139,6 +141,17 @@ def plan_benchmark(
     if not chosen:
         raise UserError(f"No cell matches --only {settings.only!r}: they are called like {cells[0].name!r}.")
     return BenchmarkPlan(benchmark, planner.workspace, settings, tuple(chosen))
+
+
+def _check_experiment(benchmark: Benchmark, settings: BenchmarkSettings) -> None:
+    """Raise `UserError` for the name of an experiment that no run could belong to."""
+    if settings.experiment is not None:
+        check_name(settings.experiment)
+    elif not re.fullmatch(NAME, benchmark.name):
+        raise UserError(
+            f"The benchmark file's name {benchmark.name!r} cannot be that of an experiment, which takes letters, digits, "
+            "dots, hyphens and underscores: rename the file, or give --experiment NAME."
+        )
 
 
 @dataclass(frozen=True)

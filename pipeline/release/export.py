@@ -4,6 +4,7 @@ model.onnx           faces (N, H, W, 3) uint8 → probabilities (N, K): everythi
 model.safetensors    the method's weights; tower.safetensors the tower's, unless they come with this package
 run.json             the run's description: with it the folder loads as a model again
 README.md            the model card
+.export.json         the run, as long as the export is under way; written first: the folder is no other's
 model.json           labels, preprocessing, origin, scores and versions; written last: the folder is whole
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import list_folder, write_file
+from cafe.files import check_output, list_folder, read_file, read_json, remove_file, write_file, write_json
 from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.methods import find_method
@@ -33,6 +34,7 @@ from cafe.seals import write_sealed
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
 
+STARTED = ".export.json"  # in a folder whose export is under way: of which run
 CHECKED = 32  # faces of which the graph must say what PyTorch does
 TOLERANCE = 1e-4  # of their probabilities
 PACKAGES = ("cafe", "torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
@@ -64,7 +66,7 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
             "in fp32: extract them with --precision fp32 and train again."
         )
     faces = choose_faces(workspace, run)
-    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STARTED, identify(run))  # first: what is half written is taken up again
     (folder / "model.json").unlink(missing_ok=True)
     write_onnx(model, str(folder / "model.onnx"))
     difference = check_graph(model, Onnx(str(folder / "model.onnx")), faces)
@@ -79,6 +81,7 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
         path.name: digest(path.read_bytes()) for path in list_folder(folder) if path.name != "model.json"
     }
     write_sealed(folder / "model.json", record)
+    remove_file(folder / STARTED)
     return Exported(folder, len(faces), difference)
 
 
@@ -86,13 +89,30 @@ def check_exports(run: Run, folder: UPath) -> None:
     """Raise `UserError` unless a trained run can be exported to a folder."""
     if folder.protocol:
         raise UserError(f"Cannot export to {folder}: give a folder of this machine with --output, and copy it.")
-    if folder.exists() and list_folder(folder) and not (folder / "run.json").exists():
-        raise UserError(f"The folder {folder} holds other files: give a new one with --output.")
+    check_output(str(folder / "model.json"), "The export")
+    if list_folder(folder) and find_export(folder) != identify(run):
+        raise UserError(
+            f"The folder {folder} holds other files than the export of {run.name}: give a new one with --output."
+        )
     if reason := find_method(run.method).not_exported:
         raise UserError(f"A run of {run.method} cannot be exported. {reason}")
     for package in EXTRA:
         if find_version(package) is None:
             raise UserError(f"The package {package!r} is missing: run `pip install 'cafe[export]'`.")
+
+
+def identify(run: Run) -> dict[str, Any]:
+    """Return what tells the export of a run from that of another, which may have its name."""
+    return {"name": run.name, "run.json": digest(read_file(run.folder / "run.json"))}
+
+
+def find_export(folder: UPath) -> dict[str, Any] | None:
+    """Return whose export a folder holds, whole or half written; None where it holds none."""
+    if started := read_json(folder / STARTED):
+        return started
+    record = read_json(folder / "model.json") or {}
+    files = record.get("files")
+    return {"name": record.get("name"), "run.json": files.get("run.json")} if isinstance(files, dict) else None
 
 
 def choose_faces(workspace: Workspace, run: Run) -> list[np.ndarray]:
