@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import IO, Any, TypeVar
 
 from upath import UPath
 
-from cafe.errors import StorageError, UserError, quote
+from cafe.errors import IrregularFileError, StorageError, UserError, quote
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 LONGEST = 60  # characters of a name beside which a file is written
@@ -154,7 +155,11 @@ def remove_tree(folder: UPath) -> None:
 
 
 def read_file(path: UPath) -> bytes:
-    """Return the content of a file, from an object store by one request."""
+    """Return the content of a file, from an object store by one request; raise `IrregularFileError`."""
+    if path.protocol in ("", "file"):
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise IrregularFileError(f"{path} is a pipe or a device: give a file.")
     if path.protocol not in OBJECT_STORES:
         return retry(path, "read", path.read_bytes)
     whole = {"max_concurrency": 1} if path.protocol in ("s3", "s3a") else {}  # else it asks for the size before

@@ -99,6 +99,7 @@ def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
         ({"methods": []}, "The benchmark small has no methods: give a list of them."),
         ({"seeds": [-1]}, "seeds of small is at least 0, not -1."),
         ({"seeds": 0}, "seeds of small must be different ones, at least one, not 0."),
+        ({"seeds": 1_000_000_000}, "seeds of small must be at most 10,000 seeds, not 1000000000."),
         ({"seeds": [1, 1]}, "seeds of small must be different ones, at least one, not [1, 1]."),
         ({"views": "all"}, "views of small must be a whole number, not 'all'."),
         ({"views": 0}, "views of small is at least 1, not 0."),

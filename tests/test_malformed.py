@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 import tomllib
 from copy import deepcopy
 from dataclasses import asdict
@@ -11,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import complaint
+from conftest import complaint, draw_faces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import write_run
 from test_store import MANIFEST, features, filled
 from upath import UPath
 
-from cafe.files import read_json
+from cafe.data.indexing import index_files
+from cafe.data.manifest import map_threads
+from cafe.data.readers import DATASETS, folder
+from cafe.files import read_file, read_json
 from cafe.pipeline.benchmark.file import parse_benchmark, read_benchmark
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore, verify
@@ -134,3 +141,47 @@ def test_what_is_no_record_counts_as_none(tmp_path: Path, text: str) -> None:
     assert read_json(UPath(tmp_path / "x.json")) is None
     (tmp_path / "x.json").write_text(json.dumps({"a": math.pi}))
     assert read_json(UPath(tmp_path / "x.json")) == {"a": math.pi}
+
+
+# --- what would never end, or fill the memory -------------------------------------------------------------------------
+
+
+def test_a_pipe_and_a_device_are_no_pictures(tmp_path: Path) -> None:
+    faces = draw_faces(tmp_path / "faces", per_class=2)
+    os.mkfifo(faces / "anger" / "pipe.jpg")
+    (faces / "anger" / "endless.jpg").symlink_to("/dev/zero")
+    indexed = index_files("odd", DATASETS["folder"](UPath(faces)))
+    assert dict(indexed.broken) == {
+        f"anger/{name}.jpg": "is a pipe or a device, not a file" for name in ("endless", "pipe")
+    }
+    assert len(indexed.manifest) == 6
+    os.mkfifo(tmp_path / "labels.csv")
+    assert "is a pipe or a device" in complaint(read_file, UPath(tmp_path / "labels.csv"))
+
+
+def test_links_that_fan_out_are_not_followed_without_end(tmp_path: Path) -> None:
+    for level in range(40):
+        (tmp_path / str(level)).mkdir()
+        for name in "ab":
+            (tmp_path / str(level) / name).symlink_to(tmp_path / str(level + 1))
+    (tmp_path / "40" / "anger").mkdir(parents=True)
+    assert "is reached by more than 100 links" in complaint(DATASETS["folder"], UPath(tmp_path / "0"))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_small_table_cannot_fill_the_memory(stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "MOST_BYTES", 2**26)
+    column = pa.DictionaryArray.from_arrays(np.zeros(100_000, np.int32), ["x" * 40_000])  # 4 GB of text
+    pq.write_table(pa.table({"path": column, "label": column}), tmp_path / "labels.parquet", store_schema=stored)
+    assert (tmp_path / "labels.parquet").stat().st_size < 1e6
+    said = complaint(DATASETS["table"], UPath(tmp_path / "labels.parquet"))
+    assert "holds more than 0 GB of text: leave out what is no label." in said
+
+
+def test_results_that_are_made_ahead_are_few(tmp_path: Path) -> None:
+    made = list[int]()
+    results = map_threads(lambda item: made.append(item), range(100), at_once=1, ahead=8)
+    next(results)
+    time.sleep(0.1)
+    assert len(made) <= 8
+    assert len(list(results)) == 99

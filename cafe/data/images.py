@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from upath import UPath
 
+from cafe.errors import IrregularFileError
 from cafe.files import list_folder, read_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
@@ -51,6 +52,8 @@ def read_bytes(path: UPath) -> bytes:
         data = read_file(path)
     except (FileNotFoundError, NotADirectoryError):
         raise MissingImageError(MISSING) from None
+    except IrregularFileError:
+        raise UnreadableImageError("is a pipe or a device, not a file") from None
     except IsADirectoryError:
         raise UnreadableImageError("is a folder") from None
     except ValueError as error:

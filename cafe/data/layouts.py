@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +33,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }  # as folders and tables name them, and our splits
+MOST_WAYS = 100  # by links to one folder: of links to folders of links there are twice as many at every level
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
 
 
@@ -117,22 +119,25 @@ def list_files(root: UPath) -> list[str]:
     Links to folders are followed, but never back into a folder the path came through.
     """
     if root.protocol in ("", "file"):
-        return sorted(_walk(root.path, "", frozenset()))
+        return sorted(_walk(root.path, "", frozenset(), Counter()))
     base = root.path.rstrip("/") + "/"
     found = (path.removeprefix(base) for path in retry(root, "listed", root.fs.find, root.path))
     return sorted(path for path in found if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
 
 
-def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
+def _walk(folder: str, prefix: str, above: frozenset[str], ways: Counter[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:
         return
+    ways[real] += 1
+    if ways[real] > MOST_WAYS:
+        raise UserError(f"{real} is reached by more than {MOST_WAYS} links: remove those that lead to the same folder.")
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith((".", "__MACOSX")):
                 continue
             if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {real})
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {real}, ways)
             else:
                 yield f"{prefix}{entry.name}"
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol, TypeVar
@@ -31,6 +31,7 @@ READERS = 16  # threads that wait for the disk or the network
 AT_ONCE = 16  # items a thread takes at a time: scheduling 300,000 single files would cost more than reading them
 ROWS_AT_ONCE = 2**16  # that are hashed
 AHEAD = 2048  # results computed ahead, so that memory does not grow with the data set
+PICTURES_AHEAD = 8  # decoded ones, each of which may take half a gigabyte
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -188,7 +189,7 @@ class Manifest:
             except UnreadableImageError as error:
                 return row, error
 
-        for done, result in enumerate(map_threads(look_at, [int(row) for row in rows]), start=1):
+        for done, result in enumerate(map_threads(look_at, [int(row) for row in rows], 1, PICTURES_AHEAD), start=1):
             yield result
             progress(done, len(rows))
 
@@ -259,16 +260,22 @@ class Manifest:
         return _digest(self.table, ("sample_id", "digest", "box"))
 
 
-def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Yield `function(item)` in order, computed on threads."""
+def map_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], at_once: int = AT_ONCE, ahead: int = AHEAD
+) -> Iterator[Result]:
+    """Yield `function(item)` in order, computed on threads, each of which takes some items at once, and no further ahead."""
 
     def map_some(start: int) -> list[Result]:
-        return [function(item) for item in items[start : start + AT_ONCE]]
+        return [function(item) for item in items[start : start + at_once]]
 
+    waiting = deque[Future[list[Result]]]()
     with ThreadPoolExecutor(READERS) as pool:
-        for begin in range(0, len(items), AHEAD):
-            for results in pool.map(map_some, range(begin, min(begin + AHEAD, len(items)), AT_ONCE)):
-                yield from results
+        for start in range(0, len(items), at_once):
+            waiting.append(pool.submit(map_some, start))
+            if len(waiting) * at_once >= ahead:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def _digest(table: pa.Table, columns: Sequence[str]) -> str:

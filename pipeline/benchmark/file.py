@@ -36,6 +36,8 @@ from cafe.results.sources import ALL_BUT_TARGET
 
 PER_SEED = "per seed"  # for `view_seed`: every training seed sees a draw of views of its own
 
+MOST_SEEDS = 10_000
+
 STRICT = ConfigDict(extra="forbid", strict=True)
 KINDS = {"int": "a whole number", "string": "a text", "bool": "true or false", "list": "a list", "dict": "a table"}
 
@@ -54,6 +56,14 @@ def _check_plain(value: Any) -> Any:
     return value
 
 
+def _list_seeds(value: Any) -> Any:
+    if type(value) is not int:
+        return value
+    if value > MOST_SEEDS:
+        raise ValueError(f"at most {MOST_SEEDS:,} seeds")
+    return list(range(value))
+
+
 Names = Annotated[list[str], AfterValidator(_check_different)]
 Sources = Annotated[
     list[Annotated[str, AfterValidator(lambda text: ",".join(split_names(text)))]],
@@ -62,7 +72,7 @@ Sources = Annotated[
 ]
 Seeds = Annotated[
     list[Number],
-    BeforeValidator(lambda value: list(range(value)) if type(value) is int else value),
+    BeforeValidator(_list_seeds),
     AfterValidator(_check_different),
 ]
 Changes = dict[str, Annotated[Any, BeforeValidator(_check_plain)]]  # of a recipe
