@@ -398,20 +398,6 @@ def index_miniatures(workspace: Workspace, root: Path) -> None:
         index_files(name, DATASETS[name](UPath(root / name))).manifest.save(workspace.manifest_path(name))
 
 
-def test_a_file_whose_name_is_no_experiments_fails_before_any_work(tmp_path: Path) -> None:
-    file = tmp_path / "my grid.toml"
-    file.write_text('sources = ["rafdb"]\nmethods = ["image_only"]\n')
-    cafe = Cafe(tmp_path / "work", "")
-    for arguments in ((str(file),), (str(file), "--dry-run")):
-        said = " ".join(cafe.fail("benchmark", *arguments).split())
-        assert "'my grid' cannot be that of an experiment" in said
-        assert "give --experiment NAME" in said
-    assert "The name 'my runs' cannot be used" in cafe.fail("benchmark", str(file), "--experiment", "my runs")
-    assert "experiment" not in cafe.fail(
-        "benchmark", str(file), "--experiment", "grid", "--dry-run"
-    )  # but 'rafdb' is missing
-
-
 def test_the_dry_run_of_table_1_shows_125_cells_and_the_tower_passes_saved(tmp_path: Path) -> None:
     cafe = Cafe(tmp_path / "work", "")
     workspace = Workspace.at(str(cafe.workspace))

@@ -393,3 +393,17 @@ def test_mistakes_in_the_command_are_one_sentence(workspace: Workspace) -> None:
     assert f"No finished run of this workspace {unheld}" in cafe.fail("compare", "--best", "source_val")
     best = cafe.fail("compare", "--best", "source_val", "--experiment", "trial")
     assert f"No finished run of the experiment 'trial' {unheld}" in best
+
+
+def test_a_file_whose_name_is_no_experiments_fails_before_any_work(tmp_path: Path) -> None:
+    file = tmp_path / "my grid.toml"
+    file.write_text('sources = ["rafdb"]\nmethods = ["image_only"]\n')
+    cafe = Cafe(tmp_path / "work", "")
+    for arguments in ((str(file),), (str(file), "--dry-run")):
+        said = " ".join(cafe.fail("benchmark", *arguments).split())
+        assert "'my grid' cannot be that of an experiment" in said
+        assert "give --experiment NAME" in said
+    assert "The name 'my runs' cannot be used" in cafe.fail("benchmark", str(file), "--experiment", "my runs")
+    assert "experiment" not in cafe.fail(
+        "benchmark", str(file), "--experiment", "grid", "--dry-run"
+    )  # but 'rafdb' is missing
