@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
+from cafe.data.images import UnreadableImageError
 from cafe.errors import UserError
 from cafe.files import write_file
 from cafe.learning.adaptation import ADAPTATIONS
@@ -81,13 +83,30 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
         target.groups(rows),
         spec.classes,
     )
-    if not column.test_time and isinstance(method, Cafe) and spec.recipe["mask"] == "sigmoid":
-        measured: dict[str, object] = {"masks": measure_masks(method, dataset, rows, device)}
-        if "map" in method.needs:
-            measured["heat_maps"] = measure_heat_maps(method, dataset, rows, device)
-        for kind, numbers in measured.items():
+    with only_decorates(run, target):
+        for kind, numbers in _measure(method, dataset, rows, device, column.test_time):
             write_file(column.figure(run, kind, ".json"), json.dumps(numbers).encode())
     predictions.save(column.predictions(run))  # last: from here on the run is evaluated on the target
+
+
+def _measure(
+    method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device, option: str
+) -> Iterator[tuple[str, object]]:
+    """Yield what figures of a method with a mask are drawn from."""
+    if option or not isinstance(method, Cafe) or method.recipe.mask != "sigmoid":
+        return
+    yield "masks", measure_masks(method, dataset, rows, device)
+    if "map" in method.needs:
+        yield "heat_maps", measure_heat_maps(method, dataset, rows, device)
+
+
+@contextmanager
+def only_decorates(run: UPath, target: Faces) -> Iterator[None]:
+    """Warn where figures of a target cannot be made, such as of pictures that are gone: numbers never wait for them."""
+    try:
+        yield
+    except (UserError, UnreadableImageError, OSError) as error:
+        logging.getLogger(__name__).warning("Figures of %s on %s are not drawn: %s", run.name, target.name, error)
 
 
 def _predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device, option: str) -> np.ndarray:
@@ -101,13 +120,11 @@ def _predict(method: Method, dataset: FaceDataset, rows: np.ndarray, device: tor
 
 
 def draw_figures(run: UPath, target: Faces) -> None:
-    """Draw what a run's folder says of a target; a figure only decorates, so that it may fail alone, with a warning."""
+    """Draw what a run's folder says of a target."""
     assert target.column is not None
-    try:
+    with only_decorates(run, target):
         for kind, ending, content in draw_run_figures(run, target.column, target.parts[0].manifest):
             write_file(target.column.figure(run, kind, ending), content)
-    except (UserError, OSError) as error:
-        logging.getLogger(__name__).warning("Figures of %s on %s are not drawn: %s", run.name, target.name, error)
 
 
 def check_option(spec: RunSpec, option: str) -> None:

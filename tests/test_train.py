@@ -25,7 +25,7 @@ from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.models import view_plan
 from cafe.pipeline.plan import find_deviations, plan_training
-from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.runs import RunSpec, read_status
 from cafe.pipeline.settings import ClusterSettings, ExtractSettings, TrainSettings
 from cafe.pipeline.worker import find_worker
 from cafe.pipeline.workspace import Workspace
@@ -165,6 +165,22 @@ def test_a_worker_gives_its_core_back_though_something_still_refers_to_it(ready:
         time.sleep(0.1)
     assert ray.available_resources().get("CPU", 0) == 2
     assert worker
+
+
+def test_pictures_of_a_target_that_are_gone_cost_its_gallery_alone_and_are_named(
+    ready: Cafe, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = Workspace.at(str(ready.workspace)).load_manifest("two")
+    pictures = Path(manifest.root)
+    away = pictures.rename(pictures.with_name("away"))
+    try:
+        ready.succeed(*TRAIN, "--method", "linear_probe", "--targets", "two")
+    finally:
+        away.rename(pictures)
+    run = only_run(ready)
+    assert len(load_predictions(run)["two"].labels) == len(manifest.rows("test"))
+    assert read_status(run) == "FINISHED"
+    assert f"pictures of two are not shown, the first is {pictures}" in caplog.text
 
 
 def test_image_only_needs_no_features(ready: Cafe) -> None:

@@ -7,6 +7,7 @@ run has the first two, which Pillow draws: matplotlib takes as long to load as a
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -76,10 +77,22 @@ def draw_run_figures(folder: UPath, column: Column, manifest: Manifest | None) -
 
 
 def read_faces(manifest: Manifest, samples: Collection[str]) -> dict[str, np.ndarray]:
-    """Return the pictures (H, W, 3) uint8 of samples by their ids; those that are gone or unreadable are left out."""
+    """Return the pictures (H, W, 3) uint8 of samples by their ids.
+
+    Those that are gone or unreadable are left out, with a warning that names the first.
+    """
     wanted = set(samples)
     rows = [row for row, sample in enumerate(manifest.sample_ids) if sample in wanted]
-    found = manifest.survey(rows, lambda pixels: pixels)
+    found = list(manifest.survey(rows, lambda pixels: pixels))
+    if lacking := [(row, reason) for row, reason in found if not isinstance(reason, np.ndarray)]:
+        row, reason = lacking[0]
+        logging.getLogger(__name__).warning(
+            "%d pictures of %s are not shown, the first is %s: %s.",
+            len(lacking),
+            manifest.name,
+            manifest.path(row),
+            reason,
+        )
     return {manifest.sample_ids[row]: pixels for row, pixels in found if isinstance(pixels, np.ndarray)}
 
 
