@@ -53,9 +53,9 @@ def test_no_face_is_decoded_twice_while_there_is_room(manifest: Manifest) -> Non
     rows, decoded = list(range(10)), list[int]()
 
     class Counting(Manifest):
-        def read_face(self, row: int, *arguments: Any) -> np.ndarray:
+        def decode_face(self, row: int, *arguments: Any) -> np.ndarray:
             decoded.append(row)
-            return super().read_face(row, *arguments)
+            return super().decode_face(row, *arguments)
 
     counting = Counting(**vars(replace(manifest)))
     kept = KeptPictures(counting, room=5 * manifest.read_face(0).nbytes)
