@@ -157,7 +157,7 @@ def remove_tree(folder: UPath) -> None:
 def read_file(path: UPath) -> bytes:
     """Return the content of a file, from an object store by one request; raise `IrregularFileError`."""
     if path.protocol in ("", "file"):
-        kind = path.stat().st_mode
+        kind = retry(path, "read", path.stat).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise IrregularFileError(f"{path} is a pipe or a device: give a file.")
     if path.protocol not in OBJECT_STORES:

@@ -275,6 +275,8 @@ def _plain(value: object) -> str:
 def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
     check_network(settings.network, settings.init)
     check_name(settings.experiment)
+    if not -(2**63) <= settings.seed < 2**63:
+        raise UserError(f"The seed {settings.seed} has more than 64 bits: give a smaller one.")
     if settings.tag:
         check_name(settings.tag)
     if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
@@ -283,8 +285,6 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
 
 def _check_domains(settings: TrainSettings, names: Sequence[str]) -> None:
     """Raise `UserError` for a sampler, a selection or a fold that these sources have no use for."""
-    if not -(2**63) <= settings.seed < 2**63:
-        raise UserError(f"The seed {settings.seed} has more than 64 bits: give a smaller one.")
     selection, alone = settings.selection, f"several sources, not {settings.source!r} alone"
     if settings.sampler == "balanced" and len(names) == 1:
         raise UserError(f"--sampler balanced needs {alone}: leave it out.")
