@@ -149,7 +149,7 @@ def make_training(manifest: Manifest, store: FeatureStore, rows: np.ndarray, pre
     """Return a training of CAFE, as published but for its data."""
     torch.manual_seed(0)
     method = Cafe(Recipe(), Inputs(store.info.width, image_size=SIDE)).to(CUDA).to(memory_format=torch.channels_last)
-    features = FeatureReader([store], ["pooled"])
+    features = FeatureReader([[store]], ["pooled"])
     dataset = FaceDataset(KeptPictures(manifest, 2**34), store.info.key.view_plan, method.needs, SIDE, features)
     return Training(method, method, method.optimizer(), dataset, rows, 0, CUDA, precision)
 

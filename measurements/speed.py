@@ -152,7 +152,7 @@ def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
 
     yield "store, read of a view", seconds_of_reads(place)
     store = FeatureStore(done.store, done.info)
-    cached, plan, width = FeatureReader([store], ["pooled"]), done.info.key.view_plan, tower.facts.width
+    cached, plan, width = FeatureReader([[store]], ["pooled"]), done.info.key.view_plan, tower.facts.width
     live = Embedder(tower, manifest, plan, "cpu", batch_size=BATCH)
     bare = rate_bare_branch(manifest, IMAGE_SIZE)
     yield "stage two, cache", bare / rate_epoch(manifest, cached, plan, width, IMAGE_SIZE)

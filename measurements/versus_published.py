@@ -119,7 +119,7 @@ def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) ->
 def train_from_cache(source: Source, store: FeatureStore) -> tuple[dict[str, Tensor], float]:
     """Return the weights that the store's features lead to, and the CPU seconds of the training."""
     method, plan = source.method(), source.plan
-    dataset = FaceDataset(source.manifest, plan, method.needs, source.image_size, FeatureReader([store], ["pooled"]))
+    dataset = FaceDataset(source.manifest, plan, method.needs, source.image_size, FeatureReader([[store]], ["pooled"]))
     training = Training(method, method, method.optimizer(), dataset, source.manifest.rows("train"), SEED, CPU)
     start = time.process_time()
     for epoch in range(1, source.recipe.epochs + 1):

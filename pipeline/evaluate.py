@@ -82,6 +82,7 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
         },
         target.groups(rows),
         spec.classes,
+        None if target.votes is None else target.votes[rows],
     )
     with only_decorates(run, target):
         for kind, numbers in _measure(method, dataset, rows, device, column.test_time):

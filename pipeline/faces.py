@@ -13,12 +13,13 @@ from upath import UPath
 from cafe.data.expressions import order_classes
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import SPLITS, Manifest, Pictures, hold_out_rows
+from cafe.data.votes import share
 from cafe.errors import DamagedError, UserError
 from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
 from cafe.pipeline.features.integrity import Receipts
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.need import Store, choose_target_store, find_readers
+from cafe.pipeline.need import Stores, choose_target_stores, find_readers, join_layers
 from cafe.pipeline.process.machine import free_memory
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
@@ -43,12 +44,11 @@ class _PicklesFields:
 
 @dataclass(frozen=True)
 class Part(_PicklesFields):
-    """The faces of one manifest and, where there is one, the store of their frozen features."""
+    """The faces of one manifest and, where they are read, the stores of their frozen features, one for each layer."""
 
     place: UPath  # of the manifest
     digest: str  # of the manifest
-    store: UPath | None = None
-    info: StoreInfo | None = None
+    stores: Stores = ()
     unreadable: tuple[int, ...] = ()  # rows whose picture no store could read, where no features are read
 
     @classmethod
@@ -63,9 +63,9 @@ class Part(_PicklesFields):
         return replace(cls.of(workspace, manifest), unreadable=tuple(rows))
 
     @classmethod
-    def of(cls, workspace: Workspace, manifest: Manifest, store: Store | None = None) -> Part:
+    def of(cls, workspace: Workspace, manifest: Manifest, stores: Stores = ()) -> Part:
         """Return the faces of a manifest that is read already."""
-        part = cls(workspace.manifest_path(manifest.name), manifest.digest, *(store or (None, None)))
+        part = cls(workspace.manifest_path(manifest.name), manifest.digest, stores)
         vars(part)["manifest"] = manifest
         return part
 
@@ -82,18 +82,24 @@ class Part(_PicklesFields):
             raise UserError(f"The manifest {self.name!r} has changed since this command began: give it again.")
         return manifest
 
+    @property
+    def info(self) -> StoreInfo | None:
+        """What its stores are side by side."""
+        return join_layers(self.stores) if self.stores else None
+
     @cached_property
-    def features(self) -> FeatureStore | None:
-        """The feature store, opened."""
+    def features(self) -> list[FeatureStore]:
+        """The feature stores, opened."""
         from cafe.pipeline.features.store import FeatureStore  # Zarr, which no plan needs
 
-        return FeatureStore(self.store, self.info) if self.store and self.info else None
+        return [FeatureStore(path, info) for path, info in self.stores]
 
     @cached_property
     def valid(self) -> np.ndarray | None:
         """Which rows have features or, where none are read, a picture, (N,) bool; None where that is all of them."""
-        if self.store and self.info:
-            return Receipts(self.store, self.info).valid()
+        if self.stores:
+            valid: np.ndarray = np.logical_and.reduce([Receipts(path, info).valid() for path, info in self.stores])
+            return valid
         if not self.unreadable:
             return None
         valid = np.ones(len(self.manifest), bool)
@@ -150,7 +156,7 @@ class Faces(_PicklesFields):
 
     @property
     def info(self) -> StoreInfo | None:
-        """What the first store is; in all that a training reads the others are like it."""
+        """What the first manifest's stores are; in all that a training reads the others are like it."""
         return self.parts[0].info
 
     @property
@@ -181,6 +187,24 @@ class Faces(_PicklesFields):
         for part in self.parts:
             labels.append(np.array([places.get(name, -1) for name in part.manifest.classes])[part.manifest.labels])
         return np.concatenate(labels)
+
+    @cached_property
+    def votes(self) -> np.ndarray | None:
+        """How many people chose each of these classes of every row, (N, K) int64, 0 where not known; None for no face."""
+        known = [(part.manifest, start) for part, start in zip(self.parts, self.starts, strict=True)]
+        voted = [(manifest, manifest.votes, start) for manifest, start in known if manifest.votes is not None]
+        votes = np.zeros((len(self.labels), len(self.classes)), np.int64)
+        for manifest, own, start in voted:
+            for place, name in enumerate(manifest.classes):
+                if name in self.classes:
+                    votes[start : start + len(own), self.classes.index(name)] = own[:, place]
+        return votes if voted else None
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        """The shares of the classes (N, K) float32 that people's votes give every row, or its label where nobody voted."""
+        votes = np.zeros((len(self.labels), len(self.classes)), np.int64) if self.votes is None else self.votes
+        return share(votes, self.labels)
 
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
@@ -251,14 +275,16 @@ class Faces(_PicklesFields):
         known: np.ndarray = rows[self.labels[rows] >= 0]
         return known
 
-    def split_rows(self, selection: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows to train on and those on which the epoch is selected; no target is involved.
+    def split_rows(self, selection: str, calibration: str = "none") -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows to train on and those on which the epoch is selected and the model calibrated; of no target.
 
-        `source_val` takes the data set's own validation split, or holds a tenth of the train split out where there is none
-        or where it is what is evaluated, as of AffectNet and SFEW. Of several sources it always holds a tenth of each one
-        out, as DomainBed's training-domain validation does, so that a large validation split does not outweigh the others.
+        `source_val`, and every calibration, takes the data set's own validation split, or holds a tenth of the train split
+        out where there is none or where it is what is evaluated, as of AffectNet and SFEW. Of several sources it always
+        holds a tenth of each one out, as DomainBed's training-domain validation does, so that a large validation split does
+        not outweigh the others.
         """
         own_val = len(self.parts) == 1
+        selection = "source_val" if calibration != "none" else selection
         return (
             self.gather(lambda part: _split_rows(part, selection, own_val)[0]),
             self.gather(lambda part: _split_rows(part, selection, own_val)[1]),
@@ -314,7 +340,7 @@ def choose_target(
     reads = find_method(spec.method).needs_features()
     part, other_split = Part.of_pictures(workspace, manifest), "" if chosen == usual else chosen
     if reads:
-        part = Part.of(workspace, manifest, choose_target_store(workspace, manifest, spec, protocol))
+        part = Part.of(workspace, manifest, choose_target_stores(workspace, manifest, spec, protocol))
     faces = Faces((part,), spec.classes, Column(name, other_split, protocol.plain, protocol.option), chosen)
     if len(faces.rows(chosen)):
         return faces

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from upath import UPath
 
@@ -102,11 +103,12 @@ def view_plan(spec: RunSpec) -> ViewPlan:
 
 
 def make_dataset(spec: RunSpec, faces: Faces, keep: bool = False) -> FaceDataset:
-    """Return faces as the method needs them, with the features of their store; `keep` what is decoded for other epochs."""
+    """Return faces as the method needs them, with the features of their store; `keep` for many epochs of training."""
     needs = find_method(spec.method).needs
     names = [ARRAYS[need] for need in needs if need in ARRAYS]
     pictures = faces.kept_pictures if keep else faces.pictures
-    return FaceDataset(pictures, view_plan(spec), needs, spec.image_size, faces.reader(names), faces.channels)
+    reader, targets = faces.reader(names), find_targets(spec, faces) if keep else None
+    return FaceDataset(pictures, view_plan(spec), needs, spec.image_size, reader, faces.channels, targets)
 
 
 def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
@@ -120,4 +122,9 @@ def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
     mean, std = key.normalisation
     towers_plan = replace(plan, mean=mean, std=std)
     embedder = Embedder(tower, pictures, towers_plan, device, "map" in needs, key.dtype, info.batch_size)
-    return FaceDataset(pictures, plan, needs, spec.image_size, embedder)
+    return FaceDataset(pictures, plan, needs, spec.image_size, embedder, targets=find_targets(spec, source))
+
+
+def find_targets(spec: RunSpec, source: Faces) -> np.ndarray | None:
+    """Return what a training learns of each row, (N, K) float32; None where that is its label."""
+    return source.shares if spec.recipe.get("labels") == "votes" else None

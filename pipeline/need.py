@@ -20,13 +20,14 @@ from cafe.pipeline.workspace import Workspace
 from cafe.records import FORMAT
 from cafe.results.protocols import OPTIONS, Protocol
 from cafe.towers.facts import NORMALISATIONS
-from cafe.towers.names import absolute_name, short_name
+from cafe.towers.names import FINAL, absolute_name, joint_name, short_name, single_names
 
 # What may differ between the store a method was trained on and that of a target: the faces, and how they were augmented,
 # since only the clean view 0 is evaluated.
 OF_THE_SOURCE = ("images", "max_megapixels", "policy", "view_seed", "views", "maps")
 
 Store = tuple[UPath, StoreInfo]
+Stores = tuple[Store, ...]  # of one manifest, whose features are read side by side; usually one
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,24 @@ class Need:
         return sorted(serving, key=lambda store: (store[1].key.views, store[1].key.maps))
 
 
+def choose_source_stores(
+    workspace: Workspace, manifest: Manifest, choice: StoreChoice, method: type[Method], live: bool = False
+) -> Stores:
+    """Return the stores of a source that fit a choice, one for each layer that is read; none when it has none at all.
+
+    Raises `UserError` where one is missing, and when a method reads maps of several layers.
+    """
+    names = single_names(choice.backbone) if choice.backbone else [None]
+    folders = choice.store.split(",") if choice.store else [None]
+    choices = [replace(choice, backbone=name, store=folder) for name in names for folder in folders]
+    if len(choices) > 1 and "map" in method.needs:
+        raise UserError(
+            f"The map of one layer can be read, not of {len(choices)} side by side: name one with --backbone."
+        )
+    found = [choose_source_store(workspace, manifest, one, method, live) for one in choices]
+    return tuple(store for store in found if store)
+
+
 def choose_source_store(
     workspace: Workspace, manifest: Manifest, choice: StoreChoice, method: type[Method], live: bool = False
 ) -> Store | None:
@@ -178,8 +197,18 @@ def choose_source_store(
     return _finished(current[0])
 
 
-def choose_target_store(workspace: Workspace, manifest: Manifest, spec: RunSpec, protocol: Protocol) -> Store:
-    """Return the store of a target that serves the evaluation of a run by a protocol; raise `UserError` without any."""
+def choose_target_stores(workspace: Workspace, manifest: Manifest, spec: RunSpec, protocol: Protocol) -> Stores:
+    """Return the stores of a target that serve the evaluation of a run by a protocol, one for each layer it reads.
+
+    Raises `UserError` where there is none.
+    """
+    command = Need.of_target(manifest, spec, protocol).command
+    return tuple(_choose_target_store(workspace, manifest, one, protocol, command) for one in spec.single_layers)
+
+
+def _choose_target_store(
+    workspace: Workspace, manifest: Manifest, spec: RunSpec, protocol: Protocol, command: str
+) -> Store:
     need = Need.of_target(manifest, spec, protocol)
     stores = find_stores(workspace.features, manifest.name)
     current = [store for store in stores if store[1].key.images == manifest.image_digest]
@@ -188,7 +217,7 @@ def choose_target_store(workspace: Workspace, manifest: Manifest, spec: RunSpec,
     closest = min((need.differences(info) for _, info in current), key=len, default=None)
     reason = f"its closest store differs in {', '.join(closest)}" if closest else "it has none"
     raise UserError(
-        f"No features of {manifest.name!r} match this run's tower ({reason}): run `{need.command}`, or leave it out with "
+        f"No features of {manifest.name!r} match this run's tower ({reason}): run `{command}`, or leave it out with "
         "--targets."
     )
 
@@ -197,6 +226,21 @@ def find_readers(workspace: Workspace, manifest: Manifest) -> list[Store]:
     """Return all finished stores of a manifest: where nobody reads features, they say which pictures are readable."""
     current = Need.of_images(manifest).find(find_stores(workspace.features, manifest.name))
     return [store for store in current if not Receipts(*store).pending()]
+
+
+def join_layers(stores: Stores) -> StoreInfo:
+    """Return what the stores of one manifest are side by side; raise `UserError` naming in what they differ."""
+    (_, first), *others = stores
+    if not others:
+        return first
+    infos = [info for _, info in stores]
+    layers = [info.key.backbone.partition("#") for info in infos]
+    if len({tower for tower, _, _ in layers}) > 1:
+        raise UserError("Layers are read side by side of one tower: name stores of the same one with --store.")
+    _check_alike(stores, {"backbone": ""})
+    key = replace(first.key, backbone=f"{layers[0][0]}#{'+'.join(layer or FINAL for _, _, layer in layers)}")
+    name, width = joint_name([info.backbone_name for info in infos]), sum(info.width for info in infos)
+    return replace(first, key=key, backbone_name=name, width=width, map_shape=None)
 
 
 def join_stores(stores: Sequence[Store], choice: StoreChoice, method: type[Method], live: bool = False) -> StoreInfo:

@@ -20,7 +20,7 @@ from cafe.pipeline.faces import Faces, Part, choose_target, choose_targets
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
 from cafe.pipeline.models import find_inputs
-from cafe.pipeline.need import Store, choose_source_store, join_stores
+from cafe.pipeline.need import Store, Stores, choose_source_stores, join_layers, join_stores
 from cafe.pipeline.runs import RunSpec, is_finished
 from cafe.pipeline.settings import RunIdentity, TrainSettings, take
 from cafe.pipeline.workspace import Workspace, check_name
@@ -83,12 +83,14 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     stores = _choose_stores(workspace, sources, settings)
     source = Faces.of(
         *(
-            Part.of(workspace, part.manifest, store) if store else Part.of_pictures(workspace, part.manifest)
-            for part, store in zip(sources.parts, stores, strict=True)
+            Part.of(workspace, part.manifest, own) if own else Part.of_pictures(workspace, part.manifest)
+            for part, own in zip(sources.parts, stores, strict=True)
         )
     )
     spec = specify(settings, source, recipe, _describe_stores(sources, stores, settings))
-    spec = replace(spec, rows=_name_rows(sources, source, settings.selection))
+    spec = replace(
+        spec, rows=_name_rows(sources, source, settings.selection, recipe), votes=_name_votes(source, recipe)
+    )
     find_method(settings.method).check(find_inputs(spec))
     for part in source.parts:
         _check_faces(part, settings)
@@ -107,7 +109,8 @@ def _plan_fold(workspace: Workspace, plan: TrainPlan, left_out: Part) -> TrainPl
     others = [part for part in plan.source.parts if part is not left_out]
     changes: dict[str, Any] = {"source": ",".join(part.name for part in others), "fold": left_out.name}
     if plan.spec.features:
-        changes |= {"backbone": None, "store": ",".join(part.info.folder for part in others if part.info)}
+        folders = [info.folder for part in others for _, info in part.stores]
+        changes |= {"backbone": None, "store": ",".join(folders)}
     if len(others) == 1:
         changes["sampler"] = "proportional"
     return plan_training(workspace, replace(plan.settings, selection="oracle", targets="none", **changes))
@@ -126,6 +129,12 @@ def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
     shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
     published = find_method(settings.method).published_recipe(kind)
     recipe = apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+    find_method(settings.method).check_recipe(recipe, settings.method)
+    if recipe.calibration != "none" and settings.selection == "source_test":
+        raise UserError(
+            "calibration needs faces that are neither trained on nor evaluated, and --selection source_test looks at those "
+            "that are: take another selection, or leave calibration out."
+        )
     if not settings.scale_batch:
         return recipe
     # Linear scaling of the rate with the batch: Goyal et al., "Accurate, Large Minibatch SGD", 2017.
@@ -177,12 +186,23 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
     )
 
 
-def _name_rows(listed: Faces, source: Faces, selection: str) -> str:
+def _name_rows(listed: Faces, source: Faces, selection: str, recipe: Recipe) -> str:
     """Name the rows that are trained on and held out where they are not all that the manifests list, which is usual."""
-    everything, left = listed.split_rows(selection), source.split_rows(selection)
+    everything, left = (faces.split_rows(selection, recipe.calibration) for faces in (listed, source))
     if all(np.array_equal(one, other) for one, other in zip(everything, left, strict=True)):
         return ""
     return digest("|".join(" ".join(map(str, rows)) for rows in left).encode())
+
+
+def _name_votes(source: Faces, recipe: Recipe) -> str:
+    """Name what is learned of people's votes, empty where it is labels; raise `UserError` where nobody voted."""
+    if recipe.labels != "votes":
+        return ""
+    if source.votes is None:
+        raise UserError(
+            f"No face of {source.name!r} has votes: leave labels=votes out, or index a set that has them again."
+        )
+    return digest(source.shares.tobytes())
 
 
 def find_precision(settings: TrainSettings) -> str:
@@ -201,37 +221,38 @@ def _count_views(settings: TrainSettings, recipe: Recipe, key: FeatureKey | None
     return recipe.epochs + 1 if own or settings.live else settings.views or key.views
 
 
-def _choose_stores(workspace: Workspace, source: Faces, settings: TrainSettings) -> list[Store | None]:
-    """Return the store of each source for a method that needs a tower; any other learns as published unless asked otherwise.
+def _choose_stores(workspace: Workspace, source: Faces, settings: TrainSettings) -> list[Stores]:
+    """Return the stores of each source for a method that needs a tower; any other learns as published unless asked to.
 
-    `settings.store` may name one for each source. Raises `UserError` where a store is missing.
+    `settings.store` may name those of each source, of which several are read side by side. Raises `UserError` where one is
+    missing.
     """
     folders = settings.store.split(",") if settings.store else []
-    method, chosen = find_method(settings.method), list[Store | None]()
+    method, chosen = find_method(settings.method), list[Stores]()
     for part in source.parts:
         there = {path.name for path, _ in find_stores(workspace.features, part.name)} if folders else set()
-        folder = next((folder for folder in folders if folder in there), settings.store)
-        store = None
-        if settings.backbone != "none" and (method.needs_tower() or settings.backbone or folder):
-            choice = replace(settings, store=folder)
-            store = choose_source_store(workspace, part.manifest, choice, method, settings.live)
-        _check_store(settings, method, part.name, store)
-        chosen.append(store)
+        own = ",".join(folder for folder in folders if folder in there) or settings.store
+        stores: Stores = ()
+        if settings.backbone != "none" and (method.needs_tower() or settings.backbone or own):
+            choice = replace(settings, store=own)
+            stores = choose_source_stores(workspace, part.manifest, choice, method, settings.live)
+        _check_stores(settings, method, part.name, stores)
+        chosen.append(stores)
     return chosen
 
 
-def _check_store(settings: TrainSettings, method: type[Method], source: str, store: Store | None) -> None:
+def _check_stores(settings: TrainSettings, method: type[Method], source: str, stores: Stores) -> None:
     if settings.backbone == "none" and method.needs_tower():
         raise UserError(f"{settings.method} needs a frozen tower: leave out --backbone none.")
     if settings.live and not (method.needs_features() and method.trained):
         raise UserError(f"{settings.method} is not trained on a frozen tower's features: leave out --live.")
-    if store is None and method.needs_tower():
+    if not stores and method.needs_tower():
         raise UserError(f"{settings.method} needs frozen features of {source!r}: run `cafe extract {source}` first.")
 
 
-def _describe_stores(source: Faces, stores: Sequence[Store | None], settings: TrainSettings) -> StoreInfo | None:
+def _describe_stores(source: Faces, stores: Sequence[Stores], settings: TrainSettings) -> StoreInfo | None:
     """Return the description of the only store, or of those of all sources as one; raise `UserError` where they differ."""
-    found = [store for store in stores if store]
+    found: list[Store] = [(own[0][0], join_layers(own)) for own in stores if own]
     if len(found) < 2:
         return found[0][1] if found else None
     together = join_stores(found, settings, find_method(settings.method), settings.live)

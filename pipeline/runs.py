@@ -32,6 +32,7 @@ from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.runs import read_record
 from cafe.results.sources import Source
 from cafe.seals import write_sealed
+from cafe.towers.names import FINAL, single_names
 
 CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -69,6 +70,7 @@ class RunSpec(RunIdentity):
     width: int | None = None
     grid: tuple[int, int] | None = None  # (H, W) of the maps it reads, which the store says
     rows: str = ""  # digest of the rows trained on or held out, where pictures of the source are left out
+    votes: str = ""  # digest of the shares of the classes, where a training learns these
     init_digest: str = ""  # of the file of initial weights, where there is one
     plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
 
@@ -93,6 +95,7 @@ class RunSpec(RunIdentity):
                 "sources": (),
                 "fold": "any",
                 "rows": "",
+                "votes": "",
             }
             same = replace(same, features=key, source=self.domains, **open_fields)
         return same._digest("seed")
@@ -106,6 +109,17 @@ class RunSpec(RunIdentity):
     def trained_on(self) -> tuple[Source, ...]:
         """Its sources, also where there is only one."""
         return self.sources or (Source(self.source, self.source_kind, self.source_digest),)
+
+    @property
+    def single_layers(self) -> list[RunSpec]:
+        """This specification with each of the layers of its tower that it reads side by side; itself where it reads one."""
+        if self.backbone is None or self.features is None or "+" not in self.backbone:
+            return [self]
+        tower, _, layers = self.features.backbone.partition("#")
+        whole = (f"{tower}#{layer}" if layer != FINAL else tower for layer in layers.split("+"))
+        keys = [replace(self.features, backbone=name) for name in whole]
+        named = zip(single_names(self.backbone), keys, strict=True)
+        return [replace(self, backbone=name, features=key) for name, key in named]
 
     def _digest(self, *without: str) -> str:
         return digest_changes(self, ("recipe", "grid", *without))[:8]
@@ -131,6 +145,7 @@ class RunSpec(RunIdentity):
         return {
             "manifest": self.source_digest,
             **({"rows": self.rows} if self.rows else {}),
+            **({"votes": self.votes} if self.votes else {}),
             **({"init_digest": self.init_digest} if self.init_digest else {}),
             "store": self.features.digest if self.features else "none",
             "width": self.width or 0,

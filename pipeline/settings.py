@@ -82,7 +82,7 @@ class FeatureSettings(FeatureIdentity):
     backbone: str = setting(
         "clip-vit-b32",
         "Frozen tower: clip-vit-b32, face-resnet, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, "
-        "timm:MODEL[@FILE]; #LAYER/GRID behind it reads a layer, such as #stage3/3x3.",
+        "timm:MODEL[@FILE]; #LAYER/GRID behind it reads a layer, such as #stage3/3x3, + between several side by side.",
         in_file=False,
     )
     policy: Policy = setting("paper", "How views are augmented.", in_file=False)

@@ -82,12 +82,14 @@ def _look_at(path: UPath, runs: dict[str, tuple[RunSpec, list[str]]]) -> StoreFa
         for run, (spec, _) in readers.items()
         if info
         and info.manifest in {source.name for source in spec.trained_on}
-        and Need.trained_with(info.manifest, spec).matches(info)
+        and any(Need.trained_with(info.manifest, one).matches(info) for one in spec.single_layers)
     ]
     evaluated = [
         run
         for run, (spec, targets) in readers.items()
-        if info and info.manifest in targets and Need.evaluated_with(info.manifest, spec).matches(info)
+        if info
+        and info.manifest in targets
+        and any(Need.evaluated_with(info.manifest, one).matches(info) for one in spec.single_layers)
     ]
     return StoreFacts(
         path,

@@ -13,12 +13,14 @@ from contextlib import contextmanager, nullcontext
 from threading import Event
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from upath import UPath
 
 from cafe.arithmetic import set_arithmetic
 from cafe.files import exists, list_folder, remove_file, remove_tree, write_json
+from cafe.learning.calibration import calibrate
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import Selection, Training, fit, prepare
@@ -38,6 +40,7 @@ from cafe.towers.weights import write_tensors
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 PREPARE_SECONDS = 24 * 3600  # that other workers wait for the first one, while it prepares a method
+HELD_OUT = ("source_val", "source_test")  # selections by faces of the source that are not trained on
 RESTARTS = 3  # of what a cluster's nodes, which come and go, were at work on
 
 CheckLease = Callable[[], None]
@@ -82,7 +85,7 @@ class Worker:
         cores = self.cores or machine.cores()
         torch.set_num_threads(min(cores, settings.threads or cores))
 
-        rows, held_out = source.split_rows(spec.selection)
+        rows, held_out = source.split_rows(spec.selection, spec.recipe.get("calibration", "none"))
         method = build_method(spec).to(self.device).to(memory_format=torch.channels_last)
         if not method.trained:
             if rank() == 0:
@@ -98,9 +101,7 @@ class Worker:
             prepared = prepare(method, dataset, rows, spec.seed, self.device, loaders)
         if world_size() > 1:
             share_batch_norm(method)
-        selection = Selection(held_out)
-        if plan.validation:  # the domain left out
-            selection = Selection(plan.validation.rows("train"), make_dataset(spec, plan.validation))
+        selection = _select(plan, held_out)
         module, optimizer = self.wrap(method), method.optimizer()
         domains = source.domains if spec.sources and spec.sampler == "balanced" else None
         training = Training(
@@ -118,12 +119,16 @@ class Worker:
                 if epoch % settings.checkpoint_every == 0 and epoch < last:
                     _save_checkpoint(run, epoch, training, selection)
         if rank() == 0:
+            if method.recipe.calibration == "temperature":
+                method.load_state_dict(selection.result(training))
+                metrics |= calibrate(method, dataset, held_out, self.device)
+                selection.weights = method.state_dict()
             _save_result(run, selection.result(training), {"epochs": last, "selected": selection.epoch, **metrics})
             _remove_checkpoints(run)
 
     def evaluate(self, run: UPath, target: Faces) -> None:
         """Predict the faces of one target by a run that is trained."""
-        name = f"{[(part.place, part.store) for part in target.parts]} {target.column} {target.classes}"
+        name = f"{[(part.place, part.stores) for part in target.parts]} {target.column} {target.classes}"
         evaluate_target(run, self.targets.setdefault(name, target), self.device)
 
 
@@ -276,6 +281,13 @@ def train_together(config: dict[str, Any]) -> None:
 def _evaluate_alone(run: UPath, target: Faces, plugins: Sequence[Plugin]) -> None:
     """Predict the faces of one target, in a process that does nothing else."""
     Worker(plugins=plugins).evaluate(run, target)
+
+
+def _select(plan: TrainPlan, held_out: np.ndarray) -> Selection:
+    """Return by which faces the epoch is chosen: those of the domain left out, or rows held out of the source."""
+    if plan.validation:
+        return Selection(plan.validation.rows("train"), make_dataset(plan.spec, plan.validation))
+    return Selection(held_out if plan.spec.selection in HELD_OUT else held_out[:0])
 
 
 def _count_loaders(asked: int | None, device: torch.device, dataset: FaceDataset, cores: int) -> int:

@@ -70,7 +70,7 @@ def test_training_from_the_cache_is_training_with_the_tower_on_the_fly(
     )
     store = fill_store(tmp_path, manifest, settings)
     live = Embedder(load_backbone(tiny_tower), manifest, store.info.key.view_plan, "cpu", True, dtype, batch_size=16)
-    cached = train(name, manifest, store, FeatureReader([store], ("pooled", "map"))).method.state_dict()
+    cached = train(name, manifest, store, FeatureReader([[store]], ("pooled", "map"))).method.state_dict()
     fly = train(name, manifest, store, live).method.state_dict()
     for key, value in cached.items():
         assert torch.equal(value, fly[key]), key
@@ -88,7 +88,7 @@ def test_a_layer_from_the_cache_is_the_layer_on_the_fly(
     live = Embedder(tower, manifest, store.info.key.view_plan, "cpu", True, batch_size=16)
     rows = np.random.default_rng(0).permutation(len(manifest))[:30]
     for view in (0, 1):
-        cached = FeatureReader([store], ("pooled", "map")).read(rows, view)
+        cached = FeatureReader([[store]], ("pooled", "map")).read(rows, view)
         for array, values in live.read(rows, view).items():
             assert np.array_equal(cached[array], values), (array, view)
     assert store.info.key.backbone == tower.facts.architecture

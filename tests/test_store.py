@@ -157,13 +157,13 @@ def test_features_that_are_no_numbers_are_refused_with_the_name_of_the_face(
 @pytest.mark.parametrize("share", [0.4, 0.0], ids=["in memory", "mapped"])
 def test_reading_gives_the_rows_of_the_wanted_view(tmp_path: Path, share: float) -> None:
     store = filled(tmp_path)
-    reader = FeatureReader([store], ("pooled", "map"), share)
+    reader = FeatureReader([[store]], ("pooled", "map"), share)
     rows = np.array([7, 0, 4])
     for view in (2, 0, 2):
         for name, values in reader.read(rows, view).items():
             np.testing.assert_array_equal(values, store.array(name)[:][rows, view])
     assert sorted(reader.kept) == ([0, 2] if share else [2])  # without room only the last view is kept
-    assert isinstance(reader.kept[2][0]["map"], np.memmap) == (share == 0)
+    assert isinstance(reader.kept[2][0]["map"][0], np.memmap) == (share == 0)
 
 
 def test_a_view_is_trusted_without_reading_the_others(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -108,6 +108,7 @@ class LabelledFile:
     box: Box | None = None
     pixels: np.ndarray | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
+    votes: Mapping[str, int] = field(default_factory=dict, compare=False)  # how many people chose each name
 
 
 @dataclass
@@ -293,7 +294,7 @@ def index_files(
         root = images
     faces, broken = [], [(where, reason) for where, reason, _ in listing.rejected]
     labels = {name: label for label, name in enumerate(listing.classes)}
-    opened = map_threads(lambda file: _open(root, file, labels[file.expression]), listing.files)
+    opened = map_threads(lambda file: _open(root, file, labels), listing.files)
     for done, result in enumerate(opened, start=1):
         if isinstance(result, Face):
             faces.append(result)
@@ -307,8 +308,8 @@ def index_files(
     return Index(manifest, listing, sorted(broken))
 
 
-def _open(root: UPath, file: LabelledFile, label: int) -> Face | tuple[str, str]:
-    """Return a face with its label, size and digest, or (path, reason) when its file cannot be read."""
+def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | tuple[str, str]:
+    """Return a face with its label, votes, size and digest, or (path, reason) when its file cannot be read."""
     path, box = root / file.path, file.box
     try:
         data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)
@@ -319,7 +320,18 @@ def _open(root: UPath, file: LabelledFile, label: int) -> Face | tuple[str, str]
     except UnreadableImageError as error:
         return file.path, str(error)
     digest = hashlib.sha256(data).hexdigest()
-    return Face(file.path, file.path, label, file.split, file.group, width, height, digest, box)
+    votes = _count_votes(file.votes, tuple(labels))
+    label = labels[file.expression]
+    return Face(file.path, file.path, label, file.split, file.group, width, height, digest, box, votes)
+
+
+def _count_votes(votes: Mapping[str, int], classes: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Return how many people chose each class, by names in any spelling; None where nobody chose one of these."""
+    counts = dict.fromkeys(classes, 0)
+    for name, count in votes.items():
+        if found := find_class(name, classes):
+            counts[found] += count
+    return tuple(counts.values()) if any(counts.values()) else None
 
 
 def _write_pixels(path: UPath, pixels: np.ndarray) -> bytes:

@@ -47,8 +47,10 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("digest", pa.string()),  # SHA-256 of the file
         ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
+        ("votes", pa.list_(pa.int32())),  # how many people chose each class, in their order; null: not known
     ]
 )
+YOUNGER = ("votes",)  # columns that files of before lack
 REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a manifest: that of its file, of folders and of metrics
 
@@ -76,6 +78,7 @@ class Face:
     height: int
     digest: str
     box: Box | None = None
+    votes: tuple[int, ...] | None = None
 
 
 class Pictures(Protocol):
@@ -139,6 +142,9 @@ class Manifest:
         try:
             table = read_table(path, "write it again with `cafe data index`")
             header = Header.model_validate_json(table.schema.metadata[b"cafe.manifest"])
+            for name in YOUNGER:
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
             table = table.select(SCHEMA.names).cast(SCHEMA)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValidationError):
             raise UserError(f"{path} is not a manifest of version 2: write it again with `cafe data index`.") from None
@@ -166,6 +172,16 @@ class Manifest:
     def labels(self) -> np.ndarray:
         """The label of every row, (N,) int64."""
         return np.asarray(self.table["label"].to_numpy(), dtype=np.int64)
+
+    @cached_property
+    def votes(self) -> np.ndarray | None:
+        """How many people chose each class of every row, (N, K) int64, all 0 where that is not known; None for no face."""
+        column = self.table["votes"]
+        if column.null_count == len(column):
+            return None
+        votes = np.zeros((len(self), len(self.classes)), np.int64)
+        votes[column.is_valid().to_numpy()] = pc.list_flatten(column).to_numpy().reshape(-1, len(self.classes))
+        return votes
 
     def name_classes(self, rows: np.ndarray) -> np.ndarray:
         """Return the names of the classes of some rows, (n,) of text."""
@@ -244,7 +260,8 @@ class Manifest:
     def digest(self) -> str:
         """A digest of all but where the files lie: samples, labels, splits, groups, contents.
 
-        Labels count by what they mean, so that the same faces are the same in whatever class set they were indexed.
+        Labels count by what they mean, so that the same faces are the same in whatever class set they were indexed. Votes
+        do not count: a run that learns from them names them besides.
         """
         table, place = self.table, self.table.column_names.index("label")
         if self.classes != EXPRESSIONS:
@@ -304,6 +321,11 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
         return "a face without the SHA-256 of its file in 'digest'"
     if pc.any(pc.match_substring_regex(table["path"], r"(^|/)\.\.(/|$)|^/")).as_py():
         return "a path that leads out of its root"
+    lengths = pc.list_value_length(table["votes"])
+    if not pc.all(pc.equal(lengths, len(classes)), min_count=0).as_py():
+        return "votes for another number of classes"
+    if pc.any(pc.less(pc.list_flatten(table["votes"]), 0)).as_py():
+        return "fewer than no votes"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):
         return "a sample listed twice"
     known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))

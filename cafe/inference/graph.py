@@ -58,8 +58,7 @@ class Graph(nn.Module):
             read = {"features": features, "map": spatial}
             # Methods learned from features as a store keeps them.
             batch |= {name: read[name].to(self.dtype).float() for name in needs & read.keys()}
-        probabilities: Tensor = self.method(batch)["logits"].float().softmax(dim=1)
-        return probabilities
+        return self.method.predict(batch)
 
 
 def write_onnx(model: Model, path: str) -> None:

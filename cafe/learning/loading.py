@@ -109,6 +109,7 @@ class FaceDataset:
     image_size: int
     features: FeatureSource | None = None
     channels: str = "rgb"  # bgr only for targets of the protocol `paper`
+    targets: np.ndarray | None = None  # (N, K) float32, what to learn of each row where that is not its label alone
 
     def load(
         self,
@@ -120,6 +121,8 @@ class FaceDataset:
     ) -> Iterator[Batch]:
         """Yield batches of rows in one view, in order, on a device: row and label (n,), and what the method needs.
 
+        `target` is (n, K) where there are targets.
+
         `image` is (n, 3, S, S), normalised on the device, `placement` (n, 2, 3) says which part of the clean picture it
         shows, `features` is (n, C), `map` (n, C, H, W), both of `frozen_view` where that is another. `workers` processes
         decode ahead; without any a GPU makes the views itself. A batch may be empty, but not the first.
@@ -130,6 +133,8 @@ class FaceDataset:
             pictures = self._make(batches, view, device) if made_there else self._decode(batches, view, device, workers)
         for rows, picture in zip(batches, pictures, strict=False):
             batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
+            if self.targets is not None:
+                batch["target"] = torch.from_numpy(self.targets[rows])
             if self.features is not None:
                 if len(rows):
                     arrays = self.features.read(rows, view if frozen_view is None else frozen_view)

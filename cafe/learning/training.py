@@ -91,10 +91,13 @@ class Training:
         # For dropout. `torch.manual_seed` seeds CUDA too and, where there is none, formats a traceback instead.
         seed = torch.manual_seed if self.device.type == "cuda" else torch.default_generator.manual_seed
         seed(step_seed + rank())
+        batch = self.method.augment(batch)
         with autocast(self.device, self.precision):
             output = self.module(batch)
         whole = {name: gather(widen(value), total) for name, value in output.items()}
         targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
+        if "target" in batch:
+            targets["target"] = gather(batch["target"], total)
         targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed), "log_prior": self.log_prior}
         correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
         whole["logits"] = whole["logits"] + self.log_prior
@@ -149,7 +152,7 @@ def fit(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.de
     method.eval()
     measure_features(method, dataset, rows, device)
     with torch.no_grad():
-        method.fit(dataset.load(_split(rows), 0, device))
+        method.fit(dataset.load(split_rows(rows), 0, device))
 
 
 def prepare(
@@ -162,7 +165,7 @@ def prepare(
 
     def load(number: int) -> Iterator[Batch]:
         order = random_generator(seed, "prepare", number).permutation(rows)
-        return dataset.load(_split(order, PREPARATION_BATCH), 0, device, loader_workers)
+        return dataset.load(split_rows(order, PREPARATION_BATCH), 0, device, loader_workers)
 
     measured = measure_features(method, dataset, rows, device)
     torch.manual_seed(int(random_generator(seed, "prepare").integers(2**62)))
@@ -178,7 +181,7 @@ def measure_features(method: Method, dataset: FaceDataset, rows: np.ndarray, dev
     if isinstance(method, FeatureMethod) and isinstance(method.standardise, Standardisation):
         name = method.array()
         features_only = replace(dataset, needs=frozenset({name}))
-        method.standardise.fit(batch[name] for batch in features_only.load(_split(rows), 0, device))
+        method.standardise.fit(batch[name] for batch in features_only.load(split_rows(rows), 0, device))
         return True
     return False
 
@@ -202,12 +205,13 @@ def predict_average(
     for view in range(views):
         parts: list[Tensor] = []
         with torch.no_grad():
-            for batch in dataset.load(_split(rows), view, device, frozen_view=frozen_view):
-                shares = [method(batch)["logits"].float().softmax(dim=1) for method in methods]
+            for batch in dataset.load(split_rows(rows), view, device, frozen_view=frozen_view):
+                shares = [method.predict(batch) for method in methods]
                 parts.append(torch.stack(shares).mean(dim=0).cpu())
         by_view.append(torch.cat(parts))
     return torch.stack(by_view).mean(dim=0).numpy()
 
 
-def _split(rows: np.ndarray, size: int = PREDICTION_BATCH) -> list[np.ndarray]:
+def split_rows(rows: np.ndarray, size: int = PREDICTION_BATCH) -> list[np.ndarray]:
+    """Return rows in batches of a size, in order; the last may be smaller."""
     return np.split(rows, range(size, len(rows), size))

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cafe.errors import UserError
 from cafe.methods.heads import HeadMethod, HiddenRecipe
-from cafe.methods.method import Batch, Inputs, widen
+from cafe.methods.method import Batch, Inputs, find_targets, widen
 from cafe.networks.branches import build_network
 
 
@@ -89,9 +89,9 @@ class Cafe(HeadMethod):
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Eq. 9: classification + λ separation + β diverse."""
-        masked, labels, classes = output["masked"], batch["label"], len(self.inputs.classes)
+        masked, targets, classes = output["masked"], find_targets(batch), len(self.inputs.classes)
         keep = draw_kept_channels(masked.shape[1], classes, self.recipe.dropped, batch["generator"]).to(masked.device)
-        return cafe_losses(output["logits"], masked, labels, keep, self.recipe, batch["log_prior"])
+        return cafe_losses(output["logits"], masked, targets, keep, self.recipe, batch["log_prior"])
 
 
 def resize_channels(values: Tensor, width: int) -> Tensor:
@@ -130,15 +130,15 @@ def pool_groups(masked: Tensor, classes: int) -> Tensor:
 
 
 def cafe_losses(
-    logits: Tensor, masked: Tensor, labels: Tensor, keep: Tensor, recipe: Recipe, log_prior: Tensor | float = 0.0
+    logits: Tensor, masked: Tensor, targets: Tensor, keep: Tensor, recipe: Recipe, log_prior: Tensor | float = 0.0
 ) -> dict[str, Tensor]:
-    """Eq. 3–9 for logits (N, K), masked features (N, C), labels (N,) and the kept channels (C,).
+    """Eq. 3–9 for logits (N, K), masked features (N, C), labels (N,) or shares (N, K), and the kept channels (C,).
 
     `log_prior` (K,), which the logits already contain, is added to the separation's; as published it is 0.
     """
     classes = logits.shape[1]
-    classification = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)  # Eq. 3
-    separation = functional.cross_entropy(pool_groups(masked * keep, classes) + log_prior, labels)  # Eq. 4–6
+    classification = functional.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)  # Eq. 3
+    separation = functional.cross_entropy(pool_groups(masked * keep, classes) + log_prior, targets)  # Eq. 4–6
     peaks = pool_groups(masked, classes)  # Eq. 7, (N, K)
     peak = peaks.mean() if recipe.diverse_form == "mean" else peaks.sum(dim=1).mean()
     diverse = 1 - peak / (masked.shape[1] // classes)  # Eq. 8

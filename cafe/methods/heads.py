@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cafe.errors import UserError
-from cafe.methods import features
+from cafe.methods import features, method
 from cafe.methods.features import FeatureMethod
-from cafe.methods.method import Batch
+from cafe.methods.method import Batch, find_targets
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Recipe(features.Recipe):
     schedule: Literal["exponential", "cosine"] = "exponential"  # by `gamma`, or half a cosine over all epochs
     label_smoothing: float = 0.0  # share of a label that goes to all classes alike (Szegedy et al., CVPR 2016)
     input_dropout: float = 0.0  # share of the channels that are 0 in a training step
+    # α of Beta(α, α), from which each step draws how two faces' features and targets are mixed ("mixup: Beyond Empirical
+    # Risk Minimization", Zhang et al., ICLR 2018); 0: they are not.
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise `UserError` for a share of everything, of which nothing can be learned."""
@@ -56,6 +59,14 @@ class HeadMethod(FeatureMethod):
 
     recipe_type = Recipe
     recipe: Recipe
+    takes_votes = True
+
+    @classmethod
+    def check_recipe(cls, recipe: method.Recipe, name: str) -> None:
+        """Raise `UserError` for a mixture of the features of a method that looks at their pictures too."""
+        super().check_recipe(recipe, name)
+        if getattr(recipe, "mixup", 0) and "image" in cls.needs:
+            raise UserError(f"{name} reads pictures beside their features, which are not mixed: leave mixup out.")
 
     def build_linear(self) -> nn.Module:
         """Return one linear layer from features (N, C) to logits (N, K)."""
@@ -77,10 +88,21 @@ class HeadMethod(FeatureMethod):
             )
         )
 
+    def augment(self, batch: Batch) -> Batch:
+        """Mix each face of a worker's part with another one of it, as the recipe says."""
+        alpha, labels = self.recipe.mixup, batch["label"]
+        if not alpha:
+            return batch
+        kept = float(torch.distributions.Beta(alpha, alpha).sample())
+        partner = torch.randperm(len(labels)).to(labels.device)
+        targets = batch.get("target", functional.one_hot(labels, len(self.inputs.classes)).float())
+        mixed = {self.array(): batch[self.array()], "target": targets}
+        return {**batch, **{name: kept * values + (1 - kept) * values[partner] for name, values in mixed.items()}}
+
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy with labels that are smoothed as the recipe says."""
         smoothing = self.recipe.label_smoothing
-        return {"total": functional.cross_entropy(output["logits"], batch["label"], label_smoothing=smoothing)}
+        return {"total": functional.cross_entropy(output["logits"], find_targets(batch), label_smoothing=smoothing)}
 
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of the recipe."""

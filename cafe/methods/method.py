@@ -31,6 +31,12 @@ class Recipe:
     prior: Literal["source", "balanced", "adjusted"] = "source"
     prior_strength: float = 1.0  # τ of Eq. 10: what the logarithm is multiplied by, where `prior` is "adjusted"
 
+    # "votes": the target of a face is how many people chose each class, as shares; where a set has no votes, its label.
+    labels: Literal["majority", "votes"] = "majority"
+    # "temperature": logits are divided by a number that is fitted on faces held out of the source (Guo et al., "On
+    # Calibration of Modern Neural Networks", ICML 2017, Sec. 4.2).
+    calibration: Literal["none", "temperature"] = "none"
+
     # Settings that keep their ratio to another one when that one alone is changed: a point of the schedule to the epochs,
     # the rate of a part to the learning rate.
     follows: ClassVar[Mapping[str, str]] = {}
@@ -57,6 +63,7 @@ class Method(nn.Module):
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.drawing.POLICIES`
     clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
+    takes_votes: ClassVar[bool] = False  # whether its losses read the targets of `find_targets`
     not_exported: ClassVar[str] = ""  # why it cannot be one graph, as ONNX keeps it: a sentence; empty where it can
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
@@ -70,10 +77,14 @@ class Method(nn.Module):
         changes = cls.recipe_changes.get(kind, {}) if cls.trained else {}
         return cls.recipe_type(**changes)
 
+    temperature: Tensor  # what logits are divided by where they are calibrated, 1 before it is fitted
+
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__()
         self.recipe = recipe
         self.inputs = inputs
+        if recipe.calibration == "temperature":
+            self.register_buffer("temperature", torch.ones(()))
 
     @classmethod
     def needs_features(cls) -> bool:
@@ -84,6 +95,16 @@ class Method(nn.Module):
     def needs_tower(cls) -> bool:
         """Whether it cannot be built without a tower: it reads its features, or trains the tower itself."""
         return cls.needs_features() or "tower" in cls.needs
+
+    @classmethod
+    def check_recipe(cls, recipe: Recipe, name: str) -> None:
+        """Raise `UserError` for a setting that the method has no use for."""
+        if recipe.labels == "votes" and not cls.takes_votes:
+            raise UserError(f"{name} learns one label of each face, as published: leave labels=votes out.")
+        if recipe.calibration != "none" and not cls.trained:
+            raise UserError(
+                f"{name} is not trained, so that no face is held out to calibrate it: leave calibration out."
+            )
 
     @classmethod
     def check(cls, inputs: Inputs) -> None:
@@ -104,13 +125,26 @@ class Method(nn.Module):
         """Return named outputs of which `logits` (N, K) is required; runs inside DDP, on one worker's part of a batch."""
         raise NotImplementedError
 
+    def predict(self, batch: Batch) -> Tensor:
+        """Return class probabilities (N, K) float32, calibrated where the recipe says so."""
+        logits = self(batch)["logits"].float()
+        if self.recipe.calibration == "temperature":
+            logits = logits / self.temperature
+        probabilities: Tensor = logits.softmax(dim=1)
+        return probabilities
+
+    def augment(self, batch: Batch) -> Batch:
+        """Return what a training step learns from instead of one worker's part of a batch."""
+        return batch
+
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters.
 
         A whole batch holds `label` (N,), `row` (N,) of the manifest, `epoch`, a seeded `generator` and `log_prior` (K,),
-        which the logits already contain and any other classification of the labels must add; 0 unless adjusted.
+        which the logits already contain and any other classification of the labels must add; 0 unless adjusted. A method
+        that `takes_votes` reads `find_targets`.
         """
-        total = nn.functional.cross_entropy(output["logits"], batch["label"])
+        total = nn.functional.cross_entropy(output["logits"], find_targets(batch))
         return {"total": total}
 
     def after_step(self, output: dict[str, Tensor], batch: Batch) -> None:
@@ -138,6 +172,12 @@ class Method(nn.Module):
     def learning_rate_factor(self, epoch: int) -> float:
         """What the optimiser's learning rates are multiplied by in epoch 1, 2, …"""
         return float(self.recipe.gamma ** (epoch - 1))
+
+
+def find_targets(batch: Batch) -> Tensor:
+    """Return what the logits of a batch should become: shares of the classes (N, K), or a label each (N,)."""
+    targets: Tensor = batch["target"] if "target" in batch else batch["label"]
+    return targets
 
 
 def widen(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
-from cafe.results.metrics import METRICS, Estimate
+from cafe.results.metrics import METRICS, OF_VOTES, Estimate
 from cafe.results.paired_tests import RECALLS, Paired, Ranks
 from cafe.results.published import Published
 from cafe.results.scores import average_unseen
@@ -362,7 +362,8 @@ def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sh
 def _with_mean(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the metrics by target, and below them their means over the unseen targets where there are any."""
     unseen = average_unseen(scores)
-    return pd.concat([scores.set_index("target")[list(METRICS)], unseen.set_axis(["mean of unseen"] * len(unseen))])
+    table = pd.concat([scores.set_index("target")[list(METRICS)], unseen.set_axis(["mean of unseen"] * len(unseen))])
+    return table[[name for name in METRICS if name not in OF_VOTES or table[name].notna().any()]]
 
 
 def _percent(value: float) -> str:

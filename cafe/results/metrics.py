@@ -12,6 +12,7 @@ import scipy  # which loads a part of it only when it is used
 from cafe.results.predictions import Predictions
 
 BINS = 15  # of confidence, as in Guo et al.
+SMALLEST = 1e-12  # probability whose logarithm is taken
 RECALL = "recall/"  # before the name of a class: the share of its faces that were recognised
 
 
@@ -100,9 +101,36 @@ def calibration_error(predictions: Predictions) -> float:
     return float(np.abs(np.bincount(bins, surplus, BINS)).sum() / len(surplus))
 
 
+def votes_accuracy(predictions: Predictions) -> float:
+    """Return how often one of the people who voted, drawn at random, chose the predicted class; NaN without votes."""
+    shares, predicted = _share_votes(predictions)
+    return float(np.mean(shares[np.arange(len(shares)), predicted])) if len(shares) else math.nan
+
+
+def votes_cross_entropy(predictions: Predictions) -> float:
+    """Return the cross-entropy in nats between the shares of people's votes and the probabilities; NaN without votes."""
+    shares, _ = _share_votes(predictions)
+    if not len(shares):
+        return math.nan
+    assert predictions.votes is not None
+    probabilities = predictions.probabilities[predictions.votes.any(axis=1)].astype(float)
+    return float(-(shares * np.log(np.clip(probabilities, SMALLEST, None))).sum(axis=1).mean())
+
+
+def _share_votes(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares of all votes (n, K), single ones too, and the predicted classes (n,) of faces that have any."""
+    if predictions.votes is None:
+        return np.zeros((0, len(predictions.classes))), np.zeros(0, np.int64)
+    voted = predictions.votes.any(axis=1)
+    votes = predictions.votes[voted]
+    return votes / votes.sum(axis=1, keepdims=True), predictions.predicted[voted]
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run on a target, from 0 to 1: what it is called and how it is computed, compared and averaged.
+    """A number of a run on a target, from 0 to 1 or in nats: its name, how it is computed, compared and averaged.
+
+    NaN stands for a target on which it cannot be computed.
 
     `beside` says whether the main table shows its mean over unseen targets beside whatever metric the table is of; `about`
     is a sentence for whoever may not know it.
@@ -128,7 +156,22 @@ METRICS: dict[str, Metric] = {
         beside=True,
         about="ECE: expected calibration error, the lower the better.",
     ),
+    "votes_accuracy": Metric(
+        "agreement with votes",
+        votes_accuracy,
+        about="Agreement with votes: how often one of the people who labelled a face, drawn at random, chose what was "
+        "predicted.",
+    ),
+    "votes_cross_entropy": Metric(
+        "cross-entropy to votes",
+        votes_cross_entropy,
+        higher_is_better=False,
+        about="Cross-entropy to votes: between the shares of people's votes and the probabilities, in hundredths of a nat.",
+    ),
 }
+
+
+OF_VOTES = ("votes_accuracy", "votes_cross_entropy")  # only of sets whose faces several people labelled
 
 
 def find_metric(name: str) -> Metric:

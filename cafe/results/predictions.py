@@ -28,7 +28,8 @@ REMEDY = "evaluate the run again with `cafe evaluate RUN`"
 class Predictions:
     """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, K) float32.
 
-    `classes` are those of the model, K, of which labels are the places. `groups` names the person or film of each face, None
+    `classes` are those of the model, K, of which labels are the places. `votes` (N, K) int64 says how many people chose each
+    of them, 0 throughout where that is not known of a face. `groups` names the person or film of each face, None
     where it has none; `about` names the run, target, protocol, split, kind and manifest, and of a target with other classes
     than the model these and the number of faces that were left out for it.
     """
@@ -39,6 +40,7 @@ class Predictions:
     about: dict[str, str]
     groups: list[str | None] | None = None
     classes: tuple[str, ...] = EXPRESSIONS
+    votes: np.ndarray | None = None
 
     @property
     def target_classes(self) -> tuple[str, ...]:
@@ -81,7 +83,8 @@ class Predictions:
         sums = left.sum(axis=1, keepdims=True)
         probabilities = np.divide(left, sums, out=np.full_like(left, 1 / max(1, len(kept))), where=sums > 0)
         classes = tuple(self.classes[place] for place in kept)
-        return replace(self, labels=np.searchsorted(kept, self.labels), probabilities=probabilities, classes=classes)
+        labels, votes = np.searchsorted(kept, self.labels), None if self.votes is None else self.votes[:, kept]
+        return replace(self, labels=labels, probabilities=probabilities, classes=classes, votes=votes)
 
     def order_classes(self) -> Predictions:
         """Return them with the classes in the order of tables, whatever the order of the model's."""
@@ -89,8 +92,8 @@ class Predictions:
         if classes == self.classes:
             return self
         places = [self.classes.index(name) for name in classes]
-        labels = np.argsort(places)[self.labels]
-        return replace(self, labels=labels, probabilities=self.probabilities[:, places], classes=classes)
+        labels, votes = np.argsort(places)[self.labels], None if self.votes is None else self.votes[:, places]
+        return replace(self, labels=labels, probabilities=self.probabilities[:, places], classes=classes, votes=votes)
 
     def sort(self) -> Predictions:
         """Return them in the order of the samples' ids."""
@@ -103,10 +106,14 @@ class Predictions:
             labels=self.labels[rows],
             probabilities=self.probabilities[rows],
             groups=[self.groups[row] for row in rows] if self.groups else None,
+            votes=None if self.votes is None else self.votes[rows],
         )
 
     def save(self, path: UPath) -> None:
-        """Write as Parquet: sample_id, label, probabilities, group; raise `UserError` naming a face whose are not finite."""
+        """Write as Parquet: sample_id, label, probabilities, group and, where people voted, votes.
+
+        Raises `UserError` naming a face whose probabilities are not finite.
+        """
         broken = np.flatnonzero(~np.isfinite(self.probabilities).all(axis=1))
         if len(broken):
             raise UserError(
@@ -120,6 +127,9 @@ class Predictions:
             "probabilities": pa.FixedSizeListArray.from_arrays(pa.array(probabilities), len(self.classes)),
             "group": pa.array(self.groups or [None] * len(self.labels), pa.string()),
         })  # fmt: skip
+        if self.votes is not None:
+            votes = pa.FixedSizeListArray.from_arrays(pa.array(self.votes.ravel(), pa.int32()), len(self.classes))
+            table = table.append_column("votes", votes)
         about = {**self.about, "expressions": json.dumps(self.classes)}
         write_file(path, encode_table(table.replace_schema_metadata(about)))
 
@@ -145,7 +155,7 @@ class Predictions:
 
     @classmethod
     def _parse(cls, path: UPath, named: bool) -> Predictions:
-        columns = ["label", "probabilities", *(["sample_id", "group"] if named else [])]
+        columns = ["label", "probabilities", "votes", *(["sample_id", "group"] if named else [])]
         table = read_table(path, REMEDY, columns)
         about = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         classes = json.loads(about["expressions"]) if "expressions" in about else cls.classes
@@ -155,11 +165,18 @@ class Predictions:
         return cls(
             table["sample_id"].to_numpy().tolist() if named else [],
             table["label"].to_numpy().astype(np.int64),
-            table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(classes)),
+            _read_lists(table["probabilities"], len(classes)),
             about,
             table["group"].to_numpy().tolist() if grouped else None,
             tuple(classes),
+            _read_lists(table["votes"], len(classes)).astype(np.int64) if "votes" in table.column_names else None,
         )
+
+
+def _read_lists(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """Return a column of lists of one length as (N, width)."""
+    values: np.ndarray = column.combine_chunks().flatten().to_numpy().reshape(-1, width)
+    return values
 
 
 def name_rows(sample_ids: Sequence[str]) -> str:

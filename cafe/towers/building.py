@@ -61,8 +61,9 @@ class FrozenBackbone(nn.Module):
 
     def _measure(self, layer: Layer, input_size: int) -> tuple[int, tuple[int, int, int] | None]:
         """Return width and map of a layer for one zero image; a map counts only if the same features come with it."""
-        if layer.name not in self.layers:
-            raise unknown(f"layer of '{self._spec.architecture.partition('#')[0]}'", layer.name, self.layers)
+        for part in layer.parts:
+            if part.name not in self.layers:
+                raise unknown(f"layer of '{self._spec.architecture.partition('#')[0]}'", part.name, self.layers)
         image = torch.zeros(1, 3, input_size, input_size)
         with torch.no_grad():  # not inference mode: tensors a tower keeps from it could never be trained
             ((pooled, _),) = self.read(image, [layer])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -135,15 +136,23 @@ def read_layers(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Return features (N, C) and map (N, C, H, W) of each layer in one pass; float32, pooled after that.
 
-    The map of the tower's end is None unless `with_map`, and where it is not known.
+    Layers side by side have their channels one after another, and no map. The map of the tower's end is None unless
+    `with_map`, and where it is not known.
     """
-    indices = sorted({layer.index for layer in layers if layer.index is not None})
-    ends = [layer for layer in layers if layer.index is None]
+    single = [part for layer in layers for part in layer.parts]
+    indices = sorted({layer.index for layer in single if layer.index is not None})
+    ends = [layer for layer in single if layer.index is None]
     if indices or with_map or any(layer.grid for layer in ends):
         read = reader.run(tower, images, indices, bool(ends))
     else:
         read = Pass((), first_output(tower(images)))
-    return [_take(layer, read, dict(zip(indices, read.maps, strict=True))) for layer in layers]
+    maps = dict(zip(indices, read.maps, strict=True))
+    return [
+        (torch.cat([_take(part, read, maps)[0] for part in layer.parts], dim=1), None)
+        if layer.beside
+        else _take(layer, read, maps)
+        for layer in layers
+    ]
 
 
 def _take(layer: Layer, read: Pass, maps: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:

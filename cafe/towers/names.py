@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,14 +28,23 @@ _LAYER = re.compile(r"(final|stage[1-9]\d*|block[1-9]\d*)(?:/(all|[1-9]\d*x[1-9]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a tower and the grid its map is averaged to: `3x3`, `all`, or empty for the library's own pooling."""
+    """A layer of a tower and the grid its map is averaged to: `3x3`, `all`, or empty for the library's own pooling.
+
+    Those `beside` it follow it in what is read: the channels of one layer after those of another.
+    """
 
     name: str = FINAL
     grid: str = ""
+    beside: tuple[Layer, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Layer:
-        """Return the layer written `LAYER` or `LAYER/GRID`; without a grid the map of a layer becomes its mean (1x1)."""
+        """Return the layer written `LAYER` or `LAYER/GRID`, or several with `+` between them.
+
+        Without a grid the map of a layer becomes its mean (1x1).
+        """
+        if "+" in text:
+            return cls.join([cls.parse(part) for part in text.split("+")])
         found = _LAYER.fullmatch(text)
         if found is None:
             raise UserError(
@@ -43,8 +52,21 @@ class Layer:
             )
         return cls(found[1], found[2] or ("" if found[1] == FINAL else "1x1"))
 
+    @classmethod
+    def join(cls, layers: Sequence[Layer]) -> Layer:
+        """Return some layers side by side; raise `UserError` for one that is named twice."""
+        first, *others = layers
+        if len(set(layers)) < len(layers):
+            raise UserError(f"The layers '{'+'.join(map(str, layers))}' name one twice: name each once.")
+        return replace(first, beside=tuple(others))
+
+    @property
+    def parts(self) -> tuple[Layer, ...]:
+        """The single layers that it consists of, usually itself."""
+        return (replace(self, beside=()), *self.beside)
+
     def __str__(self) -> str:
-        return f"{self.name}/{self.grid}" if self.grid else self.name
+        return "+".join(f"{part.name}/{part.grid}" if part.grid else part.name for part in self.parts)
 
     @property
     def index(self) -> int | None:
@@ -106,7 +128,8 @@ def parse_backbone(name: str) -> BackboneSpec:
     A name is a key of `BACKBONES`, a plug-in's, `open_clip:MODEL/TAG` or `timm:MODEL`; `@FILE` behind the model (or the key)
     takes the weights from a file, local or at a URI. `open_clip:PATH.json@FILE` builds a model from your own configuration.
     `#LAYER` or `#LAYER/GRID` at the end reads that layer instead of what the tower is usually read at, with its map
-    averaged to the grid: `#stage3/3x3`, `#block8/1x1`, `#final` for the tower's end; `/all` keeps the whole map.
+    averaged to the grid: `#stage3/3x3`, `#block8/1x1`, `#final` for the tower's end; `/all` keeps the whole map. `+` between
+    several reads them side by side.
     OpenAI's weights need a `-quickgelu` model; with a file nobody can check that, with a tag it is checked here.
     Raises UserError for anything unknown or missing.
     """
@@ -137,9 +160,32 @@ def absolute_name(name: str) -> str:
     Workers run in folders of their own, and one store must have one name.
     """
     head, file, layer = split_name(name)
-    default = find_entry("towers", head, "backbone").layer if has_entry("towers", head) else END
+    default = find_default_layer(head)
     at = f"@{locate(file)}" if file else ""
     return f"{head}{at}" + (f"#{layer}" if layer and layer != default else "")
+
+
+def single_names(name: str) -> list[str]:
+    """Return a backbone's name with each of the layers that it reads side by side; one name where it reads one."""
+    head, file, layer = split_name(absolute_name(name))
+    tower = f"{head}@{file}" if file else head
+    return (
+        [absolute_name(f"{tower}#{part}") for part in layer.parts] if layer and layer.beside else [absolute_name(name)]
+    )
+
+
+def joint_name(names: Sequence[str]) -> str:
+    """Return the name of one backbone whose layers, named apart, are read side by side."""
+    if len(names) == 1:
+        return names[0]
+    layers = [split_name(name)[2] or find_default_layer(split_name(name)[0]) for name in names]
+    return f"{names[0].partition('#')[0]}#{Layer.join(layers)}"
+
+
+def find_default_layer(head: str) -> Layer:
+    """Return what a tower is read at where its name says no layer."""
+    layer: Layer = find_entry("towers", head, "backbone").layer if has_entry("towers", head) else END
+    return layer
 
 
 def short_name(name: str) -> str:

@@ -21,7 +21,7 @@ from upath import UPath
 from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, list_files, read_file, write_changed, write_file
 from cafe.pipeline import cluster
-from cafe.pipeline.benchmark.grid import Cell, StoreName
+from cafe.pipeline.benchmark.grid import Cell, StoreName, StorePlan
 from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from cafe.pipeline.features.extract import extract
 from cafe.pipeline.need import Store
@@ -40,6 +40,7 @@ from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
 from cafe.results.protocols import ProtocolName
 from cafe.results.runs import Run, read_runs
+from cafe.towers.names import joint_name
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
 GPU_CELL_BYTES = 8 * 2**30  # memory of a GPU for a cell: CUDA's own, a branch at 224 pixels and the source's pictures
@@ -102,17 +103,30 @@ def _here(plan: BenchmarkPlan) -> dict[str, Any]:
 
 
 def _fill_stores(plan: BenchmarkPlan, bar: Bar, say: Say) -> dict[StoreName, Store | str]:
+    """Fill the stores that are missing; those of several layers of one tower share its passes."""
     filled: dict[StoreName, Store | str] = {}
-    for store in plan.missing_stores:
-        settings = replace(store.settings, **_here(plan))
+    for stores in _group_layers(plan.missing_stores):
+        manifest = stores[0].manifest
+        tower = joint_name([store.settings.backbone for store in stores])
+        settings = replace(stores[0].settings, backbone=tower, **_here(plan))
         try:
-            with bar(f"Features of {store.manifest.name}", "faces") as progress:
-                (result,) = extract(plan.workspace, [store.manifest], settings, progress)
-            filled[store.name] = result.store, result.info
-            say(result.sentence())
+            with bar(f"Features of {manifest.name}", "faces") as progress:
+                results = extract(plan.workspace, [manifest], settings, progress)
+            for store, result in zip(stores, results, strict=True):
+                filled[store.name] = result.store, result.info
+                say(result.sentence())
         except Exception as error:  # the cells of other stores can still run; these say why they cannot
-            filled[store.name] = _explain(error, f"the features of {store.manifest.name}")
+            filled |= {store.name: _explain(error, f"the features of {manifest.name}") for store in stores}
     return filled
+
+
+def _group_layers(stores: Sequence[StorePlan]) -> list[list[StorePlan]]:
+    """Return stores together that differ in nothing but the layer of one tower."""
+    groups: dict[StoreName, list[StorePlan]] = {}
+    for store in stores:
+        tower = store.settings.backbone.partition("#")[0]
+        groups.setdefault((store.manifest.name, replace(store.settings, backbone=tower)), []).append(store)
+    return list(groups.values())
 
 
 def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:

@@ -15,6 +15,7 @@ from cafe.pipeline.need import Store
 from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.results.runs import list_epochs
+from cafe.towers.names import single_names
 
 StoreName = tuple[str, ExtractSettings]  # names a store before the weights of its tower are known
 
@@ -100,7 +101,7 @@ class Cell:
 
     @property
     def sharings(self) -> list[Sharing]:
-        """What it has in common, for each of its sources, with the cells that share this source's store.
+        """What it has in common, for each of its sources and layers, with the cells that share this source's store.
 
         Maps are large, so cells with their own number of views of them stay apart.
         """
@@ -108,9 +109,15 @@ class Cell:
             return []
         own_views = self.own_views if self.maps else None
         return [
-            Sharing(part.name, self.tower, self.entry.kind.policy, self.view_seed, own_views)
+            Sharing(part.name, tower, self.entry.kind.policy, self.view_seed, own_views)
             for part in self.source.parts
+            for tower in self.towers
         ]
+
+    @property
+    def towers(self) -> list[str]:
+        """The name of its tower with each of the layers that it reads side by side."""
+        return single_names(self.tower) if self.tower else []
 
     @property
     def folds(self) -> int:

@@ -37,7 +37,6 @@ from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.protocols import find_protocol
 from cafe.results.runs import read_epoch
 from cafe.towers.facts import NORMALISATIONS
-from cafe.towers.names import absolute_name
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
 
@@ -133,7 +132,8 @@ def plan_benchmark(
     first = []
     for cell in drafts:
         stores = [sources[sharing] for sharing in cell.sharings]
-        stores += [targets[name, cell.tower] for name in cell.evaluated_on] if cell.entry.kind.needs_features() else []
+        if cell.entry.kind.needs_features():
+            stores += [targets[name, tower] for name in cell.evaluated_on for tower in cell.towers]
         first.append(planner.complete(cell, stores))
     seeds = [None] if benchmark.views_per_seed else benchmark.seeds  # all of the first seed come first
     cells = [cell if seed is None else cell.with_seed(seed) for seed in seeds for cell in first]
@@ -182,16 +182,17 @@ class _Planner:
             policy = {"policy": members[0].entry.kind.policy} if views > 1 else {}
             maps = any(cell.maps for cell in members)
             manifest, wanted = self.workspace.load_manifest(sharing.source), {"views": views, "maps": maps, **policy}
-            stores[sharing] = self.look_up(manifest, members[0].tower, view_seed=members[0].view_seed, **wanted)
+            stores[sharing] = self.look_up(manifest, sharing.tower, view_seed=members[0].view_seed, **wanted)
         return stores
 
     def plan_target_stores(
         self, cells: Sequence[Cell], sources: Mapping[Sharing, StorePlan]
-    ) -> dict[tuple[str, str | None], StorePlan]:
+    ) -> dict[tuple[str, str], StorePlan]:
         """Return for every target and tower the store of a source where one serves, else one of a single view."""
-        stores: dict[tuple[str, str | None], StorePlan] = {}
-        for tower in dict.fromkeys(cell.tower for cell in cells if cell.entry.kind.needs_features()):
-            maps = any(cell.maps for cell in cells if cell.tower == tower)
+        stores: dict[tuple[str, str], StorePlan] = {}
+        reading = [cell for cell in cells if cell.entry.kind.needs_features()]
+        for tower in dict.fromkeys(tower for cell in reading for tower in cell.towers):
+            maps = any(cell.maps for cell in cells if tower in cell.towers)
             for target in self.benchmark.evaluated_on:
                 manifest = self.workspace.load_manifest(target)
                 channels = find_protocol(self.benchmark.protocol).channels(manifest.kind)
@@ -205,12 +206,12 @@ class _Planner:
                 stores[target, tower] = next(serving, None) or self.look_up(manifest, tower, **own)
         return stores
 
-    def look_up(self, manifest: Manifest, tower: str | None, **changes: Any) -> StorePlan:
+    def look_up(self, manifest: Manifest, tower: str, **changes: Any) -> StorePlan:
         """Return what there is of a store; without loading the tower, so that it is known by what it says of itself.
 
         A store with more views, or with maps besides, serves as well.
         """
-        fixed = {"backbone": absolute_name(str(tower)), "view_seed": self.benchmark.first_view_seed}
+        fixed = {"backbone": tower, "view_seed": self.benchmark.first_view_seed}
         settings = ExtractSettings(**{**self.benchmark.features, **fixed, **changes})
         result = self.filled.get((manifest.name, settings))
         if isinstance(result, str):
@@ -254,7 +255,7 @@ class _Planner:
         """Plan the training, where a tower is used with the very store of the source."""
         settings = cell.settings
         if stores:
-            own = [store.found for store in stores[: len(cell.source.parts)]]
+            own = [store.found for store in stores[: len(cell.sharings)]]
             settings = replace(settings, backbone=None, store=",".join(found[1].folder for found in own if found))
         return plan_training(self.workspace, settings)
 

@@ -36,7 +36,7 @@ from cafe.pipeline.workspace import Workspace
 from cafe.plugins import find_plugins
 from cafe.records import check_record, digest
 from cafe.towers.facts import TowerFacts, resolve_normalisation
-from cafe.towers.names import absolute_name, parse_backbone
+from cafe.towers.names import absolute_name, parse_backbone, single_names
 
 LISTED = 20  # faults of an extraction that are reported
 TRIES = 3  # of shards whose workers died
@@ -127,7 +127,7 @@ def look_up_layers(workspace: Workspace, settings: ExtractSettings, names: Seque
 def name_layers(settings: ExtractSettings) -> list[str]:
     """Return the tower's name with each of the layers asked for."""
     if settings.layers is None:
-        return [absolute_name(settings.backbone)]
+        return single_names(settings.backbone)
     if "#" in settings.backbone:
         raise UserError(f"Both --backbone {settings.backbone} and --layers {settings.layers} name layers: use one.")
     layers = [layer.strip() for layer in settings.layers.split(",")]

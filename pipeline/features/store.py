@@ -252,36 +252,49 @@ def discard_damage(store: UPath, manifest: Manifest, damages: list[Damage]) -> S
 
 
 class FeatureReader:
-    """The features of any rows of one view, of several stores one after another: each view is kept while there is room.
+    """The features of any rows of one view, of several manifests one after another: each view is kept while there is room.
 
+    Each manifest has a store for each layer that is read; their channels come one after another.
     An epoch uses one view, so maps far larger than the memory are read view by view, and mapped where even one is too large.
     """
 
     def __init__(
-        self, stores: Sequence[FeatureStore], names: Iterable[str], memory_share: float = MEMORY_SHARE
+        self, stores: Sequence[Sequence[FeatureStore]], names: Iterable[str], memory_share: float = MEMORY_SHARE
     ) -> None:
         self.stores, self.names, self.memory_share = tuple(stores), tuple(names), memory_share
-        self.starts = np.cumsum([0, *(store.info.rows for store in stores[:-1])])
-        self.kept: dict[int, list[dict[str, np.ndarray]]] = {}
+        self.starts = np.cumsum([0, *(layers[0].info.rows for layers in stores[:-1])])
+        self.kept: dict[int, list[dict[str, list[np.ndarray]]]] = {}
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return {array: (n, …)} of some rows, in the number format of the stores."""
         if view not in self.kept:
             kept = sum(
-                values.nbytes for several in self.kept.values() for arrays in several for values in arrays.values()
+                values.nbytes
+                for several in self.kept.values()
+                for arrays in several
+                for layers in arrays.values()
+                for values in layers
             )
             if kept > self.memory_share * free_memory():
                 self.kept.clear()
             self.kept[view] = [
-                {name: store.read_view(name, view, self.memory_share) for name in self.names} for store in self.stores
+                {name: [store.read_view(name, view, self.memory_share) for store in layers] for name in self.names}
+                for layers in self.stores
             ]
         several = self.kept[view]
         if len(several) == 1:
-            return {name: np.asarray(values[rows]) for name, values in several[0].items()}
+            return {name: _read_layers(layers, rows) for name, layers in several[0].items()}
         numbers, found = np.searchsorted(self.starts, rows, "right") - 1, dict[str, np.ndarray]()
         for number in np.unique(numbers):
             own = numbers == number
-            for name, values in several[number].items():
-                read = values[rows[own] - self.starts[number]]
+            for name, layers in several[number].items():
+                read = _read_layers(layers, rows[own] - self.starts[number])
                 found.setdefault(name, np.empty((len(rows), *read.shape[1:]), read.dtype))[own] = read
         return found
+
+
+def _read_layers(layers: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Return some rows of the arrays (N, C, …) of all layers, channels one after another."""
+    return (
+        np.concatenate([values[rows] for values in layers], axis=1) if len(layers) > 1 else np.asarray(layers[0][rows])
+    )

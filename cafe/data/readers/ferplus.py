@@ -65,6 +65,11 @@ class _Row:
     split: str
     votes: tuple[int, ...]
 
+    @property
+    def by_name(self) -> dict[str, int]:
+        """The votes for each of the eight expressions."""
+        return dict(zip(CANDIDATES[:EMOTIONS], self.votes, strict=False))
+
 
 def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
     """List the faces of FERPlus labelled by a rule, `majority` as published or `argmax`.
@@ -88,7 +93,7 @@ def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
     if home:
         for position, expression in labels.items():
             row = rows[position]
-            found.add_labelled(row.where, row.path, home.get(row.path), expression, row.split)
+            found.add_labelled(row.where, row.path, home.get(row.path), expression, row.split, votes=row.by_name)
     else:
         _read_pixels(tree.root / pictures, rows, labels, found)
     return found
@@ -174,7 +179,8 @@ def _read_pixels(table: UPath, rows: list[_Row], labels: dict[int, str], found: 
                 reason = f"line {number} of {table.name} does not hold {SIDE}×{SIDE} grey values"
                 found.reject(row.path, reason, labels[position])
             else:
-                found.add_labelled(row.where, row.path, row.path, labels[position], row.split, pixels=pixels)
+                more = {"pixels": pixels, "votes": row.by_name}
+                found.add_labelled(row.where, row.path, row.path, labels[position], row.split, **more)
 
 
 def _parse_pixels(text: str) -> np.ndarray | None:

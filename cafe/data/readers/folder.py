@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -11,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from upath import UPath
 
-from cafe.data.expressions import spell_name
+from cafe.data.expressions import EIGHT, spell_name
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
 from cafe.data.manifest import SPLITS
@@ -21,6 +22,7 @@ from cafe.files import read_file, retry
 ROWS_AT_ONCE = 1024  # of a Parquet table
 MOST_BYTES = 2**30  # of its rows
 COLUMNS = ("path", "label", "split", "group")
+MOST_VOTES = 2**31  # as the manifest counts them
 
 
 def read_folder(root: UPath) -> Listing:
@@ -52,6 +54,8 @@ def read_synthetic(root: UPath) -> Listing:
 def read_table(file: UPath, root: UPath | None = None) -> Listing:
     """List the faces of a CSV or Parquet table of path,label[,split,group]; labels are names of classes.
 
+    Other columns are named after classes and say how many people chose each.
+
     Paths are absolute, or relative to `root`, by default the folder of the table. Without a `root`, absolute paths make the
     deepest folder that holds all pictures the root. A face listed twice with equal cells counts once. Raises `UserError` for
     a missing column, an empty cell, an unknown split, a path that leads out of the root, and for faces that are
@@ -63,9 +67,14 @@ def read_table(file: UPath, root: UPath | None = None) -> Listing:
             f"{file} has no column {missing[0]!r}: it needs path and label, and may have split and group "
             f"(found {', '.join(columns)})."
         )
-    if other := set(columns) - set(COLUMNS):
-        raise UserError(f"{file} has an unknown column {min(other)!r}: choose {', '.join(COLUMNS)}.")
-    rows = [_read_row(row, f"Row {number} of {file}") for number, row in enumerate(cells, start=1)]
+    classes = {spell_name(str(row["label"])) for row in cells} | {*EIGHT}
+    chosen = [column for column in columns if column not in COLUMNS and spell_name(column) in classes]
+    if other := set(columns) - {*COLUMNS, *chosen}:
+        raise UserError(
+            f"{file} has an unknown column {min(other)!r}: choose {', '.join(COLUMNS)}, or name it after a class to say how "
+            "many people chose that."
+        )
+    rows = [_read_row(row, f"Row {number} of {file}", chosen) for number, row in enumerate(cells, start=1)]
     root, rows = _place(rows, file, root)
     found = Listing(root, "table", f"table of {', '.join(columns)}")
     cells_of = [(row.path, replace(row, expression=spell_name(row.expression))) for row in rows]
@@ -103,7 +112,7 @@ def _read_parquet(data: pa.BufferReader, file: UPath) -> pa.Table:
     return pa.Table.from_batches(batches) if batches else parquet.read()
 
 
-def _read_row(row: dict[str, object], where: str) -> LabelledFile:
+def _read_row(row: dict[str, object], where: str, classes: Sequence[str]) -> LabelledFile:
     if row["path"] in (None, "") or row["label"] in (None, ""):
         raise UserError(f"{where} has no path or no label: fill it in or remove the row.")
     path = str(row["path"]).replace("\\", "/")
@@ -113,7 +122,17 @@ def _read_row(row: dict[str, object], where: str) -> LabelledFile:
     if row.get("split") and not split:
         raise unknown("split", row["split"], SPLITS)
     group = str(row["group"]) if row.get("group") else None
-    return LabelledFile(path, str(row["label"]), split, group)
+    votes = {name: _read_count(row[name], f"{where} has for {name!r}") for name in classes}
+    return LabelledFile(path, str(row["label"]), split, group, votes=votes)
+
+
+def _read_count(cell: object, what: str) -> int:
+    """Return how many people chose a class; an empty cell says nobody."""
+    if cell is None:
+        return 0
+    if isinstance(cell, bool) or not isinstance(cell, int | float) or cell != int(cell) or not 0 <= cell < MOST_VOTES:
+        raise UserError(f"{what} {cell!r}: write how many people chose it, a whole number from 0.")
+    return int(cell)
 
 
 def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:

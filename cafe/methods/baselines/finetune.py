@@ -40,6 +40,7 @@ class Finetune(Method):
     """Cross-entropy through the tower."""
 
     needs = frozenset({"image", "tower"})
+    takes_votes = True
     recipe_type = Recipe
     recipe_changes: ClassVar = {
         "affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced", "classifier_learning_rate": 1e-4}

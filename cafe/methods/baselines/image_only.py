@@ -12,6 +12,7 @@ class ImageOnly(Method):
     """The usual source-only network; trained with CAFE's recipe and views."""
 
     needs = frozenset({"image"})
+    takes_votes = True
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
