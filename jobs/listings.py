@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import click
 
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.options import complete
-from cafe.jobs.terminal import json_option, open_workspace, progress_bar, show_records
+from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, show_json, show_records
 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
@@ -44,7 +43,7 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
         for run in workspace.read_runs()
     ]  # fmt: skip
     if not (records or as_json):
-        click.echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
+        echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
         return
     show_records(records, as_json, words=6, title=str(workspace.root))
 
@@ -63,11 +62,11 @@ def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) ->
             found[verify_file(path)].append(str(path.relative_to(workspace.root)))
             progress(number, len(files))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        show_json(found)
     else:
-        click.echo(f"{len(found['whole'])} files: every byte is what was written")
+        echo(f"{len(found['whole'])} files: every byte is what was written")
         for name in found["unchecked"]:
-            click.echo(f"{name}: unchecked, it was written before files had checksums")
+            echo(f"{name}: unchecked, it was written before files had checksums")
     if found["damaged"]:
         listed = "".join(f"\n  {name}" for name in found["damaged"])
         raise IncompleteError(
@@ -107,4 +106,4 @@ def completion(ctx: click.Context, shell: str) -> None:
 
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(ctx.find_root().command, {}, "cafe", "_CAFE_COMPLETE").source())
+    echo(kind(ctx.find_root().command, {}, "cafe", "_CAFE_COMPLETE").source())

@@ -43,7 +43,7 @@ def test_every_listing_is_json_on_request(tmp_path: Path) -> None:
     (listed,) = json.loads(run(tmp_path, "runs", "--json"))
     assert (listed["run"], listed["status"], listed["experiments"]) == (folder.name, "FINISHED", ["cafe"])
     assert folder.name in run(tmp_path, "runs")
-    cell, *_, mean = json.loads(run(tmp_path, "compare", "--json"))
+    cell, *_, mean = json.loads(run(tmp_path, "compare", "--json"))["cells"]
     assert (cell["target"], cell["role"], cell["mean"], cell["half_width"]) == ("mine", "source", 1.0, None)
     assert (mean["target"], mean["mean"]) == ("mean of all", 1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -91,6 +92,21 @@ def test_the_server_shows_all_the_folder_says(workspace: Workspace) -> None:
         "`cafe` trained on raf with seed 0; evaluated epoch: final.\n\n"
         "Accuracy by the protocol clean: fer 82.9 % (unseen), raf 100.0 % (source)."
     )
+
+
+def test_scores_on_faces_that_the_workspace_has_no_more_are_taken_back_and_named(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = evaluated(workspace)
+    Mirror(workspace).update(run)
+    monkeypatch.setattr(Workspace, "manifest_digests", lambda self: {"raf": "digest of raf", "fer": "another"})
+    for _ in range(2):
+        Mirror(workspace).update(run)
+    shown = tracked(workspace)[0].data
+    assert f"Left out: {run.name} on fer (clean), evaluated on the man" in shown.tags["mlflow.note.content"]
+    assert shown.metrics["target/raf/accuracy"] == 1
+    assert all(math.isnan(shown.metrics[f"{name}/accuracy"]) for name in ("target/fer", "unseen"))
+    assert len(picture(workspace)["history"]["target/fer/accuracy"]) == 2  # the second update found nothing to do
 
 
 def test_what_is_shown_is_not_logged_again_and_what_a_kill_left_out_is_filled_in(workspace: Workspace) -> None:
