@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete("run"))
-@click.option("--verify", is_flag=True, help="Read the files of all or the named runs and manifests back, every byte.")
+@click.option(
+    "--verify", is_flag=True, help="Read the files of all or the named runs, manifests and exports back, every byte."
+)
 @json_option
 def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     """List the runs of the workspace with what they were trained on and how far they are, or verify their files.
@@ -25,6 +27,7 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     \b
     cafe runs
     cafe runs --verify
+    cafe runs --verify model            # a folder of cafe export
     """
     from cafe.files import read_json
 
@@ -49,18 +52,28 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
 
 
 def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) -> None:
-    """Say of the files of some runs and manifests, or of all, which are not what was written and which were never sealed.
+    """Say of the files of some runs, manifests and exports, or of all, which are not what was written or never sealed.
 
     Raises `IncompleteError` that lists those that are damaged.
     """
+    from cafe.files import list_folder, locate
+    from cafe.pipeline.release.library import is_exported, verify_export
     from cafe.seals import verify_file
 
+    folders = (
+        {name: locate(name) for name in names} if names else dict(enumerate(list_folder(workspace.root / "exports")))
+    )
+    exports = {name: folder for name, folder in folders.items() if is_exported(folder)}
+    rest = [name for name in names if name not in exports]
     found: dict[str, list[str]] = {"whole": [], "unchecked": [], "damaged": []}
     with progress_bar("Verifying", "files") as progress:
-        files = workspace.sealed_files(names)
+        files = workspace.sealed_files(rest) if rest or not names else []
         for number, path in enumerate(files, start=1):
             found[verify_file(path)].append(str(path.relative_to(workspace.root)))
             progress(number, len(files))
+        for folder in exports.values():
+            for path, state in verify_export(folder):
+                found[state].append(str(path))
     if as_json:
         show_json(found)
     else:
@@ -70,8 +83,8 @@ def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) ->
     if found["damaged"]:
         listed = "".join(f"\n  {name}" for name in found["damaged"])
         raise IncompleteError(
-            f"{len(found['damaged'])} files are not what was written: index, evaluate or train again what they "
-            f"belong to.{listed}"
+            f"{len(found['damaged'])} files are not what was written: index, evaluate, train or export again what "
+            f"they belong to.{listed}"
         )
 
 
