@@ -16,20 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy
-from conftest import draw_faces
+from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
 from runs import write_predictions, write_run
+from test_malformed import SPEC
 from upath import UPath
 
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.files import list_folder, write_json
+from cafe.files import list_files, list_folder, write_json
 from cafe.pipeline.benchmark.cells import write_comparison
+from cafe.pipeline.runs import add_experiment
 from cafe.pipeline.tracking.database import draft_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
 from cafe.results.runs import read_runs
+from cafe.results.scores import read_scores
 from cafe.seals import read_sealed, write_sealed
 
 
@@ -269,6 +272,33 @@ def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Wo
     marker = (folder / "pulled.json").stat().st_mtime_ns
     assert elsewhere.pull("cafe") == [folder]
     assert (folder / "pulled.json").stat().st_mtime_ns == marker
+
+
+@pytest.mark.parametrize("lie", ["name", "seed"])
+def test_a_pulled_run_that_lies_about_itself_is_left_out_and_named(
+    lie: str, workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that calls itself like a run of this workspace adds nothing to its numbers; one that was changed is none."""
+    theirs, labels = workspace.run_path(SPEC.name), np.arange(70) % 7
+    SPEC.save(theirs)
+    add_experiment(theirs, "cafe")
+    write_predictions(theirs, "fer", labels, labels)
+    Mirror(workspace).update(theirs)
+    here = Workspace.at(str(tmp_path / "here"))
+    own = write_run(here, seed=7)
+    write_predictions(own, "fer", np.zeros(7, int), np.ones(7, int))
+    before = {path: path.read_bytes() for path in list_files(own)}
+    (sent,) = (workspace.root / "artifacts").glob("*/artifacts/run.json")
+    claimed = {"name": own.name} if lie == "name" else {"seed": 7}
+    write_sealed(sent, {**(read_sealed(sent) or {}), **claimed})
+
+    said = Cafe(here.root, "").succeed("mlflow", "pull", "--mlflow-uri", default_uri(workspace), "--experiment", "cafe")
+    assert "Fetched 0 runs" in said
+    assert f"A run of the server is left out: {here.root}/pulled" in caplog.text
+    assert f"says that it is the run '{own.name}'" in caplog.text or "says of its seed 7" in caplog.text
+    assert {path: path.read_bytes() for path in list_files(own)} == before
+    assert here.run_names() == [own.name]
+    assert read_scores(here.read_runs())["accuracy"].tolist() == [0]
 
 
 def test_a_record_that_a_kill_left_half_written_is_not_one(workspace: Workspace) -> None:
