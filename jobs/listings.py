@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import click
 
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.options import complete
-from cafe.jobs.terminal import json_option, open_workspace, progress_bar, show_records
+from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, show_json, show_records
 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
@@ -18,7 +17,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete("run"))
-@click.option("--verify", is_flag=True, help="Read the files of all or the named runs and manifests back, every byte.")
+@click.option(
+    "--verify", is_flag=True, help="Read the files of all or the named runs, manifests and exports back, every byte."
+)
 @json_option
 def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     """List the runs of the workspace with what they were trained on and how far they are, or verify their files.
@@ -26,6 +27,7 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     \b
     cafe runs
     cafe runs --verify
+    cafe runs --verify model            # a folder of cafe export
     """
     from cafe.files import read_json
 
@@ -44,35 +46,45 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
         for run in workspace.read_runs()
     ]  # fmt: skip
     if not (records or as_json):
-        click.echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
+        echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
         return
     show_records(records, as_json, words=6, title=str(workspace.root))
 
 
 def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) -> None:
-    """Say of the files of some runs and manifests, or of all, which are not what was written and which were never sealed.
+    """Say of the files of some runs, manifests and exports, or of all, which are not what was written or never sealed.
 
     Raises `IncompleteError` that lists those that are damaged.
     """
+    from cafe.files import list_folder, locate
+    from cafe.pipeline.release.library import is_exported, verify_export
     from cafe.seals import verify_file
 
+    folders = (
+        {name: locate(name) for name in names} if names else dict(enumerate(list_folder(workspace.root / "exports")))
+    )
+    exports = {name: folder for name, folder in folders.items() if is_exported(folder)}
+    rest = [name for name in names if name not in exports]
     found: dict[str, list[str]] = {"whole": [], "unchecked": [], "damaged": []}
     with progress_bar("Verifying", "files") as progress:
-        files = workspace.sealed_files(names)
+        files = workspace.sealed_files(rest) if rest or not names else []
         for number, path in enumerate(files, start=1):
             found[verify_file(path)].append(str(path.relative_to(workspace.root)))
             progress(number, len(files))
+        for folder in exports.values():
+            for path, state in verify_export(folder):
+                found[state].append(str(path))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        show_json(found)
     else:
-        click.echo(f"{len(found['whole'])} files: every byte is what was written")
+        echo(f"{len(found['whole'])} files: every byte is what was written")
         for name in found["unchecked"]:
-            click.echo(f"{name}: unchecked, it was written before files had checksums")
+            echo(f"{name}: unchecked, it was written before files had checksums")
     if found["damaged"]:
         listed = "".join(f"\n  {name}" for name in found["damaged"])
         raise IncompleteError(
-            f"{len(found['damaged'])} files are not what was written: index, evaluate or train again what they "
-            f"belong to.{listed}"
+            f"{len(found['damaged'])} files are not what was written: index, evaluate, train or export again what "
+            f"they belong to.{listed}"
         )
 
 
@@ -107,4 +119,4 @@ def completion(ctx: click.Context, shell: str) -> None:
 
     kind = get_completion_class(shell)
     assert kind is not None
-    click.echo(kind(ctx.find_root().command, {}, "cafe", "_CAFE_COMPLETE").source())
+    echo(kind(ctx.find_root().command, {}, "cafe", "_CAFE_COMPLETE").source())

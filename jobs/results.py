@@ -15,9 +15,18 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from cafe.errors import IncompleteError, UserError
+from cafe.errors import IncompleteError, UserError, printable
 from cafe.jobs.options import complete, options
-from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, say, show, show_records
+from cafe.jobs.terminal import (
+    Commands,
+    echo,
+    json_option,
+    open_workspace,
+    progress_bar,
+    say,
+    show,
+    show_json,
+)
 from cafe.report import MISTAKES, ReportSettings
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
             table.add_column(name, justify="left" if word else "right", no_wrap=not word, overflow="fold")
         for number, line in enumerate(sheet.lines):
             last = sheet.starts_block(number + 1)
-            table.add_row(*(Text(cell.text, STYLES[cell.mark]) for cell in line), end_section=last)
+            table.add_row(*(Text(printable(cell.text), STYLES[cell.mark]) for cell in line), end_section=last)
         yield table
         yield from sheet.notes
 
@@ -102,12 +111,15 @@ def compare(
     report = report_runs(workspace, chosen, ReportSettings(**values), metric, per_class)
     show_report(report, as_json)
     for sentence in ship:
-        click.echo(sentence)
+        echo(sentence)
     for name, file in files.items():
         if file:
             with write_whole(locate(file)) as output:
                 output.write(FORMATS[name](report).encode())
             say(f"Wrote {file}")
+    if csv and not as_json:  # the file has no place for it
+        for line in report.left_out:
+            echo(line, err=True)
 
 
 def _say_best(runs: list[Run], experiment: str | None, best: str) -> str:
@@ -122,13 +134,11 @@ def _say_best(runs: list[Run], experiment: str | None, best: str) -> str:
 
 
 def show_report(report: Report, as_json: bool = False) -> None:
-    """Print every table with its notes, or in JSON a record for every cell, as in the CSV file."""
+    """Print every table with its notes, or in JSON a record for every cell, as in the CSV file, and what was left out."""
     from cafe.report.report import list_records
 
     if as_json:
-        show_records(list(list_records(report)), as_json)
-        for line in report.left_out:
-            click.echo(line, err=True)
+        show_json({"cells": list(list_records(report)), "left_out": list(report.left_out)})
         return
     for table in (*sheet_tables(report.sheets), *report.about):
         show(table)
@@ -235,9 +245,9 @@ def ui(port: int) -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _await_answer(server, port)
-            click.echo(f"MLflow at {address} (stop with Ctrl-C)")
+            echo(f"MLflow at {address} (stop with Ctrl-C)")
             for name, number in experiments.items():  # MLflow's own front page leads to pages about language models
-                click.echo(f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning")
+                echo(f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning")
             server.wait()
         except KeyboardInterrupt:
             server.terminate()
@@ -282,7 +292,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
         with progress_bar("Exporting", "runs") as progress:
             left_out = log_models(mirror, progress)
         for name, reason in left_out.items():
-            click.echo(f"No model of {name}: {reason}", err=True)
+            echo(f"No model of {name}: {reason}", err=True)
         say(f"It holds the models of {count - len(left_out)} of them.")
 
 

@@ -12,7 +12,7 @@ import click
 
 from cafe.errors import IncompleteError, UserError, first_line
 from cafe.jobs.options import complete, options
-from cafe.jobs.terminal import interruptible, make_table, open_workspace, progress_bar, say, show
+from cafe.jobs.terminal import echo, interruptible, make_table, open_workspace, progress_bar, say, show
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def train(**values: Any) -> None:
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     plan = plan_training(workspace, settings)
     for sentence in explain_choices(settings, plan.spec.precision, plan.spec.recipe["batch_size"]):
-        click.echo(sentence)
+        echo(sentence)
     with interruptible():
         train_and_evaluate(plan, mirror, progress_bar)
     if plan.targets:
@@ -190,7 +190,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     run_grid(workspace, grid, BenchmarkSettings(**cluster))
     report = report_runs(workspace, choose_runs(workspace, grid.name))
     show_report(report)
-    click.echo(conclude(report.comparison))
+    echo(conclude(report.comparison))
     say(NEXT_STEPS.format(cafe=f"cafe -w {click.get_current_context().obj}"))
 
 
@@ -276,7 +276,7 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
 
 def _warn(mirror: Mirror) -> None:
     if mirror.warning:
-        click.echo(f"Warning: {mirror.warning}", err=True)
+        echo(f"Warning: {mirror.warning}", err=True)
 
 
 def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,17 @@ import click
 
 from cafe.errors import IncompleteError
 from cafe.jobs.options import options
-from cafe.jobs.terminal import Commands, interruptible, json_option, make_table, open_workspace, progress_bar, show
+from cafe.jobs.terminal import (
+    Commands,
+    echo,
+    interruptible,
+    json_option,
+    make_table,
+    open_workspace,
+    progress_bar,
+    show,
+    show_json,
+)
 from cafe.pipeline.settings import ClusterSettings
 
 if TYPE_CHECKING:
@@ -38,7 +47,7 @@ def list_all(names: tuple[str, ...], as_json: bool) -> None:
     workspace = open_workspace()
     stores = list_stores(workspace, find_paths(workspace, names))
     if as_json:
-        click.echo(json.dumps([facts.record() for facts in stores], indent=1))
+        show_json([facts.record() for facts in stores])
         return
     header = [
         "store",
@@ -80,12 +89,10 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
             found[store_name(path)] = verify_store(path, progress)
     damaged = {name: damages for name, damages in found.items() if damages}
     if as_json:
-        click.echo(
-            json.dumps([{"name": name, "damaged": list(map(vars, files))} for name, files in found.items()], indent=1)
-        )
+        show_json([{"name": name, "damaged": list(map(vars, files))} for name, files in found.items()])
     else:
         for name in found.keys() - damaged.keys():
-            click.echo(f"{name}: every byte is what was written")
+            echo(f"{name}: every byte is what was written")
     if damaged:
         listed = "".join(f"\n  {name}/{one.file} {one.problem}" for name, files in damaged.items() for one in files)
         count = sum(map(len, damaged.values()))
@@ -112,7 +119,7 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
             done = (
                 f"{len(damages)} damaged files written again, computed {shards} shards" if damages else "nothing to do"
             )
-            click.echo(f"{store_name(path)}: {done}")
+            echo(f"{store_name(path)}: {done}")
 
 
 @store.command("rm")
@@ -126,12 +133,12 @@ def remove(names: tuple[str, ...], yes: bool) -> None:
     workspace = open_workspace()
     stores = list_stores(workspace, find_paths(workspace, names))
     for facts in stores:
-        click.echo(_consequences(facts))
+        echo(_consequences(facts))
     if not yes:
         click.confirm(f"Remove {len(stores)} stores?", abort=True)
     for facts in stores:
         remove_store(facts.path)
-        click.echo(f"Removed {facts.name}")
+        echo(f"Removed {facts.name}")
 
 
 def _consequences(facts: StoreFacts) -> str:

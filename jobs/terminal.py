@@ -56,10 +56,16 @@ class Commands(click.Group):
             self.add_command(getattr(import_module(module), attribute), cmd_name)
         return super().get_command(ctx, cmd_name)
 
+    def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
+        """Read the options of this group."""
+        with _printable_mistakes():
+            return super().make_context(*arguments, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
         try:
-            return super().invoke(ctx)
+            with _printable_mistakes():
+                return super().invoke(ctx)
         except UserError as error:
             logging.getLogger(__name__).info("Where this was found:", exc_info=error)
             sentence = click.ClickException(printable(str(error)))
@@ -71,6 +77,24 @@ class Commands(click.Group):
             logging.getLogger(__name__).info("Where this was found:", exc_info=error)
             place = f"{error.filename} cannot be used" if error.filename else "A file cannot be read or written"
             raise click.ClickException(printable(f"{place} ({error.strerror}): fix that and try again.")) from None
+
+
+@contextmanager
+def _printable_mistakes() -> Iterator[None]:
+    """Let click name what it does not accept without the control characters in it."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(error.message)  # type: ignore[misc]  # click's own never changes it
+        raise
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats what is logged, which quotes names of files and what others wrote, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        return printable(super().format(record))
 
 
 def open_workspace() -> Workspace:
@@ -85,8 +109,12 @@ def set_loudness(quiet: bool, verbose: bool) -> None:
     if quiet and verbose:
         raise UserError("--quiet and --verbose say the opposite: leave one of them out.")
     click.get_current_context().meta[QUIET] = quiet
+    assert logging.lastResort is not None
+    logging.lastResort.setFormatter(PrintableFormatter())
     if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def is_quiet() -> bool:
@@ -95,10 +123,15 @@ def is_quiet() -> bool:
     return context is not None and bool(context.meta.get(QUIET))
 
 
+def echo(text: str, err: bool = False) -> None:
+    """Print a result or a warning: with `show`, the one door to a terminal, which no control character passes."""
+    click.echo(printable(text), err=err)
+
+
 def say(sentence: str, err: bool = False) -> None:
     """Print what was done: no result, so nothing with --quiet."""
     if not is_quiet():
-        click.echo(printable(sentence), err=err)
+        echo(sentence, err)
 
 
 def defer_gc() -> None:
@@ -142,7 +175,7 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int
 
 def _leave(then: str) -> None:
     """End the process, whatever its threads still do or wait for, and what is left of the Ray it started."""
-    click.echo(f"Interrupted: {then}.", err=True)
+    echo(f"Interrupted: {then}.", err=True)
     sys.stdout.flush()
     for process in _started:
         with suppress(psutil.NoSuchProcess):
@@ -177,11 +210,19 @@ def interruptible(then: str = "the same command goes on where it was") -> Iterat
 
 
 def show(renderable: Any) -> None:
-    """Print a text or a table of rich, 200 columns wide where the output is not a terminal."""
+    """Print a text or a table of rich, 200 columns wide where the output is not a terminal.
+
+    No control character of a text or a cell passes; those of a `rich.text.Text` are up to who makes it.
+    """
     from rich.console import Console
+    from rich.text import Text
+
+    class Screen(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
 
     width = None if sys.stdout.isatty() else 200
-    Console(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable)
+    Screen(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable)
 
 
 def make_table(
@@ -203,8 +244,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 def show_records(records: Sequence[Mapping[str, Any]], as_json: bool, words: int = 1, title: str | None = None) -> None:
     """Print records as a table, the first `words` columns left-aligned and lists line by line, or as a list in JSON."""
     if as_json:
-        plain = [{name: _as_json(value) for name, value in record.items()} for record in records]
-        click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+        show_json(list(records))
         return
     header = [name.replace("_", " ") for name in (records[0] if records else ())]
     lines = [
@@ -213,6 +253,14 @@ def show_records(records: Sequence[Mapping[str, Any]], as_json: bool, words: int
     show(make_table(header, lines, words, title))
 
 
+def show_json(value: object) -> None:
+    """Print lists and dicts as JSON, what is not known as null."""
+    echo(json.dumps(_as_json(value), indent=2, ensure_ascii=False))
+
+
 def _as_json(value: object) -> object:
-    """Return a value that JSON has: what is not known is null there."""
+    if isinstance(value, Mapping):
+        return {name: _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,13 +23,13 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, first_line
-from cafe.files import encode_json, exists, read_json, write_changed, write_json
+from cafe.files import encode_json, read_json, write_changed, write_json
 from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import RunChoices, RunIdentity
 from cafe.pipeline.workspace import check_name
 from cafe.records import FORMAT, check_record, digest_changes
-from cafe.results.runs import read_record
+from cafe.results.runs import read_record, read_result
 from cafe.results.sources import Source
 from cafe.seals import write_sealed
 from cafe.towers.names import FINAL, single_names
@@ -210,8 +210,8 @@ def check_identity(run: UPath) -> None:
 
 
 def is_finished(run: UPath) -> bool:
-    """Whether a run was trained to its end."""
-    return exists(run / "result.json")
+    """Whether a run was trained to its end; raise `DamagedError` where the record of that is not what was written."""
+    return read_result(run) is not None
 
 
 def add_experiment(run: UPath, experiment: str, benchmark: str | None = None) -> None:

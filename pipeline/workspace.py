@@ -116,7 +116,7 @@ class Workspace:
         """
         runs = [path.name for path in list_folder(self.runs)]
         if unheard := set(names) - {*runs, *self.manifest_names()}:
-            raise unknown("run or manifest", min(unheard), [*runs, *self.manifest_names()])
+            raise unknown("run, manifest or exported folder", min(unheard), [*runs, *self.manifest_names()])
         found = [self.manifest_path(name) for name in self.manifest_names() if not names or name in names]
         for run in (self.run_path(name) for name in runs if not names or name in names):
             found += [path for file in RUN_FILES if exists(path := run / file)]

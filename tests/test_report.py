@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cafe
+from click.testing import CliRunner
+from conftest import Cafe, draw_faces
 from runs import write_predictions, write_run
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
+from cafe.jobs.cli import main
 from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
 from cafe.report.charts import draw_ranks, find_ties, to_svg
@@ -320,6 +323,23 @@ def test_predictions_of_other_faces_do_not_meet_and_are_named(fresh: Workspace, 
     counts = {column.name: estimate.count for column, estimate in row.cells.items()}
     assert counts.pop("fer") == 2
     assert set(counts.values()) == {3}
+
+
+def test_what_is_left_out_is_named_in_every_output_also_where_it_is_all(fresh: Workspace) -> None:
+    cafe, labels = Cafe(Path(str(fresh.root)), ""), np.arange(70) % 7
+    runs = [write_run(fresh, "cafe", "raf", seed) for seed in range(3)]
+    for run, manifest in zip(runs, "aab", strict=True):
+        write_predictions(run, "fer", labels, labels, manifest=manifest)
+    old = f"Left out: {runs[2].name} on fer (clean), evaluated on the manifest b, not on a"
+    assert json.loads(cafe.succeed("compare", "--json"))["left_out"][0].startswith(old)
+    result = CliRunner().invoke(main, ["-w", str(fresh.root), "compare", "--csv", str(fresh.root / "x.csv")])
+    assert old in result.stderr
+    draw = draw_faces(Path(str(fresh.root)) / "fer", per_class=2)
+    cafe.succeed("data", "index", "folder", str(draw), "--name", "fer")
+    said = cafe.fail("compare")
+    assert "All 3 predictions are of other faces than those that count now: evaluate the runs again.\n  Left" in said
+    assert all(f"cafe evaluate {run.name} --targets fer" in said for run in runs)
+    assert "All 3 predictions are of other faces" in cafe.fail("compare", "--protocol", "paper")
 
 
 def test_faces_of_one_group_are_one_draw(fresh: Workspace) -> None:

@@ -14,9 +14,13 @@ from runs import write_predictions, write_run
 from upath import UPath
 
 from cafe.errors import DamagedError
+from cafe.files import write_file
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.pipeline.models import check_finite
+from cafe.pipeline.runs import is_finished
 from cafe.pipeline.workspace import Workspace
+from cafe.records import digest
+from cafe.results.runs import choose, read_runs
 from cafe.seals import BLANK, KEY, read_sealed, seal, verify_file, write_sealed
 from cafe.towers.weights import read_tensors, write_tensors
 
@@ -80,13 +84,41 @@ def test_verify_lists_what_is_damaged_and_what_was_never_checked(tmp_path: Path)
     (run / "result.json").write_text("{}")
     said = cafe.fail("runs", "--verify", run.name, code=1)
     assert f"runs/{run.name}/result.json: unchecked" in said
-    assert (
-        f"1 files are not what was written: index, evaluate or train again what they belong to.\n  runs/{run.name}/mo"
-        in said
-    )
+    assert "1 files are not what was written: index, evaluate, train or export again what they belong to.\n" in said
+    assert said.endswith(f"\n  runs/{run.name}/model.safetensors")
     found = json.loads(cafe("runs", "--verify", "--json").output.partition("\nError")[0])
     assert [len(found[state]) for state in ("whole", "unchecked", "damaged")] == [2, 1, 1]
-    assert f"Unknown run or manifest 'x': choose {run.name}." in cafe.fail("runs", "--verify", "x")
+    assert f"Unknown run, manifest or exported folder 'x': choose {run.name}." in cafe.fail("runs", "--verify", "x")
+
+
+def test_an_exported_folder_is_verified_by_its_own_record(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    folder, cafe = workspace.root / "exports" / "model", Cafe(tmp_path, "")
+    for name in ("model.onnx", "run.json"):
+        write_file(folder / name, name.encode())
+    write_sealed(folder / "model.json", {"files": {name: digest(name.encode()) for name in ("model.onnx", "run.json")}})
+    for names in ((str(folder),), ()):
+        assert "3 files: every byte is what was written" in cafe.succeed("runs", "--verify", *names)
+    flip(folder / "model.onnx", 0)
+    (folder / "run.json").unlink()
+    write_file(folder / "run.json", b"another")
+    for names in ((str(folder),), ()):
+        said = cafe.fail("runs", "--verify", *names, code=1)
+        assert said.startswith("1 files: every byte")
+        assert said.endswith(f"\n  {folder}/model.onnx\n  {folder}/run.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"seal": "0"}'])
+def test_a_run_whose_end_is_damaged_is_neither_finished_nor_dropped(tmp_path: Path, content: bytes) -> None:
+    run = write_run(Workspace.at(str(tmp_path)))
+    assert not is_finished(run)
+    write_sealed(run / "result.json", {"epochs": 1})
+    assert is_finished(run)
+    (run / "result.json").write_bytes(content)
+    for ended in (lambda: is_finished(run), lambda: choose(read_runs([run]), name=run.name)):
+        assert "result.json is damaged or was changed, it is not what was written: remove it and giv" in complaint(
+            ended
+        )
 
 
 def test_weights_that_are_no_numbers_are_refused_and_infinite_buffers_kept(tmp_path: Path) -> None:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import logging
 import os
 import pty
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import draw_faces
 from runs import write_predictions, write_run
 
+from cafe.data.expressions import EXPRESSIONS
+from cafe.errors import UNPRINTABLE, printable
+from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
+from cafe.jobs.results import sheet_tables
+from cafe.jobs.terminal import Commands, echo, make_table, show, show_json
 from cafe.methods import METHODS
 from cafe.pipeline.workspace import Workspace
+from cafe.report.sheets import Sheet, SheetCell
 
 
 def run(tmp_path: Path, *arguments: str, code: int = 0) -> str:
@@ -43,7 +53,7 @@ def test_every_listing_is_json_on_request(tmp_path: Path) -> None:
     (listed,) = json.loads(run(tmp_path, "runs", "--json"))
     assert (listed["run"], listed["status"], listed["experiments"]) == (folder.name, "FINISHED", ["cafe"])
     assert folder.name in run(tmp_path, "runs")
-    cell, *_, mean = json.loads(run(tmp_path, "compare", "--json"))
+    cell, *_, mean = json.loads(run(tmp_path, "compare", "--json"))["cells"]
     assert (cell["target"], cell["role"], cell["mean"], cell["half_width"]) == ("mine", "source", 1.0, None)
     assert (mean["target"], mean["mean"]) == ("mean of all", 1.0)
 
@@ -138,6 +148,78 @@ def test_no_color_switches_colours_off() -> None:
     assert "\x1b[38;5;" in coloured
     assert "\x1b[38;5;" not in plain
     assert "\x1b[3" not in plain
+
+
+NASTY = "\x1b]0;owned\x07\x9b2J\u202egpj.\udcff"
+HARMLESS = r"\u001b]0;owned\u0007\u009b2J\u202egpj.\udcff"
+
+
+def test_what_is_printable_stays_and_what_moves_a_terminal_is_spelt_out() -> None:
+    plain = "naïve\t顔 عربي 👩\u200d🚀\n–\xa0"
+    assert printable(plain) == plain
+    assert printable(NASTY) == HARMLESS
+    assert json.loads(printable(json.dumps(NASTY, ensure_ascii=False))) == NASTY
+    every = "".join(map(chr, [*range(0xE000), 0x1F600]))
+    assert not {*"\x00\x07\x08\x0b\r\x1b\x7f\x80\x9b\x9d\x9f\u061c\u200e\u2066\udc80"} & set(printable(every))
+
+
+def test_no_output_of_a_command_holds_control_characters_of_what_it_shows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for part in (NASTY, make_table([NASTY], [[NASTY]], title=NASTY)):
+        show(part)
+    sheet = Sheet(NASTY, 1, 1, [NASTY], [[SheetCell(NASTY)]], [NASTY])
+    for part in sheet_tables([sheet]):
+        show(part)
+    show_json({NASTY: [NASTY, float("nan")]})
+    echo(NASTY, err=True)
+    shown = capsys.readouterr()
+    assert shown.out.count(HARMLESS) == 10
+    assert shown.err == f"{HARMLESS}\n"
+    assert not UNPRINTABLE.search(shown.out)
+
+    mistakes = (
+        [NASTY],
+        ["data", NASTY],
+        ["runs", f"--{NASTY}"],
+        ["compare", NASTY],
+        ["predict", NASTY, "x"],
+    )
+    for arguments in mistakes:
+        said = run(tmp_path, *arguments, code=2)
+        assert "]0;owned" in said
+        assert not UNPRINTABLE.search(said)
+    record = logging.LogRecord("cafe", logging.WARNING, "", 0, "Left out: %s", (NASTY,), None)
+    assert logging.lastResort is not None
+    assert logging.lastResort.format(record) == f"Left out: {HARMLESS}"
+
+    rows = io.BytesIO()
+    with write_table(rows, EXPRESSIONS) as write:
+        write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": f"{NASTY}\nneutral", "error": NASTY}])
+    assert rows.getvalue().decode().splitlines()[1].endswith(f"{HARMLESS}\\nneutral: {HARMLESS}")
+
+
+@pytest.mark.parametrize("place", ["file", "none"])
+def test_what_the_system_refuses_is_one_sentence(place: str) -> None:
+    @click.group(cls=Commands)
+    def group() -> None:
+        pass
+
+    @group.command()
+    def work() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", *([NASTY] if place == "file" else []))
+
+    @group.command()
+    def library() -> None:
+        raise OSError("no number: a bug of a library's")
+
+    result = CliRunner().invoke(group, ["work"])
+    what = f"{HARMLESS} cannot be used" if place == "file" else "A file cannot be read or written"
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"Error: {what} (No space left on device): fix that and try again.\n",
+    )
+    assert isinstance(CliRunner().invoke(group, ["library"]).exception, OSError)
 
 
 def test_help_names_the_exit_codes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -15,20 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy
-from conftest import draw_faces
+from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
 from runs import write_predictions, write_run
+from test_malformed import SPEC
 from upath import UPath
 
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.files import list_folder, write_json
+from cafe.files import list_files, list_folder, write_json
 from cafe.pipeline.benchmark.cells import write_comparison
+from cafe.pipeline.runs import add_experiment
 from cafe.pipeline.tracking.database import draft_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
 from cafe.results.runs import read_runs
+from cafe.results.scores import read_scores
 from cafe.seals import read_sealed, write_sealed
 
 
@@ -91,6 +95,21 @@ def test_the_server_shows_all_the_folder_says(workspace: Workspace) -> None:
         "`cafe` trained on raf with seed 0; evaluated epoch: final.\n\n"
         "Accuracy by the protocol clean: fer 82.9 % (unseen), raf 100.0 % (source)."
     )
+
+
+def test_scores_on_faces_that_the_workspace_has_no_more_are_taken_back_and_named(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = evaluated(workspace)
+    Mirror(workspace).update(run)
+    monkeypatch.setattr(Workspace, "manifest_digests", lambda self: {"raf": "digest of raf", "fer": "another"})
+    for _ in range(2):
+        Mirror(workspace).update(run)
+    shown = tracked(workspace)[0].data
+    assert f"Left out: {run.name} on fer (clean), evaluated on the man" in shown.tags["mlflow.note.content"]
+    assert shown.metrics["target/raf/accuracy"] == 1
+    assert all(math.isnan(shown.metrics[f"{name}/accuracy"]) for name in ("target/fer", "unseen"))
+    assert len(picture(workspace)["history"]["target/fer/accuracy"]) == 2  # the second update found nothing to do
 
 
 def test_what_is_shown_is_not_logged_again_and_what_a_kill_left_out_is_filled_in(workspace: Workspace) -> None:
@@ -253,6 +272,33 @@ def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Wo
     marker = (folder / "pulled.json").stat().st_mtime_ns
     assert elsewhere.pull("cafe") == [folder]
     assert (folder / "pulled.json").stat().st_mtime_ns == marker
+
+
+@pytest.mark.parametrize("lie", ["name", "seed"])
+def test_a_pulled_run_that_lies_about_itself_is_left_out_and_named(
+    lie: str, workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that calls itself like a run of this workspace adds nothing to its numbers; one that was changed is none."""
+    theirs, labels = workspace.run_path(SPEC.name), np.arange(70) % 7
+    SPEC.save(theirs)
+    add_experiment(theirs, "cafe")
+    write_predictions(theirs, "fer", labels, labels)
+    Mirror(workspace).update(theirs)
+    here = Workspace.at(str(tmp_path / "here"))
+    own = write_run(here, seed=7)
+    write_predictions(own, "fer", np.zeros(7, int), np.ones(7, int))
+    before = {path: path.read_bytes() for path in list_files(own)}
+    (sent,) = (workspace.root / "artifacts").glob("*/artifacts/run.json")
+    claimed = {"name": own.name} if lie == "name" else {"seed": 7}
+    write_sealed(sent, {**(read_sealed(sent) or {}), **claimed})
+
+    said = Cafe(here.root, "").succeed("mlflow", "pull", "--mlflow-uri", default_uri(workspace), "--experiment", "cafe")
+    assert "Fetched 0 runs" in said
+    assert f"A run of the server is left out: {here.root}/pulled" in caplog.text
+    assert f"says that it is the run '{own.name}'" in caplog.text or "says of its seed 7" in caplog.text
+    assert {path: path.read_bytes() for path in list_files(own)} == before
+    assert here.run_names() == [own.name]
+    assert read_scores(here.read_runs())["accuracy"].tolist() == [0]
 
 
 def test_a_record_that_a_kill_left_half_written_is_not_one(workspace: Workspace) -> None:

@@ -363,7 +363,7 @@ def test_a_run_of_an_older_format_or_of_other_defaults_is_one_sentence(ready: Ca
         "train", "--source", "one", "--targets", "none"
     )
     (plan.run / "run.json").write_text(json.dumps({**record, "version": 1}))
-    (plan.run / "result.json").touch()
+    (plan.run / "result.json").write_text("{}")
     assert "is in the old format 1" in ready.fail("evaluate", plan.spec.name)
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cafe.errors import printable
 from cafe.inference.recognition import PredictedFrame
 
 BEFORE = (
@@ -83,7 +84,10 @@ def write_table(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     _put(file, form.format("expression", "", "next", "doubts", "box", "time", "file"))
 
     def write(rows: list[Row]) -> None:
-        _put(file, "".join(form.format(*_table_cells(row, columns)) for row in rows))
+        lines = (
+            form.format(*(printable(cell).replace("\n", "\\n") for cell in _table_cells(row, columns))) for row in rows
+        )
+        _put(file, "".join(lines))
 
     yield write
 
@@ -101,10 +105,10 @@ def _table_cells(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
 
 @contextmanager
 def write_jsonl(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
-    """Write a JSON object a line; the rows name the classes themselves."""
+    """Write a JSON object a line; the rows name the classes themselves. What is no text is written as JSON escapes it."""
 
     def write(rows: list[Row]) -> None:
-        _put(file, "".join(json.dumps(_rounded(row), ensure_ascii=False) + "\n" for row in rows))
+        _put(file, "".join(printable(json.dumps(_rounded(row), ensure_ascii=False)) + "\n" for row in rows))
 
     yield write
 
@@ -156,6 +160,8 @@ FORMATS: dict[str, Callable[[IO[bytes], Sequence[str]], AbstractContextManager[W
 
 
 def _put(file: IO[bytes], text: str) -> None:
+    """Write a text, to a terminal without control characters; elsewhere names of files stay as they are."""
+    text = printable(text) if file.isatty() else text
     file.write(text.encode("utf-8", "surrogateescape"))
     file.flush()
 

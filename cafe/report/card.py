@@ -42,8 +42,9 @@ def write_card(run: Run, seeds: Sequence[Run], known: Mapping[str, str], record:
 
     `known` are the digests of the workspace's manifests by name, `record` is what `model.json` will hold.
     """
-    (run,), _ = meet([run], known)
+    (run,), left_out = meet([run], known)
     scores = read_scores([run], known)
+    met = meet(seeds, known)
     tower = split_name(run.settings.get("backbone") or "none")[0]
     tables = {
         name: list(list_domains(run, name, scores)) for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()
@@ -59,7 +60,8 @@ def write_card(run: Run, seeds: Sequence[Run], known: Mapping[str, str], record:
         ],
         classes=run.classes,
         tables=tables,
-        unseen=describe_seeds(seeds, known),
+        unseen=describe_seeds(met.runs, known),
+        left_out=dict.fromkeys(map(str, [*left_out, *met.left_out])),
         protocols={name: find_protocol(name).about for name in tables},
     )
 
@@ -90,7 +92,7 @@ def format_share(right: int, faces: int) -> str:
 
 def describe_seeds(seeds: Sequence[Run], known: Mapping[str, str]) -> str:
     """Return the mean accuracy on unseen targets over all seeds of a run, in a sentence; nothing without such targets."""
-    scores = read_scores(meet(seeds, known).runs, known, ["clean"])
+    scores = read_scores(seeds, known, ["clean"])
     means = average_unseen(scores)
     if not len(means):
         return ""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
+from cafe.errors import UserError
 from cafe.report import ReportSettings
 from cafe.report.sheets import (
     Sheet,
@@ -28,7 +29,7 @@ from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
-from cafe.results.scores import meet, read_scores
+from cafe.results.scores import LeftOut, meet, read_scores
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 from cafe.results.variants import vary_runs
 
@@ -71,6 +72,7 @@ def make_report(
     lines = [str(one) for one in left_out]
     about = [*about, *lines]
     scores = read_scores(runs, known)
+    _check_left_out(scores, left_out, protocol)
     others = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
     shown = [*runs, *varied]
@@ -107,6 +109,17 @@ def make_report(
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
     title = "Trained on one data set, evaluated on all"
     return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks, left_out=lines)
+
+
+def _check_left_out(scores: pd.DataFrame, left_out: Sequence[LeftOut], protocol: str) -> None:
+    """Raise `UserError` that names them where nothing but predictions of other faces than those of now was found."""
+    own = [one for one in left_out if find_protocol(one.protocol).plain == protocol]
+    missing = left_out if scores.empty else own
+    if missing and not (scores["protocol"] == protocol).any():
+        listed = "".join(f"\n  {one}" for one in missing)
+        raise UserError(
+            f"All {len(missing)} predictions are of other faces than those that count now: evaluate the runs again.{listed}"
+        )
 
 
 def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = ()) -> list[str]:

@@ -71,8 +71,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it was trained to its end."""
-        return exists(self.folder / "result.json")
+        """Whether it was trained to its end; raises `DamagedError` where the record of that is not what was written."""
+        return read_result(self.folder) is not None
 
     def evaluates(self, column: Column) -> bool:
         """Whether a table shows what this run predicts there: a fold counts for the domain it leaves out alone."""

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from cafe.data.manifest import map_threads
 from cafe.results.columns import Column
 from cafe.results.metrics import METRICS, RECALL, score
-from cafe.results.predictions import Predictions, list_predictions, list_protocols
+from cafe.results.predictions import Head, Predictions, list_predictions, list_protocols
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.sources import SOURCE, UNKNOWN, UNSEEN
@@ -112,18 +113,20 @@ def meet(runs: Sequence[Run], manifests: Mapping[str, str] | None = None) -> Mee
     manifest, the most faces count: others were readable later. Every number about several runs is of what meets here.
     """
     columns: dict[tuple[str, str, str], list[tuple[tuple[str, ...], _Evaluated]]] = defaultdict(list)
-    for run in runs:
-        for protocol in list_protocols(run.folder):
-            for name, path in list_predictions(run.folder, protocol).items():
-                found = Predictions.load(path, named=False)
-                if found is not None and not found.rows and len(found.labels):
-                    found = Predictions.load(path)  # of before files named their rows
-                if found is None:
-                    continue
-                about = (found.about.get("manifest", ""), found.rows, len(found.labels))
-                # Runs that know other classes are evaluated on other faces, in columns of their own.
-                place = (find_protocol(protocol).plain, name, found.about.get("split", ""))
-                columns[place].append((tuple(sorted(found.classes)), _Evaluated(run.name, protocol, name, *about)))
+    files = [
+        (run.name, protocol, name, path)
+        for run in runs
+        for protocol in list_protocols(run.folder)
+        for name, path in list_predictions(run.folder, protocol).items()
+    ]
+    heads = map_threads(Head.load, [path for *_, path in files], at_once=1)  # an object store answers side by side
+    for (run_name, protocol, name, _), head in zip(files, heads, strict=True):
+        if head is None:
+            continue
+        about = (head.about.get("manifest", ""), head.rows, head.faces)
+        # Runs that know other classes are evaluated on other faces, in columns of their own.
+        place = (find_protocol(protocol).plain, name, head.about.get("split", ""))
+        columns[place].append((tuple(sorted(head.classes)), _Evaluated(run_name, protocol, name, *about)))
     left_out = [
         left for (_, name, _), several in columns.items() for left in _leave_out(name, several, manifests or {})
     ]

@@ -40,6 +40,7 @@ from cafe.report.formats import to_markdown
 from cafe.report.report import make_report
 from cafe.results.protocols import ProtocolName
 from cafe.results.runs import Run, read_runs
+from cafe.results.scores import meet
 from cafe.towers.names import joint_name
 
 CELL_BYTES = 2 * 2**30  # memory of a cell: its worker with torch and features, and the controller of its training
@@ -270,7 +271,7 @@ def _write_outcomes(plan: BenchmarkPlan, failures: Failures) -> None:
 
 
 def _compare(plan: BenchmarkPlan) -> None:
-    """Write the comparison of the cells, unless it was made before of the same predictions."""
+    """Write the comparison of the cells, unless it was made before of the same predictions and manifests."""
     folders = {cell.plan.run: None for cell in plan.runnable if cell.plan}
     evaluated = {
         str(path.relative_to(folder.parent)): digest(read_file(path))
@@ -278,7 +279,10 @@ def _compare(plan: BenchmarkPlan) -> None:
         for path in list_files(folder / "predictions")
     }
     note = plan.folder / "comparison.sha256"
-    made_of = digest(encode_json({"protocol": plan.benchmark.protocol, "evaluated": evaluated})).encode()
+    manifests = plan.workspace.manifest_digests()  # by which predictions are left out
+    made_of = digest(
+        encode_json({"protocol": plan.benchmark.protocol, "evaluated": evaluated, "manifests": manifests})
+    ).encode()
     if not (exists(note) and exists(plan.folder / "report.html") and read_file(note) == made_of):
         write_comparison(plan.workspace, plan.folder, read_runs(folders), plan.experiment, plan.benchmark.protocol)
         write_file(note, made_of)
@@ -290,8 +294,9 @@ def write_comparison(
     """Write the comparison of runs, where any was evaluated, to a benchmark's folder: tables and the page of a report."""
     from cafe.report.experiment import draw_experiment
 
-    if any(run.load_predictions(protocol, named=False) for run in runs):
-        report = make_report(runs, workspace.manifest_digests(), ReportSettings(protocol=protocol))
+    manifests = workspace.manifest_digests()
+    if any(run.load_predictions(protocol, named=False) for run in meet(runs, manifests).runs):
+        report = make_report(runs, manifests, ReportSettings(protocol=protocol))
         write_file(folder / "comparison.md", to_markdown(report).encode())
         page = draw_experiment(experiment, report, workspace.root, workspace.keeping_manifests().find_manifest)
         write_file(folder / "report.html", page)

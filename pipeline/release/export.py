@@ -154,7 +154,8 @@ def tower_of(model: Model) -> FrozenBackbone | None:
 
 def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -> dict[str, Any]:
     """Return the record of an exported run, as `model.json` holds it."""
-    tower, plan = tower_of(model), model.plan
+    tower, plan, manifests = tower_of(model), model.plan, workspace.manifest_digests()
+    met = meet([run], manifests)
     preprocessing: dict[str, Any] = {"where": "inside the graph: resized as Pillow does, scaled to 0–1, normalised"}
     if "image" in model.methods[0].needs:
         preprocessing["image_branch"] = describe_view(model.image_size, plan)
@@ -180,9 +181,8 @@ def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -
         "preprocessing": preprocessing,
         "origin": origin,
         "trained": read_result(run.folder),
-        "scores": flatten_scores(
-            read_scores(meet([run], workspace.manifest_digests()).runs, workspace.manifest_names())
-        ),
+        "scores": flatten_scores(read_scores(met.runs, manifests)),
+        "left_out": [str(one) for one in met.left_out],
         "check": {"faces": exported.faces, "largest_difference": exported.difference, "tolerance": TOLERANCE},
         "versions": {"python": platform.python_version(), "opset": OPSET}
         | {package: find_version(package) for package in PACKAGES},

@@ -6,18 +6,21 @@ Commands that use a trained model choose it here too. Torch is imported when a m
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import exists, locate
+from cafe.files import exists, locate, place_below, read_file
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.workspace import Workspace
+from cafe.records import digest
 from cafe.results.runs import choose
 from cafe.results.scores import meet, read_scores
+from cafe.seals import State, read_sealed, verify_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,4 +144,22 @@ def _find_exported(workspace: Workspace, name: str) -> UPath | None:
 
         return Mirror(workspace).fetch_model(name)
     folder = locate(name)
-    return folder if exists(folder / "model.json") and exists(folder / "run.json") else None
+    return folder if is_exported(folder) else None
+
+
+def is_exported(folder: UPath) -> bool:
+    """Whether a folder is a whole export."""
+    return exists(folder / "model.json") and exists(folder / "run.json")
+
+
+def verify_export(folder: UPath) -> Iterator[tuple[UPath, State]]:
+    """Yield the files of an exported run, first the record that lists the others, and whether they are what was written."""
+    record = folder / "model.json"
+    state = verify_file(record)
+    yield record, state
+    if state == "damaged":
+        return
+    listed = (read_sealed(record, "read") or {}).get("files")
+    for name, expected in sorted(listed.items() if isinstance(listed, dict) else ()):
+        path = place_below(folder, name)
+        yield path, "whole" if exists(path) and digest(read_file(path)) == expected else "damaged"

@@ -7,6 +7,7 @@ A server that is down stops nothing: the mirror says so at the end, and `cafe ml
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import tempfile
@@ -34,6 +35,7 @@ PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the page was made of that a run shows
 UNNAMED = "Default"  # the experiment every server has
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those of language models
+SCORE = re.compile("(^|/)(target|unseen|all)/")  # in the name of a metric that is computed from predictions
 LONGEST = 6000  # characters of a parameter that MLflow takes
 SLEEP = 60.0  # seconds until a server that was down is asked again
 
@@ -83,9 +85,10 @@ class Mirror:
             run = read_run(folder)
             if run is None or not run.experiments:
                 return run
-            state = pages.digest_run(self.workspace, folder)
+            manifests = self.workspace.manifest_digests()
+            state = pages.digest_run(manifests, folder)
             for experiment, benchmark in run.experiments.items():
-                describe = partial(pages.describe_run, self.workspace, run, benchmark, status)
+                describe = partial(pages.describe_run, self.workspace, manifests, run, benchmark, status)
                 self._show(experiment, run.name, pages.digest_of(state, benchmark, status), describe)
         return run
 
@@ -285,6 +288,13 @@ def log(client: Any, tracked: Any, page: Page, tags: Mapping[str, str]) -> None:
         Metric(name, value, now, step)
         for (name, step), value in page.points.items()
         if logged.get((name, step)) != value
+    ]
+    # What was left out since cannot be taken back: from now on it is no number.
+    shown = {name for name, _ in page.points}
+    points += [
+        Metric(name, math.nan, now, 0)
+        for name, value in data.metrics.items()
+        if SCORE.search(name) and name not in shown and not math.isnan(value)
     ]
     params = [Param(name, str(value)[:LONGEST]) for name, value in page.params.items() if name not in data.params]
     changed = [RunTag(name, value) for name, value in tags.items() if data.tags.get(name, "") != value]

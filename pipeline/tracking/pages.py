@@ -61,10 +61,10 @@ class Page:
     ended: int | None = None
 
 
-def digest_run(workspace: Workspace, folder: UPath) -> str:
-    """Name all that the page of a run is made of, without making it."""
+def digest_run(manifests: Mapping[str, str], folder: UPath) -> str:
+    """Name all that the page of a run is made of, without making it; `manifests` are the digests by name."""
     below = (path for name in DRAWN for path in list_files(folder / name))
-    return digest_of(workspace.manifest_names(), _digest_files(folder, [*(folder / name for name in TIMED), *below]))
+    return digest_of(dict(manifests), _digest_files(folder, [*(folder / name for name in TIMED), *below]))
 
 
 def digest_benchmark(folder: UPath) -> str:
@@ -87,13 +87,15 @@ def _digest_files(folder: UPath, paths: Iterable[UPath]) -> dict[str, list[Any]]
     return digests
 
 
-def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: str | None) -> Page:
+def describe_run(
+    workspace: Workspace, manifests: Mapping[str, str], run: Run, benchmark: str | None, status: str | None
+) -> Page:
     """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions.
 
     It lasted from its description to the end of its training: no record holds a time, as the same run has the same files.
     """
-    manifests = workspace.manifest_digests()
-    scores = read_scores(meet([run], manifests).runs, manifests)
+    met = meet([run], manifests)
+    scores = read_scores(met.runs, manifests)
     ended = read_json(run.folder / "status.json") or {}
     reason = ended.get("reason", "") if status in (None, ended.get("status")) else ""
     points = {
@@ -114,7 +116,7 @@ def describe_run(workspace: Workspace, run: Run, benchmark: str | None, status: 
         "cafe.reason": reason,
         **describe_code(run),
     }
-    tags[NOTE] = describe_scores(run, scores)
+    tags[NOTE] = "\n\n".join([describe_scores(run, scores), *map(str, met.left_out)])
     status = status or ended.get("status", "RUNNING")
     params = {"source": run.source, **run.settings, **run.derived}
     inputs = tuple(describe_inputs(workspace, run, scores))
