@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from cafe.pipeline.settings import ClusterSettings
 
 CONNECT_SECONDS = 5.0
 TOO_SLOW = "timed out during startup"  # Ray's words
+QUIET, STDERR = "RAY_BACKEND_LOG_LEVEL", 2
 LOOK_SECONDS = 1.0  # between two looks at what an autoscaler has brought
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
@@ -30,6 +32,8 @@ ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 TOKEN = Path("~/.ray/auth_token")  # where Ray keeps the one that all nodes of a cluster share
+TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # which Ray prefers to it
+ANY_CLUSTER = "01" * 28  # names none: a client that asks for the name first would ask twenty times where it is refused
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
 
 
@@ -37,14 +41,9 @@ def set_environment(settings: ClusterSettings) -> None:
     """Say to libraries how to work, here and in every process that is started; to be called before they are imported."""
     for name, value in (ENVIRONMENT if settings.address else ENVIRONMENT | LOCAL).items():
         os.environ.setdefault(name, value)
-    if (
-        settings.address
-        and TOKEN.expanduser().exists()
-        and not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-    ):
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # as `ray start` does where there is a token, and a client does not
+    if settings.address and (TOKEN.expanduser().exists() or os.environ.keys() & TOKEN_VARIABLES):
+        # As `ray start` does where there is a token, and a client does not.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 @contextmanager
@@ -95,13 +94,79 @@ def _join(address: str) -> None:
         address = os.environ.get("RAY_ADDRESS", address)
     _check_answer(address)
     _check_node(address)
-    workers = {"py_modules": [*cafe.__path__], "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
+    with _without_noise():
+        _check_token(address)
+        workers = {"py_modules": [*cafe.__path__], "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
+        try:
+            ray.init(address, runtime_env=workers, **_find_loudness())
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            raise UserError(
+                f"Ray does not let this command into the cluster at {address!r} ({quote(error)}): check the address, and "
+                "that every node has the same Ray and Python."
+            ) from None
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Keep what the C++ side of Ray logs about a cluster off the terminal from now on, unless the program asks for it.
+
+    It writes to the descriptor of the standard error past Python, at first that it will be quiet. What goes wrong reaches
+    Python as an error all the same.
+    """
+    if logging.getLogger().isEnabledFor(logging.INFO) or QUIET in os.environ or sys.__stderr__ is None:
+        yield
+        return
+    os.environ[QUIET] = "fatal"
+    terminal, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
     try:
-        ray.init(address, runtime_env=workers, **_find_loudness())
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        yield
+    finally:
+        os.dup2(terminal, STDERR)
+        os.close(terminal)
+        os.close(nowhere)
+        del os.environ[QUIET]
+
+
+def _check_token(address: str) -> None:
+    """Raise `UserError` at once where a cluster wants another token than this command has, or is none of Ray's.
+
+    Ray itself would ask for 20 seconds, and abort the process where it is to use a token and there is none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError, RpcError
+
+    uses, remedy = (
+        os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
+        "copy ~/.ray/auth_token here from its head node",
+    )
+    if variables := " and ".join(sorted(os.environ.keys() & TOKEN_VARIABLES)):
+        remedy += f", and unset {variables}"
+    try:
+        there = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    except AuthenticationError:  # of a file that cannot be read
+        there = False
+    none = f"The Ray cluster at {address!r} lets in only who has its token, and this machine has none: {remedy}."
+    if uses and not there:
+        raise UserError(none)
+    if not (place := canonicalize_bootstrap_address(address)):
+        return
+    try:
+        GcsClient(address=place, cluster_id=ANY_CLUSTER).internal_kv_get(b"", namespace=b"", timeout=CONNECT_SECONDS)
+    except AuthenticationError as error:
+        if "WrongClusterID" in str(error):  # what it says to those whose token it knows
+            return
+        if there and not uses:
+            raise UserError(
+                f"The Ray cluster at {address!r} wants its token, which RAY_AUTH_MODE withholds: set RAY_AUTH_MODE=token."
+            ) from None
+        wrong = f"The Ray cluster at {address!r} does not accept this machine's token: {remedy}."
+        raise UserError(wrong if there else none) from None
+    except RpcError:
         raise UserError(
-            f"Ray does not let this command into the cluster at {address!r} ({quote(error)}): check the address, and "
-            "that RAY_AUTH_MODE and RAY_AUTH_TOKEN are those of the cluster."
+            f"What listens at {address!r} does not answer as a Ray cluster does: give the address that `ray start --head` "
+            "printed, or wait until the cluster is less busy."
         ) from None
 
 

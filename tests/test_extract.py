@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import numpy as np
 import open_clip
 import psutil
 import pytest
+import ray
 import torch
 from conftest import Cafe, draw_faces
 from PIL import Image
@@ -87,8 +92,26 @@ def test_resuming_gives_the_same_bytes_and_computes_only_what_is_missing(indexed
     before = contents(store.path)
     store.receipts.path(1).unlink()
     store.array("pooled")[15:20] = 0  # as if killed in the middle of shard 1
-    assert "computed 1 of 4 shards" in indexed.succeed(*command, ray=True)
+    indexed.join()
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_tower)
+        assert "computed 1 of 4 shards" in indexed.succeed(*command, ray=True)
+        actor = killed.result()
     assert contents(store.path) == before
+    assert ray._private.state.actors(actor)["NumRestarts"] == 1  # Ray made the tower again of what it was first made of
+
+
+def kill_tower() -> str:
+    """Kill the first tower that the session's cluster starts, as soon as it is there; return the name of its actor."""
+    known, deadline = set(ray._private.state.actors()), time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for name, actor in ray._private.state.actors().items():
+            if name not in known and "ShardEmbedder" in actor["ActorClassName"] and actor["State"] == "ALIVE":
+                gc.collect()
+                os.kill(actor["Pid"], signal.SIGKILL)
+                return str(name)
+        time.sleep(0.02)
+    raise TimeoutError("no tower was started")
 
 
 def test_layers_of_one_pass_have_a_store_each(indexed: Cafe, tiny_tower: str) -> None:
@@ -279,6 +302,32 @@ def test_a_wrong_call_is_one_sentence_before_ray_starts(
 def test_an_address_without_a_cluster_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
     message = indexed.fail("extract", "tiny", "--backbone", tiny_tower, "--address", "127.0.0.1:1")
     assert "No Ray cluster answers at '127.0.0.1:1'" in message
+
+
+def test_who_has_no_token_of_a_cluster_or_another_is_told_at_once_and_without_noise(
+    ray_address: str, tmp_path: Path
+) -> None:
+    program = (
+        "from cafe.errors import UserError\nfrom cafe.pipeline.cluster import connect\n"
+        "from cafe.pipeline.settings import ClusterSettings\n"
+        f"try:\n    connect(ClusterSettings({ray_address!r})).__enter__()\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], env=environment | token, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for token in ({}, {"RAY_AUTH_TOKEN": "0" * 64})
+    ]
+    said = [b"".join(process.communicate()).decode() for process in begun]  # both streams: there is no other line
+    assert said[0] == (
+        f"The Ray cluster at {ray_address!r} lets in only who has its token, and this machine has none: copy "
+        "~/.ray/auth_token here from its head node.\n"
+    )
+    assert said[1].startswith(f"The Ray cluster at {ray_address!r} does not accept this machine's token: copy ")
+    assert said[1].endswith(" from its head node, and unset RAY_AUTH_TOKEN.\n")
 
 
 def test_what_cannot_join_a_cluster_is_one_sentence(
