@@ -18,9 +18,9 @@ from typing import IO, Any, TypeVar
 
 from upath import UPath
 
+from cafe.addresses import OBJECT_STORES, WEB, explain, permission
 from cafe.errors import IrregularFileError, StorageError, UserError, quote
 
-OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 LONGEST = 60  # characters of a name beside which a file is written
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
 OBJECT_PAUSES = (*PAUSES, 5.0, 10.0, 20.0, 30.0)  # those of an object store, whose outages pass
@@ -30,17 +30,21 @@ CERTAIN = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryE
 Result = TypeVar("Result")
 
 
-def locate(location: str) -> UPath:
-    """Return a URI as it is and a local path made absolute: workers run in folders of their own.
+def locate(location: str, absolute: bool = True) -> UPath:
+    """Return a URI as it is and a local path, which workers in folders of their own read too, made absolute.
 
     Of an object store nothing is remembered that was listed before: other machines write there. Raises `UserError` for a
-    protocol that nothing here reads, and for the home of a user there is not.
+    protocol that nothing here reads, for an address that may not be asked (`cafe.addresses`), and for the home of a user
+    there is not.
     """
     try:
         path = UPath(location)
         if path.protocol in OBJECT_STORES:
             return UPath(location, use_listings_cache=False)
-        return path if path.protocol else path.expanduser().absolute()
+        options = permission().options(location, path.protocol)
+        if path.protocol:
+            return UPath(location, **options) if options else path
+        return path.expanduser().absolute() if absolute else path.expanduser()
     except (ValueError, ImportError, RuntimeError) as error:  # an unknown protocol, its library, a user's unknown home
         raise UserError(
             f"The place {location!r} cannot be used ({quote(error)}): give a folder, a file or a URI."
@@ -65,9 +69,9 @@ def place_below(folder: UPath, name: str) -> UPath:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Return what a failing storage raises: `OSError`, and what the library of S3 has besides, where it is loaded."""
-    s3 = sys.modules.get("botocore.exceptions")
-    return (OSError, s3.BotoCoreError, s3.ClientError) if s3 else (OSError,)
+    """Return what a failing storage raises: `OSError`, and what the libraries of S3 and of the web have, if loaded."""
+    s3, web = sys.modules.get("botocore.exceptions"), sys.modules.get("aiohttp")
+    return (OSError, *((s3.BotoCoreError, s3.ClientError) if s3 else ()), *((web.ClientError,) if web else ()))
 
 
 def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -82,6 +86,8 @@ def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: A
         except CERTAIN:
             raise
         except storage_errors() as error:
+            if refused := explain(error, str(path)):
+                raise refused from None
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 raise
             if pause is None:
@@ -155,12 +161,12 @@ def remove_tree(folder: UPath) -> None:
 
 
 def read_file(path: UPath) -> bytes:
-    """Return the content of a file, from an object store by one request; raise `IrregularFileError`."""
+    """Return the content of a file, from an object store or the web by one request; raise `IrregularFileError`."""
     if path.protocol in ("", "file"):
         kind = retry(path, "read", path.stat).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise IrregularFileError(f"{path} is a pipe or a device: give a file.")
-    if path.protocol not in OBJECT_STORES:
+    if path.protocol not in (*OBJECT_STORES, *WEB):
         return retry(path, "read", path.read_bytes)
     whole = {"max_concurrency": 1} if path.protocol in ("s3", "s3a") else {}  # else it asks for the size before
     return bytes(retry(path, "read", lambda: path.fs.cat_file(path.path, **whole)))

@@ -20,10 +20,11 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
+from cafe.addresses import OBJECT_STORES
 from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
-from cafe.files import OBJECT_STORES, locate, write_file
+from cafe.files import locate, write_file
 from cafe.seals import encode_table, read_table
 
 SPLITS = ("train", "val", "test")

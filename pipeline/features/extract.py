@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from upath import UPath
 
+from cafe.addresses import permission
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError, first_line
 from cafe.files import read_json, write_json
@@ -308,6 +309,7 @@ def _arguments(
         "cuda" if gpus else "cpu",
         versions(),
         find_plugins(towers=settings.backbone),
+        permission(),
     )
 
 

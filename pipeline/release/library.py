@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from upath import UPath
 
+from cafe.addresses import own
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import exists, locate
@@ -140,5 +141,6 @@ def _find_exported(workspace: Workspace, name: str) -> UPath | None:
         from cafe.pipeline.tracking.mirror import Mirror
 
         return Mirror(workspace).fetch_model(name)
+    own(name)
     folder = locate(name)
     return folder if exists(folder / "model.json") and exists(folder / "run.json") else None
