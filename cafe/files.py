@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import IO, Any, TypeVar
+from urllib.parse import unquote
 
 from upath import UPath
 
 from cafe.addresses import OBJECT_STORES, WEB, explain, permission
 from cafe.errors import IrregularFileError, StorageError, UserError, quote
 
+OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|\x00")  # in a name: a part that is empty, '.' or '..'
 LONGEST = 60  # characters of a name beside which a file is written
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
 OBJECT_PAUSES = (*PAUSES, 5.0, 10.0, 20.0, 30.0)  # those of an object store, whose outages pass
@@ -51,18 +53,28 @@ def locate(location: str, absolute: bool = True) -> UPath:
         ) from None
 
 
-def place_below(folder: UPath, name: str) -> UPath:
-    """Return the path of a name, which a file or an option brought, below a folder; a name may hold folders of its own.
+def find_below(folder: UPath, name: str) -> UPath:
+    """Return the path below a folder of a file to read, whose name a file brought; raise `UserError` where it is outside.
 
-    The one place where such names become paths. Raises `UserError` for a name that would lead out of the folder.
+    With `place_below` the one place where such names become paths. Links are followed: how a data set lies on its disks is
+    its owner's affair.
     """
-    parts = name.split("/")
-    outside = any(part in ("", ".", "..") for part in parts) or re.match(r"[A-Za-z]:", name) or set(name) & set("\\\0")
-    if outside or "://" in name:
+    if OUTSIDE.search(name) or (folder.protocol in WEB and OUTSIDE.search(unquote(name))):
         raise UserError(
-            f"The name {name!r} leads out of {folder}: take one without '..', '\\\\', empty parts, drives and a leading '/'."
+            f"The name {name!r} leads out of {folder}: take one without '..', empty parts and a leading '/'."
         )
-    place = folder / name
+    return folder / name
+
+
+def place_below(folder: UPath, name: str) -> UPath:
+    """Return the path of a file to be written, or read where we wrote it, below a folder; a name may hold folders.
+
+    The name came with a file or an option. Raises `UserError` for one that leads out of the folder, on other systems and
+    through links as well.
+    """
+    if re.match(r"[A-Za-z]:", name) or "\\" in name:
+        raise UserError(f"The name {name!r} leads out of {folder}: take one without '\\' and drives.")
+    place = find_below(folder, name)
     if not folder.protocol and not Path(str(place)).resolve().is_relative_to(Path(str(folder)).resolve()):
         raise UserError(f"{place} is a link that leads out of {folder}: remove the link, or name a folder without it.")
     return place
@@ -181,7 +193,7 @@ def copy_here(location: str) -> str:
         version = retry(path, "read", path.fs.ukey, path.path)
     except FileNotFoundError:
         return location  # whoever opens it says that it is missing
-    copy = UPath.home() / ".cache" / "cafe" / version[:16] / path.name
+    copy = place_below(UPath.home() / ".cache" / "cafe" / version[:16], path.name)
     if not copy.exists():
         write_file(copy, read_file(path))
     return str(copy)
