@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import IO, Any, TypeVar
+from urllib.parse import unquote
 
 from upath import UPath
 
+from cafe.addresses import OBJECT_STORES, WEB, explain, permission
 from cafe.errors import IrregularFileError, StorageError, UserError, quote
 
-OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
+OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|\x00")  # in a name: a part that is empty, '.' or '..'
 LONGEST = 60  # characters of a name beside which a file is written
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
 OBJECT_PAUSES = (*PAUSES, 5.0, 10.0, 20.0, 30.0)  # those of an object store, whose outages pass
@@ -30,44 +32,58 @@ CERTAIN = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryE
 Result = TypeVar("Result")
 
 
-def locate(location: str) -> UPath:
-    """Return a URI as it is and a local path made absolute: workers run in folders of their own.
+def locate(location: str, absolute: bool = True) -> UPath:
+    """Return a URI as it is and a local path, which workers in folders of their own read too, made absolute.
 
     Of an object store nothing is remembered that was listed before: other machines write there. Raises `UserError` for a
-    protocol that nothing here reads, and for the home of a user there is not.
+    protocol that nothing here reads, for an address that may not be asked (`cafe.addresses`), and for the home of a user
+    there is not.
     """
     try:
         path = UPath(location)
         if path.protocol in OBJECT_STORES:
             return UPath(location, use_listings_cache=False)
-        return path if path.protocol else path.expanduser().absolute()
+        options = permission().options(location, path.protocol)
+        if path.protocol:
+            return UPath(location, **options) if options else path
+        return path.expanduser().absolute() if absolute else path.expanduser()
     except (ValueError, ImportError, RuntimeError) as error:  # an unknown protocol, its library, a user's unknown home
         raise UserError(
             f"The place {location!r} cannot be used ({quote(error)}): give a folder, a file or a URI."
         ) from None
 
 
-def place_below(folder: UPath, name: str) -> UPath:
-    """Return the path of a name, which a file or an option brought, below a folder; a name may hold folders of its own.
+def find_below(folder: UPath, name: str) -> UPath:
+    """Return the path below a folder of a file to read, whose name a file brought; raise `UserError` where it is outside.
 
-    The one place where such names become paths. Raises `UserError` for a name that would lead out of the folder.
+    With `place_below` the one place where such names become paths. Links are followed: how a data set lies on its disks is
+    its owner's affair.
     """
-    parts = name.split("/")
-    outside = any(part in ("", ".", "..") for part in parts) or re.match(r"[A-Za-z]:", name) or set(name) & set("\\\0")
-    if outside or "://" in name:
+    if OUTSIDE.search(name) or (folder.protocol in WEB and OUTSIDE.search(unquote(name))):
         raise UserError(
-            f"The name {name!r} leads out of {folder}: take one without '..', '\\\\', empty parts, drives and a leading '/'."
+            f"The name {name!r} leads out of {folder}: take one without '..', empty parts and a leading '/'."
         )
-    place = folder / name
+    return folder / name
+
+
+def place_below(folder: UPath, name: str) -> UPath:
+    """Return the path of a file to be written, or read where we wrote it, below a folder; a name may hold folders.
+
+    The name came with a file or an option. Raises `UserError` for one that leads out of the folder, on other systems and
+    through links as well.
+    """
+    if re.match(r"[A-Za-z]:", name) or "\\" in name:
+        raise UserError(f"The name {name!r} leads out of {folder}: take one without '\\' and drives.")
+    place = find_below(folder, name)
     if not folder.protocol and not Path(str(place)).resolve().is_relative_to(Path(str(folder)).resolve()):
         raise UserError(f"{place} is a link that leads out of {folder}: remove the link, or name a folder without it.")
     return place
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Return what a failing storage raises: `OSError`, and what the library of S3 has besides, where it is loaded."""
-    s3 = sys.modules.get("botocore.exceptions")
-    return (OSError, s3.BotoCoreError, s3.ClientError) if s3 else (OSError,)
+    """Return what a failing storage raises: `OSError`, and what the libraries of S3 and of the web have, if loaded."""
+    s3, web = sys.modules.get("botocore.exceptions"), sys.modules.get("aiohttp")
+    return (OSError, *((s3.BotoCoreError, s3.ClientError) if s3 else ()), *((web.ClientError,) if web else ()))
 
 
 def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -82,6 +98,8 @@ def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: A
         except CERTAIN:
             raise
         except storage_errors() as error:
+            if refused := explain(error, str(path)):
+                raise refused from None
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 raise
             if pause is None:
@@ -155,12 +173,12 @@ def remove_tree(folder: UPath) -> None:
 
 
 def read_file(path: UPath) -> bytes:
-    """Return the content of a file, from an object store by one request; raise `IrregularFileError`."""
+    """Return the content of a file, from an object store or the web by one request; raise `IrregularFileError`."""
     if path.protocol in ("", "file"):
         kind = retry(path, "read", path.stat).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
             raise IrregularFileError(f"{path} is a pipe or a device: give a file.")
-    if path.protocol not in OBJECT_STORES:
+    if path.protocol not in (*OBJECT_STORES, *WEB):
         return retry(path, "read", path.read_bytes)
     whole = {"max_concurrency": 1} if path.protocol in ("s3", "s3a") else {}  # else it asks for the size before
     return bytes(retry(path, "read", lambda: path.fs.cat_file(path.path, **whole)))
@@ -175,7 +193,7 @@ def copy_here(location: str) -> str:
         version = retry(path, "read", path.fs.ukey, path.path)
     except FileNotFoundError:
         return location  # whoever opens it says that it is missing
-    copy = UPath.home() / ".cache" / "cafe" / version[:16] / path.name
+    copy = place_below(UPath.home() / ".cache" / "cafe" / version[:16], path.name)
     if not copy.exists():
         write_file(copy, read_file(path))
     return str(copy)

@@ -8,7 +8,8 @@ import sys
 
 import click
 
-from cafe.jobs.terminal import Commands, defer_gc, set_loudness
+from cafe.addresses import permit
+from cafe.jobs.terminal import TYPED, Commands, defer_gc, set_loudness
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
@@ -50,9 +51,27 @@ EXIT_CODES = (
 @click.option(
     "--verbose", "-v", is_flag=True, help="Print what libraries and workers report, and where an error was found."
 )
+@click.option(
+    "--allow-urls",
+    is_flag=True,
+    help="Fetch from web addresses that a manifest or a model's folder brought; those that you type need no option.",
+)
+@click.option(
+    "--allow-private-urls",
+    is_flag=True,
+    help="With --allow-urls: also from this machine and its own network.",
+)
 @click.version_option(package_name="cafe")
 @click.pass_context
-def main(ctx: click.Context, workspace: str, plugins: tuple[str, ...], quiet: bool, verbose: bool) -> None:
+def main(
+    ctx: click.Context,
+    workspace: str,
+    plugins: tuple[str, ...],
+    quiet: bool,
+    verbose: bool,
+    allow_urls: bool,
+    allow_private_urls: bool,
+) -> None:
     """Facial-expression recognition that generalises: train on one data set, be evaluated on all the others.
 
     \b
@@ -67,6 +86,7 @@ def main(ctx: click.Context, workspace: str, plugins: tuple[str, ...], quiet: bo
     """
     ctx.obj = workspace
     set_loudness(quiet, verbose)
+    permit(ctx.meta[TYPED], allow_urls, allow_private_urls)
     if plugins:
         from cafe.plugins import load_plugins
 

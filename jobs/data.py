@@ -88,6 +88,7 @@ def index(
     cafe data index ferplus ~/sets/FERPlus --name ferplus8 --expressions 8     # with contempt
     cafe data index folder ~/faces/ward --name ward --expressions own          # pain, drowsy, … as the folders are called
     """
+    from cafe.addresses import own
     from cafe.data.expressions import ClassChoice
     from cafe.data.indexing import index_files
     from cafe.data.manifest import thin_training
@@ -110,6 +111,7 @@ def index(
     if train_faces:
         say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
     _check_counts(listing, counts, accept_counts, warn=True)
+    own(root, choices["pictures"] or "", result.manifest.root, remember=True)
     result.manifest.save(path := workspace.manifest_path(name))
     say(f"Wrote {path}")
 

@@ -146,13 +146,13 @@ def export(run: str, output: str | None, mlflow: bool, register: str | None, mlf
     aligned face to the probabilities of the classes, and is checked against PyTorch on real faces. Needs
     `pip install 'cafe[export]'`.
     """
-    from cafe.files import locate
+    from cafe.files import locate, place_below
     from cafe.pipeline.release.export import export_run
     from cafe.results.runs import choose
 
     workspace = open_workspace()
     (chosen,), _ = choose(workspace.read_runs(run), name=run)
-    folder = locate(output) if output else workspace.root / "exports" / chosen.name
+    folder = locate(output) if output else place_below(workspace.root / "exports", chosen.name)
     exported = export_run(workspace, chosen.name, folder)
     say(
         f"Wrote {exported.folder}: on {exported.faces} faces the graph differs from PyTorch by at most "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cafe.addresses import own
 from cafe.errors import IncompleteError, UserError, first_line
 from cafe.jobs.options import complete, options
 from cafe.jobs.terminal import echo, interruptible, make_table, open_workspace, progress_bar, say, show
@@ -48,6 +49,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
     """
     from cafe.pipeline.features.extract import extract as extract_features
 
+    own(values["backbone"], remember=True)
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in names]
     with interruptible(), progress_bar("Extracting") as progress:
@@ -69,6 +71,7 @@ def train(**values: Any) -> None:
     from cafe.pipeline.cluster import set_environment
 
     settings, workspace = TrainSettings(**values), open_workspace()
+    own(settings.backbone or "", settings.init, remember=True)
     set_environment(settings)
 
     from cafe.pipeline.plan import plan_training

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
 
 
-QUIET = "cafe.quiet"  # where click's context keeps it
+QUIET, TYPED = "cafe.quiet", "cafe.typed"  # where click's context keeps it, and all words of the command
+ALLOWING = ("--allow-urls", "--allow-private-urls")
 SELDOM, USUAL = 100_000, gc.get_threshold()  # objects made anew, after which Python looks for garbage
 GRACE_SECONDS = 4.0  # for an interrupted command to put its things in order
 
@@ -44,6 +45,14 @@ class Commands(click.Group):
     def __init__(self, *arguments: Any, places: Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.places = dict(places or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options of a group, and note what was typed; those that allow addresses may stand anywhere."""
+        if ctx.parent is None:
+            first = [flag for flag in ALLOWING if flag in args]
+            args = [*first, *(word for word in args if word not in first)]
+            ctx.meta[TYPED] = args
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands in the order they were given."""

@@ -105,7 +105,8 @@ def report_check(workspace: Workspace, manifest: Manifest, progress: Progress) -
     from cafe.data.checking import check_pictures
     from cafe.report.check import draw_check
 
-    result, page = check_pictures(manifest, progress), workspace.root / "reports" / f"check-{manifest.name}.html"
+    page = place_below(workspace.root / "reports", f"check-{manifest.name}.html")
+    result = check_pictures(manifest, progress)
     write_file(page, draw_check(result))
     return result, page
 
@@ -146,7 +147,7 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
     The manifest keeps labels, splits, groups and the kind of the data set, on which its protocols and recipes depend.
     Raises `UserError` before anything is written when originals would be overwritten, and when no photo has a face.
     """
-    folder = locate(settings.out) if settings.out else workspace.root / "aligned" / settings.name
+    folder = locate(settings.out) if settings.out else place_below(workspace.root / "aligned", settings.name)
     if settings.name == photos.name and workspace.manifest_path(photos.name).exists():
         raise UserError(f"The manifest {photos.name!r} would overwrite itself: give another --name.")
     if str(folder).rstrip("/") == photos.root.rstrip("/"):
@@ -184,7 +185,7 @@ def _check_crops(folder: UPath, photos: Manifest, settings: AlignSettings) -> No
                 raise UserError(f"A further face of {first} and the crop {crop} could have one name: rename a photo.")
     longest = max(crops.values(), key=lambda crop: max(len(part.encode()) for part in crop.split("/")))
     for file in ("alignment.parquet", longest):
-        check_output(str(folder / file), "The output")
+        check_output(str(place_below(folder, file)), "The output")
 
 
 def _align(

@@ -11,7 +11,7 @@ from upath import UPath
 
 from cafe.arithmetic import choose_precision
 from cafe.errors import UserError
-from cafe.files import locate, read_file
+from cafe.files import locate, place_below, read_file
 from cafe.learning.loading import SMALLEST_BATCH
 from cafe.methods import find_method
 from cafe.methods.method import Method, Recipe, apply_overrides
@@ -51,7 +51,7 @@ class TrainPlan:
     @property
     def run(self) -> UPath:
         """The folder of the run."""
-        return self.runs / self.spec.name
+        return place_below(self.runs, self.spec.name)
 
     @property
     def remaining(self) -> list[Faces]:

@@ -23,7 +23,7 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, first_line
-from cafe.files import encode_json, read_json, write_changed, write_json
+from cafe.files import encode_json, place_below, read_json, write_changed, write_json
 from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import RunChoices, RunIdentity
@@ -216,7 +216,7 @@ def is_finished(run: UPath) -> bool:
 
 def add_experiment(run: UPath, experiment: str, benchmark: str | None = None) -> None:
     """Note that a run belongs to an experiment, and to a benchmark of it where it is one's cell."""
-    path = run / "experiments" / f"{check_name(experiment)}.json"
+    path = place_below(run / "experiments", f"{check_name(experiment)}.json")
     known = read_json(path) or {}
     if not known or (benchmark and known.get("benchmark") != benchmark):
         write_json(path, {"benchmark": benchmark})

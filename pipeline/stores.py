@@ -10,7 +10,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import list_folder, list_tree, remove_tree
+from cafe.files import list_folder, list_tree, place_below, remove_tree
 from cafe.pipeline.features.extract import describe_store, extract, look_up_tower
 from cafe.pipeline.features.integrity import Damage, Receipts, in_parallel, recover_info
 from cafe.pipeline.features.key import StoreInfo, store_name
@@ -139,7 +139,7 @@ def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progres
 
 def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settings: ClusterSettings) -> ExtractSettings:
     """Return the settings of the extraction that made a store; raise `UserError` where they would make another now."""
-    info.check_batches(workspace.features / info.manifest / info.folder)
+    info.check_batches(place_below(workspace.features, f"{info.manifest}/{info.folder}"))
     key = info.key
     fixed: dict[str, Any] = take(key, FeatureIdentity) | {
         "input_size": key.input_size,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from upath import UPath
 
+from cafe.addresses import Permission, permission
 from cafe.arithmetic import set_arithmetic
 from cafe.files import exists, list_folder, remove_file, remove_tree, write_json
 from cafe.learning.calibration import calibrate
@@ -49,8 +50,8 @@ CheckLease = Callable[[], None]
 class Worker:
     """Trains and evaluates runs one after another in one process, which keeps the faces of a source and of its targets.
 
-    `wrap` makes the module trained of a method, where several workers share it; `cores` are those this one may use, and
-    `plugins` those of the command.
+    `wrap` makes the module trained of a method, where several workers share it; `cores` are those this one may use,
+    `plugins` those of the command, and `allowed` what it may ask, where this is another process than the command's.
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class Worker:
         wrap: Callable[[nn.Module], nn.Module] = lambda method: method,
         cores: int | None = None,
         plugins: Sequence[Plugin] = (),
+        allowed: Permission | None = None,
     ) -> None:
+        if allowed:
+            allowed.install()
         for plugin in plugins:
             plugin.install()
         self.device, self.wrap, self.cores = torch.device(device or cluster.device()), wrap, cores
@@ -183,7 +187,7 @@ class RayWorker:
         self.actor = (
             ray.remote(Worker)
             .options(**shares, max_restarts=retries, max_task_retries=retries)
-            .remote(plugins=list_plugins())
+            .remote(plugins=list_plugins(), allowed=permission())
         )
 
     def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
@@ -223,7 +227,7 @@ class RayTeam:
 
         options = {"num_cpus": 1, "num_gpus": int(cluster.wants_gpu(self.use_gpu))}
         future: Future[None] = (
-            ray.remote(_evaluate_alone).options(**options).remote(run, target, list_plugins()).future()
+            ray.remote(_evaluate_alone).options(**options).remote(run, target, list_plugins(), permission()).future()
         )
         return future
 
@@ -239,7 +243,13 @@ class RayTeam:
         cluster.check_cores(self.workers, self.settings.scale_minutes)
         TorchTrainer(
             train_together,
-            train_loop_config={"plan": plan, "epochs": epochs, "drivers": versions(), "plugins": list_plugins()},
+            train_loop_config={
+                "plan": plan,
+                "epochs": epochs,
+                "drivers": versions(),
+                "plugins": list_plugins(),
+                "allowed": permission(),
+            },
             torch_config=TorchConfig(timeout_s=PREPARE_SECONDS),
             scaling_config=ScalingConfig(num_workers=self.workers, use_gpu=gpu),
             run_config=RunConfig(
@@ -274,13 +284,13 @@ def train_together(config: dict[str, Any]) -> None:
     share = machine.cores() // ray.train.get_context().get_local_world_size()
     # Preparing hands the first worker's state to the others.
     prepare_model, plugins = ray.train.torch.prepare_model, config["plugins"]
-    worker = Worker(ray.train.torch.get_device(), prepare_model, max(1, share), plugins)
+    worker = Worker(ray.train.torch.get_device(), prepare_model, max(1, share), plugins, config["allowed"])
     worker.train(config["plan"], config["epochs"], config["drivers"])
 
 
-def _evaluate_alone(run: UPath, target: Faces, plugins: Sequence[Plugin]) -> None:
+def _evaluate_alone(run: UPath, target: Faces, plugins: Sequence[Plugin], allowed: Permission) -> None:
     """Predict the faces of one target, in a process that does nothing else."""
-    Worker(plugins=plugins).evaluate(run, target)
+    Worker(plugins=plugins, allowed=allowed).evaluate(run, target)
 
 
 def _select(plan: TrainPlan, held_out: np.ndarray) -> Selection:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from upath import UPath
 
+from cafe.addresses import own
 from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import exists, list_files, list_folder, locate, place_below
@@ -37,7 +38,8 @@ class Workspace:
 
     @classmethod
     def at(cls, location: str) -> Workspace:
-        """Open the workspace at a folder or URI; nothing is created until something is written."""
+        """Open the workspace at a folder or URI, which its user names; nothing is created until something is written."""
+        own(location)
         return cls(locate(location))
 
     def keeping_manifests(self) -> Workspace:

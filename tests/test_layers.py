@@ -40,10 +40,15 @@ def list_modules() -> dict[str, Path]:
 
 
 @cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported(path: Path) -> set[str]:
     """Everything a file imports anywhere, for whatever purpose: modules, and names that may be modules."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -56,7 +61,7 @@ def find_modules(path: Path) -> set[str]:
     found = imported(path) & list_modules().keys()
     named = {
         node.module
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parse(path))
         if isinstance(node, ast.ImportFrom)
         and node.module
         and all(f"{node.module}.{alias.name}" in list_modules() for alias in node.names)
@@ -74,7 +79,7 @@ def layer_of(name: str) -> str:
 
 def list_functions(path: Path) -> Iterator[tuple[str, int]]:
     """Yield the functions of a file with their lines."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno
             yield node.name, node.end_lineno - node.lineno + 1
@@ -118,11 +123,32 @@ def test_an_engine_is_imported_by_its_door_alone(engine: str, door: str) -> None
     assert importers == {door}
 
 
+def joins_a_name(node: ast.AST) -> bool:
+    """Whether a path is joined with a text that holds more than numbers, or with a name that an object has of itself."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Div):
+        return False
+    if isinstance(node.right, ast.JoinedStr):
+        parts = [part for part in node.right.values if isinstance(part, ast.FormattedValue)]
+        return not all(part.format_spec and ast.unparse(part.format_spec).rstrip("'\"").endswith("d") for part in parts)
+    return isinstance(node.right, ast.Attribute) and node.right.attr in ("name", "title", "manifest", "source", "path")
+
+
+def test_names_become_paths_in_one_place() -> None:
+    """`place_below` and `find_below`: a name may hold `..`, and files from others bring names."""
+    joined = [
+        f"{name}: {ast.unparse(node)}"
+        for name, path in list_modules().items()
+        for node in ast.walk(parse(path))
+        if joins_a_name(node)
+    ]
+    assert joined == []
+
+
 def test_no_two_classes_share_a_name() -> None:
     classes = Counter(
         node.name
         for path in list_modules().values()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parse(path))
         if isinstance(node, ast.ClassDef)
     )
     assert {name for name, count in classes.items() if count > 1} <= {"Recipe"}  # each method has its own

@@ -23,6 +23,10 @@ from cafe.data.indexing import Index, index_files
 from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
+from cafe.files import find_below
+from cafe.pipeline.features.integrity import find_stores
+from cafe.results.columns import Column
+from cafe.results.leaks import audit_path
 
 
 @pytest.fixture
@@ -425,3 +429,28 @@ def test_a_training_subset_keeps_the_proportions_and_the_other_splits() -> None:
     assert set(few.sample_ids) < set(more.sample_ids)
     assert len(few.rows("test")) == 5
     assert thin_training(manifest, 1000).digest == manifest.digest
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//x", "./x"])
+def test_no_name_leads_out_of_the_folder_it_is_meant_for(tmp_path: Path, name: str) -> None:
+    folder = UPath(tmp_path)
+    manifest = Manifest.from_faces("x", str(tmp_path), [replace(face(0, 0), path=name)])
+    for place in (
+        lambda: manifest.path(0),
+        lambda: Column(name).predictions(folder),
+        lambda: Column(name).figure(folder, "masks", ".png"),
+        lambda: audit_path(folder, name, "news"),
+        lambda: find_stores(folder, name),
+        lambda: find_below(UPath("http://host/faces"), name.replace(".", "%2e")),
+    ):
+        with pytest.raises(UserError, match="leads out of"):
+            place()
+
+
+def test_pictures_behind_links_are_read(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "disk" / "x.jpg").write_bytes(b"content")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "disk")
+    manifest = Manifest.from_faces("x", str(tmp_path / "set"), [replace(face(0, 0), path="linked/x.jpg")])
+    assert manifest.fetch(0) == b"content"

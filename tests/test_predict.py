@@ -22,6 +22,7 @@ import torch
 from click.testing import CliRunner
 from conftest import COLOURS, Cafe, draw_faces
 from PIL import Image, ImageColor, ImageFilter
+from test_addresses import CountingServer
 from test_alignment import needs_detector
 from trained import fill_store, start_run
 from upath import UPath
@@ -45,6 +46,7 @@ from cafe.methods.method import Inputs
 from cafe.pipeline.models import build_model
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.seals import read_sealed, write_sealed
 from cafe.synthetic.domains import render
 from cafe.views.drawing import ViewPlan
 
@@ -311,6 +313,33 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
     rows, said = answer(command, run, str(tmp_path / "torn.png"), "--aligned", code=1)
     assert [row["expression"] for row in rows] == [None]
     assert "No face was predicted" in said
+
+
+def test_a_model_fetches_no_weights_of_its_own_accord(
+    command: Cafe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder names the server; nor does a list of pictures that comes from elsewhere."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (run,) = (command.workspace / "runs").glob("*-plain-*")
+    record = read_sealed(UPath(run / "run.json")) or {}
+    photo = next((command.workspace / "faces").rglob("*.png"))
+    with CountingServer(photo.parent) as server:
+        record["spec"]["backbone"] = f"imagenet-lite0@{server.address}/{photo.name}"
+        write_sealed(UPath(tmp_path / "model" / "run.json"), record)
+        for name in ("model.safetensors", "result.json"):
+            (tmp_path / "model" / name).write_bytes((run / name).read_bytes())
+        write_json(UPath(tmp_path / "model" / "model.json"), {})
+        predict = ("predict", str(tmp_path / "model"), str(photo), "--aligned")
+        assert "came with a file" in command.fail(*predict)
+        assert "leads to this machine" in command.fail("--allow-urls", *predict)
+        elsewhere = CliRunner().invoke(
+            main, [f"-w{command.workspace}", "predict", run.name, "-"], input=f"{server.address}/{photo.name}"
+        )
+        assert "came with a file" in elsewhere.output
+        assert server.asked == []
+        assert "cannot be read as plain tensors" in command.fail("--allow-urls", "--allow-private-urls", *predict)
+        assert server.asked == [f"/{photo.name}"]
+        server.shutdown()
 
 
 def test_a_list_of_other_files_is_no_video_whatever_its_name_is(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from cafe.data.expressions import (
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
 from cafe.errors import UserError, unknown
-from cafe.files import write_file
+from cafe.files import find_below, place_below, write_file
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
@@ -310,7 +310,7 @@ def index_files(
 
 def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | tuple[str, str]:
     """Return a face with its label, votes, size and digest, or (path, reason) when its file cannot be read."""
-    path, box = root / file.path, file.box
+    path, box = find_below(root, file.path) if file.pixels is None else place_below(root, file.path), file.box
     try:
         data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)
         width, height = read_size(data)

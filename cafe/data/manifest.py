@@ -20,10 +20,11 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
+from cafe.addresses import OBJECT_STORES
 from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
-from cafe.files import OBJECT_STORES, locate, write_file
+from cafe.files import OUTSIDE, find_below, locate, write_file
 from cafe.seals import encode_table, read_table
 
 SPLITS = ("train", "val", "test")
@@ -212,7 +213,7 @@ class Manifest:
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
         path: str = self.table["path"][row].as_py()
-        return self._folder / path
+        return find_below(self._folder, path)
 
     @property
     def remote(self) -> bool:
@@ -319,7 +320,7 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
         return f"empty cells in {empty[0]!r}"
     if pc.any(pc.equal(pc.utf8_trim_whitespace(table["digest"]), "")).as_py():  # replaced pictures would not be noticed
         return "a face without the SHA-256 of its file in 'digest'"
-    if pc.any(pc.match_substring_regex(table["path"], r"(^|/)\.\.(/|$)|^/")).as_py():
+    if pc.any(pc.match_substring_regex(table["path"], OUTSIDE.pattern)).as_py():
         return "a path that leads out of its root"
     lengths = pc.list_value_length(table["votes"])
     if not pc.all(pc.equal(lengths, len(classes)), min_count=0).as_py():

@@ -22,6 +22,7 @@ from upath import UPath
 from cafe.data.images import SUFFIXES, UnreadableImageError, decode_image, read_bytes
 from cafe.data.layouts import is_image, list_files
 from cafe.errors import UserError
+from cafe.files import locate
 
 VIDEOS = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp"})
 # FFmpeg's names of what a video may be, whatever its file is called: none is a list of other files or addresses.
@@ -60,8 +61,7 @@ def find_files(places: Sequence[str]) -> list[UPath]:
 
 
 def _expand(place: str) -> Iterator[UPath]:
-    path = UPath(place)
-    path = path if path.protocol else path.expanduser()
+    path = locate(place, absolute=False)
     if path.is_file():
         yield path
     elif path.is_dir():
@@ -73,8 +73,9 @@ def _expand(place: str) -> Iterator[UPath]:
         yield from files
     elif glob.has_magic(place) and (matches := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207  # also absolute
         for match in matches:
-            if UPath(match).is_dir() or is_image(match) or is_video(UPath(match)):
-                yield from _expand(match)
+            file = UPath(match, protocol="")  # whatever it is called
+            if file.is_dir() or is_image(match) or is_video(file):
+                yield from _expand(str(file.absolute()) if ":" in match else match)
     else:
         raise UserError(f"There is no file {place!r}: give photos, videos, folders or patterns such as 'faces/*.jpg'.")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from upath import UPath
 
+from cafe.files import place_below
 from cafe.results.metrics import METRICS
 from cafe.results.protocols import find_protocol, name_protocol
 
@@ -56,11 +57,11 @@ class Column:
 
     def predictions(self, run: UPath) -> UPath:
         """Where a run keeps its predictions for it: `predictions/[PROTOCOL/]TARGET[@SPLIT].parquet`."""
-        return run / "predictions" / f"{find_protocol(self.evaluated_by).prefix}{self.name}.parquet"
+        return place_below(run / "predictions", f"{find_protocol(self.evaluated_by).prefix}{self.name}.parquet")
 
     def figure(self, run: UPath, kind: str, ending: str) -> UPath:
         """Where a run keeps what was drawn, or measured to be drawn: `figures/KIND/[PROTOCOL/]TARGET[@SPLIT]ENDING`."""
-        return run / "figures" / kind / f"{find_protocol(self.evaluated_by).prefix}{self.name}{ending}"
+        return place_below(run / "figures" / kind, f"{find_protocol(self.evaluated_by).prefix}{self.name}{ending}")
 
     def metric(self, metric: str) -> str:
         """Return the name of a metric in MLflow, whose names have no `@`: `[PROTOCOL/]target/TARGET[:SPLIT]/METRIC`."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import exists
+from cafe.files import exists, place_below
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions
 from cafe.results.runs import Run
@@ -18,7 +18,7 @@ from cafe.seals import damaged, read_table
 
 def audit_path(root: UPath, source: str, target: str) -> UPath:
     """Where the audit of a target against a source is kept in the workspace at `root`."""
-    return root / "audits" / source / f"{target}.parquet"
+    return place_below(root / "audits", f"{source}/{target}.parquet")
 
 
 def audit_command(source: str, target: str) -> str:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from upath import UPath
 
 from cafe.errors import UserError, unknown
+from cafe.files import place_below
 from cafe.randomness import random_generator
 from cafe.synthetic.camera import Domain, Pixels, encode, expose, occlude, paint_background
 from cafe.synthetic.face import CameraPose
@@ -59,13 +60,13 @@ def write(root: UPath | Path, domain: str, faces: int, seed: int = 0) -> None:
     """
     look = _find_domain(domain)
     samples = list(list_samples(domain, faces))
-    folders = {(split, label): root / domain / split / DRAWN[label] for split, _, label, _ in samples}
+    folders = {(split, label): UPath(root) / domain / split / DRAWN[label] for split, _, label, _ in samples}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     for split, identity, expression, index in samples:
         picture = render(seed, domain, identity, expression, index)
         data = encode(picture, look, random_generator(seed, domain, "file", identity, expression, index))
-        (folders[split, expression] / f"id{identity:04d}_{index:02d}{look.suffix}").write_bytes(data)
+        place_below(folders[split, expression], f"id{identity:04d}_{index:02d}{look.suffix}").write_bytes(data)
 
 
 def list_samples(domain: str, faces: int) -> Iterator[tuple[str, int, int, int]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from cafe.files import write_file
+from cafe.files import find_below, place_below, write_file
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.names import parse_backbone, split_name
 from cafe.towers.weights import write_tensors
@@ -22,7 +22,7 @@ def keep_tower(tower: FrozenBackbone, folder: UPath) -> None:
     prefix = "visual." if spec.library == "open_clip" else ""
     write_tensors(folder / FILE, {prefix + name: values for name, values in tower.tower.state_dict().items()})
     if spec.model.endswith(".json"):
-        write_file(folder / Path(spec.model).name, Path(spec.model).read_bytes())
+        write_file(place_below(folder, Path(spec.model).name), Path(spec.model).read_bytes())
 
 
 def find_tower(name: str, folder: UPath) -> str:
@@ -31,7 +31,7 @@ def find_tower(name: str, folder: UPath) -> str:
         return name
     head, _, layer = split_name(name)
     if head.startswith("open_clip:") and ".json" in head:
-        head = f"open_clip:{folder / Path(head).name}"
+        head = f"open_clip:{find_below(folder, Path(head).name)}"
     elif head.startswith("open_clip:"):
         head = head.partition("/")[0]
     return f"{head}@{folder / FILE}" + (f"#{layer}" if layer else "")

@@ -14,8 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from cafe.errors import UserError
-from cafe.files import copy_here, locate
+from cafe.files import copy_here, find_below, locate
 from cafe.plugins import find_entry, has_entry, offer
 
 PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
@@ -284,6 +286,6 @@ def _read_config(model: str) -> dict[str, Any]:
         raise UserError(f"The open_clip configuration '{model}' must hold embed_dim, vision_cfg and text_cfg.")
     import open_clip
 
-    if (Path(open_clip.__file__).parent / "model_configs" / Path(model).name).exists():
+    if find_below(UPath(open_clip.__file__).parent / "model_configs", Path(model).name).exists():
         raise UserError(f"The open_clip configuration '{model}' has the name of a built-in model: rename the file.")
     return config

@@ -25,6 +25,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 
+from cafe.addresses import own
 from cafe.errors import UserError, unknown
 from cafe.methods import find_method
 from cafe.methods.method import Method
@@ -203,7 +204,11 @@ def read_benchmark(path: Path) -> Benchmark:
         raise UserError(f"Cannot read the benchmark file {str(path)!r} ({error.strerror}): check the path.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path.name} is not TOML ({error}): fix it.") from None
-    return parse_benchmark(path.stem, content)
+    benchmark = parse_benchmark(path.stem, content)
+    weights = [benchmark.train.get("init"), *(entry.train.get("init") for entry in benchmark.methods)]
+    towers = [*benchmark.towers, *(entry.tower for entry in benchmark.methods)]
+    own(*filter(None, (*towers, *weights)), remember=True)
+    return benchmark
 
 
 def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:

@@ -17,6 +17,7 @@ from upath import UPath
 
 from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError
+from cafe.files import place_below
 from cafe.networks.branches import check_network
 from cafe.pipeline.benchmark.file import Benchmark, Entry
 from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
@@ -60,7 +61,7 @@ class BenchmarkPlan:
     @property
     def folder(self) -> UPath:
         """Where the benchmark and what became of its cells are written down."""
-        return self.workspace.root / "benchmarks" / self.benchmark.title
+        return place_below(self.workspace.root / "benchmarks", self.benchmark.title)
 
     @property
     def runnable(self) -> list[Cell]:

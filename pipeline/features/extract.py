@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 from upath import UPath
 
+from cafe.addresses import permission
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError, first_line
-from cafe.files import read_json, write_json
+from cafe.files import place_below, read_json, write_json
 from cafe.pipeline import cluster
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
 from cafe.pipeline.features.store import FeatureStore
@@ -109,7 +110,8 @@ def look_up_layers(workspace: Workspace, settings: ExtractSettings, names: Seque
     if spec.file:
         content = digest(Path(spec.file).read_bytes())
         asked = {name: f"2 {name} {settings.input_size} {content}" for name in names}
-        notes = {name: workspace.root / "towers" / f"{digest(text.encode())[:16]}.json" for name, text in asked.items()}
+        folder = workspace.root / "towers"
+        notes = {name: place_below(folder, f"{digest(text.encode())[:16]}.json") for name, text in asked.items()}
     known = {
         name: check_record(record, TowerFacts, str(note)) for name, note in notes.items() if (record := read_json(note))
     }
@@ -209,7 +211,7 @@ def _plan(
     asked = [describe_store(manifest, replace(settings, backbone=name), tower) for name, tower in towers.items()]
     step = min(info.shard_rows for info in asked)
     alike: dict[int, list[FeatureStore]] = defaultdict(list)
-    folder = workspace.features / manifest.name
+    folder = place_below(workspace.features, manifest.name)
     names = sorted({info.folder for info in asked})
     leases = [held.enter_context(hold(folder / name, settings.wait)) for name in names]
     for info in asked:
@@ -308,6 +310,7 @@ def _arguments(
         "cuda" if gpus else "cpu",
         versions(),
         find_plugins(towers=settings.backbone),
+        permission(),
     )
 
 

@@ -19,7 +19,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError
-from cafe.files import exists, list_folder, list_sizes, read_file, read_json, remove_file
+from cafe.files import exists, list_folder, list_sizes, place_below, read_file, read_json, remove_file
 from cafe.pipeline.features.key import StoreInfo, store_name
 from cafe.records import FORMAT, check_record, digest
 from cafe.seals import read_sealed, write_sealed
@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 def find_stores(features: UPath, manifest: str) -> list[tuple[UPath, StoreInfo]]:
     """Return the stores of a manifest and what they hold, without opening them; raise `UserError` for a damaged one."""
-    found = [(path, read_info(path)) for path in list_folder(features / manifest)]
+    found = [(path, read_info(path)) for path in list_folder(place_below(features, manifest))]
     return [(path, info) for path, info in found if info]
 
 
@@ -74,7 +74,7 @@ def read_checksums(store: UPath) -> dict[str, str]:
 
 def changed_files(store: UPath, checksums: dict[str, str]) -> list[str]:
     """Return those of some files that are missing or not what was written."""
-    return [file for file, wanted in checksums.items() if _read_digest(store / file) != wanted]
+    return [file for file, wanted in checksums.items() if _read_digest(place_below(store, file)) != wanted]
 
 
 def check_description(store: UPath) -> None:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from cafe.addresses import Permission, permission
 from cafe.data.images import MISSING
 from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
@@ -73,12 +74,15 @@ class ShardEmbedder:
         device: str,
         versions: Mapping[str, str] = MappingProxyType({}),
         plugins: Sequence[Plugin] = (),
+        allowed: Permission | None = None,
     ) -> None:
         import torch
 
         from cafe.pipeline.features.store import FeatureStore
         from cafe.views.device import shorten_switch_interval
 
+        if allowed:
+            allowed.install()
         for plugin in plugins:
             plugin.install()
         torch.set_num_threads(threads)
@@ -302,7 +306,7 @@ def _attempt(function: Work[Any], samples: Sequence[Sample]) -> None:
 def _start(processes: int) -> ProcessPoolExecutor:
     """Return processes that work; raise `OSError` where none can be started, which is no picture's fault."""
     # A fork of a process with threads can hang.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare, initargs=(permission(),))
     try:
         pool.submit(int).result()
     except BrokenProcessPool:
@@ -310,8 +314,9 @@ def _start(processes: int) -> ProcessPoolExecutor:
     return pool
 
 
-def _prepare() -> None:
+def _prepare(allowed: Permission) -> None:
     """Leave interrupts to the command, end with it whatever happens to it, and go first where memory runs out."""
+    allowed.install()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
     with suppress(OSError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from upath import UPath
 
+from cafe.addresses import own
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.files import exists, locate, place_below, read_file
@@ -143,6 +144,7 @@ def _find_exported(workspace: Workspace, name: str) -> UPath | None:
         from cafe.pipeline.tracking.mirror import Mirror
 
         return Mirror(workspace).fetch_model(name)
+    own(name)
     folder = locate(name)
     return folder if is_exported(folder) else None
 

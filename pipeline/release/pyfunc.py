@@ -16,6 +16,7 @@ from upath import UPath
 
 from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
+from cafe.files import place_below
 from cafe.inference.output import name_columns
 from cafe.pipeline.models import build_model
 from cafe.pipeline.process.progress import Progress
@@ -105,7 +106,7 @@ def log_models(mirror: Mirror, progress: Progress) -> dict[str, str]:
     names = workspace.run_names()
     for number, name in enumerate(names):
         progress(number, len(names))
-        folder = workspace.root / "exports" / name
+        folder = place_below(workspace.root / "exports", name)
         try:
             if not (folder / "model.json").exists():
                 export_run(workspace, name, folder)

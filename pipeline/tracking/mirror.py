@@ -23,7 +23,7 @@ from typing import Any
 from upath import UPath
 
 from cafe.errors import UserError, quote, unknown
-from cafe.files import list_files, write_file, write_json
+from cafe.files import list_files, place_below, write_file, write_json
 from cafe.pipeline.runs import check_identity
 from cafe.pipeline.tracking import pages
 from cafe.pipeline.tracking.database import address_of, check_database, draft_database, has_tag, move_artifacts
@@ -103,7 +103,7 @@ class Mirror:
         runs = self.workspace.read_runs()
         belongs = [entry for run in runs for entry in run.experiments.items()]
         for experiment, name in sorted({(experiment, name) for experiment, name in belongs if name}):
-            self.update_benchmark(self.workspace.root / "benchmarks" / name, experiment)
+            self.update_benchmark(place_below(self.workspace.root / "benchmarks", name), experiment)
         for run in runs:
             self.update(run.folder)
         return len(runs)
@@ -184,7 +184,7 @@ class Mirror:
 
     def fetch_model(self, uri: str) -> UPath:
         """Copy an exported run that MLflow holds, `models:/NAME/VERSION`, to the cache and return it; raise `UserError`."""
-        folder = self.workspace.root / "pulled" / "models" / re.sub(r"[^A-Za-z0-9.-]+", "-", uri)
+        folder = place_below(self.workspace.root / "pulled" / "models", re.sub(r"[^A-Za-z0-9.-]+", "-", uri))
         with quiet_mlflow() as mlflow, self.as_default(mlflow):
             try:
                 place = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
@@ -220,7 +220,7 @@ class Mirror:
     def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
         """Copy a run's description and predictions, unless the cache has them as they are."""
         run_id, names = run.info.run_id, (run.data.tags[MIRRORED], run.info.run_name)
-        folder = self.workspace.root.joinpath("pulled", *map(check_name, names))
+        folder = place_below(self.workspace.root / "pulled", "/".join(map(check_name, names)))
         if not (folder / PULLED).exists():
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.path for entry in client.list_artifacts(run_id)}
@@ -228,7 +228,7 @@ class Mirror:
                 for part in sorted(there & {"run.json", "predictions"}):
                     client.download_artifacts(run_id, part, temporary)
                 copy_folder(UPath(temporary), folder)
-            write_json(folder / "experiments" / f"{check_name(experiment)}.json", {"benchmark": None})
+            write_json(place_below(folder / "experiments", f"{check_name(experiment)}.json"), {"benchmark": None})
             write_json(folder / PULLED, {"uri": self.address, "run_id": run_id})  # last: the copy is whole
         return folder
 
@@ -248,7 +248,7 @@ def copy_folder(folder: UPath, place: UPath) -> None:
     """Copy all files of a folder, a run's description last: from then on the run is there."""
     files = {str(path.relative_to(folder)): path for path in list_files(folder)}
     for name in sorted(files, key=lambda name: name == "run.json"):
-        write_file(place / name, files[name].read_bytes())
+        write_file(place_below(place, name), files[name].read_bytes())
 
 
 def bring(client: Any, experiment: str, page: Page, digest: str) -> None:
