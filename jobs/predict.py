@@ -13,7 +13,7 @@ import click
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.options import complete, options
 from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say
-from cafe.pipeline.settings import PredictSettings
+from cafe.pipeline.settings import ExportSettings, PredictSettings
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cafe.inference.annotation import Annotator
     from cafe.inference.model import Model
     from cafe.inference.output import Summary
+    from cafe.pipeline.release.export import Exported
 
 SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
@@ -125,7 +126,7 @@ def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     if not settings.aligned:
         find_detector()
     model = build_model(runs, device)
-    return replace(model, flip=settings.flip)
+    return replace(model, flip=model.flip or settings.flip)
 
 
 def _show_progress(file: IO[bytes]) -> Any:
@@ -135,31 +136,40 @@ def _show_progress(file: IO[bytes]) -> Any:
 
 @click.command()
 @click.argument("run", shell_complete=complete("run"))
-@click.option("--output", metavar="FOLDER", help="Where to write it; default: exports/RUN in the workspace.")
-@click.option("--mlflow", is_flag=True, help="Log the exported model in MLflow too, with signature and input example.")
-@click.option("--register", metavar="NAME", help="Log it and register it under this name in MLflow's model registry.")
-@click.option("--mlflow-uri", help="MLflow tracking server; default: the workspace's own database.")
-def export(run: str, output: str | None, mlflow: bool, register: str | None, mlflow_uri: str | None) -> None:
+@options(ExportSettings)
+def export(run: str, **values: Any) -> None:
     """Export a trained run as ONNX, safetensors and a model card: `cafe export cafe-news-s0 --output model`.
 
     RUN is the name of a run of this workspace or its unambiguous beginning. The graph holds everything from the pixels of an
     aligned face to the probabilities of the classes, and is checked against PyTorch on real faces. Needs
-    `pip install 'cafe[export]'`.
+    `pip install 'cafe[export]'`, unless --no-graph leaves it out.
+
+    \b
+    cafe export cafe-news-s0 --ensemble --flip           # all its seeds, and mirror images, averaged in the graph too
+    cafe export mlp-news-s0 --weights float16 --no-graph # as small as it gets, for programs that have this package
     """
-    from cafe.files import locate, place_below
-    from cafe.pipeline.release.export import export_run
+    from cafe.files import locate
+    from cafe.pipeline.release.export import export_run, name_folder
     from cafe.results.runs import choose
 
-    workspace = open_workspace()
-    (chosen,), _ = choose(workspace.read_runs(run), name=run)
-    folder = locate(output) if output else place_below(workspace.root / "exports", chosen.name)
-    exported = export_run(workspace, chosen.name, folder)
-    say(
-        f"Wrote {exported.folder}: on {exported.faces} faces the graph differs from PyTorch by at most "
-        f"{exported.difference:.1e}. Read README.md there before you ship it."
-    )
-    if mlflow or register:
+    settings, workspace = ExportSettings(**values), open_workspace()
+    runs, _ = choose(workspace.read_runs("" if settings.ensemble else run), name=run, ensemble=settings.ensemble)
+    folder = locate(settings.output) if settings.output else name_folder(workspace, runs, settings)
+    exported = export_run(workspace, runs[0].name, folder, settings)
+    say(f"Wrote {exported.folder}{_describe_checks(exported)}. Read README.md there before you ship it.")
+    if settings.mlflow or settings.register:
         from cafe.pipeline.release.pyfunc import log_model
         from cafe.pipeline.tracking.mirror import Mirror
 
-        say(log_model(Mirror(workspace, mlflow_uri), chosen.folder, exported.folder, register))
+        mirror = Mirror(workspace, settings.mlflow_uri)
+        say(log_model(mirror, runs[0].folder, exported.folder, settings.register))
+
+
+def _describe_checks(exported: Exported) -> str:
+    """Return by how much the numbers of an export differ from those of its run, as the end of a sentence."""
+    on, said = f"on {exported.faces} faces", list[str]()
+    if exported.difference is not None:
+        said.append(f"the graph differs from PyTorch by at most {exported.difference:.1e}")
+    if exported.rounding is not None:
+        said.append(f"weights in half precision change probabilities by at most {exported.rounding:.1e}")
+    return f": {on} {', and '.join(said)}" if said else ""

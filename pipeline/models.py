@@ -19,6 +19,7 @@ from cafe.pipeline.faces import Faces
 from cafe.pipeline.runs import RunSpec
 from cafe.plugins import check_plugins
 from cafe.records import digest
+from cafe.seals import read_sealed
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.keeping import find_tower
@@ -43,9 +44,12 @@ def build_method(spec: RunSpec, init: str | None = None) -> Method:
     return method(method.recipe_type(**spec.recipe), replace(find_inputs(spec), init=init or spec.init))
 
 
-def load_method(spec: RunSpec, run: UPath) -> Method:
-    """Return the trained method of a run's folder; raise `UserError` where its weights are damaged or not finite."""
-    path, method = run / "model.safetensors", build_method(spec, init="scratch")
+def load_method(spec: RunSpec, run: UPath, file: str = "model.safetensors") -> Method:
+    """Return the trained method of a run's folder; raise `UserError` where its weights are damaged or not finite.
+
+    Weights of half precision become float32 again.
+    """
+    path, method = run / file, build_method(spec, init="scratch")
     method.load_state_dict(read_tensors(path, "move the run's folder elsewhere and train it again with `cafe train`"))
     check_finite(method, path)
     return method
@@ -62,25 +66,44 @@ def check_finite(method: Method, path: UPath) -> None:
         )
 
 
-def build_model(runs: Sequence[UPath], device: str = "cpu", batch_size: int = BATCH_SIZE) -> Model:
+def name_files(number: int) -> tuple[str, str]:
+    """Return what the files of run 1, 2, … of those that one exported folder averages are called: record and weights."""
+    tail = f"-{number}" if number > 1 else ""
+    return f"run{tail}.json", f"model{tail}.safetensors"
+
+
+def read_averages(folder: UPath) -> tuple[int, bool]:
+    """Return how many runs a folder holds, which its model averages, and whether it averages mirror images too.
+
+    That is what the record of an exported folder says; the folder of a run has none, and older ones do not say.
+    """
+    record = read_sealed(folder / "model.json", "read", "export the run again with `cafe export`") or {}
+    averaged = record.get("averaged") or {}
+    return len(averaged.get("seeds") or [0]), bool(averaged.get("mirror_images"))
+
+
+def build_model(folders: Sequence[UPath], device: str = "cpu", batch_size: int = BATCH_SIZE) -> Model:
     """Return trained runs that differ in nothing but their seed as one model, which averages them; usually one run.
 
-    Raises `UserError` for a run without weights and where the tower's weights are no longer those it was trained on.
+    A folder is a run's or an exported one, which may hold several runs and ask for mirror images to be averaged too. Raises
+    `UserError` for a run without weights and where the tower's weights are no longer those it was trained on.
     """
-    specs = [RunSpec.load(run) for run in runs]
-    for run in runs:
-        if not exists(run / "model.safetensors"):
-            raise UserError(f"The run {run.name!r} has no trained weights here: give its `cafe train` command again.")
-    name = specs[0].name
-    specs = [
-        replace(own, backbone=own.backbone and find_tower(own.backbone, run))
-        for own, run in zip(specs, runs, strict=True)
-    ]
-    spec = specs[0]
-    methods = [load_method(own, run).to(device) for own, run in zip(specs, runs, strict=True)]
-    methods = [method.to(memory_format=torch.channels_last) for method in methods]
+    specs, methods, flip = list[RunSpec](), list[Method](), False
+    for folder in folders:
+        count, mirrored = read_averages(folder)
+        flip |= mirrored
+        for record, weights in map(name_files, range(1, count + 1)):
+            spec = RunSpec.load(folder, record)
+            if not exists(folder / weights):
+                raise UserError(
+                    f"The run {folder.name!r} has no trained weights here: give its `cafe train` command again."
+                )
+            specs.append(replace(spec, backbone=spec.backbone and find_tower(spec.backbone, folder)))
+            method = load_method(specs[-1], folder, weights).to(device)
+            methods.append(method.to(memory_format=torch.channels_last))
+    name, spec = RunSpec.load(folders[0]).name, specs[0]
     tower = load_tower(spec, batch_size) if find_method(spec.method).needs_features() else None
-    return Model(name, tuple(methods), view_plan(spec), spec.image_size, tower, torch.device(device))
+    return Model(name, tuple(methods), view_plan(spec), spec.image_size, tower, torch.device(device), flip)
 
 
 def load_tower(spec: RunSpec, batch_size: int) -> TowerInput:

@@ -156,12 +156,12 @@ class RunSpec(RunIdentity):
         }
 
     @classmethod
-    def load(cls, run: UPath) -> RunSpec:
+    def load(cls, run: UPath, file: str = "run.json") -> RunSpec:
         """Read the specification in a run's folder; raise `UserError` when it is missing or of another format."""
-        record = read_record(run)
+        record = read_record(run, file)
         if record is None:
             raise UserError(f"There is no run in {run}: give the name of a run of this workspace.")
-        return check_record(record.get("spec"), cls, f"{run}/run.json")
+        return check_record(record.get("spec"), cls, f"{run}/{file}")
 
     def save(self, run: UPath, not_as_published: Sequence[str] = ()) -> None:
         """Write down what the run is, unless it is there already.

@@ -309,6 +309,28 @@ class PredictSettings:
 
 
 @dataclass(frozen=True)
+class ExportSettings:
+    """A trained run as a folder for other programs."""
+
+    output: str | None = setting(
+        None, "Where to write it; default: exports/RUN in the workspace, with what is special to it.", metavar="FOLDER"
+    )
+    ensemble: bool = setting(False, "Average all seeds of the run, in the graph and wherever the folder is loaded.")
+    flip: bool = setting(False, "Average every face with its mirror image, likewise.")
+    weights: Literal["float32", "float16"] = setting(
+        "float32", "Number format of the method's weights; float16: half the size, rounded."
+    )
+    graph: bool = setting(
+        True, "Write the ONNX graph; without it this package is needed to predict.", flag="--graph/--no-graph"
+    )
+    mlflow: bool = setting(False, "Log the exported model in MLflow too, with signature and input example.")
+    register: str | None = setting(
+        None, "Log it and register it under this name in MLflow's model registry.", metavar="NAME"
+    )
+    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
+
+
+@dataclass(frozen=True)
 class DemoSettings(ClusterSettings):
     """The benchmark demo.toml, on drawn faces or on folders of one's own."""
 

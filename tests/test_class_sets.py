@@ -212,9 +212,10 @@ def test_the_page_and_the_card_have_the_classes_of_the_run(workspace: Workspace,
     (run,) = (run for run in runs if run.classes == EIGHT)
     record = {
         "input": {"name": "faces"}, "output": {"name": "probabilities"},
+        "averaged": {"seeds": [0], "mirror_images": False},
         "check": {"faces": 3, "largest_difference": 1e-6},
     }  # fmt: skip
-    card = write_card(run, [run], {}, record).decode()
+    card = write_card([run], [run], {}, record).decode()
     assert "the probabilities of 8 expressions" in card
     assert "| faces | accuracy | surprise | fear | disgust | happiness | sadness | anger | neutral | contempt |" in card
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import Cafe, complaint, draw_faces
@@ -16,18 +19,23 @@ from runs import write_predictions, write_run
 from trained import fill_store, start_run
 from upath import UPath
 
+import cafe
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_json
 from cafe.inference.graph import Onnx, write_onnx
 from cafe.methods import METHODS, find_method
+from cafe.methods.method import Inputs
 from cafe.pipeline.models import build_model
-from cafe.pipeline.release.export import cut_middle, export_run
-from cafe.pipeline.release.pyfunc import log_model
-from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.release.export import cut_middle, export_run, halve
+from cafe.pipeline.release.library import load_model
+from cafe.pipeline.release.pyfunc import Pyfunc, log_model
+from cafe.pipeline.settings import ExportSettings, ExtractSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
 from cafe.pipeline.workspace import Workspace
 from cafe.report.card import format_share, write_card
+from cafe.results.runs import choose
 from cafe.views.resizing import Resize
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
@@ -77,6 +85,13 @@ def check_graph(path: Path, workspace: Workspace, predicted: np.ndarray) -> None
     np.testing.assert_allclose(graph.predict(faces[:1]), predicted[:1], atol=1e-4)
 
 
+def encode_png(face: np.ndarray) -> bytes:
+    """The bytes of a picture's file."""
+    content = io.BytesIO()
+    Image.fromarray(face).save(content, "PNG")
+    return content.getvalue()
+
+
 EXPORTED = ("cafe", "finetune", "mlp")  # whose graphs are looked at further down, as they are exported
 
 
@@ -119,10 +134,82 @@ def test_an_exported_folder_is_the_same_model_where_the_towers_own_files_are_gon
             (tmp_path / file.name).rename(file)
 
 
+def test_seeds_and_mirror_images_are_averaged_wherever_the_folder_is_used_and_it_is_the_same_twice(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    runs = [start_run(workspace, method="mlp", tag="several", seed=seed, **SETTINGS)[0] for seed in (0, 1)]
+    faces, models = faces_of(workspace), [build_model([run]) for run in runs]
+    looks = (faces, np.ascontiguousarray(faces[:, :, ::-1]))
+    alone = [model.predict(list(look)) for model in models for look in looks]
+    assert max(np.abs(one - alone[0]).max() for one in alone[1:]) > 1e-2
+    command = Cafe(Path(str(workspace.root)), "")
+    options = ("--ensemble", "--flip", "--weights", "float16")
+    said = command.succeed("export", runs[0].name, *options, "--output", str(tmp_path / "model"))
+    assert "and weights in half precision change probabilities by at most " in said
+    expected = build_model([UPath(tmp_path / "model")]).predict(list(faces))
+    np.testing.assert_allclose(expected, np.mean(alone, axis=0), atol=1e-3)  # of half precision
+    assert np.abs(expected - np.mean(alone, axis=0)).max() > 0
+    np.testing.assert_allclose(load_model(str(tmp_path / "model")).predict(list(faces)), expected, atol=1e-7)
+    check_graph(tmp_path / "model" / "model.onnx", workspace, expected)
+    assert Onnx(str(tmp_path / "model" / "model.onnx")).session.get_inputs()[0].shape == ["batch", "height", "width", 3]
+    (tmp_path / "face.png").write_bytes(content := encode_png(faces[0]))
+    records = pd.DataFrame({"image": [content]})
+    answer = Pyfunc(UPath(tmp_path / "model")).predict(records)
+    np.testing.assert_allclose(answer[list(EXPRESSIONS)].to_numpy(), expected[:1], atol=1e-7)
+    rows = command.succeed(
+        "predict", str(tmp_path / "model"), str(tmp_path / "face.png"), "--aligned", "--format", "jsonl"
+    )
+    row = next(json.loads(line) for line in rows.splitlines() if line.startswith("{"))
+    np.testing.assert_allclose([row[name] for name in EXPRESSIONS], expected[0], atol=1e-4)
+
+    elsewhere = Workspace.at(str(tmp_path / "elsewhere"))
+    shutil.copytree(str(workspace.root), str(elsewhere.root))
+    export_run(
+        elsewhere, runs[1].name, UPath(tmp_path / "again"), ExportSettings(ensemble=True, flip=True, weights="float16")
+    )
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("model", "again")
+    )
+    assert first == second
+    for name in first.keys() - {"run.json", "run-2.json", "model.json"}:  # which name the tower as the user did
+        assert not re.search(
+            str(Path(cafe.__file__).parents[1]).encode() + b"|site-packages|" + str(tmp_path).encode(), first[name]
+        )
+    for settings in (ExportSettings(ensemble=True, flip=True), ExportSettings()):
+        assert "holds other files" in complaint(
+            export_run, workspace, runs[0].name, UPath(tmp_path / "model"), settings
+        )
+
+
+def test_a_folder_without_a_graph_is_the_same_model_in_half_the_bytes(workspace: Workspace, tmp_path: Path) -> None:
+    run, predicted = start_run(workspace, method="ofer", tag="small", **SETTINGS)  # of which there is no graph
+    said = Cafe(Path(str(workspace.root)), "").succeed("export", run.name, "--no-graph", "--weights", "float16")
+    (folder,) = workspace.root.glob("exports/ofer-*-small-*-float16-no-graph")
+    assert f"Wrote {folder}: on 32 faces weights in half precision change probabilities by at most " in said
+    assert not (folder / "model.onnx").exists()
+    sizes = [(place / "model.safetensors").stat().st_size for place in (folder, run)]
+    assert sizes[0] < 0.51 * sizes[1]
+    np.testing.assert_allclose(build_model([folder]).predict(list(faces_of(workspace))), predicted, atol=1e-2)
+
+
+def test_half_precision_is_for_weights_that_it_can_hold_alone() -> None:
+    method = find_method("linear_probe")(find_method("linear_probe").recipe_type(features="standardised"), Inputs(3))
+    method.load_state_dict(
+        {"standardise.std": torch.tensor([1.0, torch.inf, 2.0]), "classifier.bias": torch.full((7,), 7e4)}, strict=False
+    )
+    halved = halve(method)
+    assert {name: str(value.dtype) for name, value in halved.items()} == {
+        "standardise.mean": "torch.float32", "standardise.std": "torch.float32",
+        "classifier.weight": "torch.float16", "classifier.bias": "torch.float32",
+    }  # fmt: skip
+
+
 def test_what_cannot_be_exported_is_said_before_anything_is_written(workspace: Workspace, tmp_path: Path) -> None:
     run, _ = start_run(workspace, method="linear_probe", **SETTINGS)
     (tmp_path / "photo.jpg").write_bytes(b"")
     assert "holds other files" in complaint(export_run, workspace, run.name, UPath(tmp_path))
+    alone = complaint(export_run, workspace, run.name, UPath(tmp_path / "model"), ExportSettings(ensemble=True))
+    assert "has no other finished seed to average" in alone
     (run / "result.json").rename(run / "kept.json")
     assert "is not trained to its end" in complaint(export_run, workspace, run.name, UPath(tmp_path / "model"))
     (run / "kept.json").rename(run / "result.json")
@@ -157,15 +244,54 @@ def test_the_card_holds_the_scores_of_every_domain_with_intervals(tmp_path: Path
         run = write_run(workspace, seed=seed, source_kind="folder")
         write_predictions(run, "fer", labels, np.where(np.arange(70) < wrong, (labels + 1) % 7, labels))
     one, two = workspace.read_runs()
-    record = {"input": {"name": "faces"}, "output": {"name": "probabilities"}}
+    record = {
+        "input": {"name": "faces"},
+        "output": {"name": "probabilities"},
+        "averaged": {"seeds": [0], "mirror_images": False},
+    }
     record |= {"check": {"faces": 32, "largest_difference": 2e-7}}
-    card = write_card(one, [one, two], {}, record).decode()
+    card = write_card([one], [one, two], {}, record).decode()
     assert "**Unseen data sets: 50.0 / 100.0 % (mean ± 95 % t-interval over 2 seeds) on fer.**" in card
     assert f"| fer | unseen | 70 | {format_share(35, 70)} | {format_share(5, 10)} |" in card
     assert "the graph's probabilities differ from PyTorch's by at most 2.0e-07" in card
     card = write_card(one, [one, two], {"fer": "another"}, record).decode()
     assert card.count("evaluated on the manifest digest o, not on another, which the workspace has now") == 2
     assert "| fer |" not in card
+
+
+def test_the_card_of_an_average_holds_its_own_scores(tmp_path: Path) -> None:
+    workspace, labels = Workspace.at(str(tmp_path)), np.arange(70) % 7
+    for seed, confidence in ((0, 0.6), (1, 0.9)):  # the first is wrong on half of the faces, and the second outvotes it
+        run = write_run(workspace, seed=seed, source_kind="folder")
+        for protocol, wrong in (("clean", (35, 0)), ("clean-flip", (35, 10))):
+            predicted = np.where(np.arange(70) < wrong[seed], (labels + 1) % 7, labels)
+            write_predictions(run, "fer", labels, predicted, protocol=protocol, confidence=confidence)
+    runs = workspace.read_runs()
+    record = {"input": {"name": "faces"}, "output": {"name": "probabilities"}}
+    record |= {"check": {"faces": 32}, "averaged": {"seeds": [0, 1], "mirror_images": True}}
+    average = "mean of 2 seeds, the mean over each face and its mirror image"
+    card = write_card(runs, runs, {}, record).decode()
+    assert f"with seeds 0, 1.\nIts probabilities are the {average}: whoever loads this folder gets that" in card
+    assert f"The {average}; percent of faces recognised" in card
+    assert f"| fer | unseen | 70 | {format_share(60, 70)} |" in card
+    shutil.rmtree(str(runs[1].folder / "predictions" / "clean-flip"))
+    card = write_card(runs, runs, {}, record).decode()
+    assert "The mean of 2 seeds; percent of faces recognised" in card
+    assert f"| fer | unseen | 70 | {format_share(70, 70)} |" in card
+    assert "Mirror images were not averaged here" in card
+
+
+def test_seeds_of_one_fold_are_averaged_and_not_those_of_others(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    for fold in ("news", "cinema"):
+        for seed in (0, 1):
+            run = write_run(workspace, source=f"raf+{fold}", seed=seed, fold=fold)
+            write_json(run / "result.json", {"epochs": 2})
+    runs = workspace.read_runs()
+    assert len({run.group for run in runs}) == 1
+    chosen, reason = choose(runs, name="cafe-raf+news-s0", ensemble=True)
+    assert [(run.fold, run.seed) for run in chosen] == [("news", 0), ("news", 1)]
+    assert reason.endswith("averaged over 2 seeds")
 
 
 def test_the_middle_square_of_a_picture_is_cut() -> None:

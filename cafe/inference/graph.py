@@ -20,6 +20,7 @@ from cafe.views.resizing import Resize
 
 OPSET = 18
 FACES, PROBABILITIES = "faces", "probabilities"  # names of the graph's input and output
+AXES = ("batch", "height", "width")  # those of the input that are of any length
 
 
 class CleanView(nn.Module):
@@ -36,12 +37,16 @@ class CleanView(nn.Module):
 
 
 class Graph(nn.Module):
-    """Tower, standardisation, image branch, mask and classifier of a model of one method."""
+    """Tower, standardisation, image branch, mask and classifier of a model, and the averages it takes.
+
+    As `Model.predict` does, it averages the probabilities of all methods, and then those of each face and its mirror image.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        (self.method,) = model.methods
-        self.method.eval()
+        self.methods, self.flip = model.methods, model.flip
+        self.parts = nn.ModuleList(model.methods).eval()  # so that they are part of this module
+        self.needs, self.classes = model.methods[0].needs, len(model.classes)
         self.view = CleanView(model.image_size, model.plan)
         self.tower = self.tower_view = None
         if model.tower:
@@ -50,23 +55,30 @@ class Graph(nn.Module):
 
     def forward(self, faces: Tensor) -> Tensor:
         """Return the probabilities (N, K) float32 of aligned faces (N, H, W, 3) uint8, RGB, all of one size."""
-        needs, batch = self.method.needs, {}
+        needs, batch = self.needs, {}
         if "image" in needs:
-            batch["image"] = self.view(faces)
+            batch["image"] = self._mirror(self.view(faces))
         if self.tower is not None and self.tower_view is not None:
-            features, spatial = self.tower(self.tower_view(faces), with_map="map" in needs)
+            features, spatial = self.tower(self._mirror(self.tower_view(faces)), with_map="map" in needs)
             read = {"features": features, "map": spatial}
             # Methods learned from features as a store keeps them.
             batch |= {name: read[name].to(self.dtype).float() for name in needs & read.keys()}
-        return self.method.predict(batch)
+        shares = [method.predict(batch) for method in self.methods]
+        probabilities = shares[0] if len(shares) == 1 else torch.stack(shares).mean(dim=0)
+        return probabilities.reshape(2, -1, self.classes).mean(dim=0) if self.flip else probabilities
+
+    def _mirror(self, pictures: Tensor) -> Tensor:
+        """Return pictures (N, 3, S, S), followed by their mirror images where these are averaged."""
+        return torch.cat([pictures, pictures.flip(3)]) if self.flip else pictures
 
 
 def write_onnx(model: Model, path: str) -> None:
     """Write a model as ONNX: `faces` (N, H, W, 3) uint8 of any N, H and W → `probabilities` (N, K) float32.
 
-    The names of the K classes are its metadata `labels`, as JSON. Needs the packages of the extra `export`.
+    The names of the K classes are its metadata `labels`, as JSON. The same model gives the same bytes. Needs the packages of
+    the extra `export`.
     """
-    graph, anything = Graph(model).eval(), torch.export.Dim.DYNAMIC
+    graph = Graph(model).eval()
     example = torch.zeros(2, 101, 103, 3, dtype=torch.uint8)
     with quiet():
         program = torch.onnx.export(
@@ -74,12 +86,14 @@ def write_onnx(model: Model, path: str) -> None:
             (example,),
             input_names=[FACES],
             output_names=[PROBABILITIES],
-            dynamic_shapes=({0: anything, 1: anything, 2: anything},),
+            dynamic_shapes=(dict(enumerate(AXES)),),
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph.all_nodes():  # where in which file of this machine each was made
+        node.metadata_props.clear()
     program.model.metadata_props["labels"] = json.dumps(model.classes)
     program.save(path)
 

@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is for, what it is not, what it was made of, and how well it does where.
+"""The model card of exported runs: what it is for, what it is not, what it was made of, and how well it does where.
 
 "Model Cards for Model Reporting", Mitchell et al., FAT* 2019. Every number is computed from the run's predictions.
 """
@@ -14,10 +14,11 @@ from scipy.stats import binomtest
 from cafe.report.pages import render
 from cafe.results.metrics import confusion, estimate
 from cafe.results.predictions import Predictions
-from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
+from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.scores import average_unseen, meet, read_scores
 from cafe.results.sources import UNSEEN
+from cafe.results.variants import average_exported
 from cafe.towers.names import split_name
 
 TOWERS = {
@@ -37,18 +38,21 @@ DATA = {
 }
 
 
-def write_card(run: Run, seeds: Sequence[Run], known: Mapping[str, str], record: dict[str, Any]) -> bytes:
-    """Return the card of a run in Markdown; `seeds` are the runs that differ from it in nothing but their seed.
+def write_card(runs: Sequence[Run], seeds: Sequence[Run], known: Mapping[str, str], record: dict[str, Any]) -> bytes:
+    """Return the card of a run, or of several that are averaged, in Markdown.
 
-    `known` are the digests of the workspace's manifests by name, `record` is what `model.json` will hold.
+    `seeds` are the runs that differ from it in nothing but their seed, `known` the digests of the workspace's manifests by
+    name, `record` is what `model.json` will hold.
     """
-    (run,), left_out = meet([run], known)
-    scores = read_scores([run], known)
-    met = meet(seeds, known)
+    mirrored = record["averaged"]["mirror_images"]
+    chosen, met = meet(runs, known), meet(seeds, known)
+    run, evaluated_mirrored = average_exported(chosen.runs, mirrored)
+    scores = read_scores([run], known, tuple(PROTOCOLS) if evaluated_mirrored else ALL_PROTOCOLS)
     tower = split_name(run.settings.get("backbone") or "none")[0]
     tables = {
         name: list(list_domains(run, name, scores)) for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()
     }
+    averaged = describe_average(len(runs), evaluated_mirrored)
     return render(
         "card.md",
         run=run,
@@ -60,10 +64,20 @@ def write_card(run: Run, seeds: Sequence[Run], known: Mapping[str, str], record:
         ],
         classes=run.classes,
         tables=tables,
-        unseen=describe_seeds(met.runs, known),
-        left_out=dict.fromkeys(map(str, [*left_out, *met.left_out])),
+        evaluated=averaged[:1].upper() + averaged[1:] if averaged else "This run",
+        not_mirrored=mirrored and not evaluated_mirrored,
+        unseen=describe_unseen(scores, averaged) if averaged else describe_seeds(met.runs, known),
+        left_out=dict.fromkeys(map(str, [*chosen.left_out, *met.left_out])),
+        average=describe_average(len(runs), mirrored),
         protocols={name: find_protocol(name).about for name in tables},
     )
+
+
+def describe_average(seeds: int, mirrored: bool) -> str:
+    """Return what a model averages, in words; nothing for one that averages nothing."""
+    of_seeds = f"the mean of {seeds} seeds" if seeds > 1 else ""
+    of_images = "the mean over each face and its mirror image" if mirrored else ""
+    return ", ".join(filter(None, (of_seeds, of_images)))
 
 
 def list_domains(run: Run, protocol: str, scores: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -93,9 +107,16 @@ def format_share(right: int, faces: int) -> str:
 def describe_seeds(seeds: Sequence[Run], known: Mapping[str, str]) -> str:
     """Return the mean accuracy on unseen targets over all seeds of a run, in a sentence; nothing without such targets."""
     scores = read_scores(seeds, known, ["clean"])
+    seeds_evaluated = scores.loc[scores["relation"] == UNSEEN, "run"].nunique()
+    several = f"mean ± 95 % t-interval over {seeds_evaluated} seeds" if seeds_evaluated > 1 else "one seed"
+    return describe_unseen(scores, several)
+
+
+def describe_unseen(scores: pd.DataFrame, what: str) -> str:
+    """Return the mean accuracy on unseen targets, of what, and which these are; nothing without such targets."""
+    scores = scores[scores["protocol"] == "clean"]
     means = average_unseen(scores)
     if not len(means):
         return ""
     targets = sorted(set(scores.loc[scores["relation"] == UNSEEN, "target"]))
-    several = f" (mean ± 95 % t-interval over {len(means)} seeds)" if len(means) > 1 else " (one seed)"
-    return f"{estimate([float(value) for value in means['accuracy']])} %{several} on {', '.join(targets)}"
+    return f"{estimate([float(value) for value in means['accuracy']])} % ({what}) on {', '.join(targets)}"

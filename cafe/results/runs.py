@@ -104,13 +104,13 @@ class Run:
         return find_relation(self.sources, column.target, column.split, kind, manifest)
 
 
-def read_record(folder: UPath) -> dict[str, Any] | None:
-    """Return what run.json says; None when the folder holds no run.
+def read_record(folder: UPath, file: str = "run.json") -> dict[str, Any] | None:
+    """Return what run.json says, or another `file` that describes a run; None when the folder holds none.
 
     Raises `DamagedError` when it is not what was written, and `UserError` when its format is another.
     """
     remedy = "remove this file and give the run's `cafe train` command again, or move the folder elsewhere"
-    record = read_sealed(folder / "run.json", "read", remedy)
+    record = read_sealed(folder / file, "read", remedy)
     if record is not None and record.get("version") != FORMAT:
         raise UserError(
             f"The run {folder.name!r} is in the old format {record.get('version', 1)}, and this version of cafe reads "
@@ -207,7 +207,7 @@ def choose(
         raise UserError(f"The run {chosen.name!r} is not trained to its end: give its `cafe train` command again.")
     if not ensemble:
         return Chosen([chosen], reason)
-    seeds = [run for run in runs if run.group == chosen.group and run.finished]
+    seeds = [run for run in runs if (run.group, run.fold) == (chosen.group, chosen.fold) and run.finished]
     return Chosen(seeds, f"{reason}, averaged over {len(seeds)} seeds")
 
 

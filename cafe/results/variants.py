@@ -45,6 +45,16 @@ def average_seeds(runs: Iterable[Run]) -> list[Run]:
     ]
 
 
+def average_exported(runs: Sequence[Run], flip: bool) -> tuple[Run, bool]:
+    """Return several seeds, averaged, as one run, and whether what it predicted is averaged with mirror images, too.
+
+    That is as `flip` says, unless one of the runs was not evaluated so.
+    """
+    mirrored = flip and all(_is_evaluated(run, name_protocol("clean", "flip")) for run in runs)
+    members = [replace(run, test_time="flip") if mirrored else run for run in runs]
+    return (replace(members[0], ensemble=tuple(members)) if len(members) > 1 else members[0]), mirrored
+
+
 def _is_evaluated(run: Run, protocol: str) -> bool:
     return bool(list_predictions(run.folder, protocol))
 

@@ -3,97 +3,121 @@
 model.onnx           faces (N, H, W, 3) uint8 → probabilities (N, K): everything between is in the graph
 model.safetensors    the method's weights; tower.safetensors the tower's, unless they come with this package
 run.json             the run's description: with it the folder loads as a model again
+model-2.safetensors, run-2.json and so on: the same of further seeds, where several are averaged
 README.md            the model card
-.export.json         the run, as long as the export is under way; written first: the folder is no other's
-model.json           labels, preprocessing, origin, scores and versions; written last: the folder is whole
+.export.json         the runs, as long as the export is under way; written first: the folder is no other's
+model.json           labels, preprocessing, what is averaged, origin, scores, versions; written last: the folder is whole
+
+The same runs give the same bytes: no time and no place is in them but those that the user gave the runs.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import check_output, list_folder, read_file, read_json, remove_file, write_file, write_json
-from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
+from cafe.files import check_output, list_folder, place_below, read_file, read_json, remove_file, write_file, write_json
+from cafe.inference.graph import AXES, FACES, OPSET, PROBABILITIES, Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.methods import find_method
-from cafe.pipeline.models import build_model
+from cafe.methods.method import Method
+from cafe.pipeline.models import build_model, name_files
+from cafe.pipeline.settings import ExportSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.report.card import write_card
 from cafe.results.predictions import load_predictions
+from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS
 from cafe.results.runs import Run, choose, read_result
 from cafe.results.scores import flatten_scores, meet, read_scores
+from cafe.results.variants import average_exported
 from cafe.seals import write_sealed
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
+from cafe.towers.weights import write_tensors
 
 STARTED = ".export.json"  # in a folder whose export is under way: of which run
 CHECKED = 32  # faces of which the graph must say what PyTorch does
 TOLERANCE = 1e-4  # of their probabilities
 PACKAGES = ("cafe", "torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
+PLAIN = ExportSettings()
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder that was written, the faces its graph was checked on and by how much their probabilities differed at most."""
+    """A folder that was written, and by how much probabilities of some faces differ at most.
+
+    `difference` is the graph's from PyTorch's, `rounding` what weights in half precision change; None where there is no
+    graph and no rounding.
+    """
 
     folder: UPath
     faces: int
-    difference: float
+    difference: float | None = None
+    rounding: float | None = None
 
 
-def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
-    """Export a run of the workspace to a folder of this machine.
+def export_run(workspace: Workspace, name: str, folder: UPath, settings: ExportSettings = PLAIN) -> Exported:
+    """Export a run of the workspace, or all its seeds, to a folder of this machine.
 
     Raises `UserError` for a run that is not finished or of a method that cannot be exported, where packages are missing,
     where there are no faces to check it on, and when the graph does not agree with PyTorch.
     """
-    runs = workspace.read_runs()
-    (run,), _ = choose(runs, name=name)
-    check_exports(run, folder)
-    model = build_model([run.folder], batch_size=1)
-    if model.tower and model.tower.backbone.precision != "fp32":
-        raise UserError(
-            f"The features of the run {run.name!r} are of precision {model.tower.backbone.precision}, and a graph computes "
-            "in fp32: extract them with --precision fp32 and train again."
-        )
-    faces = choose_faces(workspace, run)
-    write_json(folder / STARTED, identify(run))  # first: what is half written is taken up again
+    every = workspace.read_runs()
+    runs, _ = choose(every, name=name, ensemble=settings.ensemble)
+    check_exports(runs, folder, settings)
+    model = replace(build_model([run.folder for run in runs], batch_size=1), flip=settings.flip)
+    if settings.graph:
+        check_precision(model)
+    faces = choose_faces(workspace, runs[0]) if settings.graph or settings.weights == "float16" else []
+    write_json(folder / STARTED, identify(runs, settings))  # first: what is half written is taken up again
     (folder / "model.json").unlink(missing_ok=True)
-    write_onnx(model, str(folder / "model.onnx"))
-    difference = check_graph(model, Onnx(str(folder / "model.onnx")), faces)
-    for file in ("model.safetensors", "run.json"):
-        write_file(folder / file, (run.folder / file).read_bytes())
+    rounding = write_runs(runs, model, folder, settings.weights, faces)
+    difference = None
+    if settings.graph:
+        write_onnx(model, str(folder / "model.onnx"))
+        difference = check_graph(model, Onnx(str(folder / "model.onnx")), faces)
     if tower := tower_of(model):
         keep_tower(tower, folder)
-    record = describe(workspace, run, model, Exported(folder, len(faces), difference))
-    seeds = [other for other in runs if other.group == run.group]
-    write_file(folder / "README.md", write_card(run, seeds, workspace.manifest_digests(), record))
+    exported = Exported(folder, len(faces), difference, rounding)
+    record = describe(workspace, runs, model, exported, settings)
+    seeds = [other for other in every if other.group == runs[0].group]
+    write_file(folder / "README.md", write_card(runs, seeds, workspace.manifest_digests(), record))
     record["files"] = {
         path.name: digest(path.read_bytes()) for path in list_folder(folder) if path.name != "model.json"
     }
     write_sealed(folder / "model.json", record)
     remove_file(folder / STARTED)
-    return Exported(folder, len(faces), difference)
+    return exported
 
 
-def check_exports(run: Run, folder: UPath) -> None:
-    """Raise `UserError` unless a trained run can be exported to a folder."""
+def check_exports(runs: Sequence[Run], folder: UPath, settings: ExportSettings) -> None:
+    """Raise `UserError` unless trained runs can be exported to a folder."""
+    run = runs[0]
     if folder.protocol:
         raise UserError(f"Cannot export to {folder}: give a folder of this machine with --output, and copy it.")
     check_output(str(folder / "model.json"), "The export")
-    if list_folder(folder) and find_export(folder) != identify(run):
+    if settings.ensemble and len(runs) == 1:
         raise UserError(
-            f"The folder {folder} holds other files than the export of {run.name}: give a new one with --output."
+            f"The run {run.name!r} has no other finished seed to average: leave --ensemble out, or train one."
         )
+    if list_folder(folder) and find_export(folder) != identify(runs, settings):
+        raise UserError(
+            f"The folder {folder} holds other files than this export of {run.name}: give a new one with --output."
+        )
+    if not settings.graph:
+        return
     if reason := find_method(run.method).not_exported:
         raise UserError(f"A run of {run.method} cannot be exported. {reason}")
     for package in EXTRA:
@@ -101,18 +125,76 @@ def check_exports(run: Run, folder: UPath) -> None:
             raise UserError(f"The package {package!r} is missing: run `pip install 'cafe[export]'`.")
 
 
-def identify(run: Run) -> dict[str, Any]:
-    """Return what tells the export of a run from that of another, which may have its name."""
-    return {"name": run.name, "run.json": digest(read_file(run.folder / "run.json"))}
+def check_precision(model: Model) -> None:
+    """Raise `UserError` for features that no graph computes."""
+    if model.tower and model.tower.backbone.precision != "fp32":
+        raise UserError(
+            f"The features of the run {model.name!r} are of precision {model.tower.backbone.precision}, and a graph "
+            "computes in fp32: extract them with --precision fp32 and train again."
+        )
+
+
+def name_folder(workspace: Workspace, runs: Sequence[Run], settings: ExportSettings) -> UPath:
+    """Return where runs are exported to unless a place is given: exports of different kinds have places of their own."""
+    kind = [f"{len(runs)}-seeds"] * settings.ensemble + ["flip"] * settings.flip
+    kind += [settings.weights] * (settings.weights != "float32") + ["no-graph"] * (not settings.graph)
+    return place_below(workspace.root / "exports", "-".join([runs[0].name, *kind]))
+
+
+def identify(runs: Sequence[Run], settings: ExportSettings) -> dict[str, Any]:
+    """Return what tells the export of runs from that of others, which may have their names, and from another of theirs."""
+    records = {name_files(number)[0]: digest(read_file(run.folder / "run.json")) for number, run in enumerate(runs, 1)}
+    form = {"flip": settings.flip, "weights": settings.weights, "graph": settings.graph}
+    return {"name": runs[0].name, **records, **form}
 
 
 def find_export(folder: UPath) -> dict[str, Any] | None:
-    """Return whose export a folder holds, whole or half written; None where it holds none."""
+    """Return whose export a folder holds, whole or half written, as `identify` says it; None where it holds none.
+
+    Those of before there were several forms are of the plain one.
+    """
+    plain = {"flip": False, "weights": "float32", "graph": True}
     if started := read_json(folder / STARTED):
-        return started
+        return plain | started
     record = read_json(folder / "model.json") or {}
     files = record.get("files")
-    return {"name": record.get("name"), "run.json": files.get("run.json")} if isinstance(files, dict) else None
+    if not isinstance(files, dict):
+        return None
+    records = {name: known for name, known in files.items() if re.fullmatch(r"run(-\d+)?\.json", name)}
+    form = {"flip": record["averaged"]["mirror_images"], "weights": record["weights"]} if "averaged" in record else {}
+    return {"name": record.get("name"), **records, **plain, **form, "graph": "model.onnx" in files}
+
+
+def write_runs(runs: Sequence[Run], model: Model, folder: UPath, form: str, faces: list[np.ndarray]) -> float | None:
+    """Write the records and weights of a model's runs; return by how much rounding changes the probabilities of faces.
+
+    In half precision the model itself gets the rounded weights: all that is made of it later is of what is written.
+    """
+    for number, run in enumerate(runs, 1):
+        record, weights = name_files(number)
+        write_file(folder / record, read_file(run.folder / "run.json"))
+        if form == "float32":
+            write_file(folder / weights, read_file(run.folder / "model.safetensors"))
+    if form == "float32":
+        return None
+    expected = model.predict(faces)
+    for number, method in enumerate(model.methods, 1):
+        rounded = halve(method)
+        write_tensors(folder / name_files(number)[1], rounded)
+        method.load_state_dict(rounded)
+    return float(np.abs(model.predict(faces) - expected).max())
+
+
+def halve(method: Method) -> dict[str, Tensor]:
+    """Return the state of a method with its parameters in half precision, but for those that have larger values.
+
+    Statistics, which are no parameters, stay as they are: a deviation may be infinite.
+    """
+    limit, learned = torch.finfo(torch.float16).max, dict(method.named_parameters(remove_duplicate=False))
+    return {
+        name: value.half() if name in learned and value.is_floating_point() and value.abs().max() <= limit else value
+        for name, value in method.state_dict().items()
+    }
 
 
 def choose_faces(workspace: Workspace, run: Run) -> list[np.ndarray]:
@@ -152,10 +234,11 @@ def tower_of(model: Model) -> FrozenBackbone | None:
     return found if isinstance(found, FrozenBackbone) else None
 
 
-def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -> dict[str, Any]:
-    """Return the record of an exported run, as `model.json` holds it."""
-    tower, plan, manifests = tower_of(model), model.plan, workspace.manifest_digests()
-    met = meet([run], manifests)
+def describe(
+    workspace: Workspace, runs: Sequence[Run], model: Model, exported: Exported, settings: ExportSettings
+) -> dict[str, Any]:
+    """Return the record of exported runs, as `model.json` holds it."""
+    tower, plan, run, met = tower_of(model), model.plan, runs[0], meet(runs, workspace.manifest_digests())
     preprocessing: dict[str, Any] = {"where": "inside the graph: resized as Pillow does, scaled to 0–1, normalised"}
     if "image" in model.methods[0].needs:
         preprocessing["image_branch"] = describe_view(model.image_size, plan)
@@ -172,18 +255,29 @@ def describe(workspace: Workspace, run: Run, model: Model, exported: Exported) -
             "weights": facts.weights_digest,
             "kept_here": (exported.folder / "tower.safetensors").exists(),
         }
+    check: dict[str, Any] = {"faces": exported.faces}
+    if exported.difference is not None:
+        check |= {"largest_difference": exported.difference, "tolerance": TOLERANCE}
+    if exported.rounding is not None:
+        check |= {"rounding": exported.rounding}
+    evaluated, mirrored = average_exported(met.runs, settings.flip)
+    protocols = tuple(PROTOCOLS) if mirrored else ALL_PROTOCOLS
+    scores = flatten_scores(read_scores([evaluated], workspace.manifest_names(), protocols))
     return {
         "format": 1,
         "name": run.name,
         "labels": list(model.classes),
-        "input": {"name": FACES, "type": "uint8", "shape": ["N", "H", "W", 3], "about": "aligned faces, RGB"},
-        "output": {"name": PROBABILITIES, "type": "float32", "shape": ["N", len(model.classes)]},
+        "input": {"name": FACES, "type": "uint8", "shape": [*AXES, 3], "about": "aligned faces, RGB"},
+        "output": {"name": PROBABILITIES, "type": "float32", "shape": [AXES[0], len(model.classes)]},
+        "averaged": {"seeds": [one.seed for one in runs], "mirror_images": settings.flip},
+        "weights": settings.weights,
         "preprocessing": preprocessing,
         "origin": origin,
         "trained": read_result(run.folder),
-        "scores": flatten_scores(read_scores(met.runs, manifests)),
+        "scores": scores,
+        "scores_mirrored": mirrored,
         "left_out": [str(one) for one in met.left_out],
-        "check": {"faces": exported.faces, "largest_difference": exported.difference, "tolerance": TOLERANCE},
+        "check": check,
         "versions": {"python": platform.python_version(), "opset": OPSET}
         | {package: find_version(package) for package in PACKAGES},
     }

@@ -7,6 +7,7 @@ A record is the bytes of an image file in a column `image`; over HTTP they are w
 from __future__ import annotations
 
 import io
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from cafe.data.images import UnreadableImageError, decode_image
 from cafe.errors import UserError
 from cafe.files import place_below
 from cafe.inference.output import name_columns
-from cafe.pipeline.models import build_model
+from cafe.pipeline.models import build_model, name_files, read_averages
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
 from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
@@ -72,13 +73,13 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
     assert run is not None
     if mirror.warning:
         raise UserError(mirror.warning)
-    tags, experiment = describe_tags(run), min(run.experiments)
+    tags, experiment = describe_tags(run) | describe_averages(exported), min(run.experiments)
     card = (exported / "README.md").read_text(encoding="utf-8")[:LONGEST_NOTE]
     with quiet_mlflow() as mlflow, mirror.as_default(mlflow):
         client = mlflow.MlflowClient()
         place = client.get_experiment_by_name(experiment).experiment_id
         run_id = find_run(client, place, run.name).info.run_id
-        weights = digest((exported / "model.safetensors").read_bytes())[:32]
+        weights = digest_model(exported)[:32]
         there = client.search_logged_models(
             [place], f"source_run_id = '{run_id}' AND tags.`cafe.weights` = '{weights}'"
         )
@@ -122,6 +123,20 @@ def describe_tags(run: Run) -> dict[str, str]:
     about = {"source": run.source, "method": run.method, "seed": run.seed, "selection": run.selection, "run": run.name}
     about |= {"experiment": min(run.experiments), "commit": run.derived.get("code", "unknown")}
     return {f"cafe.{name}": str(value) for name, value in about.items()}
+
+
+def describe_averages(exported: UPath) -> dict[str, str]:
+    """Return what tells a model that averages several seeds or mirror images from that of its run alone, as tags."""
+    seeds, mirrored = read_averages(exported)
+    said = [f"{seeds} seeds"] * (seeds > 1) + ["mirror images"] * mirrored
+    return {"cafe.averaged": ", ".join(said)} if said else {}
+
+
+def digest_model(exported: UPath) -> str:
+    """Name what a folder predicts: by its weights where it is one run, else by all of them and how they are averaged."""
+    seeds, mirrored = read_averages(exported)
+    weights = [digest((exported / name_files(number)[1]).read_bytes()) for number in range(1, seeds + 1)]
+    return weights[0] if seeds == 1 and not mirrored else digest(json.dumps([weights, mirrored]).encode())
 
 
 def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
