@@ -63,7 +63,7 @@ def main(ctx: click.Context, workspace: str, plugins: tuple[str, ...], quiet: bo
     cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals
     cafe report quickstart                               # the same as a page, with every method's mistakes
-    cafe predict cafe-news-s0 ~/photos                   # a trained run on photos and videos
+    cafe predict ~/photos                                # faces in photos and videos, by the model that ships
     """
     ctx.obj = workspace
     set_loudness(quiet, verbose)

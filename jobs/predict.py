@@ -1,9 +1,9 @@
-"""`cafe predict` and `cafe export`: a trained run on photographs and videos, and as a folder for other programs."""
+"""`cafe predict` and `cafe export`: a trained model on photographs and videos, and as a folder for other programs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.options import complete, options
+from cafe.jobs.options import complete, complete_or_file, options
 from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
@@ -27,20 +27,22 @@ SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
 @click.command()
-@click.argument("model", shell_complete=complete("run", "experiment"))
-@click.argument("places", nargs=-1, required=True, metavar="PATH...")
+@click.argument(
+    "words", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_or_file("run", "experiment")
+)
 @options(PredictSettings)
-def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
-    """Predict the expression of every face in photos and videos: `cafe predict cafe-news-s0 party.jpg`.
+def predict(words: tuple[str, ...], **values: Any) -> None:
+    """Predict the expression of every face in photos and videos: `cafe predict party.jpg`.
 
     \b
-    cafe predict cafe-news-s0 ~/photos --output faces.csv          # folders with all that is below them
-    cafe predict cafe-news-s0 talk.mp4 --rate 2 --annotate shown   # a video, and a copy with boxes and labels
-    find . -name '*.jpg' | cafe predict table1 --best source_val --ensemble - --format jsonl
+    cafe predict ~/photos --output faces.csv                   # folders with all that is below them
+    cafe predict talk.mp4 --rate 2 --annotate shown            # a video, and a copy with boxes and labels
+    cafe predict party.jpg --model cafe-news-s0                # by a run of this workspace
+    find . -name '*.jpg' | cafe predict - --model table1 --best source_val --ensemble --format jsonl
 
-    MODEL is the name of a run of this workspace or its unambiguous beginning, a folder of `cafe export`, or one of
-    MLflow's models such as models:/faces/1; with --best an experiment. PATH is a photo, a video, a folder, a pattern such as
-    'faces/*.jpg', or - for a list of paths on standard input.
+    PATH is a photo, a video, a folder, a pattern such as 'faces/*.jpg', the address of a picture, or - for a list of paths
+    on standard input. It needs no workspace and no training: without --model the model that comes with this package is
+    taken. The first PATH may name the model, too, where no file has that name.
 
     Every face is a row, and so is every picture without one, with the reason; a broken file ends nothing. Exit code 0: at
     least one face got a prediction; 1: none did; 2: a mistake in the command; 130: interrupted.
@@ -53,11 +55,12 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
-    from cafe.pipeline.release.library import find_runs
+    from cafe.pipeline.release.choice import find_runs, split_words
 
     if settings.output:
         check_output(settings.output, "--output")
-    runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
+    name, places = split_words(workspace, words, settings.model, settings.best)
+    runs, chosen = find_runs(workspace, name, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
@@ -108,7 +111,7 @@ def _choose_format(settings: PredictSettings) -> str:
     return form
 
 
-def _read_places(places: tuple[str, ...]) -> Iterator[str]:
+def _read_places(places: Sequence[str]) -> Iterator[str]:
     for place in places:
         if place == "-":
             yield from filter(None, (line.strip("\r\n") for line in sys.stdin))

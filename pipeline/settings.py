@@ -288,10 +288,15 @@ class AlignSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """A trained run on photos and videos."""
+    """A trained model on photos and videos."""
 
+    model: str | None = setting(
+        None,
+        "Run of this workspace or its unambiguous beginning, folder of `cafe export`, model that ships, or address of "
+        "MLflow's such as models:/faces/1; default: the newest that ships.",
+    )
     best: Literal["source_val"] | None = setting(
-        None, "MODEL is an experiment: take its run with the best accuracy on held-out faces of the source."
+        None, "The model is an experiment: take its run with the best accuracy on held-out faces of the source."
     )
     ensemble: bool = setting(False, "Average all seeds of the run.")
     flip: bool = setting(False, "Average every face with its mirror image.")

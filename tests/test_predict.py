@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from conftest import COLOURS, Cafe, draw_faces
 from PIL import Image, ImageColor, ImageFilter
 from test_alignment import needs_detector
-from trained import fill_store, start_run
+from trained import fill_store, ship_run, start_run
 from upath import UPath
 
 from cafe.data.alignment import Detection, align_faces
@@ -43,6 +43,7 @@ from cafe.jobs.cli import main
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
 from cafe.pipeline.models import build_model
+from cafe.pipeline.release import shipped
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.synthetic.domains import render
@@ -300,10 +301,14 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
         ((run, str(tmp_path / "empty")), "There is no photo or video below"),
         ((run, there, "--format", "parquet"), "give --output FILE.parquet"),
         ((run, there, "--rate", "0"), "above 0, not 0.0"),
-        (("other", there), "Unknown run 'other'"),
+        (("other", there), "There is neither a file nor a model 'other': give photos"),
+        (("--model", "other", there), "Unknown run 'other'"),
+        ((run,), f"'{run}' is a model, and no photo is named"),
         (("table", there), "'table' is an experiment"),
         (("plain", there, "--best", "source_val"), "has an accuracy on held-out faces"),
-        (("other", there, "--best", "source_val"), "Unknown experiment 'other'"),
+        (("--model", "other", there, "--best", "source_val"), "Unknown experiment 'other'"),
+        ((there, "--best", "source_val"), "is none: name it with --model"),
+        (("models:/faces/1", there), "has no database of MLflow's"),
     ):
         assert part in command.fail("predict", *arguments), arguments
     Image.new("RGB", (9, 9)).save(tmp_path / "torn.png")
@@ -311,6 +316,58 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
     rows, said = answer(command, run, str(tmp_path / "torn.png"), "--aligned", code=1)
     assert [row["expression"] for row in rows] == [None]
     assert "No face was predicted" in said
+
+
+@pytest.fixture
+def ships(command: Cafe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UPath:
+    """The folder of two models that come with the package, of which the newer one is the experiment's second seed."""
+    first, second = runs_of(command, "table")
+    ship_run(first, tmp_path / "shipped" / "drawn-9")
+    ship_run(second, tmp_path / "shipped" / "drawn-10")
+    monkeypatch.setattr(shipped, "FOLDER", UPath(tmp_path / "shipped"))
+    return UPath(tmp_path / "shipped")
+
+
+def test_photos_alone_are_predicted_by_the_newest_model_that_ships_and_no_workspace_is_made(
+    command: Cafe, ships: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = album(tmp_path / "album")
+    expected = [build_model([run]).predict(pictures) for run in runs_of(command, "table")]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    nowhere = Cafe(Path("work"), "")
+    for number, name, said in (
+        (1, (), "Model drawn-10, which comes with this package.\n"),
+        (1, ("--model", "shipped"), "Model drawn-10, which comes with this package.\n"),
+        (0, ("--model", "drawn-9"), "Model drawn-9, which comes with this package.\n"),
+        (0, ("--model", str(ships / "drawn-9")), "Model drawn-9, which comes with this package.\n"),
+    ):
+        rows, beside = answer(nowhere, str(tmp_path / "album"), "--aligned", *name)
+        np.testing.assert_allclose(shares(rows), expected[number], atol=2e-6)
+        assert beside.startswith(said)
+    for name in ("shipped", "drawn-9", str(ships / "drawn-9")):  # as the first word
+        assert len(answer(nowhere, name, str(tmp_path / "album"), "--aligned")[0]) == 4
+    assert list(Path.cwd().iterdir()) == []
+    monkeypatch.setattr(shipped, "FOLDER", UPath(tmp_path / "none"))
+    assert "No model comes with this installation" in nowhere.fail("predict", str(tmp_path / "album"))
+
+
+def test_a_first_word_that_could_be_a_file_or_a_model_is_refused(
+    command: Cafe, ships: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    album(tmp_path / "linear_probe-one-s0-plain")
+    monkeypatch.chdir(tmp_path)
+    folder = "linear_probe-one-s0-plain"
+    said = command.fail("predict", folder, folder, "--aligned")
+    assert f"write ./{folder} for the file, or --model {folder} for the model" in said
+    (by_shipped, _), (by_run, _) = (
+        answer(command, f"./{folder}", "--aligned"),
+        answer(command, folder, "--model", folder, "--aligned"),
+    )
+    assert [Path(row["file"]).name for row in by_shipped] == [Path(row["file"]).name for row in by_run]
+    assert np.abs(shares(by_shipped) - shares(by_run)).max() > 1e-3
+    Image.new("RGB", (9, 9)).save(str(ships / "drawn-9" / "photo.png"))  # a model's folder with a photo in it
+    assert "names a model too" in command.fail("predict", str(ships / "drawn-9"), "--aligned")
 
 
 def test_a_list_of_other_files_is_no_video_whatever_its_name_is(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What `import cafe` offers: manifests, features, trained models and scores of a workspace, by name.
 
-Commands that use a trained model choose it here too. Torch is imported when a model is loaded, and not before.
+Torch is imported when a model is loaded, and not before.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from upath import UPath
-
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import exists, locate
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.release.choice import find_runs
+from cafe.pipeline.release.shipped import SHIPPED
 from cafe.pipeline.workspace import Workspace
 from cafe.results.runs import choose
 from cafe.results.scores import meet, read_scores
@@ -62,7 +61,7 @@ def load_store(manifest: str, workspace: str = "work", folder: str | None = None
 
 
 def load_model(
-    name: str,
+    name: str = SHIPPED,
     workspace: str = "work",
     *,
     best: str | None = None,
@@ -70,12 +69,12 @@ def load_model(
     device: str | None = None,
     batch_size: int | None = None,
 ) -> Model:
-    """Return a trained run as a model, by its name or the beginning of it, or an exported folder; raise `UserError`.
+    """Return a trained model: the one that ships, a run by its name or the beginning of it, or an exported folder.
 
-    With `best="source_val"` the name is an experiment's, of whose runs the one with the best validation accuracy on the
-    source is taken; `ensemble` averages all seeds of the run. `device` is `cpu` or `cuda`; default: a GPU where there is
-    one. Passes of the tower are filled up to `batch_size` faces; the default makes the numbers those of the run's
-    predictions, with 1 a single face is answered sooner.
+    Raises `UserError` for a name that is none of these. With `best="source_val"` the name is an experiment's, of whose runs
+    the one with the best validation accuracy on the source is taken; `ensemble` averages all seeds of the run. `device` is
+    `cpu` or `cuda`; default: a GPU where there is one. Passes of the tower are filled up to `batch_size` faces; the default
+    makes the numbers those of the run's predictions, with 1 a single face is answered sooner.
 
     >>> model = load_model("cafe-one-s0", workspace)
     >>> faces = [load_manifest("two", workspace).read_face(row) for row in range(3)]
@@ -112,33 +111,3 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     for one in left_out:
         warnings.warn(str(one), stacklevel=2)
     return read_scores(runs, manifests).drop(columns=["column", "sources"])
-
-
-def find_runs(
-    workspace: Workspace, name: str, best: str | None = None, ensemble: bool = False
-) -> tuple[list[UPath], str]:
-    """Return the folders of the runs that a model consists of, and why these; raise `UserError`.
-
-    Without `best` the name is a run's, the path of an exported folder, or an address of MLflow's such as `models:/faces/1`.
-    `ensemble` adds the other seeds of a run.
-    """
-    if best is None and (folder := _find_exported(workspace, name)):
-        if ensemble:
-            raise UserError(f"{name!r} is one exported model without other seeds: leave --ensemble out.")
-        return [folder], f"Model {name}."
-    chosen, reason = (
-        choose(workspace.read_runs(), experiment=name, best=best, ensemble=ensemble)
-        if best is not None
-        else choose(workspace.read_runs("" if ensemble else name), name=name, ensemble=ensemble)
-    )
-    return [run.folder for run in chosen], f"{reason}."
-
-
-def _find_exported(workspace: Workspace, name: str) -> UPath | None:
-    """Return the folder of an exported run, fetched from MLflow where the name is an address there; None for other names."""
-    if name.startswith(("models:/", "runs:/")):
-        from cafe.pipeline.tracking.mirror import Mirror
-
-        return Mirror(workspace).fetch_model(name)
-    folder = locate(name)
-    return folder if exists(folder / "model.json") and exists(folder / "run.json") else None
