@@ -65,9 +65,9 @@ def place_below(folder: UPath, name: str) -> UPath:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Return what a failing storage raises: `OSError`, and what the library of S3 has besides, where it is loaded."""
-    s3 = sys.modules.get("botocore.exceptions")
-    return (OSError, s3.BotoCoreError, s3.ClientError) if s3 else (OSError,)
+    """Return what a failing storage raises: `OSError`, and what the libraries of S3 and HTTP have besides, where loaded."""
+    s3, http = sys.modules.get("botocore.exceptions"), sys.modules.get("aiohttp")
+    return OSError, *((s3.BotoCoreError, s3.ClientError) if s3 else ()), *((http.ClientError,) if http else ())
 
 
 def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: Any) -> Result:
