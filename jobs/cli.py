@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "cafe.jobs.results:report",
     "mlflow": "cafe.jobs.results:mlflow",
     "ui": "cafe.jobs.results:ui",
+    "models": "cafe.jobs.listings:models",
     "runs": "cafe.jobs.listings:runs",
     "methods": "cafe.jobs.listings:methods",
     "doctor": "cafe.jobs.doctor:doctor",

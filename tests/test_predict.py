@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 from click.testing import CliRunner
 from conftest import COLOURS, Cafe, draw_faces
 from PIL import Image, ImageColor, ImageFilter
+from runs import write_predictions
 from test_alignment import needs_detector
 from trained import fill_store, ship_run, start_run
 from upath import UPath
@@ -338,18 +340,39 @@ def test_photos_alone_are_predicted_by_the_newest_model_that_ships_and_no_worksp
     nowhere = Cafe(Path("work"), "")
     for number, name, said in (
         (1, (), "Model drawn-10, which comes with this package.\n"),
-        (1, ("--model", "shipped"), "Model drawn-10, which comes with this package.\n"),
         (0, ("--model", "drawn-9"), "Model drawn-9, which comes with this package.\n"),
-        (0, ("--model", str(ships / "drawn-9")), "Model drawn-9, which comes with this package.\n"),
     ):
         rows, beside = answer(nowhere, str(tmp_path / "album"), "--aligned", *name)
         np.testing.assert_allclose(shares(rows), expected[number], atol=2e-6)
         assert beside.startswith(said)
-    for name in ("shipped", "drawn-9", str(ships / "drawn-9")):  # as the first word
-        assert len(answer(nowhere, name, str(tmp_path / "album"), "--aligned")[0]) == 4
+    for name in ("shipped", str(ships / "drawn-9")):  # as the first word
+        assert len(answer(nowhere, name, str(tmp_path / "album" / "c"), "--aligned")[0]) == 1
     assert list(Path.cwd().iterdir()) == []
     monkeypatch.setattr(shipped, "FOLDER", UPath(tmp_path / "none"))
     assert "No model comes with this installation" in nowhere.fail("predict", str(tmp_path / "album"))
+
+
+def test_models_are_listed_with_their_accuracy_at_home_and_abroad(command: Cafe, ships: UPath) -> None:
+    run, _ = runs_of(command, "table")
+    labels = np.arange(10) % 7
+    for target, right in (("one", 8), ("two", 4), ("three", 2)):
+        manifest = Workspace.at(str(command.workspace)).load_manifest("one").digest if target == "one" else ""
+        write_predictions(
+            run, target, labels, np.where(np.arange(10) < right, labels, (labels + 1) % 7), manifest=manifest
+        )
+    about = {"method": "linear_probe", "source": "one", "seed": 0, "sources": [{"name": "one"}]}
+    scores = {"target/one/accuracy": 0.75, "unseen/accuracy": 0.5}
+    ship_run(run, Path(str(ships)) / "drawn-9", origin=about, scores=scores, averaged={"seeds": [0, 1]})
+    try:
+        listed = {record.pop("model"): record for record in json.loads(command.succeed("models", "--json"))}
+        shown = command.succeed("models")
+    finally:
+        shutil.rmtree(str(run / "predictions"))
+    common = {"method": "linear_probe", "source": "one"}
+    assert listed["drawn-9"] == {"is": "ships", **common, "seeds": [0, 1], "at_home": 0.75, "unseen": 0.5}
+    assert listed[run.name] == {"is": "run", **common, "seeds": [0], "at_home": 0.8, "unseen": None}
+    assert "75.0" in next(line for line in shown.splitlines() if "drawn-9" in line)
+    assert len(listed) == 5
 
 
 def test_a_first_word_that_could_be_a_file_or_a_model_is_refused(

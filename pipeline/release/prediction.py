@@ -63,7 +63,7 @@ def predict(
     True
     """
     alone = isinstance(what, str | os.PathLike | np.ndarray | Image.Image) or not isinstance(what, Iterable)
-    several = [what] if alone else list(what)
+    several: list[Any] = [what] if alone else list(what)  # type: ignore[arg-type]
     if rate <= 0:
         raise UserError(f"The rate is a number of frames a second above 0, not {rate}.")
     frames = list(_find_frames(several, rate))  # all of them are looked up before any is read
@@ -72,12 +72,12 @@ def predict(
         model = _load(tuple(folders), tuple(time_written(folder / WEIGHTS) for folder in folders), device)
     if not aligned:
         find_detector()
-    search, model = Search(aligned, faces == "all", smallest, confidence), replace(model, flip=flip)
+    search, model = Search(aligned, faces == "all", smallest, confidence), replace(model, flip=model.flip or flip)
     found = predict_frames(chain.from_iterable(frames), model, search)
     return [row for predicted in found for row in list_rows(predicted, model.classes)]
 
 
-def _find_frames(several: Sequence[Shown], rate: float) -> Iterator[Iterator[Frame]]:
+def _find_frames(several: Sequence[Any], rate: float) -> Iterator[Iterator[Frame]]:
     """Yield the frames of every stretch of places, and of every picture; raise `UserError` for what is neither."""
     for is_place, group in groupby(enumerate(several), lambda one: isinstance(one[1], str | os.PathLike)):
         if is_place:
