@@ -51,11 +51,14 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     form = _choose_format(settings)
     if settings.rate <= 0:
         raise UserError(f"--rate is a number of frames a second above 0, not {settings.rate}.")
+    if settings.threshold is not None and not 0 <= settings.threshold <= 1:
+        raise UserError(f"--threshold is a probability from 0 to 1, not {settings.threshold}.")
 
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
     from cafe.pipeline.release.choice import find_runs, split_words
+    from cafe.pipeline.release.confidence import read_confidence
 
     if settings.output:
         check_output(settings.output, "--output")
@@ -64,7 +67,11 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
-    summary = _predict(files, _load(runs, settings), settings, form, copies)
+    confidence = read_confidence(runs)
+    if confidence.warning:
+        click.echo(f"Warning: {confidence.warning}", err=True)
+    threshold = confidence.threshold if settings.threshold is None else settings.threshold
+    summary = _predict(files, _load(runs, settings, threshold), settings, form, copies)
     for sentence in summary.sentences():
         say(sentence, err=True)
     for place in (settings.output, settings.annotate):
@@ -119,7 +126,7 @@ def _read_places(places: Sequence[str]) -> Iterator[str]:
             yield place
 
 
-def _load(runs: list[UPath], settings: PredictSettings) -> Model:
+def _load(runs: list[UPath], settings: PredictSettings, threshold: float | None) -> Model:
     """Load the model, and the face detector where it is needed, so that what is missing is said before work begins."""
     from cafe.data.alignment import find_detector
     from cafe.pipeline.models import build_model
@@ -129,7 +136,7 @@ def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     if not settings.aligned:
         find_detector()
     model = build_model(runs, device)
-    return replace(model, flip=model.flip or settings.flip)
+    return replace(model, flip=model.flip or settings.flip, threshold=threshold)
 
 
 def _show_progress(file: IO[bytes]) -> Any:

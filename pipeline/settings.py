@@ -304,6 +304,11 @@ class PredictSettings:
     faces: Literal["largest", "all"] = setting("all", "Which faces of a picture to predict.")
     smallest: Count = setting(20, "Narrowest face to predict, in pixels of the picture.")
     confidence: float = setting(0.9, "Least confidence (0–1) at which something found counts as a face.")
+    threshold: float | None = setting(
+        None,
+        "Probability (0–1) of its expression below which a face is marked unsure; default: what the model reaches on four "
+        "in five faces held out of its own source.",
+    )
     rate: float = setting(5.0, "Frames a second to look at in a video.")
     format: Literal["table", "jsonl", "csv", "parquet"] | None = setting(
         None, "How rows are written; default: as the name of --output says, else a table."

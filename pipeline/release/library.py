@@ -6,6 +6,7 @@ Torch is imported when a model is loaded, and not before.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cafe.data.manifest import Manifest
@@ -13,6 +14,7 @@ from cafe.errors import UserError, unknown
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.release.choice import find_runs
+from cafe.pipeline.release.confidence import read_confidence
 from cafe.pipeline.release.shipped import SHIPPED
 from cafe.pipeline.workspace import Workspace
 from cafe.results.runs import choose
@@ -90,7 +92,9 @@ def load_model(
     from cafe.pipeline.models import build_model
 
     runs, _ = find_runs(Workspace.at(workspace), name, best, ensemble)
-    return build_model(runs, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size or BATCH_SIZE)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(runs, device, batch_size or BATCH_SIZE)
+    return replace(model, threshold=read_confidence(runs).threshold)
 
 
 def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -24,11 +25,11 @@ from cafe.inference.recognition import Search, predict_frames
 from cafe.pipeline.models import build_model
 from cafe.pipeline.process.machine import own_device
 from cafe.pipeline.release.choice import find_runs
+from cafe.pipeline.release.confidence import read_confidence
 from cafe.pipeline.release.shipped import SHIPPED
 from cafe.pipeline.settings import PredictSettings
 from cafe.pipeline.workspace import Workspace
 
-WEIGHTS = "model.safetensors"
 Shown = str | os.PathLike[str] | np.ndarray | Image.Image
 
 
@@ -44,6 +45,7 @@ def predict(
     faces: Literal["largest", "all"] = PredictSettings.faces,
     smallest: int = PredictSettings.smallest,
     confidence: float = PredictSettings.confidence,
+    threshold: float | None = None,
     rate: float = PredictSettings.rate,
     device: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -52,8 +54,8 @@ def predict(
     `what` is a photo or video by its path or address (http, https), a folder, a pattern, a picture of PIL or an array
     (H, W, 3) uint8 in RGB order; or several of these. A picture in which there is no face, or that cannot be read, is a row
     with an `error`; of what came as pixels, `file` is the place in the list. `model` is a name, as of `load_model`, or a
-    model that is loaded; the last two that were named stay in memory. The rest is what the options of the command are.
-    Raises `UserError` for a place where there is nothing and for arrays of another form.
+    model that is loaded; the last two that were named stay in memory, and one that knows nothing warns. The rest is what the
+    options of the command are. Raises `UserError` for a place where there is nothing and for arrays of another form.
 
     >>> pictures = [load_manifest("two", workspace).read_face(row) for row in range(2)]
     >>> rows = predict(pictures, "cafe-one-s0", workspace, aligned=True)
@@ -69,7 +71,11 @@ def predict(
     frames = list(_find_frames(several, rate))  # all of them are looked up before any is read
     if isinstance(model, str):
         folders, _ = find_runs(Workspace.at(workspace), model, best, ensemble)
-        model = _load(tuple(folders), tuple(time_written(folder / WEIGHTS) for folder in folders), device)
+        trusted, model = read_confidence(folders), _load(tuple(folders), _stamp(folders), device)
+        model = replace(model, threshold=trusted.threshold)
+        if trusted.warning:
+            warnings.warn(trusted.warning, stacklevel=2)
+    model = model if threshold is None else replace(model, threshold=threshold)
     if not aligned:
         find_detector()
     search, model = Search(aligned, faces == "all", smallest, confidence), replace(model, flip=model.flip or flip)
@@ -94,6 +100,10 @@ def _open_picture(name: str, picture: Any) -> Frame:
         return Frame(UPath(name), image_pixels(picture))
     except UnreadableImageError as error:
         return Frame(UPath(name), error=str(error))
+
+
+def _stamp(folders: Sequence[UPath]) -> tuple[int | None, ...]:
+    return tuple(time_written(folder / "model.safetensors") for folder in folders)
 
 
 @lru_cache(maxsize=2)
