@@ -19,7 +19,7 @@ All but the first two are the science and know neither Ray, Zarr, MLflow nor cli
 links to the folders beside this one.
 
 `import cafe` itself offers what a program of yours needs (docs/predict.md), each imported when it is first asked for:
-`load_manifest`, `load_store`, `load_model`, `scores` and the class `Model`.
+`predict`, `load_manifest`, `load_store`, `load_model`, `scores` and the class `Model`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ OFFERED = {  # name: where it is; what needs a workspace belongs to the engine
     "load_manifest": "cafe.pipeline.release.library",
     "load_model": "cafe.pipeline.release.library",
     "load_store": "cafe.pipeline.release.library",
+    "predict": "cafe.pipeline.release.prediction",
     "scores": "cafe.pipeline.release.library",
 }
 __all__ = sorted(OFFERED)

@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "cafe.jobs.results:report",
     "mlflow": "cafe.jobs.results:mlflow",
     "ui": "cafe.jobs.results:ui",
+    "models": "cafe.jobs.listings:models",
     "runs": "cafe.jobs.listings:runs",
     "methods": "cafe.jobs.listings:methods",
     "doctor": "cafe.jobs.doctor:doctor",
@@ -82,7 +83,7 @@ def main(
     cafe benchmark quickstart.toml                       # a grid of sources, methods and seeds
     cafe compare                                         # methods × targets, with intervals
     cafe report quickstart                               # the same as a page, with every method's mistakes
-    cafe predict cafe-news-s0 ~/photos                   # a trained run on photos and videos
+    cafe predict ~/photos                                # faces in photos and videos, by the model that ships
     """
     ctx.obj = workspace
     set_loudness(quiet, verbose)

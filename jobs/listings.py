@@ -1,4 +1,4 @@
-"""`cafe runs`, `cafe methods` and `cafe completion`: what there is to name on the command line."""
+"""`cafe runs`, `cafe models`, `cafe methods` and `cafe completion`: what there is to name on the command line."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) ->
     Raises `IncompleteError` that lists those that are damaged.
     """
     from cafe.files import list_folder, locate
-    from cafe.pipeline.release.library import is_exported, verify_export
+    from cafe.pipeline.release.shipped import is_export, verify_export
     from cafe.seals import verify_file
 
     folders = (
         {name: locate(name) for name in names} if names else dict(enumerate(list_folder(workspace.root / "exports")))
     )
-    exports = {name: folder for name, folder in folders.items() if is_exported(folder)}
+    exports = {name: folder for name, folder in folders.items() if is_export(folder)}
     rest = [name for name in names if name not in exports]
     found: dict[str, list[str]] = {"whole": [], "unchecked": [], "damaged": []}
     with progress_bar("Verifying", "files") as progress:
@@ -86,6 +86,31 @@ def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) ->
             f"{len(found['damaged'])} files are not what was written: index, evaluate, train or export again what "
             f"they belong to.{listed}"
         )
+
+
+@click.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List what there is to predict with: the models that ship and, of the workspace, exported models and trained runs.
+
+    Accuracy is in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets.
+    """
+    from cafe.pipeline.release.catalogue import list_models
+
+    records = list_models(open_workspace())
+    if not (records or as_json):
+        click.echo("No model comes with this installation, and this workspace has no trained run.")
+        return
+    if not as_json:
+        records = [
+            {name: _as_percent(value) if name in ("at_home", "unseen") else value for name, value in record.items()}
+            for record in records
+        ]
+    show_records(records, as_json, words=4)
+
+
+def _as_percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 @click.command()

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 
 NAMED = {"run": "runs/*/run.json", "manifest": "manifests/*.parquet", "experiment": "runs/*/experiments/*.json"}
-COMPLETED = {"source": "manifest", "targets": "manifest", "experiment": "experiment"}  # fields of settings
+COMPLETED = {  # fields of settings
+    "source": ("manifest",),
+    "targets": ("manifest",),
+    "experiment": ("experiment",),
+    "model": ("run", "experiment"),
+}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -29,6 +35,17 @@ def complete(*kinds: str) -> Callable[[click.Context, click.Parameter, str], lis
         return sorted(before + comma + name for name in names if name.startswith(begun))
 
     return find
+
+
+def complete_or_file(*kinds: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return what completes such names and, where none begins so, the names of files."""
+    find = complete(*kinds)
+
+    def find_any(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(name) for name in find(ctx, parameter, incomplete)] if incomplete else []
+        return names or [CompletionItem(incomplete, type="file")]
+
+    return find_any
 
 
 def options(settings: type[Any]) -> Callable[[Command], Command]:
@@ -50,7 +67,7 @@ def _option(field: Field[Any], hint: Any) -> Callable[[Command], Command]:
     known |= {"required": True} if about.get("required") else {"default": field.default}
     kind = next((part for part in get_args(hint) if part is not types.NoneType), hint) if _optional(hint) else hint
     if field.name in COMPLETED:
-        known["shell_complete"] = complete(COMPLETED[field.name])
+        known["shell_complete"] = complete(*COMPLETED[field.name])
     if kind is bool:
         known |= {} if "/" in name else {"is_flag": True}
     else:

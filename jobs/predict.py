@@ -1,9 +1,9 @@
-"""`cafe predict` and `cafe export`: a trained run on photographs and videos, and as a folder for other programs."""
+"""`cafe predict` and `cafe export`: a trained model on photographs and videos, and as a folder for other programs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.options import complete, options
+from cafe.jobs.options import complete, complete_or_file, options
 from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
@@ -27,20 +27,22 @@ SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
 @click.command()
-@click.argument("model", shell_complete=complete("run", "experiment"))
-@click.argument("places", nargs=-1, required=True, metavar="PATH...")
+@click.argument(
+    "words", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_or_file("run", "experiment")
+)
 @options(PredictSettings)
-def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
-    """Predict the expression of every face in photos and videos: `cafe predict cafe-news-s0 party.jpg`.
+def predict(words: tuple[str, ...], **values: Any) -> None:
+    """Predict the expression of every face in photos and videos: `cafe predict party.jpg`.
 
     \b
-    cafe predict cafe-news-s0 ~/photos --output faces.csv          # folders with all that is below them
-    cafe predict cafe-news-s0 talk.mp4 --rate 2 --annotate shown   # a video, and a copy with boxes and labels
-    find . -name '*.jpg' | cafe predict table1 --best source_val --ensemble - --format jsonl
+    cafe predict ~/photos --output faces.csv                   # folders with all that is below them
+    cafe predict talk.mp4 --rate 2 --annotate shown            # a video, and a copy with boxes and labels
+    cafe predict party.jpg --model cafe-news-s0                # by a run of this workspace
+    find . -name '*.jpg' | cafe predict - --model table1 --best source_val --ensemble --format jsonl
 
-    MODEL is the name of a run of this workspace or its unambiguous beginning, a folder of `cafe export`, or one of
-    MLflow's models such as models:/faces/1; with --best an experiment. PATH is a photo, a video, a folder, a pattern such as
-    'faces/*.jpg', or - for a list of paths on standard input.
+    PATH is a photo, a video, a folder, a pattern such as 'faces/*.jpg', the address of a picture, or - for a list of paths
+    on standard input. It needs no workspace and no training: without --model the model that comes with this package is
+    taken. The first PATH may name the model, too, where no file has that name.
 
     Every face is a row, and so is every picture without one, with the reason; a broken file ends nothing. Exit code 0: at
     least one face got a prediction; 1: none did; 2: a mistake in the command; 130: interrupted.
@@ -49,19 +51,27 @@ def predict(model: str, places: tuple[str, ...], **values: Any) -> None:
     form = _choose_format(settings)
     if settings.rate <= 0:
         raise UserError(f"--rate is a number of frames a second above 0, not {settings.rate}.")
+    if settings.threshold is not None and not 0 <= settings.threshold <= 1:
+        raise UserError(f"--threshold is a probability from 0 to 1, not {settings.threshold}.")
 
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
-    from cafe.pipeline.release.library import find_runs
+    from cafe.pipeline.release.choice import find_runs, split_words
+    from cafe.pipeline.release.confidence import read_confidence
 
     if settings.output:
         check_output(settings.output, "--output")
-    runs, chosen = find_runs(workspace, model, settings.best, settings.ensemble)
+    name, places = split_words(workspace, words, settings.model, settings.best)
+    runs, chosen = find_runs(workspace, name, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
-    summary = _predict(files, _load(runs, settings), settings, form, copies)
+    confidence = read_confidence(runs)
+    if confidence.warning:
+        click.echo(f"Warning: {confidence.warning}", err=True)
+    threshold = confidence.threshold if settings.threshold is None else settings.threshold
+    summary = _predict(files, _load(runs, settings, threshold), settings, form, copies)
     for sentence in summary.sentences():
         say(sentence, err=True)
     for place in (settings.output, settings.annotate):
@@ -108,7 +118,7 @@ def _choose_format(settings: PredictSettings) -> str:
     return form
 
 
-def _read_places(places: tuple[str, ...]) -> Iterator[str]:
+def _read_places(places: Sequence[str]) -> Iterator[str]:
     for place in places:
         if place == "-":
             yield from filter(None, (line.strip("\r\n") for line in sys.stdin))
@@ -116,7 +126,7 @@ def _read_places(places: tuple[str, ...]) -> Iterator[str]:
             yield place
 
 
-def _load(runs: list[UPath], settings: PredictSettings) -> Model:
+def _load(runs: list[UPath], settings: PredictSettings, threshold: float | None) -> Model:
     """Load the model, and the face detector where it is needed, so that what is missing is said before work begins."""
     from cafe.data.alignment import find_detector
     from cafe.pipeline.models import build_model
@@ -126,7 +136,7 @@ def _load(runs: list[UPath], settings: PredictSettings) -> Model:
     if not settings.aligned:
         find_detector()
     model = build_model(runs, device)
-    return replace(model, flip=model.flip or settings.flip)
+    return replace(model, flip=model.flip or settings.flip, threshold=threshold)
 
 
 def _show_progress(file: IO[bytes]) -> Any:

@@ -262,6 +262,7 @@ def _check_mirror(mirror: Mirror) -> Mirror:
 
 def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
     from cafe.jobs.results import sheet_tables
+    from cafe.pipeline.release.confidence import read_confidence
     from cafe.report.sheets import run_sheet
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.runs import read_runs
@@ -275,6 +276,8 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
     leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
     for table in sheet_tables([run_sheet(scores, leak_free)]):
         show(table)
+    if warning := read_confidence([run]).warning:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 def _warn(mirror: Mirror) -> None:

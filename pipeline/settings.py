@@ -288,10 +288,15 @@ class AlignSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """A trained run on photos and videos."""
+    """A trained model on photos and videos."""
 
+    model: str | None = setting(
+        None,
+        "Run of this workspace or its unambiguous beginning, folder of `cafe export`, model that ships, or address of "
+        "MLflow's such as models:/faces/1; default: the newest that ships.",
+    )
     best: Literal["source_val"] | None = setting(
-        None, "MODEL is an experiment: take its run with the best accuracy on held-out faces of the source."
+        None, "The model is an experiment: take its run with the best accuracy on held-out faces of the source."
     )
     ensemble: bool = setting(False, "Average all seeds of the run.")
     flip: bool = setting(False, "Average every face with its mirror image.")
@@ -299,6 +304,11 @@ class PredictSettings:
     faces: Literal["largest", "all"] = setting("all", "Which faces of a picture to predict.")
     smallest: Count = setting(20, "Narrowest face to predict, in pixels of the picture.")
     confidence: float = setting(0.9, "Least confidence (0–1) at which something found counts as a face.")
+    threshold: float | None = setting(
+        None,
+        "Probability (0–1) of its expression below which a face is marked unsure; default: what the model reaches on four "
+        "in five faces held out of its own source.",
+    )
     rate: float = setting(5.0, "Frames a second to look at in a video.")
     format: Literal["table", "jsonl", "csv", "parquet"] | None = setting(
         None, "How rows are written; default: as the name of --output says, else a table."

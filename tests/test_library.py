@@ -6,17 +6,25 @@ import doctest
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import complaint, draw_faces
+from PIL import Image
 from trained import fill_store, train_run
 from upath import UPath
 
 import cafe
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.pipeline.release import library
+from cafe.pipeline.release import library, prediction
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 
@@ -33,10 +41,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> str:
     return str(workspace.root)
 
 
-@pytest.mark.parametrize("name", ["load_manifest", "load_store", "load_model", "scores"])
+@pytest.mark.parametrize("name", ["load_manifest", "load_store", "load_model", "predict", "scores"])
 def test_the_examples_of_the_library_are_true(name: str, workspace: str) -> None:
     (example,) = doctest.DocTestFinder().find(
-        getattr(cafe, name), name, globs={**vars(library), "workspace": workspace}
+        getattr(cafe, name), name, globs={**vars(prediction), **vars(library), "workspace": workspace}
     )
     assert example.examples
     said: list[str] = []
@@ -55,6 +63,41 @@ def test_importing_it_loads_no_heavy_library_and_what_it_offers_is_in_its_types(
         assert getattr(cafe, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         getattr(cafe, "nothing")  # noqa: B009
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Yield the address at which this machine serves the files of a folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_photos_are_predicted_by_path_by_address_and_as_pixels_in_one_list(workspace: str, tmp_path: Path) -> None:
+    manifest = cafe.load_manifest("two", workspace)
+    faces = [manifest.read_face(row) for row in range(4)]
+    for number, face in enumerate(faces[:2]):
+        Image.fromarray(face).save(tmp_path / f"{number}.png")
+    torn = Image.new("F", (9, 9))
+    with serve(tmp_path) as address:
+        what = [tmp_path / "0.png", f"{address}/1.png", faces[2], Image.fromarray(faces[3]), torn]
+        rows = cafe.predict(what, "cafe-one-s0", workspace, aligned=True)
+        assert "There is no file" in complaint(cafe.predict, f"{address}/2.png", "cafe-one-s0", workspace)
+    assert "cannot be read" in complaint(cafe.predict, f"{address}/1.png", "cafe-one-s0", workspace)
+    assert [row["file"] for row in rows] == [str(tmp_path / "0.png"), f"{address}/1.png", "2", "3", "4"]
+    model = cafe.load_model("cafe-one-s0", workspace)
+    table = pd.DataFrame(rows)
+    np.testing.assert_allclose(table.loc[:3, list(model.classes)].astype(float), model.predict(faces), atol=1e-6)
+    assert table.loc[4, "error"] == "floating-point pixels have no defined brightness"
+    assert [row["expression"] for row in cafe.predict(faces[2], model, aligned=True)] == [rows[2]["expression"]]
+    assert cafe.predict([], model, aligned=True) == []
+
+
+def test_what_is_no_picture_is_one_sentence(workspace: str) -> None:
+    for what, said in ((3, "not a int"), (np.zeros((4, 4)), "(H, W, 3) uint8"), ("nothing.jpg", "There is no file")):
+        assert said in complaint(cafe.predict, what, "cafe-one-s0", workspace)
 
 
 def test_a_store_that_is_not_there_is_named_with_those_that_are(workspace: str) -> None:

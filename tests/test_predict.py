@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,10 @@ import torch
 from click.testing import CliRunner
 from conftest import COLOURS, Cafe, draw_faces
 from PIL import Image, ImageColor, ImageFilter
+from runs import write_predictions
 from test_addresses import CountingServer
 from test_alignment import needs_detector
-from trained import fill_store, start_run
+from trained import fill_store, ship_run, start_run
 from upath import UPath
 
 from cafe.data.alignment import Detection, align_faces
@@ -44,8 +48,11 @@ from cafe.jobs.cli import main
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
 from cafe.pipeline.models import build_model
+from cafe.pipeline.release import shipped
+from cafe.pipeline.release.confidence import Home, choose_threshold, measure_home, read_confidence
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.results.predictions import Predictions
 from cafe.seals import read_sealed, write_sealed
 from cafe.synthetic.domains import render
 from cafe.views.drawing import ViewPlan
@@ -302,10 +309,14 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
         ((run, str(tmp_path / "empty")), "There is no photo or video below"),
         ((run, there, "--format", "parquet"), "give --output FILE.parquet"),
         ((run, there, "--rate", "0"), "above 0, not 0.0"),
-        (("other", there), "Unknown run 'other'"),
+        (("other", there), "There is neither a file nor a model 'other': give photos"),
+        (("--model", "other", there), "Unknown run 'other'"),
+        ((run,), f"'{run}' is a model, and no photo is named"),
         (("table", there), "'table' is an experiment"),
         (("plain", there, "--best", "source_val"), "has an accuracy on held-out faces"),
-        (("other", there, "--best", "source_val"), "Unknown experiment 'other'"),
+        (("--model", "other", there, "--best", "source_val"), "Unknown experiment 'other'"),
+        ((there, "--best", "source_val"), "is none: name it with --model"),
+        (("models:/faces/1", there), "has no database of MLflow's"),
     ):
         assert part in command.fail("predict", *arguments), arguments
     Image.new("RGB", (9, 9)).save(tmp_path / "torn.png")
@@ -340,6 +351,139 @@ def test_a_model_fetches_no_weights_of_its_own_accord(
         assert "cannot be read as plain tensors" in command.fail("--allow-urls", "--allow-private-urls", *predict)
         assert server.asked == [f"/{photo.name}"]
         server.shutdown()
+
+
+@pytest.fixture
+def ships(command: Cafe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UPath:
+    """The folder of two models that come with the package, of which the newer one is the experiment's second seed."""
+    first, second = runs_of(command, "table")
+    ship_run(first, tmp_path / "shipped" / "drawn-9")
+    ship_run(second, tmp_path / "shipped" / "drawn-10")
+    monkeypatch.setattr(shipped, "FOLDER", UPath(tmp_path / "shipped"))
+    return UPath(tmp_path / "shipped")
+
+
+def test_photos_alone_are_predicted_by_the_newest_model_that_ships_and_no_workspace_is_made(
+    command: Cafe, ships: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = album(tmp_path / "album")
+    expected = [build_model([run]).predict(pictures) for run in runs_of(command, "table")]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    nowhere = Cafe(Path("work"), "")
+    for number, name, said in (
+        (1, (), "Model drawn-10, which comes with this package.\n"),
+        (0, ("--model", "drawn-9"), "Model drawn-9, which comes with this package.\n"),
+    ):
+        rows, beside = answer(nowhere, str(tmp_path / "album"), "--aligned", *name)
+        np.testing.assert_allclose(shares(rows), expected[number], atol=2e-6)
+        assert beside.startswith(said)
+    for name in ("shipped", str(ships / "drawn-9")):  # as the first word
+        assert len(answer(nowhere, name, str(tmp_path / "album" / "c"), "--aligned")[0]) == 1
+    assert list(Path.cwd().iterdir()) == []
+    monkeypatch.setattr(shipped, "FOLDER", UPath(tmp_path / "none"))
+    assert "No model comes with this installation" in nowhere.fail("predict", str(tmp_path / "album"))
+
+
+def test_a_model_is_measured_on_the_faces_held_out_of_its_own_source() -> None:
+    labels = np.array([0] * 6 + [1] * 4)
+    shares = np.array([[0.9, 0.1]] * 5 + [[0.45, 0.55]] + [[0.4, 0.6]] * 3 + [[0.52, 0.48]])
+    predictions = Predictions([str(row) for row in range(10)], labels, shares, {}, classes=("calm", "pain"))
+    home = measure_home([predictions])
+    assert (home.faces, home.accuracy, home.largest, home.largest_share) == (10, 0.8, "calm", 0.6)
+    assert home.chance == pytest.approx(0.6 * 0.6 + 0.4 * 0.4)  # 6 of 10 are calm, and so are 6 answers
+    more = sum(math.comb(10, right) * 0.52**right * 0.48 ** (10 - right) for right in (8, 9, 10))
+    assert home.p_chance == pytest.approx(more)
+    assert home.p_largest == pytest.approx(5 / 16)  # right on 3 where "calm" is wrong, wrong on 1 where it is right
+    assert home.warning("ward").startswith("Its answers mean nothing: of 10 faces held out of its own source, ward, it")
+    sure, constant = (
+        measure_home([predictions] * 4),
+        measure_home([replace(predictions, probabilities=shares[:1].repeat(10, 0))]),
+    )
+    assert sure.warning("ward") == ""
+    assert (constant.accuracy, constant.chance, constant.p_largest) == (0.6, 0.6, 1.0)
+    assert choose_threshold([predictions]) == pytest.approx(0.55)  # two of ten are below
+
+
+def test_faces_below_the_threshold_are_unsure_and_a_model_that_knows_nothing_says_so(
+    command: Cafe, ships: UPath, tmp_path: Path
+) -> None:
+    run, _ = runs_of(command, "table")
+    place = str(tmp_path / "album")
+    highest = build_model([run]).predict(album(tmp_path / "album")).max(axis=1)
+    (tmp_path / "album" / "torn.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    plain, said = answer(command, place, "--aligned")
+    assert {row["unsure"] for row in plain} == {None}  # this one keeps no threshold
+    assert "Warning" not in said
+    threshold = float(np.sort(highest)[1:3].mean())
+    home = asdict(Home(45, 0.2, 0.18, 0.4, "happiness", 0.3, 0.9))
+    ship_run(run, Path(str(ships)) / "drawn-11", threshold=threshold, home=home, origin={"source": "one"})
+    rows, said = answer(command, place, "--aligned")
+    assert {Path(row["file"]).name: row["unsure"] for row in rows[:3]} == dict(
+        zip(("1.png", "2.png", "3.png"), (highest < threshold).tolist(), strict=False)
+    )
+    assert [row["unsure"] for row in rows if row["error"]] == [None]
+    assert "Warning: Its answers mean nothing: of 45 faces held out of its own source, one, it recognises 20.0%" in said
+    table = command.succeed("predict", place, "--aligned", "--threshold", "1")
+    assert sum("unsure, small" in line for line in table.splitlines()) == 4
+    assert "Doubtful faces: unsure 4" in table
+    assert "from 0 to 1, not 7.0" in command.fail("predict", place, "--threshold", "7")
+
+
+def test_the_threshold_of_a_run_is_that_of_its_own_sources_predictions(command: Cafe) -> None:
+    (run,) = runs_of(command, "plain")
+    digest, labels = Workspace.at(str(command.workspace)).load_manifest("one").digest, np.arange(100) % 7
+    assert read_confidence([run]) == (None, "")
+    write_predictions(run, "one", labels, labels, manifest="another digest")
+    assert read_confidence([run]) == (None, "")
+    write_predictions(run, "one", labels, labels, manifest=digest, confidence=0.6)
+    assert read_confidence([run]) == (pytest.approx(0.6), "")
+    write_predictions(run, "one@val", labels, np.zeros_like(labels), manifest=digest, confidence=0.4)
+    threshold, warning = read_confidence([run])
+    shutil.rmtree(str(run / "predictions"))
+    assert threshold == pytest.approx(0.4)
+    assert "mean nothing" in warning
+
+
+def test_models_are_listed_with_their_accuracy_at_home_and_abroad(command: Cafe, ships: UPath) -> None:
+    run, _ = runs_of(command, "table")
+    labels = np.arange(10) % 7
+    for target, right in (("one", 8), ("two", 4), ("three", 2)):
+        manifest = Workspace.at(str(command.workspace)).load_manifest("one").digest if target == "one" else ""
+        write_predictions(
+            run, target, labels, np.where(np.arange(10) < right, labels, (labels + 1) % 7), manifest=manifest
+        )
+    about = {"method": "linear_probe", "source": "one", "seed": 0, "sources": [{"name": "one"}]}
+    scores = {"target/one/accuracy": 0.75, "unseen/accuracy": 0.5}
+    ship_run(run, Path(str(ships)) / "drawn-9", origin=about, scores=scores, averaged={"seeds": [0, 1]})
+    try:
+        listed = {record.pop("model"): record for record in json.loads(command.succeed("models", "--json"))}
+        shown = command.succeed("models")
+    finally:
+        shutil.rmtree(str(run / "predictions"))
+    common = {"method": "linear_probe", "source": "one"}
+    assert listed["drawn-9"] == {"is": "ships", **common, "seeds": [0, 1], "at_home": 0.75, "unseen": 0.5}
+    assert listed[run.name] == {"is": "run", **common, "seeds": [0], "at_home": 0.8, "unseen": None}
+    assert "75.0" in next(line for line in shown.splitlines() if "drawn-9" in line)
+    assert len(listed) == 5
+
+
+def test_a_first_word_that_could_be_a_file_or_a_model_is_refused(
+    command: Cafe, ships: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    album(tmp_path / "linear_probe-one-s0-plain")
+    monkeypatch.chdir(tmp_path)
+    folder = "linear_probe-one-s0-plain"
+    said = command.fail("predict", folder, folder, "--aligned")
+    assert f"write ./{folder} for the file, or --model {folder} for the model" in said
+    (by_shipped, _), (by_run, _) = (
+        answer(command, f"./{folder}", "--aligned"),
+        answer(command, folder, "--model", folder, "--aligned"),
+    )
+    assert [Path(row["file"]).name for row in by_shipped] == [Path(row["file"]).name for row in by_run]
+    assert np.abs(shares(by_shipped) - shares(by_run)).max() > 1e-3
+    Image.new("RGB", (9, 9)).save(str(ships / "drawn-9" / "photo.png"))  # a model's folder with a photo in it
+    assert "names a model too" in command.fail("predict", str(ships / "drawn-9"), "--aligned")
 
 
 def test_a_list_of_other_files_is_no_video_whatever_its_name_is(tmp_path: Path) -> None:
@@ -430,7 +574,7 @@ def test_a_model_of_other_classes_gives_a_column_for_each(small_network: str, tm
     assert [row["expression"] for row in rows] == [*(model.classes[best] for best in expected.argmax(axis=1)), None]
     assert [row["frame"] for row in rows] == [None] * 5
     header = written["csv"].getvalue().decode().splitlines()[0].split(",")
-    assert header[header.index("expression") + 1 : header.index("small")] == columns
+    assert header[header.index("expression") + 1 : header.index("unsure")] == columns
     table = pq.read_table(pa.BufferReader(written["parquet"].getvalue()))
     assert table.column_names == header
     np.testing.assert_allclose(np.stack([table[name][:4] for name in columns], axis=1), expected, atol=1e-6)

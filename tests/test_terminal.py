@@ -248,6 +248,8 @@ def test_commands_options_and_choices_are_completed(words: str, expected: set[st
         ("evaluate cafe-", {"cafe-one-s0-1", "cafe-two-s0-2"}),
         ("predict cafe-t", {"cafe-two-s0-2"}),
         ("predict t", {"table1"}),
+        ("predict --model t", {"table1"}),
+        ("predict pho", {"pho"}),  # whereupon the shell completes names of files
         ("report t", {"table1"}),
         ("compare --experiment t", {"table1"}),
         ("extract one tw", {"two", "twelve"}),

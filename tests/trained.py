@@ -14,7 +14,7 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
-from cafe.files import write_json
+from cafe.files import write_file, write_json
 from cafe.learning.training import fit, predict
 from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
@@ -26,6 +26,8 @@ from cafe.pipeline.runs import add_experiment, note_status
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.worker import Worker
 from cafe.pipeline.workspace import Workspace
+from cafe.results.runs import read_result
+from cafe.seals import write_sealed
 from cafe.towers.weights import write_tensors
 
 
@@ -83,6 +85,14 @@ def start_run(workspace: Workspace, experiment: str = "cafe", **settings: Any) -
     write_json(plan.run / "result.json", {"epochs": 0})
     method = load_method(plan.spec, plan.run).to(memory_format=torch.channels_last)
     return plan.run, predict(method, make_dataset(plan.spec, target), target.rows(target.split), device)
+
+
+def ship_run(run: UPath, folder: Path, **record: Any) -> UPath:
+    """Write what an export of a run holds, but for its graph and its tower; returns the folder."""
+    for file in ("run.json", "model.safetensors"):
+        write_file(UPath(folder) / file, (run / file).read_bytes())
+    write_sealed(UPath(folder) / "model.json", {"name": run.name, "trained": read_result(run), **record})
+    return UPath(folder)
 
 
 def _begin(workspace: Workspace, experiment: str, settings: dict[str, Any]) -> TrainPlan:

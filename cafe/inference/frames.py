@@ -22,7 +22,7 @@ from upath import UPath
 from cafe.data.images import SUFFIXES, UnreadableImageError, decode_image, read_bytes
 from cafe.data.layouts import is_image, list_files
 from cafe.errors import UserError
-from cafe.files import locate
+from cafe.files import locate, retry
 
 VIDEOS = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp"})
 # FFmpeg's names of what a video may be, whatever its file is called: none is a list of other files or addresses.
@@ -62,9 +62,9 @@ def find_files(places: Sequence[str]) -> list[UPath]:
 
 def _expand(place: str) -> Iterator[UPath]:
     path = locate(place, absolute=False)
-    if path.is_file():
+    if retry(path, "read", path.is_file):  # at an address, a server may be away
         yield path
-    elif path.is_dir():
+    elif retry(path, "read", path.is_dir):
         files = [path / name for name in list_files(path) if is_image(name) or is_video(UPath(name))]
         if not files:
             raise UserError(

@@ -46,7 +46,8 @@ class Model:
     """Trained methods that differ in nothing but their seed, whose probabilities are averaged; usually one.
 
     `plan` holds the pixel statistics of the image branch and `image_size` its side in pixels; `tower` is there where the
-    method reads frozen features. All of it is on `device`. With `flip` every face is averaged with its mirror image.
+    method reads frozen features. All of it is on `device`. With `flip` every face is averaged with its mirror image. An
+    answer whose probability is below the `threshold` is unsure; None where that is not known.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Model:
     tower: TowerInput | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     flip: bool = False
+    threshold: float | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ BEFORE = (
     ("expression", pa.string()),  # the most probable class
 )  # the columns before the probabilities of the classes
 AFTER = (
+    ("unsure", pa.bool_()),  # whether the expression is doubtful by its probability; null where no threshold is known
     *((name, pa.bool_()) for name in ("small", "blurred", "turned")),  # turned: null where no landmarks are known
     ("error", pa.string()),  # why a frame has no face; null where it has
 )
@@ -70,6 +71,7 @@ def list_rows(predicted: PredictedFrame, classes: Sequence[str]) -> list[Row]:
             "confidence": face.confidence,
             "expression": face.expression,
             **dict(zip(columns, map(float, face.probabilities), strict=True)),
+            "unsure": face.unsure,
             **{name: getattr(face.quality, name) for name in ("small", "blurred", "turned")},
         }
         for number, face in enumerate(predicted.faces)
@@ -97,7 +99,7 @@ def _table_cells(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
     if row["expression"] is None:
         return "–", "", "", "", "", time, f"{row['file']}: {row['error']}"
     first, second = sorted(columns, key=lambda name: -row[columns[name]])[:2]
-    doubts = ", ".join(name for name in ("small", "blurred", "turned") if row[name])
+    doubts = ", ".join(name for name in ("unsure", "small", "blurred", "turned") if row[name])
     box = f"{row['width']}×{row['height']} at {row['left']}, {row['top']}"
     shares = [f"{row[columns[name]]:.0%}" for name in (first, second)]
     return first, shares[0], f"{second} {shares[1]}", doubts, box, time, row["file"]
@@ -195,7 +197,7 @@ class Summary:
         self.without += not predicted.faces
         self.several += predicted.found > 1
         self.expressions.update(face.expression for face in predicted.faces)
-        self.doubts.update(flag for face in predicted.faces for flag in face.quality.flags)
+        self.doubts.update(doubt for face in predicted.faces for doubt in face.doubts)
 
     def sentences(self) -> list[str]:
         """Say what came out: faces and their expressions, then what there was besides."""

@@ -33,18 +33,32 @@ class Search:
 
 @dataclass(frozen=True)
 class PredictedFace:
-    """A face in a frame and the probabilities (K,) of `classes`; `confidence` is the detector's, None of an aligned face."""
+    """A face in a frame and the probabilities (K,) of `classes`; `confidence` is the detector's, None of an aligned face.
+
+    It is unsure when no probability reaches the model's `threshold`.
+    """
 
     box: Box
     confidence: float | None
     quality: Quality
     classes: tuple[str, ...]
     probabilities: np.ndarray
+    threshold: float | None = None
 
     @property
     def expression(self) -> str:
         """The most probable class."""
         return self.classes[int(self.probabilities.argmax())]
+
+    @property
+    def unsure(self) -> bool | None:
+        """Whether its expression is doubtful by its probability; None where the model has no threshold."""
+        return None if self.threshold is None else bool(self.probabilities.max() < self.threshold)
+
+    @property
+    def doubts(self) -> list[str]:
+        """The names of all reasons to doubt it."""
+        return [*(["unsure"] if self.unsure else []), *self.quality.flags]
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,12 @@ def _predict(held: list[_Searched], model: Model) -> Iterator[PredictedFrame]:
     for searched in held:
         faces = [
             PredictedFace(
-                box, found.confidence if found else None, measure_quality(crop, found), model.classes, next(shares)
+                box,
+                found.confidence if found else None,
+                measure_quality(crop, found),
+                model.classes,
+                next(shares),
+                model.threshold,
             )
             for crop, found, box in zip(searched.crops, searched.detections, searched.boxes, strict=True)
         ]

@@ -32,6 +32,7 @@ from cafe.inference.model import Model
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.pipeline.models import build_model, name_files
+from cafe.pipeline.release.confidence import describe_home
 from cafe.pipeline.settings import ExportSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -274,6 +275,7 @@ def describe(
         "preprocessing": preprocessing,
         "origin": origin,
         "trained": read_result(run.folder),
+        **describe_home(evaluated),
         "scores": scores,
         "scores_mirrored": mirrored,
         "left_out": [str(one) for one in met.left_out],

@@ -1,27 +1,24 @@
 """What `import cafe` offers: manifests, features, trained models and scores of a workspace, by name.
 
-Commands that use a trained model choose it here too. Torch is imported when a model is loaded, and not before.
+Torch is imported when a model is loaded, and not before.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from upath import UPath
-
-from cafe.addresses import own
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import exists, locate, place_below, read_file
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.release.choice import find_runs
+from cafe.pipeline.release.confidence import read_confidence
+from cafe.pipeline.release.shipped import SHIPPED
 from cafe.pipeline.workspace import Workspace
-from cafe.records import digest
 from cafe.results.runs import choose
 from cafe.results.scores import meet, read_scores
-from cafe.seals import State, read_sealed, verify_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +63,7 @@ def load_store(manifest: str, workspace: str = "work", folder: str | None = None
 
 
 def load_model(
-    name: str,
+    name: str = SHIPPED,
     workspace: str = "work",
     *,
     best: str | None = None,
@@ -74,12 +71,12 @@ def load_model(
     device: str | None = None,
     batch_size: int | None = None,
 ) -> Model:
-    """Return a trained run as a model, by its name or the beginning of it, or an exported folder; raise `UserError`.
+    """Return a trained model: the one that ships, a run by its name or the beginning of it, or an exported folder.
 
-    With `best="source_val"` the name is an experiment's, of whose runs the one with the best validation accuracy on the
-    source is taken; `ensemble` averages all seeds of the run. `device` is `cpu` or `cuda`; default: a GPU where there is
-    one. Passes of the tower are filled up to `batch_size` faces; the default makes the numbers those of the run's
-    predictions, with 1 a single face is answered sooner.
+    Raises `UserError` for a name that is none of these. With `best="source_val"` the name is an experiment's, of whose runs
+    the one with the best validation accuracy on the source is taken; `ensemble` averages all seeds of the run. `device` is
+    `cpu` or `cuda`; default: a GPU where there is one. Passes of the tower are filled up to `batch_size` faces; the default
+    makes the numbers those of the run's predictions, with 1 a single face is answered sooner.
 
     >>> model = load_model("cafe-one-s0", workspace)
     >>> faces = [load_manifest("two", workspace).read_face(row) for row in range(3)]
@@ -95,7 +92,9 @@ def load_model(
     from cafe.pipeline.models import build_model
 
     runs, _ = find_runs(Workspace.at(workspace), name, best, ensemble)
-    return build_model(runs, device or ("cuda" if torch.cuda.is_available() else "cpu"), batch_size or BATCH_SIZE)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(runs, device, batch_size or BATCH_SIZE)
+    return replace(model, threshold=read_confidence(runs).threshold)
 
 
 def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFrame:
@@ -116,52 +115,3 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     for one in left_out:
         warnings.warn(str(one), stacklevel=2)
     return read_scores(runs, manifests).drop(columns=["column", "sources"])
-
-
-def find_runs(
-    workspace: Workspace, name: str, best: str | None = None, ensemble: bool = False
-) -> tuple[list[UPath], str]:
-    """Return the folders of the runs that a model consists of, and why these; raise `UserError`.
-
-    Without `best` the name is a run's, the path of an exported folder, or an address of MLflow's such as `models:/faces/1`.
-    `ensemble` adds the other seeds of a run.
-    """
-    if best is None and (folder := _find_exported(workspace, name)):
-        if ensemble:
-            raise UserError(f"{name!r} is one exported model without other seeds: leave --ensemble out.")
-        return [folder], f"Model {name}."
-    chosen, reason = (
-        choose(workspace.read_runs(), experiment=name, best=best, ensemble=ensemble)
-        if best is not None
-        else choose(workspace.read_runs("" if ensemble else name), name=name, ensemble=ensemble)
-    )
-    return [run.folder for run in chosen], f"{reason}."
-
-
-def _find_exported(workspace: Workspace, name: str) -> UPath | None:
-    """Return the folder of an exported run, fetched from MLflow where the name is an address there; None for other names."""
-    if name.startswith(("models:/", "runs:/")):
-        from cafe.pipeline.tracking.mirror import Mirror
-
-        return Mirror(workspace).fetch_model(name)
-    own(name)
-    folder = locate(name)
-    return folder if is_exported(folder) else None
-
-
-def is_exported(folder: UPath) -> bool:
-    """Whether a folder is a whole export."""
-    return exists(folder / "model.json") and exists(folder / "run.json")
-
-
-def verify_export(folder: UPath) -> Iterator[tuple[UPath, State]]:
-    """Yield the files of an exported run, first the record that lists the others, and whether they are what was written."""
-    record = folder / "model.json"
-    state = verify_file(record)
-    yield record, state
-    if state == "damaged":
-        return
-    listed = (read_sealed(record, "read") or {}).get("files")
-    for name, expected in sorted(listed.items() if isinstance(listed, dict) else ()):
-        path = place_below(folder, name)
-        yield path, "whole" if exists(path) and digest(read_file(path)) == expected else "damaged"

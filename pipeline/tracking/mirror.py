@@ -184,6 +184,10 @@ class Mirror:
 
     def fetch_model(self, uri: str) -> UPath:
         """Copy an exported run that MLflow holds, `models:/NAME/VERSION`, to the cache and return it; raise `UserError`."""
+        if not self.uri and self.workspace.local and not database_path(self.workspace).exists():
+            raise UserError(
+                f"There is no model {uri}: {self.workspace.root} has no database of MLflow's; check --workspace."
+            )
         folder = place_below(self.workspace.root / "pulled" / "models", re.sub(r"[^A-Za-z0-9.-]+", "-", uri))
         with quiet_mlflow() as mlflow, self.as_default(mlflow):
             try:

@@ -1,0 +1,76 @@
+"""What there is to predict with: the models that ship, those exported into the workspace, and its trained runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from upath import UPath
+
+from cafe.errors import UserError
+from cafe.files import list_folder
+from cafe.pipeline.release.shipped import is_export, shipped_models
+from cafe.pipeline.workspace import Workspace
+from cafe.results.scores import average_unseen, meet, read_scores
+from cafe.results.sources import SOURCE
+from cafe.seals import read_sealed
+
+ACCURACY = "accuracy"
+SHIPS, EXPORTED, TRAINED = "ships", "exported", "run"
+
+
+def list_models(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return a record for each model: its name, where it is from, method, source and accuracies from 0 to 1.
+
+    `at_home` is the accuracy on its source (the mean, of several), `unseen` the mean over targets of other sets, both by the
+    protocol `clean`; None where it was not evaluated there. What cannot be read is left out, runs with a warning.
+    """
+    records = [_describe(name, SHIPS, folder) for name, folder in shipped_models().items()]
+    exports = (folder for folder in list_folder(workspace.root / "exports") if is_export(folder))
+    records += [_describe(str(folder), EXPORTED, folder) for folder in exports]
+    return [record for record in records if record] + list(_describe_runs(workspace))
+
+
+def read_model(folder: UPath) -> dict[str, Any]:
+    """Return what model.json says of an exported folder; raise `DamagedError` where it is not what was written."""
+    return read_sealed(folder / "model.json", "read", "export the run again with `cafe export`") or {}
+
+
+def _describe(name: str, kind: str, folder: UPath) -> dict[str, Any]:
+    """Return the record of an exported folder, an empty one where it cannot be read."""
+    try:
+        about = read_model(folder)
+    except UserError:
+        return {}
+    origin, scores = about.get("origin", {}), about.get("scores", {})
+    seeds = (about.get("averaged") or {}).get("seeds") or [origin.get("seed")]
+    return _record(name, kind, origin.get("method"), origin.get("source"), seeds, _home(origin, scores), scores)
+
+
+def _home(origin: Mapping[str, Any], scores: Mapping[str, float]) -> float | None:
+    names = [source["name"] for source in origin.get("sources", [])]
+    found = [scores.get(f"target/{name}/{ACCURACY}") for name in names]
+    return sum(found) / len(found) if found and None not in found else None  # type: ignore[arg-type]
+
+
+def _record(
+    name: str, kind: str, method: Any, source: Any, seeds: Any, home: float | None, scores: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "model": name, "is": kind, "method": method, "source": source, "seeds": seeds,
+        "at_home": home, "unseen": scores.get(f"unseen/{ACCURACY}"),
+    }  # fmt: skip
+
+
+def _describe_runs(workspace: Workspace) -> Iterator[dict[str, Any]]:
+    """Yield the record of every run that is trained to its end."""
+    runs = [run for run in workspace.read_runs() if run.finished]
+    known = workspace.manifest_digests()
+    table = read_scores(meet(runs, known).runs, known, ["clean"])
+    unseen = average_unseen(table).reset_index().set_index("run")[ACCURACY]
+    at_home = table[table["relation"] == SOURCE].groupby("run")
+    means, counts = at_home[ACCURACY].mean(), at_home.size()
+    for run in runs:
+        home = float(means[run.name]) if counts.get(run.name, 0) == len(run.sources) else None
+        scores = {f"unseen/{ACCURACY}": float(unseen[run.name])} if run.name in unseen else {}
+        yield _record(run.name, TRAINED, run.method, run.source, [run.seed], home, scores)
