@@ -29,6 +29,4 @@ format: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	# The face detector works with today's torch, but declares versions of two years ago.
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps facenet-pytorch
 	touch $@

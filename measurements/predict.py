@@ -5,8 +5,6 @@ files and start with their networks loaded; reading, decoding and finding faces 
 hundred photos each, so that other work on the machine slows both alike; the median of the turns counts.
 
     python measurements/predict.py --workspace work --run cafe-news-s0 --faces ~/faces --photos 2000
-
-Besides what this package needs, the face detector must be there (`make` installs it).
 """
 
 from __future__ import annotations
@@ -88,9 +86,8 @@ def rate_bare(files: Sequence[UPath], model: Model) -> float:
     with torch.inference_mode():
         for first in range(0, len(files), SEARCHED):
             photos = [np.asarray(Image.open(path).convert("RGB")) for path in files[first : first + SEARCHED]]
-            boxes, _ = detector.detect(np.stack(photos))
-            for photo, found in zip(photos, boxes, strict=True):
-                for left, top, right, bottom in (found if found is not None else np.zeros((0, 4))).clip(0).astype(int):
+            for photo, found in zip(photos, detector.detect(np.stack(photos)), strict=True):
+                for left, top, right, bottom in found.boxes.clip(0).astype(int):
                     crop = Image.fromarray(photo[top : bottom + 1, left : right + 1]).resize((side, side))
                     waiting.append(np.asarray(crop))
             if len(waiting) >= BATCH_SIZE or first + SEARCHED >= len(files):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from upath import UPath
 from cafe.data.alignment import (
     EYE_DISTANCE,
     EYE_HEIGHT,
-    INSTALL,
     Aligned,
     Detection,
     align_faces,
@@ -25,16 +23,14 @@ from cafe.data.alignment import (
     detect_faces,
     find_detector,
 )
+from cafe.data.detector import INSTALL, load_mtcnn
 from cafe.data.expressions import EIGHT
 from cafe.data.images import decode_image
 from cafe.data.manifest import Face, Manifest
+from cafe.errors import UserError
 from cafe.results.protocols import find_protocol
 
 MEADOW = (96, 120, 96)
-
-needs_detector = pytest.mark.skipif(
-    importlib.util.find_spec("facenet_pytorch") is None, reason=f"needs the face detector: {INSTALL}"
-)
 
 
 @pytest.fixture
@@ -91,7 +87,6 @@ def test_beyond_the_photo_its_border_is_repeated() -> None:
     assert (crop_face(photo, Detection((0, 0, 1, 1), eyes, np.array([15.0, 28.0]), 1.0), 80) == 200).all()
 
 
-@needs_detector
 @pytest.mark.parametrize("turn", [-25, 0, 25])
 def test_a_turned_face_is_found_and_its_crop_is_upright(real_faces: Path, turn: float) -> None:
     [found] = align_faces([photograph((portrait(real_faces, 3, 300, turn), 200))], size=200)
@@ -104,7 +99,19 @@ def test_a_turned_face_is_found_and_its_crop_is_upright(real_faces: Path, turn: 
     assert right - left == pytest.approx(EYE_DISTANCE, abs=0.05)
 
 
-@needs_detector
+def test_faces_are_found_where_the_detector_before_found_them(real_faces: Path) -> None:
+    """Crops made with facenet-pytorch 2.6.0 stay comparable: these are its boxes and landmarks, rounded to .01 pixels."""
+    faces = ((portrait(real_faces, 0, 150), 20), (portrait(real_faces, 1, 320, 20), 200))
+    [found] = detect_faces([photograph(*faces, (portrait(real_faces, 2, 44), 700))])
+    boxes = [[202.13, 47.13, 462.43, 354.59], [30.6, 41.26, 157.08, 203.99], [707.57, 40.38, 740.93, 82.94]]
+    np.testing.assert_allclose([face.box for face in found], boxes, atol=0.02)
+    eyes = [[[298.1, 190.55], [399.84, 140.53]], [[68.08, 91.81], [126.8, 97.47]], [[714.54, 57.28], [730.69, 55.84]]]
+    np.testing.assert_allclose([face.eyes for face in found], eyes, atol=0.02)
+    mouths = [[392.9, 274.13], [91.5, 156.87], [723.13, 73.22]]
+    np.testing.assert_allclose([face.mouth for face in found], mouths, atol=0.02)
+    np.testing.assert_allclose([face.confidence for face in found], [0.99957, 0.99991, 0.99944], atol=1e-5)
+
+
 def test_of_several_faces_the_largest_is_taken_or_all_and_tiny_ones_are_counted(real_faces: Path) -> None:
     faces = (
         (portrait(real_faces, 0, 150), 20),
@@ -119,7 +126,6 @@ def test_of_several_faces_the_largest_is_taken_or_all_and_tiny_ones_are_counted(
     assert [200 < face.eyes[0, 0] < 520 for face in every.detections] == [True, False]
 
 
-@needs_detector
 def test_a_photo_without_a_usable_face_says_why(real_faces: Path) -> None:
     blank = np.full((300, 400, 3), 90, np.uint8)
     small = photograph((portrait(real_faces, 2, 60), 100), size=(300, 200))
@@ -129,7 +135,6 @@ def test_a_photo_without_a_usable_face_says_why(real_faces: Path) -> None:
     assert "pixels, at least 64 are needed" in tiny.reason
 
 
-@needs_detector
 def test_a_photo_gives_the_same_crop_alone_and_among_others(real_faces: Path) -> None:
     photos = [photograph((portrait(real_faces, n, 200 + 20 * n), 100), size=(500 + 30 * n, 400)) for n in range(3)]
     for photo, together in zip(photos, align_faces(photos), strict=True):
@@ -154,7 +159,6 @@ def test_the_names_of_a_manifest_lead_to_no_file_outside_the_folder_of_crops(
     assert not (tmp_path / "mine.jpg").exists()
 
 
-@needs_detector
 def test_a_manifest_keeps_its_kind_labels_splits_and_sample_ids(
     real_faces: Path, tmp_path: Path, command: Cafe
 ) -> None:
@@ -190,7 +194,6 @@ def test_a_manifest_keeps_its_kind_labels_splits_and_sample_ids(
     assert sum(row["reason"] is not None for row in listed) == 2
 
 
-@needs_detector
 def test_a_folder_of_photos_becomes_crops_of_every_face(real_faces: Path, tmp_path: Path, command: Cafe) -> None:
     (tmp_path / "photos" / "party").mkdir(parents=True)
     photo = photograph((portrait(real_faces, 0, 200), 40), (portrait(real_faces, 1, 300), 400))
@@ -202,7 +205,6 @@ def test_a_folder_of_photos_becomes_crops_of_every_face(real_faces: Path, tmp_pa
     assert not (command.workspace / "manifests").exists()  # nobody said what the faces show
 
 
-@needs_detector
 def test_no_usable_face_at_all_is_one_sentence(tmp_path: Path, command: Cafe) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (80, 80), MEADOW).save(tmp_path / "photos" / "a.jpg")
@@ -236,8 +238,22 @@ def test_without_the_detector_the_remedy_is_named(
     tmp_path: Path, command: Cafe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = draw_faces(tmp_path / "faces", per_class=1)
-    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "mtcnn", None)  # as if it were not installed
     find_detector.cache_clear()
     output = command.fail("data", "align", str(root), "--name", "x")
-    assert output == f"Error: Finding faces needs a detector that is not installed: run `{INSTALL}`."
+    assert output == f"Error: Finding faces needs a detector that is not installed: run '{INSTALL}'."
     assert not (command.workspace / "aligned").exists()
+
+
+def test_weights_of_another_detector_are_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "mtcnn" / "assets" / "weights"
+    weights.mkdir(parents=True)
+    (tmp_path / "mtcnn" / "__init__.py").touch()
+    (weights / "pnet.lz4").write_bytes(
+        b"cos\nmkdir\n(V" + str(tmp_path / "opened").encode() + b"\ntR."
+    )  # makes a folder
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mtcnn", raising=False)
+    with pytest.raises(UserError, match=r"pnet\.lz4' are not those of the face detector: run 'pip install"):
+        load_mtcnn()
+    assert not (tmp_path / "opened").exists()

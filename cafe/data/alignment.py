@@ -1,7 +1,6 @@
 """Photographs → upright face crops, framed as expression data sets are: eyes level, at a fixed place and distance.
 
-Used to prepare raw photos and, with the same settings, to predict on them. The detector is MTCNN (Zhang et al. 2016) of
-facenet-pytorch, whose weights are part of the package; it asks for old versions of torch, so it is installed separately.
+Used to prepare raw photos and, with the same settings, to predict on them.
 """
 
 from __future__ import annotations
@@ -9,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cafe.errors import UserError
-
-INSTALL = "pip install --no-deps facenet-pytorch==2.6.0"
+from cafe.data.detector import Mtcnn, load_mtcnn
 
 # Where the eyes lie in a crop, in shares of its side: it shows a frontal face from forehead to chin and hardly any hair.
 EYE_HEIGHT = 0.36
@@ -97,23 +93,21 @@ def detect_faces(photos: Sequence[np.ndarray], confidence: float = 0.9) -> list[
     results: list[list[Detection]] = [[] for _ in photos]
     for canvas, positions in _batches(photos):
         placed = [_place(photos[position], canvas) for position in positions]
-        found = find_detector().detect(np.stack([picture for picture, _, _ in placed]), landmarks=True)
-        for position, (_, scale, corner), boxes, chances, points in zip(positions, placed, *found, strict=True):
-            if boxes is None:
-                continue
+        found = find_detector().detect(np.stack([picture for picture, _, _ in placed]))
+        for position, (_, scale, corner), own in zip(positions, placed, found, strict=True):
             faces = [
-                _detection(box, own, float(chance), scale, corner)
-                for box, own, chance in zip(boxes, points, chances, strict=True)
+                _detection(box, points, float(chance), scale, corner)
+                for box, points, chance in zip(own.boxes, own.points, own.confidence, strict=True)
                 if chance >= confidence
             ]
             results[position] = sorted(faces, key=lambda face: -face.size)
     return results
 
 
-def _detection(box: Any, points: Any, chance: float, scale: float, corner: np.ndarray) -> Detection:
+def _detection(box: np.ndarray, points: np.ndarray, chance: float, scale: float, corner: np.ndarray) -> Detection:
     """Return a face found on a canvas in the pixels of its photo; the points are eyes, nose and corners of the mouth."""
-    left, top, right, bottom = ((np.reshape(box, (2, 2)).astype(float) - corner) / scale).ravel().tolist()
-    points = (np.asarray(points, float) - corner) / scale
+    left, top, right, bottom = ((box.reshape(2, 2).astype(float) - corner) / scale).ravel().tolist()
+    points = (points.astype(float) - corner) / scale
     return Detection((left, top, right, bottom), points[:2], points[3:].mean(axis=0), chance, points[2])
 
 
@@ -138,14 +132,9 @@ def _place(photo: np.ndarray, canvas: int) -> tuple[np.ndarray, float, np.ndarra
 
 
 @cache
-def find_detector() -> Any:
-    """Return the face detector, on a GPU when there is one; raise `UserError` when it is not installed."""
-    try:
-        from facenet_pytorch import MTCNN
-    except ModuleNotFoundError:
-        raise UserError(f"Finding faces needs a detector that is not installed: run `{INSTALL}`.") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return MTCNN(keep_all=True, min_face_size=SMALLEST_SEARCHED, device=device).eval()
+def find_detector() -> Mtcnn:
+    """Return the face detector, on a GPU when there is one; raise `UserError` when its weights are not installed."""
+    return load_mtcnn(SMALLEST_SEARCHED).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def crop_face(photo: np.ndarray, face: Detection, size: int) -> np.ndarray:
