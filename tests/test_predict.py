@@ -27,7 +27,6 @@ from conftest import COLOURS, Cafe, draw_faces
 from PIL import Image, ImageColor, ImageFilter
 from runs import write_predictions
 from test_addresses import CountingServer
-from test_alignment import needs_detector
 from trained import fill_store, ship_run, start_run
 from upath import UPath
 
@@ -182,7 +181,6 @@ def test_a_file_of_every_format_holds_the_same_rows(name: str, command: Cafe, tm
     np.testing.assert_allclose(shares(found[:-1]).astype(float), shares(rows[:-1]), atol=2e-6)
 
 
-@needs_detector
 def test_every_face_of_a_photo_is_found_aligned_and_predicted_and_what_has_none_says_why(
     command: Cafe, tmp_path: Path
 ) -> None:
@@ -208,7 +206,6 @@ def test_every_face_of_a_photo_is_found_aligned_and_predicted_and_what_has_none_
     assert "torn.png: damaged image" in said
 
 
-@needs_detector
 def test_a_video_is_looked_at_in_its_rate_and_its_annotated_copy_shows_the_boxes(command: Cafe, tmp_path: Path) -> None:
     walk(tmp_path / "walk.mp4")
     rows, said = answer(
