@@ -204,7 +204,7 @@ def test_votes_are_kept_with_the_predictions(tmp_path: Path) -> None:
 def voted(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Workspace:
     """Faces of which half have votes, in a workspace with three layers of their features."""
     folder = tmp_path_factory.mktemp("voted")
-    workspace = Workspace.at(folder / "work")
+    workspace = Workspace.at(str(folder / "work"))
     draw_faces(folder / "faces", per_class=10)
     files = [
         (f"{name}/{number:03d}.{'png' if number % 2 else 'jpg'}", name) for name in COLOURS for number in range(10)
@@ -284,7 +284,7 @@ def test_a_source_without_votes_cannot_teach_them(voted: Workspace, tmp_path: Pa
     silent = manifest.table.set_column(
         manifest.table.column_names.index("votes"), "votes", pa.nulls(len(manifest), pa.list_(pa.int32()))
     )
-    there = Workspace.at(tmp_path / "work")
+    there = Workspace.at(str(tmp_path / "work"))
     replace(manifest, table=silent).save(there.manifest_path("mine"))
     fill_store(there, "mine", ExtractSettings(backbone=tiny_tower))
     settings = TrainSettings(source="mine", method="mlp", overrides=("labels=votes",), views=1)

@@ -27,9 +27,9 @@ PACKAGE = "mtcnn"
 INSTALL = "pip install mtcnn==1.0.0"
 # SHA-256 of the files of weights. They are pickles: any other content is refused before it is unpickled.
 WEIGHTS = {
-    "pnet": "ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
-    "rnet": "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee",
-    "onet": "94f6ea2f4cf985275ee958cdd762d17b6009348a4fb9d8c6be39ba73ffd22ca3",
+    "pnet.lz4": "ea6b0c3e685ebee3165326ad6484acc95f2ef78f1c94fbf40a55704fa989f7b5",
+    "rnet.lz4": "cb00e6460f3c98b0bfafaba3c0a0ded4bdf6e62cee7174d969e8670d7e757fee",
+    "onet.lz4": "94f6ea2f4cf985275ee958cdd762d17b6009348a4fb9d8c6be39ba73ffd22ca3",
 }
 THRESHOLDS = (0.6, 0.7, 0.7)  # of the three networks, as published
 SHRINK = 0.709  # from one size of a picture to the next: half the area
@@ -239,7 +239,7 @@ def load_mtcnn(smallest: int = 20) -> Mtcnn:
     detector = Mtcnn(smallest)
     for name, network in zip(WEIGHTS, (detector.first, detector.second, detector.third), strict=True):
         parameters = network.state_dict()
-        values = _read_weights(folder / f"{name}.lz4", WEIGHTS[name])
+        values = _read_weights(folder / name, WEIGHTS[name])
         network.load_state_dict(dict(zip(parameters, map(_to_torch, values), strict=True)))
     return detector.eval()
 
