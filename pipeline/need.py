@@ -188,7 +188,7 @@ def choose_source_store(
     if choice.views:
         current = [store for store in current if store[1].key.views == current[0][1].key.views]
     published = [store for store in current if store[1].key.policy["name"] == method.policy] or current
-    current = _finished_first(published)
+    current = finished_first(published)
     if len(current) > 1:
         raise UserError(
             f"{len(current)} feature stores of {manifest.name!r} fit: choose one with --backbone, --views, --policy or "
@@ -213,7 +213,7 @@ def _choose_target_store(
     stores = find_stores(workspace.features, manifest.name)
     current = [store for store in stores if store[1].key.images == manifest.image_digest]
     if serving := need.find(current):
-        return _finished(_finished_first(serving)[0])
+        return _finished(finished_first(serving)[0])
     closest = min((need.differences(info) for _, info in current), key=len, default=None)
     reason = f"its closest store differs in {', '.join(closest)}" if closest else "it has none"
     raise UserError(
@@ -282,7 +282,7 @@ def write_options(choice: StoreChoice, maps: bool = False) -> str:
     return " ".join([*written, *(["--maps"] if maps else [])])
 
 
-def _finished_first(stores: Sequence[Store]) -> list[Store]:
+def finished_first(stores: Sequence[Store]) -> list[Store]:
     """Return those that are finished, where any is: one that was begun or given up does not compete with them."""
     if len(stores) < 2:
         return list(stores)

@@ -24,7 +24,7 @@ from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
 from cafe.pipeline.faces import Faces, Part
 from cafe.pipeline.features.extract import Extraction
 from cafe.pipeline.features.integrity import Receipts, find_stores
-from cafe.pipeline.need import Need, Store
+from cafe.pipeline.need import Need, Store, finished_first
 from cafe.pipeline.plan import (
     PUBLISHED_SIZE,
     TrainPlan,
@@ -218,7 +218,7 @@ class _Planner:
         if isinstance(result, str):
             return StorePlan(manifest, settings, pending=len(manifest), obstacle=result)
         need = Need.of_extraction(manifest, settings)
-        fitting = need.find(find_stores(self.workspace.features, manifest.name))
+        fitting = finished_first(need.find(find_stores(self.workspace.features, manifest.name)))
         sizes = [(about.key.views, about.key.maps) for _, about in fitting]
         found = [result] if result else fitting[: sizes.count(sizes[0])] if fitting else []
         if len(found) != 1:  # several differ in something only the tower can tell
