@@ -24,7 +24,7 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, first_line
-from cafe.files import encode_json, place_below, read_json, write_changed, write_json
+from cafe.files import encode_json, exists, place_below, read_json, write_changed, write_json
 from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import RunChoices, RunIdentity
