@@ -110,7 +110,11 @@ def explain_choices(settings: TrainSettings, precision: str, batch_size: int) ->
 def evaluate(run: str, **values: Any) -> None:
     """Evaluate a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
 
-    RUN is the name of a run of this workspace or its unambiguous beginning.
+    \b
+    cafe evaluate shipped --targets mine                 # how good is the model that ships on my own labelled faces?
+
+    RUN is the name of a run of this workspace or its unambiguous beginning; or a model that ships, a folder of `cafe export`
+    or an address of MLflow's: it is evaluated as it predicts, from the pictures, and becomes a run of this workspace.
     """
     from cafe.pipeline.cluster import set_environment
 
@@ -120,6 +124,8 @@ def evaluate(run: str, **values: Any) -> None:
     from cafe.pipeline.evaluate import check_option, evaluate_targets
     from cafe.pipeline.faces import choose_targets
     from cafe.pipeline.process.lease import hold
+    from cafe.pipeline.release.adoption import adopt, specify_export
+    from cafe.pipeline.release.choice import find_exported
     from cafe.pipeline.runs import RunSpec, add_experiment
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import keep_status
@@ -132,8 +138,12 @@ def evaluate(run: str, **values: Any) -> None:
 
     if settings.experiment:
         check_name(settings.experiment)
-    (chosen,), _ = choose(workspace.read_runs(run), name=run)
-    path, spec = chosen.folder, RunSpec.load(chosen.folder)
+    if exported := find_exported(workspace, run):
+        spec = specify_export(exported)
+        path = workspace.run_path(spec.name)
+    else:
+        (chosen,), _ = choose(workspace.read_runs(run), name=run)
+        path, spec = chosen.folder, RunSpec.load(chosen.folder)
     check_plugins(spec.plugins)
     protocol = name_protocol(settings.protocol, settings.test_time)
     check_option(spec, settings.test_time or "")
@@ -145,7 +155,9 @@ def evaluate(run: str, **values: Any) -> None:
     several = len(targets) if settings.address else 1  # side by side on a cluster
     bar, at_work = progress_bar("Evaluating", "targets"), find_worker(settings, settings.use_gpu, several)
     with interruptible(), hold(path, settings.wait):
-        if settings.experiment:
+        if exported:
+            adopt(workspace, exported, settings.experiment or TrainSettings.experiment)
+        elif settings.experiment:
             add_experiment(path, settings.experiment)
         with keep_status(path, mirror), at_work as worker, bar as progress:
             evaluate_targets(path, targets, progress, worker.evaluate)

@@ -20,6 +20,7 @@ from cafe.arithmetic import set_arithmetic
 from cafe.data.images import UnreadableImageError
 from cafe.errors import UserError
 from cafe.files import write_file
+from cafe.inference.model import Model
 from cafe.learning.adaptation import ADAPTATIONS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import measure_heat_maps, measure_masks
@@ -28,13 +29,14 @@ from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
 from cafe.pipeline import cluster
 from cafe.pipeline.faces import Faces
-from cafe.pipeline.models import build_method, load_method, make_dataset
+from cafe.pipeline.models import build_method, build_model, load_method, make_dataset
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.runs import RunSpec
 from cafe.report.figures import draw_run_figures
 from cafe.results.predictions import Predictions, name_rows
 from cafe.results.protocols import OPTIONS
 
+AT_A_TIME = 256  # pictures that are in memory
 Evaluate = Callable[[UPath, Faces], Future[None]]  # has the faces of a target predicted by the run in a folder
 
 
@@ -58,16 +60,21 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
     (part,), rows = target.parts, target.rows(target.split)
     manifest, device = part.manifest, device or torch.device(cluster.device())
     set_arithmetic(spec.precision)
-    method = load_method(spec, run).to(device).to(memory_format=torch.channels_last)
-    dataset = make_dataset(spec, target)
     readable, column = part.rows(target.split), target.column
     assert column is not None
     other = {"other_classes": str(len(readable) - len(rows)), "target_classes": json.dumps(manifest.classes)}
     samples = [target.sample_ids[row] for row in rows]
+    method = dataset = None
+    if spec.exported:
+        probabilities = predict_pictures(build_model([run], str(device)), target, rows)
+    else:
+        method = load_method(spec, run).to(device).to(memory_format=torch.channels_last)
+        dataset = make_dataset(spec, target)
+        probabilities = _predict(method, dataset, rows, device, column.test_time)
     predictions = Predictions(
         samples,
         target.labels[rows],
-        _predict(method, dataset, rows, device, column.test_time),
+        probabilities,
         {
             "run": spec.name,
             "target": target.name,
@@ -84,10 +91,27 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
         spec.classes,
         None if target.votes is None else target.votes[rows],
     )
-    with only_decorates(run, target):
-        for kind, numbers in _measure(method, dataset, rows, device, column.test_time):
-            write_file(column.figure(run, kind, ".json"), json.dumps(numbers).encode())
+    if method and dataset:
+        with only_decorates(run, target):
+            for kind, numbers in _measure(method, dataset, rows, device, column.test_time):
+                write_file(column.figure(run, kind, ".json"), json.dumps(numbers).encode())
     predictions.save(column.predictions(run))  # last: from here on the run is evaluated on the target
+
+
+def predict_pictures(model: Model, target: Faces, rows: np.ndarray) -> np.ndarray:
+    """Return what an exported model says (n, K) of some rows, from their pictures: no features need to be stored."""
+    parts = [np.zeros((0, len(model.classes)), np.float32)]
+    for start in range(0, len(rows), AT_A_TIME):
+        pictures = []
+        for row in rows[start : start + AT_A_TIME]:
+            try:
+                pictures.append(target.read_face(int(row), target.channels))
+            except UnreadableImageError as error:
+                raise UserError(
+                    f"{target.path(int(row))} cannot be read ({error}): see `cafe data check {target.name}`."
+                ) from None
+        parts.append(model.predict(pictures))
+    return np.concatenate(parts)
 
 
 def _measure(
@@ -130,6 +154,8 @@ def draw_figures(run: UPath, target: Faces) -> None:
 
 def check_option(spec: RunSpec, option: str) -> None:
     """Raise `UserError` when a run cannot be evaluated with an option of test time."""
+    if spec.exported and option:
+        raise UserError(f"An exported model averages what it was exported to average: leave --test-time {option} out.")
     if option in ADAPTATIONS:
         ADAPTATIONS[option][0](build_method(spec, init="scratch"))
     if option == "views" and spec.policy == "clean":

@@ -337,7 +337,7 @@ def choose_target(
     if not len(manifest.rows(chosen)):
         there = ", ".join(split for split in SPLITS if len(manifest.rows(split)))
         raise UserError(f"{name!r} has no faces in the split {chosen!r}: choose {there}, or leave it out.")
-    reads = find_method(spec.method).needs_features()
+    reads = find_method(spec.method).needs_features() and not spec.exported  # which is evaluated on the pictures
     part, other_split = Part.of_pictures(workspace, manifest), "" if chosen == usual else chosen
     if reads:
         part = Part.of(workspace, manifest, choose_target_stores(workspace, manifest, spec, protocol))

@@ -16,7 +16,7 @@ from cafe.learning.loading import FaceDataset
 from cafe.methods import find_method
 from cafe.methods.method import ARRAYS, Inputs, Method
 from cafe.pipeline.faces import Faces
-from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.runs import RunSpec, model_folder
 from cafe.plugins import check_plugins
 from cafe.records import digest
 from cafe.seals import read_sealed
@@ -85,11 +85,12 @@ def read_averages(folder: UPath) -> tuple[int, bool]:
 def build_model(folders: Sequence[UPath], device: str = "cpu", batch_size: int = BATCH_SIZE) -> Model:
     """Return trained runs that differ in nothing but their seed as one model, which averages them; usually one run.
 
-    A folder is a run's or an exported one, which may hold several runs and ask for mirror images to be averaged too. Raises
-    `UserError` for a run without weights and where the tower's weights are no longer those it was trained on.
+    A folder is a run's or an exported one, also kept in a run's, which may hold several runs and ask for mirror images to be
+    averaged too. Raises `UserError` for a run without weights and where the tower's weights are no longer those it was
+    trained on.
     """
     specs, methods, flip = list[RunSpec](), list[Method](), False
-    for folder in folders:
+    for folder in map(model_folder, folders):
         count, mirrored = read_averages(folder)
         flip |= mirrored
         for record, weights in map(name_files, range(1, count + 1)):

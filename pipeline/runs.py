@@ -8,6 +8,7 @@
         checkpoints/0001/            the training's state after an epoch: safetensors + JSON
         train/                       what Ray Train keeps of several workers
         model.safetensors, result.json                        the trained method, then the record that it is
+        exported/                                             of an exported model, the folder it came in, instead
         predictions/[PROTOCOL/]TARGET[@SPLIT].parquet, figures/KIND/[PROTOCOL/]TARGET[@SPLIT].png
 
 Everything here is read and written without torch: what builds a method from its specification is in `models`.
@@ -23,7 +24,7 @@ from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, first_line
-from cafe.files import encode_json, place_below, read_json, write_changed, write_json
+from cafe.files import encode_json, exists, place_below, read_json, write_changed, write_json
 from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import RunChoices, RunIdentity
@@ -35,6 +36,7 @@ from cafe.seals import write_sealed
 from cafe.towers.names import FINAL, single_names
 
 CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
+EXPORTED = "exported"  # folder of a run that came as an exported model
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -73,12 +75,13 @@ class RunSpec(RunIdentity):
     votes: str = ""  # digest of the shares of the classes, where a training learns these
     init_digest: str = ""  # of the file of initial weights, where there is one
     plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
+    exported: str = ""  # NAME:DIGEST of the exported folder that it is, which averages and rounds as it was exported to
 
     @property
     def name(self) -> str:
         """Readable first, unique last."""
-        tag = f"-{self.tag}" if self.tag else ""
-        return f"{self.method}-{self.source}-s{self.seed}{tag}-{self._digest()}"
+        words = "".join(f"-{word}" for word in (self.tag, self.exported.partition(":")[0]) if word)
+        return f"{self.method}-{self.source}-s{self.seed}{words}-{self._digest()}"
 
     @property
     def group(self) -> str:
@@ -136,6 +139,7 @@ class RunSpec(RunIdentity):
             if not chosen[name]:
                 del chosen[name]
         chosen |= {"domains": self.domains} if self.fold else {}
+        chosen |= {"exported": self.exported.partition(":")[0]} if self.exported else {}
         chosen |= {"classes": ", ".join(self.classes)} if self.classes != EXPRESSIONS else {}
         return chosen | {f"recipe.{name}": value for name, value in self.recipe.items() if value != ""}
 
@@ -207,6 +211,11 @@ def check_identity(run: UPath) -> None:
             f"{run}/run.json says of its {name} {record.get(name)!r}, and its specification makes it "
             f"{expected[name]!r}: it is not the run it claims to be; fetch it from a server that you trust."
         )
+
+
+def model_folder(run: UPath) -> UPath:
+    """Return where a run's folder, or an exported one, keeps its weights."""
+    return run / EXPORTED if exists(run / EXPORTED / "model.json") else run
 
 
 def is_finished(run: UPath) -> bool:

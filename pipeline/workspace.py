@@ -19,7 +19,12 @@ from cafe.files import exists, list_files, list_folder, locate, place_below
 from cafe.results.runs import Run, read_run, read_runs
 
 RUN_FILES = ("run.json", "result.json", "model.safetensors")
-RUN_FOLDERS = {"epochs": (".json",), "checkpoints": (".json", ".safetensors"), "predictions": (".parquet",)}
+RUN_FOLDERS = {
+    "epochs": (".json",),
+    "checkpoints": (".json", ".safetensors"),
+    "predictions": (".parquet",),
+    "exported": (".json", ".safetensors"),
+}
 
 
 def check_name(name: str) -> str:

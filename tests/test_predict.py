@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import COLOURS, Cafe, draw_faces
+from conftest import COLOURS, Cafe, complaint, draw_faces
 from PIL import Image, ImageColor, ImageFilter
 from runs import write_predictions
 from test_addresses import CountingServer
@@ -46,13 +46,18 @@ from cafe.inference.recognition import HELD_FACES, SEARCHED, Search, predict_fra
 from cafe.jobs.cli import main
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
+from cafe.pipeline.evaluate import check_option, evaluate_target
+from cafe.pipeline.faces import choose_targets
 from cafe.pipeline.models import build_model
 from cafe.pipeline.release import shipped
+from cafe.pipeline.release.adoption import adopt, specify_export
 from cafe.pipeline.release.confidence import Home, choose_threshold, measure_home, read_confidence
+from cafe.pipeline.runs import check_identity
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
-from cafe.seals import read_sealed, write_sealed
+from cafe.results.runs import choose
+from cafe.seals import read_sealed, verify_file, write_sealed
 from cafe.synthetic.domains import render
 from cafe.views.drawing import ViewPlan
 
@@ -440,6 +445,37 @@ def test_the_threshold_of_a_run_is_that_of_its_own_sources_predictions(command: 
     shutil.rmtree(str(run / "predictions"))
     assert threshold == pytest.approx(0.4)
     assert "mean nothing" in warning
+
+
+def test_an_exported_model_is_evaluated_in_a_workspace_as_it_predicts(command: Cafe, ships: UPath) -> None:
+    workspace, folder = Workspace.at(str(command.workspace)), ships / "drawn-10"
+    (workspace.features / "one").rename(workspace.features / "gone")  # no features are needed
+    spec = specify_export(folder)
+    assert complaint(check_option, spec, "flip").startswith("An exported model averages what it was exported to")
+    (target,) = choose_targets(workspace, "one", spec, "clean")
+    run = adopt(workspace, folder, "shipped")
+    try:
+        evaluate_target(run, target)
+        check_identity(run)
+        assert adopt(workspace, folder, "shipped") == run == workspace.run_path(spec.name)
+        (there,) = choose(workspace.read_runs(), "shipped").runs
+        assert (there.name, there.settings["exported"]) == (run.name, "drawn-10")
+        assert there.group not in {other.group for other in workspace.read_runs() if other.name != run.name}
+        ((column, predictions),) = there.load_predictions("clean").items()
+        pictures = [workspace.load_manifest("one").read_face(row) for row in target.rows("test")]
+        np.testing.assert_allclose(predictions.probabilities, build_model([folder]).predict(pictures), atol=1e-6)
+        assert there.relation(column, "folder", target.digest) == "source"
+        np.testing.assert_array_equal(
+            build_model([run]).predict(pictures[:2]), build_model([folder]).predict(pictures[:2])
+        )
+        assert {verify_file(path) for path in workspace.sealed_files([run.name])} == {"whole"}
+    finally:
+        shutil.rmtree(str(run))
+        (workspace.features / "gone").rename(workspace.features / "one")
+    (folder / "model.safetensors").write_bytes((ships / "drawn-9" / "model.safetensors").read_bytes())
+    assert specify_export(folder).name != spec.name  # another model is another run
+    ship_run(runs_of(command, "table")[1], Path(str(folder)), files={"model.safetensors": "another digest"})
+    assert "is not what was exported" in complaint(specify_export, folder)
 
 
 def test_models_are_listed_with_their_accuracy_at_home_and_abroad(command: Cafe, ships: UPath) -> None:

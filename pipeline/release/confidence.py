@@ -17,6 +17,7 @@ from upath import UPath
 from cafe.errors import UserError
 from cafe.pipeline.release.catalogue import read_model
 from cafe.pipeline.release.shipped import is_export
+from cafe.pipeline.runs import model_folder
 from cafe.records import check_record
 from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions
@@ -136,8 +137,8 @@ def describe_home(run: Run) -> dict[str, Any]:
 
 def read_confidence(folders: Sequence[UPath]) -> Confidence:
     """Return how far the model of some folders is to be trusted, which are those of runs or an exported one."""
-    if is_export(folders[0]):
-        record = read_model(folders[0])
+    if is_export(folder := model_folder(folders[0])):
+        record = read_model(folder)
         source = record.get("origin", {}).get("source", "")
     else:
         run = average_runs(read_runs(folders))
@@ -146,5 +147,5 @@ def read_confidence(folders: Sequence[UPath]) -> Confidence:
         except UserError:  # damaged, or seeds evaluated on other faces: whoever reads scores hears of it
             return Confidence()
     threshold = record.get("threshold")
-    home = check_record(record["home"], Home, f"{folders[0]}/model.json") if record.get("home") else None
+    home = check_record(record["home"], Home, f"{folder}/model.json") if record.get("home") else None
     return Confidence(None if threshold is None else float(threshold), home.warning(source) if home else "")

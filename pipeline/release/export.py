@@ -33,6 +33,7 @@ from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.pipeline.models import build_model, name_files
 from cafe.pipeline.release.confidence import describe_home
+from cafe.pipeline.runs import EXPORTED
 from cafe.pipeline.settings import ExportSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -106,6 +107,8 @@ def export_run(workspace: Workspace, name: str, folder: UPath, settings: ExportS
 def check_exports(runs: Sequence[Run], folder: UPath, settings: ExportSettings) -> None:
     """Raise `UserError` unless trained runs can be exported to a folder."""
     run = runs[0]
+    if run.spec.get("exported"):
+        raise UserError(f"The run {run.name!r} is an exported model already: copy {run.folder / EXPORTED}.")
     if folder.protocol:
         raise UserError(f"Cannot export to {folder}: give a folder of this machine with --output, and copy it.")
     check_output(str(folder / "model.json"), "The export")
