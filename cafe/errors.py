@@ -28,12 +28,12 @@ class StorageError(IncompleteError, OSError):
     """A file that could not be read or written although it was tried again: nothing is known of its content."""
 
 
-class IrregularFileError(UserError):
-    """A pipe, a device or a socket where a file should be: to read it might never end."""
-
-
 class DamagedError(UserError):
     """A file that is not what was written."""
+
+
+class IrregularFileError(DamagedError):
+    """A pipe, a device or a socket where a file should be, or far more than a file of its kind holds: not to be read."""
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,7 @@ from cafe.addresses import OBJECT_STORES, WEB, explain, permission
 from cafe.errors import IrregularFileError, StorageError, UserError, quote
 
 OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|\x00")  # in a name: a part that is empty, '.' or '..'
+MOST_TEXT = 2**28  # bytes of a JSON or TOML file, which takes about ten times as much once it is read
 LONGEST = 60  # characters of a name beside which a file is written
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
 OBJECT_PAUSES = (*PAUSES, 5.0, 10.0, 20.0, 30.0)  # those of an object store, whose outages pass
@@ -172,12 +173,27 @@ def remove_tree(folder: UPath) -> None:
         return
 
 
-def read_file(path: UPath) -> bytes:
-    """Return the content of a file, from an object store or the web by one request; raise `IrregularFileError`."""
-    if path.protocol in ("", "file"):
-        kind = retry(path, "read", path.stat).st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-            raise IrregularFileError(f"{path} is a pipe or a device: give a file.")
+def check_regular(path: UPath, most: int | None = None) -> None:
+    """Raise `IrregularFileError` for a pipe or a device, and for a file of more bytes than `most`, before it is opened.
+
+    The one place that says what may be opened. An object store holds neither pipes nor devices, and is not asked for sizes,
+    which would be a request more for each file.
+    """
+    if path.protocol not in ("", "file"):
+        return
+    about = retry(path, "read", path.stat)
+    if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
+        raise IrregularFileError(f"{path} is a pipe or a device: give a file.")
+    if most is not None and about.st_size > most:
+        raise IrregularFileError(
+            f"{path} has {about.st_size:,} bytes, more than the {most:,} that a file of its kind may have: remove it, or "
+            "put the right one there."
+        )
+
+
+def read_file(path: UPath, most: int | None = None) -> bytes:
+    """Return the content of a file, from an object store or the web by one request; raise as `check_regular` does."""
+    check_regular(path, most)
     if path.protocol not in (*OBJECT_STORES, *WEB):
         return retry(path, "read", path.read_bytes)
     whole = {"max_concurrency": 1} if path.protocol in ("s3", "s3a") else {}  # else it asks for the size before
@@ -335,7 +351,7 @@ def _write_beside(path: UPath, content: bytes) -> None:
 def read_json(path: UPath) -> dict[str, Any] | None:
     """Return a JSON object, or None when the file is missing or damaged."""
     try:
-        record = json.loads(read_file(path))
+        record = json.loads(read_file(path, MOST_TEXT))
     except (
         FileNotFoundError,
         ValueError,

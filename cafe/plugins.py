@@ -20,7 +20,10 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+from upath import UPath
+
 from cafe.errors import UserError, quote, unknown
+from cafe.files import MOST_TEXT, read_file
 from cafe.records import digest
 
 Entries = dict[str, Any]
@@ -127,7 +130,7 @@ def _list_identities() -> set[str]:
 
 def _load_file(path: Path) -> Plugin:
     try:
-        content = path.read_bytes()
+        content = read_file(UPath(path), MOST_TEXT)
         plugin = Plugin(path.stem, digest(content), content.decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The plug-in {str(path)!r} cannot be read ({quote(error)}): give a Python file.") from None

@@ -15,18 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from upath import UPath
 
-from cafe.errors import DamagedError
-from cafe.files import encode_json, read_file, write_file
+from cafe.errors import DamagedError, IrregularFileError
+from cafe.files import MOST_TEXT, encode_json, read_file, write_file
 from cafe.records import digest
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 KEY = "cafe.seal"  # of the line of metadata
 OPEN, CLOSE = b"cafe-seal:", b":cafe-seal"  # two marks: where one is damaged, the other still says that there is a seal
 DIGITS = 64
 BLANK = OPEN.decode() + "0" * DIGITS + CLOSE.decode()  # written first, then replaced by the checksum
 PARQUET = b"PAR1"
+ROWS_AT_ONCE = 1024  # of a Parquet file
+MOST_BYTES = 2**30  # that its rows may take in any case,
+MOST_TIMES = 100  # and as many times its own; manifests take 3 times theirs, of repeated values alone 20
 
 Unsealed = Literal["refused", "canonical", "read"]
 State = Literal["whole", "unchecked", "damaged"]
@@ -99,10 +103,34 @@ def read_table(path: UPath, remedy: str, columns: list[str] | None = None) -> pa
 
     content = read_file(path)
     check_seal(content, path, remedy)
-    file = pq.ParquetFile(pa.BufferReader(content))
-    table = file.read(columns, use_threads=columns is None)
+    table = read_rows(
+        pq.ParquetFile(pa.BufferReader(content)), path, max(MOST_BYTES, MOST_TIMES * len(content)), columns
+    )
     about = {key: value for key, value in (table.schema.metadata or {}).items() if key != KEY.encode()}
     return table.replace_schema_metadata(about or None)
+
+
+def read_rows(file: pq.ParquetFile, path: UPath, most: int, columns: list[str] | None = None) -> pa.Table:
+    """Return the rows of a Parquet file, a few at a time; raise `IrregularFileError` for more than `most` bytes of them.
+
+    A few bytes can stand for gigabytes: a value that is written once and meant in every row, or a long one of zeros.
+    """
+    import pyarrow as pa
+
+    too_large = IrregularFileError(
+        f"{path} holds more than {most / 2**30:.0f} GB of values: write it again without what is not needed."
+    )
+    metadata, batches, size = file.metadata, list[pa.RecordBatch](), 0
+    if sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)) > most:
+        raise too_large
+    for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+        values = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in batch.columns]
+        batches.append(pa.RecordBatch.from_arrays(values, names=batch.schema.names))
+        size += batches[-1].nbytes
+        if size > most:
+            raise too_large
+    table = pa.Table.from_batches(batches).combine_chunks() if batches else file.read(columns)
+    return table.replace_schema_metadata(file.schema_arrow.metadata)
 
 
 def write_sealed(path: UPath, record: dict[str, Any]) -> None:
@@ -118,7 +146,7 @@ def read_sealed(
     One without a seal, from before there were seals, is refused, read where its bytes are those we write, or read as it is.
     """
     try:
-        content = read_file(path)
+        content = read_file(path, MOST_TEXT)
     except FileNotFoundError:
         return None
     record, sealed = _open_record(content)
@@ -152,7 +180,10 @@ def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 def verify_file(path: UPath) -> State:
     """Read a JSON, Parquet or safetensors file back and say whether it is what was written."""
-    content = read_file(path)
+    try:
+        content = read_file(path, MOST_TEXT if path.suffix == ".json" else None)
+    except IrregularFileError:
+        return "damaged"
     if path.suffix == ".json":
         record, sealed = _open_record(content)
         return "damaged" if record is None else "whole" if sealed else "unchecked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -19,21 +20,28 @@ import pytest
 from conftest import complaint, draw_faces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from runs import write_run
 from test_store import MANIFEST, features, filled
 from upath import UPath
 
+from cafe import seals
 from cafe.data.indexing import index_files
-from cafe.data.manifest import map_threads
+from cafe.data.manifest import Manifest, map_threads
 from cafe.data.readers import DATASETS, folder
 from cafe.files import read_file, read_json
+from cafe.inference.frames import read_frames
 from cafe.pipeline.benchmark.file import parse_benchmark, read_benchmark
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore, verify
 from cafe.pipeline.runs import RunSpec, read_status
 from cafe.pipeline.workspace import Workspace
+from cafe.plugins import load_plugins
 from cafe.results.predictions import Predictions
 from cafe.results.runs import read_run
+from cafe.seals import read_sealed, verify_file
+from cafe.towers.face import read_face_weights
+from cafe.towers.names import parse_backbone
 
 OFTEN = settings(
     max_examples=150, derandomize=True, database=None, deadline=None,
@@ -159,6 +167,51 @@ def test_a_pipe_and_a_device_are_no_pictures(tmp_path: Path) -> None:
     assert "is a pipe or a device" in complaint(read_file, UPath(tmp_path / "labels.csv"))
 
 
+def test_nothing_opens_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    place = UPath(pipe)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (frame,) = read_frames([UPath(tmp_path / "pipe.mp4")], 5.0)
+    assert frame.error == "is a pipe or a device, not a file"
+    said = [
+        complaint(read_benchmark, pipe),
+        complaint(load_plugins, [str(pipe)]),
+        complaint(read_face_weights, str(pipe)),
+        complaint(parse_backbone, f"open_clip:{pipe}@{__file__}"),
+        complaint(read_sealed, place),
+        complaint(Manifest.load, place),
+    ]
+    assert said == [f"{pipe} is a pipe or a device: give a file."] * len(said)
+    assert verify_file(place) == "damaged"
+
+
+def test_a_record_or_an_annotation_of_any_size_is_not_read(tmp_path: Path) -> None:
+    record = tmp_path / "run.json"
+    with record.open("wb") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    for read in (read_json, read_sealed, read_benchmark):
+        assert "more than the 268,435,456 that a file of its kind may have" in complaint(read, UPath(record))
+    for kind in ("images", "annotations"):
+        (tmp_path / "train_set" / kind).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train_set" / "images" / "0.png")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (2**50,)})
+    (tmp_path / "train_set" / "annotations" / "0_exp.npy").write_bytes(header.getvalue())
+    listing = DATASETS["affectnet"](UPath(tmp_path))
+    assert [where for where, *_ in listing.rejected] == ["train_set/images/0.png"]
+
+
+def test_a_small_manifest_cannot_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seals, "MOST_BYTES", 2**23)
+    path = UPath(tmp_path / "news.parquet")
+    repeated = pa.DictionaryArray.from_arrays(np.zeros(4000, np.int32), ["x" * 4000])
+    for values in (repeated, ["\0" * 2**24]):  # each twice what is allowed: by one value in all rows, by a long one
+        pq.write_table(pa.table({"sample_id": values}), path, compression="zstd")
+        assert path.stat().st_size < 2e4
+        assert "holds more than 0 GB of values" in complaint(Manifest.load, path)
+
+
 def test_links_that_fan_out_are_not_followed_without_end(tmp_path: Path) -> None:
     for level in range(40):
         (tmp_path / str(level)).mkdir()
@@ -175,7 +228,7 @@ def test_a_small_table_cannot_fill_the_memory(stored: bool, tmp_path: Path, monk
     pq.write_table(pa.table({"path": column, "label": column}), tmp_path / "labels.parquet", store_schema=stored)
     assert (tmp_path / "labels.parquet").stat().st_size < 1e6
     said = complaint(DATASETS["table"], UPath(tmp_path / "labels.parquet"))
-    assert "holds more than 0 GB of text: leave out what is no label." in said
+    assert "holds more than 0 GB of values: write it again without what is not needed." in said
 
 
 def test_results_that_are_made_ahead_are_few(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from upath import UPath
 
 from cafe.data.images import SUFFIXES, UnreadableImageError, decode_image, read_bytes
 from cafe.data.layouts import is_image, list_files
-from cafe.errors import UserError
-from cafe.files import locate, retry
+from cafe.errors import IrregularFileError, UserError
+from cafe.files import check_regular, locate, retry
 
 VIDEOS = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp"})
 # FFmpeg's names of what a video may be, whatever its file is called: none is a list of other files or addresses.
@@ -131,6 +131,8 @@ def read_video(file: UPath, rate: float) -> Iterator[Frame]:
                 if time * rate >= due - 1e-6:
                     due = math.floor(time * rate + 1e-6) + 1
                     yield Frame(file, _upright(frame), number, time)
+    except IrregularFileError:
+        yield Frame(file, error="is a pipe or a device, not a file")
     except (av.FFmpegError, OSError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
         yield Frame(
@@ -140,6 +142,7 @@ def read_video(file: UPath, rate: float) -> Iterator[Frame]:
 
 @contextmanager
 def _open_video(file: UPath) -> Iterator[Any]:
+    check_regular(file)
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
     with file.open("rb") as data, av.open(data, options=options) as container:
         yield container
@@ -164,5 +167,5 @@ def count_frames(file: UPath, rate: float) -> int:
             seconds = (container.duration or 0) / 1e6
             fastest = _frame_rate(container.streams.video[0]) if container.streams.video else rate
             return max(1, math.ceil(seconds * min(rate, fastest)))
-    except (av.FFmpegError, OSError):
+    except (av.FFmpegError, OSError, IrregularFileError):
         return 1

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from upath import UPath
 
 from cafe.errors import UserError
+from cafe.files import read_file
 
 MEAN = (122.782 / 255, 117.001 / 255, 104.298 / 255)
 STD = (256 / 255,) * 3
@@ -112,7 +114,7 @@ def _read_parts(path: str | Path, parts: Sequence[tuple[bytes, tuple[torch.Size,
 
     All bytes between the tensors must be those of the one network this module describes.
     """
-    content, position, settings, result = Path(path).read_bytes(), 0, hashlib.sha256(), []
+    content, position, settings, result = read_file(UPath(path)), 0, hashlib.sha256(), []
     for tag, shapes in parts:
         counts = [math.prod(shape) for shape in shapes]
         sizes = (sum(counts), 1) if len(shapes) > 1 else shapes[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from upath import UPath
 
-from cafe.files import find_below, place_below, write_file
+from cafe.files import find_below, place_below, read_file, write_file
 from cafe.towers.building import FrozenBackbone
 from cafe.towers.names import parse_backbone, split_name
 from cafe.towers.weights import write_tensors
@@ -22,7 +22,7 @@ def keep_tower(tower: FrozenBackbone, folder: UPath) -> None:
     prefix = "visual." if spec.library == "open_clip" else ""
     write_tensors(folder / FILE, {prefix + name: values for name, values in tower.tower.state_dict().items()})
     if spec.model.endswith(".json"):
-        write_file(place_below(folder, Path(spec.model).name), Path(spec.model).read_bytes())
+        write_file(place_below(folder, Path(spec.model).name), read_file(UPath(spec.model)))
 
 
 def find_tower(name: str, folder: UPath) -> str:

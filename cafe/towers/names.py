@@ -17,7 +17,7 @@ from typing import Any
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import copy_here, find_below, locate
+from cafe.files import MOST_TEXT, copy_here, find_below, locate, read_file
 from cafe.plugins import find_entry, has_entry, offer
 
 PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
@@ -279,8 +279,8 @@ def _is_config(model: str) -> bool:
 
 def _read_config(model: str) -> dict[str, Any]:
     try:
-        config = json.loads(Path(model).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_file(UPath(model), MOST_TEXT))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Cannot read the open_clip configuration '{model}' ({error}): give a JSON file.") from error
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
         raise UserError(f"The open_clip configuration '{model}' must hold embed_dim, vision_cfg and text_cfg.")

@@ -24,9 +24,11 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic.dataclasses import dataclass
+from upath import UPath
 
 from cafe.addresses import own
 from cafe.errors import UserError, unknown
+from cafe.files import MOST_TEXT, read_file
 from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.pipeline.plan import split_names
@@ -199,7 +201,7 @@ class Benchmark:
 def read_benchmark(path: Path) -> Benchmark:
     """Read a benchmark file; raise `UserError` for what is not TOML, an unknown key or name, and a value of another type."""
     try:
-        content = tomllib.loads(path.read_bytes().decode())
+        content = tomllib.loads(read_file(UPath(path), MOST_TEXT).decode())
     except OSError as error:
         raise UserError(f"Cannot read the benchmark file {str(path)!r} ({error.strerror}): check the path.") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from upath import UPath
 from cafe.addresses import permission
 from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError, first_line
-from cafe.files import place_below, read_json, write_json
+from cafe.files import place_below, read_file, read_json, write_json
 from cafe.pipeline import cluster
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
 from cafe.pipeline.features.store import FeatureStore
@@ -108,7 +107,7 @@ def look_up_layers(workspace: Workspace, settings: ExtractSettings, names: Seque
     """
     spec, notes = parse_backbone(names[0]), dict[str, UPath]()
     if spec.file:
-        content = digest(Path(spec.file).read_bytes())
+        content = digest(read_file(UPath(spec.file)))
         asked = {name: f"2 {name} {settings.input_size} {content}" for name in names}
         folder = workspace.root / "towers"
         notes = {name: place_below(folder, f"{digest(text.encode())[:16]}.json") for name, text in asked.items()}

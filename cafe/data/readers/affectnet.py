@@ -21,6 +21,7 @@ from cafe.data.manifest import map_threads
 NUMBERS = (  # 0–10, from the authors' read-me
     "neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no face",
 )  # fmt: skip
+MOST_BYTES = 4096  # of an annotation, one number with the header of its array
 LISTS = {"training.csv": "train", "validation.csv": "val"}
 PATH, EXPRESSION, BOX = "subDirectory_filePath", "expression", ("face_x", "face_y", "face_width", "face_height")
 COLUMNS = (PATH, *BOX, "facial_landmarks", EXPRESSION, "valence", "arousal")  # of a list without a header
@@ -93,9 +94,12 @@ def _read_arrays(tree: Tree) -> Listing:
 def _read_expression(annotation: UPath) -> str | None:
     """Return the expression an array of one number holds, or of one text, as some releases have it."""
     try:
-        array = np.lib.format.read_array(io.BytesIO(read_bytes(annotation)), allow_pickle=False)
+        content = read_bytes(annotation)
+        if len(content) > MOST_BYTES:
+            return None
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         return _name_expression(str(array.item()))
-    except (UnreadableImageError, ValueError, EOFError):
+    except (UnreadableImageError, ValueError, EOFError, MemoryError):
         return None
 
 

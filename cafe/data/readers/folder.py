@@ -18,9 +18,8 @@ from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
 from cafe.data.manifest import SPLITS
 from cafe.errors import UserError, quote, unknown
 from cafe.files import read_file, retry
+from cafe.seals import MOST_BYTES, read_rows
 
-ROWS_AT_ONCE = 1024  # of a Parquet table
-MOST_BYTES = 2**30  # of its rows
 COLUMNS = ("path", "label", "split", "group")
 MOST_VOTES = 2**31  # as the manifest counts them
 
@@ -91,25 +90,13 @@ def _load(file: UPath) -> tuple[list[str], list[dict[str, object]]]:
     data = pa.BufferReader(read_file(file))
     try:
         if file.suffix.lower() == ".parquet":
-            table = _read_parquet(data, file)
+            table = read_rows(pa.parquet.ParquetFile(data), file, MOST_BYTES)
         else:
             text = pa.csv.ConvertOptions(column_types={column: pa.string() for column in COLUMNS})
             table = pa.csv.read_csv(data, convert_options=text)
         return table.column_names, table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is neither a CSV nor a Parquet table ({quote(error)}): write it again.") from None
-
-
-def _read_parquet(data: pa.BufferReader, file: UPath) -> pa.Table:
-    """Return a table; raise `UserError` for one that a small file makes as large as memory."""
-    parquet, batches, size = pa.parquet.ParquetFile(data), list[pa.RecordBatch](), 0
-    for batch in parquet.iter_batches(ROWS_AT_ONCE):
-        columns = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in batch.columns]
-        batches.append(pa.RecordBatch.from_arrays(columns, names=batch.schema.names))
-        size += batches[-1].nbytes
-        if size > MOST_BYTES:
-            raise UserError(f"{file} holds more than {MOST_BYTES / 2**30:.0f} GB of text: leave out what is no label.")
-    return pa.Table.from_batches(batches) if batches else parquet.read()
 
 
 def _read_row(row: dict[str, object], where: str, classes: Sequence[str]) -> LabelledFile:
