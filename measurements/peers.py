@@ -7,8 +7,8 @@ Packages that carry a network for the seven expressions are fetched by version a
 they lie in the sets, and scenes into which they are pasted, in which it finds the faces by its own detector first.
 
 What the peers answer is kept in `--folder`, so that the next model of ours takes only its own time. `--write` keeps a row
-for the model in `peers.json`, one for each `--name`, and renews the tables of `docs/peers.md`; without `--model` only the
-peers are measured.
+for the model in `peers.json`, one for each `--name`, and renews the tables of `docs/peers.md`; sets that are not named keep
+their rows. Without `--model` only the peers are measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import click
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from peers_packages import NODE, PACKAGES, WHEELS, Found, megabytes
+from peers_packages import MODULES, NODE, PACKAGES, WHEELS, Found, megabytes
 from peers_page import renew_page
 from PIL import Image
 from upath import UPath
@@ -36,10 +36,12 @@ from cafe.inference.frames import read_frames
 from cafe.inference.model import Model
 from cafe.inference.recognition import PredictedFace, Search, predict_frames
 from cafe.pipeline.release.library import load_model
+from cafe.pipeline.release.shipped import find_shipped
 from cafe.pipeline.workspace import Workspace
 from cafe.results.metrics import METRICS, recalls
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import PROTOCOLS
+from cafe.towers.weights import digest_state_dict
 
 RESULTS = Path(__file__).with_name("peers.json")
 PAGE = Path(__file__).parents[1] / "docs" / "peers.md"
@@ -48,6 +50,7 @@ GROUND = (96, 120, 96)
 BLOCK = 256  # faces in memory
 RESAMPLES = 10_000
 CROPS, SCENES = "crops", "scenes"
+PAIRED = ("set", "where", "model", "peer")  # what tells one difference from another
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Answer:
 @click.option("--workspace", "-w", default="work", show_default=True)
 @click.option("--folder", default="peers", show_default=True, help="Where packages, scenes and answers are kept.")
 @click.option("--sets", default="ferplus,news,cinema", show_default=True, help="Manifests to evaluate on.")
-@click.option("--model", help="A run of the workspace or an exported folder; default: the peers alone.")
+@click.option("--model", help="A run, an exported folder or `shipped`; default: the peers alone.")
 @click.option("--name", default="ours", show_default=True, help="What the row of the model is called.")
 @click.option("--scenes", default=300, show_default=True, help="Faces of each set that are put into scenes.")
 @click.option("--npm", is_flag=True, help="Measure the package of npm too, which needs npm and node.")
@@ -114,44 +117,62 @@ def main(
     if ours and sorted(ours.classes) != sorted(EXPRESSIONS):
         raise UserError(f"The model has the classes {', '.join(ours.classes)}: the peers know the seven.")
     manifests = [Workspace.at(workspace).load_manifest(one) for one in sets.split(",")]
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}, "differences": []}
-    known["settings"] = {"scene": SCENE, "face": FACE, "scenes": scenes, "resamples": RESAMPLES, "packages": PACKAGES}
     peers = (*WHEELS, *(NODE if npm else ()))
-    known["models"] |= {peer.title: peer.prepare(place) for peer in peers}
-    if ours:
-        known["models"][name] = weigh(ours, model or "")
-        known["differences"] = [one for one in known["differences"] if one["model"] != name]
+    rows = {peer.title: peer.prepare(place) for peer in peers} | ({name: weigh(ours, model or "")} if ours else {})
+    found: dict[str, Any] = {"models": rows, "differences": []}
     for faces, where in list_settings(manifests, place, scenes):
         asked = (f"{faces.name}-{where}", faces.files, where == SCENES)
         answers = {peer.title: answer(peer.ask(*asked, place), faces) for peer in peers}
         if ours:
             answers[name] = answer(ask_ours(ours, *asked[1:]), faces)
-        note(known, name, answers, faces, where)
+        note(found, name, answers, faces, where)
         if where == CROPS and faces.twins.any():
             others = {label: given.without(faces.twins) for label, given in answers.items()}
-            note(known, name, others, faces.without_twins(), where)
+            note(found, name, others, faces.without_twins(), where)
         click.echo(f"{faces.name}, {where}: {len(faces.labels)} faces", err=True)
-    click.echo(json.dumps(known, indent=1))
+    click.echo(json.dumps(found, indent=1))
     if renew:
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}, "differences": []}
+        merge(known, found)
+        known["settings"] = {"scene": SCENE, "face": FACE, "scenes": scenes, "resamples": RESAMPLES}
+        known["settings"] |= {"packages": PACKAGES, "modules": MODULES}
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         renew_page(PAGE, known)
 
 
-def note(known: dict[str, Any], name: str, answers: dict[str, Answer], faces: Faces, where: str) -> None:
+def note(found: dict[str, Any], name: str, answers: dict[str, Answer], faces: Faces, where: str) -> None:
     """Add the scores of every answer to the results, and how far the model of that name is ahead of the others."""
     for label, given in answers.items():
-        known["models"][label].setdefault(faces.name, {})[where] = summarise(given, faces)
+        found["models"][label].setdefault(faces.name, {})[where] = summarise(given, faces)
         if name in answers and label != name:
-            known["differences"].append(compare(name, label, answers, faces, where))
+            found["differences"].append(compare(name, label, answers, faces, where))
+
+
+def merge(known: dict[str, Any], found: dict[str, Any]) -> None:
+    """Renew what is known by what was found; what is known of another model of the same name is dropped."""
+    for name, row in found["models"].items():
+        before = known["models"].get(name, {})
+        if before.get("digest") != row["digest"]:
+            known["differences"] = [one for one in known["differences"] if name not in (one["model"], one["peer"])]
+            before = {}
+        known["models"][name] = before | row
+    fresh = {tuple(one[key] for key in PAIRED) for one in found["differences"]}
+    kept = [one for one in known["differences"] if tuple(one[key] for key in PAIRED) not in fresh]
+    known["differences"] = sorted(kept + found["differences"], key=lambda one: tuple(one[key] for key in PAIRED))
 
 
 def weigh(model: Model, name: str) -> dict[str, Any]:
-    """Return the sizes in MB of a model's weights as they are used, and of its folder."""
+    """Return the digest of a model's weights, their sizes in MB as they are used, and that of an exported folder."""
     method = sum(value.nbytes for one in model.methods for value in one.state_dict().values())
     tower = sum(value.nbytes for value in model.tower.backbone.state_dict().values()) if model.tower else 0
-    sizes = {"network_mb": round(method / 1e6, 2), "tower_mb": round(tower / 1e6, 2)}
-    if Path(name).is_dir():
-        sizes["installed_mb"] = megabytes(*(file for file in Path(name).rglob("*") if file.is_file()))
+    weights = {
+        f"{seed}.{key}": value for seed, one in enumerate(model.methods) for key, value in one.state_dict().items()
+    }
+    sizes: dict[str, Any] = {"digest": digest_state_dict(weights)}
+    sizes |= {"network_mb": round(method / 1e6, 2), "tower_mb": round(tower / 1e6, 2)}
+    folder = Path(str(find_shipped(name) or name))
+    if folder.is_dir():
+        sizes["installed_mb"] = megabytes(*(file for file in folder.rglob("*") if file.is_file()))
     return sizes
 
 

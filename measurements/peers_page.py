@@ -20,9 +20,7 @@ def renew_page(page: Path, results: dict[str, Any]) -> None:
 def write_tables(results: dict[str, Any]) -> Iterator[str]:
     """Yield the parts of the page: faces as they lie in the sets, scenes, paired differences, size and speed."""
     models: dict[str, dict[str, Any]] = results["models"]
-    sets = list(
-        dict.fromkeys(name for model in models.values() for name, known in model.items() if isinstance(known, dict))
-    )
+    sets = sorted({name for model in models.values() for name, known in model.items() if isinstance(known, dict)})
     yield "## Faces as they lie in the sets"
     heads: tuple[str, ...] = ("accuracy", "macro-F1", "worst class", "ECE")
     yield write_table(("set", "model", *heads), _rows(models, sets, "crops"))
@@ -76,8 +74,9 @@ def _costs(model: dict[str, Any], sets: Sequence[str]) -> Iterator[str]:
     for size in ("network_mb", "tower_mb", "installed_mb"):
         yield f"{model[size]:.1f}" if size in model else "–"
     for where in ("crops", "scenes"):
-        rates = [model[name][where]["faces_per_second"] for name in sets if name in model]
-        yield " – ".join(f"{rate:.0f}" for rate in sorted({min(rates), max(rates)}))
+        scores = [model[name][where] for name in sets if where in model.get(name, {})]
+        rates = sorted({f"{one['faces_per_second']:.0f}" for one in scores}, key=float)
+        yield " – ".join(rates[:1] + rates[1:][-1:]) or "–"
 
 
 def write_table(heads: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
