@@ -13,7 +13,7 @@ from upath import UPath
 
 from cafe.data.manifest import NAME
 from cafe.errors import DamagedError
-from cafe.files import encode_json, list_folder, read_file, write_file
+from cafe.files import encode_json, list_folder, place_below, read_file, write_file
 from cafe.pipeline.models import read_averages
 from cafe.pipeline.release.catalogue import read_model
 from cafe.pipeline.runs import EXPORTED, RunSpec, add_experiment, is_finished
@@ -46,7 +46,7 @@ def adopt(workspace: Workspace, folder: UPath, experiment: str) -> UPath:
     if not is_finished(run):
         for path in list_folder(folder):
             if path.suffix in DECIDING:
-                write_file(run / EXPORTED / path.name, read_file(path))
+                write_file(place_below(run / EXPORTED, path.name), read_file(path))
         spec.save(run, record.get("origin", {}).get("not_as_published", ()))
         write_sealed(run / "result.json", record.get("trained") or {"epochs": spec.recipe["epochs"]})  # the last
     add_experiment(run, experiment)
