@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from trained import fill_store, start_run
 from upath import UPath
 
 import cafe
+from cafe.data.alignment import Detection, crop_face
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
@@ -307,6 +311,36 @@ def test_the_command_says_how_well_the_graph_agrees(workspace: Workspace, tmp_pa
         "README.md", "model.json", "model.onnx", "model.safetensors", "run.json", "tiny-cafe-vit.json", "tower.safetensors",
     }  # fmt: skip
     check_graph(tmp_path / "model" / "model.onnx", workspace, predicted)
+
+    card = (tmp_path / "model" / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    photo = np.asarray(Image.fromarray(faces_of(workspace)[0]).resize((400, 300)))
+    Image.fromarray(photo).save(tmp_path / "model" / "photo.jpg", "PNG")
+    (points,) = re.findall(r"points = np.array\((.*)\)", snippet)
+    eyes, (nose, *mouth) = np.split(np.array(ast.literal_eval(points)), [2])
+    face = crop_face(photo, Detection((0, 0, 1, 1), eyes, np.mean(mouth, axis=0), 1.0, nose), 224)
+    assert (face[:, 0] == face[:, 1]).mean() < 0.9  # the crop is not all border
+    expected = build_model([run]).predict([face])
+    said = run_without_us(snippet, tmp_path / "model", tmp_path / "packages")
+    assert list(said) == list(EXPRESSIONS)
+    np.testing.assert_allclose([*said.values()], expected[0], atol=1e-5)
+
+
+def run_without_us(snippet: str, folder: Path, packages: Path) -> dict[str, float]:
+    """What a snippet prints in a folder, in a process that can import NumPy, Pillow and ONNX Runtime alone."""
+    packages.mkdir()
+    installed = Path(np.__file__).parents[1]
+    for name in ("numpy", "numpy.libs", "PIL", "pillow.libs", "onnxruntime"):
+        if (installed / name).exists():
+            (packages / name).symlink_to(installed / name)
+    command = [sys.executable, "-S", "-c"]
+    about = {"cwd": folder, "env": {"PYTHONPATH": str(packages)}, "capture_output": True, "text": True, "check": False}
+    for name in ("torch", "cafe"):
+        assert "ModuleNotFoundError" in subprocess.run([*command, f"import {name}"], **about).stderr
+    ran = subprocess.run([*command, snippet], **about)
+    assert ran.returncode == 0, ran.stderr
+    said: dict[str, float] = json.loads(ran.stdout)
+    return said
 
 
 def test_models_of_runs_that_were_trained_before_are_logged_once(workspace: Workspace) -> None:

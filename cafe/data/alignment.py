@@ -15,6 +15,9 @@ from PIL import Image
 
 from cafe.data.detector import Mtcnn, load_mtcnn
 
+SIDE = 224  # pixels of a crop, unless others are asked for
+FINEST = 8  # samples to a pixel of a crop along each axis, at most
+
 # Where the eyes lie in a crop, in shares of its side: it shows a frontal face from forehead to chin and hardly any hair.
 EYE_HEIGHT = 0.36
 EYE_DISTANCE = 0.42
@@ -61,7 +64,7 @@ class Aligned:
 
 def align_faces(
     photos: Sequence[np.ndarray],
-    size: int = 224,
+    size: int = SIDE,
     smallest: int = 32,
     every_face: bool = False,
     confidence: float = 0.9,
@@ -145,9 +148,7 @@ def crop_face(photo: np.ndarray, face: Detection, size: int) -> np.ndarray:
     right = level / max(distance, 1e-6) * scale  # one pixel of the crop to the right, in the photo
     down = np.array([-right[1], right[0]])
     origin = centre - right * size / 2 - down * size * EYE_HEIGHT
-    finer = min(
-        8, max(1, int(np.ceil(scale)))
-    )  # samples to a pixel of the crop, along each axis: large faces are averaged
+    finer = min(FINEST, max(1, int(np.ceil(scale))))  # samples to a pixel along each axis: large faces are averaged
     corners = np.array([origin + right * x * size + down * y * size for x in (0, 1) for y in (0, 1)])
     low = np.floor(corners.min(axis=0)).astype(int) - 2
     high = np.ceil(corners.max(axis=0)).astype(int) + 3

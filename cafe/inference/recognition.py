@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cafe.data.alignment import Detection, align_faces
+from cafe.data.alignment import SIDE, Detection, align_faces
 from cafe.inference.frames import Frame
 from cafe.inference.model import Model
 from cafe.inference.quality import Quality, measure_quality
 
-CROP = 224  # pixels, as `cafe data align` makes its crops
 SEARCHED = 16  # frames, as the detector takes them
 HELD_BYTES = 2**28  # of pixels, before they are searched or predicted whatever their number
 HELD_FACES = 64  # as a tower takes them
@@ -118,7 +117,7 @@ def _search(frames: list[Frame], search: Search) -> Iterator[_Searched]:
     """Yield some frames with the crops of their faces."""
     photos = [frame.pixels for frame in frames if frame.pixels is not None]
     aligned = (
-        iter(align_faces(photos, CROP, search.smallest, search.every_face, search.confidence))
+        iter(align_faces(photos, SIDE, search.smallest, search.every_face, search.confidence))
         if photos and not search.aligned
         else iter(())
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binomtest
 
+from cafe.data import alignment
 from cafe.report.pages import render
 from cafe.results.metrics import confusion, estimate
 from cafe.results.predictions import Predictions
@@ -70,6 +71,13 @@ def write_card(runs: Sequence[Run], seeds: Sequence[Run], known: Mapping[str, st
         left_out=dict.fromkeys(map(str, [*chosen.left_out, *met.left_out])),
         average=describe_average(len(runs), mirrored),
         protocols={name: find_protocol(name).about for name in tables},
+        crop={
+            "size": alignment.SIDE,
+            "eye_height": alignment.EYE_HEIGHT,
+            "eye_distance": alignment.EYE_DISTANCE,
+            "eyes_to_mouth": alignment.EYES_TO_MOUTH,
+            "finest": alignment.FINEST,
+        },
     )
 
 
