@@ -17,6 +17,7 @@ COMPLETED = {  # fields of settings
     "targets": ("manifest",),
     "experiment": ("experiment",),
     "model": ("run", "experiment"),
+    "start": ("run",),
 }
 Command = TypeVar("Command", bound=Callable[..., Any])
 

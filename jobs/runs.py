@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cafe.addresses import own
 from cafe.errors import IncompleteError, UserError, first_line
@@ -60,11 +61,13 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
 
 @click.command()
 @options(TrainSettings)
-def train(**values: Any) -> None:
+@click.pass_context
+def train(ctx: click.Context, /, **values: Any) -> None:
     """Train a method on one source and evaluate it on every other manifest.
 
     \b
     cafe train --source news --method cafe --seed 0 --epochs 20
+    cafe train --source mine --start shipped             # the model that ships goes on learning, on a few hundred faces
 
     Interrupt it as you like: the same command goes on from its last checkpoint.
     """
@@ -75,11 +78,16 @@ def train(**values: Any) -> None:
     set_environment(settings)
 
     from cafe.pipeline.plan import plan_training
+    from cafe.pipeline.release.start import take_over
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import train_and_evaluate
 
     mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
+    given = {name for name in values if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    settings = take_over(workspace, settings, given)
     plan = plan_training(workspace, settings)
+    if plan.start:
+        say(f"Starts from {plan.start.spec.name}, a {settings.method} of {settings.backbone or 'pixels'}.")
     for sentence in explain_choices(settings, plan.spec.precision, plan.spec.recipe["batch_size"]):
         echo(sentence)
     with interruptible():

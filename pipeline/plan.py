@@ -21,6 +21,7 @@ from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, describe_policy
 from cafe.pipeline.models import find_inputs
 from cafe.pipeline.need import Store, Stores, choose_source_stores, join_layers, join_stores
+from cafe.pipeline.release.start import Start, find_start
 from cafe.pipeline.runs import RunSpec, is_finished
 from cafe.pipeline.settings import RunIdentity, TrainSettings, take
 from cafe.pipeline.workspace import Workspace, check_name
@@ -47,6 +48,7 @@ class TrainPlan:
     benchmark: str | None = None  # whose cell it is
     validation: Faces | None = None  # the domain left out, where its training faces choose the epoch
     folds: tuple[TrainPlan, ...] = ()  # trainings on all sources but one, which choose the epoch together
+    start: Start | None = None  # the model it goes on from
 
     @property
     def run(self) -> UPath:
@@ -80,6 +82,9 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     recipe = find_recipe(settings, sources.kind)
     _check_names(settings, recipe)
     _check_domains(settings, names)
+    start = find_start(workspace, settings.start, settings.seed) if settings.start else None
+    if start:
+        start.check_features([part.manifest for part in sources.parts], workspace)
     stores = _choose_stores(workspace, sources, settings)
     source = Faces.of(
         *(
@@ -92,11 +97,14 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         spec, rows=_name_rows(sources, source, settings.selection, recipe), votes=_name_votes(source, recipe)
     )
     find_method(settings.method).check(find_inputs(spec))
+    if start:
+        start.check(spec)
+        spec = replace(spec, start=digest(read_file(start.weights)), start_sources=start.trained_on)
     for part in source.parts:
         _check_faces(part, settings)
     evaluated = settings.fold or None if settings.targets is None else settings.targets
     targets = choose_targets(workspace, evaluated, spec, settings.protocol)
-    plan = TrainPlan(workspace.runs, settings, spec, source, tuple(targets))
+    plan = TrainPlan(workspace.runs, settings, spec, source, tuple(targets), start=start)
     if settings.selection == "oracle":
         plan = replace(plan, validation=choose_target(workspace, settings.fold, spec, find_protocol("clean"), "train"))
     if settings.selection == "leave_one_out":
@@ -266,6 +274,7 @@ def find_deviations(spec: RunSpec) -> list[str]:
     if spec.features:
         found["mean"], found["std"] = spec.features.normalisation  # the tower's pixel statistics
     deviations = [f"source={spec.source}"] if spec.sources else []
+    deviations += [f"start={spec.start[:8]}"] if spec.start else []
     return [*deviations, *list_deviations(find_method(spec.method), spec.source_kind, found)]
 
 

@@ -8,6 +8,7 @@
         checkpoints/0001/            the training's state after an epoch: safetensors + JSON
         train/                       what Ray Train keeps of several workers
         model.safetensors, result.json                        the trained method, then the record that it is
+        start.safetensors                                     the weights it went on from, where it did
         exported/                                             of an exported model, the folder it came in, instead
         predictions/[PROTOCOL/]TARGET[@SPLIT].parquet, figures/KIND/[PROTOCOL/]TARGET[@SPLIT].png
 
@@ -36,6 +37,7 @@ from cafe.seals import write_sealed
 from cafe.towers.names import FINAL, single_names
 
 CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
+START = "start.safetensors"  # file of the weights that a run went on from
 EXPORTED = "exported"  # folder of a run that came as an exported model
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -75,6 +77,8 @@ class RunSpec(RunIdentity):
     votes: str = ""  # digest of the shares of the classes, where a training learns these
     init_digest: str = ""  # of the file of initial weights, where there is one
     plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
+    start: str = ""  # digest of the weights it went on from, where it did
+    start_sources: tuple[Source, ...] = ()  # what these learned from
     exported: str = ""  # NAME:DIGEST of the exported folder that it is, which averages and rounds as it was exported to
 
     @property
@@ -106,12 +110,17 @@ class RunSpec(RunIdentity):
     @property
     def domains(self) -> str:
         """All that take part in leave-one-domain-out, as `a+b+c`."""
-        return "+".join(sorted([*(source.name for source in self.trained_on), self.fold]))
+        return "+".join(sorted([*(source.name for source in self.own_sources), self.fold]))
+
+    @property
+    def own_sources(self) -> tuple[Source, ...]:
+        """Its sources, also where there is only one."""
+        return self.sources or (Source(self.source, self.source_kind, self.source_digest),)
 
     @property
     def trained_on(self) -> tuple[Source, ...]:
-        """Its sources, also where there is only one."""
-        return self.sources or (Source(self.source, self.source_kind, self.source_digest),)
+        """Its sources, and those of the model it started from."""
+        return tuple(dict.fromkeys((*self.own_sources, *self.start_sources)))
 
     @property
     def single_layers(self) -> list[RunSpec]:
@@ -135,9 +144,10 @@ class RunSpec(RunIdentity):
         chosen["backbone"] = self.backbone or "none"
         if not self.sources:
             del chosen["sampler"]
-        for name in ("fold", "views_per_seed"):
+        for name in ("fold", "views_per_seed", "start"):
             if not chosen[name]:
                 del chosen[name]
+        chosen |= {"start": self.start[:8]} if self.start else {}
         chosen |= {"domains": self.domains} if self.fold else {}
         chosen |= {"exported": self.exported.partition(":")[0]} if self.exported else {}
         chosen |= {"classes": ", ".join(self.classes)} if self.classes != EXPRESSIONS else {}

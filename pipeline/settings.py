@@ -184,6 +184,12 @@ class RunChoices(StoreChoice):
     source: str = setting(
         "", "Manifest to train on, or several, comma-separated: their union.", in_file=False, required=True
     )
+    start: str = setting(
+        "",
+        "Model to go on from: shipped, a run, a folder of `cafe export` or an address of MLflow's; its method, features and "
+        "recipe hold unless you give others, and the epoch is chosen on held-out faces.",
+        in_file=False,
+    )
     epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
     overrides: tuple[str, ...] = setting(
         (),

@@ -21,6 +21,7 @@ from cafe.pipeline.evaluate import evaluate_targets
 from cafe.pipeline.plan import TrainPlan, find_deviations
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.process.progress import Bar, Progress, no_bar
+from cafe.pipeline.release.start import keep_start
 from cafe.pipeline.runs import add_experiment, is_finished, note_status, read_status
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.worker import AnyWorker, find_worker
@@ -88,6 +89,8 @@ def show_finished(plan: TrainPlan, mirror: Mirror) -> None:
 def _write_description(plan: TrainPlan, owner: TrainPlan) -> None:
     """Write down what a run is, and to which experiment it belongs: a fold to that of the run whose epoch it chooses."""
     plan.spec.save(plan.run, find_deviations(plan.spec))
+    if not is_finished(plan.run):
+        keep_start(plan.start, plan.run)
     add_experiment(plan.run, owner.settings.experiment, owner.benchmark)
 
 

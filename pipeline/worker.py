@@ -33,6 +33,8 @@ from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
 from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.process import machine
 from cafe.pipeline.process.versions import check_versions, versions
+from cafe.pipeline.release.start import continue_from
+from cafe.pipeline.runs import START
 from cafe.pipeline.settings import ClusterSettings
 from cafe.plugins import Plugin, list_plugins
 from cafe.seals import write_sealed
@@ -90,7 +92,10 @@ class Worker:
         torch.set_num_threads(min(cores, settings.threads or cores))
 
         rows, held_out = source.split_rows(spec.selection, spec.recipe.get("calibration", "none"))
-        method = build_method(spec).to(self.device).to(memory_format=torch.channels_last)
+        method = build_method(spec)
+        if spec.start:
+            continue_from(method, run / START, spec.name, spec.start)
+        method = method.to(self.device).to(memory_format=torch.channels_last)
         if not method.trained:
             if rank() == 0:
                 fit(method, make_dataset(spec, source), rows, self.device)
@@ -101,7 +106,7 @@ class Worker:
         )
         loaders = _count_loaders(settings.loader_workers, self.device, dataset, cores)
         checkpoint, prepared = find_checkpoint(run), False
-        if rank() == 0 and checkpoint is None:
+        if rank() == 0 and checkpoint is None and not spec.start:  # which has learned that already
             prepared = prepare(method, dataset, rows, spec.seed, self.device, loaders)
         if world_size() > 1:
             share_batch_norm(method)

@@ -18,7 +18,7 @@ from cafe.errors import UserError, unknown
 from cafe.files import exists, list_files, list_folder, locate, place_below
 from cafe.results.runs import Run, read_run, read_runs
 
-RUN_FILES = ("run.json", "result.json", "model.safetensors")
+RUN_FILES = ("run.json", "result.json", "model.safetensors", "start.safetensors")
 RUN_FOLDERS = {
     "epochs": (".json",),
     "checkpoints": (".json", ".safetensors"),

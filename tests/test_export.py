@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ from conftest import Cafe, complaint, draw_faces
 from mlflow import MlflowClient
 from PIL import Image
 from runs import write_predictions, write_run
-from trained import fill_store, start_run
+from trained import fill_store, ship_run, start_run, train_run
 from upath import UPath
 
 import cafe
 from cafe.data.alignment import Detection, crop_face
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS, ClassChoice
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_json
@@ -32,14 +33,19 @@ from cafe.inference.graph import Onnx, write_onnx
 from cafe.methods import METHODS, find_method
 from cafe.methods.method import Inputs
 from cafe.pipeline.models import build_model
+from cafe.pipeline.plan import find_deviations, plan_training
 from cafe.pipeline.release.export import cut_middle, export_run, halve
 from cafe.pipeline.release.library import load_model
 from cafe.pipeline.release.pyfunc import Pyfunc, log_model
-from cafe.pipeline.settings import ExportSettings, ExtractSettings
+from cafe.pipeline.release.start import take_over
+from cafe.pipeline.runs import RunSpec
+from cafe.pipeline.settings import ExportSettings, ExtractSettings, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
 from cafe.pipeline.workspace import Workspace
+from cafe.records import digest
 from cafe.report.card import format_share, write_card
 from cafe.results.runs import choose
+from cafe.towers.weights import read_tensors, write_tensors
 from cafe.views.resizing import Resize
 
 SETTINGS = {"source": "one", "targets": "two", "image_size": 64}
@@ -341,6 +347,55 @@ def run_without_us(snippet: str, folder: Path, packages: Path) -> dict[str, floa
     assert ran.returncode == 0, ran.stderr
     said: dict[str, float] = json.loads(ran.stdout)
     return said
+
+
+def test_a_training_goes_on_from_the_weights_of_an_exported_model(workspace: Workspace, tmp_path: Path) -> None:
+    run, _ = start_run(workspace, method="mlp", seed=3, overrides=("features=standardised",), **SETTINGS)
+    state = read_tensors(run / "model.safetensors", "")
+    state |= {"standardise.mean": torch.full((24,), 0.25), "standardise.std": torch.full((24,), 2.0)}
+    write_tensors(run / "model.safetensors", state)
+    folder = str(ship_run(run, tmp_path / "model"))
+    plain = TrainSettings(source="two", start=folder, targets="one,two", overrides=("learning_rate=0",), epochs=1)
+    settings = take_over(workspace, plain, {"overrides", "targets", "epochs"})
+    assert (settings.method, settings.selection, settings.image_size) == ("mlp", "source_val", 64)
+    assert settings.overrides == ("features=standardised", "learning_rate=0")
+    trained = train_run(workspace, **{**vars(settings), "selection": "final"})
+    for name, values in read_tensors(trained / "model.safetensors", "").items():  # all holds still
+        torch.testing.assert_close(values, state[name], rtol=0, atol=0)
+    spec = RunSpec.load(trained)
+    assert spec.start == digest((tmp_path / "model" / "model.safetensors").read_bytes())
+    assert [source.name for source in spec.trained_on] == ["two", "one"]
+    (there,) = [one for one in workspace.read_runs() if one.name == trained.name]
+    relations = {column.name: there.relation(column, "folder", "") for column in there.load_predictions("clean")}
+    assert relations == {"one": "source", "two": "source"}
+    assert (there.settings["start"], there.not_as_published) == (spec.start[:8], ())
+    assert find_deviations(spec)[0] == f"start={spec.start[:8]}"
+    alone = plan_training(workspace, replace(settings, start="", selection="final")).spec
+    assert replace(spec, start="", start_sources=()) == alone  # which therefore has another name
+    assert alone.name != spec.name
+
+
+def test_a_start_that_does_not_fit_is_refused_in_one_sentence(workspace: Workspace, tmp_path: Path) -> None:
+    run, _ = start_run(workspace, method="mlp", tag="fit", **SETTINGS)
+    mean, _ = start_run(workspace, method="nearest_class_mean", **SETTINGS)
+    settings = TrainSettings(start=run.name, source="two", targets="none", method="mlp", image_size=64)
+    for changes, part in (
+        ({"start": mean.name}, "is not trained in epochs"),
+        ({"start": "nothing"}, "Unknown run 'nothing'"),
+        ({"overrides": ("hidden=7",)}, "leave out what changes the size of its head"),
+    ):
+        assert part in complaint(plan_training, workspace, replace(settings, **changes))
+    assert "is of the method mlp" in complaint(take_over, workspace, replace(settings, method="cafe"), {"method"})
+    listing = DATASETS["folder"](UPath(draw_faces(tmp_path / "wards"))).select(ClassChoice(None))
+    index_files("wards", listing).manifest.save(workspace.manifest_path("wards"))
+    missing = complaint(plan_training, workspace, replace(settings, source="wards"))
+    assert "There are no features of 'wards' as the start" in missing
+    assert re.search(r"run `cafe extract wards --backbone '.+' --views 2 --input-size 32`", missing)
+    name = RunSpec.load(run).backbone
+    assert name
+    fill_store(workspace, "wards", ExtractSettings(backbone=name, views=2, maps=True))
+    refused = complaint(plan_training, workspace, replace(settings, source="wards"))
+    assert "'wards' has the classes anger, happiness, sadness and the start" in refused
 
 
 def test_models_of_runs_that_were_trained_before_are_logged_once(workspace: Workspace) -> None:

@@ -22,6 +22,7 @@ from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, load_method, make_dataset
 from cafe.pipeline.plan import TrainPlan, plan_training
+from cafe.pipeline.release.start import keep_start
 from cafe.pipeline.runs import add_experiment, note_status
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.worker import Worker
@@ -98,6 +99,7 @@ def ship_run(run: UPath, folder: Path, **record: Any) -> UPath:
 def _begin(workspace: Workspace, experiment: str, settings: dict[str, Any]) -> TrainPlan:
     plan = plan_training(workspace, TrainSettings(**settings))
     plan.spec.save(plan.run)
+    keep_start(plan.start, plan.run)
     add_experiment(plan.run, experiment)
     note_status(plan.run, "FINISHED")
     return plan

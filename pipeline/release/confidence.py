@@ -69,14 +69,14 @@ def find_home(run: Run) -> list[Predictions]:
 
     Nothing where a source was not evaluated, or is another manifest now.
     """
-    there = run.load_predictions("clean")
+    there, own = run.load_predictions("clean"), run.source.split("+")  # not those of a model it started from
     found = []
-    for source in run.sources:
+    for source in (source for source in run.sources if source.name in own):
         splits = {column.split: one for column, one in there.items() if column.target == source.name}
-        own = splits.get("val") or splits.get("")
-        if own is None or own.about.get("manifest") != source.digest:
+        predictions = splits.get("val") or splits.get("")
+        if predictions is None or predictions.about.get("manifest") != source.digest:
             return []
-        found.append(own)
+        found.append(predictions)
     return found
 
 

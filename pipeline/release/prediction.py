@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
+from cafe.addresses import own
 from cafe.data.alignment import find_detector
 from cafe.data.images import UnreadableImageError, image_pixels
 from cafe.errors import UserError
@@ -87,7 +88,9 @@ def _find_frames(several: Sequence[Any], rate: float) -> Iterator[Iterator[Frame
     """Yield the frames of every stretch of places, and of every picture; raise `UserError` for what is neither."""
     for is_place, group in groupby(enumerate(several), lambda one: isinstance(one[1], str | os.PathLike)):
         if is_place:
-            yield read_frames(find_files([os.fspath(place) for _, place in group]), rate)
+            places = [os.fspath(place) for _, place in group]
+            own(*places)
+            yield read_frames(find_files(places), rate)
         else:
             yield iter([_open_picture(str(number), picture) for number, picture in group])
 
