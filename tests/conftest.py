@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -16,6 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is imported; threads that spin take the cores from others
+
+from cafe.jobs.terminal import defer_gc, resume_gc
+
+defer_gc()  # until all tests are imported: what torch and MLflow make stays to the end
 
 import numpy as np
 import pytest
@@ -50,6 +55,14 @@ class RayTogether(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return "ray" if Path(nodeid.partition("::")[0]).name in NEED_RAY else nodeid
+
+
+def pytest_collection_finish() -> None:
+    resume_gc()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else extension modules complain of what they see never freed
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> RayTogether:
