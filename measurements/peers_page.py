@@ -26,6 +26,7 @@ def write_tables(results: dict[str, Any]) -> Iterator[str]:
     heads: tuple[str, ...] = ("accuracy", "macro-F1", "worst class", "ECE")
     yield write_table(("set", "model", *heads), _rows(models, sets, "crops"))
     yield "## Scenes, each model finding the faces itself"
+    yield f"{results['settings']['scenes']} faces of each set, evenly drawn from the list of its faces."
     heads = ("found", "right of all", "right of those found", "macro-F1", "worst class", "ECE")
     yield write_table(("set", "model", *heads), _rows(models, sets, "scenes"))
     yield "## Ours less theirs"
