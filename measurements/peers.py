@@ -172,7 +172,7 @@ def weigh(model: Model, name: str) -> dict[str, Any]:
     sizes |= {"network_mb": round(method / 1e6, 2), "tower_mb": round(tower / 1e6, 2)}
     folder = Path(str(find_shipped(name) or name))
     if folder.is_dir():
-        sizes["installed_mb"] = megabytes(*(file for file in folder.rglob("*") if file.is_file()))
+        sizes["fetched_mb"] = megabytes(*(file for file in folder.rglob("*") if file.is_file()))
     return sizes
 
 

@@ -116,7 +116,7 @@ class Wheel(Package):
         return {
             "digest": self.digest,
             "network_mb": megabytes(folder / f"{self.name}.tflite"),
-            "installed_mb": megabytes(file),
+            "fetched_mb": megabytes(file),
         }
 
     def predict(self, files: Sequence[Path], detect: bool, folder: Path, output: Path) -> None:
@@ -151,7 +151,7 @@ class NodePackage(Package):
         return {
             "digest": self.digest,
             "network_mb": megabytes(place / "node_modules" / self.name / self.network),
-            "installed_mb": megabytes(file),
+            "fetched_mb": megabytes(file),
         }
 
     def predict(self, files: Sequence[Path], detect: bool, folder: Path, output: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+TEXTS = ("set", "model", "ours", "less", "worst class")  # columns to the left
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -25,6 +26,7 @@ def write_tables(results: dict[str, Any]) -> Iterator[str]:
     heads: tuple[str, ...] = ("accuracy", "macro-F1", "worst class", "ECE")
     yield write_table(("set", "model", *heads), _rows(models, sets, "crops"))
     yield "## Scenes, each model finding the faces itself"
+    yield f"{results['settings']['scenes']} faces of each set, evenly drawn from the list of its faces."
     heads = ("found", "right of all", "right of those found", "macro-F1", "worst class", "ECE")
     yield write_table(("set", "model", *heads), _rows(models, sets, "scenes"))
     yield "## Ours less theirs"
@@ -45,7 +47,7 @@ def write_tables(results: dict[str, Any]) -> Iterator[str]:
         ]
         yield write_table(heads, rows)
     yield "## Size and speed"
-    heads = ("model", "network, MB", "tower, MB", "on disk, MB", "faces/s", "scenes/s")
+    heads = ("model", "network, MB", "tower, MB", "as fetched, MB", "faces/s", "scenes/s")
     yield write_table(heads, [(name, *_costs(model, sets)) for name, model in models.items()])
 
 
@@ -67,12 +69,12 @@ def _rows(models: dict[str, dict[str, Any]], sets: Sequence[str], where: str) ->
 
 def _interval(values: Sequence[float]) -> str:
     mean, low, high = values
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
 
 
 def _costs(model: dict[str, Any], sets: Sequence[str]) -> Iterator[str]:
-    for size in ("network_mb", "tower_mb", "installed_mb"):
-        yield f"{model[size]:.1f}" if size in model else "–"
+    for size in ("network_mb", "tower_mb", "fetched_mb"):
+        yield f"{model[size]:.2f}" if size in model else "–"
     for where in ("crops", "scenes"):
         scores = [model[name][where] for name in sets if where in model.get(name, {})]
         rates = sorted({f"{one['faces_per_second']:.0f}" for one in scores}, key=float)
@@ -81,7 +83,7 @@ def _costs(model: dict[str, Any], sets: Sequence[str]) -> Iterator[str]:
 
 def write_table(heads: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> str:
     """Return a table of Markdown, numbers to the right."""
-    lines = [heads, ["--" if head in ("set", "model", "ours", "less") else "--:" for head in heads], *rows]
+    lines = [heads, ["--" if head in TEXTS else "--:" for head in heads], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
