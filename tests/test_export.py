@@ -102,7 +102,8 @@ def encode_png(face: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-EXPORTED = ("cafe", "finetune", "mlp")  # whose graphs are looked at further down, as they are exported
+# Methods whose graphs are looked at further down, as they are exported.
+EXPORTED = ("cafe", "finetune", "linear_probe", "mlp", "nearest_class_mean")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - EXPORTED))
@@ -229,7 +230,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(workspace: W
 def test_an_export_goes_on_where_it_was_and_replaces_nothing_else(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = start_run(workspace, method="linear_probe", tag="begun", **SETTINGS)
+    run, predicted = start_run(workspace, method="linear_probe", tag="begun", **SETTINGS)
     other, _ = start_run(workspace, method="linear_probe", tag="other", **SETTINGS)
     before = {path: path.read_bytes() for path in Path(str(other)).rglob("*") if path.is_file()}
     assert "holds other files" in complaint(export_run, workspace, run.name, other)
@@ -242,6 +243,7 @@ def test_an_export_goes_on_where_it_was_and_replaces_nothing_else(
     assert "holds other files" in complaint(export_run, workspace, other.name, folder)
     export_run(workspace, run.name, folder)
     assert not (folder / ".export.json").exists()
+    check_graph(tmp_path / "model" / "model.onnx", workspace, predicted)
     assert "holds other files" in complaint(export_run, workspace, other.name, folder)
 
 
@@ -401,7 +403,7 @@ def test_a_start_that_does_not_fit_is_refused_in_one_sentence(workspace: Workspa
 def test_models_of_runs_that_were_trained_before_are_logged_once(workspace: Workspace) -> None:
     for name in workspace.run_names():
         shutil.rmtree(str(workspace.run_path(name)))
-    kept, _ = start_run(workspace, method="linear_probe", **SETTINGS)
+    kept, predicted = start_run(workspace, method="nearest_class_mean", **SETTINGS)
     broken, _ = start_run(workspace, method="mlp", **SETTINGS)
     (broken / "result.json").unlink()
     for _ in range(2):
@@ -412,6 +414,7 @@ def test_models_of_runs_that_were_trained_before_are_logged_once(workspace: Work
     experiment = client.get_experiment_by_name("cafe")
     (logged,) = client.search_logged_models([experiment.experiment_id])
     assert logged.tags["cafe.run"] == kept.name
+    check_graph(Path(str(workspace.root)) / "exports" / kept.name / "model.onnx", workspace, predicted)
     log_model(Mirror(workspace), kept, workspace.root / "exports" / kept.name, "faces")
     assert "model card" in client.get_registered_model("faces").description
     client.update_registered_model("faces", "Ours.")
