@@ -304,6 +304,10 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
         return "a face without the SHA-256 of its file in 'digest'"
     if pc.any(pc.match_substring_regex(table["path"], r"(^|/)\.\.(/|$)|^/")).as_py():
         return "a path that leads out of its root"
+    sides = pc.list_value_length(table["box"])
+    whole = pc.list_flatten(table["box"]).null_count == 0
+    if not whole or pc.all(pc.equal(sides, 4)).as_py() is False:
+        return "a box that is not left, top, width and height"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):
         return "a sample listed twice"
     known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))
