@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+
+Precision = Literal["fp32", "tf32", "bf16"]  # of a training
 
 
 def set_arithmetic(precision: str) -> None:
@@ -13,7 +16,7 @@ def set_arithmetic(precision: str) -> None:
     _set(precision == "tf32", precision == "tf32", True, False)
 
 
-def choose_precision() -> str:
+def choose_precision() -> Precision:
     """Return `bf16` where this machine's GPU or, without one, its cores compute with it, else `fp32`."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cafe.errors import UserError, unknown
-from cafe.jobs.options import complete, options
+from cafe.jobs.options import Whole, complete, options
 from cafe.jobs.terminal import (
     Commands,
     json_option,
@@ -21,7 +21,7 @@ from cafe.jobs.terminal import (
     show,
     show_records,
 )
-from cafe.pipeline.settings import AlignSettings
+from cafe.pipeline.settings import LARGEST, AlignSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +51,7 @@ def data() -> None:
 @click.option("--accept-counts", is_flag=True, help="Index a copy whose counts are not the published ones.")
 @click.option(
     "--train-faces",
-    type=click.IntRange(min=2),
+    type=Whole(2, LARGEST),
     help="Keep this many training faces, in the expressions' proportions; other splits stay whole. Default: all.",
 )
 @click.option(
@@ -212,7 +212,7 @@ def _list_some(title: str, lines: list[str]) -> str:
 @data.command("synth")
 @click.option("--domain", "domains", multiple=True, help="Domain to draw; default: all five.")
 @click.option("--faces", default=1000, show_default=True, type=click.IntRange(28, 28_000), help="Faces of each domain.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the faces.")
+@click.option("--seed", default=0, show_default=True, type=Whole(-(2**63), 2**63 - 1), help="Seed of the faces.")
 def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
     """Draw synthetic faces and index them: `cafe data synth --faces 1000`.
 

@@ -86,5 +86,20 @@ def _type(kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
     if get_origin(kind) is Annotated:
-        return click.IntRange(min=kind.__metadata__[0].ge)
+        return Whole(kind.__metadata__[0].ge, kind.__metadata__[0].le)
     return kind
+
+
+class Whole(click.IntRange):
+    """A whole number from a least to a largest one, of which help shows the least where it is of use to know."""
+
+    def __init__(self, least: int, largest: int) -> None:
+        super().__init__(min=max(least, 0) or None)
+        self.least, self.largest = least, largest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; click ends the command for another one."""
+        number = super().convert(value, param, ctx)
+        if not self.least <= number <= self.largest:
+            self.fail(f"{number} is not a whole number from {self.least} to {self.largest}.", param, ctx)
+        return number

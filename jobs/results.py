@@ -224,7 +224,7 @@ def report(
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(min=1), default=5000, show_default=True, help="Port on loopback.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
     """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
     from cafe.pipeline.tracking.mirror import default_uri, list_experiments

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from cafe.jobs.options import complete
+from cafe.jobs.options import Whole, complete
 from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, show_records
+from cafe.pipeline.settings import LARGEST
 
 
 class _Towers(Commands):
@@ -30,9 +31,7 @@ def tower() -> None:
 
 @tower.command()
 @click.argument("backbone", metavar="TOWER")
-@click.option(
-    "--input-size", type=click.IntRange(min=16), help="Side of the input in pixels; default: the tower's own."
-)
+@click.option("--input-size", type=Whole(16, 4096), help="Side of the input in pixels; default: the tower's own.")
 @json_option
 def layers(backbone: str, input_size: int | None, as_json: bool) -> None:
     """List the layers of a tower, e.g. `cafe tower face-resnet`, with their maps and what a face costs up to them."""
@@ -58,10 +57,8 @@ def layers(backbone: str, input_size: int | None, as_json: bool) -> None:
 @click.option(
     "--backbone", "backbones", required=True, multiple=True, help="Tower to probe; may be given several times."
 )
-@click.option("--faces", default=3000, show_default=True, type=click.IntRange(min=20), help="Training faces to use.")
-@click.option(
-    "--input-size", type=click.IntRange(min=16), help="Side of the input in pixels; default: the tower's own."
-)
+@click.option("--faces", default=3000, show_default=True, type=Whole(20, LARGEST), help="Training faces to use.")
+@click.option("--input-size", type=Whole(16, 4096), help="Side of the input in pixels; default: the tower's own.")
 @json_option
 def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int | None, as_json: bool) -> None:
     """Find the layer that tells expressions apart best, e.g. `cafe tower probe news --backbone face-resnet`.

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from upath import UPath
 
-from cafe.errors import UserError
+from cafe.errors import UserError, quote
 from cafe.files import exists, locate, read_file
 from cafe.inference.model import BATCH_SIZE, Model, TowerInput
 from cafe.learning.loading import FaceDataset
 from cafe.methods import find_method
-from cafe.methods.method import ARRAYS, Inputs, Method
+from cafe.methods.method import ARRAYS, Inputs, Method, check_recipe
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.runs import RunSpec, model_folder
 from cafe.plugins import check_plugins
-from cafe.records import digest
+from cafe.records import check_record, digest
 from cafe.seals import read_sealed
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
@@ -33,15 +33,27 @@ def find_inputs(spec: RunSpec) -> Inputs:
 
 
 def build_method(spec: RunSpec, init: str | None = None) -> Method:
-    """Return the method with initial weights drawn from the seed; raise `UserError` where a plug-in of its is missing."""
+    """Return the method with initial weights drawn from the seed.
+
+    Raises `UserError` where a plug-in of its is missing, and for a specification that the method cannot be built from.
+    """
     check_plugins(spec.plugins)
     method = find_method(spec.method)
+    where = f"The record of the run {spec.name!r}"
+    recipe = check_record(spec.recipe, method.recipe_type, where)
+    check_recipe(recipe, spec.method)
+    needed = {"backbone": method.needs_tower(), "width": method.needs_features(), "features": method.needs_features()}
+    needed["grid"] = "map" in method.needs
+    if lacking := [name for name, wanted in needed.items() if wanted and getattr(spec, name) is None]:
+        raise UserError(
+            f"{where} has no {lacking[0]}, which {spec.method} needs: it was changed by hand; train it again."
+        )
     if init is None and spec.init_digest and digest(read_file(locate(spec.init[5:]))) != spec.init_digest:
         raise UserError(
             f"The file of {spec.init!r} is not the one that this run was planned with: give the command again."
         )
     torch.manual_seed(spec.seed)
-    return method(method.recipe_type(**spec.recipe), replace(find_inputs(spec), init=init or spec.init))
+    return method(recipe, replace(find_inputs(spec), init=init or spec.init))
 
 
 def load_method(spec: RunSpec, run: UPath, file: str = "model.safetensors") -> Method:
@@ -50,7 +62,13 @@ def load_method(spec: RunSpec, run: UPath, file: str = "model.safetensors") -> M
     Weights of half precision become float32 again.
     """
     path, method = run / file, build_method(spec, init="scratch")
-    method.load_state_dict(read_tensors(path, "move the run's folder elsewhere and train it again with `cafe train`"))
+    weights = read_tensors(path, "move the run's folder elsewhere and train it again with `cafe train`")
+    try:
+        method.load_state_dict(weights)
+    except RuntimeError as error:  # torch's, of other names or shapes
+        raise UserError(
+            f"The weights in {path} are not those of the run that run.json describes ({quote(error)}): they belong together."
+        ) from None
     check_finite(method, path)
     return method
 

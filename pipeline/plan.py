@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
-from cafe.arithmetic import choose_precision
+from cafe.arithmetic import Precision, choose_precision
 from cafe.errors import UserError
 from cafe.files import locate, place_below, read_file
 from cafe.learning.loading import SMALLEST_BATCH
@@ -213,7 +213,7 @@ def _name_votes(source: Faces, recipe: Recipe) -> str:
     return digest(source.shares.tobytes())
 
 
-def find_precision(settings: TrainSettings) -> str:
+def find_precision(settings: TrainSettings) -> Precision:
     """Return the arithmetic asked for, or that which suits this machine; raise `UserError` where others compute."""
     if settings.precision != "auto":
         return settings.precision
@@ -305,8 +305,6 @@ def _plain(value: object) -> str:
 def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
     check_network(settings.network, settings.init)
     check_name(settings.experiment)
-    if not -(2**63) <= settings.seed < 2**63:
-        raise UserError(f"The seed {settings.seed} has more than 64 bits: give a smaller one.")
     if settings.tag:
         check_name(settings.tag)
     if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):

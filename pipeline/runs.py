@@ -19,16 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval
 from upath import UPath
 
-from cafe.data.expressions import EXPRESSIONS
+from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.errors import UserError, first_line
 from cafe.files import encode_json, exists, place_below, read_json, write_changed, write_json
-from cafe.pipeline.features.key import FeatureKey
+from cafe.pipeline.features.key import Colours, FeatureKey, Spreads
 from cafe.pipeline.process.versions import code_version
-from cafe.pipeline.settings import RunChoices, RunIdentity
+from cafe.pipeline.settings import Count, RunChoices, RunIdentity, Seed, Side
 from cafe.pipeline.workspace import check_name
 from cafe.records import FORMAT, check_record, digest_changes
 from cafe.results.runs import read_record, read_result
@@ -39,6 +40,7 @@ from cafe.towers.names import FINAL, single_names
 CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
 START = "start.safetensors"  # file of the weights that a run went on from
 EXPORTED = "exported"  # folder of a run that came as an exported model
+Size = Annotated[int, Interval(ge=1, le=2**20)]  # of features
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -59,20 +61,20 @@ class RunSpec(RunIdentity):
     classes: tuple[str, ...] = EXPRESSIONS  # in the order of labels and logits
     recipe: dict[str, Any]  # all settings of it
     recipe_changes: dict[str, Any]  # those that differ from the method's defaults
-    image_size: int
-    precision: str = "fp32"
+    image_size: Side
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     policy: str
-    views: int
-    view_seed: int = 0  # the seed, with `views_per_seed`, by which the seeds of a row do not share their views
+    views: Count
+    view_seed: Seed = 0  # the seed, with `views_per_seed`, by which the seeds of a row do not share their views
     interpolation: str = "bilinear"
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Colours
+    std: Spreads
     features: FeatureKey | None = (
         None  # of the source's store; None when the method reads none; how the tower runs if `live`
     )
     backbone: str | None = None  # as the user wrote it
-    width: int | None = None
-    grid: tuple[int, int] | None = None  # (H, W) of the maps it reads, which the store says
+    width: Size | None = None
+    grid: tuple[Size, Size] | None = None  # (H, W) of the maps it reads, which the store says
     rows: str = ""  # digest of the rows trained on or held out, where pictures of the source are left out
     votes: str = ""  # digest of the shares of the classes, where a training learns these
     init_digest: str = ""  # of the file of initial weights, where there is one
@@ -175,7 +177,9 @@ class RunSpec(RunIdentity):
         record = read_record(run, file)
         if record is None:
             raise UserError(f"There is no run in {run}: give the name of a run of this workspace.")
-        return check_record(record.get("spec"), cls, f"{run}/{file}")
+        spec = check_record(record.get("spec"), cls, f"{run}/{file}")
+        check_classes(spec.classes)
+        return spec
 
     def save(self, run: UPath, not_as_published: Sequence[str] = ()) -> None:
         """Write down what the run is, unless it is there already.

@@ -2,8 +2,8 @@
 
 The options of the command line and the keys that a benchmark file may have are generated from them.
 
-What a setting may be stands in its type: `Literal` lists its choices, `Count` and `Number` have a least value. Kept free of
-heavy imports so that `cafe --help` answers at once.
+What a setting may be stands in its type: `Literal` lists its choices, whole numbers have a least value and a largest. Kept
+free of heavy imports so that `cafe --help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Interval
 
 from cafe.results.protocols import ProtocolName, TestTime
 
-Count = Annotated[int, Ge(1)]
-Number = Annotated[int, Ge(0)]
-Side = Annotated[int, Ge(16)]  # of a picture, in pixels
+LARGEST = 2**31 - 1
+Count = Annotated[int, Interval(ge=1, le=LARGEST)]
+Number = Annotated[int, Interval(ge=0, le=LARGEST)]
+Workers = Annotated[int, Interval(ge=1, le=4096)]  # or threads, or processes
+Helpers = Annotated[int, Interval(ge=0, le=4096)]
+Side = Annotated[int, Interval(ge=16, le=4096)]  # of a picture, in pixels
+Seed = Annotated[int, Interval(ge=-(2**63), le=2**63 - 1)]  # of 64 bits
 
 # Of cafe.views.drawing and cafe.towers, which take a second to import.
 Policy = Literal["paper", "scn", "eac", "ofer", "clean", "clean+flip", "flip"]
@@ -44,7 +48,7 @@ class ClusterSettings:
     address: str | None = setting(
         None, "Ray cluster to join (HOST:PORT or auto); default: this machine alone.", in_file=False
     )
-    num_cpus: int | None = setting(None, "Cores to use on this machine; default: all.", in_file=False)
+    num_cpus: Workers | None = setting(None, "Cores to use on this machine; default: all.", in_file=False)
     scale_minutes: Number = setting(
         0,
         "Minutes to wait for the cluster's autoscaler where GPUs or cores that are asked for are missing.",
@@ -63,7 +67,7 @@ class FeatureIdentity:
         "fp32", "Arithmetic of the whole tower; tf32: float32 with shorter factors, faster on recent GPUs."
     )
     interpolation: Literal["bilinear", "bicubic"] = setting("bilinear", "How faces are resized.")
-    view_seed: int = setting(0, "Seed of the views (not of the training).")
+    view_seed: Seed = setting(0, "Seed of the views (not of the training).")
     views: Count = setting(1, "Views per face: view 0 is clean, the others are augmented by the policy.", in_file=False)
     maps: bool = setting(False, "Store the tower's spatial feature maps too.", in_file=False)
     dtype: Literal["float16", "float32"] = setting("float16", "Number format of the stored features.")
@@ -102,11 +106,11 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
         in_file=False,
     )
     use_gpu: bool | None = setting(None, "Run towers on GPUs; default: when the cluster has one.", flag="--gpu/--cpu")
-    num_gpus: Number | None = setting(None, "GPUs to use; default: all of the cluster.")
-    num_actors: Count | None = setting(
+    num_gpus: Helpers | None = setting(None, "GPUs to use; default: all of the cluster.")
+    num_actors: Workers | None = setting(
         None, "Towers at work; default: one per GPU, or without one per core of a cluster and per four of a machine."
     )
-    decoders: Number | None = setting(
+    decoders: Helpers | None = setting(
         None,
         "Processes that decode ahead of each tower; default: one; for a GPU four, or its cores where views are few.",
     )
@@ -132,7 +136,7 @@ class StoreChoice:
         None, "Views to use, of a feature store with as many or more; default: all.", in_file=False
     )
     policy: Policy | None = setting(None, "View policy of the feature store.", in_file=False)
-    view_seed: int | None = setting(
+    view_seed: Seed | None = setting(
         None, "Seed of its views; of a method without features: of those it sees, 0 by default.", in_file=False
     )
     store: str | None = setting(
@@ -147,7 +151,7 @@ class RunIdentity:
     """What a user chooses that decides the result of a run and stands in its record as it is."""
 
     method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.", in_file=False)
-    seed: int = setting(0, "Seed of initial weights, order and dropped channels.", in_file=False)
+    seed: Seed = setting(0, "Seed of initial weights, order and dropped channels.", in_file=False)
     network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
     init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
     live: bool = setting(
@@ -222,14 +226,14 @@ class Execution(ClusterSettings):
     protocol: ProtocolName = setting(
         "clean", "How targets are evaluated; training does not depend on it.", in_file=False
     )
-    num_workers: Count = setting(1, "Training workers (DDP); the result does not depend on it.")
+    num_workers: Workers = setting(1, "Training workers (DDP); the result does not depend on it.")
     use_gpu: bool | None = setting(
         None, "One GPU per worker; default: when the cluster has enough.", flag="--gpu/--cpu"
     )
-    threads: Count | None = setting(
+    threads: Workers | None = setting(
         None, "Threads of each worker; default: its share of the machine's cores.", in_file=False
     )
-    loader_workers: Number | None = setting(
+    loader_workers: Helpers | None = setting(
         None,
         "Processes per worker that make views ahead; default: none, or up to 8 for a GPU and a policy that turns faces.",
     )
@@ -273,7 +277,7 @@ class BenchmarkSettings(ClusterSettings):
 
     dry_run: bool = setting(False, "Show the plan and what it costs, and do nothing.")
     only: str | None = setting(None, "Only cells whose SOURCE/METHOD/SEED matches, e.g. 'rafdb/*' or '*/cafe*/s0'.")
-    parallel: Count | None = setting(
+    parallel: Workers | None = setting(
         None, "Cells at a time; default: as many as have room on the GPUs, or one per core without any."
     )
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
@@ -354,6 +358,6 @@ class DemoSettings(ClusterSettings):
         (), "Folder of your own faces, EXPRESSION/*.jpg, instead of drawn ones; the first is trained on. Repeatable.",
         multiple=True, metavar="FOLDER",
     )  # fmt: skip
-    drawn: Annotated[int, Ge(112)] = setting(500, "Faces to draw of each domain.")
+    drawn: Annotated[int, Interval(ge=112, le=28_000)] = setting(500, "Faces to draw of each domain.")
     seeds: Count = setting(3, "Seeds per method.")
     epochs: Count = setting(10, "Epochs of every training.")

@@ -21,7 +21,7 @@ from conftest import complaint, draw_faces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from runs import write_run
+from runs import write_predictions, write_run
 from test_store import MANIFEST, features, filled
 from upath import UPath
 
@@ -37,8 +37,10 @@ from cafe.pipeline.features.store import FeatureStore, verify
 from cafe.pipeline.runs import RunSpec, read_status
 from cafe.pipeline.workspace import Workspace
 from cafe.plugins import load_plugins
+from cafe.results.comparison import name_rows
 from cafe.results.predictions import Predictions
 from cafe.results.runs import read_run
+from cafe.results.scores import read_scores
 from cafe.seals import read_sealed, verify_file
 from cafe.towers.face import read_face_weights
 from cafe.towers.names import parse_backbone
@@ -115,7 +117,11 @@ def test_records_of_a_run_of_any_content(tmp_path: Path, steps: list[int], value
     content = json.dumps(put(whole, steps, value)).encode() if text is None else text
     (run / "run.json").write_bytes(content)
     complaint(RunSpec.load, run)
-    complaint(read_run, run)
+    if not complaint(read_run, run) and (found := read_run(run)):  # what is read can be compared
+        if not (run / "predictions").exists():
+            write_predictions(run, "fer", np.arange(7), np.arange(7))
+        complaint(read_scores, [found])
+        assert len(name_rows([[found], [found]])) == 2
     (run / "status.json").write_bytes(content)
     read_status(run)
 

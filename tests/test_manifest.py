@@ -316,6 +316,8 @@ def test_the_kind_and_the_boxes_survive_the_file(tmp_path: Path) -> None:
         ({"digest": None}, "empty cells in 'digest'"),
         ({"digest": ""}, "a face without the SHA-256 of its file"),
         ({"sample_id": "1/1.jpg"}, "a sample listed twice"),
+        ({"box": [1, 2, 3]}, "a box that is not left, top, width and height"),
+        ({"box": [1, 2, None, 4]}, "a box that is not left, top, width and height"),
     ],
 )
 def test_a_manifest_that_cannot_be_trusted_is_one_sentence(

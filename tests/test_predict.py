@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,46 @@ def test_the_best_run_is_chosen_by_held_out_faces_of_the_source_and_seeds_are_av
     assert "averaged over 2 seeds" in said
     np.testing.assert_allclose(shares(both), (alone[0] + alone[1]) / 2, atol=2e-6)
     assert np.abs(alone[0] - alone[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("recipe.nonsense", 1, "nonsense: unexpected keyword"), ("recipe.learning_rate", None, "a valid number"),
+        ("recipe.prior", "x", "Unknown prior|prior: input should be"), ("recipe", {}, ""),
+        ("interpolation", "cubic", "Unknown interpolation 'cubic'"), ("policy", "x", "Unknown view policy 'x'"),
+        ("image_size", 10**9, "image_size: input should be less"), ("image_size", 0, "image_size: input should be greater"),
+        ("views", 0, "views: input"), ("view_seed", 2**64, "view_seed: input"), ("mean", [0.5], "mean: tuple should have"),
+        ("std", [0, 1, 1], "std.0: input should be greater than 0"), ("precision", "fp64", "precision: input should be"),
+        ("width", None, "has no width, which linear_probe needs"), ("width", 10**12, "width: input should be less"),
+        ("width", 12, "are not those of the run that run.json describes"), ("backbone", None, "has no backbone"),
+        ("features", None, "has no features"), ("features.policy", {}, "Unknown view policy 'None'"),
+        ("features.input_size", 0, "features.input_size: input"), ("classes", ["fear", "fear"], "named twice"),
+        ("classes", ["fear", "anger"], "are not those of the run"), ("method", "../x", "Unknown method"),
+        ("unheard", 1, "unheard: unexpected keyword"),
+    ],
+)  # fmt: skip
+def test_a_model_folder_of_any_record_is_one_sentence(
+    field: str, value: object, said: str, command: Cafe, tmp_path: Path
+) -> None:
+    (run,), folder = runs_of(command, "plain"), UPath(tmp_path / "model")
+    record = read_sealed(run / "run.json") or {}
+    *above, last = field.split(".")
+    part = record["spec"]
+    for name in above:
+        part = part[name]
+    part[last] = value
+    write_sealed(folder / "run.json", record)
+    shutil.copy(str(run / "model.safetensors"), str(folder))
+    assert re.search(said, complaint(build_model, [folder]))
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_truncated_weights_are_one_sentence(size: int, command: Cafe, tmp_path: Path) -> None:
+    (run,), folder = runs_of(command, "plain"), UPath(tmp_path)
+    shutil.copy(str(run / "run.json"), tmp_path)
+    (folder / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:size])
+    assert "model.safetensors is damaged or was changed" in complaint(build_model, [folder])
 
 
 def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: Path) -> None:

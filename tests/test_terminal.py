@@ -10,6 +10,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,6 +24,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UNPRINTABLE, printable
 from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
+from cafe.jobs.options import Whole
 from cafe.jobs.results import sheet_tables
 from cafe.jobs.terminal import Commands, echo, make_table, show, show_json
 from cafe.methods import METHODS
@@ -220,6 +222,25 @@ def test_what_the_system_refuses_is_one_sentence(place: str) -> None:
         f"Error: {what} (No space left on device): fix that and try again.\n",
     )
     assert isinstance(CliRunner().invoke(group, ["library"]).exception, OSError)
+
+
+def list_options(command: click.Command, ctx: click.Context) -> Iterator[click.Parameter]:
+    """All options of a command and of those below it."""
+    yield from command.params
+    for name in command.list_commands(ctx) if isinstance(command, click.Group) else ():
+        yield from list_options(command.get_command(ctx, name) or command, ctx)
+
+
+def test_every_whole_number_has_a_least_and_a_largest(tmp_path: Path) -> None:
+    found = [option for option in list_options(main, click.Context(main)) if option.type.name.startswith("integer")]
+    assert len(found) > 40
+    for option in found:
+        bounds = (option.type.least, option.type.largest) if isinstance(option.type, Whole) else ()
+        assert bounds or (isinstance(option.type, click.IntRange) and None not in (option.type.min, option.type.max))
+    for option, value in (("--view-seed", 2**63), ("--views", 2**31), ("--threads", 5000), ("--image-size", 8)):
+        assert str(value) in run(tmp_path, "train", "--source", "x", option, str(value), code=2)
+    assert "Unknown manifest 'x'" in run(tmp_path, "train", "--source", "x", "--seed", str(-(2**63)), code=2)
+    assert "[x>=1]" in CliRunner().invoke(main, ["train", "--help"]).output
 
 
 def test_help_names_the_exit_codes() -> None:

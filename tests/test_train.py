@@ -243,7 +243,7 @@ def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None
     ("arguments", "message"),
     [
         (("--source", "ones"), "Unknown manifest 'ones'"),
-        (("--source", "one", "--seed", "99999999999999999999"), "The seed 99999999999999999999 has more than 64 bits"),
+        (("--source", "one", "--seed", "99999999999999999999"), "99999999999999999999 is not a whole number"),
         (("--source", "one", "--method", "caffe"), "Unknown method 'caffe': choose cafe, "),
         (("--source", "one", "--views", "9"), "No features of 'one' fit --views 9 (there are: 3 views × 24 channels"),
         (("--source", "one", "--backbone", "clip-vit-b32"), "run `cafe extract one --backbone clip-vit-b32`"),

@@ -327,6 +327,10 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
         return "votes for another number of classes"
     if pc.any(pc.less(pc.list_flatten(table["votes"]), 0)).as_py():
         return "fewer than no votes"
+    sides = pc.list_value_length(table["box"])
+    whole = pc.list_flatten(table["box"]).null_count == 0
+    if not whole or pc.all(pc.equal(sides, 4)).as_py() is False:
+        return "a box that is not left, top, width and height"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):
         return "a sample listed twice"
     known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))

@@ -13,6 +13,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
 
 Batch = dict[str, Any]
+LARGEST = 2**31 - 1  # that a setting of a recipe can be
 ARRAYS = {"features": "pooled", "map": "map"}  # what a method may need of a store → its array
 
 
@@ -36,6 +37,7 @@ class Recipe:
     # "temperature": logits are divided by a number that is fitted on faces held out of the source (Guo et al., "On
     # Calibration of Modern Neural Networks", ICML 2017, Sec. 4.2).
     calibration: Literal["none", "temperature"] = "none"
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic where a record of a run is read
 
     # Settings that keep their ratio to another one when that one alone is changed: a point of the schedule to the epochs,
     # the rate of a part to the learning rate.
@@ -208,17 +210,18 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Re
             scaled = known[follower] * changes[leader] / known[leader]
             changes[follower] = max(1, round(scaled)) if isinstance(known[follower], int) else float(f"{scaled:.12g}")
     changed = replace(recipe, **changes)
-    _check(changed, method)
+    check_recipe(changed, method)
     return changed
 
 
-def _check(recipe: Recipe, method: str) -> None:
+def check_recipe(recipe: Recipe, method: str) -> None:
+    """Raise `UserError` for settings that are none of a method, or contradict each other."""
     kinds = get_type_hints(type(recipe))
     for name, value in asdict(recipe).items():
         if get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]):
             raise unknown(f"{name} of {method}", value, get_args(kinds[name]))
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"The setting {name} of {method} cannot be negative, but is {value}.")
+        if isinstance(value, int | float) and not 0 <= value <= LARGEST:
+            raise UserError(f"The setting {name} of {method} is a number from 0 to {LARGEST}, not {value}.")
     if recipe.prior != "adjusted" and recipe.prior_strength != Recipe.prior_strength:
         raise UserError(
             f"prior_strength says how far the prior is adjusted, and prior is {recipe.prior!r}: set prior=adjusted too, or "

@@ -38,12 +38,13 @@ def load_leaks(root: UPath, source: str, source_digest: str, target: str, target
     try:
         table = read_table(path, remedy)
         about = json.loads(table.schema.metadata[b"cafe.audit"])
+        digests = {name: about[f"{name}_digest"] for name in ("source", "target")}
         splits, samples = (table[name].to_pylist() for name in ("source_split", "target_sample_id"))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         raise damaged(path, remedy) from None
     for name, digest, audited in (
-        (source, source_digest, about["source_digest"]),
-        (target, target_digest, about["target_digest"]),
+        (source, source_digest, digests["source"]),
+        (target, target_digest, digests["target"]),
     ):
         if digest != audited:
             raise UserError(

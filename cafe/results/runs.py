@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from upath import UPath
@@ -13,7 +13,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS, order_classes
 from cafe.errors import StorageError, UserError, unknown
 from cafe.files import exists, list_folder, read_json
-from cafe.records import FORMAT
+from cafe.records import FORMAT, check_record
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions, average, load_predictions
 from cafe.results.protocols import OPTIONS, name_protocol
@@ -22,8 +22,22 @@ from cafe.seals import read_sealed
 
 PULLED = "pulled.json"  # says of a run folder that it came from a tracking server
 
-# What run.json says of a run.
-RUN_FIELDS = ("name", "group", "source", "method", "seed", "selection", "settings", "derived")
+
+@dataclass(frozen=True)
+class Description:
+    """What run.json says of a run; old records do not say what has a default."""
+
+    name: str
+    group: str
+    source: str  # `a+b` where there are several
+    method: str
+    seed: int
+    selection: str
+    settings: dict[str, Any]
+    derived: dict[str, Any]
+    sources: tuple[Source, ...] = ()  # where there are several
+    fold: str = ""
+    classes: tuple[str, ...] = EXPRESSIONS
 
 
 @dataclass(frozen=True)
@@ -129,33 +143,22 @@ def read_run(folder: UPath) -> Run | None:
     record = read_record(folder)
     if record is None:
         return None
-    described = {name: record[name] for name in RUN_FIELDS if name in record}
-    if missing := [name for name in RUN_FIELDS if name not in described]:
-        raise UserError(f"{folder}/run.json has no {missing[0]!r}: it was changed by hand; train the run again.")
-    if record["name"] != folder.name:
+    known = {one.name: record[one.name] for one in fields(Description) if record.get(one.name) is not None}
+    described = check_record(known, Description, f"{folder}/run.json")
+    if described.name != folder.name:
         raise UserError(
-            f"{folder}/run.json says that it is the run {record['name']!r}: give the folder that name back, or remove it."
+            f"{folder}/run.json says that it is the run {described.name!r}: give the folder that name back, or remove it."
         )
-    deviations, spec, classes = (record.get(name) for name in ("not_as_published", "spec", "classes"))
+    deviations, spec = (record.get(name) for name in ("not_as_published", "spec"))
     experiments = {path.stem: read_json(path) or {} for path in list_folder(folder / "experiments")}
-    alone = {"name": record["source"], "kind": record.get("source_kind"), "digest": record.get("source_digest")}
-    sources = record.get("sources") or [alone]
-    if not isinstance(sources, list) or not all(
-        isinstance(one, dict) and one.keys() == alone.keys() for one in sources
-    ):
-        raise UserError(
-            f"{folder}/run.json lists its sources in no known form: it was changed by hand; train the run again."
-        )
+    alone = Source(described.source, str(record.get("source_kind") or ""), str(record.get("source_digest") or ""))
     return Run(
         folder,
-        **described,
-        fold=record.get("fold", ""),
-        sources=tuple(Source(**source) for source in sources),
+        **{**vars(described), "sources": described.sources or (alone,)},
         spec=spec if isinstance(spec, dict) else {},
         not_as_published=tuple(deviations) if isinstance(deviations, list) else (),
         experiments={name: member.get("benchmark") for name, member in experiments.items()},
         pulled=exists(folder / PULLED),
-        classes=tuple(classes) if isinstance(classes, list) else Run.classes,
     )
 
 

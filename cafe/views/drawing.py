@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from cafe.errors import unknown
 from cafe.randomness import random_generator
 
 VERSION = 1  # part of every cache key: raise it when a view of the same name would look different
@@ -100,6 +101,13 @@ class ViewPlan:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for a policy or an interpolation there is not: a record of a run may name any."""
+        if self.policy not in POLICIES:
+            raise unknown("view policy", self.policy, POLICIES)
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
 
     @property
     def turns(self) -> bool:

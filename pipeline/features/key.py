@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Gt, Len
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.pipeline.settings import FeatureIdentity, take
+from cafe.pipeline.settings import FeatureIdentity, Side, take
 from cafe.records import FORMAT, check_record, digest_changes
 
 if TYPE_CHECKING:
     from cafe.views.drawing import ViewPlan
 
+Colours = Annotated[tuple[float, ...], Len(3, 3)]  # the mean of red, green and blue
+Spreads = Annotated[tuple[Annotated[float, Gt(0)], ...], Len(3, 3)]  # and their deviation
 SHARD_BYTES = 4 * 2**20  # a shard object worth a request
 MIN_SHARDS = 16  # so that a small data set still spreads over workers and loses little when killed
 MIN_SHARD_ROWS = 32
@@ -34,8 +37,8 @@ class FeatureKey(FeatureIdentity):
     images: str  # digest of the samples and their bytes
     backbone: str  # library:MODEL
     weights: str  # digest of the tower's tensors
-    input_size: int
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
+    input_size: Side
+    normalisation: tuple[Colours, Spreads]  # mean, std
     policy: dict[str, Any]
 
     @property
@@ -48,7 +51,9 @@ class FeatureKey(FeatureIdentity):
         """How the views behind these features are drawn."""
         from cafe.views.drawing import ViewPlan
 
-        return ViewPlan(self.policy["name"], self.view_seed, self.views, self.interpolation, *self.normalisation)
+        return ViewPlan(
+            str(self.policy.get("name")), self.view_seed, self.views, self.interpolation, *self.normalisation
+        )
 
 
 def describe_policy(name: str) -> dict[str, Any]:
