@@ -4,13 +4,15 @@ model.onnx           faces (N, H, W, 3) uint8 → probabilities (N, K): everythi
 model.safetensors    the method's weights; tower.safetensors the tower's, unless they come with this package
 run.json             the run's description: with it the folder loads as a model again
 README.md            the model card
-.export.json         the run, as long as the export is under way; written first: the folder is no other's
 model.json           labels, preprocessing, origin, scores and versions; written last: the folder is whole
+.export.json         the run, as long as the export is under way; written first: the folder is no other's
+.export/             all of the above as long as it is made, so that an earlier export stays whole until it is replaced
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -19,7 +21,17 @@ import numpy as np
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import check_output, list_folder, read_file, read_json, remove_file, write_file, write_json
+from cafe.files import (
+    check_output,
+    list_folder,
+    place_below,
+    read_file,
+    read_json,
+    remove_file,
+    remove_tree,
+    write_file,
+    write_json,
+)
 from cafe.inference.graph import FACES, OPSET, PROBABILITIES, Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.methods import find_method
@@ -35,6 +47,7 @@ from cafe.towers.building import FrozenBackbone
 from cafe.towers.keeping import keep_tower
 
 STARTED = ".export.json"  # in a folder whose export is under way: of which run
+MADE = ".export"  # where it is made
 CHECKED = 32  # faces of which the graph must say what PyTorch does
 TOLERANCE = 1e-4  # of their probabilities
 PACKAGES = ("cafe", "torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
@@ -67,7 +80,20 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
         )
     faces = choose_faces(workspace, run)
     write_json(folder / STARTED, identify(run))  # first: what is half written is taken up again
-    (folder / "model.json").unlink(missing_ok=True)
+    difference = _make(workspace, run, runs, model, faces, beside := folder / MADE)
+    for path in sorted(list_folder(beside), key=lambda path: path.name == "model.json"):
+        path.replace(place_below(folder, path.name))
+    remove_tree(beside)
+    remove_file(folder / STARTED)
+    return Exported(folder, len(faces), difference)
+
+
+def _make(
+    workspace: Workspace, run: Run, runs: Sequence[Run], model: Model, faces: list[np.ndarray], folder: UPath
+) -> float:
+    """Write the export of a run to a folder that is emptied first; return by how much the graph differs from PyTorch."""
+    remove_tree(folder)
+    folder.mkdir()
     write_onnx(model, str(folder / "model.onnx"))
     difference = check_graph(model, Onnx(str(folder / "model.onnx")), faces)
     for file in ("model.safetensors", "run.json"):
@@ -77,12 +103,9 @@ def export_run(workspace: Workspace, name: str, folder: UPath) -> Exported:
     record = describe(workspace, run, model, Exported(folder, len(faces), difference))
     seeds = [other for other in runs if other.group == run.group]
     write_file(folder / "README.md", write_card(run, seeds, workspace.manifest_digests(), record))
-    record["files"] = {
-        path.name: digest(path.read_bytes()) for path in list_folder(folder) if path.name != "model.json"
-    }
+    record["files"] = {path.name: digest(path.read_bytes()) for path in list_folder(folder)}
     write_sealed(folder / "model.json", record)
-    remove_file(folder / STARTED)
-    return Exported(folder, len(faces), difference)
+    return difference
 
 
 def check_exports(run: Run, folder: UPath) -> None:
