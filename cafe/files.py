@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
-import secrets
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile, gettempdir
 from typing import IO, Any, TypeVar
 from urllib.parse import unquote
 
@@ -25,6 +26,7 @@ from cafe.errors import IrregularFileError, StorageError, UserError, quote
 OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|\x00")  # in a name: a part that is empty, '.' or '..'
 MOST_TEXT = 2**28  # bytes of a JSON or TOML file, which takes about ten times as much once it is read
 LONGEST = 60  # characters of a name beside which a file is written
+PART = ".part"  # how a file is called as long as it is written
 PAUSES = (0.1, 0.5, 2.0)  # seconds before a file is tried again
 OBJECT_PAUSES = (*PAUSES, 5.0, 10.0, 20.0, 30.0)  # those of an object store, whose outages pass
 # No fault of the storage: another try changes nothing.
@@ -236,72 +238,119 @@ def write_whole(path: UPath, keep: bool = False) -> Iterator[IO[bytes]]:
     """Yield a file to write to that takes its place at the end: before, and after an error or a kill, the old one is there.
 
     With `keep`, what is interrupted by its user is kept as far as it came. Links are followed, and what is no file, such as
-    `/dev/stdout`, is written as it is.
+    `/dev/stdout`, is written as it is. What a kill leaves beside it goes with the next `check_outputs`.
     """
     if not path.protocol and path.exists() and not path.is_file():
         with path.open("wb") as file:
             yield file
-        return
-    place = path if path.protocol else path.resolve()
-    if not path.protocol:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    folder = None if path.protocol else str(place.parent)
-    with NamedTemporaryFile(dir=folder, prefix=".", suffix=".part", delete=False) as file:
-        beside = Path(file.name)
-        try:
-            try:
+    elif path.protocol:
+        with NamedTemporaryFile(suffix=PART) as file:
+            with _kept(keep, lambda: _upload(file, path)):
                 yield file
-            except KeyboardInterrupt:
-                if keep:
-                    _settle(file, beside, place)
-                raise
-            _settle(file, beside, place)
-        finally:
-            beside.unlink(missing_ok=True)
+            _upload(file, path)
+    else:
+        with _beside(path.resolve()) as (file, settle):
+            with _kept(keep, settle):
+                yield file
+            settle()
 
 
-def _settle(file: IO[bytes], beside: Path, place: UPath) -> None:
-    """Put what was written beside a file into its place."""
+@contextmanager
+def _kept(keep: bool, settle: Callable[[], None]) -> Iterator[None]:
+    """Put what was written so far into its place when its user interrupts it, if it is to be kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if keep:
+            settle()
+        raise
+
+
+def _upload(file: IO[bytes], place: UPath) -> None:
     file.flush()
-    if place.protocol:
-        retry(place, "written", place.fs.put_file, str(beside), place.path)
-        return
-    beside.chmod(_usual_mode(place))
-    beside.replace(str(place))
+    retry(place, "written", place.fs.put_file, file.name, place.path)
 
 
-def _usual_mode(place: UPath) -> int:
-    """Return the rights of a file that is there, or those that a new one gets."""
-    if place.exists():
-        return place.stat().st_mode & 0o777
+@contextmanager
+def _beside(place: UPath) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
+    """Yield a file beside a place on a disk and what puts it there, with the rights of the file that was there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    file = _open_part(str(place.parent), f".{place.name[:LONGEST]}.")
+    try:
+
+        def settle() -> None:
+            file.flush()
+            Path(file.name).chmod(place.stat().st_mode & 0o777 if place.exists() else 0o666 & ~_read_mask())
+            Path(file.name).replace(str(place))
+
+        yield file, settle
+    finally:  # on a full disk half a file is left
+        with suppress(OSError):
+            file.close()
+        Path(file.name).unlink(missing_ok=True)
+
+
+def _open_part(folder: str, prefix: str) -> IO[bytes]:
+    """Open a new file that is locked as long as its writer lives: what is not locked was left by one that was killed."""
+    while True:
+        file = NamedTemporaryFile(dir=folder, prefix=prefix, suffix=PART, delete=False)  # noqa: SIM115  # closed by whoever asked
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # else it was taken for one that was left before it was locked
+            return file
+        file.close()
+
+
+@cache
+def _read_mask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask
+
+
+def remove_leftovers(folder: UPath, below: bool = False) -> None:
+    """Remove what writers that were killed left half written in a folder of a disk, or below; of living ones nothing."""
+    for part in Path(str(folder)).glob(("**/" if below else "") + f".*{PART}"):
+        with suppress(OSError), part.open("r+b") as file:  # gone, another user's, or a living writer's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def check_output(location: str, option: str) -> UPath:
-    """Return the path of a file that a command shall write at its end; raise `UserError` at once where it cannot.
+    """Return the path of a file that a command shall write at its end; raise `UserError` at once where it cannot."""
+    return check_outputs([location], option)[0]
 
-    Nothing is left there, no folder either; of an object store only the address is looked at.
+
+def check_outputs(locations: Iterable[str], option: str) -> list[UPath]:
+    """Return the paths of files that a command shall write at its end; raise `UserError` at once where it cannot.
+
+    Nothing is left there, no folder either, and what killed commands left half written is removed; of an object store only
+    the address is looked at.
     """
-    place = locate(location)
-    if place.protocol:
-        return place
-    try:
-        if place.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        above = next(folder for folder in place.parents if folder.exists() or folder == folder.parent)
-        if not place.exists():
-            with suppress(FileNotFoundError):
-                os.lstat(str(place))  # a name that is too long, links in a circle
-        elif not os.access(str(place), os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        elif not place.is_file():
-            return place
-        with TemporaryFile(dir=str(place.resolve().parent if place.exists() else above)):
-            return place
-    except OSError as error:
-        raise UserError(f"{option} {location} cannot be written ({error.strerror}): give another place.") from None
+    places, tried = [], set[str]()
+    for location in locations:
+        places.append(place := locate(location))
+        try:
+            if not place.protocol and (folder := _find_room(place)) not in tried:
+                tried.add(folder)
+                with TemporaryFile(dir=folder):
+                    remove_leftovers(UPath(folder))
+        except OSError as error:
+            raise UserError(f"{option} {location} cannot be written ({error.strerror}): give another place.") from None
+    return places
+
+
+def _find_room(place: UPath) -> str:
+    """Return the folder that is there of those a file is to be written in; raise `OSError` where it cannot be."""
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not place.exists():
+        with suppress(FileNotFoundError):
+            os.lstat(str(place))  # a name that is too long, links in a circle
+        return str(next(folder for folder in place.parents if folder.exists() or folder == folder.parent))
+    if not os.access(str(place), os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return str(place.resolve().parent) if place.is_file() else gettempdir()  # a device
 
 
 def check_different(places: Mapping[str, str], what: str) -> None:
@@ -328,6 +377,47 @@ def create_file(path: UPath, content: bytes) -> None:
         file.write(content)
 
 
+def replace_file(path: UPath, before: bytes, content: bytes | None) -> bool:
+    """Write a file in place of one that holds `before`, or remove it; return whether it was there and held that.
+
+    Nobody else's content is lost between the look and the write: on a disk the file is locked, and S3 compares by itself
+    (it removes what was looked at just before, as other stores write).
+    """
+    return retry(path, "written", _replace_here if not path.protocol else _replace_there, path, before, content)
+
+
+def _replace_here(path: UPath, before: bytes, content: bytes | None) -> bool:
+    try:
+        with path.open("r+b") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_ino != path.stat().st_ino or file.read() != before:
+                return False  # another has replaced it meanwhile
+            path.unlink() if content is None else _write_beside(path, content)
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def _replace_there(path: UPath, before: bytes, content: bytes | None) -> bool:
+    s3 = path.protocol in ("s3", "s3a") and content is not None
+    try:
+        condition = {"IfMatch": path.fs.info(path.path, refresh=True)["ETag"]} if s3 else {}
+        if read_file(path) != before:
+            return False
+        if content is None:
+            remove_file(path)
+        else:
+            path.fs.pipe_file(path.path, content, **condition)
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if s3 and error.errno == errno.EINVAL:  # what s3fs makes of a condition that does not hold
+            return False
+        raise
+
+
 def _put(path: UPath, content: bytes, mode: str = "overwrite") -> None:
     try:
         path.fs.pipe_file(path.path, content, mode=mode)
@@ -336,27 +426,28 @@ def _put(path: UPath, content: bytes, mode: str = "overwrite") -> None:
 
 
 def _write_beside(path: UPath, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.protocol:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return
-    beside = path.with_name(f".{path.name[:LONGEST]}.{secrets.token_hex(4)}")  # names have at most 255 bytes
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:  # on a full disk half a file is left
-        beside.unlink(missing_ok=True)
+    with _beside(path) as (file, settle):
+        file.write(content)
+        settle()
 
 
 def read_json(path: UPath) -> dict[str, Any] | None:
     """Return a JSON object, or None when the file is missing or damaged."""
     try:
-        record = json.loads(read_file(path, MOST_TEXT))
-    except (
-        FileNotFoundError,
-        ValueError,
-        RecursionError,
-    ):  # of text, of numbers of a million digits, of a million brackets
+        return parse_json(read_file(path, MOST_TEXT))
+    except FileNotFoundError:
+        return None
+
+
+def parse_json(content: bytes) -> dict[str, Any] | None:
+    """Return a JSON object, or None where it is none."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):  # of text, of numbers of a million digits, of a million brackets
         return None
     return record if isinstance(record, dict) else None
 

@@ -28,7 +28,7 @@ from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.files import check_different, check_output, locate, place_below, write_file
+from cafe.files import check_different, check_outputs, locate, place_below, write_file
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.settings import AlignSettings
 from cafe.pipeline.workspace import Workspace
@@ -184,8 +184,7 @@ def _check_crops(folder: UPath, photos: Manifest, settings: AlignSettings) -> No
             if first != crop and first in taken:
                 raise UserError(f"A further face of {first} and the crop {crop} could have one name: rename a photo.")
     longest = max(crops.values(), key=lambda crop: max(len(part.encode()) for part in crop.split("/")))
-    for file in ("alignment.parquet", longest):
-        check_output(str(place_below(folder, file)), "The output")
+    check_outputs((str(place_below(folder, file)) for file in ("alignment.parquet", longest)), "The output")
 
 
 def _align(

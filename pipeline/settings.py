@@ -343,6 +343,7 @@ class ExportSettings:
     graph: bool = setting(
         True, "Write the ONNX graph; without it this package is needed to predict.", flag="--graph/--no-graph"
     )
+    about: str | None = setting(None, "Markdown to put into the model card, below its title.", metavar="FILE")
     mlflow: bool = setting(False, "Log the exported model in MLflow too, with signature and input example.")
     register: str | None = setting(
         None, "Log it and register it under this name in MLflow's model registry.", metavar="NAME"

@@ -18,7 +18,7 @@ from conftest import Cafe, draw_faces
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import read_json, write_json
+from cafe.files import encode_json, read_json, write_file, write_json
 from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.plan import plan_training
 from cafe.pipeline.process import lease
@@ -62,6 +62,30 @@ def test_of_several_at_once_one_gets_it(folder: UPath) -> None:
         for thread in threads:
             thread.join()
         assert len(refused) == 7
+
+
+def test_of_several_that_take_over_a_dead_lease_at_once_one_gets_it(
+    folder: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "SETTLE_SECONDS", 0.0)  # whoever writes last must not count
+    path, barrier, taken = folder / ".lease.json", Barrier(8), list[str]()
+    dead = encode_json(asdict(Lease(kernel=find_kernel(), ticks=1)))
+    for _ in range(20):
+        write_file(path, dead)
+        taken.clear()
+
+        def contend(mine: Lease) -> None:
+            barrier.wait()
+            if lease._try(path, mine, lease._Watch()) is None:
+                taken.append(mine.owner)
+
+        leases = [Lease(kernel=find_kernel(), ticks=lease._own_start()) for _ in range(8)]
+        threads = [Thread(target=contend, args=(mine,)) for mine in leases]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert taken == [read_json(path)["owner"]]
 
 
 def test_the_lease_of_a_process_that_ended_here_is_taken_over_at_once(folder: UPath) -> None:

@@ -19,7 +19,7 @@ from upath import UPath
 from cafe import files
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.files import create_file, list_folder, list_tree, locate, read_file, write_file
+from cafe.files import create_file, list_folder, list_tree, locate, read_file, replace_file, write_file
 from cafe.learning.loading import FaceDataset
 from cafe.pipeline.faces import Faces, Part
 from cafe.pipeline.process.lease import hold
@@ -135,6 +135,18 @@ def test_of_several_that_make_a_file_at_once_in_an_object_store_one_does() -> No
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(make, range(8)))
     assert [read_file(path)] == [b"%d" % number for number in made]
+
+
+def test_of_several_that_replace_one_object_at_once_one_does(s3: FaultyS3) -> None:
+    path = UPath(f"{BUCKET}/taken.json")
+    write_file(path, b"dead")
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(lambda number: replace_file(path, b"dead", b"%d" % number), range(8)))
+    assert done.count(True) == 1
+    assert read_file(path) == b"%d" % done.index(True)
+    assert not replace_file(path, b"dead", None)
+    assert replace_file(path, read_file(path), None)
+    assert not replace_file(path, b"", b"x")
 
 
 def test_a_lease_in_an_object_store_is_held_by_one_also_where_the_answer_was_lost(s3: FaultyS3) -> None:

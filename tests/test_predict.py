@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -35,7 +37,7 @@ from cafe.data.alignment import Detection, align_faces
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.files import write_json
+from cafe.files import remove_leftovers, write_json
 from cafe.inference.annotation import choose_colours, write_video
 from cafe.inference.annotation import draw_faces as draw_boxes
 from cafe.inference.frames import Frame, count_frames, read_video
@@ -262,18 +264,23 @@ def test_a_prediction_that_is_killed_leaves_the_earlier_file(command: Cafe, tmp_
     output = tmp_path / "rows.parquet"
     output.write_bytes(b"earlier")
     album(tmp_path / "album")
-    words = ["--workspace", str(command.workspace), "predict", "linear_probe-one-s0-plain", str(tmp_path / "album")]
-    words += ["--aligned", "--output", str(output)]
-    program = f"""
-import os, signal, sys
-from cafe.inference import output
-from cafe.jobs.cli import main
-output.list_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-main({words!r})
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    places = [str(tmp_path / "album")] * 2 + [str(path) for path in (command.workspace / "faces").rglob("*.*")]
+    words = ("predict", "linear_probe-one-s0-plain", *places, "--aligned", "--output", str(output))
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(command.workspace), *words], stderr=subprocess.PIPE
+    )
+    while not (left := list(tmp_path.glob(".rows.parquet.*.part"))):  # as long as it is there the work goes on
+        assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
+        time.sleep(0.001)
+    os.kill(driver.pid, signal.SIGSTOP)
+    remove_leftovers(UPath(tmp_path))
+    assert left[0].exists()  # its writer lives
+    driver.kill()
+    driver.communicate()
     assert output.read_bytes() == b"earlier"
+    command.succeed(*words)
+    assert pq.read_table(output).num_rows > len(places)
+    assert not left[0].exists()
 
 
 @pytest.mark.parametrize("place", ["folder", "file/rows.csv", f"{'n' * 300}.csv", f"{'n' * 300}/rows.csv"])

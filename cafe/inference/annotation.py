@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import check_different, check_output, write_whole
+from cafe.files import check_different, check_outputs, write_whole
 from cafe.inference.frames import is_video
 from cafe.inference.recognition import PredictedFace, PredictedFrame
 
@@ -74,8 +74,7 @@ def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
     if taken := [place for place in places.values() if place.absolute().resolve() in originals]:
         raise UserError(f"The annotated copy would overwrite {taken[0]}: give --annotate another folder.")
     check_different({name: str(place) for name, place in places.items()}, "The annotated copies")
-    for place in places.values():
-        check_output(str(place), "The annotated copy")
+    check_outputs(map(str, places.values()), "The annotated copy")
     return places
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
 from cafe.data import alignment
 from cafe.report.pages import render
-from cafe.results.metrics import confusion, estimate
+from cafe.results.metrics import calibration_error, confusion, estimate, macro_f1
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
@@ -22,6 +23,7 @@ from cafe.results.sources import UNSEEN
 from cafe.results.variants import average_exported
 from cafe.towers.names import split_name
 
+COVERAGES = (0.8, 0.6, 0.4)
 TOWERS = {
     "face-resnet": "dlib's face network: public domain (CC0); trained on three million faces collected from the internet",
     "imagenet-lite0": "EfficientNet-Lite0: Apache-2.0; trained on ImageNet, whose pictures are for non-commercial research",
@@ -39,11 +41,13 @@ DATA = {
 }
 
 
-def write_card(runs: Sequence[Run], seeds: Sequence[Run], known: Mapping[str, str], record: dict[str, Any]) -> bytes:
+def write_card(
+    runs: Sequence[Run], seeds: Sequence[Run], known: Mapping[str, str], record: dict[str, Any], about: str = ""
+) -> bytes:
     """Return the card of a run, or of several that are averaged, in Markdown.
 
     `seeds` are the runs that differ from it in nothing but their seed, `known` the digests of the workspace's manifests by
-    name, `record` is what `model.json` will hold.
+    name, `record` is what `model.json` will hold, `about` what the card says besides, in Markdown.
     """
     mirrored = record["averaged"]["mirror_images"]
     chosen, met = meet(runs, known), meet(seeds, known)
@@ -58,6 +62,7 @@ def write_card(runs: Sequence[Run], seeds: Sequence[Run], known: Mapping[str, st
         "card.md",
         run=run,
         record=record,
+        about=about,
         tower=TOWERS.get(tower, f"{tower}: see its authors' card"),
         data=[
             DATA.get(source.kind, f"{source.name}: your own; what may be done with it holds for this model too")
@@ -70,6 +75,7 @@ def write_card(runs: Sequence[Run], seeds: Sequence[Run], known: Mapping[str, st
         unseen=describe_unseen(scores, averaged) if averaged else describe_seeds(met.runs, known),
         left_out=dict.fromkeys(map(str, [*chosen.left_out, *met.left_out])),
         average=describe_average(len(runs), mirrored),
+        coverages=[f"{share:.0%}" for share in COVERAGES],
         protocols={name: find_protocol(name).about for name in tables},
         crop={
             "size": alignment.SIDE,
@@ -97,11 +103,28 @@ def list_domains(run: Run, protocol: str, scores: pd.DataFrame) -> Iterator[dict
 
 
 def count_right(predictions: Predictions) -> dict[str, Any]:
-    """Return faces and the accuracy with its interval, and the same of every class, as they are printed."""
+    """Return faces and the accuracy with its interval, and the same of every class, as they are printed.
+
+    Beside them macro-F1, the calibration error and the accuracy on the shares `COVERAGES` of the faces whose most probable
+    class is most probable.
+    """
     counts = confusion(predictions)
     right, support = counts.diagonal(), counts.sum(axis=1)
+    confident = np.argsort(-predictions.probabilities.max(axis=1), kind="stable")
+    hits = (predictions.predicted == predictions.labels)[confident]
+    shares = {share: hits[: round(share * len(hits))] for share in COVERAGES}
+    trust = {
+        "macro_f1": f"{100 * macro_f1(predictions):.1f}",
+        "ece": f"{100 * calibration_error(predictions):.1f}",
+        "covered": [f"{100 * found.mean():.1f}" if len(found) else "–" for found in shares.values()],
+    }
     recalls = {name: format_share(*pair) for name, *pair in zip(predictions.classes, right, support, strict=True)}
-    return {"faces": len(predictions.labels), "accuracy": format_share(right.sum(), support.sum()), "recalls": recalls}
+    return {
+        "faces": len(predictions.labels),
+        "accuracy": format_share(right.sum(), support.sum()),
+        "recalls": recalls,
+        **trust,
+    }
 
 
 def format_share(right: int, faces: int) -> str:

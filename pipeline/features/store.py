@@ -28,7 +28,7 @@ from zarr.storage import MemoryStore
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, quote
-from cafe.files import encode_json, list_folder, remove_file, retry, write_file
+from cafe.files import encode_json, list_folder, remove_file, remove_leftovers, retry, write_file
 from cafe.pipeline.features.integrity import (
     ABOUT,
     CHECKSUMS,
@@ -172,9 +172,8 @@ class FeatureStore:
         if self.pending():
             return
         self.receipts.sum_up()
-        for path in () if self.path.protocol else self.path.rglob(".*.????????"):
-            if not path.name.startswith(".lease"):
-                path.unlink(missing_ok=True)
+        if not self.path.protocol:
+            remove_leftovers(self.path, below=True)
 
 
 def write_description(path: UPath, info: StoreInfo, manifest: Manifest) -> None:

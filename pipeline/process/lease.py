@@ -22,13 +22,13 @@ from threading import Event, Thread
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import create_file, encode_json, read_json, remove_file, write_json
+from cafe.files import create_file, encode_json, parse_json, read_file, replace_file
 from cafe.records import check_record
 
 STALE_SECONDS = 120.0  # more than a storage is tried again before it counts as failing
 RENEW_SECONDS = 10.0
 WAIT_SECONDS = 2.0  # between two looks at a lease that another holds
-SETTLE_SECONDS = 0.5  # after which the last of several that take over a stale lease at once has it
+SETTLE_SECONDS = 0.5  # after which the last of several has a lease that they take over in a store without conditions
 LONGEST_LOOK = 3  # times `WAIT_SECONDS` that count between two looks: while the storage was away, nobody could renew
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 PROC = Path("/proc")
@@ -117,7 +117,7 @@ class _Watch:
 
 def find_holder(folder: UPath) -> str:
     """Return who works on a folder, as far as one look can say; empty when nobody does."""
-    lease = _read(folder / ".lease.json")
+    _, lease = _read(folder / ".lease.json")
     return f"process {lease.process} on {lease.host}" if lease and lease.alive is not False else ""
 
 
@@ -135,11 +135,13 @@ def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
         times = 0
         while not ended.wait(RENEW_SECONDS):
             with suppress(OSError):  # one that cannot be renewed for long enough is lost
-                if _holder(path) not in (None, mine.owner):
+                content, there = _read(path)
+                if there and there.owner != mine.owner:
                     lost.set()
                     return
                 times += 1
-                write_json(path, asdict(replace(mine, renewed=times)))
+                renewed = encode_json(asdict(replace(mine, renewed=times)))
+                create_file(path, renewed) if content is None else replace_file(path, content, renewed)
 
     def check() -> None:
         if lost.is_set():
@@ -152,8 +154,9 @@ def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
     finally:
         ended.set()
         thread.join()
-        if _holder(path) == mine.owner:
-            remove_file(path)
+        content, there = _read(path)
+        if content and there and there.owner == mine.owner:
+            replace_file(path, content, None)
 
 
 def _take(path: UPath, mine: Lease, folder: UPath, wait: bool) -> None:
@@ -179,25 +182,31 @@ def _try(path: UPath, mine: Lease, watch: _Watch) -> tuple[Lease, bool | None] |
         return None
     except FileExistsError:
         pass
-    there = _read(path)
+    content, there = _read(path)
     if there is not None and there.owner == mine.owner:  # made by a request whose answer was lost
         return None
-    if there is None:  # just removed, or about to be written
+    if there is None:  # just removed, about to be written, or damaged
         time.sleep(SETTLE_SECONDS)
-        there = _read(path)
+        content, there = _read(path)
     if there is not None and (alive := watch.look(there)) is not False:
         return there, alive
-    write_json(path, asdict(mine))
-    time.sleep(SETTLE_SECONDS)
-    there = _read(path)
-    return None if there is None or there.owner == mine.owner else (there, watch.look(there))
+    if content is None:
+        return _try(path, mine, watch)
+    taken = replace_file(path, content, encode_json(asdict(mine)))
+    if taken and not path.protocol:
+        return None
+    time.sleep(SETTLE_SECONDS)  # not every store keeps the condition, and the answer of one that does may be lost
+    _, there = _read(path)
+    if there is None:
+        return _try(path, mine, watch)
+    return None if there.owner == mine.owner else (there, watch.look(there))
 
 
-def _read(path: UPath) -> Lease | None:
-    record = read_json(path)
-    return check_record(record, Lease, str(path)) if record else None
-
-
-def _holder(path: UPath) -> str | None:
-    lease = _read(path)
-    return lease.owner if lease else None
+def _read(path: UPath) -> tuple[bytes | None, Lease | None]:
+    """Return a lease as it is written and what it says, None where there is none, or where it is none."""
+    try:
+        content = read_file(path)
+    except FileNotFoundError:
+        return None, None
+    record = parse_json(content)
+    return content, check_record(record, Lease, str(path)) if record else None

@@ -6,6 +6,7 @@ run.json             the run's description: with it the folder loads as a model 
 model-2.safetensors, run-2.json and so on: the same of further seeds, where several are averaged
 README.md            the model card
 .export.json         the runs, as long as the export is under way; written first: the folder is no other's
+.export/             all of the above as long as it is made, so that an earlier export stays whole until it is replaced
 model.json           labels, preprocessing, what is averaged, origin, scores, versions; written last: the folder is whole
 
 The same runs give the same bytes: no time and no place is in them but those that the user gave the runs.
@@ -25,8 +26,20 @@ import torch
 from torch import Tensor
 from upath import UPath
 
-from cafe.errors import UserError
-from cafe.files import check_output, list_folder, place_below, read_file, read_json, remove_file, write_file, write_json
+from cafe.errors import UserError, quote
+from cafe.files import (
+    MOST_TEXT,
+    check_output,
+    list_folder,
+    locate,
+    place_below,
+    read_file,
+    read_json,
+    remove_file,
+    remove_tree,
+    write_file,
+    write_json,
+)
 from cafe.inference.graph import AXES, FACES, OPSET, PROBABILITIES, Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.methods import find_method
@@ -49,6 +62,7 @@ from cafe.towers.keeping import keep_tower
 from cafe.towers.weights import write_tensors
 
 STARTED = ".export.json"  # in a folder whose export is under way: of which run
+MADE = ".export"  # where it is made
 CHECKED = 32  # faces of which the graph must say what PyTorch does
 TOLERANCE = 1e-4  # of their probabilities
 PACKAGES = ("cafe", "torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
@@ -84,7 +98,27 @@ def export_run(workspace: Workspace, name: str, folder: UPath, settings: ExportS
         check_precision(model)
     faces = choose_faces(workspace, runs[0]) if settings.graph or settings.weights == "float16" else []
     write_json(folder / STARTED, identify(runs, settings))  # first: what is half written is taken up again
-    (folder / "model.json").unlink(missing_ok=True)
+    seeds = [other for other in every if other.group == runs[0].group]
+    exported = _make(workspace, runs, seeds, model, faces, beside := folder / MADE, settings)
+    for path in sorted(list_folder(beside), key=lambda path: path.name == "model.json"):
+        path.replace(place_below(folder, path.name))
+    remove_tree(beside)
+    remove_file(folder / STARTED)
+    return replace(exported, folder=folder)
+
+
+def _make(
+    workspace: Workspace,
+    runs: Sequence[Run],
+    seeds: Sequence[Run],
+    model: Model,
+    faces: list[np.ndarray],
+    folder: UPath,
+    settings: ExportSettings,
+) -> Exported:
+    """Write the export of runs, which have these seeds besides, to a folder that is emptied first."""
+    remove_tree(folder)
+    folder.mkdir()
     rounding = write_runs(runs, model, folder, settings.weights, faces)
     difference = None
     if settings.graph:
@@ -94,14 +128,21 @@ def export_run(workspace: Workspace, name: str, folder: UPath, settings: ExportS
         keep_tower(tower, folder)
     exported = Exported(folder, len(faces), difference, rounding)
     record = describe(workspace, runs, model, exported, settings)
-    seeds = [other for other in every if other.group == runs[0].group]
-    write_file(folder / "README.md", write_card(runs, seeds, workspace.manifest_digests(), record))
-    record["files"] = {
-        path.name: digest(path.read_bytes()) for path in list_folder(folder) if path.name != "model.json"
-    }
+    card = write_card(runs, seeds, workspace.manifest_digests(), record, read_about(settings))
+    write_file(folder / "README.md", card)
+    record["files"] = {path.name: digest(path.read_bytes()) for path in list_folder(folder)}
     write_sealed(folder / "model.json", record)
-    remove_file(folder / STARTED)
     return exported
+
+
+def read_about(settings: ExportSettings) -> str:
+    """Return what the card is to say of the model besides, in Markdown; raise `UserError` for a file that is no text."""
+    if settings.about is None:
+        return ""
+    try:
+        return read_file(locate(settings.about), MOST_TEXT).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--about {settings.about} cannot be read as text ({quote(error)}): give Markdown.") from None
 
 
 def check_exports(runs: Sequence[Run], folder: UPath, settings: ExportSettings) -> None:
@@ -111,6 +152,7 @@ def check_exports(runs: Sequence[Run], folder: UPath, settings: ExportSettings) 
         raise UserError(f"The run {run.name!r} is an exported model already: copy {run.folder / EXPORTED}.")
     if folder.protocol:
         raise UserError(f"Cannot export to {folder}: give a folder of this machine with --output, and copy it.")
+    read_about(settings)
     check_output(str(folder / "model.json"), "The export")
     if settings.ensemble and len(runs) == 1:
         raise UserError(
@@ -149,7 +191,7 @@ def identify(runs: Sequence[Run], settings: ExportSettings) -> dict[str, Any]:
     """Return what tells the export of runs from that of others, which may have their names, and from another of theirs."""
     records = {name_files(number)[0]: digest(read_file(run.folder / "run.json")) for number, run in enumerate(runs, 1)}
     form = {"flip": settings.flip, "weights": settings.weights, "graph": settings.graph}
-    return {"name": runs[0].name, **records, **form}
+    return {"name": runs[0].name, **records, **form}  # what --about says is no part of it: a card can be written anew
 
 
 def find_export(folder: UPath) -> dict[str, Any] | None:
