@@ -25,6 +25,7 @@ from cafe.learning.calibration import calibrate
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import Selection, Training, fit, prepare
+from cafe.methods.method import Method
 from cafe.networks.parallel import rank, share_batch_norm, world_size
 from cafe.pipeline import cluster
 from cafe.pipeline.evaluate import evaluate_target
@@ -34,7 +35,7 @@ from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.process import machine
 from cafe.pipeline.process.versions import check_versions, versions
 from cafe.pipeline.release.start import continue_from
-from cafe.pipeline.runs import START
+from cafe.pipeline.runs import START, RunSpec
 from cafe.pipeline.settings import ClusterSettings
 from cafe.plugins import Plugin, list_plugins
 from cafe.seals import write_sealed
@@ -92,10 +93,7 @@ class Worker:
         torch.set_num_threads(min(cores, settings.threads or cores))
 
         rows, held_out = source.split_rows(spec.selection, spec.recipe.get("calibration", "none"))
-        method = build_method(spec)
-        if spec.start:
-            continue_from(method, run / START, spec.name, spec.start)
-        method = method.to(self.device).to(memory_format=torch.channels_last)
+        method = _build(spec, run).to(self.device).to(memory_format=torch.channels_last)
         if not method.trained:
             if rank() == 0:
                 fit(method, make_dataset(spec, source), rows, self.device)
@@ -303,6 +301,14 @@ def _select(plan: TrainPlan, held_out: np.ndarray) -> Selection:
     if plan.validation:
         return Selection(plan.validation.rows("train"), make_dataset(plan.spec, plan.validation))
     return Selection(held_out if plan.spec.selection in HELD_OUT else held_out[:0])
+
+
+def _build(spec: RunSpec, run: UPath) -> Method:
+    """Return a method with its first weights: drawn, or those it goes on from."""
+    method = build_method(spec)
+    if spec.start:
+        continue_from(method, run / START, spec.name, spec.start)
+    return method
 
 
 def _count_loaders(asked: int | None, device: torch.device, dataset: FaceDataset, cores: int) -> int:
