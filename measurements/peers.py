@@ -103,7 +103,9 @@ class Answer:
 @click.option("--sets", default="ferplus,news,cinema", show_default=True, help="Manifests to evaluate on.")
 @click.option("--model", help="A run, an exported folder or `shipped`; default: the peers alone.")
 @click.option("--name", default="ours", show_default=True, help="What the row of the model is called.")
-@click.option("--scenes", default=300, show_default=True, help="Faces of each set that are put into scenes.")
+@click.option(
+    "--scenes", default=300, show_default=True, help="Faces of each set that are put into scenes; 0: no scenes."
+)
 @click.option("--npm", is_flag=True, help="Measure the package of npm too, which needs npm and node.")
 @click.option("--write", "renew", is_flag=True, help="Keep the results in peers.json and in docs/peers.md.")
 def main(
@@ -134,8 +136,12 @@ def main(
     if renew:
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}, "differences": []}
         merge(known, found)
-        known["settings"] = {"scene": SCENE, "face": FACE, "scenes": scenes, "resamples": RESAMPLES}
-        known["settings"] |= {"packages": PACKAGES, "modules": MODULES}
+        known["settings"] = known.get("settings", {}) | {
+            "resamples": RESAMPLES,
+            "packages": PACKAGES,
+            "modules": MODULES,
+        }
+        known["settings"] |= {"scene": SCENE, "face": FACE, "scenes": scenes} if scenes else {}
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         renew_page(PAGE, known)
 
@@ -155,7 +161,8 @@ def merge(known: dict[str, Any], found: dict[str, Any]) -> None:
         if before.get("digest") != row["digest"]:
             known["differences"] = [one for one in known["differences"] if name not in (one["model"], one["peer"])]
             before = {}
-        known["models"][name] = before | row
+        scores = {key: before.get(key, {}) | value for key, value in row.items() if isinstance(value, dict)}
+        known["models"][name] = before | row | scores  # one of a set's ways may not have been measured again
     fresh = {tuple(one[key] for key in PAIRED) for one in found["differences"]}
     kept = [one for one in known["differences"] if tuple(one[key] for key in PAIRED) not in fresh]
     known["differences"] = sorted(kept + found["differences"], key=lambda one: tuple(one[key] for key in PAIRED))
@@ -184,6 +191,8 @@ def list_settings(manifests: Sequence[Manifest], place: Path, scenes: int) -> It
             raise UserError(f"{manifest.name!r} has no test split of the seven expressions.")
         rows = manifest.rows(split)
         yield list_faces(manifest, rows), CROPS
+        if not scenes:
+            continue
         some = rows[np.unique(np.linspace(0, len(rows) - 1, min(scenes, len(rows))).round().astype(int))]
         yield paste_faces(list_faces(manifest, some), place / "scenes" / f"{manifest.name}-{len(some)}"), SCENES
 

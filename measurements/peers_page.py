@@ -26,8 +26,7 @@ def write_tables(results: dict[str, Any]) -> Iterator[str]:
     heads: tuple[str, ...] = ("accuracy", "macro-F1", "worst class", "ECE")
     yield write_table(("set", "model", *heads), _rows(models, sets, "crops"))
     yield "## Scenes, each model finding the faces itself"
-    yield f"{results['settings']['scenes']} faces of each set, evenly drawn from the list of its faces."
-    heads = ("found", "right of all", "right of those found", "macro-F1", "worst class", "ECE")
+    heads = ("scenes", "found", "right of all", "right of those found", "macro-F1", "worst class", "ECE")
     yield write_table(("set", "model", *heads), _rows(models, sets, "scenes"))
     yield "## Ours less theirs"
     heads = ("ours", "less", "set", "faces", "accuracy", "macro-F1")
@@ -55,7 +54,8 @@ def _rows(models: dict[str, dict[str, Any]], sets: Sequence[str], where: str) ->
     for name in sets:
         for model, known in models.items():
             if scores := known.get(name, {}).get(where):
-                found = (f"{scores['found']:.1f}", f"{scores['right_of_all']:.1f}") if where == "scenes" else ()
+                shares = (f"{scores[one]:.1f}" for one in ("found", "right_of_all"))
+                found = (f"{scores['faces']}", *shares) if where == "scenes" else ()
                 worst = f"{scores['worst']:.1f} {scores['worst_class']}"
                 yield (
                     name,

@@ -61,15 +61,15 @@ def test_sets_not_measured_again_stay_unless_the_model_is_another(peers: ModuleT
     def pair(name: str, value: float) -> dict[str, object]:
         return {"model": "ours", "peer": "fer", "set": name, "where": "crops", "accuracy": value}
 
-    known = {
-        "models": {"ours": {"digest": "a", "news": 1, "cinema": 1}},
-        "differences": [pair("news", 1), pair("cinema", 1)],
-    }
-    peers.merge(known, {"models": {"ours": {"digest": "a", "news": 2}}, "differences": [pair("news", 2)]})
-    assert known["models"] == {"ours": {"digest": "a", "news": 2, "cinema": 1}}
+    before = {"digest": "a", "news": {"crops": 1, "scenes": 1}, "cinema": {"crops": 1}}
+    known = {"models": {"ours": before}, "differences": [pair("news", 1), pair("cinema", 1)]}
+    found = {"models": {"ours": {"digest": "a", "news": {"crops": 2}}}, "differences": [pair("news", 2)]}
+    peers.merge(known, found)
+    assert known["models"] == {"ours": before | {"news": {"crops": 2, "scenes": 1}}}
     assert known["differences"] == [pair("cinema", 1), pair("news", 2)]
-    peers.merge(known, {"models": {"ours": {"digest": "b", "news": 3}}, "differences": [pair("news", 3)]})
-    assert known == {"models": {"ours": {"digest": "b", "news": 3}}, "differences": [pair("news", 3)]}
+    other = {"models": {"ours": {"digest": "b", "news": {"crops": 3}}}, "differences": [pair("news", 3)]}
+    peers.merge(known, other)
+    assert known == other
 
 
 def test_the_page_shows_what_was_measured(peers: ModuleType) -> None:
