@@ -13,10 +13,12 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 TARGETS = "ferplus,news,cinema"
 TOWER = "face-resnet#stage2/4x4+stage3/3x3+stage4/3x3"
 EXPERIMENT = "shipped"
+CARD = Path(__file__).with_name("ship.md")  # what the card says besides
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
         cafe("evaluate", run, "--targets", "ferplus", "--split", "val", "--test-time", "flip")
         print(cafe("evaluate", run, "--targets", TARGETS, "--test-time", "flip"))
     average = ["--ensemble"] if len(runs) > 1 else []
-    form = ["--flip", "--weights", "float16", "--no-graph", "--output", options.output]
+    form = ["--flip", "--weights", "float16", "--no-graph", "--about", str(CARD), "--output", options.output]
     print(cafe("export", sorted(runs)[0], *average, *form))
 
 
