@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cafe
 from cafe.errors import IncompleteError, UserError, quote
+from cafe.pipeline.process import pulse
 from cafe.pipeline.settings import ClusterSettings
 
 CONNECT_SECONDS = 5.0
@@ -31,6 +32,7 @@ ENVIRONMENT = {
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # within a job of Ray's, what a command says of its workers holds
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
+SILENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 TOKEN = Path("~/.ray/auth_token")  # where Ray keeps the one that all nodes of a cluster share
 TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # which Ray prefers to it
 ANY_CLUSTER = "01" * 28  # names none: a client that asks for the name first would ask twenty times where it is refused
@@ -41,6 +43,7 @@ def set_environment(settings: ClusterSettings) -> None:
     """Say to libraries how to work, here and in every process that is started; to be called before they are imported."""
     for name, value in (ENVIRONMENT if settings.address else ENVIRONMENT | LOCAL).items():
         os.environ.setdefault(name, value)
+    os.environ[SILENCE] = str(settings.silent_seconds)
     if settings.address and (TOKEN.expanduser().exists() or os.environ.keys() & TOKEN_VARIABLES):
         # As `ray start` does where there is a token, and a client does not.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -53,14 +56,16 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        with pulse.watch(settings.silent_seconds):
+            yield
         return
     if settings.address:
         _join(settings.address)
     else:
         _start(settings.num_cpus)
     try:
-        yield
+        with pulse.watch(settings.silent_seconds):
+            yield
     finally:
         ray.shutdown()
 
@@ -290,6 +295,11 @@ def user_error(error: BaseException | None) -> UserError | None:
     # Ray gives its own error the class of the cause too, with a traceback for a sentence: the cause comes first.
     if found or isinstance(error, UserError):
         return found or error  # type: ignore[return-value]
+    if type(error).__name__ == "WorkerHealthCheckTimeoutError":  # an internal class of Ray Train's
+        return IncompleteError(
+            f"A worker gave no sign of life for {os.environ[SILENCE]} seconds: it was stopped, or its machine hangs; end it "
+            "and give the same command again, with more --silent-seconds where it was only slow."
+        )
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
         return IncompleteError(
             f"A process of Ray's ended in the middle of its work ({quote(error)}): give the same command again, and "

@@ -54,6 +54,11 @@ class ClusterSettings:
         "Minutes to wait for the cluster's autoscaler where GPUs or cores that are asked for are missing.",
         in_file=False,
     )
+    silent_seconds: Annotated[int, Interval(ge=10, le=2**31)] = setting(
+        300,
+        "Seconds without a sign of life after which a worker counts as lost, as one that was stopped.",
+        in_file=False,
+    )
     wait: bool = setting(
         False, "Wait while another command works on the same thing, instead of an error.", in_file=False
     )

@@ -32,7 +32,7 @@ from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
 from cafe.pipeline.plan import TrainPlan
-from cafe.pipeline.process import machine
+from cafe.pipeline.process import machine, pulse
 from cafe.pipeline.process.versions import check_versions, versions
 from cafe.pipeline.release.start import continue_from
 from cafe.pipeline.runs import START, RunSpec
@@ -43,7 +43,7 @@ from cafe.towers.weights import write_tensors
 
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
-PREPARE_SECONDS = 24 * 3600  # that other workers wait for the first one, while it prepares a method
+PREPARE_SECONDS = 24 * 3600  # that other workers wait for the first one, while it lives and prepares a method
 HELD_OUT = ("source_val", "source_test")  # selections by faces of the source that are not trained on
 RESTARTS = 3  # of what a cluster's nodes, which come and go, were at work on
 
@@ -69,6 +69,7 @@ class Worker:
             allowed.install()
         for plugin in plugins:
             plugin.install()
+        pulse.begin()
         self.device, self.wrap, self.cores = torch.device(device or cluster.device()), wrap, cores
         self.source: Faces | None = None
         self.targets: dict[str, Faces] = {}

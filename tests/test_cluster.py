@@ -154,10 +154,12 @@ def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch
         pass
 
 
-def test_a_worker_of_a_shared_training_that_was_killed_is_a_sentence() -> None:
+def test_a_worker_of_a_shared_training_that_was_killed_or_stopped_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ray.exceptions import ActorDiedError
     from ray.train import ControllerError, WorkerGroupError
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
     died = ActorDiedError()
     killed = WorkerGroupError("rank 1", {1: WorkerHealthCheckFailedError("A worker does not answer.", died)})
@@ -165,6 +167,11 @@ def test_a_worker_of_a_shared_training_that_was_killed_is_a_sentence() -> None:
         said = cluster.user_error(error)
         assert isinstance(said, IncompleteError)
         assert str(said).startswith("A process of Ray's ended in the middle of its work")
+    monkeypatch.setenv(cluster.SILENCE, "")
+    cluster.set_environment(ClusterSettings(silent_seconds=20))
+    silent = cluster.user_error(WorkerGroupError("rank 0", {0: WorkerHealthCheckTimeoutError("hanging")}))
+    assert isinstance(silent, IncompleteError)
+    assert str(silent).startswith("A worker gave no sign of life for 20 seconds: it was stopped, or its machine hangs")
 
 
 @pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, None)])

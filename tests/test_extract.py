@@ -30,6 +30,7 @@ from upath import UPath
 
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.process import pulse
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.building import load_backbone
@@ -99,6 +100,28 @@ def test_resuming_gives_the_same_bytes_and_computes_only_what_is_missing(indexed
         actor = killed.result()
     assert contents(store.path) == before
     assert ray._private.state.actors(actor)["NumRestarts"] == 1  # Ray made the tower again of what it was first made of
+
+
+def test_a_process_of_rays_that_was_stopped_is_ended_and_started_again(
+    cafe: Cafe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Beating:
+        def __init__(self) -> None:
+            pulse.BEAT_SECONDS = 0.2
+            pulse.begin()
+
+        def process(self) -> int:
+            return os.getpid()
+
+    cafe.join()
+    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.2)
+    actor = ray.remote(Beating).options(num_cpus=0, max_restarts=1, max_task_retries=1).remote()
+    with pulse.watch(3):
+        first = ray.get(actor.process.remote())
+        os.kill(first, signal.SIGSTOP)
+        assert ray.get(actor.process.remote(), timeout=200) != first
+    ray.kill(actor)
+    assert not psutil.pid_exists(first)
 
 
 def kill_tower() -> str:

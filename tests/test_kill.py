@@ -222,6 +222,18 @@ def test_pictures_that_kill_their_decoder_are_left_out_and_all_others_decoded(
     assert [len(batch.pictures) for batch in rendered] == [2, 2, 2]
 
 
+def test_a_process_that_was_stopped_is_ended_and_its_work_done_by_another(tmp_path: Path) -> None:
+    decoders = Decoders(1, silent_seconds=2)
+    decoders.renew(None)
+    assert decoders.pool is not None
+    (stopped,) = decoders.pool._processes.values()
+    os.kill(stopped.pid, signal.SIGSTOP)
+    rendered = list(decoders.work(renderer_of(tmp_path, [(8, 8), (9, 9)]), [[(0, 0)], [(1, 0)]]))
+    assert [len(batch.pictures) for batch in rendered] == [1, 1]
+    assert [batch.unreadable for batch in rendered] == [{}, {}]
+    assert not psutil.pid_exists(stopped.pid) or stopped.exitcode == -signal.SIGKILL
+
+
 def test_no_picture_is_blamed_where_no_process_can_be_started(tmp_path: Path, deadly_decoder: None) -> None:
     hook = 'import os, sys\nif "--multiprocessing-fork" in sys.orig_argv:\n    os._exit(1)\n'
     (tmp_path / "hook" / "sitecustomize.py").write_text(hook)

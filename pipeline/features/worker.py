@@ -35,6 +35,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate
 from cafe.pipeline.features.key import StoreInfo
+from cafe.pipeline.process import pulse
 from cafe.pipeline.process.versions import check_versions
 from cafe.pipeline.settings import ExtractSettings
 from cafe.plugins import Plugin
@@ -93,7 +94,8 @@ class ShardEmbedder:
         self.layers = [parse_backbone(info.backbone_name).layer for info in stores.values()]
         self.manifest, self.settings, self.device = manifest, settings, device
         self.versions = versions  # of the driver
-        self.decoders = Decoders(settings.decoders or 0)
+        pulse.begin()
+        self.decoders = Decoders(settings.decoders or 0, settings.silent_seconds)
         self.decoders.start()  # while the tower is loaded
         self.turn, self.ended = Lock(), Event()
 
@@ -187,10 +189,13 @@ class ShardEmbedder:
 
 
 class Decoders:
-    """So many processes at work on batches of samples; without any, whoever asks does the work."""
+    """So many processes at work on batches of samples; without any, whoever asks does the work.
 
-    def __init__(self, processes: int) -> None:
-        self.processes, self.lock = processes, Lock()
+    Those that need more than `silent_seconds` for a batch are ended, and count as killed.
+    """
+
+    def __init__(self, processes: int, silent_seconds: float | None = None) -> None:
+        self.processes, self.silent_seconds, self.lock = processes, silent_seconds, Lock()
         self.pool: ProcessPoolExecutor | None = None
 
     def work(self, function: Work[Result], batches: Batches) -> Iterator[Result]:
@@ -248,9 +253,14 @@ class _Queue:
         while self.under_way:
             _, pool, future = self.under_way[0]
             try:
-                result = future.result()
+                result = future.result(self.decoders.silent_seconds)
             except BrokenProcessPool:
                 self._recover(pool)
+                continue
+            except TimeoutError:
+                if future.done():  # the error is of the storage
+                    raise
+                _kill(pool)  # stopped, or at a picture without end; to recover finds out which
                 continue
             self.under_way.popleft()
             self.fill()
@@ -269,7 +279,7 @@ class _Queue:
     def _recover(self, broken: ProcessPoolExecutor) -> None:
         """Find out which of the pictures under way kill, and begin again with all others."""
         lost = [batch for batch, _, _ in self.under_way]
-        killers = find_killers(self.function, lost)
+        killers = find_killers(self.function, lost, self.decoders.silent_seconds)
         self.refused |= dict.fromkeys(killers, KILLER)
         self.deaths += not killers
         if self.deaths == DEATHS:
@@ -280,16 +290,17 @@ class _Queue:
             self._submit(batch)
 
 
-def find_killers(function: Work[Any], batches: Batches) -> set[int]:
-    """Return the rows whose samples kill their process each time; raise `OSError` where none can be started."""
+def find_killers(function: Work[Any], batches: Batches, seconds: float | None = None) -> set[int]:
+    """Return the rows whose samples kill their process each time, or keep it too long; raise `OSError` without processes."""
     killers, pool = set[int](), _start(1)
     samples = [sample for batch in batches for sample in batch]
     for row in rows_of(samples):
         for _ in range(TRIES):
             try:
-                pool.submit(_attempt, function, [sample for sample in samples if sample[0] == row]).result()
+                pool.submit(_attempt, function, [sample for sample in samples if sample[0] == row]).result(seconds)
                 break
-            except BrokenProcessPool:
+            except (BrokenProcessPool, TimeoutError):
+                _kill(pool)
                 pool.shutdown()
                 pool = _start(1)
         else:
@@ -312,6 +323,12 @@ def _start(processes: int) -> ProcessPoolExecutor:
     except BrokenProcessPool:
         raise OSError("no process can be started to decode pictures in") from None
     return pool
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool, stopped ones too, which then counts as broken."""
+    for process in list((pool._processes or {}).values()):  # Python has a method for it from 3.14 on
+        process.kill()
 
 
 def _prepare(allowed: Permission) -> None:
