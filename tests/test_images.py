@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import stat
@@ -15,10 +16,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from upath import UPath
 
-from cafe.data.images import UnreadableImageError, decode_image, is_gone, read_bytes, read_size
+from cafe.data.images import UnreadableImageError, decode_image, decode_series, is_gone, read_bytes, read_size
 from cafe.errors import StorageError
 
 
@@ -29,6 +30,16 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 RED = np.full((6, 4, 3), (200, 30, 20), np.uint8)
+# 24 × 16 pixels, red on the left and blue on the right, to be turned by 90 degrees, as a telephone writes them
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAcdtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAADRpbG9jAAAAAER"
+    "AAAIAAQAAAAAB6wABAAAAAAAAAE0AAgAAAAACOAABAAAAAAAAACQAAAA4aWluZgAAAAAAAgAAABVpbmZlAgAAAAABAABodmMxAAAAABVpbmZlAgAAAQAC"
+    "AABFeGlmAAAAAA5waXRtAAAAAAABAAABBmlwcnAAAADlaXBjbwAAAHVodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAM"
+    "AAAMAHroCQGEAAQApQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbqrprm4CGgwIAAAAyAAAADAIRiAAEABkQBwXPBiQAAABNjb2xybmNseAABAA0ABoAAAAAUaX"
+    "NwZQAAAAAAAABAAAAAQAAAAChjbGFwAAAAGAAAAAEAAAAQAAAAAf///9gAAAAC////0AAAAAIAAAAQcGl4aQAAAAADCAgIAAAACWlyb3QDAAAAGWlwbWEAA"
+    "AAAAAAAAQABBoECAwWEhgAAABppcmVmAAAAAAAAAA5jZHNjAAIAAQABAAAAeW1kYXQAAABJKAGvCchqiBojm1H/F/f6F6G6wtGAo9PXjirkJm6NKi0XULX7"
+    "P0D7te2Dy/9t7ymh/yegkUysxFsM1k9A6egZi7tggOPQTOtrLAAAAAZFeGlmAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA=="
+)
 
 
 def test_colour_png_is_read_as_it_is() -> None:
@@ -99,6 +110,51 @@ def test_a_truncated_jpeg_says_so() -> None:
     assert read_size(data[: len(data) // 2]) == (64, 64)  # the header is whole
     with pytest.raises(UnreadableImageError, match="damaged image"):
         decode_image(data[: len(data) // 2])
+
+
+def test_the_pictures_of_telephones_are_read_upright() -> None:
+    assert read_size(HEIC) == (16, 24)
+    pixels = decode_image(HEIC)
+    assert pixels.shape == (24, 16, 3)
+    np.testing.assert_allclose(pixels[[2, -3], 8], [(220, 30, 40), (30, 60, 210)], atol=4)
+    with pytest.raises(UnreadableImageError, match="not an image of a known format"):
+        decode_image(HEIC[:-40])
+    np.testing.assert_allclose(decode_image(encode(Image.fromarray(RED), "AVIF", quality=100)), RED, atol=4)
+
+
+SHADES = [Image.new("RGB", (8, 6), (level, 0, 255 - level)) for level in (0, 120, 240)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("GIF", [0, 0.2, 0.5]), ("PNG", [0, 0.2, 0.5]), ("TIFF", [None] * 3), ("JPEG", [0])]
+)
+def test_of_a_file_with_several_pictures_each_is_read_with_its_time(kind: str, times: list[float | None]) -> None:
+    several = {"save_all": True, "append_images": SHADES[1:], "duration": [200, 300, 100]} if kind != "JPEG" else {}
+    pictures = list(decode_series(encode(SHADES[0], kind, **several)))
+    assert [time for _, time in pictures] == times
+    for (pixels, _), shade in zip(pictures, SHADES, strict=kind != "JPEG"):
+        np.testing.assert_allclose(pixels, np.asarray(shade), atol=8)
+
+
+def test_previews_are_no_pages_and_no_further_pictures() -> None:
+    preview = TiffImagePlugin.ImageFileDirectory_v2()
+    preview[254] = 1
+    sink = io.BytesIO()
+    with TiffImagePlugin.AppendingTiffWriter(sink) as file:
+        for shade, tags in zip(SHADES, ({}, preview, {}), strict=True):
+            shade.save(file, "TIFF", tiffinfo=tags)
+            file.newFrame()
+    assert [pixels[0, 0, 0] for pixels, _ in decode_series(sink.getvalue())] == [0, 240]
+    stereo = encode(SHADES[0], "MPO", save_all=True, append_images=SHADES[1:])
+    assert len(list(decode_series(stereo))) == 1
+
+
+def test_a_cut_series_says_how_many_pictures_came_before() -> None:
+    noise = [Image.fromarray(np.random.default_rng(k).integers(0, 255, (40, 40, 3), np.uint8)) for k in range(4)]
+    series = decode_series(encode(noise[0], "GIF", save_all=True, append_images=noise[1:])[:4000])
+    next(series)
+    with pytest.raises(UnreadableImageError, match=r"truncated .*, after [12] pictures"):
+        list(series)
 
 
 def test_a_picture_larger_than_asked_for_is_refused() -> None:
@@ -194,6 +250,6 @@ def test_a_picture_with_other_bytes_is_read_or_says_why(kind: str, place: int, v
     data = bytearray(sink.getvalue())
     place %= len(data)
     data[place : place + len(values)] = values
-    for read in (read_size, decode_image):
+    for read in (read_size, decode_image, lambda whole: list(decode_series(whole))):
         with suppress(UnreadableImageError):
             read(bytes(data))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def photo(*places: tuple[int, int], size: tuple[int, int] = (640, 400)) -> Image
 
 def walk(place: Path, seconds: int = 2, rate: int = 10) -> None:
     """Write a video of a face that moves to the right by 100 pixels a second."""
-    with write_video(UPath(place), (640, 400)) as show:
+    with write_video(UPath(place), (640, 400), Fraction(rate)) as show:
         for number in range(seconds * rate):
             show(photo((20 + 100 * number // rate, 100)), number / rate)
 
@@ -227,11 +229,13 @@ def test_a_video_is_looked_at_in_its_rate_and_its_annotated_copy_shows_the_boxes
     assert np.diff(places) == pytest.approx([50, 50, 50], abs=12)
     assert "4 faces in 4 frames" in said
     with av.open(str(tmp_path / "shown" / "walk.mp4")) as container:
+        assert container.streams.video[0].average_rate == 10
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    assert [time for time, _ in frames] == pytest.approx([0, 0.5, 1.0, 1.5], abs=0.002)
-    for row, (_, pixels) in zip(rows, frames, strict=True):
-        edge = pixels[row["top"] + row["height"] // 2, row["left"]]
-        assert np.abs(edge.astype(int) - MEADOW).max() > 60  # the box is drawn there
+    assert [time for time, _ in frames] == pytest.approx([number / 10 for number in range(20)])
+    for number, (_, pixels) in enumerate(frames):
+        row = rows[number // 5]  # a box holds until the next one
+        edge = pixels[row["top"] + 5 : row["top"] + row["height"] - 5, row["left"]]
+        assert np.abs(edge.astype(int) - MEADOW).max(axis=1).min() > 40  # the box is drawn there
 
 
 def test_annotated_pictures_keep_their_places_and_never_overwrite_originals(command: Cafe, tmp_path: Path) -> None:
@@ -537,6 +541,91 @@ def test_a_damaged_video_ends_with_the_reason(tmp_path: Path) -> None:
         *_, last = read_video(UPath(tmp_path / name), 5)
         assert last.pixels is None
         assert "no readable video" in last.error
+
+
+def film(place: Path, codec: str, sound: float = 0, **options: str) -> bytes:
+    """Return a video of two seconds of small noise, with some seconds of silence beside it."""
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    with av.open(str(place), "w", options=options) as container:
+        stream: Any = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 10
+        silence: Any = container.add_stream("mp2", rate=32000) if sound else None
+        for number in range(50):
+            picture = av.VideoFrame.from_ndarray(np.roll(noise, number, axis=1), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+        if sound:
+            quiet = av.AudioFrame.from_ndarray(np.zeros((1, round(32000 * sound)), np.int16), "s16", "mono")
+            quiet.sample_rate = 32000
+            container.mux([*silence.encode(quiet), *silence.encode(None)])
+    return place.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("cut.mp4", "libx264", {"movflags": "faststart"}),
+        ("cut.mkv", "libx264", {}),
+        ("cut.avi", "mpeg4", {}),
+        ("cut.webm", "libvpx", {}),
+        ("cut.wmv", "wmv2", {}),
+    ],
+)
+def test_a_video_that_is_cut_says_where(name: str, codec: str, options: dict[str, str], tmp_path: Path) -> None:
+    place = tmp_path / name
+    data = film(place, codec, **options)
+    assert [frame.error for frame in read_video(UPath(place), math.inf)] == [""] * 50
+    place.write_bytes(data[: len(data) * 7 // 10])
+    *frames, last = read_video(UPath(place), math.inf)
+    assert 10 < len(frames) < 48
+    assert last.pixels is None
+    cut = re.fullmatch(
+        r"cut off after (.*) of 2\.0 s|damaged video: .* first at (.*) s", last.error
+    )  # wmv has no length
+    assert cut
+    assert float(cut[1] or cut[2]) == pytest.approx(len(frames) / 25, abs=0.2)
+
+
+def test_a_video_with_broken_bytes_says_where_and_goes_on(tmp_path: Path) -> None:
+    place = tmp_path / "hurt.mov"
+    data = bytearray(film(place, "mpeg4"))
+    middle = len(data) // 2
+    data[middle : middle + 60] = np.random.default_rng(1).integers(0, 255, 60, np.uint8).tobytes()
+    place.write_bytes(data)
+    *frames, last = read_video(UPath(place), 5)
+    assert "damaged video: cannot be decoded in places, first at" in last.error
+    assert 0.2 < float(last.error.split()[-2]) < 1.6
+    assert frames[-1].time == pytest.approx(1.8, abs=0.1)
+
+
+def test_a_video_whose_sound_is_longer_is_not_cut(tmp_path: Path) -> None:
+    film(tmp_path / "long.mkv", "mpeg4", sound=4.0)
+    assert [frame.error for frame in read_video(UPath(tmp_path / "long.mkv"), 5)] == [""] * 10
+
+
+def test_every_page_and_frame_of_a_photo_is_a_row_and_has_an_annotated_copy(command: Cafe, tmp_path: Path) -> None:
+    faces = [drawn_face(number, 48) for number in range(3)]
+    (tmp_path / "album").mkdir()
+    faces[0].save(tmp_path / "album" / "a.gif", save_all=True, append_images=faces[1:], duration=100)
+    faces[0].save(tmp_path / "album" / "b.TIFF", save_all=True, append_images=faces[1:2])
+    faces[0].save(tmp_path / "album" / "c.jfif", "JPEG")
+    where = (str(tmp_path / "album"), "--aligned", "--annotate", str(tmp_path / "shown"))
+    rows, said = answer(command, "linear_probe-one-s0-plain", *where)
+    assert [(Path(row["file"]).name, row["frame"], row["time"]) for row in rows] == [
+        ("a.gif", 0, 0.0),
+        ("a.gif", 1, 0.1),
+        ("a.gif", 2, 0.2),
+        ("b.TIFF", 0, None),
+        ("b.TIFF", 1, None),
+        ("c.jfif", None, None),
+    ]
+    assert "6 faces in 1 photo and 5 frames" in said
+    copies = sorted(path.name for path in (tmp_path / "shown").iterdir())
+    assert copies == ["a.gif.jpg", "a.gif~2.jpg", "a.gif~3.jpg", "b.TIFF.jpg", "b.TIFF~2.jpg", "c.jfif.jpg"]
+    shown = Image.open(tmp_path / "shown" / "a.gif~3.jpg")
+    assert np.abs(np.asarray(shown, int)[24:40, 10:38] - np.asarray(faces[2], int)[24:40, 10:38]).mean() < 20
+    faces[0].save(tmp_path / "album" / "a.gif~3.jpg")
+    assert "could have one name" in command.fail("predict", "linear_probe-one-s0-plain", *where)
 
 
 def test_of_a_long_video_only_a_few_frames_are_in_memory(command: Cafe) -> None:

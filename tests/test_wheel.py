@@ -39,6 +39,14 @@ def test_only_cafe_is_installed(installed: Path) -> None:
         assert (installed / "cafe" / name).is_file()
 
 
+def test_its_metadata_install_what_finds_faces_and_reads_telephones_pictures(installed: Path) -> None:
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    needed = [line.split(": ")[1] for line in metadata.read_text().splitlines() if line.startswith("Requires-Dist")]
+    assert {"mtcnn==1.0.0", "face-recognition-models", "pi-heif"} <= set(needed)  # not of an extra
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert "mtcnn==1.0.0" in pinned
+
+
 def test_it_works_beside_modules_named_like_its_folders(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
     for name in ("pipeline/__init__.py", "jobs.py"):

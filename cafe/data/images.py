@@ -11,18 +11,25 @@ import struct
 import subprocess
 import warnings
 import zlib
+from collections.abc import Iterator
 from functools import cache
+from itertools import count
 
 import numpy as np
+from pi_heif import register_heif_opener
 from PIL import Image, ImageOps
 from upath import UPath
 
 from cafe.errors import IrregularFileError
 from cafe.files import list_folder, read_file
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
+)
 # What a file may be, whatever its name (JPEG brings MPO along): decoders that start no program, as that of PostScript does.
-FORMATS = ("BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
+# Of these, further pictures are frames or pages; those of MPO and HEIF are previews, depths and other shots of a camera.
+SERIES = frozenset({"AVIF", "GIF", "PNG", "TIFF", "WEBP"})
 MAX_PIXELS = 100_000_000  # a face crop is never larger; guards against decompression bombs
 DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it claims to be
     OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, struct.error,
@@ -31,6 +38,7 @@ DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it cl
 )  # fmt: skip
 MISSING = "file not found"
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
+KIND_OF_PAGE, PREVIEW = 254, 1  # TIFF tag; the bit of a page that is a smaller version of another
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the upright picture
 
@@ -90,6 +98,32 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return image_pixels(image)
 
 
+def decode_series(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[np.ndarray, float | None]]:
+    """Yield every frame or page of a file, upright (H, W, 3) uint8 RGB, and its time in seconds, None of pages.
+
+    Of most files there is one. Raises `UnreadableImageError`, which says how many pictures came before.
+    """
+    done, milliseconds = 0, 0.0
+    try:
+        with _open(data, max_pixels) as image:
+            pages = image.format == "TIFF"
+            for number in count() if image.format in SERIES else range(1):
+                try:
+                    image.seek(number)
+                except EOFError:
+                    break
+                if number and pages and image.tag_v2.get(KIND_OF_PAGE, 0) & PREVIEW:  # type: ignore[attr-defined]
+                    continue
+                if image.width * image.height > max_pixels:
+                    raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {max_pixels:,}")
+                yield image_pixels(image), None if pages else milliseconds / 1000
+                done, milliseconds = done + 1, milliseconds + image.info.get("duration", 0)
+    except DAMAGED as error:
+        raise UnreadableImageError(f"damaged image after {done} pictures: {error}") from None
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"{error}, after {done} pictures" if done else str(error)) from None
+
+
 def image_pixels(image: Image.Image) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB of an image that is open; raise `UnreadableImageError`."""
     _refuse_floats(image)
@@ -113,7 +147,7 @@ def clip_box(box: Box, width: int, height: int) -> Box:
 
 
 def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    _silence_pillow()
+    _prepare_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except DAMAGED:
@@ -130,11 +164,12 @@ def _refuse_floats(image: Image.Image) -> None:
 
 
 @cache
-def _silence_pillow() -> None:
-    """Ignore Pillow's warnings of odd EXIF blocks and large pictures, which we evaluate ourselves.
+def _prepare_pillow() -> None:
+    """Add telephones' pictures; ignore warnings of odd EXIF blocks and large pictures, which we evaluate ourselves.
 
     Once for the process: filters that come and go are not safe among threads.
     """
+    register_heif_opener()
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

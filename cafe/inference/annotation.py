@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
-from itertools import cycle
+from itertools import cycle, islice
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +19,7 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import check_different, check_output, write_whole
-from cafe.inference.frames import is_video
+from cafe.inference.frames import Frame, is_video, read_rate, read_video
 from cafe.inference.recognition import PredictedFace, PredictedFrame
 
 # Palettes told apart by colour-blind readers too: Wong's ("Points of view: Color blindness", Nature Methods 2011) for the
@@ -30,7 +32,7 @@ OTHER_COLOURS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99
 WRITTEN = (".jpg", ".jpeg", ".png")  # forms that pictures keep; others become JPEG
 Show = Callable[[Image.Image, float], None]
 
-TICKS = 1000  # a second, in which the times of a video are written
+TICKS = 90_000  # a second, in which the times of a video are written: the usual rates all divide it
 
 
 def draw_faces(pixels: np.ndarray, faces: Sequence[PredictedFace]) -> Image.Image:
@@ -74,17 +76,29 @@ def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
     if taken := [place for place in places.values() if place.absolute().resolve() in originals]:
         raise UserError(f"The annotated copy would overwrite {taken[0]}: give --annotate another folder.")
     check_different({name: str(place) for name, place in places.items()}, "The annotated copies")
+    known = set(places.values())
     for place in places.values():
+        first = place.with_name(re.sub(r"~\d+(\.[^.]*)$", r"\1", place.name))
+        if first != place and first in known:
+            raise UserError(
+                f"The annotated copies of pages of {first} and {place} could have one name: rename a photo."
+            )
         check_output(str(place), "The annotated copy")
     return places
 
 
 class Annotator:
-    """Writes the annotated copy of every frame that is added, those of one video into one video; use it as a context."""
+    """Writes the annotated copy of every picture that is added, and of every video of which frames are; use it as a context.
+
+    A video is read once more for its copy, which has all its frames at their times, but no sound: between two frames that
+    were predicted the faces of the first one hold.
+    """
 
     def __init__(self, places: dict[str, UPath]) -> None:
         self.places = places
-        self.file, self.end = "", ExitStack()  # of the video that is being written
+        self.file, self.end = "", ExitStack()  # of the video that is being copied
+        self.rest: Iterator[Frame] = iter(())  # its frames that are not copied yet
+        self.copied, self.faces = 0, list[PredictedFace]()
         self.show: Show | None = None
 
     def __enter__(self) -> Annotator:
@@ -93,31 +107,55 @@ class Annotator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._copy(None)
         self.end.__exit__(kind, error, trace)  # a video that an error ends is not written
 
     def add(self, predicted: PredictedFrame) -> None:
-        """Draw the faces of a frame whose pixels were kept."""
+        """Draw the faces of a frame; of a photo its pixels must have been kept."""
         frame, file = predicted.frame, str(predicted.frame.file)
-        if frame.pixels is None:
-            return
-        picture, place = draw_faces(frame.pixels, predicted.faces), self.places[file]
-        if frame.time is None:
-            with write_whole(place) as sink:
-                picture.save(sink, "PNG" if place.suffix.casefold() == ".png" else "JPEG", quality=92)
-            return
         if file != self.file:
+            self._copy(None)
             self.end.close()
-            self.file, self.show = file, self.end.enter_context(write_video(place, picture.size))
-        assert self.show is not None
-        self.show(picture, frame.time)
+            self.file, self.rest, self.show = file, iter(()), None
+            if is_video(frame.file):
+                self.rest, self.copied, self.faces = read_video(frame.file, math.inf), 0, []
+        if frame.number is not None and is_video(frame.file):
+            self._copy(frame.number)
+            self.faces = predicted.faces
+        elif frame.pixels is not None:
+            place = number_copy(self.places[file], frame.number or 0)
+            with write_whole(place) as sink:
+                form = "PNG" if place.suffix.casefold() == ".png" else "JPEG"
+                draw_faces(frame.pixels, predicted.faces).save(sink, form, quality=92)
+
+    def _copy(self, end: int | None) -> None:
+        """Copy the frames of the video up to a number, without it, or all."""
+        for frame in islice(self.rest, None if end is None else end - self.copied):
+            if frame.pixels is None or frame.time is None:
+                continue
+            picture = draw_faces(frame.pixels, self.faces)
+            if self.show is None:
+                rate = read_rate(frame.file)
+                self.show = self.end.enter_context(write_video(self.places[self.file], picture.size, rate))
+            self.show(picture, frame.time)
+            self.copied += 1
+
+
+def number_copy(place: UPath, number: int) -> UPath:
+    """Return where the copy of a page or frame of a photo goes, whose first one goes to a place."""
+    return place.with_name(f"{place.stem}~{number + 1}{place.suffix}") if number else place
 
 
 @contextmanager
-def write_video(place: UPath, size: tuple[int, int]) -> Iterator[Show]:
-    """Yield `show(picture, seconds)`, which adds a picture to an MP4 file (H.264) at its time, in the size of the first."""
+def write_video(place: UPath, size: tuple[int, int], rate: Fraction) -> Iterator[Show]:
+    """Yield `show(picture, seconds)`, which adds a picture to an MP4 file (H.264) at its time, in the size of the first.
+
+    `rate` is the frames a second that it is meant for.
+    """
     width, height = (max(2, side - side % 2) for side in size)  # the usual colour format halves both sides
     with write_whole(place) as sink, av.open(sink, "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=TICKS)
+        stream: Any = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, TICKS)
 
@@ -125,6 +163,7 @@ def write_video(place: UPath, size: tuple[int, int]) -> Iterator[Show]:
             fitted = picture if picture.size == (width, height) else picture.resize((width, height))
             frame = av.VideoFrame.from_ndarray(np.asarray(fitted), format="rgb24")
             frame.pts, frame.time_base = round(seconds * TICKS), Fraction(1, TICKS)
+            frame.duration = round(TICKS / rate)
             container.mux(stream.encode(frame))
 
         yield show

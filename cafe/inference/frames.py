@@ -11,15 +11,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import chain, groupby
 from typing import Any
 
 import av
 import numpy as np
 from upath import UPath
 
-from cafe.data.images import SUFFIXES, UnreadableImageError, decode_image, read_bytes
+from cafe.data.images import SUFFIXES, UnreadableImageError, decode_series, read_bytes
 from cafe.data.layouts import is_image, list_files
 from cafe.errors import IrregularFileError, UserError
 from cafe.files import check_regular, locate, retry
@@ -29,14 +30,17 @@ VIDEOS = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 CONTAINERS = "asf,avi,flv,matroska,mov,mp4,3gp,m4a,mpeg,mpegts,mpegvideo,webm"
 DECODERS = 4  # threads
 AHEAD = 8  # photos: a telephone's takes 36 MB
-USUAL_RATE = 25.0  # frames a second of a video that does not say
+USUAL_RATE = 25  # frames a second of a video that does not say
+HEADED = {"asf", "avi", "flv", "matroska", "mov"}  # containers whose beginning says how long they are
+SLACK = 0.5  # seconds that a video may be shorter than its header says, besides two frames
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A photo, or one frame of a video: pixels (H, W, 3) uint8 RGB, or None and in `error` why there are none.
+    """A photo, or one frame of several in a file: pixels (H, W, 3) uint8 RGB, or None and in `error` why there are none.
 
-    Of a frame of a video, `number` counts from 0 and `time` is in seconds from its beginning; both are None for a photo.
+    Of a video or an animation, `number` counts from 0 and `time` is in seconds from its beginning; pages of a photo have a
+    number alone, a photo of one page has neither.
     """
 
     file: UPath
@@ -81,7 +85,7 @@ def _expand(place: str) -> Iterator[UPath]:
 
 
 def read_frames(files: Iterable[UPath], rate: float) -> Iterator[Frame]:
-    """Yield every photo, and of every video `rate` frames a second (all of them where it has fewer), in order."""
+    """Yield all pages or frames of every photo, and of every video `rate` frames a second (at most all), in order."""
     for video, group in groupby(files, is_video):
         if video:
             for file in group:
@@ -90,54 +94,110 @@ def read_frames(files: Iterable[UPath], rate: float) -> Iterator[Frame]:
             yield from _read_photos(group)
 
 
-def read_photo(file: UPath) -> Frame:
-    """Return a photo, upright."""
+def read_photo(file: UPath) -> Iterator[Frame]:
+    """Return the frames or pages of a photo, upright; of most photos there is one. Two are decoded before this returns."""
+    frames = _number_pictures(file)
+    first, second = next(frames), next(frames, None)
+    return iter([replace(first, number=None, time=None)]) if second is None else chain([first, second], frames)
+
+
+def _number_pictures(file: UPath) -> Iterator[Frame]:
+    """Yield the pictures in a file; where it is damaged the last one says so."""
     try:
-        return Frame(file, decode_image(read_bytes(file)))
+        for number, (pixels, time) in enumerate(decode_series(read_bytes(file))):
+            yield Frame(file, pixels, number, time)
     except UnreadableImageError as error:
-        return Frame(file, error=str(error))
+        yield Frame(file, error=str(error))
 
 
 def _read_photos(files: Iterable[UPath]) -> Iterator[Frame]:
     """Decode photos on threads, a few ahead."""
-    waiting: deque[Future[Frame]] = deque()
+    waiting: deque[Future[Iterator[Frame]]] = deque()
     with ThreadPoolExecutor(DECODERS) as pool:
         for file in files:
             waiting.append(pool.submit(read_photo, file))
             if len(waiting) > AHEAD:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
 
 
 def read_video(file: UPath, rate: float) -> Iterator[Frame]:
-    """Yield `rate` frames a second of a video, upright: the first one at or after each point in time.
+    """Yield `rate` frames a second of a video, upright: the first one at or after each point in time; all for infinity.
 
-    A video that is damaged ends with a frame that says so.
+    A video that is damaged, or ends before its header says, has a last frame that says where. What cannot be decoded is
+    passed over. Of some formats no decoder notices damage (VP8), and of some the header gives no length (MPEG streams).
     """
-    due, time = 0, 0.0
+    decoder, due, reason = _Decoder(), 0, ""
     try:
         with _open_video(file) as container:
-            if not container.streams.video:
-                yield Frame(file, error="holds no pictures")
-                return
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            start: float | None = None
-            for number, frame in enumerate(container.decode(stream)):
-                now = number / _frame_rate(stream) if frame.time is None else frame.time
-                start = now if start is None else start
-                time = now - start
-                if time * rate >= due - 1e-6:
-                    due = math.floor(time * rate + 1e-6) + 1
-                    yield Frame(file, _upright(frame), number, time)
+            if container.streams.video:
+                for number, (frame, time) in enumerate(decoder.decode(container)):
+                    if math.isinf(rate) or time * rate >= due - 1e-6:
+                        due = 0 if math.isinf(rate) else math.floor(time * rate + 1e-6) + 1
+                        yield Frame(file, _upright(frame), number, time)
+            else:
+                reason = "holds no pictures"
     except IrregularFileError:
-        yield Frame(file, error="is a pipe or a device, not a file")
+        reason = "is a pipe or a device, not a file"
     except (av.FFmpegError, OSError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
-        yield Frame(
-            file, error=f"damaged video after {time:.1f} s: {reason}" if due else f"no readable video: {reason}"
-        )
+        reason = f"damaged video after {decoder.end:.1f} s: {reason}" if decoder.end else f"no readable video: {reason}"
+    if reason := reason or decoder.find_damage():
+        yield Frame(file, error=reason)
+
+
+class _Decoder:
+    """Decodes the pictures of a video, and notes how far its packets reach and which of them are broken."""
+
+    def __init__(self) -> None:
+        self.end, self.length, self.step = 0.0, 0.0, 0.0  # seconds: as far as it came, by the header, of a frame
+        self.broken: list[float] = []  # seconds, of packets and frames
+
+    def decode(self, container: Any) -> Iterator[tuple[Any, float]]:
+        """Yield the frames of the first stream of pictures, and their seconds since the first one.
+
+        Sound is read along, undecoded: where it reaches the length of the header, the pictures have ended sooner, uncut.
+        """
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        self.step, beginning, done = 1 / _frame_rate(stream), (container.start_time or 0) / 1e6, 0
+        self.length = _find_length(container, stream)
+        start: float | None = None
+        for packet in container.demux(stream, *container.streams.audio):
+            if packet.pts is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base) - beginning
+                self.end = max(self.end, end)
+            if packet.stream.index != stream.index:
+                continue
+            if packet.is_corrupt:
+                self.broken.append(self.end)
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError:
+                self.broken.append(self.end)
+                continue
+            for frame in frames:
+                now = done * self.step if frame.time is None else frame.time
+                start, done = (now if start is None else start), done + 1
+                if frame.is_corrupt:
+                    self.broken.append(now - start)
+                yield frame, now - start
+
+    def find_damage(self) -> str:
+        """Return what was missing, once all is decoded; empty when nothing was."""
+        if self.end + 2 * self.step + SLACK < self.length:
+            return f"cut off after {self.end:.1f} of {self.length:.1f} s"
+        return f"damaged video: cannot be decoded in places, first at {min(self.broken):.1f} s" if self.broken else ""
+
+
+def _find_length(container: Any, stream: Any) -> float:
+    """Return the seconds that a video's header gives it; 0 where there is no header that does."""
+    if not HEADED & set(container.format.name.split(",")):
+        return 0.0
+    seconds = (container.duration or 0) / 1e6
+    # Of a cut AVI file FFmpeg reckons a duration anew, but tells the header's count of frames.
+    return max(seconds, stream.frames / _frame_rate(stream)) if container.format.name == "avi" else seconds
 
 
 @contextmanager
@@ -156,6 +216,12 @@ def _upright(frame: Any) -> np.ndarray:
 
 def _frame_rate(stream: Any) -> float:
     return float(stream.average_rate or USUAL_RATE)
+
+
+def read_rate(file: UPath) -> Fraction:
+    """Return the frames a second of a video."""
+    with _open_video(file) as container:
+        return Fraction(container.streams.video[0].average_rate or USUAL_RATE)
 
 
 def count_frames(file: UPath, rate: float) -> int:

@@ -22,8 +22,8 @@ from cafe.inference.recognition import PredictedFrame
 
 BEFORE = (
     ("file", pa.string()),
-    ("frame", pa.int32()),  # of a video, from 0; null for a photo
-    ("time", pa.float64()),  # of a video, seconds from its beginning; null for a photo
+    ("frame", pa.int32()),  # of a video, an animation or a file of several pages, from 0; null for a photo
+    ("time", pa.float64()),  # of a video or an animation, seconds from its beginning; null for a photo and a page
     ("face", pa.int32()),  # in its frame, from 0, the largest first; null where there is none
     *((name, pa.int32()) for name in ("left", "top", "width", "height")),  # of its box, pixels of the frame
     ("confidence", pa.float32()),  # of the detector; null for faces that were aligned already
@@ -177,7 +177,7 @@ class Summary:
     """Counts of all that was looked at."""
 
     photos: int = 0
-    frames: int = 0  # of videos
+    frames: int = 0  # of videos, and of photos that hold several
     faces: int = 0
     without: int = 0  # frames in which there is no face that can be used
     several: int = 0  # frames with more than one face

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cafe.data.alignment import SIDE, Detection, align_faces
-from cafe.inference.frames import Frame
+from cafe.inference.frames import Frame, is_video
 from cafe.inference.model import Model
 from cafe.inference.quality import Quality, measure_quality
 
@@ -88,10 +88,14 @@ class _Searched:
 def predict_frames(
     frames: Iterable[Frame], model: Model, search: Search, keep_pixels: bool = False
 ) -> Iterator[PredictedFrame]:
-    """Yield every frame with its faces and their probabilities, in order; pixels are dropped once searched, unless kept."""
+    """Yield every frame with its faces and their probabilities, in order; pixels are dropped once searched.
+
+    Those of photos are kept on request; a video can be read again.
+    """
     held: list[_Searched] = []
     for searched in _search_frames(frames, search):
-        held.append(searched if keep_pixels else replace(searched, frame=replace(searched.frame, pixels=None)))
+        kept = keep_pixels and not is_video(searched.frame.file)
+        held.append(searched if kept else replace(searched, frame=replace(searched.frame, pixels=None)))
         faces = sum(len(one.crops) for one in held)
         if faces >= HELD_FACES or len(held) >= HELD_FRAMES or _count_bytes(one.frame for one in held) > HELD_BYTES:
             yield from _predict(held, model)
