@@ -54,7 +54,7 @@ class ClusterSettings:
         "Minutes to wait for the cluster's autoscaler where GPUs or cores that are asked for are missing.",
         in_file=False,
     )
-    silent_seconds: Annotated[int, Interval(ge=10, le=2**31)] = setting(
+    silent_seconds: Annotated[int, Interval(ge=10, le=LARGEST)] = setting(
         300,
         "Seconds without a sign of life after which a worker counts as lost, as one that was stopped.",
         in_file=False,
