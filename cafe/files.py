@@ -56,6 +56,18 @@ def locate(location: str, absolute: bool = True) -> UPath:
         ) from None
 
 
+def is_encoded(name: str) -> bool:
+    """Whether a name is text, as tables and records need it: file systems have names that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def check_encoded(name: str) -> str:
+    """Return the name of a folder or file that records shall hold; raise `UserError` for one that is no UTF-8."""
+    if not is_encoded(name):
+        raise UserError(f"The name {name!r} is no UTF-8, so that no table or record can hold it: rename it.")
+    return name
+
+
 def find_below(folder: UPath, name: str) -> UPath:
     """Return the path below a folder of a file to read, whose name a file brought; raise `UserError` where it is outside.
 
@@ -78,9 +90,14 @@ def place_below(folder: UPath, name: str) -> UPath:
     if re.match(r"[A-Za-z]:", name) or "\\" in name:
         raise UserError(f"The name {name!r} leads out of {folder}: take one without '\\' and drives.")
     place = find_below(folder, name)
-    if not folder.protocol and not Path(str(place)).resolve().is_relative_to(Path(str(folder)).resolve()):
+    if not folder.protocol and not _settled(place).is_relative_to(_settled(folder)):
         raise UserError(f"{place} is a link that leads out of {folder}: remove the link, or name a folder without it.")
     return place
+
+
+def _settled(path: UPath) -> Path:
+    """Return where the links of a path lead; that of a link to itself is left as it is, for whoever opens it to refuse."""
+    return Path(os.path.realpath(str(path)))
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
@@ -249,7 +266,7 @@ def write_whole(path: UPath, keep: bool = False) -> Iterator[IO[bytes]]:
                 yield file
             _upload(file, path)
     else:
-        with _beside(path.resolve()) as (file, settle):
+        with _beside(UPath(_settled(path))) as (file, settle):
             with _kept(keep, settle):
                 yield file
             settle()
@@ -346,11 +363,11 @@ def _find_room(place: UPath) -> str:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not place.exists():
         with suppress(FileNotFoundError):
-            os.lstat(str(place))  # a name that is too long, links in a circle
+            Path(str(place)).stat()  # a name that is too long, links in a circle
         return str(next(folder for folder in place.parents if folder.exists() or folder == folder.parent))
     if not os.access(str(place), os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return str(place.resolve().parent) if place.is_file() else gettempdir()  # a device
+    return str(_settled(place).parent) if place.is_file() else gettempdir()  # a device
 
 
 def check_different(places: Mapping[str, str], what: str) -> None:

@@ -31,6 +31,7 @@ from cafe.results.protocols import find_protocol
 from cafe.results.sources import Source
 from cafe.towers.facts import NORMALISATIONS
 
+LONGEST_RUN = 200  # characters of a run's name, which names files: of 255 bytes at most
 PUBLISHED_SIZE = 224  # pixels: the input of every published method
 PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
 NEEDED = ("source_val", "source_test")  # selections that need faces of the source besides those trained on
@@ -96,6 +97,11 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     spec = replace(
         spec, rows=_name_rows(sources, source, settings.selection, recipe), votes=_name_votes(source, recipe)
     )
+    if len(spec.name) > LONGEST_RUN:
+        raise UserError(
+            f"The run's name {spec.name[:40]}… would have {len(spec.name)} characters, more than {LONGEST_RUN}: take "
+            "shorter names of manifests, or a shorter --tag."
+        )
     find_method(settings.method).check(find_inputs(spec))
     if start:
         start.check(spec)

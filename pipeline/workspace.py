@@ -15,9 +15,10 @@ from upath import UPath
 from cafe.addresses import own
 from cafe.data.manifest import NAME, Manifest
 from cafe.errors import UserError, unknown
-from cafe.files import exists, list_files, list_folder, locate, place_below
+from cafe.files import check_encoded, exists, list_files, list_folder, locate, place_below
 from cafe.results.runs import Run, read_run, read_runs
 
+LONGEST = 100  # characters of a name; with those of others it becomes a file's, which has at most 255 bytes
 RUN_FILES = ("run.json", "result.json", "model.safetensors", "start.safetensors")
 RUN_FOLDERS = {
     "epochs": (".json",),
@@ -31,6 +32,8 @@ def check_name(name: str) -> str:
     """Return a name that can be a file's and a metric's; raise `UserError`."""
     if not re.fullmatch(NAME, name):
         raise UserError(f"The name {name!r} cannot be used: take letters, digits, dots, hyphens and underscores.")
+    if len(name) > LONGEST:
+        raise UserError(f"The name {name[:20]}… has {len(name)} characters: take at most {LONGEST}.")
     return name
 
 
@@ -46,6 +49,8 @@ class Workspace:
         """Open the workspace at a folder or URI, which its user names; nothing is created until something is written."""
         own(location)
         return cls(locate(location))
+        """Open the workspace at a folder or URI; nothing is created until something is written."""
+        return cls(locate(check_encoded(location)))
 
     def keeping_manifests(self) -> Workspace:
         """Return this workspace, which from now on reads every manifest only once."""

@@ -26,16 +26,18 @@ from test_store import MANIFEST, features, filled
 from upath import UPath
 
 from cafe import seals
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest, map_threads
 from cafe.data.readers import DATASETS, folder
-from cafe.files import read_file, read_json
+from cafe.files import check_output, place_below, read_file, read_json
 from cafe.inference.frames import read_frames
+from cafe.inference.output import build_schema, write_parquet
 from cafe.pipeline.benchmark.file import parse_benchmark, read_benchmark
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore, verify
 from cafe.pipeline.runs import RunSpec, read_status
-from cafe.pipeline.workspace import Workspace
+from cafe.pipeline.workspace import Workspace, check_name
 from cafe.plugins import load_plugins
 from cafe.results.comparison import name_rows
 from cafe.results.predictions import Predictions
@@ -216,6 +218,31 @@ def test_a_small_manifest_cannot_fill_the_memory(tmp_path: Path, monkeypatch: py
         pq.write_table(pa.table({"sample_id": values}), path, compression="zstd")
         assert path.stat().st_size < 2e4
         assert "holds more than 0 GB of values" in complaint(Manifest.load, path)
+
+
+def test_names_that_are_no_utf8_are_left_out_or_one_sentence(tmp_path: Path) -> None:
+    faces = draw_faces(tmp_path / "faces", per_class=2)
+    (faces / "anger" / "000.jpg").rename(os.fsdecode(bytes(faces / "anger") + b"/caf\xe9.jpg"))
+    indexed = index_files("odd", DATASETS["folder"](UPath(faces)))
+    assert indexed.broken == [("anger/caf\udce9.jpg", "a name that is no UTF-8")]
+    assert len(indexed.manifest) == 5
+    odd = faces.rename(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    assert "no table or record can hold it: rename it" in complaint(index_files, "x", DATASETS["folder"](UPath(odd)))
+    assert "no table or record can hold it" in complaint(Workspace.at, str(odd))
+    rows = io.BytesIO()
+    with write_parquet(rows, EXPRESSIONS) as write:
+        write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": "caf\udce9"}])
+    assert pq.read_table(rows)["file"].to_pylist() == [r"caf\udce9"]
+
+
+def test_names_that_no_file_could_have_are_one_sentence(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert "cannot be written (Too many levels of symbolic links)" in complaint(check_output, str(loop), "--output")
+    assert place_below(UPath(tmp_path), "loop") == UPath(loop)  # whoever opens it says what it is
+    assert "(File name too long)" in complaint(check_output, "x" * 300, "--output")
+    assert "has 101 characters: take at most 100" in complaint(check_name, "x" * 101)
+    assert complaint(check_name, "x" * 100) == ""
 
 
 def test_links_that_fan_out_are_not_followed_without_end(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from cafe.data.expressions import (
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
 from cafe.errors import UserError, unknown
-from cafe.files import find_below, place_below, write_file
+from cafe.files import check_encoded, find_below, is_encoded, place_below, write_file
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
@@ -289,6 +289,7 @@ def index_files(
     """
     listing = listing if listing.classes else listing.select(ClassChoice())
     root = listing.root
+    check_encoded(str(root))  # before all files are read
     if any(file.pixels is not None for file in listing.files):
         assert images is not None
         root = images
@@ -310,6 +311,8 @@ def index_files(
 
 def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | tuple[str, str]:
     """Return a face with its label, votes, size and digest, or (path, reason) when its file cannot be read."""
+    if not is_encoded(file.path):
+        return file.path, "a name that is no UTF-8"
     path, box = find_below(root, file.path) if file.pixels is None else place_below(root, file.path), file.box
     try:
         data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)

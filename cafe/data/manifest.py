@@ -24,7 +24,7 @@ from cafe.addresses import OBJECT_STORES
 from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
 from cafe.errors import UserError
-from cafe.files import OUTSIDE, find_below, locate, write_file
+from cafe.files import OUTSIDE, check_encoded, find_below, locate, write_file
 from cafe.seals import encode_table, read_table
 
 SPLITS = ("train", "val", "test")
@@ -128,8 +128,10 @@ class Manifest:
     def from_faces(
         cls, name: str, root: str, faces: Iterable[Face], kind: str = "", classes: tuple[str, ...] = EXPRESSIONS
     ) -> Manifest:
-        """Sort by sample_id; raise `UserError` naming all that several faces share."""
+        """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
         rows = sorted(faces, key=lambda face: face.sample_id)
+        for text in (root, *(face.path for face in rows)):
+            check_encoded(text)
         repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
         if repeated:
             raise UserError(

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cafe.errors import printable
+from cafe.files import is_encoded
 from cafe.inference.recognition import PredictedFrame
 
 BEFORE = (
@@ -142,7 +143,9 @@ def write_parquet(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     with pq.ParquetWriter(file, schema) as table:
 
         def write(rows: list[Row], least: int = 4096) -> None:
-            waiting.extend(rows)
+            waiting.extend(
+                {**row, "file": row["file"] if is_encoded(row["file"]) else printable(row["file"])} for row in rows
+            )
             if len(waiting) >= least:
                 table.write_table(pa.Table.from_pylist(waiting, schema=schema))
                 waiting.clear()

@@ -224,7 +224,7 @@ class Mirror:
     def _pull_run(self, client: Any, run: Any, experiment: str) -> UPath:
         """Copy a run's description and predictions, unless the cache has them as they are."""
         run_id, names = run.info.run_id, (run.data.tags[MIRRORED], run.info.run_name)
-        folder = place_below(self.workspace.root / "pulled", "/".join(map(check_name, names)))
+        folder = place_below(self.workspace.root / "pulled", "/".join(names))  # a union's has `+`, which no name has
         if not (folder / PULLED).exists():
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.path for entry in client.list_artifacts(run_id)}
