@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -13,21 +15,29 @@ import torch
 from conftest import complaint
 from domains import DOMAINS, draw_features, fill, make_workspace, planned, train
 from runs import write_predictions, write_run
+from trained import on_one_thread
 
-from cafe.files import read_json
+from cafe.files import read_json, time_written
 from cafe.jobs.runs import plan_tables
 from cafe.learning.training import predict
 from cafe.pipeline.benchmark.file import Benchmark, parse_benchmark
 from cafe.pipeline.benchmark.plan import plan_benchmark
 from cafe.pipeline.faces import choose_targets
 from cafe.pipeline.models import load_method, make_dataset
+from cafe.pipeline.process import lease
+from cafe.pipeline.process.lease import find_holder, hold
+from cafe.pipeline.process.progress import no_bar
+from cafe.pipeline.runs import read_status
 from cafe.pipeline.settings import BenchmarkSettings
-from cafe.pipeline.train import choose_epoch
+from cafe.pipeline.tracking.mirror import Mirror
+from cafe.pipeline.train import choose_epoch, train_and_evaluate
+from cafe.pipeline.worker import LocalWorker
 from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
 from cafe.report.report import make_report
 from cafe.report.sheets import ORACLES, PEEKED
 from cafe.results.columns import Column
+from cafe.towers.weights import read_tensors
 
 
 @pytest.fixture
@@ -84,6 +94,27 @@ def test_leave_one_out_takes_the_epoch_that_is_best_on_the_sources_left_out_in_t
     noted = read_json(plan.run / "selection.json") or {}
     assert noted["accuracy"] == pytest.approx(means.tolist())
     assert noted["folds"] == {fold.spec.fold: fold.spec.name for fold in plan.folds}
+
+
+def test_two_commands_that_need_one_fold_train_it_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WAIT_SECONDS", 0.02)
+    plan = planned(workspace, "one,two,three", selection="leave_one_out", wait=True, **FAST)
+    fold, *others = plan.folds
+    for other in others:
+        train(other)
+    mirror, worker = Mirror(workspace, _asleep_until=math.inf), LocalWorker("cpu")  # MLflow plays no part
+    impatient = on_one_thread(replace(plan, settings=replace(plan.settings, wait=False)))
+    follower = Thread(target=train_and_evaluate, args=(on_one_thread(plan), mirror, no_bar, worker))
+    with hold(fold.run):
+        assert f"works on {fold.run}" in complaint(train_and_evaluate, impatient, mirror, no_bar, worker)
+        assert (read_status(plan.run), find_holder(plan.run)) == ("FAILED", "")
+        follower.start()
+        weights = train(fold)
+        written = time_written(fold.run / "model.safetensors")
+    follower.join()
+    assert read_status(plan.run) == "FINISHED"
+    assert time_written(fold.run / "model.safetensors") == written
+    assert all(torch.equal(read_tensors(fold.run / "model.safetensors")[name], own) for name, own in weights.items())
 
 
 def test_a_training_that_ends_at_the_chosen_epoch_is_the_training_of_so_many_epochs(workspace: Workspace) -> None:
