@@ -48,7 +48,7 @@ def _describe(name: str, kind: str, folder: UPath) -> dict[str, Any]:
 
 
 def _home(origin: Mapping[str, Any], scores: Mapping[str, float]) -> float | None:
-    names = [source["name"] for source in origin.get("sources", [])]
+    names = str(origin.get("source", "")).split("+")
     found = [scores.get(f"target/{name}/{ACCURACY}") for name in names]
     return sum(found) / len(found) if found and None not in found else None  # type: ignore[arg-type]
 
@@ -68,9 +68,10 @@ def _describe_runs(workspace: Workspace) -> Iterator[dict[str, Any]]:
     known = workspace.manifest_digests()
     table = read_scores(meet(runs, known).runs, known, ["clean"])
     unseen = average_unseen(table).reset_index().set_index("run")[ACCURACY]
-    at_home = table[table["relation"] == SOURCE].groupby("run")
-    means, counts = at_home[ACCURACY].mean(), at_home.size()
+    at_home = table[table["relation"] == SOURCE].set_index(["run", "target"])[ACCURACY]
     for run in runs:
-        home = float(means[run.name]) if counts.get(run.name, 0) == len(run.sources) else None
+        places = [(run.name, name) for name in run.source.split("+")]  # not those of a model it started from
+        found = [float(at_home[place]) for place in places if place in at_home.index]
+        home = sum(found) / len(found) if found and len(found) == len(places) else None
         scores = {f"unseen/{ACCURACY}": float(unseen[run.name])} if run.name in unseen else {}
         yield _record(run.name, TRAINED, run.method, run.source, [run.seed], home, scores)
