@@ -63,6 +63,7 @@ from cafe.towers.weights import write_tensors
 
 STARTED = ".export.json"  # in a folder whose export is under way: of which run
 MADE = ".export"  # where it is made
+SPEED = "faces_per_second"  # which no two trainings have alike
 CHECKED = 32  # faces of which the graph must say what PyTorch does
 TOLERANCE = 1e-4  # of their probabilities
 PACKAGES = ("cafe", "torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
@@ -319,7 +320,7 @@ def describe(
         "weights": settings.weights,
         "preprocessing": preprocessing,
         "origin": origin,
-        "trained": read_result(run.folder),
+        "trained": {name: value for name, value in (read_result(run.folder) or {}).items() if name != SPEED},
         **describe_home(evaluated),
         "scores": scores,
         "scores_mirrored": mirrored,
