@@ -47,10 +47,8 @@ class Workspace:
     @classmethod
     def at(cls, location: str) -> Workspace:
         """Open the workspace at a folder or URI, which its user names; nothing is created until something is written."""
-        own(location)
+        own(check_encoded(location))
         return cls(locate(location))
-        """Open the workspace at a folder or URI; nothing is created until something is written."""
-        return cls(locate(check_encoded(location)))
 
     def keeping_manifests(self) -> Workspace:
         """Return this workspace, which from now on reads every manifest only once."""
