@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from conftest import complaint
 from upath import UPath
 
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
-from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.features.store import FeatureReader, FeatureStore, allocate
 from cafe.pipeline.need import Need
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
@@ -164,6 +166,17 @@ def test_reading_gives_the_rows_of_the_wanted_view(tmp_path: Path, share: float)
             np.testing.assert_array_equal(values, store.array(name)[:][rows, view])
     assert sorted(reader.kept) == ([0, 2] if share else [2])  # without room only the last view is kept
     assert isinstance(reader.kept[2][0]["map"][0], np.memmap) == (share == 0)
+
+
+def test_a_disk_without_room_for_a_view_is_said_before_it_is_written_to(tmp_path: Path) -> None:
+    """A map beyond the end of its file ends a process by a signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert "has no room for it either" in complaint(allocate, (100, 10), np.dtype("float32"), 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert allocate((100, 10), np.dtype("float32"), 0.0).shape == (100, 10)
 
 
 def test_a_view_is_trusted_without_reading_the_others(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ Zarr does is done here; the files around `store.zarr` are those of `integrity`.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
@@ -219,11 +220,21 @@ def view_digests(values: np.ndarray) -> list[str]:
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) -> np.ndarray:
-    """Return an array to be filled, in memory or, where it is too large for the share, in a scratch file."""
+    """Return an array to be filled, in memory or, where it is too large for the share, in a scratch file.
+
+    Raises `UserError` where there is no room for the file: writing to a map beyond it would end the process.
+    """
     size = int(np.prod(shape)) * dtype.itemsize
     if size < memory_share * free_memory():
         return np.empty(shape, dtype)
     scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
+    try:
+        os.posix_fallocate(scratch.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(
+            f"A view of these features takes {size / 2**30:.2g} GB, more than there is of memory, and {tempfile.gettempdir()} "
+            f"has no room for it either ({error.strerror}): name another folder by TMPDIR."
+        ) from None
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
 
 
