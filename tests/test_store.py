@@ -118,7 +118,7 @@ def test_a_store_left_half_made_is_made_again_and_one_without_its_description_ke
 
 def test_leftovers_of_killed_writers_are_swept_only_from_finished_stores(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    leftover = store.path / "store.zarr" / "pooled" / "c" / "0" / "0" / ".0.0a1b2c3d"
+    leftover = store.path / "store.zarr" / "pooled" / "c" / "0" / "0" / ".0.0a1b2c3d.part"
     leftover.touch()
     store.receipts.path(0).rename(tmp_path / "aside")
     store.finish()

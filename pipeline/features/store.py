@@ -232,8 +232,8 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) 
         os.posix_fallocate(scratch.fileno(), 0, size)
     except OSError as error:
         raise UserError(
-            f"A view of these features takes {size / 2**30:.2g} GB, more than there is of memory, and {tempfile.gettempdir()} "
-            f"has no room for it either ({error.strerror}): name another folder by TMPDIR."
+            f"A view of these features takes {size / 2**30:.2g} GB, more than is free of memory, and "
+            f"{tempfile.gettempdir()} has no room for it either ({error.strerror}): name another folder by TMPDIR."
         ) from None
     return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
 
