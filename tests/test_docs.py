@@ -69,3 +69,13 @@ def test_every_command_of_a_page_has_options_that_exist(page: Path) -> None:
 def test_a_command_that_does_not_exist_is_found() -> None:
     with pytest.raises(click.ClickException):
         parse(main, ["train", "--sauce", "studio"])
+
+
+@pytest.mark.parametrize(
+    "place", [*PAGES, ROOT / "cafe", ROOT / "jobs", ROOT / "pipeline"], ids=lambda place: place.name
+)
+def test_nobody_is_sent_to_another_project_of_this_name(place: Path) -> None:
+    files = [file for file in place.rglob("*.*") if file.suffix in {".py", ".md", ".sh", ".yaml"}] or [place]
+    for file in files:
+        found = re.search(r"pip install [^`\n]*(?<![\w./])cafe(?![\w./-])", file.read_text())
+        assert not found, f"{file} installs by name what only a checkout or a wheel of this project has: {found[0]}"

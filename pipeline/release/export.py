@@ -169,7 +169,10 @@ def check_exports(runs: Sequence[Run], folder: UPath, settings: ExportSettings) 
         raise UserError(f"A run of {run.method} cannot be exported. {reason}")
     for package in EXTRA:
         if find_version(package) is None:
-            raise UserError(f"The package {package!r} is missing: run `pip install 'cafe[export]'`.")
+            raise UserError(
+                f"The package {package!r} is missing: run `pip install {' '.join(EXTRA)}`, or leave the graph "
+                "out with --no-graph."
+            )
 
 
 def check_precision(model: Model) -> None:
