@@ -320,7 +320,7 @@ def test_too_few_faces_are_one_sentence() -> None:
         ("epochs", "Cannot read the setting 'epochs': write KEY=VALUE"),
         ("epochs=many", "The setting epochs of cafe is a int, not 'many'"),
         ("mask=soft", "Unknown mask of cafe 'soft': choose linear, none, sigmoid"),
-        ("separation=-1", "cannot be negative"),
+        ("separation=-1", "is a number from 0"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(override: str, message: str) -> None:

@@ -182,9 +182,10 @@ def find_metric(name: str) -> Metric:
 def score(predictions: Predictions) -> dict[str, float]:
     """Return every metric and recall/CLASS, all in 0–1.
 
-    A class of which the target has no face has no recall and is left out of the means.
+    A class of which the target has no face has no recall and is left out of the means; what cannot be computed is left out.
     """
+    measured = {name: metric.compute(predictions) for name, metric in METRICS.items()}
     return {
-        **{name: metric.compute(predictions) for name, metric in METRICS.items()},
+        **{name: value for name, value in measured.items() if not math.isnan(value)},
         **{f"{RECALL}{name}": recall for name, recall in recalls(predictions).items()},
     }
