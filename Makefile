@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/cafe demo
 
 test: .venv/ready
-	$(BIN)/pytest -n 2  # what needs Ray in one process, the rest in the other
+	$(BIN)/pytest -n 3  # what needs Ray in one process, the rest in the others; on two cores one always waits
 
 bench: .venv/ready
 	$(BIN)/python measurements/speed.py  # three minutes on a quiet machine; compares with measurements/speed.json
