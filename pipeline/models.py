@@ -16,10 +16,9 @@ from cafe.learning.loading import FaceDataset
 from cafe.methods import find_method
 from cafe.methods.method import ARRAYS, Inputs, Method, check_recipe
 from cafe.pipeline.faces import Faces
-from cafe.pipeline.runs import RunSpec, model_folder
+from cafe.pipeline.runs import RunSpec, check_exported, model_folder, read_model
 from cafe.plugins import check_plugins
 from cafe.records import check_record, digest
-from cafe.seals import read_sealed
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder
 from cafe.towers.keeping import find_tower
@@ -95,8 +94,7 @@ def read_averages(folder: UPath) -> tuple[int, bool]:
 
     That is what the record of an exported folder says; the folder of a run has none, and older ones do not say.
     """
-    record = read_sealed(folder / "model.json", "read", "export the run again with `cafe export`") or {}
-    averaged = record.get("averaged") or {}
+    averaged = read_model(folder).get("averaged") or {}
     return len(averaged.get("seeds") or [0]), bool(averaged.get("mirror_images"))
 
 
@@ -109,6 +107,7 @@ def build_model(folders: Sequence[UPath], device: str = "cpu", batch_size: int =
     """
     specs, methods, flip = list[RunSpec](), list[Method](), False
     for folder in map(model_folder, folders):
+        check_exported(folder)
         count, mirrored = read_averages(folder)
         flip |= mirrored
         for record, weights in map(name_files, range(1, count + 1)):

@@ -17,7 +17,7 @@ Everything here is read and written without torch: what builds a method from its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -25,20 +25,21 @@ from annotated_types import Interval
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, check_classes
-from cafe.errors import UserError, first_line
-from cafe.files import encode_json, exists, place_below, read_json, write_changed, write_json
+from cafe.errors import DamagedError, UserError, first_line
+from cafe.files import encode_json, exists, place_below, read_file, read_json, write_changed, write_json
 from cafe.pipeline.features.key import Colours, FeatureKey, Spreads
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import Count, RunChoices, RunIdentity, Seed, Side
 from cafe.pipeline.workspace import check_name
-from cafe.records import FORMAT, check_record, digest_changes
+from cafe.records import FORMAT, check_record, digest, digest_changes
 from cafe.results.runs import read_record, read_result
 from cafe.results.sources import Source
-from cafe.seals import write_sealed
+from cafe.seals import read_sealed, write_sealed
 from cafe.towers.names import FINAL, single_names
 
 CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
 START = "start.safetensors"  # file of the weights that a run went on from
+DECIDING = (".json", ".safetensors")  # files of an exported folder by which it predicts
 EXPORTED = "exported"  # folder of a run that came as an exported model
 Size = Annotated[int, Interval(ge=1, le=2**20)]  # of features
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -230,6 +231,47 @@ def check_identity(run: UPath) -> None:
 def model_folder(run: UPath) -> UPath:
     """Return where a run's folder, or an exported one, keeps its weights."""
     return run / EXPORTED if exists(run / EXPORTED / "model.json") else run
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What an exported model averages: the runs of these seeds, and mirror images."""
+
+    seeds: Sequence[int] | None = None
+    mirror_images: bool = False
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What programs read of model.json: all that decides an answer, or what is said of one."""
+
+    averaged: Averaged | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    threshold: Annotated[float, Interval(ge=0, le=1)] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_model(folder: UPath) -> dict[str, Any]:
+    """Return what model.json says of an exported folder, nothing where there is none.
+
+    Raises `DamagedError` where it is not what was written, `UserError` where it says what no export writes.
+    """
+    path = folder / "model.json"
+    record = read_sealed(path, "read", "export the run again with `cafe export`") or {}
+    check_record(record, ModelRecord, str(path))
+    return record
+
+
+def check_exported(folder: UPath) -> None:
+    """Raise `DamagedError` where a file by which an exported folder predicts is not the one that was exported with it.
+
+    Each may be whole by itself, as when the weights of another export were copied over its own.
+    """
+    for name, expected in (read_model(folder).get("files") or {}).items():
+        path = place_below(folder, name)
+        if path.suffix in DECIDING and exists(path) and digest(read_file(path)) != expected:
+            raise DamagedError(f"{path} is not what was exported: export the run again with `cafe export`.")
 
 
 def is_finished(run: UPath) -> bool:

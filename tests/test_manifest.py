@@ -164,6 +164,9 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
         ),
         ("path,label\nx.jpg,3", "other classes than surprise, .*: '3' .1 face.: leave them out with --skip 3"),
         ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
+        ("path,label,label\nx.jpg,anger,fear", "column 'label' besides 'label', which means the same"),
+        ("path,label,happiness,happy\nx.jpg,anger,7,1", "column 'happy' besides 'happiness'"),
+        ("path,label,anger\nx.jpg,anger,inf", "Row 1 .* has for 'anger' inf: write how many people"),
     ],
 )
 def test_a_bad_table_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:

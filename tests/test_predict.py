@@ -527,6 +527,14 @@ def test_an_exported_model_is_evaluated_in_a_workspace_as_it_predicts(command: C
     assert specify_export(folder).name != spec.name  # another model is another run
     ship_run(runs_of(command, "table")[1], Path(str(folder)), files={"model.safetensors": "another digest"})
     assert "is not what was exported" in complaint(specify_export, folder)
+    assert "is not what was exported" in complaint(build_model, [folder])  # whole by itself, and not of this model
+    for wrong, word in (
+        ({"threshold": float("nan")}, "threshold"),
+        ({"origin": [1]}, "origin"),
+        ({"averaged": 2}, "averaged"),
+    ):
+        write_json(folder / "model.json", {**wrong, "format": 1})
+        assert f"model.json cannot be read ({word}" in complaint(read_confidence, [folder])
 
 
 def test_models_are_listed_with_their_accuracy_at_home_and_abroad(command: Cafe, ships: UPath) -> None:

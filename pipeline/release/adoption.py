@@ -12,16 +12,13 @@ from dataclasses import replace
 from upath import UPath
 
 from cafe.data.manifest import NAME
-from cafe.errors import DamagedError
 from cafe.files import encode_json, list_folder, place_below, read_file, write_file
 from cafe.pipeline.models import read_averages
-from cafe.pipeline.release.catalogue import read_model
-from cafe.pipeline.runs import EXPORTED, RunSpec, add_experiment, is_finished
+from cafe.pipeline.runs import DECIDING, EXPORTED, RunSpec, add_experiment, check_exported, is_finished, read_model
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.seals import write_sealed
 
-DECIDING = (".json", ".safetensors")  # files of an exported folder by which it predicts
 RECORD = "model.json"
 
 
@@ -30,10 +27,8 @@ def specify_export(folder: UPath) -> RunSpec:
 
     Raises `DamagedError` for a folder whose files are not those that were exported.
     """
+    check_exported(folder)
     spec, digests = RunSpec.load(folder), _digest_files(folder)
-    for name, known in read_model(folder).get("files", {}).items():
-        if digests.get(name, known) != known:
-            raise DamagedError(f"{folder / name} is not what was exported: export the run again with `cafe export`.")
     content = digest(encode_json({**digests, "averaged": list(read_averages(folder))}))
     label = folder.name if re.fullmatch(NAME, folder.name) and not folder.name.startswith(spec.name) else "exported"
     return replace(spec, exported=f"{label}:{content}")

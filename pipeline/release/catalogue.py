@@ -10,10 +10,10 @@ from upath import UPath
 from cafe.errors import UserError
 from cafe.files import list_folder
 from cafe.pipeline.release.shipped import is_export, shipped_models
+from cafe.pipeline.runs import read_model
 from cafe.pipeline.workspace import Workspace
 from cafe.results.scores import average_unseen, meet, read_scores
 from cafe.results.sources import SOURCE
-from cafe.seals import read_sealed
 
 ACCURACY = "accuracy"
 SHIPS, EXPORTED, TRAINED = "ships", "exported", "run"
@@ -29,11 +29,6 @@ def list_models(workspace: Workspace) -> list[dict[str, Any]]:
     exports = (folder for folder in list_folder(workspace.root / "exports") if is_export(folder))
     records += [_describe(str(folder), EXPORTED, folder) for folder in exports]
     return [record for record in records if record] + list(_describe_runs(workspace))
-
-
-def read_model(folder: UPath) -> dict[str, Any]:
-    """Return what model.json says of an exported folder; raise `DamagedError` where it is not what was written."""
-    return read_sealed(folder / "model.json", "read", "export the run again with `cafe export`") or {}
 
 
 def _describe(name: str, kind: str, folder: UPath) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import scipy  # which loads a part of it only when it is used
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.pipeline.release.catalogue import read_model
 from cafe.pipeline.release.shipped import is_export
-from cafe.pipeline.runs import model_folder
+from cafe.pipeline.runs import model_folder, read_model
 from cafe.records import check_record
 from cafe.results.metrics import confusion
 from cafe.results.predictions import Predictions

@@ -22,11 +22,11 @@ from cafe.inference.output import name_columns
 from cafe.pipeline.models import build_model, name_files, read_averages
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
+from cafe.pipeline.runs import read_model
 from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
 from cafe.pipeline.tracking.pages import NOTE
 from cafe.records import digest
 from cafe.results.runs import Run
-from cafe.seals import read_sealed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,7 +141,7 @@ def digest_model(exported: UPath) -> str:
 
 def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
     types, column = mlflow.types, mlflow.types.ColSpec
-    described = read_sealed(exported / "model.json", "read", "export the run again with `cafe export`") or {}
+    described = read_model(exported)
     outputs = [column("double", name) for name in name_columns(described["labels"]).values()]
     outputs = [column("string", "expression"), *outputs]
     mlflow.models.Model.log(

@@ -22,7 +22,7 @@ from cafe.pipeline.features.key import FeatureKey
 from cafe.pipeline.models import build_method, name_files, read_averages
 from cafe.pipeline.need import OF_THE_SOURCE, Need
 from cafe.pipeline.release.choice import find_runs
-from cafe.pipeline.runs import START, RunSpec, model_folder
+from cafe.pipeline.runs import START, RunSpec, check_exported, model_folder
 from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -82,6 +82,7 @@ def find_start(workspace: Workspace, name: str, seed: int = 0) -> Start:
     """
     (found, *_), _ = find_runs(workspace, name)
     folder = model_folder(found)
+    check_exported(folder)
     files = [name_files(number) for number in range(1, read_averages(folder)[0] + 1)]
     members = [Start(name, RunSpec.load(folder, record), folder / weights) for record, weights in files]
     if not find_method(members[0].spec.method).trained:

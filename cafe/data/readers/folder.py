@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from upath import UPath
 
-from cafe.data.expressions import EIGHT, spell_name
+from cafe.data.expressions import ALIASES, EIGHT, normalise_name, spell_name
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
 from cafe.data.manifest import SPLITS
@@ -61,6 +61,7 @@ def read_table(file: UPath, root: UPath | None = None) -> Listing:
     listed with different cells, all of them named.
     """
     columns, cells = _load(file)
+    _check_repeated(columns, file)
     if missing := [column for column in COLUMNS[:2] if column not in columns]:
         raise UserError(
             f"{file} has no column {missing[0]!r}: it needs path and label, and may have split and group "
@@ -81,6 +82,18 @@ def read_table(file: UPath, root: UPath | None = None) -> Listing:
     kept, found.repeated = merge_repeated(numbered, file)
     found.files = [rows[position] for position in sorted(kept)]
     return found
+
+
+def _check_repeated(columns: list[str], file: UPath) -> None:
+    """Raise `UserError` for two columns of one name, or of two spellings of a class: one of them would count, or both."""
+    first: dict[str, str] = {}
+    for column in columns:
+        name = ALIASES.get(normalise_name(column), normalise_name(column))
+        if name in first:
+            raise UserError(
+                f"{file} has the column {column!r} besides {first[name]!r}, which means the same: keep one of them."
+            )
+        first[name] = column
 
 
 def _load(file: UPath) -> tuple[list[str], list[dict[str, object]]]:
@@ -117,7 +130,7 @@ def _read_count(cell: object, what: str) -> int:
     """Return how many people chose a class; an empty cell says nobody."""
     if cell is None:
         return 0
-    if isinstance(cell, bool) or not isinstance(cell, int | float) or cell != int(cell) or not 0 <= cell < MOST_VOTES:
+    if isinstance(cell, bool) or not isinstance(cell, int | float) or not 0 <= cell < MOST_VOTES or cell != int(cell):
         raise UserError(f"{what} {cell!r}: write how many people chose it, a whole number from 0.")
     return int(cell)
 
