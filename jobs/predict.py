@@ -49,10 +49,7 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     """
     settings, workspace = PredictSettings(**values), open_workspace()
     form = _choose_format(settings)
-    if settings.rate <= 0:
-        raise UserError(f"--rate is a number of frames a second above 0, not {settings.rate}.")
-    if settings.threshold is not None and not 0 <= settings.threshold <= 1:
-        raise UserError(f"--threshold is a probability from 0 to 1, not {settings.threshold}.")
+    settings.check()
 
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
@@ -65,6 +62,8 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     name, places = split_words(workspace, words, settings.model, settings.best)
     runs, chosen = find_runs(workspace, name, settings.best, settings.ensemble)
     files = find_files(list(_read_places(places)))
+    if settings.output:
+        _check_apart(settings.output, files)
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
     confidence = read_confidence(runs)
@@ -116,6 +115,15 @@ def _choose_format(settings: PredictSettings) -> str:
     if form == "parquet" and not settings.output:
         raise UserError("Parquet is no text for a terminal: give --output FILE.parquet.")
     return form
+
+
+def _check_apart(output: str, files: Sequence[UPath]) -> None:
+    """Raise `UserError` where the rows would be written over a photo or video that is to be predicted."""
+    from cafe.files import locate
+
+    place = locate(output)
+    if not place.protocol and place.resolve() in {file.resolve() for file in files if not file.protocol}:
+        raise UserError(f"--output {output} would overwrite a picture that is to be predicted: give another file.")
 
 
 def _read_places(places: Sequence[str]) -> Iterator[str]:

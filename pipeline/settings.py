@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from cafe.errors import UserError, unknown
 from cafe.results.protocols import ProtocolName, TestTime
 
 LARGEST = 2**31 - 1
@@ -331,6 +332,16 @@ class PredictSettings:
     output: str | None = setting(None, "File to write the rows to; default: standard output.")
     annotate: str | None = setting(None, "Folder for copies of the pictures and videos with boxes and labels.")
     use_gpu: bool | None = setting(None, "Predict on a GPU; default: when there is one.", flag="--gpu/--cpu")
+
+    def check(self) -> None:
+        """Raise `UserError` for a number that is none of those it may be, NaN among them, and for other faces."""
+        if not self.rate > 0:
+            raise UserError(f"--rate is a number of frames a second above 0, not {self.rate}.")
+        for name, value in (("threshold", self.threshold), ("confidence", self.confidence)):
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"--{name} is a probability from 0 to 1, not {value}.")
+        if self.faces not in ("largest", "all"):
+            raise unknown("choice of --faces", self.faces, ("largest", "all"))
 
 
 @dataclass(frozen=True)

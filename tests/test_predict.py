@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from cafe.pipeline.models import build_model
 from cafe.pipeline.release import shipped
 from cafe.pipeline.release.adoption import adopt, specify_export
 from cafe.pipeline.release.confidence import Home, choose_threshold, measure_home, read_confidence
+from cafe.pipeline.release.prediction import predict as predict_faces
 from cafe.pipeline.runs import check_identity
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
@@ -252,6 +254,24 @@ def test_annotated_pictures_keep_their_places_and_never_overwrite_originals(comm
         != np.asarray(Image.open(tmp_path / "album" / "c" / "3.png"))
     ).any()
     assert "would overwrite" in command.fail(*arguments, str(tmp_path / "album"))
+    photo = tmp_path / "album" / "c" / "3.bmp"
+    before = photo.read_bytes()
+    assert "would overwrite a picture" in command.fail(*arguments[:-1], "--output", str(photo))
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"threshold": float("nan")}, "--threshold is a probability from 0 to 1, not nan"),
+        ({"threshold": 80}, "--threshold is a probability from 0 to 1, not 80"),
+        ({"confidence": float("nan")}, "--confidence is a probability"),
+        ({"rate": float("nan")}, "--rate is a number of frames a second above 0"),
+        ({"faces": "biggest"}, "'biggest'"),
+    ],
+)
+def test_a_program_gets_the_limits_of_the_command(wrong: dict[str, Any], said: str) -> None:
+    assert said in complaint(partial(predict_faces, [], **wrong))
 
 
 def test_two_annotated_copies_with_one_name_are_refused(command: Cafe, tmp_path: Path) -> None:

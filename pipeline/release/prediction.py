@@ -17,7 +17,6 @@ from upath import UPath
 from cafe.addresses import own
 from cafe.data.alignment import find_detector
 from cafe.data.images import UnreadableImageError, image_pixels
-from cafe.errors import UserError
 from cafe.files import time_written
 from cafe.inference.frames import Frame, find_files, read_frames
 from cafe.inference.model import Model, read_pixels
@@ -67,8 +66,7 @@ def predict(
     """
     alone = isinstance(what, str | os.PathLike | np.ndarray | Image.Image) or not isinstance(what, Iterable)
     several: list[Any] = [what] if alone else list(what)  # type: ignore[arg-type]
-    if rate <= 0:
-        raise UserError(f"The rate is a number of frames a second above 0, not {rate}.")
+    PredictSettings(faces=faces, confidence=confidence, threshold=threshold, rate=rate).check()
     frames = list(_find_frames(several, rate))  # all of them are looked up before any is read
     if isinstance(model, str):
         folders, _ = find_runs(Workspace.at(workspace), model, best, ensemble)
