@@ -176,8 +176,17 @@ def _index_tables(index: Index) -> list[Table | str]:
         _list_some(f"{len(broken)} broken files, left out", broken),
         *([_list_some(f"{len(repeated)} listed more than once, counted once", repeated)] if repeated else []),
         _list_some(f"{len(duplicates)} groups of identical files", duplicates),
+        *_describe_votes(index),
         *_warn_of_twins(index),
     ]
+
+
+def _describe_votes(index: Index) -> list[str]:
+    voted, outvoted = index.outvoted
+    if not voted:
+        return []
+    against = f"; of {outvoted:,} most people chose another class than the label" if outvoted else ""
+    return [f"{voted:,} faces have people's votes{against}"]
 
 
 def _warn_of_twins(index: Index) -> list[str]:

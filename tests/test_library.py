@@ -96,7 +96,12 @@ def test_photos_are_predicted_by_path_by_address_and_as_pixels_in_one_list(works
 
 
 def test_what_is_no_picture_is_one_sentence(workspace: str) -> None:
-    for what, said in ((3, "not a int"), (np.zeros((4, 4)), "(H, W, 3) uint8"), ("nothing.jpg", "There is no file")):
+    for what, said in (
+        (3, "the type int is neither"),
+        (b"ab", "the type bytes is neither"),
+        (np.zeros((4, 4)), "(H, W, 3) uint8"),
+        ("nothing.jpg", "There is no file"),
+    ):
         assert said in complaint(cafe.predict, what, "cafe-one-s0", workspace)
 
 

@@ -94,7 +94,7 @@ def test_pictures_of_any_mode_become_rgb(mode: str) -> None:
         (np.zeros((4, 4, 3)), "not (4, 4, 3) float64"),
         (np.zeros((4, 4), np.uint8), "not (4, 4) uint8"),
         (np.zeros((0, 4, 3), np.uint8), "not (0, 4, 3) uint8"),
-        ("face.jpg", "not a str: open the file first"),
+        ("face.jpg", "one of the type str is neither"),
         (Image.new("F", (4, 4)), "floating-point pixels"),
     ],
 )

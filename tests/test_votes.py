@@ -95,7 +95,9 @@ def test_columns_of_a_table_named_after_classes_are_votes(tmp_path: Path) -> Non
     votes = {name: [2 * place, 7 - place, int(place > 0)] for place, name in enumerate(COLOURS)}
     rows = [f"faces/{name}/000.jpg,{name},{','.join(map(str, counts))}" for name, counts in votes.items()]
     (tmp_path / "faces.csv").write_text("\n".join(["path,label,Happy,anger,neutral", *rows]))
-    manifest = index_files("mine", read_table(UPath(tmp_path / "faces.csv"))).manifest
+    index = index_files("mine", read_table(UPath(tmp_path / "faces.csv")))
+    manifest = index.manifest
+    assert index.outvoted == (3, 2)  # most people chose anger, also where the label says happiness or sadness
     columns = [EXPRESSIONS.index(name) for name in ("happiness", "anger", "neutral")]
     for label, counts in zip(manifest.labels, manifest.votes.tolist(), strict=True):
         assert [counts[column] for column in columns] == votes[EXPRESSIONS[label]]

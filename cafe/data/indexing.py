@@ -250,6 +250,15 @@ class Index:
     broken: list[tuple[str, str]]
 
     @property
+    def outvoted(self) -> tuple[int, int]:
+        """How many faces have votes, and of how many of them another class than the label has the most."""
+        votes, labels = self.manifest.votes, self.manifest.labels
+        if votes is None:
+            return 0, 0
+        most = votes.max(axis=1)
+        return int((most > 0).sum()), int((votes[np.arange(len(labels)), labels] < most).sum())
+
+    @property
     def duplicates(self) -> list[list[str]]:
         """Groups of samples whose files are byte for byte the same."""
         same: dict[str, list[str]] = {}

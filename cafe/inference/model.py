@@ -133,7 +133,10 @@ def read_pixels(image: Picture) -> np.ndarray:
         except UnreadableImageError as error:
             raise UserError(f"An image cannot be used ({error}): give 8-bit RGB pixels.") from None
     if not isinstance(image, np.ndarray):
-        raise UserError(f"An image is a picture of PIL or an array, not a {type(image).__name__}: open the file first.")
+        kind = type(image).__name__
+        raise UserError(
+            f"An image is a picture of PIL or an array (H, W, 3) of uint8, and one of the type {kind} is neither."
+        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise UserError(
             f"An image is an array (H, W, 3) uint8, not {image.shape} {image.dtype}: give RGB pixels from 0 to 255."

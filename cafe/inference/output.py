@@ -206,7 +206,9 @@ class Summary:
         """Say what came out: faces and their expressions, then what there was besides."""
         looked = [_count(number, name) for number, name in ((self.photos, "photo"), (self.frames, "frame")) if number]
         faces = _count(self.faces, "face")
-        lines = [f"{faces} in {' and '.join(looked) or 'no pictures'}{_listed(self.expressions)}."]
+        lines = [
+            f"{faces} in {' and '.join(looked)}{_listed(self.expressions)}." if looked else "No picture was readable."
+        ]
         counts = ((self.without, "without a face"), (self.several, "with several faces"))
         lines += [f"Pictures {name}: {number:,}." for number, name in counts if number]
         lines += [f"Doubtful faces{_listed(self.doubts)}."] if self.doubts else []

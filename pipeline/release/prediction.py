@@ -64,7 +64,7 @@ def predict(
     >>> rows[0]["expression"] in ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
     True
     """
-    alone = isinstance(what, str | os.PathLike | np.ndarray | Image.Image) or not isinstance(what, Iterable)
+    alone = isinstance(what, str | bytes | os.PathLike | np.ndarray | Image.Image) or not isinstance(what, Iterable)
     several: list[Any] = [what] if alone else list(what)  # type: ignore[arg-type]
     PredictSettings(faces=faces, confidence=confidence, threshold=threshold, rate=rate).check()
     frames = list(_find_frames(several, rate))  # all of them are looked up before any is read
