@@ -107,7 +107,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
         start.check(spec)
         spec = replace(spec, start=digest(read_file(start.weights)), start_sources=start.trained_on)
     for part in source.parts:
-        _check_faces(part, settings)
+        _check_faces(part, settings, recipe)
     evaluated = settings.fold or None if settings.targets is None else settings.targets
     targets = choose_targets(workspace, evaluated, spec, settings.protocol)
     plan = TrainPlan(workspace.runs, settings, spec, source, tuple(targets), start=start)
@@ -334,9 +334,9 @@ def _check_domains(settings: TrainSettings, names: Sequence[str]) -> None:
         )
 
 
-def _check_faces(part: Part, settings: TrainSettings) -> None:
+def _check_faces(part: Part, settings: TrainSettings, recipe: Recipe) -> None:
     """Raise `UserError` where a source has too few faces to train on, or none to choose the epoch by."""
-    train, held_out = Faces.of(part).split_rows(settings.selection)
+    train, held_out = Faces.of(part).split_rows(settings.selection, recipe.calibration)
     if len(train) < SMALLEST_BATCH:
         raise UserError(f"{part.name!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
     if settings.selection in NEEDED and not len(held_out):
@@ -344,3 +344,5 @@ def _check_faces(part: Part, settings: TrainSettings) -> None:
             f"{part.name!r} has no faces for --selection {settings.selection}: choose the epoch by source_val, or take "
             "the last one with final."
         )
+    if recipe.calibration != "none" and not len(held_out):
+        raise UserError(f"{part.name!r} has no faces to hold out for a calibration: leave it out.")

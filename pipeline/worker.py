@@ -31,7 +31,7 @@ from cafe.pipeline import cluster
 from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
-from cafe.pipeline.plan import TrainPlan
+from cafe.pipeline.plan import NEEDED, TrainPlan
 from cafe.pipeline.process import machine, pulse
 from cafe.pipeline.process.versions import check_versions, versions
 from cafe.pipeline.release.start import continue_from
@@ -44,7 +44,6 @@ from cafe.towers.weights import write_tensors
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 PREPARE_SECONDS = 24 * 3600  # that other workers wait for the first one, while it lives and prepares a method
-HELD_OUT = ("source_val", "source_test")  # selections by faces of the source that are not trained on
 RESTARTS = 3  # of what a cluster's nodes, which come and go, were at work on
 
 CheckLease = Callable[[], None]
@@ -301,7 +300,7 @@ def _select(plan: TrainPlan, held_out: np.ndarray) -> Selection:
     """Return by which faces the epoch is chosen: those of the domain left out, or rows held out of the source."""
     if plan.validation:
         return Selection(plan.validation.rows("train"), make_dataset(plan.spec, plan.validation))
-    return Selection(held_out if plan.spec.selection in HELD_OUT else held_out[:0])
+    return Selection(held_out if plan.spec.selection in NEEDED else held_out[:0])
 
 
 def _build(spec: RunSpec, run: UPath) -> Method:
