@@ -196,6 +196,7 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
         width=shape[0] if shape else store.width if store else None,
         grid=shape[1:] if shape else None,
         init_digest=init_digest,
+        revision=method.revision,
         plugins=tuple(plugin.identity for plugin in plugins),
     )
 
