@@ -24,10 +24,10 @@ BEST, SECOND = "best", "second"
 UNDERLINED = "underlined"  # how the second is shown, which not every format can
 HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row of a comparison
 NOISE = (
-    "Published numbers are single runs; the choice of their test faces alone moves them by ±4.7 (SFEW), ±1.7 (AffectNet), "
+    "Published numbers are single runs; the choice of their test faces alone moves them by ±3.3 (SFEW), ±1.7 (AffectNet), "
     "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
 )
-PEEKED = "†: the epoch was chosen on the source's test split, as published scripts do: not comparable."
+PEEKED = "†: the epoch was chosen on the source's test split, as RUL's and OFER's scripts do: not comparable."
 ORACLES = (
     "†: the epoch was chosen on the target's own training faces (oracle): what a choice could gain, and no result."
 )
