@@ -11,21 +11,18 @@ import click
 
 from cafe.errors import UserError, unknown
 from cafe.jobs.options import Whole, complete, options
+from cafe.jobs.tables import FittedTable, make_table, show_records
 from cafe.jobs.terminal import (
     Commands,
     json_option,
-    make_table,
     open_workspace,
     progress_bar,
     say,
     show,
-    show_records,
 )
 from cafe.pipeline.settings import LARGEST, AlignSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cafe.data.auditing import Audit
     from cafe.data.checking import Check
     from cafe.data.indexing import CountDifference, Index, Listing
@@ -147,7 +144,7 @@ def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: boo
         )
 
 
-def _index_tables(index: Index) -> list[Table | str]:
+def _index_tables(index: Index) -> list[FittedTable | str]:
     """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
     from cafe.data.manifest import SPLITS
 
@@ -200,10 +197,12 @@ def _warn_of_twins(index: Index) -> list[str]:
     ]
 
 
-def _counts_tables(differences: list[CountDifference]) -> list[Table | str]:
+def _counts_tables(differences: list[CountDifference]) -> list[FittedTable | str]:
     """Where a copy differs from what is expected: a table of the numbers that are known, a line for each doubtful one."""
     certain = [(row.expression, row.split, row.expected, row.found) for row in differences if row.certain]
-    known: list[Table | str] = [make_table(["expression", "split", "expected", "found"], certain, 2)] if certain else []
+    known: list[FittedTable | str] = (
+        [make_table(["expression", "split", "expected", "found"], certain, 2)] if certain else []
+    )
     known += [f"Expected: {source}." for source in dict.fromkeys(row.source for row in differences if row.certain)]
     doubtful = [
         f"Warning: {row.split}, {row.expression}: {row.found:,} faces where {row.expected:,} are expected ({row.source})."
@@ -258,7 +257,7 @@ def check(name: str) -> None:
     say(f"Wrote {page}")
 
 
-def _check_tables(check: Check) -> list[Table | str]:
+def _check_tables(check: Check) -> list[FittedTable | str]:
     """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
     header, lines = check.summary()
     table = make_table(header, lines[:-1])
@@ -279,15 +278,10 @@ def _unreadable(broken: list[tuple[str, str]]) -> str:
     return _list_some(f"{len(broken)} unreadable files", [f"{sample}: {reason}" for sample, reason in broken])
 
 
-def _histogram(title: str, counts: list[tuple[str, int]]) -> Table:
-    from rich.table import Column, Table
-
+def _histogram(title: str, counts: list[tuple[str, int]]) -> FittedTable:
     most = max(1, *(count for _, count in counts))
-    table = Table(title, Column("faces", justify="right"), "")
-    for name, count in counts:
-        if count:
-            table.add_row(name, f"{count:,}", "█" * max(1, round(30 * count / most)))
-    return table
+    lines = [(name, "█" * max(1, round(30 * count / most)), count) for name, count in counts if count]
+    return make_table([title, "", "faces"], lines, words=2)
 
 
 @data.command("audit")
@@ -314,10 +308,11 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
         say(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
 
 
-def _audit_table(audits: list[Audit]) -> Table:
+def _audit_table(audits: list[Audit]) -> FittedTable:
     """Copies of a source's faces: a line per pair of splits."""
     words = ["source", "target", "source split", "target split"]
-    table = make_table([*words, "target faces", "with a copy", "share", "pairs", "under another label"], [], len(words))
+    table = make_table([*words, "target faces", "with a copy", "share", "pairs", "under another label"], (), len(words))
+    table.names = len(words)
     for audit in audits:
         for pair in audit.splits:
             names = (audit.source.name, audit.target.name, pair.source_split, pair.target_split)
@@ -351,7 +346,7 @@ def align(source: str, **values: Any) -> None:
     say(f"Wrote {result.manifest or result.folder}")
 
 
-def _alignment_tables(alignment: Alignment) -> list[Table | str]:
+def _alignment_tables(alignment: Alignment) -> list[FittedTable | str]:
     """What became of the photos, by outcome, and the first ones that were left out."""
     outcomes = alignment.outcomes()
     table = make_table(["outcome", "photos"], outcomes.items())

@@ -14,11 +14,11 @@ from click.core import ParameterSource
 from cafe.addresses import own
 from cafe.errors import IncompleteError, UserError, first_line
 from cafe.jobs.options import complete, options
-from cafe.jobs.terminal import echo, interruptible, make_table, open_workspace, progress_bar, say, show
+from cafe.jobs.tables import FittedTable, make_table, sheet_tables
+from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, say, show
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from upath import UPath
 
     from cafe.pipeline.benchmark.cells import Failures
@@ -281,7 +281,6 @@ def _check_mirror(mirror: Mirror) -> Mirror:
 
 
 def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
-    from cafe.jobs.results import sheet_tables
     from cafe.pipeline.release.confidence import read_confidence
     from cafe.report.sheets import run_sheet
     from cafe.results.leaks import leave_out_leaks
@@ -305,7 +304,7 @@ def _warn(mirror: Mirror) -> None:
         echo(f"Warning: {mirror.warning}", err=True)
 
 
-def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
+def plan_tables(plan: BenchmarkPlan) -> list[FittedTable | str]:
     """What a benchmark will do and what that costs: methods × sources with the cells that are done, then the sums."""
     from cafe.results.sources import ALL_BUT_TARGET
 
@@ -395,7 +394,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
-def failures_table(failures: Failures) -> Table:
+def failures_table(failures: Failures) -> FittedTable:
     """The cells that failed, each with its reason."""
     lines = [(cell.name, first_line(reason)) for cell, reason in failures.items()]
     return make_table(["cell", "why it failed"], lines, words=2, title="Failed cells")
