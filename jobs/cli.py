@@ -8,6 +8,7 @@ import sys
 
 import click
 
+import cafe
 from cafe.addresses import permit
 from cafe.jobs.terminal import TYPED, WIDE, Commands, defer_gc, set_loudness
 
@@ -65,7 +66,7 @@ EXIT_CODES = (
     is_flag=True,
     help="With --allow-urls: also from this machine and its own network.",
 )
-@click.version_option(package_name="cafe")
+@click.version_option(cafe.__version__, prog_name="cafe")
 @click.pass_context
 def main(
     ctx: click.Context,

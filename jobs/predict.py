@@ -160,7 +160,7 @@ def export(run: str, **values: Any) -> None:
 
     RUN is the name of a run of this workspace or its unambiguous beginning. The graph holds everything from the pixels of an
     aligned face to the probabilities of the classes, and is checked against PyTorch on real faces. Needs
-    the extra `export` (onnx, onnxscript, onnxruntime), unless --no-graph leaves it out.
+    `pip install 'cafe-fer[export]'` (onnx, onnxscript, onnxruntime), unless --no-graph leaves it out.
 
     \b
     cafe export cafe-news-s0 --ensemble --flip           # all its seeds, and mirror images, averaged in the graph too
