@@ -115,7 +115,9 @@ def _choose_format(settings: PredictSettings) -> str:
     form = settings.format or SUFFIXES.get(suffix.casefold())
     if not form:
         known = ", ".join(filter(None, SUFFIXES))
-        raise UserError(f"--output {settings.output} ends in {suffix!r}: choose {known}, or say the form with --format.")
+        raise UserError(
+            f"--output {settings.output} ends in {suffix!r}: choose {known}, or say the form with --format."
+        )
     if form == "parquet" and not settings.output:
         raise UserError("Parquet is no text for a terminal: give --output FILE.parquet.")
     return form

@@ -373,7 +373,7 @@ class DemoSettings(ClusterSettings):
 
     faces: tuple[str, ...] = setting(
         (), "Folder of your own faces, EXPRESSION/*.jpg, instead of drawn ones; the first is trained on. Repeatable.",
-        multiple=True, metavar="FOLDER",
+        multiple=True, metavar="[NAME=]FOLDER",
     )  # fmt: skip
     drawn: Annotated[int, Interval(ge=112, le=28_000)] = setting(500, "Faces to draw of each domain.")
     seeds: Count = setting(3, "Seeds per method.")
