@@ -24,6 +24,7 @@ from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thi
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import find_below
+from cafe.jobs.runs import name_folders
 from cafe.pipeline.features.integrity import find_stores
 from cafe.results.columns import Column
 from cafe.results.leaks import audit_path
@@ -392,6 +393,22 @@ def test_a_whole_folder_can_be_put_into_one_split_and_a_published_set_cannot(tmp
     draw_faces(tmp_path / "MMAFEDB" / "train", per_class=1)
     message = cafe.fail("data", "index", "mma", str(tmp_path / "MMAFEDB"), "--name", "mma", "--split", "test")
     assert "--split test has no meaning for mma, which comes split: it is for folder, synthetic, table." in message
+
+
+def test_folders_of_a_demo_have_names_that_can_be_used_and_never_one_twice(tmp_path: Path) -> None:
+    plain, given, equals = (str(tmp_path / name) for name in ("CK+48", "My Faces", "a=b"))
+    Path(equals).mkdir()
+    named = name_folders([plain, given, f"old={plain}", equals])
+    assert {name: str(root) for name, root in named.items()} == {
+        "CK-48": plain, "My-Faces": given, "old": plain, "a-b": equals
+    }  # fmt: skip
+    assert list(name_folders([f"{tmp_path}/A/news", f"b.news={tmp_path}/B/news"])) == ["news", "b.news"]
+    assert complaint(name_folders, [f"{tmp_path}/A/news", f"{tmp_path}/B/news"]) == (
+        f"--faces {tmp_path}/B/news would be called 'news', as {tmp_path}/A/news is: name it with "
+        f"--faces NAME={tmp_path}/B/news."
+    )
+    assert "take letters, digits" in complaint(name_folders, [f"my faces={plain}"])
+    assert complaint(name_folders, [str(tmp_path / "日本")]).endswith(f"name it with --faces NAME={tmp_path / '日本'}.")
 
 
 def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
