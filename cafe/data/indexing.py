@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from upath import UPath
 
+from cafe.data.archives import MemberError, Span, find_span
 from cafe.data.expressions import (
     CONTEMPT,
     EIGHT,
@@ -99,6 +100,7 @@ class LabelledFile:
     """A face before it was opened: a file, a `box` of it, or grey `pixels` (H, W) uint8 that are no file yet.
 
     `expression` is a name in any spelling until classes are selected; `where` is the row of the label file it stands in.
+    `sample` is what it is called where that is not its path, `span` where it lies in its archive, if that is known already.
     """
 
     path: str
@@ -109,6 +111,8 @@ class LabelledFile:
     pixels: np.ndarray | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
     votes: Mapping[str, int] = field(default_factory=dict, compare=False)  # how many people chose each name
+    sample: str = ""
+    span: Span | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -323,18 +327,23 @@ def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | 
     if not is_encoded(file.path):
         return file.path, "a name that is no UTF-8"
     path, box = find_below(root, file.path) if file.pixels is None else place_below(root, file.path), file.box
+    span = file.span
     try:
-        data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)
+        if file.pixels is None:
+            span = span or find_span(path)
+            data = read_bytes(path, span)
+        else:
+            data = _write_pixels(path, file.pixels)
         width, height = read_size(data)
         if box:
             box = clip_box(box, width, height)
             width, height = box[2:]
-    except UnreadableImageError as error:
+    except (UnreadableImageError, MemberError) as error:
         return file.path, str(error)
     digest = hashlib.sha256(data).hexdigest()
     votes = _count_votes(file.votes, tuple(labels))
-    label = labels[file.expression]
-    return Face(file.path, file.path, label, file.split, file.group, width, height, digest, box, votes)
+    sample, label = file.sample or file.path, labels[file.expression]
+    return Face(sample, file.path, label, file.split, file.group, width, height, digest, box, votes, span)
 
 
 def _count_votes(votes: Mapping[str, int], classes: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from upath import UPath
 
+from cafe.data.archives import read_content
 from cafe.data.indexing import Listing, read_expected
 from cafe.data.layouts import Tree, folder_of, parse_number, read_csv, relative
-from cafe.files import read_file
 
 NUMBERS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")  # 1–7, from the authors' read-me
 LABEL_FILES = ("list_patition_label.txt", "list_partition_label.txt")  # spelled as the first by the authors
@@ -47,7 +47,7 @@ def _read_official(tree: Tree, labels: str) -> Listing:
     found = tree.start(
         "rafdb", "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned", read_expected("rafdb")
     )
-    text = read_file(tree.root / labels).decode("utf-8-sig", errors="replace")
+    text = read_content(tree.root / labels).decode("utf-8-sig", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
         name, label = [*line.split(), "", ""][:2]
         file, split = "_aligned.".join(name.rsplit(".", 1)), name.casefold().partition("_")[0]
