@@ -21,12 +21,12 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from stat import S_ISLNK
 from threading import Lock
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +41,7 @@ ROWS = ".parquet"
 _WITHIN = re.compile(r"[^/](?:\.tar|\.zip|\.parquet)(?=/)", re.IGNORECASE)
 MOST_MEMBER = 2**29  # bytes of a member: an uncompressed picture of 100 megapixels has 300 million
 FREELY, MOST_TIMES = 2**24, 100  # bytes that a member may inflate to in any case, and as many times its own
+MOST_LABEL = 2**20  # bytes of a member that says what its neighbour shows
 MOST_HEADER = 2**14  # bytes of a header of a tar, which is read before anything is known of it
 KEPT = 2**25  # bytes of rows that are kept of each row group
 ROWS_AT_ONCE = 16  # of a Parquet file, each with its picture
@@ -198,31 +199,54 @@ def _inflate(data: bytes, size: int) -> bytes:
 
 
 def _list(file: UPath) -> Archive:
-    check_regular(file)
-    lists = {".tar": _list_tar, ".zip": _list_zip, ROWS: _list_rows}
     members, refused = dict[str, Span](), dict[str, str]()
-    try:
-        with retry(file, "opened", file.open, "rb") as data:
-            for name, span, reason in lists[file.suffix.casefold()](data):
-                name = name.removeprefix("./")
-                reason = reason or ("leads out of its archive" if OUTSIDE.search(name) else "")
-                members.pop(name, None)  # of several members of one name the last stands, as it would once unpacked
-                refused.pop(name, None)
-                if reason:
-                    refused[name] = reason
-                else:
-                    members[name] = span
-    except DAMAGED as error:
-        raise _damaged(file, quote(error)) from None
-    except OSError as error:
-        if error.errno is None:  # what pyarrow raises of a damaged file
-            raise _damaged(file, quote(error)) from None
-        raise
+    for member in walk_archive(file):
+        members.pop(member.name, None)  # of several members of one name the last stands, as it would once unpacked
+        refused.pop(member.name, None)
+        if member.reason:
+            refused[member.name] = member.reason
+        else:
+            members[member.name] = member.span
     return Archive(file, members, refused)
 
 
-def _damaged(file: UPath, reason: str) -> UserError:
-    return UserError(f"{file} is no {file.suffix[1:].casefold()} file, or damaged ({reason}): copy or pack it again.")
+class Member(NamedTuple):
+    """A file in an archive: its name and span, why it is not to be read, and its content where that was asked for."""
+
+    name: str
+    span: Span
+    reason: str = ""
+    content: bytes | None = None
+
+
+def walk_archive(file: UPath, texts: tuple[str, ...] = ()) -> Iterator[Member]:
+    """Yield the members of an archive as they lie, of a tar with the content of short ones whose names end in `texts`.
+
+    Raises `UserError` for an archive that is damaged or cut off, and what a storage raises that fails.
+    """
+    kind = file.suffix.casefold()
+    with open_packed(file) as data:
+        members = _list_tar(data, texts) if kind == ".tar" else _list_zip(data) if kind == ".zip" else _list_rows(data)
+        for member in members:
+            name = member.name.removeprefix("./")
+            reason = member.reason or ("leads out of its archive" if OUTSIDE.search(name) else "")
+            yield member._replace(name=name, reason=reason)
+
+
+@contextmanager
+def open_packed(file: UPath) -> Iterator[IO[bytes]]:
+    """Open a tar, zip or Parquet file; raise `UserError` where what reads it finds it damaged."""
+    check_regular(file)
+    try:
+        with retry(file, "opened", file.open, "rb") as data:
+            yield data
+    except FileNotFoundError:
+        raise UserError(f"There is no file {file}: give the archive or the table that holds the data set.") from None
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the storage; pyarrow raises others of its files
+            raise
+        kind = file.suffix[1:].casefold()
+        raise UserError(f"{file} is no {kind} file, or damaged ({quote(error)}): copy or pack it again.") from None
 
 
 def _judge_size(size: int, packed: int) -> str:
@@ -234,8 +258,8 @@ def _judge_size(size: int, packed: int) -> str:
     return ""
 
 
-def _list_zip(data: IO[bytes]) -> Iterator[tuple[str, Span, str]]:
-    """Yield name, span from its header on and reason not to read it of each member of a zip, from its list at the end."""
+def _list_zip(data: IO[bytes]) -> Iterator[Member]:
+    """Yield the members of a zip from the list at its end, with spans that begin with their headers."""
     with zipfile.ZipFile(data) as archive:
         for info in archive.infolist():
             reason = _judge_size(info.file_size, info.compress_size)
@@ -249,7 +273,7 @@ def _list_zip(data: IO[bytes]) -> Iterator[tuple[str, Span, str]]:
             if info.compress_type == zipfile.ZIP_DEFLATED:
                 span = (*span, info.file_size)
             if not info.is_dir():
-                yield info.filename.replace("\\", "/"), span, reason
+                yield Member(info.filename.replace("\\", "/"), span, reason)
 
 
 class _Bounded:
@@ -264,8 +288,8 @@ class _Bounded:
         return self.file.read(size)
 
 
-def _list_tar(data: IO[bytes]) -> Iterator[tuple[str, Span, str]]:
-    """Yield name, span and reason not to read it of each member of a tar, from the headers before each."""
+def _list_tar(data: IO[bytes], texts: tuple[str, ...]) -> Iterator[Member]:
+    """Yield the members of a tar from the headers before each."""
     end, before = data.seek(0, os.SEEK_END), -1
     data.seek(0)
     with tarfile.open(fileobj=cast(Any, _Bounded(data)), mode="r:") as tar:
@@ -280,20 +304,24 @@ def _list_tar(data: IO[bytes]) -> Iterator[tuple[str, Span, str]]:
                 reason = "is a link"
             elif info.issparse() or not info.isreg():
                 reason = "is a pipe, a device or a file with holes"
+            content = None
+            if not reason and info.size <= MOST_LABEL and info.name.casefold().endswith(texts):
+                data.seek(info.offset_data)
+                content = data.read(info.size)
             if not info.isdir():
-                yield info.name, (info.offset_data, info.size), reason
+                yield Member(info.name, (info.offset_data, info.size), reason, content)
         data.seek(tar.offset)  # type: ignore[attr-defined]
         if any(data.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
             raise tarfile.ReadError(f"no header at byte {tar.offset:,}")  # type: ignore[attr-defined]
 
 
-def _list_rows(data: IO[bytes]) -> Iterator[tuple[str, Span, str]]:
-    """Yield name, span and no reason of each row of a Parquet file with pictures."""
+def _list_rows(data: IO[bytes]) -> Iterator[Member]:
+    """Yield the rows of a Parquet file with pictures."""
     file, row = pq.ParquetFile(data), 0
     find_pictures(file.schema_arrow)
     for group in range(file.metadata.num_row_groups):
         for place in range(file.metadata.row_group(group).num_rows):
-            yield name_row(row), (group, place), ""
+            yield Member(name_row(row), (group, place))
             row += 1
 
 
