@@ -21,6 +21,7 @@ from upath import UPath
 from cafe.data.expressions import OTHERS
 from cafe.data.images import SUFFIXES
 from cafe.data.indexing import Expected, Listing
+from cafe.data.labels import decode_text
 from cafe.errors import UserError
 from cafe.files import read_file, retry
 
@@ -33,6 +34,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }  # as folders and tables name them, and our splits
+USAGES = {"publictest": "val", "privatetest": "test"}  # as the tables of FER2013 call them besides `Training`
 MOST_WAYS = 100  # by links to one folder: of links to folders of links there are twice as many at every level
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
 
@@ -182,11 +184,11 @@ def merge_repeated(rows: Sequence[tuple[str, object, str]], table: object) -> tu
 
 
 def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, stripped cells) of every line that is not blank; a byte-order mark and CRLF play no part.
+    """Yield (line number, stripped cells) of every line that is not blank; its encoding and CRLF play no part.
 
     Raises `UserError` for a file that is no CSV.
     """
-    text = read_file(file).decode("utf-8-sig", errors="replace")
+    text = decode_text(read_file(file))
     with io.StringIO(text, newline="") as stream:
         lines = csv.reader(stream)
         try:
@@ -218,13 +220,12 @@ def read_records(
         yield number, dict(zip(names, cells + [""] * len(names), strict=False))
 
 
-def parse_number(text: str) -> int | None:
-    """Return a whole number, also of `3.0`, or None for anything else."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else None
+def find_split(path: str) -> str:
+    """Return the split whose name a folder of a path has, empty where none has; raise `UserError` where two disagree."""
+    found = {SPLIT_NAMES[key]: None for folder in path.split("/")[:-1] if (key := folder.casefold()) in SPLIT_NAMES}
+    if len(found) > 1:
+        raise UserError(f"{path} lies in folders of several splits, {' and '.join(found)}: rename one of them.")
+    return next(iter(found), "")
 
 
 def list_by_folder(

@@ -64,6 +64,7 @@ class Header(BaseModel):
     root: str
     kind: str = ""
     expressions: tuple[str, ...] = EXPRESSIONS
+    parted: bool = False  # of files of before it is not known, so that they are evaluated as they were
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Manifest:
     """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to.
 
     `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend; `classes` are the
-    names of its classes, into which labels are indices.
+    names of its classes, into which labels are indices. `parted` tells that the set came without splits: those it has were
+    made, so that there is no reason to evaluate on a part of it what never saw any of it.
     """
 
     name: str
@@ -123,10 +125,17 @@ class Manifest:
     table: pa.Table
     kind: str = ""
     classes: tuple[str, ...] = EXPRESSIONS
+    parted: bool = False
 
     @classmethod
     def from_faces(
-        cls, name: str, root: str, faces: Iterable[Face], kind: str = "", classes: tuple[str, ...] = EXPRESSIONS
+        cls,
+        name: str,
+        root: str,
+        faces: Iterable[Face],
+        kind: str = "",
+        classes: tuple[str, ...] = EXPRESSIONS,
+        parted: bool = False,
     ) -> Manifest:
         """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
         rows = sorted(faces, key=lambda face: face.sample_id)
@@ -137,7 +146,9 @@ class Manifest:
             raise UserError(
                 f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
             )
-        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes)
+        return cls(
+            name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes, parted
+        )
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
@@ -155,11 +166,13 @@ class Manifest:
             raise UserError(f"{path} holds the manifest {header.name!r}: name the file {header.name}.parquet.")
         if fault := _find_fault(table, header.expressions):
             raise UserError(f"{path} is a damaged manifest ({fault}): write it again with `cafe data index`.")
-        return cls(header.name, header.root, table, header.kind, header.expressions)
+        return cls(header.name, header.root, table, header.kind, header.expressions, header.parted)
 
     def save(self, path: UPath) -> None:
         """Write the manifest as Parquet."""
-        header = Header(version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes)
+        header = Header(
+            version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes, parted=self.parted
+        )
         table = self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()})
         write_file(path, encode_table(table))
 
