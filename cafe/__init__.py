@@ -27,6 +27,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"  # of the distribution, which is named cafe-fer
+
 OFFERED = {  # name: where it is; what needs a workspace belongs to the engine
     "Model": "cafe.inference.model",
     "load_manifest": "cafe.pipeline.release.library",

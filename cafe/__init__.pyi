@@ -4,3 +4,5 @@ from cafe.pipeline.release.library import load_model as load_model
 from cafe.pipeline.release.library import load_store as load_store
 from cafe.pipeline.release.library import scores as scores
 from cafe.pipeline.release.prediction import predict as predict
+
+__version__: str

@@ -18,6 +18,7 @@ from tempfile import NamedTemporaryFile, TemporaryFile, gettempdir
 from typing import IO, Any, TypeVar
 from urllib.parse import unquote
 
+from fsspec import get_filesystem_class
 from upath import UPath
 
 from cafe.addresses import OBJECT_STORES, WEB, explain, permission
@@ -45,15 +46,17 @@ def locate(location: str, absolute: bool = True) -> UPath:
     try:
         path = UPath(location)
         if path.protocol in OBJECT_STORES:
+            get_filesystem_class(path.protocol)  # else its library would be missed at the first reading
             return UPath(location, use_listings_cache=False)
         options = permission().options(location, path.protocol)
         if path.protocol:
             return UPath(location, **options) if options else path
         return path.expanduser().absolute() if absolute else path.expanduser()
     except (ValueError, ImportError, RuntimeError) as error:  # an unknown protocol, its library, a user's unknown home
-        raise UserError(
-            f"The place {location!r} cannot be used ({quote(error)}): give a folder, a file or a URI."
-        ) from None
+        remedy = "give a folder, a file or a URI"
+        if isinstance(error, ImportError) and location.startswith(("s3:", "s3a:")):
+            remedy = "run `pip install 'cafe-fer[s3]'`"
+        raise UserError(f"The place {location!r} cannot be used ({quote(error)}): {remedy}.") from None
 
 
 def is_encoded(name: str) -> bool:

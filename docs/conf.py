@@ -1,11 +1,12 @@
 """How `make docs` builds these pages: Sphinx reads the Markdown, and the command line describes itself."""
 
-from importlib import metadata
 from typing import Any
+
+import cafe
 
 project = "cafe"
 copyright = "the authors of cafe, Apache-2.0"  # noqa: A001  # the name Sphinx asks for
-version = release = metadata.version("cafe")
+version = release = cafe.__version__
 extensions = ["myst_parser", "sphinx_click"]
 myst_heading_anchors = 3
 smartquotes = False  # options begin with two hyphens

@@ -8,8 +8,9 @@ import sys
 
 import click
 
+import cafe
 from cafe.addresses import permit
-from cafe.jobs.terminal import TYPED, Commands, defer_gc, set_loudness
+from cafe.jobs.terminal import TYPED, WIDE, Commands, defer_gc, set_loudness
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
@@ -53,6 +54,9 @@ EXIT_CODES = (
     "--verbose", "-v", is_flag=True, help="Print what libraries and workers report, and where an error was found."
 )
 @click.option(
+    "--wide", is_flag=True, help="Print tables whole, also where lines are longer than those of the terminal."
+)
+@click.option(
     "--allow-urls",
     is_flag=True,
     help="Fetch from web addresses that a manifest or a model's folder brought; those that you type need no option.",
@@ -62,7 +66,7 @@ EXIT_CODES = (
     is_flag=True,
     help="With --allow-urls: also from this machine and its own network.",
 )
-@click.version_option(package_name="cafe")
+@click.version_option(cafe.__version__, prog_name="cafe")
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -70,6 +74,7 @@ def main(
     plugins: tuple[str, ...],
     quiet: bool,
     verbose: bool,
+    wide: bool,
     allow_urls: bool,
     allow_private_urls: bool,
 ) -> None:
@@ -87,6 +92,7 @@ def main(
     """
     ctx.obj = workspace
     set_loudness(quiet, verbose)
+    ctx.meta[WIDE] = wide
     permit(ctx.meta[TYPED], allow_urls, allow_private_urls)
     if plugins:
         from cafe.plugins import load_plugins

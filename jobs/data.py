@@ -11,24 +11,22 @@ import click
 
 from cafe.errors import UserError, unknown
 from cafe.jobs.options import Whole, complete, options
+from cafe.jobs.tables import FittedTable, make_table, show_records
 from cafe.jobs.terminal import (
     Commands,
     json_option,
-    make_table,
     open_workspace,
     progress_bar,
     say,
     show,
-    show_records,
 )
 from cafe.pipeline.settings import LARGEST, AlignSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cafe.data.auditing import Audit
     from cafe.data.checking import Check
     from cafe.data.indexing import CountDifference, Index, Listing
+    from cafe.data.manifest import Manifest
     from cafe.pipeline.datasets import Alignment
     from cafe.pipeline.workspace import Workspace
 
@@ -66,39 +64,60 @@ def data() -> None:
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test"]),
-    help="Put every face of a folder or table into this split. Default: its own splits, or a fifth for test.",
+    help="Put every face of a set that comes without splits, or of a folder or table, into this one. Default: its own "
+    "splits, or a fifth for test.",
 )
+@click.option(
+    "--label-order",
+    metavar="ORDER",
+    help="What labels mean that are numbers: the order affectnet, fer2013, ferplus or rafdb, or NAME,NAME,… from 0 on.",
+)
+@click.option(
+    "--labels", metavar="FILE", help="What labels mean: a CSV of label,class or a JSON object; no class: left out."
+)
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="ROLE=NAME",
+    help="Which column of a table is the path, label, split, group or box, such as label=emo; without NAME: none.",
+)
+@click.option(
+    "--group-by",
+    type=click.Choice(["folder", "none"]),
+    help="Whose face a picture is: its folder that is no split and no expression. Default: such a folder where it is sure.",
+)
+@click.option("--group-pattern", metavar="REGEX", help="Whose face a picture is: what this finds in its path.")
 def index(
     kind: str,
     root: str,
     name: str,
     accept_counts: bool,
     train_faces: int | None,
-    split: str | None,
     expressions: str | None,
     skip: tuple[str, ...],
-    **choices: str | None,
+    **said: Any,
 ) -> None:
     """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
 
     \b
-    KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
-    KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
-    KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is distributed, in any wrapper folders
+    KIND folder: ROOT[/SPLIT][/PERSON]/EXPRESSION/*.jpg, or pictures with a table of path,label beside them
+    KIND table:  ROOT is a CSV, JSON-lines or Parquet file with path,label[,split,group]
+    Other KINDs: ROOT holds the set as it is distributed, in any wrapper folders (docs/datasets.md)
     cafe data index ferplus ~/sets/FERPlus --name ferplus8 --expressions 8     # with contempt
     cafe data index folder ~/faces/ward --name ward --expressions own          # pain, drowsy, … as the folders are called
+    cafe data index folder ~/faces/DATASET --name raf --label-order rafdb      # folders 1, 2, … 7
     """
     from cafe.addresses import own
     from cafe.data.expressions import ClassChoice
     from cafe.data.indexing import index_files
     from cafe.data.manifest import thin_training
+    from cafe.data.readers.choices import SetChoices
     from cafe.pipeline.workspace import check_name
 
     check_name(name)
-    choice, workspace = ClassChoice.parse(expressions, skip), open_workspace()
-    listing = _read(kind, root, **choices).select(choice)
-    if split:
-        listing.put_into(split)
+    choices, workspace = SetChoices(ClassChoice.parse(expressions, skip), **said), open_workspace()
+    listing = choices.read(kind, root)
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
     with progress_bar("Reading") as progress:
@@ -111,24 +130,9 @@ def index(
     if train_faces:
         say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
     _check_counts(listing, counts, accept_counts, warn=True)
-    own(root, choices["pictures"] or "", result.manifest.root, remember=True)
+    own(root, choices.pictures or "", result.manifest.root, remember=True)
     result.manifest.save(path := workspace.manifest_path(name))
     say(f"Wrote {path}")
-
-
-def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
-    """List a data set with the options that its kind knows; raise `UserError` for others."""
-    from cafe.data.readers import find_reader
-    from cafe.files import locate
-
-    read = find_reader(kind)
-    if ferplus_rule and kind != "ferplus":
-        raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
-    if pictures and kind != "table":
-        raise UserError(f"--root {pictures} has no meaning for {kind}: it is for table alone.")
-    choices: dict[str, Any] = {"rule": ferplus_rule} if ferplus_rule else {}
-    choices |= {"root": locate(pictures)} if pictures else {}
-    return read(locate(root), **choices)
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:
@@ -147,7 +151,7 @@ def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: boo
         )
 
 
-def _index_tables(index: Index) -> list[Table | str]:
+def _index_tables(index: Index) -> list[FittedTable | str]:
     """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
     from cafe.data.manifest import SPLITS
 
@@ -170,7 +174,9 @@ def _index_tables(index: Index) -> list[Table | str]:
     broken = [f"{path}: {reason}" for path, reason in index.broken]
     return [
         f"{manifest.name}: {len(manifest):,} faces, read as {listing.layout}",
+        *_describe_labels(listing),
         table,
+        *_describe_parts(manifest),
         f"sizes {smallest} to {largest} pixels, median {middle}{ignored}",
         *([left_out] if dropped else []),
         _list_some(f"{len(broken)} broken files, left out", broken),
@@ -181,12 +187,37 @@ def _index_tables(index: Index) -> list[Table | str]:
     ]
 
 
+def _describe_labels(listing: Listing) -> list[str]:
+    """What labels mean that are no names, and which columns play no part."""
+    meanings = [f"{label} is {name or 'left out'} ({count:,})" for label, name, count in listing.meanings]
+    columns = [f"columns that play no part: {', '.join(listing.unread)}"] if listing.unread else []
+    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns]
+
+
+def _describe_parts(manifest: Manifest) -> list[str]:
+    """How many groups there are, and how a set is evaluated that came without splits."""
+    groups = len(set(manifest.table["group"].to_pylist()) - {None})
+    lines = [f"{groups:,} groups, none of which is in two splits"] if groups and manifest.parted else []
+    if manifest.parted and not len(manifest.rows("test")):
+        lines.append(
+            "no face is left for test, as the groups are too few or too large: where it is trained on, nothing of it can be "
+            "evaluated; see --split, --group-by and --group-pattern"
+        )
+    elif manifest.parted:
+        lines.append("it came without splits: a fifth is for test where it is trained on; else all of it is evaluated")
+    return lines
+
+
 def _describe_votes(index: Index) -> list[str]:
-    voted, outvoted = index.outvoted
-    if not voted:
+    (voted, outvoted), strange = index.outvoted, index.strange_votes
+    if not (voted or strange):
         return []
     against = f"; of {outvoted:,} most people chose another class than the label" if outvoted else ""
-    return [f"{voted:,} faces have people's votes{against}"]
+    lost = ", ".join(f"{count:,} {name}" for name, count in sorted(strange.items()))
+    return [
+        f"{voted:,} faces have people's votes{against}",
+        *([f"{strange.total():,} votes left out, for what is no class of this set: {lost}"] if strange else []),
+    ]
 
 
 def _warn_of_twins(index: Index) -> list[str]:
@@ -200,10 +231,12 @@ def _warn_of_twins(index: Index) -> list[str]:
     ]
 
 
-def _counts_tables(differences: list[CountDifference]) -> list[Table | str]:
+def _counts_tables(differences: list[CountDifference]) -> list[FittedTable | str]:
     """Where a copy differs from what is expected: a table of the numbers that are known, a line for each doubtful one."""
     certain = [(row.expression, row.split, row.expected, row.found) for row in differences if row.certain]
-    known: list[Table | str] = [make_table(["expression", "split", "expected", "found"], certain, 2)] if certain else []
+    known: list[FittedTable | str] = (
+        [make_table(["expression", "split", "expected", "found"], certain, 2)] if certain else []
+    )
     known += [f"Expected: {source}." for source in dict.fromkeys(row.source for row in differences if row.certain)]
     doubtful = [
         f"Warning: {row.split}, {row.expression}: {row.found:,} faces where {row.expected:,} are expected ({row.source})."
@@ -258,7 +291,7 @@ def check(name: str) -> None:
     say(f"Wrote {page}")
 
 
-def _check_tables(check: Check) -> list[Table | str]:
+def _check_tables(check: Check) -> list[FittedTable | str]:
     """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
     header, lines = check.summary()
     table = make_table(header, lines[:-1])
@@ -279,15 +312,10 @@ def _unreadable(broken: list[tuple[str, str]]) -> str:
     return _list_some(f"{len(broken)} unreadable files", [f"{sample}: {reason}" for sample, reason in broken])
 
 
-def _histogram(title: str, counts: list[tuple[str, int]]) -> Table:
-    from rich.table import Column, Table
-
+def _histogram(title: str, counts: list[tuple[str, int]]) -> FittedTable:
     most = max(1, *(count for _, count in counts))
-    table = Table(title, Column("faces", justify="right"), "")
-    for name, count in counts:
-        if count:
-            table.add_row(name, f"{count:,}", "█" * max(1, round(30 * count / most)))
-    return table
+    lines = [(name, "█" * max(1, round(30 * count / most)), count) for name, count in counts if count]
+    return make_table([title, "", "faces"], lines, words=2)
 
 
 @data.command("audit")
@@ -314,10 +342,11 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
         say(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
 
 
-def _audit_table(audits: list[Audit]) -> Table:
+def _audit_table(audits: list[Audit]) -> FittedTable:
     """Copies of a source's faces: a line per pair of splits."""
     words = ["source", "target", "source split", "target split"]
-    table = make_table([*words, "target faces", "with a copy", "share", "pairs", "under another label"], [], len(words))
+    table = make_table([*words, "target faces", "with a copy", "share", "pairs", "under another label"], (), len(words))
+    table.names = len(words)
     for audit in audits:
         for pair in audit.splits:
             names = (audit.source.name, audit.target.name, pair.source_split, pair.target_split)
@@ -351,7 +380,7 @@ def align(source: str, **values: Any) -> None:
     say(f"Wrote {result.manifest or result.folder}")
 
 
-def _alignment_tables(alignment: Alignment) -> list[Table | str]:
+def _alignment_tables(alignment: Alignment) -> list[FittedTable | str]:
     """What became of the photos, by outcome, and the first ones that were left out."""
     outcomes = alignment.outcomes()
     table = make_table(["outcome", "photos"], outcomes.items())

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.terminal import json_option, open_workspace, show_records
+from cafe.jobs.tables import show_records
+from cafe.jobs.terminal import json_option, open_workspace
 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace

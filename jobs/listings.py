@@ -9,7 +9,8 @@ import click
 
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.options import complete
-from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, show_json, show_records
+from cafe.jobs.tables import show_records
+from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, show_json
 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace

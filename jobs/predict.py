@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from cafe.inference.output import Summary
     from cafe.pipeline.release.export import Exported
 
-SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".txt": "table", "": "table"}
 
 
 @click.command()
@@ -109,9 +110,14 @@ def _predict(
 
 
 def _choose_format(settings: PredictSettings) -> str:
-    """Return the format asked for, else what the name of the output says; raise `UserError`."""
-    suffix = settings.output[settings.output.rfind(".") :].casefold() if settings.output else ""
-    form = settings.format or SUFFIXES.get(suffix, "table")
+    """Return the format asked for, else what the name of the output says; raise `UserError` where that says nothing."""
+    suffix = PurePosixPath(settings.output or "").suffix
+    form = settings.format or SUFFIXES.get(suffix.casefold())
+    if not form:
+        known = ", ".join(filter(None, SUFFIXES))
+        raise UserError(
+            f"--output {settings.output} ends in {suffix!r}: choose {known}, or say the form with --format."
+        )
     if form == "parquet" and not settings.output:
         raise UserError("Parquet is no text for a terminal: give --output FILE.parquet.")
     return form
@@ -160,7 +166,7 @@ def export(run: str, **values: Any) -> None:
 
     RUN is the name of a run of this workspace or its unambiguous beginning. The graph holds everything from the pixels of an
     aligned face to the probabilities of the classes, and is checked against PyTorch on real faces. Needs
-    the extra `export` (onnx, onnxscript, onnxruntime), unless --no-graph leaves it out.
+    `pip install 'cafe-fer[export]'` (onnx, onnxscript, onnxruntime), unless --no-graph leaves it out.
 
     \b
     cafe export cafe-news-s0 --ensemble --flip           # all its seeds, and mirror images, averaged in the graph too

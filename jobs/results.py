@@ -8,15 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
-from cafe.errors import IncompleteError, UserError, printable
+from cafe.errors import IncompleteError, UserError
 from cafe.jobs.options import complete, options
+from cafe.jobs.tables import sheet_tables
 from cafe.jobs.terminal import (
     Commands,
     echo,
@@ -32,10 +30,9 @@ from cafe.report import MISTAKES, ReportSettings
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
     from cafe.report.report import Report
-    from cafe.report.sheets import Sheet
     from cafe.results.runs import Chosen, Run
 
-STYLES = {"best": "bold", "second": "underline", "": ""}  # of the marks of `cafe.report.sheets`
+WHOLE = "--json or --csv FILE"  # what besides --wide holds every number of a comparison
 URI_HELP = "MLflow tracking server; default: the workspace's own database."
 
 
@@ -48,20 +45,6 @@ class MetricOption(click.Option):
 
         self.help = f"{', '.join(METRICS)}."
         return super().get_help_record(ctx)
-
-
-def sheet_tables(sheets: Iterable[Sheet]) -> Iterator[Table | str]:
-    """Yield tables with how to read them; the best is bold, the second underlined."""
-    for sheet in sheets:
-        table = Table(title=sheet.title, title_justify="left", title_style="bold")
-        for place, name in enumerate(sheet.header):
-            word = place < sheet.words
-            table.add_column(name, justify="left" if word else "right", no_wrap=not word, overflow="fold")
-        for number, line in enumerate(sheet.lines):
-            last = sheet.starts_block(number + 1)
-            table.add_row(*(Text(printable(cell.text), STYLES[cell.mark]) for cell in line), end_section=last)
-        yield table
-        yield from sheet.notes
 
 
 @click.command()
@@ -140,7 +123,7 @@ def show_report(report: Report, as_json: bool = False) -> None:
     if as_json:
         show_json({"cells": list(list_records(report)), "left_out": list(report.left_out)})
         return
-    for table in (*sheet_tables(report.sheets), *report.about):
+    for table in (*sheet_tables(report.sheets, WHOLE), *report.about):
         show(table)
 
 

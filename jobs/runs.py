@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,11 +15,11 @@ from click.core import ParameterSource
 from cafe.addresses import own
 from cafe.errors import IncompleteError, UserError, first_line
 from cafe.jobs.options import complete, options
-from cafe.jobs.terminal import echo, interruptible, make_table, open_workspace, progress_bar, say, show
+from cafe.jobs.tables import FittedTable, make_table, sheet_tables
+from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, say, show
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from upath import UPath
 
     from cafe.pipeline.benchmark.cells import Failures
@@ -198,13 +199,15 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     \b
     cafe demo                                            # five domains of drawn faces
     cafe demo --faces ~/faces/news --faces ~/faces/cinema    # trained on the first, evaluated on both
+    cafe demo --faces old=A/news --faces new=B/news      # under names of your own
     """
     from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
     from cafe.report.report import conclude
 
     workspace = open_workspace()
-    names = [_index_folder(workspace, folder) for folder in faces] or _draw_domains(workspace, drawn)
+    folders = name_folders(faces)
+    names = [_index_folder(workspace, name, root) for name, root in folders.items()] or _draw_domains(workspace, drawn)
     grid = read_benchmark(SHIPPED / "demo.toml")
     sources = names[:1] if faces else grid.sources
     train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
@@ -226,15 +229,35 @@ def _draw_domains(workspace: Workspace, faces: int) -> list[str]:
     return list(DOMAINS)
 
 
-def _index_folder(workspace: Workspace, folder: str) -> str:
-    """Index a folder of faces under its own name and return that."""
-    from cafe.data.indexing import index_files
-    from cafe.data.readers import DATASETS
+def name_folders(given: Sequence[str]) -> dict[str, UPath]:
+    """Return folders by the names of their manifests: those of `NAME=FOLDER`, else the folder's own, as far as it is one.
+
+    Raises `UserError` for a name that is none, and for one that two folders would have.
+    """
     from cafe.files import locate
     from cafe.pipeline.workspace import check_name
 
-    root = locate(folder)
-    name = check_name(root.name)
+    found: dict[str, UPath] = {}
+    for text in given:
+        name, named, folder = text.partition("=")
+        if not named or "/" in name or locate(text).exists():
+            folder = text
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "-", locate(text).name).strip("-_.")
+        if not name:
+            raise UserError(f"--faces {text} has no letter a–z to be called by: name it with --faces NAME={folder}.")
+        if check_name(name) in found:
+            raise UserError(
+                f"--faces {text} would be called {name!r}, as {found[name]} is: name it with --faces NAME={folder}."
+            )
+        found[name] = locate(folder)
+    return found
+
+
+def _index_folder(workspace: Workspace, name: str, root: UPath) -> str:
+    """Index a folder of faces and return its name."""
+    from cafe.data.indexing import index_files
+    from cafe.data.readers import DATASETS
+
     with progress_bar(f"Reading {name}") as progress:
         index_files(name, DATASETS["folder"](root), progress).manifest.save(workspace.manifest_path(name))
     return name
@@ -281,7 +304,6 @@ def _check_mirror(mirror: Mirror) -> Mirror:
 
 
 def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
-    from cafe.jobs.results import sheet_tables
     from cafe.pipeline.release.confidence import read_confidence
     from cafe.report.sheets import run_sheet
     from cafe.results.leaks import leave_out_leaks
@@ -305,7 +327,7 @@ def _warn(mirror: Mirror) -> None:
         echo(f"Warning: {mirror.warning}", err=True)
 
 
-def plan_tables(plan: BenchmarkPlan) -> list[Table | str]:
+def plan_tables(plan: BenchmarkPlan) -> list[FittedTable | str]:
     """What a benchmark will do and what that costs: methods × sources with the cells that are done, then the sums."""
     from cafe.results.sources import ALL_BUT_TARGET
 
@@ -395,7 +417,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
-def failures_table(failures: Failures) -> Table:
+def failures_table(failures: Failures) -> FittedTable:
     """The cells that failed, each with its reason."""
     lines = [(cell.name, first_line(reason)) for cell, reason in failures.items()]
     return make_table(["cell", "why it failed"], lines, words=2, title="Failed cells")

@@ -9,12 +9,12 @@ import click
 
 from cafe.errors import IncompleteError
 from cafe.jobs.options import options
+from cafe.jobs.tables import make_table
 from cafe.jobs.terminal import (
     Commands,
     echo,
     interruptible,
     json_option,
-    make_table,
     open_workspace,
     progress_bar,
     show,

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from threading import Event, Timer
@@ -22,13 +22,16 @@ import psutil
 from cafe.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from cafe.pipeline.workspace import Workspace
 
 
-QUIET, TYPED = "cafe.quiet", "cafe.typed"  # where click's context keeps it, and all words of the command
-ALLOWING = ("--allow-urls", "--allow-private-urls")
+QUIET, TYPED, WIDE = (
+    "cafe.quiet",
+    "cafe.typed",
+    "cafe.wide",
+)  # where click's context keeps it, and all words of the command
+ANYWHERE = ("--allow-urls", "--allow-private-urls", "--wide")  # options of all commands that may stand behind theirs
+PIPED, WIDEST = 200, 100_000  # columns of an output that is no terminal, and of a table with --wide
 SELDOM, USUAL = 100_000, gc.get_threshold()  # objects made anew, after which Python looks for garbage
 GRACE_SECONDS = 4.0  # for an interrupted command to put its things in order
 
@@ -47,9 +50,9 @@ class Commands(click.Group):
         self.places = dict(places or {})
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the options of a group, and note what was typed; those that allow addresses may stand anywhere."""
+        """Read the options of a group, and note what was typed; those of `ANYWHERE` come first."""
         if ctx.parent is None:
-            first = [flag for flag in ALLOWING if flag in args]
+            first = [flag for flag in ANYWHERE if flag in args]
             args = [*first, *(word for word in args if word not in first)]
             ctx.meta[TYPED] = args
         return super().parse_args(ctx, args)
@@ -130,6 +133,12 @@ def is_quiet() -> bool:
     """Whether only results and errors are wanted."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(QUIET))
+
+
+def is_wide() -> bool:
+    """Whether tables are as wide as they are, whatever the terminal's width."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(WIDE))
 
 
 def echo(text: str, err: bool = False) -> None:
@@ -219,9 +228,10 @@ def interruptible(then: str = "the same command goes on where it was") -> Iterat
 
 
 def show(renderable: Any) -> None:
-    """Print a text or a table of rich, 200 columns wide where the output is not a terminal.
+    """Print a text or a table: as wide as the terminal, 200 columns where the output is none and COLUMNS does not say.
 
-    No control character of a text or a cell passes; those of a `rich.text.Text` are up to who makes it.
+    With --wide a table is as wide as it is. No control character of a text or a cell passes; those of a `rich.text.Text`
+    are up to who makes it.
     """
     from rich.console import Console
     from rich.text import Text
@@ -230,36 +240,13 @@ def show(renderable: Any) -> None:
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(printable(text), **options)
 
-    width = None if sys.stdout.isatty() else 200
-    Screen(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable)
-
-
-def make_table(
-    header: Sequence[str], lines: Iterable[Sequence[object]], words: int = 1, title: str | None = None
-) -> Table:
-    """Return a table of rich: the first `words` columns are words, the others numbers, aligned right."""
-    from rich.table import Column, Table
-
-    columns = (Column(name, justify="left" if place < words else "right") for place, name in enumerate(header))
-    table = Table(*columns, title=title)
-    for line in lines:
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line))
-    return table
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED
+    if is_wide() and not isinstance(renderable, str):
+        width = WIDEST
+    Screen(soft_wrap=False, highlight=False, markup=False, width=width).print(renderable, crop=False)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-
-
-def show_records(records: Sequence[Mapping[str, Any]], as_json: bool, words: int = 1, title: str | None = None) -> None:
-    """Print records as a table, the first `words` columns left-aligned and lists line by line, or as a list in JSON."""
-    if as_json:
-        show_json(list(records))
-        return
-    header = [name.replace("_", " ") for name in (records[0] if records else ())]
-    lines = [
-        ["\n".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row.values()] for row in records
-    ]
-    show(make_table(header, lines, words, title))
 
 
 def show_json(value: object) -> None:

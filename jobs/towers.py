@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from cafe.jobs.options import Whole, complete
-from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar, show_records
+from cafe.jobs.tables import show_records
+from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar
 from cafe.pipeline.settings import LARGEST
 
 

@@ -28,7 +28,8 @@ import commands
 import psutil
 from nodes import Nodes
 
-from cafe.jobs.terminal import make_table, show
+from cafe.jobs.tables import make_table
+from cafe.jobs.terminal import show
 
 GRID = """
 sources = ["faces"]

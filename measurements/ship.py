@@ -1,6 +1,6 @@
 """Builds the folder of the model that ships, from FERPlus, news and cinema that are indexed in a workspace.
 
-    python measurements/ship.py --workspace work --output cafe/shipped/ferplus-1
+    python measurements/ship.py --workspace work --output cafe/shipped/ferplus-2
 
 Trains `shipped.toml`, evaluates its runs with mirror images, on FERPlus' validation split as well, and exports their average
 in half precision. What is done already is not done again; the same faces give the same bytes on one machine. Half an hour on
@@ -25,7 +25,7 @@ def main() -> None:
     """Build the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workspace", default="work")
-    parser.add_argument("--output", default="cafe/shipped/ferplus-1")
+    parser.add_argument("--output", default="cafe/shipped/ferplus-2")
     options = parser.parse_args()
 
     def cafe(*words: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,7 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
         width=shape[0] if shape else store.width if store else None,
         grid=shape[1:] if shape else None,
         init_digest=init_digest,
+        revision=method.revision,
         plugins=tuple(plugin.identity for plugin in plugins),
     )
 
@@ -300,7 +302,11 @@ def list_deviations(method: type[Method], kind: str, found: Mapping[str, Any]) -
         settings["backbone"] = PUBLISHED_TOWERS[found["method"]]
     found = {**found, "backbone": found["backbone"].partition("@")[0]}
     yield from (f"{name}={_plain(found[name])}" for name, value in settings.items() if found[name] != value)
-    if "image" in method.needs and found["init"] != "scratch" and "msceleb" not in found["init"]:
+    if "image" in method.needs and found["init"].startswith("file:"):
+        # Nobody has published a checksum of the MS-Celeb-1M weights: what a file is called proves nothing.
+        digits = found.get("init_digest", "")[:12]
+        yield f"init={PurePath(found['init']).name} (unknown weights{f', SHA-256 {digits}' if digits else ''})"
+    elif "image" in method.needs and found["init"] != "scratch":
         yield f"init={found['init']}"
 
 

@@ -80,6 +80,7 @@ class RunSpec(RunIdentity):
     votes: str = ""  # digest of the shares of the classes, where a training learns these
     init_digest: str = ""  # of the file of initial weights, where there is one
     plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
+    revision: str = ""  # of the method, where its defaults changed under the same settings
     start: str = ""  # digest of the weights it went on from, where it did
     start_sources: tuple[Source, ...] = ()  # what these learned from
     exported: str = ""  # NAME:DIGEST of the exported folder that it is, which averages and rounds as it was exported to
@@ -152,6 +153,7 @@ class RunSpec(RunIdentity):
                 del chosen[name]
         chosen |= {"start": self.start[:8]} if self.start else {}
         chosen |= {"domains": self.domains} if self.fold else {}
+        chosen |= {"revision": self.revision} if self.revision else {}
         chosen |= {"exported": self.exported.partition(":")[0]} if self.exported else {}
         chosen |= {"classes": ", ".join(self.classes)} if self.classes != EXPRESSIONS else {}
         return chosen | {f"recipe.{name}": value for name, value in self.recipe.items() if value != ""}

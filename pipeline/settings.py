@@ -326,7 +326,7 @@ class PredictSettings:
         "in five faces held out of its own source.",
     )
     rate: float = setting(5.0, "Frames a second to look at in a video.")
-    format: Literal["table", "jsonl", "csv", "parquet"] | None = setting(
+    format: Literal["table", "jsonl", "json", "csv", "parquet"] | None = setting(
         None, "How rows are written; default: as the name of --output says, else a table."
     )
     output: str | None = setting(None, "File to write the rows to; default: standard output.")
@@ -373,7 +373,7 @@ class DemoSettings(ClusterSettings):
 
     faces: tuple[str, ...] = setting(
         (), "Folder of your own faces, EXPRESSION/*.jpg, instead of drawn ones; the first is trained on. Repeatable.",
-        multiple=True, metavar="FOLDER",
+        multiple=True, metavar="[NAME=]FOLDER",
     )  # fmt: skip
     drawn: Annotated[int, Interval(ge=112, le=28_000)] = setting(500, "Faces to draw of each domain.")
     seeds: Count = setting(3, "Seeds per method.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -178,3 +179,10 @@ def test_private_addresses_are_told_apart(address: str) -> None:
     assert is_private(address)
     assert not is_private(PUBLIC)
     assert not is_private("2606:4700::1111")
+
+
+def test_a_place_whose_library_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert complaint(locate, "s3a://bucket/work").endswith(
+        "Install s3fs to access S3): run `pip install 'cafe-fer[s3]'`."
+    )

@@ -1,4 +1,4 @@
-"""What README.md and the pages of docs/ point to is there, and every `cafe` command they show can be given."""
+"""What the pages of README.md and docs/ point to is there, and every `cafe` command they show can be given."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
+import cafe
 from cafe.jobs.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 
@@ -79,3 +81,8 @@ def test_nobody_is_sent_to_another_project_of_this_name(place: Path) -> None:
     for file in files:
         found = re.search(r"pip install [^`\n]*(?<![\w./])cafe(?![\w./-])", file.read_text())
         assert not found, f"{file} installs by name what only a checkout or a wheel of this project has: {found[0]}"
+
+
+def test_the_version_is_one_everywhere() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == cafe.__version__
+    assert re.search(rf"^## {re.escape(cafe.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

@@ -68,15 +68,18 @@ def test_each_method_draws_its_branch_as_its_released_script_does(name, way):
     assert deviation == pytest.approx((((2, 1 / 3)[way]) / 4608) ** 0.5, rel=0.01)
 
 
-def test_scn_draws_its_linear_layers_by_their_outputs_only_without_weights(tmp_path):
+def test_scn_draws_its_linear_layers_as_pytorch_does_and_uniformly_on_request_from_scratch(tmp_path):
     torch.save(torchvision_model("resnet18").state_dict(), tmp_path / "weights.pth")
-    limits = {}
-    for init in ("scratch", f"file:{tmp_path / 'weights.pth'}"):
-        head = METHODS["scn"](METHODS["scn"].recipe_type(), Inputs(None, init=init)).head
-        limits[init[:4]] = [layer.weight.abs().max().item() for layer in (head.classifier, head.attention)]
-        assert head.classifier.bias.any().item() == (init != "scratch")
-    assert limits["scra"] == pytest.approx([7**-0.5, 1.0], rel=0.02)
-    assert limits["file"] == pytest.approx([512**-0.5] * 2, rel=0.02)
+    default, uniform = [512**-0.5] * 2, [7**-0.5, 1.0]  # by the inputs; by the outputs
+    for init, head, limits in (
+        ("scratch", "pytorch", default),
+        ("scratch", "uniform", uniform),
+        (f"file:{tmp_path / 'weights.pth'}", "uniform", default),
+    ):
+        drawn = METHODS["scn"](METHODS["scn"].recipe_type(head=head), Inputs(None, init=init)).head
+        layers = (drawn.classifier, drawn.attention)
+        assert [layer.weight.abs().max().item() for layer in layers] == pytest.approx(limits, rel=0.02)
+        assert drawn.classifier.bias.any().item() == (limits is default)
 
 
 def test_the_ms_celeb_layout_loads_without_its_classifier(tmp_path):

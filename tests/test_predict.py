@@ -167,7 +167,7 @@ def test_faces_are_averaged_with_their_mirror_images_on_request(command: Cafe, t
     np.testing.assert_allclose(shares(rows), (plain + mirrored) / 2, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl", "rows.txt"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl", "rows.json", "rows.txt"])
 def test_a_file_of_every_format_holds_the_same_rows(name: str, command: Cafe, tmp_path: Path) -> None:
     album(tmp_path / "album")
     (tmp_path / "album" / "torn.jpg").write_bytes(b"\xff\xd8\xff no picture")
@@ -185,6 +185,8 @@ def test_a_file_of_every_format_holds_the_same_rows(name: str, command: Cafe, tm
         found = list(csv.DictReader(io.StringIO(content.decode())))
     elif name.endswith("parquet"):
         found = pq.read_table(tmp_path / name).to_pylist()
+    elif name.endswith("json"):
+        found = json.loads(content)
     else:
         found = [json.loads(line) for line in content.splitlines()]
     assert [set(row) for row in found] == [set(row) for row in rows]
@@ -381,6 +383,7 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
         ((run, f"{tmp_path}/*.gif"), "There is no file"),
         ((run, str(tmp_path / "empty")), "There is no photo or video below"),
         ((run, there, "--format", "parquet"), "give --output FILE.parquet"),
+        ((run, there, "--output", f"{tmp_path}/x.xlsx"), "ends in '.xlsx': choose .csv, .json, .jsonl, .parquet, .txt"),
         ((run, there, "--rate", "0"), "above 0, not 0.0"),
         (("other", there), "There is neither a file nor a model 'other': give photos"),
         (("--model", "other", there), "Unknown run 'other'"),

@@ -25,8 +25,8 @@ from cafe.errors import UNPRINTABLE, printable
 from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
 from cafe.jobs.options import Whole
-from cafe.jobs.results import sheet_tables
-from cafe.jobs.terminal import Commands, echo, make_table, show, show_json
+from cafe.jobs.tables import make_table, sheet_tables
+from cafe.jobs.terminal import Commands, echo, show, show_json
 from cafe.methods import METHODS
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import Sheet, SheetCell

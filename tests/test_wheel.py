@@ -7,36 +7,54 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
 from conftest import draw_faces
 
+import cafe
+
 ROOT = Path(__file__).parents[1]
-BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-SCORES = "import cafe; print(cafe.scores('work').accuracy.between(0, 1).all())"
+NAME = f"cafe_fer-{cafe.__version__}"
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2])"
+SCORES = "import cafe, cafe.pipeline; print(cafe.scores('work').accuracy.between(0, 1).all(), cafe.pipeline.__file__)"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an installed wheel."""
-    tree, site = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("site")
+    """The folder into which pip installed the wheel that was built from the source distribution."""
+    tree, made, site = (tmp_path_factory.mktemp(name) for name in ("tree", "made", "site"))
     for name in ("cafe", "pipeline", "jobs"):
-        shutil.copytree(ROOT / name, tree / name, symlinks=True)
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    subprocess.run([sys.executable, "-c", BUILD, str(site)], cwd=tree, check=True, capture_output=True)
-    (wheel,) = site.glob("*.whl")
-    with ZipFile(wheel) as archive:
-        archive.extractall(site)
-    wheel.unlink()
+    subprocess.run([sys.executable, "-c", BUILD, "sdist", str(made)], cwd=tree, check=True, capture_output=True)
+    shutil.unpack_archive(made / f"{NAME}.tar.gz", made, filter="data")
+    subprocess.run([sys.executable, "-c", BUILD, "wheel", ".."], cwd=made / NAME, check=True, capture_output=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--target",
+        str(site),
+    ]
+    subprocess.run([*pip, str(made / f"{NAME}-py3-none-any.whl")], check=True, capture_output=True)
     return site
 
 
 def test_only_cafe_is_installed(installed: Path) -> None:
-    assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["cafe"]
+    assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["bin", "cafe"]
     for name in ("pipeline/train.py", "jobs/benchmarks/table1.toml", "results/published.toml"):
         assert (installed / "cafe" / name).is_file()
+
+
+def test_its_name_is_not_that_of_a_strangers_package(installed: Path) -> None:
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    assert f"Name: cafe-fer\nVersion: {cafe.__version__}\n" in metadata.read_text()
 
 
 def test_its_metadata_install_what_finds_faces_and_reads_telephones_pictures(installed: Path) -> None:
@@ -64,10 +82,12 @@ def test_it_works_beside_modules_named_like_its_folders(installed: Path, tmp_pat
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert run("-c", "import cafe.pipeline; print(cafe.pipeline.__file__)").startswith(str(installed))
-    cafe = ("-m", "cafe.jobs.cli")
-    run(*cafe, "data", "index", "folder", "faces", "--name", "drawn")
-    run(*cafe, "train", "--source", "drawn", "--method", "image_only", "--epochs", "1", "--image-size", "32")
-    run(*cafe, "predict", "image_only-drawn", "faces", "--aligned", "--output", "faces.csv")
+    command = str(installed / "bin" / "cafe")
+    assert run(command, "--version").split() == ["cafe,", "version", cafe.__version__]
+    run(command, "data", "index", "folder", "faces", "--name", "drawn")
+    run(command, "train", "--source", "drawn", "--method", "image_only", "--epochs", "1", "--image-size", "32")
+    run(command, "predict", "image_only-drawn", "faces", "--aligned", "--output", "faces.csv")
     assert len((tmp_path / "faces.csv").read_text().splitlines()) == 1 + len(drawn)
-    assert run("-c", SCORES).strip() == "True"
+    between, place = run("-c", SCORES).split()
+    assert between == "True"
+    assert place.startswith(str(installed))

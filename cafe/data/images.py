@@ -20,7 +20,7 @@ from pi_heif import register_heif_opener
 from PIL import Image, ImageOps
 from upath import UPath
 
-from cafe.data.archives import MemberError, Span, read_content, read_span
+from cafe.data.packed.archives import MemberError, Span, read_content, read_span
 from cafe.errors import IrregularFileError
 from cafe.files import list_folder
 

@@ -18,10 +18,11 @@ from itertools import chain
 
 from upath import UPath
 
-from cafe.data.archives import is_archive, open_archive, read_content
 from cafe.data.expressions import OTHERS
 from cafe.data.images import SUFFIXES
 from cafe.data.indexing import Expected, Listing
+from cafe.data.labels import decode_text
+from cafe.data.packed.archives import is_archive, open_archive, read_content
 from cafe.errors import UserError
 from cafe.files import retry
 
@@ -34,6 +35,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }  # as folders and tables name them, and our splits
+USAGES = {"publictest": "val", "privatetest": "test"}  # as the tables of FER2013 call them besides `Training`
 MOST_WAYS = 100  # by links to one folder: of links to folders of links there are twice as many at every level
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
 
@@ -117,7 +119,11 @@ class Tree:
         """Return the error for something that must be there; an archive still packed is named as the likely reason."""
         if self.packed:
             more = f" (as are {len(self.packed) - 1} more archives)" if len(self.packed) > 1 else ""
-            remedy = f"{self.packed[0]} is still packed{more}, so unpack it where it lies"
+            remedy = (
+                f"{self.packed[0]} is still packed{more}, so unpack it where it lies, or give a .zip or .tar by itself"
+            )
+            if self.packed[0].casefold().endswith(".tar"):
+                remedy += "; shards of tar are read with `cafe data index webdataset`"
         return UserError(f"{self.root} holds no {missing}: {remedy}.")
 
 
@@ -196,11 +202,11 @@ def merge_repeated(rows: Sequence[tuple[str, object, str]], table: object) -> tu
 
 
 def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, stripped cells) of every line that is not blank; a byte-order mark and CRLF play no part.
+    """Yield (line number, stripped cells) of every line that is not blank; its encoding and CRLF play no part.
 
     Raises `UserError` for a file that is no CSV.
     """
-    text = read_content(file).decode("utf-8-sig", errors="replace")
+    text = decode_text(read_content(file))
     with io.StringIO(text, newline="") as stream:
         lines = csv.reader(stream)
         try:
@@ -232,13 +238,12 @@ def read_records(
         yield number, dict(zip(names, cells + [""] * len(names), strict=False))
 
 
-def parse_number(text: str) -> int | None:
-    """Return a whole number, also of `3.0`, or None for anything else."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else None
+def find_split(path: str) -> str:
+    """Return the split whose name a folder of a path has, empty where none has; raise `UserError` where two disagree."""
+    found = {SPLIT_NAMES[key]: None for folder in path.split("/")[:-1] if (key := folder.casefold()) in SPLIT_NAMES}
+    if len(found) > 1:
+        raise UserError(f"{path} lies in folders of several splits, {' and '.join(found)}: rename one of them.")
+    return next(iter(found), "")
 
 
 def list_by_folder(

@@ -21,7 +21,6 @@ from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
 from cafe.addresses import OBJECT_STORES
-from cafe.data.archives import Span
 from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.data.images import (
     MAX_PIXELS,
@@ -32,6 +31,7 @@ from cafe.data.images import (
     decode_image,
     read_bytes,
 )
+from cafe.data.packed.archives import Span
 from cafe.errors import UserError
 from cafe.files import OUTSIDE, check_encoded, find_below, locate, write_file
 from cafe.seals import encode_table, read_table
@@ -58,7 +58,10 @@ SCHEMA = pa.schema(
         ("digest", pa.string()),  # SHA-256 of the file, or of the member
         ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
         ("votes", pa.list_(pa.int32())),  # how many people chose each class, in their order; null: not known
-        ("span", pa.list_(pa.int64())),  # where in its archive it lies (`cafe.data.archives`); null: a file by itself
+        (
+            "span",
+            pa.list_(pa.int64()),
+        ),  # where in its archive it lies (`cafe.data.packed.archives`); null: a file by itself
     ]
 )
 YOUNGER = ("votes", "span")  # columns that files of before lack
@@ -74,6 +77,7 @@ class Header(BaseModel):
     root: str
     kind: str = ""
     expressions: tuple[str, ...] = EXPRESSIONS
+    parted: bool = False  # of files of before it is not known, so that they are evaluated as they were
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ class Manifest:
     """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to.
 
     `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend; `classes` are the
-    names of its classes, into which labels are indices.
+    names of its classes, into which labels are indices. `parted` tells that the set came without splits: those it has were
+    made, so that there is no reason to evaluate on a part of it what never saw any of it.
     """
 
     name: str
@@ -134,10 +139,17 @@ class Manifest:
     table: pa.Table
     kind: str = ""
     classes: tuple[str, ...] = EXPRESSIONS
+    parted: bool = False
 
     @classmethod
     def from_faces(
-        cls, name: str, root: str, faces: Iterable[Face], kind: str = "", classes: tuple[str, ...] = EXPRESSIONS
+        cls,
+        name: str,
+        root: str,
+        faces: Iterable[Face],
+        kind: str = "",
+        classes: tuple[str, ...] = EXPRESSIONS,
+        parted: bool = False,
     ) -> Manifest:
         """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
         rows = sorted(faces, key=lambda face: face.sample_id)
@@ -148,7 +160,9 @@ class Manifest:
             raise UserError(
                 f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
             )
-        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes)
+        return cls(
+            name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes, parted
+        )
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
@@ -166,11 +180,13 @@ class Manifest:
             raise UserError(f"{path} holds the manifest {header.name!r}: name the file {header.name}.parquet.")
         if fault := _find_fault(table, header.expressions):
             raise UserError(f"{path} is a damaged manifest ({fault}): write it again with `cafe data index`.")
-        return cls(header.name, header.root, table, header.kind, header.expressions)
+        return cls(header.name, header.root, table, header.kind, header.expressions, header.parted)
 
     def save(self, path: UPath) -> None:
         """Write the manifest as Parquet."""
-        header = Header(version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes)
+        header = Header(
+            version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes, parted=self.parted
+        )
         table = self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()})
         write_file(path, encode_table(table))
 

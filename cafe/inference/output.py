@@ -1,4 +1,4 @@
-"""Frames and their predictions as rows of plain values, and the four forms in which these are written as they come.
+"""Frames and their predictions as rows of plain values, and the five forms in which these are written as they come.
 
 One row per face; a photo or frame without any has one row whose `error` says why.
 """
@@ -117,6 +117,23 @@ def write_jsonl(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
 
 
 @contextmanager
+def write_json(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
+    """Write one JSON list of the objects that `write_jsonl` writes line by line."""
+    before = "[\n"
+
+    def write(rows: list[Row]) -> None:
+        nonlocal before
+        for row in rows:
+            _put(file, before + printable(json.dumps(_rounded(row), ensure_ascii=False)))
+            before = ",\n"
+
+    try:
+        yield write
+    finally:  # what was predicted before an interruption is a list, too
+        _put(file, "[]\n" if before == "[\n" else "\n]\n")
+
+
+@contextmanager
 def write_csv(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     """Write comma-separated values with a header; true and false are 1 and 0."""
 
@@ -159,6 +176,7 @@ def write_parquet(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
 FORMATS: dict[str, Callable[[IO[bytes], Sequence[str]], AbstractContextManager[Write]]] = {
     "table": write_table,
     "jsonl": write_jsonl,
+    "json": write_json,
     "csv": write_csv,
     "parquet": write_parquet,
 }

@@ -31,6 +31,10 @@ class Recipe(method.Recipe):
     relabel: Literal["all", "low", "none"] = "all"  # "low": faces of the low group alone, as the abstract says
     relabel_margin: float = 0.2  # by which another class must be more probable than the label
     relabel_after: int = 9  # epochs: the tenth is the first that relabels (released script)
+    # How the two linear layers are drawn where training starts from scratch. "pytorch": by PyTorch's default for a linear
+    # layer, as in every run of the released script; "uniform": within 1 / √outputs, without a bias, as it would draw them
+    # were its `imagenet_pretrained` not always true.
+    head: Literal["pytorch", "uniform"] = "pytorch"
 
     follows: ClassVar = {"relabel_after": "epochs"}
 
@@ -42,13 +46,14 @@ class Scn(Method):
     policy = "scn"
     recipe_type = Recipe
     recipe_changes: ClassVar = {"affectnet": {"epochs": 20, "gamma": 0.8, "prior": "balanced"}}
+    revision = "head=pytorch"  # runs before it drew the head uniformly
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
         self.branch = build_network(inputs.network, inputs.init)
         self.head = WeightedHead(self.branch.width, len(inputs.classes))
-        if inputs.init == "scratch":
+        if recipe.head == "uniform" and inputs.init == "scratch":
             self.head.draw()
         self.labels = Relabelling()
 
@@ -83,7 +88,7 @@ class WeightedHead(nn.Module):
         self.attention = nn.Linear(width, 1)
 
     def draw(self) -> None:
-        """Draw the weights as the released script does: uniform within 1 / √outputs, no bias."""
+        """Draw the weights uniformly within 1 / √outputs, without a bias."""
         for layer in (self.classifier, self.attention):
             nn.init.uniform_(layer.weight, -(layer.out_features**-0.5), layer.out_features**-0.5)
             nn.init.zeros_(layer.bias)

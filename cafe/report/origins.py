@@ -8,13 +8,14 @@ from importlib.metadata import version
 
 from upath import UPath
 
+from cafe import __version__
 from cafe.errors import UserError
 from cafe.report.sheets import Sheet, SheetCell
 from cafe.results.comparison import Comparison, Row
 from cafe.results.leaks import load_leaks
 from cafe.results.predictions import Predictions, load_predictions
 
-PACKAGES = ("cafe", "numpy", "scipy", "pandas")  # that compute what the page shows
+PACKAGES = ("numpy", "scipy", "pandas")  # that compute what the page shows, with this code
 LONG_NUMBER = re.compile(r"\d+\.\d{5,}")
 SHORT = 12  # characters of a digest or a commit
 
@@ -85,4 +86,4 @@ def _count_copies(root: UPath, source: tuple[str, str], predictions: Predictions
 def list_versions() -> str:
     """Return the versions this page is computed with, as a sentence."""
     packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return f"Computed with {packages} and Python {platform.python_version()}."
+    return f"Computed with cafe {__version__}, {packages} and Python {platform.python_version()}."

@@ -24,10 +24,10 @@ BEST, SECOND = "best", "second"
 UNDERLINED = "underlined"  # how the second is shown, which not every format can
 HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row of a comparison
 NOISE = (
-    "Published numbers are single runs; the choice of their test faces alone moves them by ±4.7 (SFEW), ±1.7 (AffectNet), "
+    "Published numbers are single runs; the choice of their test faces alone moves them by ±3.3 (SFEW), ±1.7 (AffectNet), "
     "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
 )
-PEEKED = "†: the epoch was chosen on the source's test split, as published scripts do: not comparable."
+PEEKED = "†: the epoch was chosen on the source's test split, as RUL's and OFER's scripts do: not comparable."
 ORACLES = (
     "†: the epoch was chosen on the target's own training faces (oracle): what a choice could gain, and no result."
 )
@@ -49,7 +49,8 @@ class SheetCell:
 class Sheet:
     """A table: the first `words` columns are words, the others numbers; notes say how to read it.
 
-    Lines whose first `block` columns agree belong together.
+    Lines whose first `block` columns agree belong together. `order` holds the columns behind the words by importance, for a
+    screen that has no room for all.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Sheet:
     header: list[str]
     lines: list[list[SheetCell]]
     notes: list[str]
+    order: tuple[int, ...] = ()
 
     def starts_block(self, number: int) -> bool:
         """Whether a line does not belong with the line before."""
@@ -90,7 +92,10 @@ def main_sheet(comparison: Comparison) -> Sheet:
         *class_notes(comparison),
         *row_notes(comparison.rows),
     ]
-    return Sheet(title[0].upper() + title[1:], 2, 1, [*HEAD, *(place.title for place in places)], lines, notes)
+    unseen = [place for place in comparison.means if (place.over, place.metric) == (UNSEEN, comparison.metric)]
+    order = [len(HEAD) + places.index(place) for place in dict.fromkeys((*unseen, *places))]
+    header = [*HEAD, *(place.title for place in places)]
+    return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes, tuple(order))
 
 
 def _find_cells(row: Row, places: Sequence[Place]) -> Cells:

@@ -42,4 +42,4 @@ def code_version() -> str:
     """Return the git commit this code was checked out from, or its released version when it was installed."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)  # noqa: S607
-    return git.stdout.strip() if git.returncode == 0 else f"cafe {version('cafe')}"
+    return git.stdout.strip() if git.returncode == 0 else f"cafe {cafe.__version__}"

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from upath import UPath
 
+from cafe import __version__
 from cafe.errors import UserError, quote
 from cafe.files import (
     MOST_TEXT,
@@ -66,7 +67,7 @@ MADE = ".export"  # where it is made
 SPEED = "faces_per_second"  # which no two trainings have alike
 CHECKED = 32  # faces of which the graph must say what PyTorch does
 TOLERANCE = 1e-4  # of their probabilities
-PACKAGES = ("cafe", "torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
 PLAIN = ExportSettings()
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
@@ -170,7 +171,7 @@ def check_exports(runs: Sequence[Run], folder: UPath, settings: ExportSettings) 
     for package in EXTRA:
         if find_version(package) is None:
             raise UserError(
-                f"The package {package!r} is missing: run `pip install {' '.join(EXTRA)}`, or leave the graph "
+                f"The package {package!r} is missing: run `pip install 'cafe-fer[export]'`, or leave the graph "
                 "out with --no-graph."
             )
 
@@ -329,7 +330,7 @@ def describe(
         "scores_mirrored": mirrored,
         "left_out": [str(one) for one in met.left_out],
         "check": check,
-        "versions": {"python": platform.python_version(), "opset": OPSET}
+        "versions": {"python": platform.python_version(), "opset": OPSET, "cafe": __version__}
         | {package: find_version(package) for package in PACKAGES},
     }
 

@@ -153,7 +153,7 @@ def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
         data_path=str(exported),
         signature=mlflow.models.ModelSignature(types.Schema([column("binary", COLUMN)]), types.Schema(outputs)),
         input_example=draw_example(),
-        pip_requirements=[f"cafe=={described['versions']['cafe']}"],
+        pip_requirements=[f"cafe-fer=={described['versions']['cafe']}"],
     )
 
 

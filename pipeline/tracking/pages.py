@@ -9,13 +9,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from upath import UPath
 
+from cafe import __version__
 from cafe.files import list_files, list_folder, read_file, read_json, time_written
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -30,7 +30,7 @@ NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
 TIMED = ("run.json", "result.json", "status.json")  # what a run's page is made of: these and their times,
 DRAWN = ("epochs", "predictions", "figures")  # and what is in these folders
-CODE = version("cafe")  # whose pages these are
+CODE = __version__  # whose pages these are
 BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
 
 

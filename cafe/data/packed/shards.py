@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import compress, groupby, pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from cafe.data.archives import ROWS, Span, find_pictures, name_row, open_packed, walk_archive
 from cafe.data.indexing import Listing
-from cafe.data.layouts import SPLIT_NAMES, is_image, list_files
-from cafe.data.readers.cells import Cells, as_text
-from cafe.data.readers.table import Roles, list_faces, read_faces
+from cafe.data.layouts import SPLIT_NAMES, Tree, is_image, list_files
+from cafe.data.packed.archives import ROWS, Span, find_pictures, is_archive, name_row, open_packed, walk_archive
+from cafe.data.readers.cells import TABLES, Cells, as_text
+from cafe.data.readers.table import Roles, list_faces, read_faces, read_table
 from cafe.errors import UserError
 from cafe.files import retry
 from cafe.seals import MOST_BYTES, read_rows
@@ -87,8 +87,8 @@ def holds_pictures(root: UPath) -> bool:
 def find_shards(root: UPath, suffix: str) -> tuple[UPath, list[str]]:
     """Return the folder of some shards and their paths below it; raise `UserError` where there is none."""
     place = root.path.rstrip("/")
-    if SEVERAL.search(place):
-        above = place[: SEVERAL.search(place).start()].rpartition("/")[0]
+    if several := SEVERAL.search(place):
+        above = place[: several.start()].rpartition("/")[0]
         folder = UPath(above, protocol=root.protocol, **root.storage_options)
         names = _expand_braces(place[len(above) + 1 :])
         shards = [shard for name in names for shard in (_match(folder, name) if "*" in name else [name])]
@@ -96,9 +96,11 @@ def find_shards(root: UPath, suffix: str) -> tuple[UPath, list[str]]:
         folder, shards = root, [path for path in list_files(root) if path.casefold().endswith(suffix)]
     else:
         folder, shards = root.parent, [root.name]
-    if not shards:
+    if not shards or not all(shard.casefold().endswith(suffix) for shard in shards):
+        other, kind = (ROWS, "table") if suffix == ".tar" else (".tar", "webdataset")
         raise UserError(
-            f"There is no {suffix} file at {root}: give a shard, a folder of shards, or their names with '*'."
+            f"There is no {suffix} file at {root}: give one, a folder of them, or their names with '*'; {other} files are "
+            f"read with `cafe data index {kind}`."
         )
     return folder, shards
 
@@ -139,14 +141,13 @@ def _are_unique(rows: list[_Row]) -> bool:
 def _list_rows(found: Listing, rows: list[_Row], named: bool, root: UPath, chosen: Mapping[str, str]) -> Listing:
     """Add the faces of shards to a listing; they are called by the names of their pictures where these are `named` apart."""
     columns = list(dict.fromkeys(column for row in rows for column in row.cells))
-    cells = [(row.path, *(row.cells.get(column) for column in columns)) for row in rows]
+    cells: list[Sequence[object]] = [(row.path, *(row.cells.get(column) for column in columns)) for row in rows]
     table = Cells([PICTURE, *columns], cells)
     roles = Roles.find(table, root, {**chosen, "path": PICTURE})
     labelled = [as_text(row[roles.places["label"]]) is not None for row in cells]
     if unlabelled := labelled.count(False):
         found.dropped["no label"] += unlabelled
-    rows, cells = ([value for value, kept in zip(some, labelled, strict=True) if kept] for some in (rows, cells))
-    faces = read_faces(Cells(table.columns, cells), roles, root)
+    faces = read_faces(Cells(table.columns, list(compress(cells, labelled))), roles, root)
     list_faces(
         found,
         [
@@ -157,7 +158,7 @@ def _list_rows(found: Listing, rows: list[_Row], named: bool, root: UPath, chose
                 sample=str(row.name) if named else "",
                 span=row.span,
             )
-            for face, row in zip(faces, rows, strict=True)
+            for face, row in zip(faces, compress(rows, labelled), strict=True)
         ],
         root,
     )
@@ -248,3 +249,26 @@ def _read_class_names(schema: pa.Schema) -> dict[str, list[str]]:
         }
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):  # none, or not as `datasets` writes it
         return {}
+
+
+def read_any_table(file: UPath, root: UPath | None = None, columns: Mapping[str, str] | None = None) -> Listing:
+    """List the faces of a table, of one with its pictures in a zip, or of Parquet files that hold the pictures themselves.
+
+    `root` is the folder of the pictures where they do not lie by the table. Raises `UserError`.
+    """
+    if is_archive(file):
+        tree = Tree.open(file)
+        tables = [path for path in tree.files if path.casefold().endswith(TABLES)]
+        if not tables:
+            raise UserError(
+                f"{file} holds no table: read folders of expressions in it with `cafe data index folder`, and shards of "
+                "pictures with .cls or .json with `cafe data index webdataset`."
+            )
+        if len(tables) > 1:
+            raise UserError(f"{file} holds {len(tables)} tables: name one of them, such as {file / tables[0]}.")
+        return read_table(file / tables[0], root, columns)
+    if not holds_pictures(file):
+        return read_table(file, root, columns)
+    if root:
+        raise UserError(f"--root {root} has no meaning for {file}, which holds its pictures itself: leave it out.")
+    return read_parquet(file, columns)

@@ -236,10 +236,10 @@ def walk_archive(file: UPath, texts: tuple[str, ...] = ()) -> Iterator[Member]:
 @contextmanager
 def open_packed(file: UPath) -> Iterator[IO[bytes]]:
     """Open a tar, zip or Parquet file; raise `UserError` where what reads it finds it damaged."""
-    check_regular(file)
     try:
+        check_regular(file)
         with retry(file, "opened", file.open, "rb") as data:
-            yield data
+            yield cast(IO[bytes], data)
     except FileNotFoundError:
         raise UserError(f"There is no file {file}: give the archive or the table that holds the data set.") from None
     except (*DAMAGED, OSError) as error:
@@ -269,7 +269,7 @@ def _list_zip(data: IO[bytes]) -> Iterator[Member]:
                 reason = "is a link"
             elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 reason = "is packed by another method than those of every zip, stored and deflated"
-            span = (info.header_offset, info.compress_size)
+            span: Span = (info.header_offset, info.compress_size)
             if info.compress_type == zipfile.ZIP_DEFLATED:
                 span = (*span, info.file_size)
             if not info.is_dir():
@@ -294,7 +294,7 @@ def _list_tar(data: IO[bytes], texts: tuple[str, ...]) -> Iterator[Member]:
     data.seek(0)
     with tarfile.open(fileobj=cast(Any, _Bounded(data)), mode="r:") as tar:
         while info := tar.next():
-            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
+            cast(Any, tar).members.clear()  # else it keeps them all
             after = info.offset_data + info.size
             if info.offset <= before or info.size < 0 or (info.isreg() and not info.issparse() and after > end):
                 raise tarfile.ReadError(f"cut off or damaged at {info.name!r}")
@@ -310,9 +310,9 @@ def _list_tar(data: IO[bytes], texts: tuple[str, ...]) -> Iterator[Member]:
                 content = data.read(info.size)
             if not info.isdir():
                 yield Member(info.name, (info.offset_data, info.size), reason, content)
-        data.seek(tar.offset)  # type: ignore[attr-defined]
+        data.seek(tar.offset)
         if any(data.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
-            raise tarfile.ReadError(f"no header at byte {tar.offset:,}")  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
 
 
 def _list_rows(data: IO[bytes]) -> Iterator[Member]:
@@ -350,7 +350,7 @@ def _holds_pictures(kind: pa.DataType) -> bool:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 @lru_cache(8)
