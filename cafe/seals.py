@@ -120,8 +120,8 @@ def read_rows(file: pq.ParquetFile, path: UPath, most: int, columns: list[str] |
     too_large = IrregularFileError(
         f"{path} holds more than {most / 2**30:.0f} GB of values: write it again without what is not needed."
     )
-    metadata, batches, size = file.metadata, list[pa.RecordBatch](), 0
-    if sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)) > most:
+    batches, size = list[pa.RecordBatch](), 0
+    if _claim_size(file.metadata, columns) > most:
         raise too_large
     for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
         values = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in batch.columns]
@@ -131,6 +131,19 @@ def read_rows(file: pq.ParquetFile, path: UPath, most: int, columns: list[str] |
             raise too_large
     table = pa.Table.from_batches(batches).combine_chunks() if batches else file.read(columns)
     return table.replace_schema_metadata(file.schema_arrow.metadata)
+
+
+def _claim_size(metadata: pq.FileMetaData, columns: list[str] | None) -> int:
+    """Return how many bytes a file says that its rows have, or some columns of them."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if columns is None:
+        return sum(group.total_byte_size for group in groups)
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)
+    )
 
 
 def write_sealed(path: UPath, record: dict[str, Any]) -> None:

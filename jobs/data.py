@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cafe.data.auditing import Audit
     from cafe.data.checking import Check
     from cafe.data.indexing import CountDifference, Index, Listing
+    from cafe.data.manifest import Manifest
     from cafe.pipeline.datasets import Alignment
     from cafe.pipeline.workspace import Workspace
 
@@ -63,39 +64,60 @@ def data() -> None:
 @click.option(
     "--split",
     type=click.Choice(["train", "val", "test"]),
-    help="Put every face of a folder or table into this split. Default: its own splits, or a fifth for test.",
+    help="Put every face of a set that comes without splits, or of a folder or table, into this one. Default: its own "
+    "splits, or a fifth for test.",
 )
+@click.option(
+    "--label-order",
+    metavar="ORDER",
+    help="What labels mean that are numbers: the order affectnet, fer2013, ferplus or rafdb, or NAME,NAME,… from 0 on.",
+)
+@click.option(
+    "--labels", metavar="FILE", help="What labels mean: a CSV of label,class or a JSON object; no class: left out."
+)
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="ROLE=NAME",
+    help="Which column of a table is the path, label, split, group or box, such as label=emo; without NAME: none.",
+)
+@click.option(
+    "--group-by",
+    type=click.Choice(["folder", "none"]),
+    help="Whose face a picture is: its folder that is no split and no expression. Default: such a folder where it is sure.",
+)
+@click.option("--group-pattern", metavar="REGEX", help="Whose face a picture is: what this finds in its path.")
 def index(
     kind: str,
     root: str,
     name: str,
     accept_counts: bool,
     train_faces: int | None,
-    split: str | None,
     expressions: str | None,
     skip: tuple[str, ...],
-    **choices: str | None,
+    **said: Any,
 ) -> None:
     """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
 
     \b
-    KIND folder: ROOT[/SPLIT]/EXPRESSION/*.jpg
-    KIND table:  ROOT is a CSV or Parquet file with path,label[,split,group]
-    KIND rafdb, ferplus, affectnet, sfew, mma: ROOT holds the set as it is distributed, in any wrapper folders
+    KIND folder: ROOT[/SPLIT][/PERSON]/EXPRESSION/*.jpg, or pictures with a table of path,label beside them
+    KIND table:  ROOT is a CSV, JSON-lines or Parquet file with path,label[,split,group]
+    Other KINDs: ROOT holds the set as it is distributed, in any wrapper folders (docs/datasets.md)
     cafe data index ferplus ~/sets/FERPlus --name ferplus8 --expressions 8     # with contempt
     cafe data index folder ~/faces/ward --name ward --expressions own          # pain, drowsy, … as the folders are called
+    cafe data index folder ~/faces/DATASET --name raf --label-order rafdb      # folders 1, 2, … 7
     """
     from cafe.addresses import own
     from cafe.data.expressions import ClassChoice
     from cafe.data.indexing import index_files
     from cafe.data.manifest import thin_training
+    from cafe.data.readers.choices import SetChoices
     from cafe.pipeline.workspace import check_name
 
     check_name(name)
-    choice, workspace = ClassChoice.parse(expressions, skip), open_workspace()
-    listing = _read(kind, root, **choices).select(choice)
-    if split:
-        listing.put_into(split)
+    choices, workspace = SetChoices(ClassChoice.parse(expressions, skip), **said), open_workspace()
+    listing = choices.read(kind, root)
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
     with progress_bar("Reading") as progress:
@@ -108,24 +130,9 @@ def index(
     if train_faces:
         say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
     _check_counts(listing, counts, accept_counts, warn=True)
-    own(root, choices["pictures"] or "", result.manifest.root, remember=True)
+    own(root, choices.pictures or "", result.manifest.root, remember=True)
     result.manifest.save(path := workspace.manifest_path(name))
     say(f"Wrote {path}")
-
-
-def _read(kind: str, root: str, ferplus_rule: str | None, pictures: str | None) -> Listing:
-    """List a data set with the options that its kind knows; raise `UserError` for others."""
-    from cafe.data.readers import find_reader
-    from cafe.files import locate
-
-    read = find_reader(kind)
-    if ferplus_rule and kind != "ferplus":
-        raise UserError(f"--ferplus-rule {ferplus_rule} has no meaning for {kind}: it is for ferplus alone.")
-    if pictures and kind != "table":
-        raise UserError(f"--root {pictures} has no meaning for {kind}: it is for table alone.")
-    choices: dict[str, Any] = {"rule": ferplus_rule} if ferplus_rule else {}
-    choices |= {"root": locate(pictures)} if pictures else {}
-    return read(locate(root), **choices)
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:
@@ -167,7 +174,9 @@ def _index_tables(index: Index) -> list[FittedTable | str]:
     broken = [f"{path}: {reason}" for path, reason in index.broken]
     return [
         f"{manifest.name}: {len(manifest):,} faces, read as {listing.layout}",
+        *_describe_labels(listing),
         table,
+        *_describe_parts(manifest),
         f"sizes {smallest} to {largest} pixels, median {middle}{ignored}",
         *([left_out] if dropped else []),
         _list_some(f"{len(broken)} broken files, left out", broken),
@@ -178,12 +187,37 @@ def _index_tables(index: Index) -> list[FittedTable | str]:
     ]
 
 
+def _describe_labels(listing: Listing) -> list[str]:
+    """What labels mean that are no names, and which columns play no part."""
+    meanings = [f"{label} is {name or 'left out'} ({count:,})" for label, name, count in listing.meanings]
+    columns = [f"columns that play no part: {', '.join(listing.unread)}"] if listing.unread else []
+    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns]
+
+
+def _describe_parts(manifest: Manifest) -> list[str]:
+    """How many groups there are, and how a set is evaluated that came without splits."""
+    groups = len(set(manifest.table["group"].to_pylist()) - {None})
+    lines = [f"{groups:,} groups, none of which is in two splits"] if groups and manifest.parted else []
+    if manifest.parted and not len(manifest.rows("test")):
+        lines.append(
+            "no face is left for test, as the groups are too few or too large: where it is trained on, nothing of it can be "
+            "evaluated; see --split, --group-by and --group-pattern"
+        )
+    elif manifest.parted:
+        lines.append("it came without splits: a fifth is for test where it is trained on; else all of it is evaluated")
+    return lines
+
+
 def _describe_votes(index: Index) -> list[str]:
-    voted, outvoted = index.outvoted
-    if not voted:
+    (voted, outvoted), strange = index.outvoted, index.strange_votes
+    if not (voted or strange):
         return []
     against = f"; of {outvoted:,} most people chose another class than the label" if outvoted else ""
-    return [f"{voted:,} faces have people's votes{against}"]
+    lost = ", ".join(f"{count:,} {name}" for name, count in sorted(strange.items()))
+    return [
+        f"{voted:,} faces have people's votes{against}",
+        *([f"{strange.total():,} votes left out, for what is no class of this set: {lost}"] if strange else []),
+    ]
 
 
 def _warn_of_twins(index: Index) -> list[str]:

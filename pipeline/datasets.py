@@ -167,7 +167,9 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
         )
     if photos.labels[0] != UNLABELLED:
         result.manifest = workspace.manifest_path(settings.name)
-        Manifest.from_faces(settings.name, str(folder), faces, photos.kind, photos.classes).save(result.manifest)
+        Manifest.from_faces(settings.name, str(folder), faces, photos.kind, photos.classes, photos.parted).save(
+            result.manifest
+        )
     return result
 
 

@@ -29,7 +29,7 @@ from cafe import seals
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest, map_threads
-from cafe.data.readers import DATASETS, folder
+from cafe.data.readers import DATASETS, cells
 from cafe.files import check_output, place_below, read_file, read_json
 from cafe.inference.frames import read_frames
 from cafe.inference.output import build_schema, write_parquet
@@ -256,7 +256,7 @@ def test_links_that_fan_out_are_not_followed_without_end(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("stored", [True, False])
 def test_a_small_table_cannot_fill_the_memory(stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "MOST_BYTES", 2**26)
+    monkeypatch.setattr(cells, "MOST_BYTES", 2**26)
     column = pa.DictionaryArray.from_arrays(np.zeros(100_000, np.int32), ["x" * 40_000])  # 4 GB of text
     pq.write_table(pa.table({"path": column, "label": column}), tmp_path / "labels.parquet", store_schema=stored)
     assert (tmp_path / "labels.parquet").stat().st_size < 1e6

@@ -71,12 +71,15 @@ def test_a_given_split_is_kept(tmp_path: Path) -> None:
     assert (len(result.manifest.rows("train")), len(result.manifest.rows("val"))) == (6, 9)
 
 
-def test_an_unknown_folder_names_the_expressions(tmp_path: Path) -> None:
-    shutil.move(draw_faces(tmp_path) / "anger", tmp_path / "contempt")
+def test_an_unknown_folder_names_the_expressions_and_contempt_is_left_out_and_counted(tmp_path: Path) -> None:
+    shutil.move(draw_faces(tmp_path) / "anger", tmp_path / "bored")
     with pytest.raises(
-        UserError, match=r"other classes than surprise, .*: 'contempt' \(12 faces\): leave .* --skip contempt, or"
+        UserError, match=r"other classes than surprise, .*: 'bored' \(12 faces\): leave .* --skip bored, or"
     ):
         index("folder", tmp_path)
+    shutil.move(tmp_path / "bored", tmp_path / "Contempt")
+    result = index("folder", tmp_path)
+    assert (len(result.manifest), result.listing.dropped) == (24, {"contempt": 12})
 
 
 def test_a_folder_and_a_table_may_bring_classes_of_their_own(tmp_path: Path, cafe: Cafe) -> None:
@@ -154,20 +157,34 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,emotion\na,b", "no column 'label'"),
-        ("path,label,age\na,anger,3", "unknown column 'age'"),
+        ("path,age\na,b", "no column for the label .found path, age.: name one of them label, .* --column label="),
         ("path,label\n,anger", "Row 1 .* has no path"),
-        ("path,label\n../x.jpg,anger", r"Row 1 .* has the path '../x.jpg': write it without '..', absolute or"),
+        ("path,label\n../x.jpg,anger", r"Row 1 .* has the path '../x.jpg': write it without '..' and drives, abs"),
+        ("path,label\nC:\\\\x.jpg,anger", r"Row 1 .* has the path 'C:.*x.jpg': write it without '..' and drives, abs"),
         ("path,label\na,anger,fear", "is neither a CSV nor a Parquet table"),
         (
             "path,label\na,anger\nb,fear\na,fear\n./b,sad\n",
             r"lists 2 faces more than once .*, a \(row 1; row 3\), b \(row 2; row 4\)",
         ),
-        ("path,label\nx.jpg,3", "other classes than surprise, .*: '3' .1 face.: leave them out with --skip 3"),
+        ("path,label\nx.jpg,3", "by numbers, 3: 1 face, which mean .*--label-order affectnet .0 neutral, 1 hap.*FILE"),
+        (
+            "path,label\nx.jpg,Sleepy\ny.jpg,sleepy",
+            "other classes than .*: 'sleepy' .2 faces in row 1, row 2.: leave them",
+        ),
         ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
-        ("path,label,label\nx.jpg,anger,fear", "column 'label' besides 'label', which means the same"),
+        ("path,label,label\nx.jpg,anger,fear", "column 'label' besides 'label', and either may be the label: keep"),
+        (
+            "path,label,emotion\nx.jpg,anger,fear",
+            "'emotion' besides 'label', and either may be the label: .*label=NAME",
+        ),
+        ("path,label,split\nx.jpg,anger,0", "Row 1 of .*: Unknown split '0'"),
+        ('path,label\nx.jpg,anger\n"y.jpg,fear\n', "neither a CSV nor a Parquet table .line 3: unexpected end of data"),
+        (
+            "path,label,bbox\nx.jpg,anger,1 2 3 4",
+            "column 'bbox', which may be a corner and two sides or two corners: say",
+        ),
         ("path,label,happiness,happy\nx.jpg,anger,7,1", "column 'happy' besides 'happiness'"),
-        ("path,label,anger\nx.jpg,anger,inf", "Row 1 .* has for 'anger' inf: write how many people"),
+        ("path,label,anger\nx.jpg,anger,inf", "Row 1 .* has for 'anger' 'inf': write how many people"),
     ],
 )
 def test_a_bad_table_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -428,7 +445,7 @@ def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
     [
         (
             ("folders", ".", "--name", "x"),
-            "Unknown kind of data set 'folders': choose affectnet, ferplus, folder, "
+            "Unknown kind of data set 'folders': choose affectnet, ckplus, expw, fer2013, ferplus, folder, jaffe, kdef, "
             "mma, rafdb, sfew, synthetic, table.",
         ),
         (("folder", "/no/such", "--name", "x"), "/no/such is not a folder"),

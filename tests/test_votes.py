@@ -21,7 +21,7 @@ from cafe.data.expressions import EIGHT, EXPRESSIONS, ClassChoice
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
-from cafe.data.readers.folder import read_table
+from cafe.data.readers.table import read_table
 from cafe.data.votes import share
 from cafe.errors import UserError
 from cafe.files import read_json

@@ -20,8 +20,9 @@ from pi_heif import register_heif_opener
 from PIL import Image, ImageOps
 from upath import UPath
 
+from cafe.data.packed.archives import MemberError, Span, read_content, read_span
 from cafe.errors import IrregularFileError
-from cafe.files import list_folder, read_file
+from cafe.files import list_folder
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
@@ -51,13 +52,16 @@ class MissingImageError(UnreadableImageError):
     """An image that is not where it should be."""
 
 
-def read_bytes(path: UPath) -> bytes:
-    """Return a file's bytes; raise `UnreadableImageError` when it is empty or no file, `MissingImageError` when not there.
+def read_bytes(path: UPath, span: Span | None = None) -> bytes:
+    """Return the bytes of a file, or of a member of an archive; where its `span` is known, that is not looked for.
 
-    A storage that fails is tried again; then it raises `StorageError`, which says nothing of the picture.
+    Raises `UnreadableImageError` when it is empty or no file, `MissingImageError` when not there. A storage that fails is
+    tried again; then it raises `StorageError`, which says nothing of the picture.
     """
     try:
-        data = read_file(path)
+        data = read_span(path, span) if span else read_content(path)
+    except MemberError as error:
+        raise UnreadableImageError(str(error)) from None
     except (FileNotFoundError, NotADirectoryError):
         raise MissingImageError(MISSING) from None
     except IrregularFileError:

@@ -30,13 +30,16 @@ from cafe.data.expressions import (
     order_classes,
 )
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
+from cafe.data.labels import LabelMap, parse_number, refuse_numbers
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
+from cafe.data.packed.archives import MemberError, Span, find_span
 from cafe.errors import UserError, unknown
 from cafe.files import check_encoded, find_below, is_encoded, place_below, write_file
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
 NAMED = 10  # unwanted classes in an error before "and N more"
+ROWS_NAMED = 3  # rows of each
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def count_differences(
 class LabelledFile:
     """A face before it was opened: a file, a `box` of it, or grey `pixels` (H, W) uint8 that are no file yet.
 
-    `expression` is a name in any spelling until classes are selected; `where` is the row of the label file it stands in.
+    `expression` is a name in any spelling, a number or a code until classes are selected; `where` is the row of the label
+    file it stands in. `sample` names the face where its path does not, as where a picture shows several.
+    `span` says where in its archive it lies, where that is known already.
     """
 
     path: str
@@ -109,6 +114,8 @@ class LabelledFile:
     pixels: np.ndarray | None = field(default=None, compare=False)
     where: str = field(default="", compare=False)
     votes: Mapping[str, int] = field(default_factory=dict, compare=False)  # how many people chose each name
+    sample: str = ""
+    span: Span | None = field(default=None, compare=False)
 
 
 @dataclass
@@ -119,7 +126,8 @@ class Listing:
     complete copy holds, `packed` which archives have not been unpacked. `ignored` counts files that are no faces of the set,
     `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label files that cannot
     be used (where, reason, the expression they name), `repeated` pictures that are listed more than once and count once.
-    `classes` is the class set once one is selected.
+    `unread` are the columns of a table that play no part, `meanings` what labels mean that are no names: the label, the
+    name, empty where its faces are left out, and how many there are. `classes` is the class set once one is selected.
     """
 
     root: UPath
@@ -132,6 +140,8 @@ class Listing:
     dropped: Counter[str] = field(default_factory=Counter)
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    unread: tuple[str, ...] = ()
+    meanings: list[tuple[str, str, int]] = field(default_factory=list)
     classes: tuple[str, ...] = ()
 
     def add(self, path: str, expression: str, split: str = "", **more: Any) -> None:
@@ -162,12 +172,37 @@ class Listing:
         """Note a row of a label file that cannot be used, with the expression where it names one."""
         self.rejected.append((where, reason, expression))
 
+    def translate(self, labels: LabelMap) -> Listing:
+        """Return the listing with the names of what its labels mean; faces that mean nothing are left out and counted.
+
+        Raises `UserError` for labels that are not explained, where no label is a number though an order is given, and for
+        published sets, whose labels are known.
+        """
+        if self.kind not in OWN_KINDS:
+            raise UserError(f"The labels of {self.kind} are known: leave --label-order and --labels out.")
+        counts = Counter(file.expression for file in self.files)
+        if labels.numbered and not any(parse_number(label) is not None for label in counts):
+            raise UserError(f"No label of {self.root} is a number: leave --label-order out.")
+        names = {label: labels.find(label) for label in (*counts, *(label for *_, label in self.rejected if label))}
+        if strange := Counter({label: counts[label] for label, name in names.items() if name is None}):
+            raise labels.refuse(self.root, strange)
+        result = replace(self, files=[], dropped=Counter(self.dropped))
+        result.meanings = [(label, name or "", counts[label]) for label, name in names.items() if name != label]
+        result.rejected = [(where, reason, names.get(label) or "") for where, reason, label in self.rejected]
+        for file in self.files:
+            name = names[file.expression] or ""
+            if name and normalise_name(name) not in OTHERS:
+                result.files.append(replace(file, expression=name))
+            else:
+                result.dropped[name or f"label {file.expression}"] += 1
+        return result
+
     def select(self, choice: ClassChoice) -> Listing:
         """Return the listing with the class set of a choice and each face's class by its name in that set.
 
-        Left out and counted are the classes to skip and, of a published set, contempt where it is no class. Raises
-        `UserError` naming all other classes that are not in the set, with their faces, and for a class to skip that nobody
-        knows.
+        Left out and counted are the classes to skip, contempt beside the seven and in a published set, and faces that are
+        labelled to show no expression. Raises `UserError` naming all other classes that are not in the set, with their
+        faces, for labels that are numbers, and for a class to skip that nobody knows.
         """
         names = Counter(file.expression for file in self.files)
         _check_skipped(choice, [*names, *(expression for *_, expression in self.rejected)])
@@ -177,21 +212,28 @@ class Listing:
             classes = order_classes(own)
             if self.files:
                 check_classes(classes)
-        optional = (*choice.skip, *(() if self.kind in OWN_KINDS else (CONTEMPT,)))
+        seven = self.kind not in OWN_KINDS or classes == EXPRESSIONS
+        optional = (*choice.skip, *((CONTEMPT,) if seven else ()))
         result = replace(self, classes=classes, files=[], dropped=Counter(self.dropped), rejected=[])
-        strange: Counter[str] = Counter()
+        strange: dict[str, list[LabelledFile]] = {}
         for file in self.files:
             if name := _find_wanted(file.expression, classes, choice):
                 result.files.append(file if name == file.expression else replace(file, expression=name))
             elif name := find_class(file.expression, optional):
                 result.dropped[name] += 1
-            elif file.where and not find_class(file.expression, EIGHT):
+            elif normalise_name(file.expression) in OTHERS:
+                result.dropped[normalise_name(file.expression)] += 1
+            elif file.where and self.kind not in OWN_KINDS and not find_class(file.expression, EIGHT):
                 result.reject(file.where, str(unknown("expression", file.expression, classes)))
                 result.ignored += 1
             else:
-                strange[find_class(file.expression, EIGHT) or normalise_name(file.expression)] += 1
+                known = find_class(file.expression, EIGHT) or normalise_name(file.expression)
+                strange.setdefault(known, []).append(file)
+        numbers = {n: len(files) for name, files in strange.items() if (n := parse_number(name)) is not None}
+        if numbers:
+            raise refuse_numbers(self.root, Counter(numbers))
         if strange:
-            raise _refuse(self.root, strange, classes)
+            raise _refuse(self.root, strange, classes, self.kind in OWN_KINDS)
         for where, reason, expression in self.rejected:
             name = None if _find_wanted(expression, classes, choice) else find_class(expression, optional)
             if name:
@@ -202,7 +244,7 @@ class Listing:
 
     def put_into(self, split: str) -> None:
         """Put every face into one split; raise `UserError` for a published set, whose splits its protocols rely on."""
-        if self.expected or self.kind not in OWN_KINDS:
+        if self.kind not in OWN_KINDS and (self.expected or any(file.split for file in self.files)):
             raise UserError(
                 f"--split {split} has no meaning for {self.kind}, which comes split: it is for {', '.join(OWN_KINDS)}."
             )
@@ -229,9 +271,11 @@ def _check_skipped(choice: ClassChoice, names: Sequence[str]) -> None:
             raise unknown("class to skip", skipped, there)
 
 
-def _refuse(root: UPath, strange: Counter[str], classes: Sequence[str]) -> UserError:
-    ranked = sorted(strange.items(), key=lambda entry: (-entry[1], entry[0]))
-    shown = [f"{name!r} ({count:,} face{'s' * (count != 1)})" for name, count in ranked[:NAMED]]
+def _refuse(
+    root: UPath, strange: Mapping[str, Sequence[LabelledFile]], classes: Sequence[str], rows: bool
+) -> UserError:
+    ranked = sorted(strange.items(), key=lambda entry: (-len(entry[1]), entry[0]))
+    shown = [f"{name!r} ({_name_faces(files, rows)})" for name, files in ranked[:NAMED]]
     more = f" and {len(strange) - NAMED} more" if len(strange) > NAMED else ""
     left_out = ",".join(sorted(strange)[:NAMED]) + (",…" if more else "")
     return UserError(
@@ -239,6 +283,13 @@ def _refuse(root: UPath, strange: Counter[str], classes: Sequence[str]) -> UserE
         f"--skip {left_out}, or choose the classes with --expressions: 8 adds contempt, own takes all names that stand "
         "there, NAME,NAME,… those you name."
     )
+
+
+def _name_faces(files: Sequence[LabelledFile], rows: bool) -> str:
+    """Say how many faces there are and, where `rows` are wanted, where the first of them stand in a table."""
+    said = f"{len(files):,} face{'s' * (len(files) != 1)}"
+    named = [file.where for file in files[:ROWS_NAMED] if file.where] if rows else []
+    return said + (f" in {', '.join(named)}{', …' * (len(files) > ROWS_NAMED)}" if named else "")
 
 
 @dataclass(frozen=True)
@@ -257,6 +308,16 @@ class Index:
             return 0, 0
         most = votes.max(axis=1)
         return int((most > 0).sum()), int((votes[np.arange(len(labels)), labels] < most).sum())
+
+    @property
+    def strange_votes(self) -> Counter[str]:
+        """How many votes the faces have for names that are no class of the set: they play no part."""
+        lost: Counter[str] = Counter()
+        for file in self.listing.files:
+            lost.update(
+                {name: count for name, count in file.votes.items() if not find_class(name, self.manifest.classes)}
+            )
+        return +lost
 
     @property
     def duplicates(self) -> list[list[str]]:
@@ -314,7 +375,8 @@ def index_files(
     if not faces:
         reason = f" (first: {broken[0][0]}: {broken[0][1]})" if broken else ""
         raise UserError(f"No readable face image below {root}{reason}: give the folder that holds the faces.")
-    manifest = Manifest.from_faces(name, str(root), assign_splits(faces), listing.kind, listing.classes)
+    parted = not any(face.split for face in faces)
+    manifest = Manifest.from_faces(name, str(root), assign_splits(faces), listing.kind, listing.classes, parted)
     return Index(manifest, listing, sorted(broken))
 
 
@@ -323,18 +385,23 @@ def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | 
     if not is_encoded(file.path):
         return file.path, "a name that is no UTF-8"
     path, box = find_below(root, file.path) if file.pixels is None else place_below(root, file.path), file.box
+    span = file.span
     try:
-        data = read_bytes(path) if file.pixels is None else _write_pixels(path, file.pixels)
+        if file.pixels is None:
+            span = span or find_span(path)
+            data = read_bytes(path, span)
+        else:
+            data = _write_pixels(path, file.pixels)
         width, height = read_size(data)
         if box:
             box = clip_box(box, width, height)
             width, height = box[2:]
-    except UnreadableImageError as error:
+    except (UnreadableImageError, MemberError) as error:
         return file.path, str(error)
     digest = hashlib.sha256(data).hexdigest()
     votes = _count_votes(file.votes, tuple(labels))
-    label = labels[file.expression]
-    return Face(file.path, file.path, label, file.split, file.group, width, height, digest, box, votes)
+    sample, label = file.sample or file.path, labels[file.expression]
+    return Face(sample, file.path, label, file.split, file.group, width, height, digest, box, votes, span)
 
 
 def _count_votes(votes: Mapping[str, int], classes: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 
@@ -21,8 +21,10 @@ from upath import UPath
 from cafe.data.expressions import OTHERS
 from cafe.data.images import SUFFIXES
 from cafe.data.indexing import Expected, Listing
+from cafe.data.labels import decode_text
+from cafe.data.packed.archives import is_archive, open_archive, read_content
 from cafe.errors import UserError
-from cafe.files import read_file, retry
+from cafe.files import retry
 
 SPLIT_NAMES = {
     "train": "train",
@@ -33,22 +35,30 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }  # as folders and tables name them, and our splits
+USAGES = {"publictest": "val", "privatetest": "test"}  # as the tables of FER2013 call them besides `Training`
 MOST_WAYS = 100  # by links to one folder: of links to folders of links there are twice as many at every level
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")
 
 
 @dataclass(frozen=True)
 class Tree:
-    """All files below a folder: `files` are sorted POSIX paths relative to `root`, no hidden ones, no __MACOSX."""
+    """All files below a folder, or in a zip or tar: `files` are sorted POSIX paths relative to `root`.
+
+    No hidden ones, no __MACOSX. `refused` are members of an archive that are not to be read, and why.
+    """
 
     root: UPath
     files: list[str]
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
     def open(cls, root: UPath) -> Tree:
-        """List a folder; raise `UserError` when it is none."""
+        """List a folder or an archive; raise `UserError` when it is neither."""
+        if is_archive(root):
+            archive = open_archive(root)
+            return cls(root, list_files(root), sorted(archive.refused.items()))
         if not retry(root, "read", root.is_dir):
-            raise UserError(f"{root} is not a folder: give the one that holds the data set.")
+            raise UserError(f"{root} is not a folder, a .zip or a .tar: give the one that holds the data set.")
         return cls(root, list_files(root))
 
     @cached_property
@@ -97,32 +107,42 @@ class Tree:
         """Return the tree of a folder in it; of the whole of it when the name is empty."""
         if not folder:
             return self
-        return Tree(
-            self.root / folder, [relative(path, folder) for path in self.files if path.startswith(f"{folder}/")]
-        )
+        inside = [relative(path, folder) for path in self.files if path.startswith(f"{folder}/")]
+        return Tree(self.root / folder, inside, self.refused)
 
     def start(self, kind: str, layout: str, expected: tuple[Expected, ...]) -> Listing:
         """Return a listing of this tree that has no files yet."""
-        return Listing(self.root, kind, layout, expected, self.packed)
+        refused = [(name, reason, "") for name, reason in self.refused]
+        return Listing(self.root, kind, layout, expected, self.packed, rejected=refused)
 
     def lack(self, missing: str, remedy: str) -> UserError:
         """Return the error for something that must be there; an archive still packed is named as the likely reason."""
         if self.packed:
             more = f" (as are {len(self.packed) - 1} more archives)" if len(self.packed) > 1 else ""
-            remedy = f"{self.packed[0]} is still packed{more}, so unpack it where it lies"
+            remedy = (
+                f"{self.packed[0]} is still packed{more}, so unpack it where it lies, or give a .zip or .tar by itself"
+            )
+            if self.packed[0].casefold().endswith(".tar"):
+                remedy += "; shards of tar are read with `cafe data index webdataset`"
         return UserError(f"{self.root} holds no {missing}: {remedy}.")
 
 
 def list_files(root: UPath) -> list[str]:
-    """Return every file below a folder as a sorted POSIX path relative to it; no hidden ones, no __MACOSX.
+    """Return every file below a folder or in an archive as a sorted POSIX path in it; no hidden ones, no __MACOSX.
 
     Links to folders are followed, but never back into a folder the path came through.
     """
+    if is_archive(root):
+        return _without_hidden(open_archive(root).members)
     if root.protocol in ("", "file"):
         return sorted(_walk(root.path, "", frozenset(), Counter()))
     base = root.path.rstrip("/") + "/"
     found = (path.removeprefix(base) for path in retry(root, "listed", root.fs.find, root.path))
-    return sorted(path for path in found if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
+    return _without_hidden(found)
+
+
+def _without_hidden(paths: Iterable[str]) -> list[str]:
+    return sorted(path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
 
 
 def _walk(folder: str, prefix: str, above: frozenset[str], ways: Counter[str]) -> Iterator[str]:
@@ -182,11 +202,11 @@ def merge_repeated(rows: Sequence[tuple[str, object, str]], table: object) -> tu
 
 
 def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, stripped cells) of every line that is not blank; a byte-order mark and CRLF play no part.
+    """Yield (line number, stripped cells) of every line that is not blank; its encoding and CRLF play no part.
 
     Raises `UserError` for a file that is no CSV.
     """
-    text = read_file(file).decode("utf-8-sig", errors="replace")
+    text = decode_text(read_content(file))
     with io.StringIO(text, newline="") as stream:
         lines = csv.reader(stream)
         try:
@@ -218,13 +238,12 @@ def read_records(
         yield number, dict(zip(names, cells + [""] * len(names), strict=False))
 
 
-def parse_number(text: str) -> int | None:
-    """Return a whole number, also of `3.0`, or None for anything else."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else None
+def find_split(path: str) -> str:
+    """Return the split whose name a folder of a path has, empty where none has; raise `UserError` where two disagree."""
+    found = {SPLIT_NAMES[key]: None for folder in path.split("/")[:-1] if (key := folder.casefold()) in SPLIT_NAMES}
+    if len(found) > 1:
+        raise UserError(f"{path} lies in folders of several splits, {' and '.join(found)}: rename one of them.")
+    return next(iter(found), "")
 
 
 def list_by_folder(

@@ -22,7 +22,16 @@ from upath import UPath
 
 from cafe.addresses import OBJECT_STORES
 from cafe.data.expressions import EXPRESSIONS, check_classes
-from cafe.data.images import MAX_PIXELS, Box, UnreadableImageError, clip_box, decode_image, read_bytes
+from cafe.data.images import (
+    MAX_PIXELS,
+    Box,
+    MissingImageError,
+    UnreadableImageError,
+    clip_box,
+    decode_image,
+    read_bytes,
+)
+from cafe.data.packed.archives import Span
 from cafe.errors import UserError
 from cafe.files import OUTSIDE, check_encoded, find_below, locate, write_file
 from cafe.seals import encode_table, read_table
@@ -40,18 +49,22 @@ Result = TypeVar("Result")
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),  # stable under moving the folder: the path below its root
-        ("path", pa.string()),  # relative to the root
+        ("path", pa.string()),  # relative to the root; of a member of an archive as if that were a folder
         ("label", pa.int8()),  # index into the class set
         ("split", pa.string()),
         ("group", pa.string()),  # identity, film or session that must not be split; may be null
         ("width", pa.int32()),  # of the face: of its box when it has one
         ("height", pa.int32()),
-        ("digest", pa.string()),  # SHA-256 of the file
+        ("digest", pa.string()),  # SHA-256 of the file, or of the member
         ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
         ("votes", pa.list_(pa.int32())),  # how many people chose each class, in their order; null: not known
+        (
+            "span",
+            pa.list_(pa.int64()),
+        ),  # where in its archive it lies (`cafe.data.packed.archives`); null: a file by itself
     ]
 )
-YOUNGER = ("votes",)  # columns that files of before lack
+YOUNGER = ("votes", "span")  # columns that files of before lack
 REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a manifest: that of its file, of folders and of metrics
 
@@ -64,6 +77,7 @@ class Header(BaseModel):
     root: str
     kind: str = ""
     expressions: tuple[str, ...] = EXPRESSIONS
+    parted: bool = False  # of files of before it is not known, so that they are evaluated as they were
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,7 @@ class Face:
     digest: str
     box: Box | None = None
     votes: tuple[int, ...] | None = None
+    span: Span | None = None
 
 
 class Pictures(Protocol):
@@ -115,7 +130,8 @@ class Manifest:
     """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to.
 
     `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend; `classes` are the
-    names of its classes, into which labels are indices.
+    names of its classes, into which labels are indices. `parted` tells that the set came without splits: those it has were
+    made, so that there is no reason to evaluate on a part of it what never saw any of it.
     """
 
     name: str
@@ -123,10 +139,17 @@ class Manifest:
     table: pa.Table
     kind: str = ""
     classes: tuple[str, ...] = EXPRESSIONS
+    parted: bool = False
 
     @classmethod
     def from_faces(
-        cls, name: str, root: str, faces: Iterable[Face], kind: str = "", classes: tuple[str, ...] = EXPRESSIONS
+        cls,
+        name: str,
+        root: str,
+        faces: Iterable[Face],
+        kind: str = "",
+        classes: tuple[str, ...] = EXPRESSIONS,
+        parted: bool = False,
     ) -> Manifest:
         """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
         rows = sorted(faces, key=lambda face: face.sample_id)
@@ -137,7 +160,9 @@ class Manifest:
             raise UserError(
                 f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
             )
-        return cls(name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes)
+        return cls(
+            name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes, parted
+        )
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
@@ -155,11 +180,13 @@ class Manifest:
             raise UserError(f"{path} holds the manifest {header.name!r}: name the file {header.name}.parquet.")
         if fault := _find_fault(table, header.expressions):
             raise UserError(f"{path} is a damaged manifest ({fault}): write it again with `cafe data index`.")
-        return cls(header.name, header.root, table, header.kind, header.expressions)
+        return cls(header.name, header.root, table, header.kind, header.expressions, header.parted)
 
     def save(self, path: UPath) -> None:
         """Write the manifest as Parquet."""
-        header = Header(version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes)
+        header = Header(
+            version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes, parted=self.parted
+        )
         table = self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()})
         write_file(path, encode_table(table))
 
@@ -239,19 +266,28 @@ class Manifest:
             raise
 
     def fetch(self, row: int) -> bytes:
-        """Return the bytes of a face's picture."""
-        return read_bytes(self.path(row))
+        """Return the bytes of a face's picture; raise as `read_face` does."""
+        span = self.table["span"][row].as_py()
+        try:
+            return read_bytes(self.path(row), span)
+        except UnreadableImageError as error:
+            if span is None or isinstance(error, MissingImageError):
+                raise
+            raise self._changed(row) from None  # it could be read when it was indexed
 
     def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Return the pixels of a face as `read_face` does, from the bytes of its picture."""
         digest = self.table["digest"][row].as_py()
         if digest and hashlib.sha256(data).hexdigest() != digest:  # photos that were only listed have none
-            raise UserError(f"{self.path(row)} has changed since it was indexed: index {self.name!r} again.")
+            raise self._changed(row)
         image = decode_image(data, max_pixels)
         if box := self.table["box"][row].as_py():
             left, top, width, height = clip_box(box, image.shape[1], image.shape[0])
             image = image[top : top + height, left : left + width]
         return image if channels == "rgb" else image[..., ::-1]
+
+    def _changed(self, row: int) -> UserError:
+        return UserError(f"{self.path(row)} has changed since it was indexed: index {self.name!r} again.")
 
     def rows(self, split: str) -> np.ndarray:
         """The row numbers of a split, or of `all`, in manifest order."""
@@ -333,6 +369,11 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
     whole = pc.list_flatten(table["box"]).null_count == 0
     if not whole or pc.all(pc.equal(sides, 4)).as_py() is False:
         return "a box that is not left, top, width and height"
+    spans = pc.list_flatten(table["span"])
+    if spans.null_count or not pc.all(pc.is_in(pc.list_value_length(table["span"]), pa.array([2, 3, None]))).as_py():
+        return "a place in an archive that is not two or three numbers"
+    if pc.any(pc.less(spans, 0)).as_py():
+        return "a place before the beginning of an archive"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):
         return "a sample listed twice"
     known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))

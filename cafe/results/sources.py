@@ -12,6 +12,9 @@ SETS = (
     "sfew",
     "mma",
 )  # by the kind of their manifests, in the order of published columns
+SHARED = frozenset(
+    {*SETS, "ckplus", "expw", "jaffe", "kdef"}
+)  # sets of which any two manifests have pictures in common
 
 # Means are taken over `unseen` targets, or over these and the sources.
 SOURCE, UNSEEN = "source", "unseen"
@@ -43,11 +46,12 @@ def find_relation(sources: Sequence[Source], target: str, split: str, kind: str,
     if any(source.name == target for source in sources):
         return SOURCE
     same = any(
-        digest == source.digest or (_set_of(kind) == _set_of(source.kind) and _set_of(kind) in SETS)
+        digest == source.digest or (_set_of(kind) == _set_of(source.kind) and _set_of(kind) in SHARED)
         for source in sources
     )
     return SAME_SET if same else UNSEEN
 
 
 def _set_of(kind: str) -> str:
-    return kind.partition("-")[0]  # ferplus-argmax is FERPlus with other labels
+    """Return the set whose pictures a kind has: FERPlus by another rule, and FER2013, are FERPlus with other labels."""
+    return "ferplus" if kind == "fer2013" else kind.partition("-")[0]

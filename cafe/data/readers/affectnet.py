@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import replace
 
 import numpy as np
 from upath import UPath
@@ -15,36 +14,35 @@ from upath import UPath
 from cafe.data.expressions import EIGHT
 from cafe.data.images import Box, UnreadableImageError, read_bytes
 from cafe.data.indexing import Listing, read_expected
-from cafe.data.layouts import SPLIT_NAMES, Tree, list_by_folder, parse_number, read_records
+from cafe.data.labels import AFFECTNET, parse_number
+from cafe.data.layouts import SPLIT_NAMES, Tree, list_by_folder, read_records
 from cafe.data.manifest import map_threads
 
-NUMBERS = (  # 0–10, from the authors' read-me
-    "neutral", "happiness", "sadness", "surprise", "fear", "disgust", "anger", "contempt", "none", "uncertain", "no face",
-)  # fmt: skip
 MOST_BYTES = 4096  # of an annotation, one number with the header of its array
 LISTS = {"training.csv": "train", "validation.csv": "val"}
 PATH, EXPRESSION, BOX = "subDirectory_filePath", "expression", ("face_x", "face_y", "face_width", "face_height")
 COLUMNS = (PATH, *BOX, "facial_landmarks", EXPRESSION, "valence", "arousal")  # of a list without a header
 LISTED_IMAGE = "Manually_Annotated_Images/.*"
 ARRAY_IMAGE = r"(train|val)_set/images/([^/]+)\.[^./]+"
+WHOLE_IMAGE = r"()images/([^/]+)\.[^./]+"  # of a copy without folders of splits
 
 
 def read_affectnet(root: UPath) -> Listing:
     """List the faces of AffectNet that show one of the eight expressions, contempt among them.
 
     lists: training.csv, validation.csv and Manually_Annotated_Images; a face is the box its row gives.
-    arrays: {train_set,val_set}/images/ID.jpg and annotations/ID_exp.npy; a face is a whole picture.
-    shared copy: {Train,Test}/EXPRESSION/*.jpg, by the names of the folders; a face is a whole picture.
+    arrays: {train_set,val_set}/images/ID.jpg and annotations/ID_exp.npy, or both without splits; a face is a whole picture.
+    shared copy: {Train,Test}/EXPRESSION/*.jpg, by the names of the folders; a face is a whole picture. What such a copy
+    holds is not known, so that its counts are compared with nothing.
     """
     tree = Tree.open(root)
     if tree.find(*LISTS):
         return _read_lists(tree)
     if any(path.casefold().endswith("_exp.npy") for path in tree.files):
         return _read_arrays(tree)
-    layout = "shared copy of AffectNet: {Train,Test}/EXPRESSION"
+    layout = "shared copy of AffectNet: {Train,Test}/EXPRESSION, of which no counts are known"
     wanted = "training.csv of AffectNet, nor {train_set,val_set}/annotations, nor {Train,Test}/EXPRESSION"
-    doubtful = tuple(replace(split, doubt="unverified for cropped copies") for split in read_expected("affectnet"))
-    return list_by_folder(tree, SPLIT_NAMES, "affectnet", layout, doubtful, wanted)
+    return list_by_folder(tree, SPLIT_NAMES, "affectnet", layout, (), wanted)
 
 
 def _read_lists(tree: Tree) -> Listing:
@@ -71,17 +69,23 @@ def _read_lists(tree: Tree) -> Listing:
 
 
 def _read_arrays(tree: Tree) -> Listing:
-    home = tree.find_home(ARRAY_IMAGE, "the folders train_set and val_set")
+    what, pattern = "the folders train_set and val_set", ARRAY_IMAGE
+    home = tree.find_home(pattern, what)
+    if home is None:
+        what, pattern = "the folders images and annotations", WHOLE_IMAGE
+        home = tree.find_home(pattern, what)
     if home is None:
         raise tree.lack("pictures {train_set,val_set}/images/ID.jpg beside the annotations", "unpack them there")
-    matches = [match for path in home.images if (match := re.fullmatch(ARRAY_IMAGE, path, re.IGNORECASE))]
+    matches = [match for path in home.images if (match := re.fullmatch(pattern, path, re.IGNORECASE))]
 
     def read_annotation(match: re.Match[str]) -> str | None:
-        annotation = home.get(f"{match[1]}_set/annotations/{match[2]}_exp.npy")
+        folder = f"{match[1]}_set/annotations" if match[1] else "annotations"
+        annotation = home.get(f"{folder}/{match[2]}_exp.npy")
         return _read_expression(home.root / annotation) if annotation else None
 
-    layout = "AffectNet: {train_set,val_set}/images and annotations"
-    found = home.start("affectnet", layout, read_expected("affectnet"))
+    split = pattern == ARRAY_IMAGE
+    layout = f"AffectNet: {'{train_set,val_set}/' * split}images and annotations{', without splits' * (not split)}"
+    found = home.start("affectnet", layout, read_expected("affectnet") if split else ())
     for match, expression in zip(matches, map_threads(read_annotation, matches), strict=True):
         if expression is None:
             found.reject(match[0], "its annotation ID_exp.npy is missing or holds no expression of 0–10")
@@ -105,7 +109,7 @@ def _read_expression(annotation: UPath) -> str | None:
 
 def _name_expression(text: str) -> str | None:
     number = parse_number(text)
-    return NUMBERS[number] if number is not None and 0 <= number < len(NUMBERS) else None
+    return AFFECTNET[number] if number is not None and 0 <= number < len(AFFECTNET) else None
 
 
 def _parse_box(row: dict[str, str]) -> Box | None:

@@ -16,12 +16,11 @@ from upath import UPath
 
 from cafe.data.expressions import EIGHT
 from cafe.data.indexing import Listing, read_expected
-from cafe.data.layouts import Tree, folder_of, merge_repeated, parse_number, read_csv, read_records
+from cafe.data.labels import FERPLUS as CANDIDATES
+from cafe.data.labels import parse_number
+from cafe.data.layouts import Tree, folder_of, merge_repeated, read_csv, read_records
 from cafe.errors import UserError, unknown
 
-CANDIDATES = (
-    "neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt", "unknown", "NF",
-)  # fmt: skip
 EMOTIONS = 8  # the first candidates; the last two say that there is none, or no face
 NO_FACE = CANDIDATES.index("NF")
 FOLDERS = {  # Usage in the tables: the folder of the pictures and our split
@@ -67,8 +66,8 @@ class _Row:
 
     @property
     def by_name(self) -> dict[str, int]:
-        """The votes for each of the eight expressions."""
-        return dict(zip(CANDIDATES[:EMOTIONS], self.votes, strict=False))
+        """The votes for each candidate; unknown and NF are classes of no set, and counted as such."""
+        return dict(zip(CANDIDATES, self.votes, strict=False))
 
 
 def read_ferplus(root: UPath, rule: str = "majority") -> Listing:
@@ -174,7 +173,7 @@ def _read_pixels(table: UPath, rows: list[_Row], labels: dict[int, str], found: 
             )
         if position in labels:
             number, cells = record
-            pixels = _parse_pixels(cells["pixels"])
+            pixels = parse_pixels(cells["pixels"])
             if pixels is None:
                 reason = f"line {number} of {table.name} does not hold {SIDE}×{SIDE} grey values"
                 found.reject(row.path, reason, labels[position])
@@ -183,7 +182,8 @@ def _read_pixels(table: UPath, rows: list[_Row], labels: dict[int, str], found: 
                 found.add_labelled(row.where, row.path, row.path, labels[position], row.split, **more)
 
 
-def _parse_pixels(text: str) -> np.ndarray | None:
+def parse_pixels(text: str) -> np.ndarray | None:
+    """Return a picture (48, 48) uint8 from its grey values with blanks between them, None for anything else."""
     try:
         values = bytes(map(int, text.split()))
     except ValueError:

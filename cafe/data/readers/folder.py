@@ -1,45 +1,196 @@
-"""Sets of your own: a folder for each expression, a table of paths and labels, or a domain drawn by `cafe data synth`."""
+"""Sets of your own as folders: one for each expression, pictures with a table beside them, or a domain drawn here."""
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import PurePosixPath
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 from upath import UPath
 
-from cafe.data.expressions import ALIASES, EIGHT, normalise_name, spell_name
+from cafe.data.expressions import EIGHT, find_class
 from cafe.data.indexing import LabelledFile, Listing
-from cafe.data.layouts import SPLIT_NAMES, Tree, merge_repeated
-from cafe.data.manifest import SPLITS
-from cafe.errors import UserError, quote, unknown
-from cafe.files import read_file, retry
-from cafe.seals import MOST_BYTES, read_rows
+from cafe.data.layouts import SPLIT_NAMES, Tree, find_split, folder_of
+from cafe.data.packed.archives import ROWS, is_archive
+from cafe.data.readers.cells import TABLES, Cells
+from cafe.data.readers.levels import Levels, list_levels
+from cafe.data.readers.named import SCHEMES, find_person, find_scheme
+from cafe.data.readers.table import Roles, list_faces, read_faces
+from cafe.errors import UserError
+from cafe.files import find_below
 
-COLUMNS = ("path", "label", "split", "group")
-MOST_VOTES = 2**31  # as the manifest counts them
+METADATA = "metadata"  # tables of this name say more of the pictures in and below their folder
 
 
-def read_folder(root: UPath) -> Listing:
-    """List ROOT/EXPRESSION/**/*.jpg, or ROOT/SPLIT/EXPRESSION/**/*.jpg when the set comes split.
+def read_folder(
+    root: UPath,
+    classes: tuple[str, ...] = (),
+    own: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> Listing:
+    """List the pictures of a folder by what their folders, or a table beside them, say they show.
 
-    Raises `UserError` when `root` is no folder.
+    Folders named after expressions, after `classes` or by numbers may lie in wrappers, in folders of splits and of persons,
+    or hold these; with `own` their names may be any. Tables of path and label are `metadata.csv`, `.jsonl` or
+    `.parquet`, or stand beside pictures that lie in no folders of expressions. Raises `UserError` when `root` is no folder,
+    and where it is not certain what a picture shows.
     """
     tree = Tree.open(root)
+    if not tree.images:
+        raise _refuse(tree)
+    levels = Levels(root, tree.images, tuple(dict.fromkeys((*EIGHT, *classes))))
+    metadata = [path for path in _tables(tree) if _stem(path) == METADATA]
+    tables = _find_tables(tree, columns or {}, metadata, needed=levels.named is None)
+    if not tables and levels.named is None and (not levels.several or (levels.numbered is None and not own)):
+        tables = _find_tables(tree, columns or {}, _tables(tree), needed=True)
     found = tree.start("folder", "EXPRESSION/image", ())
-    for path in tree.images:
-        first, *others = path.split("/")
-        split = SPLIT_NAMES.get(first.lower(), "")
-        if others:
-            found.add(path, others[0] if split else first, split)
-    if any(file.split for file in found.files):
-        found.layout = "SPLIT/EXPRESSION/image"
-    found.ignored = len(tree.files) - len(found.files)
+    if tables:
+        _list_tables(found, tree, tables)
+        _check_folders(found, levels)
+    elif (level := levels.expression(own)) is None or (not own and _tells_by_name(levels)):
+        raise _refuse(tree)
+    else:
+        _list_levels(found, levels, level)
+    found.ignored = max(0, len(tree.files) - len(found.files) - len(tables))
     return found
+
+
+def _list_levels(found: Listing, levels: Levels, expression: int) -> None:
+    """Add the pictures in folders of expressions; others lie beside them and show none."""
+    group, scheme = levels.group(expression), find_scheme(levels.pictures)
+    for path in levels.pictures:
+        folders = list_levels(path)
+        if len(folders) > expression:
+            person = folders[group] if group is not None and group < len(folders) else None
+            if group is None and scheme:
+                person = find_person(path, scheme)
+            found.add(path, folders[expression], find_split(path), group=person)
+    words = {expression: "EXPRESSION", **({} if group is None else {group: "GROUP"})}
+    split = ["SPLIT"] if any(file.split for file in found.files) else []
+    found.layout = "/".join([*split, *(words[level] for level in sorted(words)), "image"])
+    if group is None and scheme:
+        found.layout += f", persons by the names of {SCHEMES[scheme].about}"
+
+
+def _tables(tree: Tree) -> list[str]:
+    return [path for path in tree.files if path.casefold().endswith(TABLES)]
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[0].casefold()
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A table below a folder: its path, what it holds, and the split that its name or folder says."""
+
+    path: str
+    cells: Cells
+    roles: Roles
+
+    @cached_property
+    def split(self) -> str:
+        return find_split(self.path) or SPLIT_NAMES.get(re.split("[^a-z]", _stem(self.path))[0], "")
+
+
+def _find_tables(tree: Tree, columns: Mapping[str, str], paths: Sequence[str], needed: bool) -> list[_Beside]:
+    """Return the tables among some files that name pictures and labels; raise `UserError` unless they belong together.
+
+    Where one is `needed` and a single one is there, what is wrong with it is said.
+    """
+    found = []
+    for path in paths:
+        try:
+            cells = Cells.load(find_below(tree.root, path))
+            found.append(_Beside(path, cells, Roles.find(cells, find_below(tree.root, path), columns)))
+        except UserError:
+            if needed and len(paths) == 1:
+                raise
+    splits = [table.split for table in found]
+    if len(found) > 1 and (not all(splits) or len(set(splits)) < len(splits)):
+        raise UserError(
+            f"{tree.root} holds several tables of pictures and labels, {found[0].path} and {found[1].path}: read the "
+            "right one with `cafe data index table`."
+        )
+    return found
+
+
+def _list_tables(found: Listing, tree: Tree, tables: Sequence[_Beside]) -> None:
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for image in tree.images:
+        by_name[image.rpartition("/")[2].casefold()].append(image)
+    for table in tables:
+        rows = read_faces(table.cells, table.roles, find_below(tree.root, table.path))
+        rows = [replace(row, split=row.split or table.split) for row in rows]
+        list_faces(found, list(_find_pictures(found, tree, table, rows, by_name)), table.path)
+    found.layout = "; ".join(f"{table.path} of {table.roles.name(table.cells)}" for table in tables)
+    found.unread = tuple(dict.fromkeys(name for table in tables for name in table.roles.unread))
+
+
+def _find_pictures(
+    found: Listing, tree: Tree, table: _Beside, rows: Sequence[LabelledFile], by_name: Mapping[str, list[str]]
+) -> Iterator[LabelledFile]:
+    """Yield the rows with the places of their pictures; note those whose picture is not there, or there several times.
+
+    A path counts from the folder of the table, from the root, or names the end of a picture's path.
+    """
+    home = folder_of(table.path)
+    for row in rows:
+        name = row.path.removeprefix(f"{tree.root.path.rstrip('/')}/").removeprefix("./")
+        place = tree.get(f"{home}/{name}" if home else name) or tree.get(name)
+        if place is None:
+            end = f"/{name.casefold()}"
+            ending = [path for path in by_name.get(end.rpartition("/")[2], ()) if f"/{path.casefold()}".endswith(end)]
+            ending = [path for path in ending if find_split(path) == row.split] or ending if row.split else ending
+            if len(ending) != 1:
+                reason = f"could be {ending[0]} and {ending[1]}" if ending else "file not found"
+                found.reject(row.path, reason, row.expression)
+                continue
+            (place,) = ending
+        yield replace(row, path=place)
+
+
+def _check_folders(found: Listing, levels: Levels) -> None:
+    """Raise `UserError` where pictures lie in folders of another expression than their table says."""
+    if levels.named is None:
+        return
+    wrong = [
+        (file, folders[levels.named])
+        for file in found.files
+        if len(folders := list_levels(file.path)) > levels.named
+        and (shown := find_class(folders[levels.named], levels.classes)) is not None
+        and find_class(file.expression, levels.classes) not in (None, shown)
+    ]
+    if wrong:
+        file, folder = wrong[0]
+        raise UserError(
+            f"{len(wrong):,} pictures of {found.root} lie in a folder of another expression than their table says, such as "
+            f"{file.path}, which is {file.expression!r} there: read the table with `cafe data index table`, or take it away."
+        )
+
+
+def _tells_by_name(levels: Levels) -> bool:
+    """Whether the names of the files say what they show, and no folder does."""
+    return levels.named is None and levels.numbered is None and find_scheme(levels.pictures) != ""
+
+
+def _refuse(tree: Tree) -> UserError:
+    """Return the error for a folder without labels, with the command for a set whose file names tell them."""
+    if not tree.images:
+        rows = any(path.casefold().endswith(ROWS) for path in tree.files)
+        remedy = "give the folder that holds the faces"
+        return tree.lack("picture", "read Parquet files with pictures by `cafe data index table`" if rows else remedy)
+    if any(path.casefold().endswith((".cls", ".json")) for path in tree.files) and is_archive(tree.root):
+        return UserError(
+            f"{tree.root} says what its pictures show by files beside each: read it with `cafe data index webdataset`."
+        )
+    scheme = find_scheme(tree.images)
+    remedy = f"its names are those of {scheme}, so read it with `cafe data index {scheme}`" if scheme else (
+        "put pictures into folders named after what they show, or a table of path and label beside them"
+    )  # fmt: skip
+    return UserError(f"{tree.root} does not say what its pictures show, such as {tree.images[0]}: {remedy}.")
 
 
 def read_synthetic(root: UPath) -> Listing:
@@ -48,104 +199,3 @@ def read_synthetic(root: UPath) -> Listing:
     found.kind = "synthetic"
     found.group_by_name()
     return found
-
-
-def read_table(file: UPath, root: UPath | None = None) -> Listing:
-    """List the faces of a CSV or Parquet table of path,label[,split,group]; labels are names of classes.
-
-    Other columns are named after classes and say how many people chose each.
-
-    Paths are absolute, or relative to `root`, by default the folder of the table. Without a `root`, absolute paths make the
-    deepest folder that holds all pictures the root. A face listed twice with equal cells counts once. Raises `UserError` for
-    a missing column, an empty cell, an unknown split, a path that leads out of the root, and for faces that are
-    listed with different cells, all of them named.
-    """
-    columns, cells = _load(file)
-    _check_repeated(columns, file)
-    if missing := [column for column in COLUMNS[:2] if column not in columns]:
-        raise UserError(
-            f"{file} has no column {missing[0]!r}: it needs path and label, and may have split and group "
-            f"(found {', '.join(columns)})."
-        )
-    classes = {spell_name(str(row["label"])) for row in cells} | {*EIGHT}
-    chosen = [column for column in columns if column not in COLUMNS and spell_name(column) in classes]
-    if other := set(columns) - {*COLUMNS, *chosen}:
-        raise UserError(
-            f"{file} has an unknown column {min(other)!r}: choose {', '.join(COLUMNS)}, or name it after a class to say how "
-            "many people chose that."
-        )
-    rows = [_read_row(row, f"Row {number} of {file}", chosen) for number, row in enumerate(cells, start=1)]
-    root, rows = _place(rows, file, root)
-    found = Listing(root, "table", f"table of {', '.join(columns)}")
-    cells_of = [(row.path, replace(row, expression=spell_name(row.expression))) for row in rows]
-    numbered = [(path, row, f"row {n}") for n, (path, row) in enumerate(cells_of, start=1)]
-    kept, found.repeated = merge_repeated(numbered, file)
-    found.files = [rows[position] for position in sorted(kept)]
-    return found
-
-
-def _check_repeated(columns: list[str], file: UPath) -> None:
-    """Raise `UserError` for two columns of one name, or of two spellings of a class: one of them would count, or both."""
-    first: dict[str, str] = {}
-    for column in columns:
-        name = ALIASES.get(normalise_name(column), normalise_name(column))
-        if name in first:
-            raise UserError(
-                f"{file} has the column {column!r} besides {first[name]!r}, which means the same: keep one of them."
-            )
-        first[name] = column
-
-
-def _load(file: UPath) -> tuple[list[str], list[dict[str, object]]]:
-    """Return the columns and the rows of a table."""
-    if not retry(file, "read", file.is_file):
-        raise UserError(f"{file} is not a file: give a CSV or Parquet table with the columns path and label.")
-    data = pa.BufferReader(read_file(file))
-    try:
-        if file.suffix.lower() == ".parquet":
-            table = read_rows(pa.parquet.ParquetFile(data), file, MOST_BYTES)
-        else:
-            text = pa.csv.ConvertOptions(column_types={column: pa.string() for column in COLUMNS})
-            table = pa.csv.read_csv(data, convert_options=text)
-        return table.column_names, table.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is neither a CSV nor a Parquet table ({quote(error)}): write it again.") from None
-
-
-def _read_row(row: dict[str, object], where: str, classes: Sequence[str]) -> LabelledFile:
-    if row["path"] in (None, "") or row["label"] in (None, ""):
-        raise UserError(f"{where} has no path or no label: fill it in or remove the row.")
-    path = str(row["path"]).replace("\\", "/")
-    if ".." in path.split("/"):
-        raise UserError(f"{where} has the path {row['path']!r}: write it without '..', absolute or relative to --root.")
-    split = SPLIT_NAMES.get(str(row.get("split") or "").strip().lower(), "")
-    if row.get("split") and not split:
-        raise unknown("split", row["split"], SPLITS)
-    group = str(row["group"]) if row.get("group") else None
-    votes = {name: _read_count(row[name], f"{where} has for {name!r}") for name in classes}
-    return LabelledFile(path, str(row["label"]), split, group, votes=votes)
-
-
-def _read_count(cell: object, what: str) -> int:
-    """Return how many people chose a class; an empty cell says nobody."""
-    if cell is None:
-        return 0
-    if isinstance(cell, bool) or not isinstance(cell, int | float) or not 0 <= cell < MOST_VOTES or cell != int(cell):
-        raise UserError(f"{what} {cell!r}: write how many people chose it, a whole number from 0.")
-    return int(cell)
-
-
-def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
-    """Return the root of the pictures and the rows with their paths below it."""
-    base = root or file.parent
-    paths = [PurePosixPath(base.path, row.path) for row in rows]  # an absolute path stays as it is
-    outside = [path for path in paths if not path.is_relative_to(base.path)]
-    if outside and root is None:
-        folder = posixpath.commonpath([str(path.parent) for path in paths])
-        base = UPath(folder, protocol=base.protocol, **base.storage_options)
-    elif outside:
-        raise UserError(
-            f"{file} lists {outside[0]}, which is not in {base}: give a --root that holds all its pictures."
-        )
-    inside = [str(path.relative_to(base.path)) for path in paths]
-    return base, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from upath import UPath
 
 from cafe.data.indexing import Listing, read_expected
-from cafe.data.layouts import Tree, folder_of, parse_number, read_csv, relative
-from cafe.files import read_file
+from cafe.data.labels import RAFDB, decode_text, parse_number
+from cafe.data.layouts import Tree, folder_of, read_csv, relative
+from cafe.data.packed.archives import read_content
 
-NUMBERS = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")  # 1–7, from the authors' read-me
 LABEL_FILES = ("list_patition_label.txt", "list_partition_label.txt")  # spelled as the first by the authors
 SHARED_LABEL_FILES = ("train_labels.csv", "test_labels.csv")
 
@@ -47,13 +47,13 @@ def _read_official(tree: Tree, labels: str) -> Listing:
     found = tree.start(
         "rafdb", "official RAF-DB: EmoLabel/list_patition_label.txt, Image/aligned", read_expected("rafdb")
     )
-    text = read_file(tree.root / labels).decode("utf-8-sig", errors="replace")
+    text = decode_text(read_content(tree.root / labels))
     for number, line in enumerate(text.splitlines(), start=1):
         name, label = [*line.split(), "", ""][:2]
         file, split = "_aligned.".join(name.rsplit(".", 1)), name.casefold().partition("_")[0]
         where, code = f"{labels}, line {number}", _parse_code(label)
         if code and split in ("train", "test"):
-            found.add_labelled(where, file, aligned.get(file.casefold()), NUMBERS[code - 1], split)
+            found.add_labelled(where, file, aligned.get(file.casefold()), RAFDB[code - 1], split)
         elif name:
             found.reject(where, f"is not a file and a number of 1–7: {line.strip()!r}")
     found.count_ignored(tree.images)
@@ -75,7 +75,7 @@ def _read_shared(tree: Tree) -> Listing:
             where, code = f"{table}, line {number}", _parse_code(label)
             if code:
                 file = f"{split}/{code}/{name}"
-                found.add_labelled(where, file, images.get(file.casefold()), NUMBERS[code - 1], split)
+                found.add_labelled(where, file, images.get(file.casefold()), RAFDB[code - 1], split)
             elif number > 1:  # the first line is the header
                 found.reject(where, f"is not a file and a number of 1–7: {','.join(cells)!r}")
     found.count_ignored(tree.images)
@@ -85,4 +85,4 @@ def _read_shared(tree: Tree) -> Listing:
 def _parse_code(label: str) -> int | None:
     """Return a label of RAF-DB, 1–7, or None."""
     number = parse_number(label)
-    return number if number and 1 <= number <= len(NUMBERS) else None
+    return number if number is not None and 1 <= number <= len(RAFDB) else None

@@ -1,0 +1,127 @@
+"""Columns and cells of a table as people have it: CSV of any dialect and encoding, JSON lines or Parquet.
+
+What the columns mean is the affair of `cafe.data.readers.table`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet
+from upath import UPath
+
+from cafe.data.labels import decode_text
+from cafe.data.packed.archives import MemberError, read_content
+from cafe.errors import UserError, quote
+from cafe.seals import MOST_BYTES, read_rows
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+DELIMITERS = ",;\t|"
+NULLS = frozenset(
+    {"", "NaN", "nan", "null", "NULL", "None", "<NA>"}
+)  # as programs write that a cell is empty; not `NA`
+LONGEST_CELL = 2**24  # characters
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table: the names of its `columns` as they stand, some of them perhaps the same, and its `rows`, cells by place."""
+
+    columns: list[str]
+    rows: list[Sequence[object]]
+
+    @classmethod
+    def load(cls, file: UPath) -> Cells:
+        """Read a table; raise `UserError` naming the row that cannot be read."""
+        try:
+            data = read_content(file)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise UserError(
+                f"{file} is not a file: give a CSV or Parquet table with the columns path and label."
+            ) from None
+        except MemberError as error:
+            raise _refuse(file, str(error)) from None
+        try:
+            if file.suffix.lower() == ".parquet" or data.startswith(b"PAR1"):
+                table = read_rows(pa.parquet.ParquetFile(pa.BufferReader(data)), file, MOST_BYTES)
+                columns = [column.to_pylist() for column in table.columns]
+                return cls(table.column_names, list(zip(*columns, strict=True)))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise _refuse(file, quote(error)) from None
+        text = decode_text(data)
+        if "\0" in text:
+            raise _refuse(file, "it holds zero bytes")
+        if file.suffix.lower() in (".jsonl", ".ndjson"):
+            return _read_json(text, file)
+        lines = _read_csv(text, file)
+        columns = next(lines, [])
+        return cls(columns, list(lines))
+
+
+def as_text(cell: object) -> str | None:
+    """Return what a cell says, None where it is empty; a whole number is written as one, whatever its type."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    text = str(cell).strip()
+    return None if text in NULLS else text
+
+
+def _refuse(file: UPath, reason: str) -> UserError:
+    return UserError(f"{file} is neither a CSV nor a Parquet table ({reason}): write it again.")
+
+
+def _read_csv(text: str, file: UPath) -> Iterator[list[str]]:
+    """Yield the columns, and then rows of as many cells; raise `UserError` for a row of another number of cells."""
+    named = re.match(r"sep=(.)\r?\n", text)  # as spreadsheets begin their files
+    text = text[named.end() :] if named else text
+    delimiter = named[1] if named else _find_delimiter(text)
+    csv.field_size_limit(LONGEST_CELL)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    width, number = 0, 0
+    try:
+        for line in lines:
+            cells = [cell.strip() for cell in line]
+            if not any(cells):
+                continue
+            width = width or len(cells)
+            if len(cells) > width and not any(cells[width:]):
+                cells = cells[:width]  # a delimiter at the end of a line
+            if len(cells) != width:
+                raise _refuse(file, f"row {number} has {len(cells)} cells, its header {width}")
+            yield cells
+            number += 1
+    except csv.Error as error:
+        raise _refuse(file, f"line {lines.line_num}: {quote(error)}") from None
+
+
+def _find_delimiter(text: str) -> str:
+    """Return what parts the cells of the header: what makes most of it."""
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return max(DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
+
+
+def _read_json(text: str, file: UPath) -> Cells:
+    """Read an object a line; cells that a line lacks are empty."""
+    records = list[dict[str, object]]()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"Line {number} of {file} is no JSON object: write one a line, such as "
+                            '{"file_name": "1.jpg", "label": "happiness"}.')  # fmt: skip
+        records.append(record)
+    columns = list(dict.fromkeys(column for record in records for column in record))
+    return Cells(columns, [[record.get(column) for column in columns] for record in records])

@@ -1,0 +1,275 @@
+"""A table of paths and labels: which column says what, and the faces that its rows name."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from upath import UPath
+
+from cafe.data.expressions import ALIASES, EIGHT, normalise_name, spell_name
+from cafe.data.images import Box
+from cafe.data.indexing import LabelledFile, Listing
+from cafe.data.layouts import SPLIT_NAMES, USAGES, find_split, merge_repeated
+from cafe.data.manifest import SPLITS
+from cafe.data.readers.cells import Cells, as_text
+from cafe.errors import UserError, unknown
+
+ROLES = {  # what a column may be called, in any case; blanks, dots and hyphens count as `_`
+    "path": (
+        "path", "image", "file", "file_name", "filename", "filepath", "file_path", "image_path", "image_name", "img_path",
+        "pth",
+    ),
+    "label": ("label", "expression", "emotion", "class", "cls"),
+    "split": ("split", "usage", "fold"),
+    "group": ("group", "subject", "person", "identity", "film", "user_id", "subject_id", "person_id"),
+    "box": ("box",),
+}  # fmt: skip
+SIDES = (
+    ("left", "top", "width", "height"),
+    ("x", "y", "w", "h"),
+    ("x", "y", "width", "height"),
+    ("face_x", "face_y", "face_width", "face_height"),
+)
+CORNERS = (
+    ("left", "top", "right", "bottom"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x1", "y1", "x2", "y2"),
+    ("face_box_left", "face_box_top", "face_box_right", "face_box_bottom"),
+)
+DOUBTFUL_BOX = "bbox"  # of which some write sides and some corners
+MOST_VOTES = 2**31  # as the manifest counts them
+DRIVE = re.compile(r"[A-Za-z]:/")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The places of the columns that say something: by role, of `boxes` one or four, of the votes by class.
+
+    `corners` tells boxes of two corners from those of a corner and two sides; `unread` are the columns that play no part.
+    """
+
+    places: Mapping[str, int]
+    boxes: tuple[int, ...]
+    corners: bool
+    votes: Mapping[str, int]
+    unread: tuple[str, ...]
+
+    @classmethod
+    def find(cls, table: Cells, file: UPath, chosen: Mapping[str, str]) -> Roles:
+        """Say which column is what; raise `UserError` where one is missing, or where several may be the same."""
+        if strange := set(chosen) - set(ROLES):
+            raise unknown("role of a column", min(strange), ROLES)
+        places = {
+            role: place for role in ROLES if (place := _find_role(table, file, role, chosen.get(role))) is not None
+        }
+        boxes, corners = _find_boxes(table, file, places.pop("box", None), chosen)
+        for role in ("path", "label"):
+            if role not in places:
+                pixels = "pixels" in map(_key, table.columns)
+                hint = "read it with `cafe data index fer2013`" if pixels and role == "path" else (
+                    f"name one of them {', '.join(ROLES[role])}, or say which it is with --column {role}=NAME"
+                )  # fmt: skip
+                raise UserError(f"{file} has no column for the {role} (found {', '.join(table.columns)}): {hint}.")
+        taken = {*places.values(), *boxes}
+        classes = ({spell_name(as_text(row[places["label"]]) or "") for row in table.rows} | {*EIGHT}) - {""}
+        others = [(name, place) for place, name in enumerate(table.columns) if place not in taken]
+        votes = _name_votes([(name, place) for name, place in others if spell_name(name) in classes], file)
+        return cls(places, boxes, corners, votes, tuple(name for name, _ in others if name and name not in votes))
+
+    def name(self, table: Cells) -> str:
+        """Say which columns are read as what."""
+        named = [
+            role if _key(table.columns[place]) == role else f"{table.columns[place]} as {role}"
+            for role, place in self.places.items()
+        ]
+        return ", ".join([*named, *(["face boxes"] if self.boxes else []), *self.votes])
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_.-]+", "_", name.strip().casefold())
+
+
+def _find_role(table: Cells, file: UPath, role: str, chosen: str | None) -> int | None:
+    """Return the place of the column of a role, None without one; `chosen` names it, or is empty where there is none."""
+    if chosen is not None:
+        if not chosen:
+            return None
+        found = [place for place, name in enumerate(table.columns) if name == chosen]
+        found = found or [place for place, name in enumerate(table.columns) if _key(name) == _key(chosen)]
+        if not found:
+            raise unknown(f"column of {file}", chosen, table.columns)
+    else:
+        found = [place for place, name in enumerate(table.columns) if _key(name) in ROLES[role]]
+    if len(found) > 1:
+        first, second = (table.columns[place] for place in found[:2])
+        raise UserError(
+            f"{file} has the column {second!r} besides {first!r}, and either may be the {role}: keep one of them, or choose "
+            f"with --column {role}=NAME."
+        )
+    return found[0] if found else None
+
+
+def _find_boxes(
+    table: Cells, file: UPath, place: int | None, chosen: Mapping[str, str]
+) -> tuple[tuple[int, ...], bool]:
+    """Return the places of the columns of the face boxes, and whether they are corners; none for whole pictures."""
+    if "box" in chosen or place is not None:
+        return (() if place is None else (place,)), False
+    keys = [_key(name) for name in table.columns]
+    forms = [(names, form is CORNERS) for form in (SIDES, CORNERS) for names in form if set(names) <= set(keys)]
+    if len(forms) > 1 or any(keys.count(name) > 1 for names, _ in forms for name in names):
+        raise UserError(
+            f"{file} has face boxes in two ways ({' and '.join('/'.join(names) for names, _ in forms)}): keep one of them, "
+            "or read whole pictures with --column box=."
+        )
+    if not forms and DOUBTFUL_BOX in keys:
+        raise UserError(
+            f"{file} has a column {DOUBTFUL_BOX!r}, which may be a corner and two sides or two corners: say --column "
+            f"box={DOUBTFUL_BOX} where it is left, top, width, height, or read whole pictures with --column box=."
+        )
+    return (tuple(keys.index(name) for name in forms[0][0]), forms[0][1]) if forms else ((), False)
+
+
+def _name_votes(columns: Sequence[tuple[str, int]], file: UPath) -> dict[str, int]:
+    """Return the places of the columns of votes; raise `UserError` for two of one class: one would count, or both."""
+    first: dict[str, str] = {}
+    for column, _ in columns:
+        name = ALIASES.get(normalise_name(column), normalise_name(column))
+        if name in first:
+            raise UserError(
+                f"{file} has the column {column!r} besides {first[name]!r}, which means the same: keep one of them."
+            )
+        first[name] = column
+    return dict(columns)
+
+
+def read_table(file: UPath, root: UPath | None = None, columns: Mapping[str, str] | None = None) -> Listing:
+    """List the faces of a CSV, JSON-lines or Parquet table of path and label, perhaps split, group, face boxes and votes.
+
+    `columns` says which column has a role, where its name does not. Columns named after classes say how many people chose
+    each; all others play no part.
+
+    Paths are absolute, or relative to `root`, by default the folder of the table. Without a `root`, absolute paths make the
+    deepest folder that holds all pictures the root. A face listed twice with equal cells counts once. Raises `UserError` for
+    a missing column, an empty cell, an unknown split, a path that leads out of the root, and for faces that are
+    listed with different cells, all of them named.
+    """
+    table = Cells.load(file)
+    roles = Roles.find(table, file, columns or {})
+    rows = read_faces(table, roles, file)
+    root, rows = _place(rows, file, root)
+    found = Listing(root, "table", f"table of {roles.name(table)}", unread=roles.unread)
+    list_faces(found, rows, file)
+    return found
+
+
+def list_faces(found: Listing, rows: Sequence[LabelledFile], file: object) -> None:
+    """Add the faces of a table to a listing: each once, with a sample of its own where a picture shows several.
+
+    Without splits of its own, a table whose pictures all lie in folders of splits takes those.
+    """
+    if rows and not any(row.split for row in rows):
+        splits = [find_split(row.path) for row in rows]
+        if all(splits):
+            rows = [replace(row, split=split) for row, split in zip(rows, splits, strict=True)]
+    named = [_name_sample(row) for row in rows]
+    cells_of = [replace(row, expression=spell_name(row.expression) or row.expression) for row in rows]
+    numbered = [(sample, row, row.where) for sample, row in zip(named, cells_of, strict=True)]
+    kept, repeated = merge_repeated(numbered, file)
+    faces = Counter(rows[position].path for position in kept)
+    found.repeated += repeated
+    for position in sorted(kept):
+        row = rows[position]
+        if row.box and min(row.box[2:]) <= 0:
+            found.reject(row.where, "has no face box", row.expression)
+        else:
+            found.files.append(replace(row, sample=row.sample or (named[position] if faces[row.path] > 1 else "")))
+
+
+def _name_sample(row: LabelledFile) -> str:
+    return f"{row.path}@{','.join(map(str, row.box))}" if row.box else row.path
+
+
+def read_faces(table: Cells, roles: Roles, file: UPath) -> list[LabelledFile]:
+    """Return the faces that the rows of a table name, their paths as they stand."""
+    return [_read_row(row, roles, number, file) for number, row in enumerate(table.rows, start=1)]
+
+
+def _read_row(row: Sequence[object], roles: Roles, number: int, file: UPath) -> LabelledFile:
+    where = f"Row {number} of {file}"
+    cells = {role: as_text(row[place]) for role, place in roles.places.items()}
+    path, label, split = cells["path"], cells["label"], cells.get("split")
+    if path is None or label is None:
+        raise UserError(f"{where} has no path or no label: fill it in or remove the row.")
+    path = path.replace("\\", "/")
+    if ".." in path.split("/") or DRIVE.match(path):
+        raise UserError(f"{where} has the path {cells['path']!r}: write it without '..' and drives, absolute or relative to "
+                        "--root.")  # fmt: skip
+    known = {**SPLIT_NAMES, **USAGES}
+    if split is not None and split.lower() not in known:
+        raise UserError(f"{where}: {unknown('split', split, SPLITS)}")
+    return LabelledFile(
+        path,
+        label,
+        "" if split is None else known[split.lower()],
+        cells.get("group"),
+        _read_box([row[place] for place in roles.boxes], roles.corners, where) if roles.boxes else None,
+        where=f"row {number}",
+        votes={name: _read_count(row[place], f"{where} has for {name!r}") for name, place in roles.votes.items()},
+    )
+
+
+def _read_box(cells: Sequence[object], corners: bool, where: str) -> Box:
+    """Return left, top, width and height; of no size where all cells are empty."""
+    if len(cells) == 1:
+        cells = _split_box(cells[0])
+    texts = [as_text(cell) for cell in cells]
+    if not any(text is not None for text in texts):
+        return 0, 0, 0, 0
+    try:
+        left, top, third, fourth = (round(float(text or "")) for text in texts)
+    except (ValueError, OverflowError):
+        raise UserError(f"{where} has the face box {', '.join(map(str, texts))}: write four numbers.") from None
+    return (left, top, third - left, fourth - top) if corners else (left, top, third, fourth)
+
+
+def _split_box(cell: object) -> Sequence[object]:
+    """Return the numbers of a box in one cell: a list, or the text of one."""
+    if isinstance(cell, str):
+        return [text for text in re.split(r"[\s,;]+", cell.strip("[]() ")) if text]
+    return list(cell) if isinstance(cell, Iterable) else [cell]
+
+
+def _read_count(cell: object, what: str) -> int:
+    """Return how many people chose a class; an empty cell says nobody."""
+    text = as_text(cell)
+    if text is None:
+        return 0
+    try:
+        count = float("nan" if isinstance(cell, bool) else text)
+        if 0 <= count < MOST_VOTES and count.is_integer():
+            return int(count)
+    except ValueError:
+        pass
+    raise UserError(f"{what} {cell!r}: write how many people chose it, a whole number from 0.")
+
+
+def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
+    """Return the root of the pictures and the rows with their paths below it."""
+    base = root or file.parent
+    paths = [PurePosixPath(base.path, row.path) for row in rows]  # an absolute path stays as it is
+    outside = [path for path in paths if not path.is_relative_to(base.path)]
+    if outside and root is None:
+        folder = posixpath.commonpath([str(path.parent) for path in paths])
+        base = UPath(folder, protocol=base.protocol, **base.storage_options)
+    elif outside:
+        raise UserError(
+            f"{file} lists {outside[0]}, which is not in {base}: give a --root that holds all its pictures."
+        )
+    inside = [str(path.relative_to(base.path)) for path in paths]
+    return base, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
