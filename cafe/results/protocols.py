@@ -66,13 +66,16 @@ class Protocol:
         ours, theirs = ((one.splits.get(kind, EVALUATED), one.channels(kind), one.option) for one in (self, other))
         return ours == theirs
 
-    def split(self, target: Manifest, *source_kinds: str) -> str | None:
+    def split(self, target: Manifest, *source_kinds: str, seen: bool = False) -> str | None:
         """Return the split of a target that is evaluated, or None when it has none that may be.
 
-        Never the training split of a set the method was trained on, and no labels but those the protocol means.
+        Never the training split of a set the method was trained on, and no labels but those the protocol means. All of a set
+        that came without splits is evaluated, unless the method has `seen` it: then the part made for test.
         """
         if target.kind == "ferplus-argmax":
             return None
+        if target.parted and not seen:
+            return "all"
         wanted = self.splits.get(target.kind, EVALUATED)
         if target.kind in source_kinds and "train" in wanted:
             wanted = EVALUATED
