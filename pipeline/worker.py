@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from threading import Event
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
 from cafe.pipeline.plan import NEEDED, TrainPlan
-from cafe.pipeline.process import machine, pulse
+from cafe.pipeline.process import machine
 from cafe.pipeline.process.versions import check_versions, versions
 from cafe.pipeline.release.start import continue_from
 from cafe.pipeline.runs import START, RunSpec
@@ -68,7 +69,6 @@ class Worker:
             allowed.install()
         for plugin in plugins:
             plugin.install()
-        pulse.begin()
         self.device, self.wrap, self.cores = torch.device(device or cluster.device()), wrap, cores
         self.source: Faces | None = None
         self.targets: dict[str, Faces] = {}
@@ -102,6 +102,7 @@ class Worker:
         dataset = (
             make_live_dataset(spec, source, str(self.device)) if spec.live else make_dataset(spec, source, keep=True)
         )
+        dataset = replace(dataset, silent_seconds=settings.silent_seconds)
         loaders = _count_loaders(settings.loader_workers, self.device, dataset, cores)
         checkpoint, prepared = find_checkpoint(run), False
         if rank() == 0 and checkpoint is None and not spec.start:  # which has learned that already
