@@ -172,10 +172,11 @@ class RunIdentity:
         "proportional",
         "How often the faces of each of several sources are drawn: as many as it has, or all equally often.",
     )
-    selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle"] = setting(
+    selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle", "swad"] = setting(
         "final",
         "Which epoch is evaluated: the last, or the best on faces held out of the source, on each source left out of a "
-        "training on the others, or, only to know what a choice could gain, on the training faces of --fold.",
+        "training on the others, or, only to know what a choice could gain, on the training faces of --fold; swad: the "
+        "mean of several, by the loss on held-out faces.",
     )
     fold: str = setting(
         "",
