@@ -279,9 +279,9 @@ class Faces(_PicklesFields):
         """Return the rows to train on and those on which the epoch is selected and the model calibrated; of no target.
 
         `source_val`, `swad` and every calibration take the data set's own validation split, or hold a tenth of the train
-        split out where there is none or where it is what is evaluated, as of AffectNet and SFEW. Of several sources it always
-        holds a tenth of each one out, as DomainBed's training-domain validation does, so that a large validation split does
-        not outweigh the others.
+        split out where there is none or where it is what is evaluated, as of AffectNet and SFEW. Of several sources they
+        always hold a tenth of each one out, as DomainBed's training-domain validation does, so that a large validation split
+        does not outweigh the others.
         """
         own_val = len(self.parts) == 1
         selection = "source_val" if calibration != "none" else selection
