@@ -266,7 +266,8 @@ class EvaluateSettings(ClusterSettings):
     protocol: ProtocolName = setting("clean", "How targets are evaluated: clean, or paper as the released readers do.")
     test_time: TestTime | None = setting(
         None,
-        "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a): "
+        "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a, "
+        "sar, shot): "
         "numbers apart from all others.",
     )
     split: Literal["test", "val", "train", "all"] | None = setting(
