@@ -280,10 +280,10 @@ class Faces(_PicklesFields):
     def split_rows(self, selection: str, calibration: str = "none") -> tuple[np.ndarray, np.ndarray]:
         """Return the rows to train on and those on which the epoch is selected and the model calibrated; of no target.
 
-        `source_val`, and every calibration, takes the data set's own validation split, or holds a tenth of the train split
-        out where there is none or where it is what is evaluated, as of AffectNet and SFEW. Of several sources it always
-        holds a tenth of each one out, as DomainBed's training-domain validation does, so that a large validation split does
-        not outweigh the others.
+        `source_val`, `swad` and every calibration take the data set's own validation split, or hold a tenth of the train
+        split out where there is none or where it is what is evaluated, as of AffectNet and SFEW. Of several sources they
+        always hold a tenth of each one out, as DomainBed's training-domain validation does, so that a large validation split
+        does not outweigh the others.
         """
         own_val = len(self.parts) == 1
         selection = "source_val" if calibration != "none" else selection
@@ -309,7 +309,7 @@ def _split_rows(part: Part, selection: str, own_val: bool) -> tuple[np.ndarray, 
     train = part.rows("train")
     if selection == "source_test":
         return train, part.rows("test")
-    if selection != "source_val":
+    if selection not in ("source_val", "swad"):
         return train, train[:0]
     val, manifest = part.rows("val"), part.manifest
     evaluated = find_protocol("clean").split(manifest, manifest.kind, seen=True)

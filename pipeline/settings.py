@@ -188,10 +188,11 @@ class RunIdentity:
         "How often the faces of each of several sources are drawn: as many as it has, or all equally often.",
         group="Data",
     )
-    selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle"] = setting(
+    selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle", "swad"] = setting(
         "final",
         "Which epoch is evaluated: the last, or the best on faces held out of the source, on each source left out of a "
-        "training on the others, or, only to know what a choice could gain, on the training faces of --fold.",
+        "training on the others, or, only to know what a choice could gain, on the training faces of --fold; swad: the "
+        "mean of several, by the loss on held-out faces.",
     )
     fold: str = setting(
         "",
@@ -289,7 +290,8 @@ class EvaluateSettings(ClusterSettings):
     protocol: ProtocolName = setting("clean", "How targets are evaluated: clean, or paper as the released readers do.")
     test_time: TestTime | None = setting(
         None,
-        "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a): "
+        "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a, "
+        "sar, shot): "
         "numbers apart from all others.",
     )
     split: Literal["test", "val", "train", "all"] | None = setting(

@@ -112,6 +112,7 @@ class FaceDataset:
     channels: str = "rgb"  # bgr only for targets of the protocol `paper`
     targets: np.ndarray | None = None  # (N, K) float32, what to learn of each row where that is not its label alone
     silent_seconds: float = 300.0  # after which processes that made no batch count as stopped
+    domains: np.ndarray | None = None  # (N,) the source of each row, for a method that needs it
 
     def load(
         self,
@@ -123,7 +124,7 @@ class FaceDataset:
     ) -> Iterator[Batch]:
         """Yield batches of rows in one view, in order, on a device: row and label (n,), and what the method needs.
 
-        `target` is (n, K) where there are targets.
+        `target` is (n, K) where there are targets, `domain` (n,) where there are domains.
 
         `image` is (n, 3, S, S), normalised on the device, `placement` (n, 2, 3) says which part of the clean picture it
         shows, `features` is (n, C), `map` (n, C, H, W), both of `frozen_view` where that is another. `workers` processes
@@ -138,6 +139,8 @@ class FaceDataset:
             batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
             if self.targets is not None:
                 batch["target"] = torch.from_numpy(self.targets[rows])
+            if self.domains is not None and "domain" in self.needs:
+                batch["domain"] = torch.from_numpy(self.domains[rows])
             if self.features is not None:
                 if len(rows):
                     arrays = self.features.read(rows, view if frozen_view is None else frozen_view)
@@ -290,6 +293,11 @@ def _draw(rows: np.ndarray, labels: np.ndarray, prior: str, generator: np.random
         return generator.permutation(rows)
     weights = 1 / np.bincount(labels[rows])[labels[rows]]
     return generator.choice(rows, size=len(rows), p=weights / weights.sum())
+
+
+def smallest_batch(sources: int) -> int:
+    """Return how many faces a batch holds at least where a method compares so many sources within it: two of each."""
+    return 2 * sources
 
 
 def own_part(batch: np.ndarray) -> np.ndarray:

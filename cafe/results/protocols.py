@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from cafe.data.manifest import Manifest
 
 ProtocolName = Literal["clean", "paper"]  # of `PROTOCOLS`
-TestTime = Literal["flip", "views", "tent", "t3a"]  # of `OPTIONS`
+TestTime = Literal["flip", "views", "tent", "t3a", "sar", "shot"]  # of `OPTIONS`
 EVALUATED = ("test", "val")  # the first of them that a set has: the labels of some test sets were never published
 
 
 @dataclass(frozen=True)
 class Option:
-    """What may be done at test time: the mean over some views, or an adaptation to the target's faces."""
+    """What may be done at test time: the mean over some views, or an adaptation to the target's faces, which `adapts`."""
 
     about: str
+    adapts: bool = False
     views: int = 1  # to average
     policy: str = ""  # how they are drawn; empty: as the run's own
 
@@ -32,8 +33,20 @@ class Option:
 OPTIONS = {
     "flip": Option("the mean over each face and its mirror image", views=2, policy="flip"),
     "views": Option("the mean over the clean view and four augmented ones of the run's own policy", views=5),
-    "tent": Option("TENT (Wang et al., ICLR 2021) adapts the batch norms to the target's faces, 200 after 200"),
-    "t3a": Option("T3A (Iwasawa and Matsuo, NeurIPS 2021) adjusts the classifier to the target's faces, 32 after 32"),
+    "tent": Option(
+        "TENT (Wang et al., ICLR 2021) adapts the batch norms to the target's faces, 200 after 200", adapts=True
+    ),
+    "t3a": Option(
+        "T3A (Iwasawa and Matsuo, NeurIPS 2021) adjusts the classifier to the target's faces, 32 after 32", adapts=True
+    ),
+    "sar": Option(
+        "SAR (Niu et al., ICLR 2023) adapts the batch norms to those of the target's faces it is sure of, 64 after 64",
+        adapts=True,
+    ),
+    "shot": Option(
+        "SHOT (Liang et al., ICML 2020) trains all but the classifier on all of the target's faces, 15 times each",
+        adapts=True,
+    ),
 }
 
 
