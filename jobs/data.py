@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cafe.errors import UserError, unknown
+from cafe.errors import IncompleteError, UserError, unknown
 from cafe.jobs.names import complete
 from cafe.jobs.options import Whole, options
 from cafe.jobs.tables import FittedTable, make_table, show_records
@@ -135,6 +135,7 @@ def index(
     own(root, choices.pictures or "", result.manifest.root, remember=True)
     result.manifest.save(path := workspace.manifest_path(name))
     say(f"Wrote {path}")
+    check_whole(len(result.broken), "files or rows")
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:
@@ -248,6 +249,12 @@ def _counts_tables(differences: list[CountDifference]) -> list[FittedTable | str
     return [*known, *doubtful]
 
 
+def check_whole(broken: int, what: str) -> None:
+    """Raise `IncompleteError` where something could not be read: all else is written, but the command is not done."""
+    if broken:
+        raise IncompleteError(f"{broken:,} {what} could not be read and are left out: they are listed above.")
+
+
 def _list_some(title: str, lines: list[str]) -> str:
     more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
     return "\n".join([title + (":" if lines else ""), *(f"  {line}" for line in lines[:LISTED]), *more])
@@ -297,6 +304,7 @@ def check(name: str) -> None:
     for table in _check_tables(result):
         show(table)
     say(f"Wrote {page}")
+    check_whole(len(result.broken), "pictures")
 
 
 def _check_tables(check: Check) -> list[FittedTable | str]:
@@ -350,6 +358,7 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
         if result.broken:
             show(_unreadable(result.broken))
         say(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
+    check_whole(len(dict(broken for result in results for broken in result.broken)), "pictures")
 
 
 def _audit_table(audits: list[Audit]) -> FittedTable:
@@ -390,6 +399,7 @@ def align(source: str, **values: Any) -> None:
     for table in _alignment_tables(result):
         show(table)
     say(f"Wrote {result.manifest or result.folder}")
+    check_whole(result.outcomes()["unreadable"], "photos")
 
 
 def _alignment_tables(alignment: Alignment) -> list[FittedTable | str]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -203,6 +204,8 @@ def report(
 
     if output:
         check_output(output, "--output")
+        if (ending := PurePosixPath(output).suffix) not in ("", ".html", ".htm"):
+            raise UserError(f"--output {output} ends in {ending!r}: the page is HTML, so give FILE.html.")
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
     chosen = choose_runs(workspace, experiment)._replace(reason="")
     found = report_runs(workspace, chosen, ReportSettings(**values))

@@ -92,6 +92,9 @@ class Commands(click.Group):
         try:
             with _printable_mistakes():
                 return super().invoke(ctx)
+        except KeyboardInterrupt:  # where no `interruptible` says what then; click's own exit code would be 1
+            echo("Interrupted.", err=True)
+            raise click.exceptions.Exit(130) from None
         except UserError as error:
             logging.getLogger(__name__).info("Where this was found:", exc_info=error)
             sentence = click.ClickException(printable(str(error)))

@@ -197,8 +197,10 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(
         faces / "anger" / "moving.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), 9)]
     )
 
-    output = cafe.succeed("data", "index", "folder", str(faces), "--name", "odd")
-    assert "2 broken files, left out:\n  anger/empty.jpg: file is empty\n  anger/text.png: not an image" in output
+    indexed = cafe("data", "index", "folder", str(faces), "--name", "odd")
+    assert indexed.exit_code == 1
+    broken = "2 broken files, left out:\n  anger/empty.jpg: file is empty\n  anger/text.png: not an image"
+    assert broken in indexed.output
 
     command = ("extract", "odd", "--backbone", tiny_tower)
     result = cafe(*command, ray=True)

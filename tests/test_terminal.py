@@ -236,6 +236,19 @@ def test_what_the_system_refuses_is_one_sentence(place: str) -> None:
     assert isinstance(CliRunner().invoke(group, ["library"]).exception, OSError)
 
 
+def test_an_interrupted_command_ends_with_130_wherever_it_was() -> None:
+    @click.group(cls=Commands)
+    def group() -> None:
+        pass
+
+    @group.command()
+    def load() -> None:
+        raise KeyboardInterrupt
+
+    result = CliRunner().invoke(group, ["load"])
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
 def list_options(command: click.Command, ctx: click.Context) -> Iterator[click.Parameter]:
     """All options of a command and of those below it."""
     yield from command.params
