@@ -22,7 +22,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
-from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.plan import plan_training
@@ -110,7 +110,7 @@ def test_a_picture_that_was_replaced_since_it_was_indexed_is_named(extraction: E
 
 def test_a_worker_is_given_the_rows_of_its_shard_alone(extraction: Extraction) -> None:
     store, manifest = extraction.store, extraction.manifest
-    packed = pack_shard(manifest, store.info, 1)
+    packed = pack_shards(manifest, store.info, [1])
     table = pa.ipc.open_stream(packed["faces"]).read_all()
     assert table == manifest.table.slice(15, 15)
     assert len(packed["faces"]) < 6_000
