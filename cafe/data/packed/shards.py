@@ -124,7 +124,8 @@ def _expand_braces(text: str) -> list[str]:
                 f"{found[0]} names no shards, or more than {MOST_SHARDS:,}: write the first and the last number."
             )
         parts = [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
-    return [name for part in parts for name in _expand_braces(text[: found.start()] + part + text[found.end() :])]
+    names = (name for part in parts for name in _expand_braces(text[: found.start()] + part + text[found.end() :]))
+    return list(dict.fromkeys(names))  # of braces within braces the inner ones come first, and again for each outer part
 
 
 def _find_split(shard: str) -> str:
