@@ -48,7 +48,7 @@ def digest_changes(value: Any, without: Collection[str] = ()) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=changed_fields).encode()).hexdigest()
 
 
-def digest(content: bytes) -> str:
+def digest(content: bytes | memoryview) -> str:
     """Return the SHA-256 of some bytes."""
     return hashlib.sha256(content).hexdigest()
 

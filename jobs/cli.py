@@ -11,6 +11,7 @@ import click
 import cafe
 from cafe.addresses import permit
 from cafe.jobs.terminal import TYPED, WIDE, Commands, defer_gc, set_loudness
+from cafe.pipeline.process.command import note_command
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 COMMANDS = {
@@ -78,7 +79,9 @@ def main(
     allow_urls: bool,
     allow_private_urls: bool,
 ) -> None:
-    """Facial-expression recognition that generalises: train on one data set, be evaluated on all the others.
+    """Facial-expression recognition that generalises.
+
+    Train on one data set, be evaluated on all the others.
 
     \b
     cafe demo                                            # everything below on synthetic faces
@@ -93,6 +96,7 @@ def main(
     ctx.obj = workspace
     set_loudness(quiet, verbose)
     ctx.meta[WIDE] = wide
+    note_command(ctx.meta[TYPED])
     permit(ctx.meta[TYPED], allow_urls, allow_private_urls)
     if plugins:
         from cafe.plugins import load_plugins

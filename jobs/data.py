@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cafe.errors import UserError, unknown
-from cafe.jobs.options import Whole, complete, options
+from cafe.errors import IncompleteError, UserError, unknown
+from cafe.jobs.names import complete
+from cafe.jobs.options import Whole, options
 from cafe.jobs.tables import FittedTable, make_table, show_records
 from cafe.jobs.terminal import (
     Commands,
@@ -35,7 +36,7 @@ LISTED = 10  # files named before "and N more"
 
 @click.group(cls=Commands)
 def data() -> None:
-    """Manifests: which faces there are, their labels and their split."""
+    """Manifests: the faces of data sets, their labels and splits."""
 
 
 @data.command("index")
@@ -98,9 +99,10 @@ def index(
     skip: tuple[str, ...],
     **said: Any,
 ) -> None:
-    """Index a data set, e.g. `cafe data index rafdb ~/sets/RAF-DB --name rafdb`.
+    """Index a data set: its faces, labels and splits.
 
     \b
+    cafe data index rafdb ~/sets/RAF-DB --name rafdb
     KIND folder: ROOT[/SPLIT][/PERSON]/EXPRESSION/*.jpg, or pictures with a table of path,label beside them
     KIND table:  ROOT is a CSV, JSON-lines or Parquet file with path,label[,split,group]
     Other KINDs: ROOT holds the set as it is distributed, in any wrapper folders (docs/datasets.md)
@@ -133,6 +135,7 @@ def index(
     own(root, choices.pictures or "", result.manifest.root, remember=True)
     result.manifest.save(path := workspace.manifest_path(name))
     say(f"Wrote {path}")
+    check_whole(len(result.broken), "files or rows")
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:
@@ -246,6 +249,12 @@ def _counts_tables(differences: list[CountDifference]) -> list[FittedTable | str
     return [*known, *doubtful]
 
 
+def check_whole(broken: int, what: str) -> None:
+    """Raise `IncompleteError` where something could not be read: all else is written, but the command is not done."""
+    if broken:
+        raise IncompleteError(f"{broken:,} {what} could not be read and are left out: they are listed above.")
+
+
 def _list_some(title: str, lines: list[str]) -> str:
     more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
     return "\n".join([title + (":" if lines else ""), *(f"  {line}" for line in lines[:LISTED]), *more])
@@ -256,7 +265,10 @@ def _list_some(title: str, lines: list[str]) -> str:
 @click.option("--faces", default=1000, show_default=True, type=click.IntRange(28, 28_000), help="Faces of each domain.")
 @click.option("--seed", default=0, show_default=True, type=Whole(-(2**63), 2**63 - 1), help="Seed of the faces.")
 def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
-    """Draw synthetic faces and index them: `cafe data synth --faces 1000`.
+    """Draw synthetic faces and index them.
+
+    \b
+    cafe data synth --faces 1000
 
     Five domains (studio, grey, film, web, drawing) show the seven expressions, built from facial action units; the people
     of a test split are never those of a train split.
@@ -276,7 +288,10 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
 @data.command("check")
 @click.argument("name", shell_complete=complete("manifest"))
 def check(name: str) -> None:
-    """Check the pictures of a data set: `cafe data check news`.
+    """Check the pictures of a data set.
+
+    \b
+    cafe data check news
 
     Decodes every picture: sizes, brightness, grey share, unreadable and identical ones, as tables and as one HTML page
     with a contact sheet for each expression.
@@ -289,6 +304,7 @@ def check(name: str) -> None:
     for table in _check_tables(result):
         show(table)
     say(f"Wrote {page}")
+    check_whole(len(result.broken), "pictures")
 
 
 def _check_tables(check: Check) -> list[FittedTable | str]:
@@ -322,9 +338,11 @@ def _histogram(title: str, counts: list[tuple[str, int]]) -> FittedTable:
 @click.argument("source", shell_complete=complete("manifest"))
 @click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=complete("manifest"))
 def audit(source: str, targets: tuple[str, ...]) -> None:
-    """Find copies of a source's faces in targets: `cafe data audit ferplus mma`.
+    """Find copies of a source's faces in targets.
 
     \b
+    cafe data audit ferplus mma
+
     Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
     target the list of pairs, which `evaluate` and `compare` leave out with --exclude-leaks, and a page that shows them.
     """
@@ -340,6 +358,7 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
         if result.broken:
             show(_unreadable(result.broken))
         say(f"Wrote {audit_path(workspace.root, source, result.target.name)} and .html")
+    check_whole(len(dict(broken for result in results for broken in result.broken)), "pictures")
 
 
 def _audit_table(audits: list[Audit]) -> FittedTable:
@@ -361,9 +380,11 @@ def _audit_table(audits: list[Audit]) -> FittedTable:
 @click.argument("source", shell_complete=complete("manifest"))
 @options(AlignSettings)
 def align(source: str, **values: Any) -> None:
-    """Find, turn upright and crop the faces of raw photos: `cafe data align photos --name photos-aligned`.
+    """Find, turn upright and crop the faces of raw photos.
 
     \b
+    cafe data align photos --name photos-aligned
+
     SOURCE is a manifest, whose labels, splits and sample ids the new one keeps, or a folder of unlabelled photos.
     Photos without a usable face are left out, counted and named; alignment.parquet beside the crops lists every photo.
     """
@@ -378,6 +399,7 @@ def align(source: str, **values: Any) -> None:
     for table in _alignment_tables(result):
         show(table)
     say(f"Wrote {result.manifest or result.folder}")
+    check_whole(result.outcomes()["unreadable"], "photos")
 
 
 def _alignment_tables(alignment: Alignment) -> list[FittedTable | str]:
@@ -397,7 +419,7 @@ def _alignment_tables(alignment: Alignment) -> list[FittedTable | str]:
 @data.command("list")
 @json_option
 def list_data(as_json: bool) -> None:
-    """List the manifests of the workspace and the feature stores each of them has."""
+    """List the manifests of the workspace and their features."""
     workspace = open_workspace()
     records = list(_list_manifests(workspace))
     if not (records or as_json):

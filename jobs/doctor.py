@@ -32,7 +32,11 @@ Finding = tuple[str, str, str]  # what was looked at, what was found, and what i
 @click.argument("file", required=False)
 @json_option
 def doctor(file: str | None, as_json: bool) -> None:
-    """Look at this machine and, with FILE, at what a benchmark needs: `cafe doctor table1.toml`.
+    """Look at this machine, and at what a benchmark needs.
+
+    \b
+    cafe doctor
+    cafe doctor table1.toml
 
     Versions, processor, memory, GPUs, the workspace, and whether weights can be fetched. Exit code 1 when something is
     wrong.

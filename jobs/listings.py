@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.options import complete
+from cafe.jobs.names import complete
 from cafe.jobs.tables import show_records
 from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, show_json
 
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 )
 @json_option
 def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
-    """List the runs of the workspace with what they were trained on and how far they are, or verify their files.
+    """List the runs of the workspace, or verify their files.
+
+    Accuracies are in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets.
 
     \b
     cafe runs
     cafe runs --verify
     cafe runs --verify model            # a folder of cafe export
     """
-    from cafe.files import read_json
+    from cafe.pipeline.release.catalogue import list_runs
 
     workspace = open_workspace()
     if verify:
@@ -38,18 +40,11 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
         return
     if names:
         raise UserError(f"All runs are listed: leave {names[0]!r} out, or give --verify too.")
-    records = [
-        {
-            "run": run.name, "source": run.source, "method": run.method, "selection": run.selection,
-            "status": (read_json(run.folder / "status.json") or {}).get("status", ""),
-            "experiments": sorted(run.experiments), "seed": run.seed,
-        }
-        for run in workspace.read_runs()
-    ]  # fmt: skip
+    records = list_runs(workspace)
     if not (records or as_json):
         echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
         return
-    show_records(records, as_json, words=6, title=str(workspace.root))
+    show_records(records if as_json else list(map(_as_shown, records)), as_json, words=6, title=str(workspace.root))
 
 
 def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) -> None:
@@ -92,7 +87,9 @@ def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) ->
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List what there is to predict with: the models that ship and, of the workspace, exported models and trained runs.
+    """List the models there are to predict with.
+
+    Those that ship and, of the workspace, exported models and trained runs.
 
     Accuracy is in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets.
     """
@@ -102,12 +99,13 @@ def models(as_json: bool) -> None:
     if not (records or as_json):
         click.echo("No model comes with this installation, and this workspace has no trained run.")
         return
-    if not as_json:
-        records = [
-            {name: _as_percent(value) if name in ("at_home", "unseen") else value for name, value in record.items()}
-            for record in records
-        ]
-    show_records(records, as_json, words=4)
+    show_records(records if as_json else list(map(_as_shown, records)), as_json, words=4)
+
+
+def _as_shown(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as a table shows it: accuracies in percent, what is not known as a dash."""
+    shares = {name: _as_percent(record[name]) for name in ("at_home", "unseen")}
+    return {name: "–" if value is None else value for name, value in {**record, **shares}.items()}
 
 
 def _as_percent(share: float | None) -> str:
@@ -117,7 +115,11 @@ def _as_percent(share: float | None) -> str:
 @click.command()
 @json_option
 def methods(as_json: bool) -> None:
-    """List the methods, what they read of a face, and for how many epochs they were published."""
+    """List the methods: what they read, and their epochs.
+
+    Epochs are those that a method was published with.
+    """
+
     from cafe.methods import METHODS
 
     records = [
@@ -135,7 +137,10 @@ def _about(kind: type) -> str:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print what lets a shell complete commands, options, and the names of runs, manifests and experiments of a workspace.
+    """Print what lets a shell complete commands and names.
+
+    Completed are options and choices, too, and the names of methods, towers, settings (`--set`), and of the runs, manifests
+    and experiments of a workspace.
 
     \b
     eval "$(cafe completion bash)"                       # in ~/.bashrc; zsh: in ~/.zshrc

@@ -12,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.options import complete, complete_or_file, options
+from cafe.jobs.names import complete, complete_or_file
+from cafe.jobs.options import options
 from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
@@ -33,9 +34,10 @@ SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parq
 )
 @options(PredictSettings)
 def predict(words: tuple[str, ...], **values: Any) -> None:
-    """Predict the expression of every face in photos and videos: `cafe predict party.jpg`.
+    """Predict the expressions in photos and videos.
 
     \b
+    cafe predict party.jpg
     cafe predict ~/photos --output faces.csv                   # folders with all that is below them
     cafe predict talk.mp4 --rate 2 --annotate shown            # a video, and a copy with boxes and labels
     cafe predict party.jpg --model cafe-news-s0                # by a run of this workspace
@@ -162,13 +164,14 @@ def _show_progress(file: IO[bytes]) -> Any:
 @click.argument("run", shell_complete=complete("run"))
 @options(ExportSettings)
 def export(run: str, **values: Any) -> None:
-    """Export a trained run as ONNX, safetensors and a model card: `cafe export cafe-news-s0 --output model`.
+    """Export a run as ONNX, safetensors and a model card.
 
     RUN is the name of a run of this workspace or its unambiguous beginning. The graph holds everything from the pixels of an
     aligned face to the probabilities of the classes, and is checked against PyTorch on real faces. Needs
     `pip install 'cafe-fer[export]'` (onnx, onnxscript, onnxruntime), unless --no-graph leaves it out.
 
     \b
+    cafe export cafe-news-s0 --output model
     cafe export cafe-news-s0 --ensemble --flip           # all its seeds, and mirror images, averaged in the graph too
     cafe export mlp-news-s0 --weights float16 --no-graph # as small as it gets, for programs that have this package
     """

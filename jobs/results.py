@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.options import complete, options
+from cafe.jobs.names import complete
+from cafe.jobs.options import options
 from cafe.jobs.tables import sheet_tables
 from cafe.jobs.terminal import (
     Commands,
@@ -49,7 +51,12 @@ class MetricOption(click.Option):
 
 @click.command()
 @click.option("--metric", cls=MetricOption, default="accuracy", show_default=True)
-@click.option("--per-class", metavar="TARGET", help="Accuracy per expression on one target instead.")
+@click.option(
+    "--per-class",
+    metavar="TARGET",
+    help="Accuracy per expression on one target instead.",
+    shell_complete=complete("manifest"),
+)
 @options(ReportSettings)
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown too.")
 @click.option("--latex", metavar="FILE", help="Write its tables for LaTeX (booktabs).")
@@ -72,13 +79,14 @@ def compare(
     mlflow_uri: str | None,
     **values: Any,
 ) -> None:
-    """Compare runs evaluated by one protocol: methods × targets, mean ± 95 % interval over seeds.
+    """Compare runs: methods × targets, with intervals.
 
     \b
     cafe compare --versus cafe --markdown comparison.md
     cafe compare --mlflow-uri http://tracking:5000 --experiment table1
 
-    Everything is computed from the runs' predictions. Published numbers stand beside ours where a data set is
+    A number is the mean over seeds ± its 95 % interval. Everything is computed from the runs' predictions, evaluated by one
+    protocol. Published numbers stand beside ours where a data set is
     evaluated as it was in the paper.
     """
     from cafe.files import check_output, locate, write_whole
@@ -196,6 +204,8 @@ def report(
 
     if output:
         check_output(output, "--output")
+        if (ending := PurePosixPath(output).suffix) not in ("", ".html", ".htm"):
+            raise UserError(f"--output {output} ends in {ending!r}: the page is HTML, so give FILE.html.")
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
     chosen = choose_runs(workspace, experiment)._replace(reason="")
     found = report_runs(workspace, chosen, ReportSettings(**values))
@@ -209,7 +219,11 @@ def report(
 @click.command()
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on loopback.")
 def ui(port: int) -> None:
-    """Start MLflow's server for this workspace on loopback and print the addresses to open in a browser."""
+    """Show this workspace in MLflow, in a browser.
+
+    Starts MLflow's server on loopback and prints the addresses to open.
+    """
+
     from cafe.pipeline.tracking.mirror import default_uri, list_experiments
 
     with socket.socket() as probe:
@@ -227,6 +241,7 @@ def ui(port: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this command ends, the server ends with it
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
+            say(f"MLflow starts for {workspace.root}; that takes some seconds.")
             _await_answer(server, port)
             echo(f"MLflow at {address} (stop with Ctrl-C)")
             for name, number in experiments.items():  # MLflow's own front page leads to pages about language models
@@ -248,7 +263,7 @@ def _await_answer(server: subprocess.Popen[bytes], port: int) -> None:
 
 @click.group(cls=Commands)
 def mlflow() -> None:
-    """MLflow, which shows what the run folders say: bring a server up to date, or fetch runs from one."""
+    """MLflow servers: bring one up to date, or fetch runs from it."""
 
 
 @mlflow.command()
@@ -257,9 +272,14 @@ def mlflow() -> None:
 )
 @click.option("--mlflow-uri", help=URI_HELP)
 def sync(models: bool, mlflow_uri: str | None) -> None:
-    """Show every run and benchmark of the workspace as its folder says: `cafe mlflow sync`.
+    """Show in MLflow what the run folders say.
 
-    Rebuilds a lost or a new server, and fills in what an interrupted training left out; what is there already stays.
+    \b
+    cafe mlflow sync
+    cafe mlflow sync --mlflow-uri http://tracking:5000
+
+    Every run and benchmark of the workspace. Rebuilds a lost or a new server, and fills in what an interrupted training left
+    out; what is there already stays.
     """
     from cafe.pipeline.tracking.mirror import Mirror
 
@@ -283,10 +303,12 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
 @click.option("--mlflow-uri", required=True, help="MLflow tracking server.")
 @click.option("--experiment", required=True, help="The experiment whose runs to fetch.")
 def pull(mlflow_uri: str, experiment: str) -> None:
-    """Make the runs of a server's experiment runs of this workspace: their descriptions and predictions, no weights.
+    """Fetch an experiment's runs from an MLflow server.
 
     \b
     cafe mlflow pull --mlflow-uri http://tracking:5000 --experiment table1
+
+    Their descriptions and predictions become runs of this workspace; weights stay where they are.
     """
     from cafe.pipeline.tracking.mirror import Mirror, adopt_run
 

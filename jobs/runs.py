@@ -14,7 +14,8 @@ from click.core import ParameterSource
 
 from cafe.addresses import own
 from cafe.errors import IncompleteError, UserError, first_line
-from cafe.jobs.options import complete, options
+from cafe.jobs.names import complete
+from cafe.jobs.options import GroupedCommand, options
 from cafe.jobs.tables import FittedTable, make_table, sheet_tables
 from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, say, show
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
@@ -41,11 +42,14 @@ NEXT_STEPS = """Next steps
     {cafe} extract mine --backbone clip-vit-b32 --views 61"""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete("manifest"))
 @options(ExtractSettings)
 def extract(names: tuple[str, ...], **values: Any) -> None:
-    """Compute frozen features once: `cafe extract news --backbone face-resnet --views 5`.
+    """Compute the frozen features of data sets, once.
+
+    \b
+    cafe extract news --backbone face-resnet --views 5
 
     Interrupt it as you like: the same command goes on where it was.
     """
@@ -60,11 +64,11 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
         say(result.sentence())
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @options(TrainSettings)
 @click.pass_context
 def train(ctx: click.Context, /, **values: Any) -> None:
-    """Train a method on one source and evaluate it on every other manifest.
+    """Train a method on one source and evaluate it on others.
 
     \b
     cafe train --source news --method cafe --seed 0 --epochs 20
@@ -113,13 +117,14 @@ def explain_choices(settings: TrainSettings, precision: str, batch_size: int) ->
         )
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("run", shell_complete=complete("run"))
 @options(EvaluateSettings)
 def evaluate(run: str, **values: Any) -> None:
-    """Evaluate a trained run on targets: `cafe evaluate cafe-news-s0 --targets cinema`.
+    """Evaluate a trained run on targets.
 
     \b
+    cafe evaluate cafe-news-s0 --targets cinema
     cafe evaluate shipped --targets mine                 # how good is the model that ships on my own labelled faces?
 
     RUN is the name of a run of this workspace or its unambiguous beginning; or a model that ships, a folder of `cafe export`
@@ -176,11 +181,15 @@ def evaluate(run: str, **values: Any) -> None:
     _warn(mirror)
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("file")
 @options(BenchmarkSettings)
 def benchmark(file: str, **values: Any) -> None:
-    """Train and evaluate a whole grid, sources × methods × seeds: `cafe benchmark quickstart.toml`.
+    """Train and evaluate a grid: sources × methods × seeds.
+
+    \b
+    cafe benchmark quickstart.toml --dry-run             # the plan and what it costs
+    cafe benchmark quickstart.toml
 
     FILE says what is in it; with this package come demo, quickstart, ferplus, rivals, mask, leave_one_out,
     leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared,
@@ -191,10 +200,12 @@ def benchmark(file: str, **values: Any) -> None:
     run_grid(open_workspace(), read_benchmark(find_file(file)), BenchmarkSettings(**values))
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @options(DemoSettings)
 def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster: Any) -> None:
-    """Everything once, in minutes, on drawn faces or your own: index, extract, train, evaluate, compare.
+    """Do everything once, on drawn faces or your own.
+
+    Index, extract, train, evaluate and compare, in minutes.
 
     \b
     cafe demo                                            # five domains of drawn faces

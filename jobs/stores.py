@@ -31,7 +31,7 @@ names_argument = click.argument("names", nargs=-1, metavar="[STORE]...")
 
 @click.group(cls=Commands)
 def store() -> None:
-    """Feature stores: what there is, whether it is whole, and what can go.
+    """Feature stores: list, verify, repair or remove them.
 
     STORE is MANIFEST/FOLDER as `cafe store ls` shows it, its unambiguous beginning, or a manifest for all of its stores.
     """
@@ -41,7 +41,7 @@ def store() -> None:
 @names_argument
 @json_option
 def list_all(names: tuple[str, ...], as_json: bool) -> None:
-    """List stores with size, age and the runs that use them: `cafe store ls`."""
+    """List stores with size, age and the runs that use them."""
     from cafe.pipeline.stores import find_paths, list_stores
 
     workspace = open_workspace()
@@ -78,7 +78,12 @@ def _line(facts: StoreFacts) -> tuple[object, ...]:
 @names_argument
 @json_option
 def verify(names: tuple[str, ...], as_json: bool) -> None:
-    """Read stores back, every byte, and name the files that are not what was written: `cafe store verify news`."""
+    """Read stores back, every byte, and name damaged files.
+
+    \b
+    cafe store verify news
+    """
+
     from cafe.pipeline.features.key import store_name
     from cafe.pipeline.features.store import verify as verify_store
     from cafe.pipeline.stores import find_paths
@@ -103,7 +108,10 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="STORE...")
 @options(ClusterSettings)
 def repair(names: tuple[str, ...], **values: Any) -> None:
-    """Verify stores, then compute damaged shards again, and no others: `cafe store repair news`.
+    """Verify stores, then compute damaged shards again.
+
+    \b
+    cafe store repair news
 
     Interrupt it as you like: the same command goes on where it was.
     """
@@ -126,7 +134,12 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="STORE...")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def remove(names: tuple[str, ...], yes: bool) -> None:
-    """Remove stores, after saying what that means: `cafe store rm news/clip-vit-b32-v61-0a1b2c3d4e5f`."""
+    """Remove stores, after saying what that means.
+
+    \b
+    cafe store rm news/clip-vit-b32-v61-0a1b2c3d4e5f
+    """
+
     from cafe.pipeline.stores import find_paths, list_stores
     from cafe.pipeline.stores import remove as remove_store
 

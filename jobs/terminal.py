@@ -68,6 +68,20 @@ class Commands(click.Group):
             self.add_command(getattr(import_module(module), attribute), cmd_name)
         return super().get_command(ctx, cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first word names; suggest those like it where there is none."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.exceptions.NoSuchCommand as error:
+            from cafe.jobs.names import suggest_command
+
+            known = suggest_command(error.command_name, self, ctx)
+            raise click.exceptions.NoSuchCommand(
+                error.command_name, f"{error.message} {known}".strip(), ctx=ctx
+            ) from None
+
     def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
         """Read the options of this group."""
         with _printable_mistakes():
@@ -78,6 +92,9 @@ class Commands(click.Group):
         try:
             with _printable_mistakes():
                 return super().invoke(ctx)
+        except KeyboardInterrupt:  # where no `interruptible` says what then; click's own exit code would be 1
+            echo("Interrupted.", err=True)
+            raise click.exceptions.Exit(130) from None
         except UserError as error:
             logging.getLogger(__name__).info("Where this was found:", exc_info=error)
             sentence = click.ClickException(printable(str(error)))
@@ -93,9 +110,16 @@ class Commands(click.Group):
 
 @contextmanager
 def _printable_mistakes() -> Iterator[None]:
-    """Let click name what it does not accept without the control characters in it."""
+    """Let click name what it does not accept without the control characters in it, and what is meant by it elsewhere."""
     try:
         yield
+    except click.NoSuchOption as error:
+        from cafe.jobs.names import suggest_option
+
+        command = error.ctx.command if error.ctx else None
+        known = suggest_option(error.option_name, command) if command else ""
+        sentence = printable(f"{error.message} {known}".strip())
+        raise click.NoSuchOption(error.option_name, sentence, () if known else error.possibilities, error.ctx) from None
     except click.ClickException as error:
         error.message = printable(error.message)  # type: ignore[misc]  # click's own never changes it
         raise

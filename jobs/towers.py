@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from cafe.jobs.options import Whole, complete
+from cafe.jobs.names import complete, list_names
+from cafe.jobs.options import Whole
 from cafe.jobs.tables import show_records
 from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar
 from cafe.pipeline.settings import LARGEST
@@ -19,10 +21,15 @@ class _Towers(Commands):
         known = args and (args[0] in self.commands or args[0].startswith("-"))
         return super().resolve_command(ctx, args if known else ["layers", *args])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete its commands, and the towers that may stand in their place."""
+        towers = (name for name in list_names("tower", ctx) if name.startswith(incomplete))
+        return [*super().shell_complete(ctx, incomplete), *map(CompletionItem, towers)]
+
 
 @click.group(cls=_Towers)
 def tower() -> None:
-    """Frozen towers: their layers, and which of them tells expressions apart best.
+    """Frozen towers: their layers, and which one to read.
 
     \b
     cafe tower face-resnet                                  # its layers, their maps and what they cost
@@ -31,11 +38,16 @@ def tower() -> None:
 
 
 @tower.command()
-@click.argument("backbone", metavar="TOWER")
+@click.argument("backbone", metavar="TOWER", shell_complete=complete("tower"))
 @click.option("--input-size", type=Whole(16, 4096), help="Side of the input in pixels; default: the tower's own.")
 @json_option
 def layers(backbone: str, input_size: int | None, as_json: bool) -> None:
-    """List the layers of a tower, e.g. `cafe tower face-resnet`, with their maps and what a face costs up to them."""
+    """List the layers of a tower with their maps and cost.
+
+    \b
+    cafe tower face-resnet
+    """
+
     from cafe.towers.building import load_backbone
     from cafe.towers.names import END, FINAL, Layer
     from cafe.towers.probe import time_layer
@@ -56,13 +68,21 @@ def layers(backbone: str, input_size: int | None, as_json: bool) -> None:
 @tower.command()
 @click.argument("source", shell_complete=complete("manifest"))
 @click.option(
-    "--backbone", "backbones", required=True, multiple=True, help="Tower to probe; may be given several times."
+    "--backbone",
+    "backbones",
+    required=True,
+    multiple=True,
+    help="Tower to probe; may be given several times.",
+    shell_complete=complete("tower"),
 )
 @click.option("--faces", default=3000, show_default=True, type=Whole(20, LARGEST), help="Training faces to use.")
 @click.option("--input-size", type=Whole(16, 4096), help="Side of the input in pixels; default: the tower's own.")
 @json_option
 def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int | None, as_json: bool) -> None:
-    """Find the layer that tells expressions apart best, e.g. `cafe tower probe news --backbone face-resnet`.
+    """Find the layer that tells expressions apart best.
+
+    \b
+    cafe tower probe news --backbone face-resnet
 
     A linear classifier is fitted on training faces of SOURCE and evaluated on others of them that were held out; no target
     plays a part. The best line is what to write behind `cafe extract --backbone`.

@@ -30,12 +30,14 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # within a job of Ray's, what a command says of its workers holds
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",  # of which the command says a sentence itself
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that is late must not start a Ray of its own after this one was left
 }
 SILENCE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 TOKEN = Path("~/.ray/auth_token")  # where Ray keeps the one that all nodes of a cluster share
 TOKEN_VARIABLES = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # which Ray prefers to it
 ANY_CLUSTER = "01" * 28  # names none: a client that asks for the name first would ask twenty times where it is refused
+PULSE = {"worker_process_setup_hook": "cafe.pipeline.process.pulse.begin"}  # what every process of Ray's does first
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes this machine away; a process less per training
 
 
@@ -75,7 +77,7 @@ def _start(cores: int | None) -> None:
     import ray
 
     try:
-        ray.init("local", num_cpus=cores, include_dashboard=False, **_find_loudness())
+        ray.init("local", num_cpus=cores, include_dashboard=False, runtime_env=PULSE, **_find_loudness())
     except Exception as error:  # Ray has no class for it
         if TOO_SLOW not in str(error):
             raise
@@ -103,7 +105,7 @@ def _join(address: str) -> None:
         _check_token(address)
         workers = {"py_modules": [*cafe.__path__], "env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
         try:
-            ray.init(address, runtime_env=workers, **_find_loudness())
+            ray.init(address, runtime_env={**workers, **PULSE}, **_find_loudness())
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             raise UserError(
                 f"Ray does not let this command into the cluster at {address!r} ({quote(error)}): check the address, and "

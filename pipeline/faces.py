@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 from upath import UPath
 
 from cafe.data.expressions import order_classes
@@ -27,6 +28,7 @@ from cafe.records import digest
 from cafe.results.columns import Column
 from cafe.results.predictions import Predictions, name_rows
 from cafe.results.protocols import Protocol, find_protocol
+from cafe.results.sources import UNSEEN, Source, find_relation
 
 if TYPE_CHECKING:
     from cafe.pipeline.features.store import FeatureReader, FeatureStore
@@ -278,10 +280,10 @@ class Faces(_PicklesFields):
     def split_rows(self, selection: str, calibration: str = "none") -> tuple[np.ndarray, np.ndarray]:
         """Return the rows to train on and those on which the epoch is selected and the model calibrated; of no target.
 
-        `source_val`, and every calibration, takes the data set's own validation split, or holds a tenth of the train split
-        out where there is none or where it is what is evaluated, as of AffectNet and SFEW. Of several sources it always
-        holds a tenth of each one out, as DomainBed's training-domain validation does, so that a large validation split does
-        not outweigh the others.
+        `source_val`, `swad` and every calibration take the data set's own validation split, or hold a tenth of the train
+        split out where there is none or where it is what is evaluated, as of AffectNet and SFEW. Of several sources they
+        always hold a tenth of each one out, as DomainBed's training-domain validation does, so that a large validation split
+        does not outweigh the others.
         """
         own_val = len(self.parts) == 1
         selection = "source_val" if calibration != "none" else selection
@@ -307,16 +309,33 @@ def _split_rows(part: Part, selection: str, own_val: bool) -> tuple[np.ndarray, 
     train = part.rows("train")
     if selection == "source_test":
         return train, part.rows("test")
-    if selection != "source_val":
+    if selection not in ("source_val", "swad"):
         return train, train[:0]
     val, manifest = part.rows("val"), part.manifest
-    evaluated = find_protocol("clean").split(manifest, manifest.kind)
+    evaluated = find_protocol("clean").split(manifest, manifest.kind, seen=True)
     return (train, val) if own_val and len(val) and evaluated != "val" else hold_out_rows(manifest, train, HELD_OUT)
 
 
 def _join(digests: Sequence[str]) -> str:
     """Name several things together, and a single one by its own name."""
     return digests[0] if len(digests) == 1 else digest("+".join(digests).encode())
+
+
+def choose_split(workspace: Workspace, target: Manifest, protocol: Protocol, sources: Sequence[Source]) -> str | None:
+    """Return the split of a target that a protocol evaluates for what was trained on some sources, None for none."""
+    relation = find_relation(sources, target.name, "", target.kind, target.digest)
+    seen = relation != UNSEEN or (target.parted and _share_pictures(workspace, target, sources))
+    return protocol.split(target, *(source.kind for source in sources), seen=seen)
+
+
+def _share_pictures(workspace: Workspace, target: Manifest, sources: Sequence[Source]) -> bool:
+    """Whether a target has most of its pictures, or of a source's, in common with one: the same folder by another name."""
+    names = set(workspace.manifest_names())
+    for source in (workspace.load_manifest(source.name) for source in sources if source.name in names):
+        shared = pc.sum(pc.is_in(target.table["digest"], value_set=source.table["digest"])).as_py() or 0
+        if 2 * shared > min(len(target), len(source)):
+            return True
+    return False
 
 
 def choose_target(
@@ -327,7 +346,7 @@ def choose_target(
     Raises `UserError` when the protocol has no way to evaluate it or when the run needs features and there are none.
     """
     manifest = workspace.load_manifest(name)
-    usual = protocol.split(manifest, *(source.kind for source in spec.trained_on))
+    usual = choose_split(workspace, manifest, protocol, spec.trained_on)
     chosen = split or usual
     if chosen is None:
         raise UserError(

@@ -28,7 +28,8 @@ from cafe.views.drawing import ViewPlan
 
 def find_inputs(spec: RunSpec) -> Inputs:
     """Return what the method is built for."""
-    return Inputs(spec.width, spec.network, spec.init, spec.image_size, spec.backbone, spec.grid, spec.classes)
+    described = (spec.width, spec.network, spec.init, spec.image_size, spec.backbone, spec.grid, spec.classes)
+    return Inputs(*described, sources=len(spec.own_sources))
 
 
 def build_method(spec: RunSpec, init: str | None = None) -> Method:
@@ -149,7 +150,10 @@ def make_dataset(spec: RunSpec, faces: Faces, keep: bool = False) -> FaceDataset
     names = [ARRAYS[need] for need in needs if need in ARRAYS]
     pictures = faces.kept_pictures if keep else faces.pictures
     reader, targets = faces.reader(names), find_targets(spec, faces) if keep else None
-    return FaceDataset(pictures, view_plan(spec), needs, spec.image_size, reader, faces.channels, targets)
+    domains = faces.domains if keep else None
+    return FaceDataset(
+        pictures, view_plan(spec), needs, spec.image_size, reader, faces.channels, targets, domains=domains
+    )
 
 
 def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
@@ -163,7 +167,8 @@ def make_live_dataset(spec: RunSpec, source: Faces, device: str) -> FaceDataset:
     mean, std = key.normalisation
     towers_plan = replace(plan, mean=mean, std=std)
     embedder = Embedder(tower, pictures, towers_plan, device, "map" in needs, key.dtype, info.batch_size)
-    return FaceDataset(pictures, plan, needs, spec.image_size, embedder, targets=find_targets(spec, source))
+    targets, domains = find_targets(spec, source), source.domains
+    return FaceDataset(pictures, plan, needs, spec.image_size, embedder, targets=targets, domains=domains)
 
 
 def find_targets(spec: RunSpec, source: Faces) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from upath import UPath
 from cafe.arithmetic import Precision, choose_precision
 from cafe.errors import UserError
 from cafe.files import locate, place_below, read_file
-from cafe.learning.loading import SMALLEST_BATCH
+from cafe.learning.loading import SMALLEST_BATCH, smallest_batch
 from cafe.methods import find_method
 from cafe.methods.method import Method, Recipe, apply_overrides
 from cafe.networks.branches import check_network
@@ -35,7 +35,8 @@ from cafe.towers.facts import NORMALISATIONS
 LONGEST_RUN = 200  # characters of a run's name, which names files: of 255 bytes at most
 PUBLISHED_SIZE = 224  # pixels: the input of every published method
 PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
-NEEDED = ("source_val", "source_test")  # selections that need faces of the source besides those trained on
+AVERAGED = "swad"  # selection of several epochs, whose weights are averaged
+NEEDED = ("source_val", "source_test", AVERAGED)  # selections that need faces of the source besides those trained on
 
 
 @dataclass(frozen=True)
@@ -319,6 +320,12 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
     check_name(settings.experiment)
     if settings.tag:
         check_name(settings.tag)
+    sources = len(settings.source.split(","))
+    if find_method(settings.method).needs_domains() and recipe.batch_size < smallest_batch(sources):
+        raise UserError(
+            f"{settings.method} compares {sources} sources, and a batch of {recipe.batch_size} faces has not two of each: "
+            f"set batch_size={smallest_batch(sources)} or more."
+        )
     if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
@@ -326,17 +333,42 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
 def _check_domains(settings: TrainSettings, names: Sequence[str]) -> None:
     """Raise `UserError` for a sampler, a selection or a fold that these sources have no use for."""
     selection, alone = settings.selection, f"several sources, not {settings.source!r} alone"
+    if find_method(settings.method).needs_domains():
+        _check_compared(settings, names)
     if settings.sampler == "balanced" and len(names) == 1:
         raise UserError(f"--sampler balanced needs {alone}: leave it out.")
     if selection == "leave_one_out" and len(names) == 1:
         raise UserError(f"--selection leave_one_out needs {alone}: choose the epoch by source_val.")
     if selection == "oracle" and not settings.fold:
         raise UserError("--selection oracle looks at the domain left out: name it with --fold.")
-    if selection in ("leave_one_out", "oracle") and not find_method(settings.method).trained:
+    if selection == AVERAGED and not find_method(settings.method).needs.isdisjoint({"image", "tower"}):
+        raise UserError(
+            f"--selection {AVERAGED} keeps the weights of every epoch, which of {settings.method} are too many: choose the "
+            "epoch by source_val."
+        )
+    if selection in ("leave_one_out", "oracle", AVERAGED) and not find_method(settings.method).trained:
         raise UserError(f"{settings.method} has no epochs to choose from: leave out --selection {selection}.")
     if settings.fold in names:
         raise UserError(
             f"--fold {settings.fold} is one of the sources {settings.source!r}: name a domain they leave out."
+        )
+
+
+def _check_compared(settings: TrainSettings, names: Sequence[str]) -> None:
+    """Raise `UserError` for a training of a method that compares sources in which it cannot."""
+    method = settings.method
+    if len(names) == 1:
+        raise UserError(
+            f"{method} compares several sources, not {settings.source!r} alone: name more, comma-separated, or train erm."
+        )
+    if settings.sampler != "balanced":
+        raise UserError(
+            f"{method} compares the sources within each batch: give --sampler balanced, so that all are in it."
+        )
+    if settings.selection == "leave_one_out" and len(names) == 2:
+        raise UserError(
+            f"{method} compares several sources, and --selection leave_one_out leaves one of {settings.source!r}: name a "
+            "third, or choose the epoch by source_val."
         )
 
 

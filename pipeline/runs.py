@@ -3,6 +3,7 @@
     runs/METHOD-SOURCE-sSEED-DIGEST/
         run.json                     what decides it; its digest names the run, so the same command is the same run
         experiments/EXPERIMENT.json  the experiments it belongs to, and their benchmark where there is one
+        made.json                    the command that began it, and when it began and ended
         status.json                  RUNNING, FINISHED once it is evaluated, FAILED or KILLED, with the reason
         progress.json, epochs/0001.json                       how far it is, and the metrics of each epoch
         checkpoints/0001/            the training's state after an epoch: safetensors + JSON
@@ -17,6 +18,7 @@ Everything here is read and written without torch: what builds a method from its
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
@@ -28,6 +30,7 @@ from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.errors import DamagedError, UserError, first_line
 from cafe.files import encode_json, exists, place_below, read_file, read_json, write_changed, write_json
 from cafe.pipeline.features.key import Colours, FeatureKey, Spreads
+from cafe.pipeline.process.command import current_command
 from cafe.pipeline.process.versions import code_version
 from cafe.pipeline.settings import Count, RunChoices, RunIdentity, Seed, Side
 from cafe.pipeline.workspace import check_name
@@ -287,6 +290,17 @@ def add_experiment(run: UPath, experiment: str, benchmark: str | None = None) ->
     known = read_json(path) or {}
     if not known or (benchmark and known.get("benchmark") != benchmark):
         write_json(path, {"benchmark": benchmark})
+
+
+def note_start(run: UPath) -> None:
+    """Note the command that begins a run and the time, unless it was begun before: who goes on with it did not make it."""
+    if not exists(run / "made.json"):
+        write_json(run / "made.json", {"command": current_command(), "started": time.time()})
+
+
+def note_end(run: UPath) -> None:
+    """Note the time at which a run ended."""
+    write_json(run / "made.json", {**(read_json(run / "made.json") or {}), "ended": time.time()})
 
 
 def read_status(run: UPath) -> str:

@@ -9,7 +9,7 @@ free of heavy imports so that `cafe --help` answers at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 
@@ -30,7 +30,8 @@ Normalisation = Literal["tower", "imagenet", "clip"]
 
 
 def setting(default: Any, about: str, in_file: bool = True, **click: Any) -> Any:
-    """A dataclass field with its help text and, where needed, its `flag` or that it is `required` or `multiple`.
+    """A dataclass field with its help text and, where needed, its `flag`, the `group` its option is in where that is not its
+    class's, or that it is `required` or `multiple`.
 
     `in_file` says whether a benchmark file may set it: not what the grid itself decides, nor what belongs to the command.
     """
@@ -45,6 +46,8 @@ def take(settings: Any, kind: type[Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class ClusterSettings:
     """Where the work runs: the same for every command that computes."""
+
+    GROUP: ClassVar[str] = "Machine"  # of the options in the help of a command
 
     address: str | None = setting(
         None, "Ray cluster to join (HOST:PORT or auto); default: this machine alone.", in_file=False
@@ -69,6 +72,8 @@ class ClusterSettings:
 class FeatureIdentity:
     """What a user chooses that decides a feature and stands in the key of its store as it is."""
 
+    GROUP: ClassVar[str] = "Features"
+
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = setting(
         "fp32", "Arithmetic of the whole tower; tf32: float32 with shorter factors, faster on recent GPUs."
     )
@@ -89,6 +94,8 @@ class FeatureIdentity:
 class FeatureSettings(FeatureIdentity):
     """What decides a feature besides the images and the weights; the key holds what the choices here come to."""
 
+    GROUP: ClassVar[str] = "Features"
+
     backbone: str = setting(
         "clip-vit-b32",
         "Frozen tower: clip-vit-b32, face-resnet, imagenet-lite0, open_clip:MODEL/TAG, open_clip:MODEL@FILE, "
@@ -106,10 +113,13 @@ class FeatureSettings(FeatureIdentity):
 class ExtractSettings(ClusterSettings, FeatureSettings):
     """Stage one: features of a manifest."""
 
+    GROUP: ClassVar[str] = "Machine"
+
     layers: str | None = setting(
         None,
         "Layers of the tower to store from one pass, such as stage2/4x4,stage3/3x3; default: as --backbone says.",
         in_file=False,
+        group="Features",
     )
     use_gpu: bool | None = setting(None, "Run towers on GPUs; default: when the cluster has one.", flag="--gpu/--cpu")
     num_gpus: Helpers | None = setting(None, "GPUs to use; default: all of the cluster.")
@@ -121,17 +131,20 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
         "Processes that decode ahead of each tower; default: one; for a GPU four, or its cores where views are few.",
     )
     shard_rows: Count | None = setting(None, "Faces per shard; default: about 4 MB, and at least 16 shards.")
-    max_skipped: Number = setting(0, "Unreadable images to tolerate before the command fails.")
+    max_skipped: Number = setting(0, "Unreadable images to tolerate before the command fails.", group="Data")
     retry_skipped: bool = setting(
         False,
         "Compute shards again in which images were left out: they may be repaired by now.",
         in_file=False,
+        group="Data",
     )
 
 
 @dataclass(frozen=True)
 class StoreChoice:
     """Which of a data set's feature stores to use; needed only when there are several."""
+
+    GROUP: ClassVar[str] = "Features"
 
     backbone: str | None = setting(
         None,
@@ -156,6 +169,8 @@ class StoreChoice:
 class RunIdentity:
     """What a user chooses that decides the result of a run and stands in its record as it is."""
 
+    GROUP: ClassVar[str] = "What is trained"
+
     method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.", in_file=False)
     seed: Seed = setting(0, "Seed of initial weights, order and dropped channels.", in_file=False)
     network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
@@ -171,16 +186,19 @@ class RunIdentity:
     sampler: Literal["proportional", "balanced"] = setting(
         "proportional",
         "How often the faces of each of several sources are drawn: as many as it has, or all equally often.",
+        group="Data",
     )
-    selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle"] = setting(
+    selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle", "swad"] = setting(
         "final",
         "Which epoch is evaluated: the last, or the best on faces held out of the source, on each source left out of a "
-        "training on the others, or, only to know what a choice could gain, on the training faces of --fold.",
+        "training on the others, or, only to know what a choice could gain, on the training faces of --fold; swad: the "
+        "mean of several, by the loss on held-out faces.",
     )
     fold: str = setting(
         "",
         "The domain left out, of leave-one-domain-out: the run is evaluated on it alone, in a row of folds.",
         in_file=False,
+        group="Data",
     )
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
 
@@ -190,6 +208,8 @@ class RunChoices(StoreChoice):
     """What decides the result of a run too, but is open until manifest, store and method are known: the record holds
     what it comes to.
     """
+
+    GROUP: ClassVar[str] = "What is trained"
 
     source: str = setting(
         "", "Manifest to train on, or several, comma-separated: their union.", in_file=False, required=True
@@ -224,13 +244,16 @@ class RunChoices(StoreChoice):
 class Execution(ClusterSettings):
     """Where and how a training runs, and what becomes of it: the result of the run does not depend on it."""
 
+    GROUP: ClassVar[str] = "Machine"
+
     targets: str | None = setting(
         None,
         "Manifests to evaluate on, comma-separated, or none; default: all that share a class with the source.",
         in_file=False,
+        group="Data",
     )
     protocol: ProtocolName = setting(
-        "clean", "How targets are evaluated; training does not depend on it.", in_file=False
+        "clean", "How targets are evaluated; training does not depend on it.", in_file=False, group="Data"
     )
     num_workers: Workers = setting(1, "Training workers (DDP); the result does not depend on it.")
     use_gpu: bool | None = setting(
@@ -245,9 +268,9 @@ class Execution(ClusterSettings):
     )
     checkpoint_every: Count = setting(1, "Epochs between checkpoints.")
     mlflow_uri: str | None = setting(
-        None, "MLflow tracking server; default: the workspace's own database.", in_file=False
+        None, "MLflow tracking server; default: the workspace's own database.", in_file=False, group="Tracking"
     )
-    experiment: str = setting("cafe", "MLflow experiment.", in_file=False)
+    experiment: str = setting("cafe", "MLflow experiment.", in_file=False, group="Tracking")
 
 
 @dataclass(frozen=True)
@@ -259,35 +282,50 @@ class TrainSettings(Execution, RunChoices, RunIdentity):
 class EvaluateSettings(ClusterSettings):
     """One run against any number of targets."""
 
+    GROUP: ClassVar[str] = "Data"
+
     targets: str | None = setting(
         None, "Manifests to evaluate on, comma-separated; default: all with a class of the run's."
     )
     protocol: ProtocolName = setting("clean", "How targets are evaluated: clean, or paper as the released readers do.")
     test_time: TestTime | None = setting(
         None,
-        "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a): "
+        "Average each face with its mirror image (flip) or over five views, or adapt to the target's faces (tent, t3a, "
+        "sar, shot): "
         "numbers apart from all others.",
     )
     split: Literal["test", "val", "train", "all"] | None = setting(
         None, "Faces to evaluate on; default: those the protocol names."
     )
     exclude_leaks: bool = setting(False, "Give the numbers without copies of the source's training faces too.")
-    use_gpu: bool | None = setting(None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu")
-    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
-    experiment: str | None = setting(None, "MLflow experiment to show it in as well; default: those it is in.")
+    use_gpu: bool | None = setting(
+        None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu", group="Machine"
+    )
+    mlflow_uri: str | None = setting(
+        None, "MLflow tracking server; default: the workspace's own database.", group="Tracking"
+    )
+    experiment: str | None = setting(
+        None, "MLflow experiment to show it in as well; default: those it is in.", group="Tracking"
+    )
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings(ClusterSettings):
     """How a benchmark file is run; what is computed is in the file alone."""
 
+    GROUP: ClassVar[str] = "What is trained"
+
     dry_run: bool = setting(False, "Show the plan and what it costs, and do nothing.")
     only: str | None = setting(None, "Only cells whose SOURCE/METHOD/SEED matches, e.g. 'rafdb/*' or '*/cafe*/s0'.")
     parallel: Workers | None = setting(
-        None, "Cells at a time; default: as many as have room on the GPUs, or one per core without any."
+        None,
+        "Cells at a time; default: as many as have room on the GPUs, or one per core without any.",
+        group="Machine",
     )
-    mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
-    experiment: str | None = setting(None, "MLflow experiment; default: the name of the file.")
+    mlflow_uri: str | None = setting(
+        None, "MLflow tracking server; default: the workspace's own database.", group="Tracking"
+    )
+    experiment: str | None = setting(None, "MLflow experiment; default: the name of the file.", group="Tracking")
 
 
 @dataclass(frozen=True)
@@ -371,10 +409,12 @@ class ExportSettings:
 class DemoSettings(ClusterSettings):
     """The benchmark demo.toml, on drawn faces or on folders of one's own."""
 
+    GROUP: ClassVar[str] = "Data"
+
     faces: tuple[str, ...] = setting(
         (), "Folder of your own faces, EXPRESSION/*.jpg, instead of drawn ones; the first is trained on. Repeatable.",
         multiple=True, metavar="[NAME=]FOLDER",
     )  # fmt: skip
     drawn: Annotated[int, Interval(ge=112, le=28_000)] = setting(500, "Faces to draw of each domain.")
-    seeds: Count = setting(3, "Seeds per method.")
-    epochs: Count = setting(10, "Epochs of every training.")
+    seeds: Count = setting(3, "Seeds per method.", group="What is trained")
+    epochs: Count = setting(10, "Epochs of every training.", group="What is trained")

@@ -22,7 +22,7 @@ from cafe.pipeline.plan import TrainPlan, find_deviations
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.process.progress import Bar, Progress, no_bar
 from cafe.pipeline.release.start import keep_start
-from cafe.pipeline.runs import add_experiment, is_finished, note_status, read_status
+from cafe.pipeline.runs import add_experiment, is_finished, note_end, note_start, note_status, read_status
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.worker import AnyWorker, find_worker
 from cafe.results.runs import list_epochs, read_epoch
@@ -102,6 +102,7 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
     """
     finished = read_status(run) == "FINISHED" and is_finished(run)
     if not finished:
+        note_start(run)
         note_status(run, "RUNNING")
     try:
         yield
@@ -112,6 +113,8 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
         raise
     else:
         note_status(run, "FINISHED")
+        if not finished:
+            note_end(run)
     finally:
         mirror.update(run)
 

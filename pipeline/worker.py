@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from threading import Event
 from typing import Any, Protocol
 
@@ -24,15 +25,15 @@ from cafe.files import exists, list_folder, remove_file, remove_tree, write_json
 from cafe.learning.calibration import calibrate
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset
-from cafe.learning.training import Selection, Training, fit, prepare
+from cafe.learning.training import Averaging, Selection, Training, fit, prepare
 from cafe.methods.method import Method
 from cafe.networks.parallel import rank, share_batch_norm, world_size
 from cafe.pipeline import cluster
 from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, make_dataset, make_live_dataset
-from cafe.pipeline.plan import NEEDED, TrainPlan
-from cafe.pipeline.process import machine, pulse
+from cafe.pipeline.plan import AVERAGED, NEEDED, TrainPlan
+from cafe.pipeline.process import machine
 from cafe.pipeline.process.versions import check_versions, versions
 from cafe.pipeline.release.start import continue_from
 from cafe.pipeline.runs import START, RunSpec
@@ -68,7 +69,6 @@ class Worker:
             allowed.install()
         for plugin in plugins:
             plugin.install()
-        pulse.begin()
         self.device, self.wrap, self.cores = torch.device(device or cluster.device()), wrap, cores
         self.source: Faces | None = None
         self.targets: dict[str, Faces] = {}
@@ -102,6 +102,7 @@ class Worker:
         dataset = (
             make_live_dataset(spec, source, str(self.device)) if spec.live else make_dataset(spec, source, keep=True)
         )
+        dataset = replace(dataset, silent_seconds=settings.silent_seconds)
         loaders = _count_loaders(settings.loader_workers, self.device, dataset, cores)
         checkpoint, prepared = find_checkpoint(run), False
         if rank() == 0 and checkpoint is None and not spec.start:  # which has learned that already
@@ -126,6 +127,7 @@ class Worker:
                 if epoch % settings.checkpoint_every == 0 and epoch < last:
                     _save_checkpoint(run, epoch, training, selection)
         if rank() == 0:
+            metrics |= selection.conclude(training)
             if method.recipe.calibration == "temperature":
                 method.load_state_dict(selection.result(training))
                 metrics |= calibrate(method, dataset, held_out, self.device)
@@ -300,6 +302,8 @@ def _select(plan: TrainPlan, held_out: np.ndarray) -> Selection:
     """Return by which faces the epoch is chosen: those of the domain left out, or rows held out of the source."""
     if plan.validation:
         return Selection(plan.validation.rows("train"), make_dataset(plan.spec, plan.validation))
+    if plan.spec.selection == AVERAGED:
+        return Averaging(held_out)
     return Selection(held_out if plan.spec.selection in NEEDED else held_out[:0])
 
 
@@ -326,8 +330,8 @@ def find_checkpoint(run: UPath) -> UPath | None:
 
 def _restore(checkpoint: UPath, training: Training, selection: Selection) -> int:
     """Bring a training to a checkpoint and return the epochs that are behind it."""
-    record, selection.weights = load_checkpoint(checkpoint, training.method, training.optimizer)
-    selection.epoch, selection.accuracy = record["selected"], record["accuracy"]
+    record, weights = load_checkpoint(checkpoint, training.method, training.optimizer)
+    selection.restore(record, weights)
     return int(record["epoch"])
 
 

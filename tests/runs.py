@@ -73,7 +73,7 @@ def write_predictions(
     """Write what a run predicted for a target, its confidence in each class it chose being `confidence`."""
     probabilities = np.full((len(labels), len(classes)), (1 - confidence) / (len(classes) - 1), np.float32)
     probabilities[np.arange(len(labels)), predicted] = confidence
-    about |= {"run": run.name, "target": target, "protocol": protocol, "split": "test", "kind": kind}
+    about = {"split": "test", **about, "run": run.name, "target": target, "protocol": protocol, "kind": kind}
     about["manifest"] = manifest or f"digest of {target}"
     ids = [f"{row:05d}.jpg" for row in range(len(labels))]
     predictions = Predictions(ids, np.asarray(labels), probabilities, about, groups, classes)

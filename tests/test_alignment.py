@@ -174,7 +174,7 @@ def test_a_manifest_keeps_its_kind_labels_splits_and_sample_ids(
     command.succeed("data", "index", "folder", str(root), "--name", "raw")
     manifest = UPath(command.workspace / "manifests" / "raw.parquet")
     replace(Manifest.load(manifest), kind="sfew", classes=EIGHT).save(manifest)
-    output = command.succeed("data", "align", "raw", "--name", "upright", "--size", "96")
+    output = command.fail("data", "align", "raw", "--name", "upright", "--size", "96", code=1)
     assert (
         "2 photos left out:\n  train/anger/meadow.jpg: no face found\n  train/anger/torn.jpg: damaged image" in output
     )

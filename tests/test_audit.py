@@ -149,7 +149,7 @@ def sets(tmp_path: Path) -> tuple[Workspace, dict[str, Manifest]]:
 def test_the_command_lists_every_pair_and_the_unreadable(
     sets: tuple[Workspace, dict[str, Manifest]], command: Cafe
 ) -> None:
-    output = command.succeed("data", "audit", "film", "web")
+    output = command.fail("data", "audit", "film", "web", code=1)
     counts = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│ web " in line]
     assert ["film", "web", "train", "test", "12", "3", "25.0 %", "3", "3"] in counts
     assert ["film", "web", "test", "test", "12", "1", "8.3 %", "1", "0"] in counts
@@ -221,7 +221,7 @@ def test_leak_free_numbers_come_from_predictions_alone(
     sets: tuple[Workspace, dict[str, Manifest]], command: Cafe, tmp_path: Path
 ) -> None:
     workspace, manifests = sets
-    command.succeed("data", "audit", "film", "web")
+    command.fail("data", "audit", "film", "web", code=1)
     shutil.rmtree(tmp_path / "faces")
     run = evaluate(workspace, manifests, wrong={"test/anger/seen.jpg", "test/fear/leak0.jpg"})
     tested = len(manifests["web"].rows("test"))
@@ -269,7 +269,7 @@ def test_a_missing_or_stale_audit_is_one_sentence_before_ray_starts(
     run = evaluate(workspace, manifests, wrong=set())
     wanted = ("evaluate", run.name, "--exclude-leaks", "--targets", "web")
     assert "'web' was not audited against 'film' yet: run `cafe data audit film web`." in command.fail(*wanted)
-    command.succeed("data", "audit", "film", "web")
+    command.fail("data", "audit", "film", "web", code=1)
     (tmp_path / "faces" / "web" / "test" / "fear" / "leak0.jpg").unlink()
     changed = index_files("web", DATASETS["folder"](UPath(tmp_path / "faces" / "web"))).manifest
     changed.save(workspace.manifest_path("web"))

@@ -60,7 +60,7 @@ def test_the_state_of_a_data_set_is_counted_and_shown(tmp_path: Path, command: C
     whole = (root / "anger" / "000.jpg").read_bytes()
     (root / "anger" / "torn.jpg").write_bytes(whole[:-100])  # its header is intact, so it is indexed
     command.succeed("data", "index", "folder", str(root), "--name", "tiny")
-    output = command.succeed("data", "check", "tiny")
+    output = command.fail("data", "check", "tiny", code=1)
     lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
     table = {line[0]: line for line in lines}
     assert table["neutral"][3:] == ["4", "100 %", "20", "60×70", "0"]
@@ -102,7 +102,7 @@ def test_a_set_of_which_nothing_can_be_read_is_no_crash(tmp_path: Path, command:
     root = draw_faces(tmp_path / "faces", per_class=2)
     command.succeed("data", "index", "folder", str(root), "--name", "gone")
     shutil.rmtree(root)
-    output = command.succeed("data", "check", "gone")
+    output = command.fail("data", "check", "gone", code=1)
     assert "6 unreadable files:\n  anger/000.jpg: file not found" in output
     assert "Unknown manifest 'other'" in command.fail("data", "check", "other")
 

@@ -24,7 +24,7 @@ from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
 from cafe.results.metrics import estimate
 from cafe.results.runs import choose, read_runs
-from cafe.results.scores import average_all, average_unseen, read_scores
+from cafe.results.scores import average_all, average_unseen, meet, read_scores
 from cafe.seals import read_sealed, write_sealed
 
 
@@ -49,6 +49,18 @@ def read(workspace: Workspace, known: Sequence[str] = ()) -> Comparison:
 def texts(comparison: Comparison) -> list[dict[str, str]]:
     sheet = main_sheet(comparison)
     return [dict(zip(sheet.header, (cell.text for cell in line), strict=True)) for line in sheet.lines]
+
+
+def test_a_part_and_the_whole_of_a_target_never_meet_and_a_source_is_no_target(tmp_path: Path) -> None:
+    workspace, labels = Workspace.at(str(tmp_path)), np.arange(40) % 7
+    part, whole = (write_run(workspace, method, source="raf") for method in ("scn", "cafe"))
+    source = write_run(workspace, "cafe", source="news", source_kind="folder")
+    write_predictions(part, "news", labels[:8], labels[:8], split="test")
+    write_predictions(source, "news", labels[:8], labels[:8], split="test")
+    write_predictions(whole, "news", labels, labels, split="all")
+    (left,) = meet(read_runs(path for path in (part, whole, source))).left_out
+    assert (left.run, left.column) == (part.name, "news")
+    assert left.reason == "evaluated on 8 faces, while others were on 40, not the same ones"
 
 
 def test_means_leave_out_the_source_and_other_splits(workspace: Workspace) -> None:

@@ -298,7 +298,7 @@ def test_some_classes_of_a_published_set_name_the_others_with_their_faces(tmp_pa
 def test_eight_classes_are_indexed_and_listed_by_the_command(tmp_path: Path, cafe: Cafe) -> None:
     miniatures.write_ferplus_png(tmp_path / "fer")
     command = ("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--accept-counts")
-    output = cafe.succeed(*command, "--expressions", "8")
+    output = cafe.fail(*command, "--expressions", "8", code=1)
     assert ["contempt", "1", "0", "0", "1"] in [line.replace("│", " ").split() for line in output.splitlines()]
     assert Manifest.load(UPath(cafe.workspace / "manifests" / "fer.parquet")).classes == EIGHT
     expected = cafe.fail("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--expressions", "8")
@@ -322,7 +322,7 @@ def test_an_object_store_is_read_like_a_disk(tmp_path: Path, name: str) -> None:
 
 def test_repeated_names_and_test_faces_in_the_training_split_are_reported(tmp_path: Path, cafe: Cafe) -> None:
     miniatures.write_ferplus_png(tmp_path)
-    output = cafe.succeed("data", "index", "ferplus", str(tmp_path), "--name", "fer", "--accept-counts")
+    output = cafe.fail("data", "index", "ferplus", str(tmp_path), "--name", "fer", "--accept-counts", code=1)
     assert "1 listed more than once, counted once:\n  FER2013Train/fer0000003.png (" in output
     assert "1 of 1 test faces are also in the training split" in output
     assert "`cafe data audit fer`, then leave them out of the results with --exclude-leaks." in output
@@ -498,7 +498,7 @@ def test_a_copy_with_other_counts_is_refused_with_a_table_and_indexed_when_accep
     assert "Image/aligned.zip may still have to be unpacked" in sentence
     assert "--accept-counts" in sentence
     assert not (cafe.workspace / "manifests" / "raf.parquet").exists()
-    output = cafe.succeed(*command, "--accept-counts")
+    output = cafe.fail(*command, "--accept-counts", code=1)
     assert "raf: 5 faces, read as official RAF-DB" in output
     assert ["happiness", "train", "4,772", "0"] in [line.replace("│", " ").split() for line in output.splitlines()]
     manifest = Manifest.load(UPath(cafe.workspace / "manifests" / "raf.parquet"))
@@ -515,7 +515,7 @@ def test_doubtful_counts_only_warn(tmp_path: Path, cafe: Cafe) -> None:
 def test_ferplus_is_indexed_into_the_workspace_by_the_wanted_rule(tmp_path: Path, cafe: Cafe) -> None:
     miniatures.write_ferplus_csv(tmp_path / "fer")
     command = ("data", "index", "ferplus", str(tmp_path / "fer"), "--name", "fer", "--accept-counts")
-    output = cafe.succeed(*command, "--ferplus-rule", "argmax")
+    output = cafe.fail(*command, "--ferplus-rule", "argmax", code=1)
     assert "3 left out, which show none of the 7 classes: 2 NF, 1 contempt" in output
     manifest = Manifest.load(UPath(cafe.workspace / "manifests" / "fer.parquet"))
     assert (len(manifest), manifest.kind, manifest.root) == (
@@ -531,7 +531,7 @@ def test_ferplus_is_indexed_into_the_workspace_by_the_wanted_rule(tmp_path: Path
 def test_a_broken_picture_is_named_and_makes_the_counts_differ(tmp_path: Path, cafe: Cafe) -> None:
     miniatures.write_rafdb_official(tmp_path)
     (tmp_path / "RAF-DB" / "basic" / "Image" / "aligned" / "test_0001_aligned.jpg").write_bytes(b"\xff\xd8\xff garbage")
-    output = cafe.succeed("data", "index", "rafdb", str(tmp_path), "--name", "raf", "--accept-counts")
+    output = cafe.fail("data", "index", "rafdb", str(tmp_path), "--name", "raf", "--accept-counts", code=1)
     assert "Image/aligned/test_0001_aligned.jpg: not an image of a known format" in output
     assert ["neutral", "test", "680", "0"] in [line.replace("│", " ").split() for line in output.splitlines()]
 

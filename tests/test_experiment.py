@@ -387,6 +387,7 @@ def test_mistakes_in_the_command_are_one_sentence(workspace: Workspace) -> None:
     cafe = Cafe(Path(str(workspace.root)), "")
     assert cafe.fail("report", "trail") == "Error: Unknown experiment 'trail': choose trial."
     assert cafe.fail("report", "trial", "--errors", "joy").startswith("Error: Unknown expression 'joy': choose ")
+    assert "so give FILE.html." in cafe.fail("report", "trial", "--output", "page.pdf")
     assert "wrote" not in cafe.fail("report", "trial", "--versus", "scn").lower()
     assert cafe.fail("report", "trial", "--test-time", "tent").startswith("Error: --test-time tent has nothing to show")
     unheld = "has an accuracy on held-out faces of the source"

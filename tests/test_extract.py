@@ -102,8 +102,8 @@ def test_resuming_gives_the_same_bytes_and_computes_only_what_is_missing(indexed
     assert ray._private.state.actors(actor)["NumRestarts"] == 1  # Ray made the tower again of what it was first made of
 
 
-def test_a_process_of_rays_that_was_stopped_is_ended_and_started_again(
-    cafe: Cafe, monkeypatch: pytest.MonkeyPatch
+def test_processes_of_rays_that_were_stopped_are_ended_and_started_again(
+    cafe: Cafe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Beating:
         def __init__(self) -> None:
@@ -113,13 +113,24 @@ def test_a_process_of_rays_that_was_stopped_is_ended_and_started_again(
         def process(self) -> int:
             return os.getpid()
 
+    def stop_at_first(seen: Path) -> int:
+        pulse.BEAT_SECONDS = 0.2
+        pulse.begin()
+        time.sleep(1)
+        if not seen.exists():
+            seen.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return os.getpid()
+
     cafe.join()
     monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.2)
     actor = ray.remote(Beating).options(num_cpus=0, max_restarts=1, max_task_retries=1).remote()
     with pulse.watch(3):
         first = ray.get(actor.process.remote())
+        task = ray.remote(stop_at_first).options(num_cpus=0).remote(tmp_path / "seen")
         os.kill(first, signal.SIGSTOP)
         assert ray.get(actor.process.remote(), timeout=200) != first
+        assert ray.get(task, timeout=200) != int((tmp_path / "seen").read_text())
     ray.kill(actor)
     assert not psutil.pid_exists(first)
 
@@ -186,8 +197,10 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(
         faces / "anger" / "moving.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), 9)]
     )
 
-    output = cafe.succeed("data", "index", "folder", str(faces), "--name", "odd")
-    assert "2 broken files, left out:\n  anger/empty.jpg: file is empty\n  anger/text.png: not an image" in output
+    indexed = cafe("data", "index", "folder", str(faces), "--name", "odd")
+    assert indexed.exit_code == 1
+    broken = "2 broken files, left out:\n  anger/empty.jpg: file is empty\n  anger/text.png: not an image"
+    assert broken in indexed.output
 
     command = ("extract", "odd", "--backbone", tiny_tower)
     result = cafe(*command, ray=True)

@@ -58,8 +58,9 @@ def new_training(name: str, manifest: Manifest, *overrides: str) -> Training:
     recipe = replace(METHODS[name].published_recipe("rafdb"), batch_size=16)
     recipe = apply_overrides(recipe, overrides, name)
     torch.manual_seed(0)
-    method = METHODS[name](recipe, Inputs(WIDTH, image_size=32, grid=(2, 2)))
-    dataset = FaceDataset(manifest, PLAN, method.needs, 32, DrawnFeatures(manifest.labels))
+    method = METHODS[name](recipe, Inputs(WIDTH, image_size=32, grid=(2, 2), sources=2))
+    features, domains = DrawnFeatures(manifest.labels), np.arange(len(manifest)) % 2
+    dataset = FaceDataset(manifest, PLAN, method.needs, 32, features, domains=domains)
     return Training(method, method, method.optimizer(), dataset, manifest.rows("train"), 0, CPU)
 
 

@@ -391,7 +391,7 @@ def test_a_table_of_any_content_is_read_or_one_sentence(
 def test_the_command_prints_counts_and_writes_the_manifest(tmp_path: Path, cafe: Cafe) -> None:
     draw_faces(tmp_path / "faces")
     (tmp_path / "faces" / "anger" / "zero.jpg").touch()
-    output = cafe.succeed("data", "index", "folder", str(tmp_path / "faces"), "--name", "tiny")
+    output = cafe.fail("data", "index", "folder", str(tmp_path / "faces"), "--name", "tiny", code=1)
     assert "tiny: 36 faces, read as EXPRESSION/image" in output
     assert "1 broken files, left out:\n  anger/zero.jpg: file is empty" in output
     assert "tiny" in cafe.succeed("data", "list")

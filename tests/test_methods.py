@@ -56,11 +56,13 @@ def test_two_steps_and_the_same_predictions_from_its_file(
     recipe = replace(method_type.recipe_type(), batch_size=11, **QUICK.get(name, {}))
     grid = features.tower.facts.map_shape[1:] if features.tower.facts.map_shape else None
     network = "resnet18" if domain.name == "studio" else small_network
-    inputs = Inputs(features.tower.facts.width, network, image_size=SIZE, backbone=features.tower.name, grid=grid)
+    width, backbone = features.tower.facts.width, features.tower.name
+    inputs = Inputs(width, network, image_size=SIZE, backbone=backbone, grid=grid, sources=2)
     method_type.check(inputs)
     torch.manual_seed(0)
     method = method_type(recipe, inputs)
-    dataset = FaceDataset(domain, plan_for(method_type), method.needs, SIZE, features)
+    domains = np.arange(len(domain)) % 2  # for those that compare sources
+    dataset = FaceDataset(domain, plan_for(method_type), method.needs, SIZE, features, domains=domains)
     rows, test = domain.rows("train"), domain.rows("test")
     steps: list[tuple[int, int]] = []
     if method.trained:
@@ -120,11 +122,12 @@ def test_a_step_and_predictions_with_any_number_of_classes(
     shape = features.tower.facts.map_shape
     inputs = Inputs(
         features.tower.facts.width, small_network, image_size=SIZE, backbone=tiny_tower,
-        grid=shape[1:] if shape else None, classes=manifest.classes,
+        grid=shape[1:] if shape else None, classes=manifest.classes, sources=2,
     )  # fmt: skip
     torch.manual_seed(0)
     method = method_type(recipe, inputs)
-    dataset = FaceDataset(manifest, plan_for(method_type), method.needs, SIZE, features)
+    domains = np.arange(len(manifest)) % 2
+    dataset = FaceDataset(manifest, plan_for(method_type), method.needs, SIZE, features, domains=domains)
     rows, test = manifest.rows("train")[:16], manifest.rows("test")
     if method.trained:
         prepare(method, dataset, rows, 0, CPU)

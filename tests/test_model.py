@@ -46,7 +46,8 @@ def test_every_method_predicts_arrays_as_it_predicted_its_target(
     method: str, workspace: Workspace, small_network: str
 ) -> None:
     network = "resnet18" if method == "cafe" else small_network
-    run, predicted = start_run(workspace, method=method, network=network, **SETTINGS)
+    union = {"source": "one,two", "sampler": "balanced"} if METHODS[method].needs_domains() else {}
+    run, predicted = start_run(workspace, method=method, network=network, **{**SETTINGS, **union})
     probabilities = build_model([run]).predict(faces_of(workspace))
     assert (probabilities.dtype, probabilities.shape) == (np.float32, predicted.shape)
     np.testing.assert_allclose(probabilities, predicted, atol=1e-6)

@@ -22,7 +22,7 @@ from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.methods import METHODS
 from cafe.pipeline.evaluate import evaluate_target
-from cafe.pipeline.faces import choose_target, choose_targets
+from cafe.pipeline.faces import choose_split, choose_target, choose_targets
 from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.store import FeatureStore
@@ -39,6 +39,7 @@ from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.protocols import PROTOCOLS, find_protocol
 from cafe.results.runs import read_runs
 from cafe.results.scores import flatten_scores, read_scores
+from cafe.results.sources import Source
 from cafe.seals import write_sealed
 from cafe.towers.weights import write_tensors
 from cafe.views.drawing import ViewPlan
@@ -72,6 +73,27 @@ def test_each_protocol_says_which_faces_are_evaluated_and_how(
     assert PROTOCOLS["clean"].split(target, source) == clean
     assert PROTOCOLS["paper"].split(target, source) == paper
     assert (PROTOCOLS["clean"].channels(kind), PROTOCOLS["paper"].channels(kind)) == ("rgb", colours)
+
+
+def test_a_set_without_splits_is_evaluated_whole_where_none_of_it_was_trained_on(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    draw_faces(tmp_path / "news", per_class=5)
+    news = index_files("news", DATASETS["folder"](UPath(tmp_path / "news"))).manifest
+    relabelled = replace(news, name="again", classes=("x", *news.classes[1:]), table=news.table.slice(0, 12))
+    for one in (news, relabelled):
+        one.save(workspace.manifest_path(one.name))
+    news, relabelled = (workspace.load_manifest(name) for name in ("news", "again"))
+    before = replace(news, parted=False)  # as a file of before is read: nobody knows
+    assert (news.parted, news.digest) == (True, before.digest)
+    clean = PROTOCOLS["clean"]
+    for target, sources, split in (
+        (news, [Source("raf", "rafdb", "0")], "all"),
+        (before, [Source("raf", "rafdb", "0")], "test"),
+        (news, [Source("raf", "rafdb", "0"), Source("news", "folder", news.digest)], "test"),
+        (news, [Source("web", "folder", news.digest)], "test"),
+        (news, [Source("again", "folder", relabelled.digest)], "test"),  # most of its pictures by another name
+    ):
+        assert choose_split(workspace, target, clean, sources) == split
 
 
 def test_an_unknown_protocol_is_answered_with_those_there_are() -> None:

@@ -11,6 +11,8 @@ import pty
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import click
@@ -24,12 +26,16 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UNPRINTABLE, printable
 from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
-from cafe.jobs.options import Whole
+from cafe.jobs.names import list_settings, read_dict
+from cafe.jobs.options import GROUPS, Whole
 from cafe.jobs.tables import make_table, sheet_tables
 from cafe.jobs.terminal import Commands, echo, show, show_json
 from cafe.methods import METHODS
+from cafe.networks.branches import NETWORKS
+from cafe.pipeline.runs import note_end
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import Sheet, SheetCell
+from cafe.towers.names import BACKBONES
 
 
 def run(tmp_path: Path, *arguments: str, code: int = 0) -> str:
@@ -54,7 +60,13 @@ def test_every_listing_is_json_on_request(tmp_path: Path) -> None:
     write_predictions(folder, "mine", labels, labels, manifest=workspace.load_manifest("mine").digest)
     (listed,) = json.loads(run(tmp_path, "runs", "--json"))
     assert (listed["run"], listed["status"], listed["experiments"]) == (folder.name, "FINISHED", ["cafe"])
-    assert folder.name in run(tmp_path, "runs")
+    assert (listed["at_home"], listed["unseen"], listed["epochs"], listed["ended"]) == (1.0, None, 0, None)
+    note_end(folder)
+    (listed,) = json.loads(run(tmp_path, "runs", "--json"))
+    assert datetime.now() - datetime.fromisoformat(listed["ended"]) < timedelta(minutes=2)
+    shown = run(tmp_path, "runs")
+    assert folder.name in shown
+    assert "100.0" in shown
     cell, *_, mean = json.loads(run(tmp_path, "compare", "--json"))["cells"]
     assert (cell["target"], cell["role"], cell["mean"], cell["half_width"]) == ("mine", "source", 1.0, None)
     assert (mean["target"], mean["mean"]) == ("mean of all", 1.0)
@@ -224,6 +236,19 @@ def test_what_the_system_refuses_is_one_sentence(place: str) -> None:
     assert isinstance(CliRunner().invoke(group, ["library"]).exception, OSError)
 
 
+def test_an_interrupted_command_ends_with_130_wherever_it_was() -> None:
+    @click.group(cls=Commands)
+    def group() -> None:
+        pass
+
+    @group.command()
+    def load() -> None:
+        raise KeyboardInterrupt
+
+    result = CliRunner().invoke(group, ["load"])
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
 def list_options(command: click.Command, ctx: click.Context) -> Iterator[click.Parameter]:
     """All options of a command and of those below it."""
     yield from command.params
@@ -243,6 +268,65 @@ def test_every_whole_number_has_a_least_and_a_largest(tmp_path: Path) -> None:
     assert "[x>=1]" in CliRunner().invoke(main, ["train", "--help"]).output
 
 
+def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """All commands below one, with the words that call them."""
+    for name in command.list_commands(click.Context(main)) if isinstance(command, click.Group) else ():
+        below = command.get_command(click.Context(main), name)
+        assert below is not None
+        yield (*path, name), below
+        yield from walk(below, (*path, name))
+
+
+def test_listings_of_commands_show_their_whole_summaries() -> None:
+    for path, command in [((), main), *walk(main)]:
+        if isinstance(command, click.Group):
+            listed = CliRunner().invoke(main, [*path, "--help"], terminal_width=80).output.partition("Commands:")[2]
+            assert "..." not in listed, path
+        else:
+            summary = (command.help or "").partition("\n")[0]
+            assert summary == command.get_short_help_str(80), path
+            assert not {"`", "e.g"} & {summary[i : i + 3] for i in range(len(summary))}, path
+
+
+def test_options_are_in_groups_and_the_required_first() -> None:
+    said = CliRunner().invoke(main, ["train", "--help"]).output
+    places = [said.index(f"\n{name}:") for name in GROUPS]
+    assert places == sorted(places)
+    headed = {
+        name: said.index(f"  {name} ") for name in ("--source", "--method", "--targets", "--backbone", "--threads")
+    }
+    assert list(headed.values()) == sorted(headed.values())
+    assert said.index("\nTracking:") < said.index("  --mlflow-uri ") < said.index("\nOptions:")
+    assert "x<=None" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("cmpare", "Did you mean 'compare'?"),
+        ("index", "Did you mean 'data index'?"),
+        ("data chek", "Did you mean 'check'?"),
+        ("train --lr 0.1", "It is a setting of every method's recipe: --set learning_rate=VALUE."),
+        ("train --batch-size 8", "It is a setting of every method's recipe: --set batch_size=VALUE."),
+        ("train --optimizer adamw", "cafe_map, cafe_vector, cafe_self, linear_probe, mlp: --set optimizer=VALUE."),
+        ("train --device cpu", "Give --gpu or --cpu."),
+        ("train --sorce news", "'--source'"),
+        ("compare --lr 0.1", "No such option '--lr'."),
+    ],
+)
+def test_what_other_programs_call_it_leads_to_what_it_is_called_here(tmp_path: Path, words: str, remedy: str) -> None:
+    assert remedy in run(tmp_path, *words.split(), code=2)
+
+
+def test_what_is_read_of_the_source_is_what_the_source_makes() -> None:
+    assert list(read_dict("cafe.methods", "METHODS")) == list(METHODS)
+    assert list(read_dict("cafe.towers.names", "BACKBONES")) == list(BACKBONES)
+    assert list(read_dict("cafe.networks.branches", "NETWORKS")) == list(NETWORKS)
+    for name, method in METHODS.items():
+        assert sorted(list_settings(name)) == sorted(field.name for field in fields(method.recipe_type)), name
+    assert list_settings("nothing") == []
+
+
 def test_help_names_the_exit_codes() -> None:
     said = " ".join(CliRunner().invoke(main, ["--help"]).output.split())
     assert "Exit codes: 0 done; 1 something could not be done, what was finished is kept; 2 a mistake" in said
@@ -255,48 +339,55 @@ def test_shells_are_told_how_to_complete(shell: str, part: str) -> None:
     assert "_CAFE_COMPLETE" in printed
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [("cafe ev", {"evaluate"}), ("cafe data in", {"index"}), ("cafe evaluate x --test-time t", {"tent", "t3a"})],
-)
-def test_commands_options_and_choices_are_completed(words: str, expected: set[str]) -> None:
-    assert completed(words) == expected
+COMPLETED = {  # what is typed: what a shell completes it to
+    "ev": {"evaluate"},
+    "data in": {"index"},
+    "evaluate x --test-time t": {"tent", "t3a"},
+    "evaluate cafe-": {"cafe-one-s0-1", "cafe-two-s0-2"},
+    "predict cafe-t": {"cafe-two-s0-2"},
+    "predict t": {"table1"},
+    "predict --model t": {"table1"},
+    "predict pho": {"pho"},  # whereupon the shell completes names of files
+    "report t": {"table1"},
+    "compare --experiment t": {"table1"},
+    "compare --per-class tw": {"two", "twelve"},
+    "extract one tw": {"two", "twelve"},
+    "train --source one,tw": {"one,two", "one,twelve"},
+    "evaluate cafe-one-s0-1 --targets o": {"one"},
+    "data audit one tw": {"two", "twelve"},
+    "train --method linear": {"linear_probe"},
+    "train --method scn --set relabel_": {"relabel_after=", "relabel_margin="},
+    "train --backbone face": {"face-resnet"},
+    "train --network mob": {"mobilenet_v2"},
+    "tower clip": {"clip-vit-b32"},
+    "tower pro": {"probe"},
+}
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("evaluate cafe-", {"cafe-one-s0-1", "cafe-two-s0-2"}),
-        ("predict cafe-t", {"cafe-two-s0-2"}),
-        ("predict t", {"table1"}),
-        ("predict --model t", {"table1"}),
-        ("predict pho", {"pho"}),  # whereupon the shell completes names of files
-        ("report t", {"table1"}),
-        ("compare --experiment t", {"table1"}),
-        ("extract one tw", {"two", "twelve"}),
-        ("train --source one,tw", {"one,two", "one,twelve"}),
-        ("evaluate cafe-one-s0-1 --targets o", {"one"}),
-        ("data audit one tw", {"two", "twelve"}),
-    ],
-)
-def test_names_of_the_workspace_are_completed(tmp_path: Path, words: str, expected: set[str]) -> None:
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What shells get for all of these, from a process that must not import what takes seconds."""
+    root = tmp_path_factory.mktemp("work")
     for run, experiment in (("cafe-one-s0-1", "table1"), ("cafe-two-s0-2", "cafe"), ("mlp-one-s0-3", "cafe")):
-        (tmp_path / "runs" / run / "experiments").mkdir(parents=True)
-        (tmp_path / "runs" / run / "run.json").touch()
-        (tmp_path / "runs" / run / "experiments" / f"{experiment}.json").touch()
-    (tmp_path / "manifests").mkdir()
+        (root / "runs" / run / "experiments").mkdir(parents=True)
+        (root / "runs" / run / "run.json").touch()
+        (root / "runs" / run / "experiments" / f"{experiment}.json").touch()
+    (root / "manifests").mkdir()
     for name in ("one", "two", "twelve"):
-        (tmp_path / "manifests" / f"{name}.parquet").touch()
-    assert completed(f"cafe -w {tmp_path} {words}") == expected
-
-
-def completed(words: str) -> set[str]:
-    """What Bash gets, by a process that must not import what takes seconds."""
-    environment = {**os.environ, "_CAFE_COMPLETE": "bash_complete", "COMP_WORDS": words}
-    environment["COMP_CWORD"] = str(len(words.split()) - 1)
+        (root / "manifests" / f"{name}.parquet").touch()
     code = (
-        "import sys\nfrom cafe.jobs.cli import main\ntry:\n    main(prog_name='cafe')\n"
-        "finally:\n    assert not {'torch', 'mlflow', 'ray', 'pyarrow', 'pandas'} & set(sys.modules)"
+        "import json, sys\nfrom click.shell_completion import ShellComplete\nfrom cafe.jobs.cli import main\n"
+        "shell, found = ShellComplete(main, {}, 'cafe', '_CAFE_COMPLETE'), {}\n"
+        "for words in sys.argv[2:]:\n    *before, begun = words.split()\n"
+        "    items = shell.get_completions(['-w', sys.argv[1], *before], begun)\n"
+        "    found[words] = [item.value for item in items]\n"
+        "assert not {'torch', 'mlflow', 'ray', 'pyarrow', 'pandas'} & set(sys.modules)\nprint(json.dumps(found))"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return {line.partition(",")[2] for line in done.stdout.splitlines()}
+    command = [sys.executable, "-c", code, str(root), *COMPLETED]
+    found: dict[str, list[str]] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return found
+
+
+@pytest.mark.parametrize("words", COMPLETED)
+def test_commands_options_and_names_are_completed(completed: dict[str, list[str]], words: str) -> None:
+    assert set(completed[words]) == COMPLETED[words]

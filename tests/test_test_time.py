@@ -19,8 +19,11 @@ from upath import UPath
 
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
-from cafe.learning import adaptation
-from cafe.learning.adaptation import predict_t3a, predict_tent
+from cafe.learning.adaptation import sar, shot, t3a, tent
+from cafe.learning.adaptation.sar import predict_sar
+from cafe.learning.adaptation.shot import find_pseudo_labels, predict_shot
+from cafe.learning.adaptation.t3a import predict_t3a
+from cafe.learning.adaptation.tent import predict_tent
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import predict
 from cafe.methods.method import Method
@@ -97,7 +100,7 @@ def entropy(logits: Tensor) -> Tensor:
 def test_tent_is_the_papers_algorithm_and_leaves_the_method_as_it_was(
     evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adaptation, "TENT_BATCH", 9)
+    monkeypatch.setattr(tent, "BATCH", 9)
     before = copy.deepcopy(evaluated.method.state_dict())
     got = predict_tent(*evaluated[1:], CPU)
     assert all(torch.equal(value, before[name]) for name, value in evaluated.method.state_dict().items())
@@ -122,8 +125,8 @@ def test_tent_is_the_papers_algorithm_and_leaves_the_method_as_it_was(
 
 @pytest.mark.parametrize("kept", [1, 3, 100])
 def test_t3a_is_the_papers_algorithm(evaluated: Evaluated, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaptation, "T3A_BATCH", 9)
-    monkeypatch.setattr(adaptation, "T3A_KEPT", kept)
+    monkeypatch.setattr(t3a, "BATCH", 9)
+    monkeypatch.setattr(t3a, "KEPT", kept)
     got = predict_t3a(*evaluated[1:], CPU)
 
     classifier: nn.Linear = evaluated.method.classifier  # type: ignore[assignment]
@@ -144,6 +147,113 @@ def test_t3a_is_the_papers_algorithm(evaluated: Evaluated, kept: int, monkeypatc
             said.append(features @ torch.stack([mean / mean.norm() for mean in means]).T)
     np.testing.assert_allclose(got, unshuffle(order, said), atol=1e-6)
     assert np.abs(got - predict(*evaluated[1:], CPU)).max() > 1e-3
+
+
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware minimisation as the released script of SAR has it, around SGD."""
+
+    def __init__(self, parameters: list[Tensor], rho: float) -> None:
+        self.base = torch.optim.SGD(parameters, lr=2.5e-4, momentum=0.9)
+        super().__init__(parameters, {"rho": rho})
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        (group,) = self.param_groups
+        norm = torch.stack([value.grad.norm() for value in group["params"]]).norm()
+        for value in group["params"]:
+            self.state[value]["old"] = value.clone()
+            value.add_(value.grad * group["rho"] / (norm + 1e-12))
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for value in self.param_groups[0]["params"]:
+            value.copy_(self.state[value]["old"])
+        self.base.step()
+        self.zero_grad()
+
+
+@pytest.mark.parametrize("collapsed", [0.0, 9.0])  # 9: begun anew after every batch
+def test_sar_is_the_papers_algorithm(evaluated: Evaluated, collapsed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"BATCH": 9, "MARGIN": 0.97, "RADIUS": 0.5, "COLLAPSED": collapsed}.items():
+        monkeypatch.setattr(sar, name, value)
+    got = predict_sar(*evaluated[1:], CPU)
+
+    method, affine = copy.deepcopy(evaluated.method), []
+    for name, module in method.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+            affine += [module.weight, module.bias] if "layer4" not in name else []
+    optimizer, first = Sam(affine, 0.5), [value.detach().clone() for value in affine]
+    order, batches = batches_of(evaluated, 9)
+    said, reliable_faces = [], 0
+    for batch in batches:
+        logits = method(batch)["logits"]
+        said.append(logits.detach())
+        reliable = entropy(logits) < 0.97 * np.log(7)
+        reliable_faces += int(reliable.sum())
+        optimizer.zero_grad()
+        entropy(logits)[reliable].mean().backward()
+        optimizer.first_step()
+        again = entropy(method(batch)["logits"])[reliable]
+        again[again < 0.97 * np.log(7)].mean().backward()
+        optimizer.second_step()
+        if collapsed:
+            for value, own in zip(affine, first, strict=True):
+                value.data.copy_(own)
+            optimizer.base.state.clear()
+    assert 0 < reliable_faces < len(evaluated.rows)  # some are left out
+    np.testing.assert_allclose(got, unshuffle(order, said), atol=1e-6)
+    assert np.abs(got - predict(*evaluated[1:], CPU)).max() > 1e-3
+
+
+def test_pseudo_labels_are_those_of_the_released_script() -> None:
+    torch.manual_seed(0)
+    logits, features = (
+        torch.randn(40, 4) + torch.tensor([0.0, 0, 0, -9]),
+        torch.randn(40, 3),
+    )  # nobody is of the last class
+    extended = torch.cat((features, torch.ones(40, 1)), 1)
+    fea = (extended.T / extended.norm(dim=1)).T.numpy()
+    affinity, labels = logits.softmax(1).numpy(), logits.argmax(1).numpy()
+    for _ in range(2):
+        centres = affinity.T @ fea / (1e-8 + affinity.sum(0)[:, None])
+        there = np.flatnonzero(np.eye(4)[labels].sum(0) > 0)
+        cosine = fea @ centres[there].T / np.linalg.norm(fea, axis=1)[:, None] / np.linalg.norm(centres[there], axis=1)
+        labels = there[cosine.argmax(axis=1)]
+        affinity = np.eye(4)[labels]
+    assert find_pseudo_labels(logits, features).tolist() == labels.tolist()
+    assert 3 not in labels
+
+
+def test_shot_takes_the_steps_of_the_released_script_and_keeps_the_classifier(
+    evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shot, "EPOCHS", 1)
+    before = copy.deepcopy(evaluated.method.state_dict())
+    got = predict_shot(*evaluated[1:], CPU)
+    assert all(torch.equal(value, before[name]) for name, value in evaluated.method.state_dict().items())
+
+    method, dataset, rows = copy.deepcopy(evaluated.method), evaluated.dataset, evaluated.rows
+    assert len(rows) <= 64  # one step
+    (batch,) = dataset.load([rows], 0, CPU)
+    with torch.no_grad():
+        output = method(batch)
+        pseudo = find_pseudo_labels(output["logits"], output["masked"])
+    shuffled = random_generator("test time", "shot", 0).permutation(np.arange(len(rows)))
+    (batch,) = dataset.load([rows[shuffled]], 0, CPU)
+    method.train()
+    logits = method(batch)["logits"]
+    mean = logits.softmax(1).mean(0)
+    loss = entropy(logits).mean() + (mean * (mean + 1e-5).log()).sum()
+    loss = loss + 0.3 * nn.functional.cross_entropy(logits, pseudo[shuffled])
+    method.classifier.requires_grad_(False)  # type: ignore[union-attr]
+    learning = [value for value in method.parameters() if value.requires_grad]
+    rate = 1e-3 * 11**-0.75  # of the image branch, at the end of its schedule
+    loss.backward()
+    torch.optim.SGD(learning, lr=rate, momentum=0.9, weight_decay=1e-3, nesterov=True).step()
+    np.testing.assert_allclose(got, predict(method, dataset, rows, CPU), atol=1e-6)
+    assert np.abs(got - predict(*evaluated[1:], CPU)).max() > 1e-4
 
 
 def test_flipped_faces_are_averaged_alike_from_stored_features_and_from_pictures(
@@ -170,10 +280,12 @@ def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, evalu
     np.testing.assert_allclose(load_predictions(evaluated.run)["two"].probabilities, said[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("option", ["tent", "t3a"])
+@pytest.mark.parametrize("option", ["tent", "t3a", "sar", "shot"])
 def test_evaluated_again_a_target_gets_the_same_numbers_apart_from_all_others(
-    workspace: Workspace, evaluated: Evaluated, option: str
+    workspace: Workspace, evaluated: Evaluated, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shot, "EPOCHS", 1)
+
     def read() -> dict[str, float]:
         return flatten_scores(read_scores(read_runs([evaluated.run])))
 
@@ -203,6 +315,11 @@ def test_what_a_method_lacks_for_an_option_is_one_sentence(workspace: Workspace)
     assert say("linear_probe", "t3a") == ""
     assert say("scn", "t3a").startswith("T3A adjusts a last linear layer, and the logits of Scn come from none")
     assert say("scn", "tent") == ""
+    assert say("linear_probe", "sar").startswith("SAR adapts batch norms, and LinearProbe has none")
+    assert say("linear_probe", "shot").startswith(
+        "SHOT leaves the last linear layer as it is, and LinearProbe has nothing"
+    )
+    assert say("scn", "shot").startswith("SHOT keeps a last linear layer, and the logits of Scn come from none")
 
 
 def test_too_few_faces_to_adapt_to_are_one_sentence(evaluated: Evaluated) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -19,12 +22,13 @@ from upath import UPath
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
-from cafe.errors import UserError
+from cafe.errors import IncompleteError, UserError
 from cafe.jobs.runs import explain_choices
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset, KeptPictures, epoch_order
 from cafe.learning.training import Selection, Training, predict, prepare
 from cafe.methods import METHODS
+from cafe.methods.generalisation.erm import Erm
 from cafe.methods.method import Inputs, Recipe, apply_overrides
 from cafe.pipeline.plan import find_precision, find_recipe
 from cafe.pipeline.settings import TrainSettings
@@ -34,7 +38,8 @@ from cafe.views.drawing import ViewPlan
 
 PLAN = ViewPlan("paper", 0, 4, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CPU = torch.device("cpu")
-TRAINED = [name for name, method in METHODS.items() if method.trained]
+# Those of domain generalisation learn from features alone, in test_generalisation.py.
+TRAINED = [name for name, method in METHODS.items() if method.trained and not issubclass(method, Erm)]
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +285,22 @@ def test_loader_processes_change_nothing(manifest: Manifest, features: Embedder)
     batches = np.split(np.arange(30), 3)
     for alone, ahead in zip(dataset.load(batches, 1, CPU, 0), dataset.load(batches, 1, CPU, 2), strict=True):
         assert all(torch.equal(alone[name], ahead[name]) for name in alone)
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_loader_process_that_is_stopped_or_killed_is_one_sentence(manifest: Manifest, how: signal.Signals) -> None:
+    @dataclass(frozen=True)
+    class Deadly(Manifest):
+        def decode_face(self, row: int, *arguments: Any) -> np.ndarray:
+            if row == 2:
+                os.kill(os.getpid(), how)
+            return super().decode_face(row, *arguments)
+
+    deadly = Deadly(**{one.name: getattr(manifest, one.name) for one in fields(manifest)})
+    dataset = FaceDataset(deadly, PLAN, frozenset({"image"}), 24, silent_seconds=1)
+    with pytest.raises(IncompleteError, match="was killed, or stopped for 1 seconds: give the same command again"):
+        list(dataset.load([np.arange(10)], 1, CPU, 1))
+    assert not active_children()
 
 
 def test_an_epoch_shows_every_face_once() -> None:

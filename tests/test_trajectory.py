@@ -32,7 +32,9 @@ from cafe.views.drawing import ViewPlan
 CPU = torch.device("cpu")
 EPOCHS, BATCH, FACES = 4, 8, 40  # 5 steps an epoch
 CHANNELS = 512  # of the frozen features and of the image branch's map, as published
-SETTINGS = {"scn": {"relabel_after": 2, "relabel_margin": 0.01, "head": "uniform"}}  # so that labels are replaced within 4 epochs
+SETTINGS = {
+    "scn": {"relabel_after": 2, "relabel_margin": 0.01, "head": "uniform"}
+}  # so that labels are replaced within 4 epochs
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from upath import UPath
 
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import Pictures
-from cafe.errors import StorageError, UserError
+from cafe.errors import IncompleteError, StorageError, UserError
 from cafe.methods.method import ARRAYS, Batch, Recipe
 from cafe.networks.parallel import part_sizes, rank
 from cafe.randomness import random_generator
@@ -33,6 +33,7 @@ SMALLEST_BATCH = (
     8  # faces that a training needs, and that a batch has unless its recipe says otherwise or it is the last
 )
 THREADS = 4  # that decode and draw for a GPU
+LOOK_SECONDS = 5.0  # between two looks whether processes that decode live, while they make no batch
 Pixels = tuple[torch.Tensor, torch.Tensor]  # pictures (n, S, S, 3) uint8 and erased boxes (n, 4)
 
 
@@ -110,6 +111,8 @@ class FaceDataset:
     features: FeatureSource | None = None
     channels: str = "rgb"  # bgr only for targets of the protocol `paper`
     targets: np.ndarray | None = None  # (N, K) float32, what to learn of each row where that is not its label alone
+    silent_seconds: float = 300.0  # after which processes that made no batch count as stopped
+    domains: np.ndarray | None = None  # (N,) the source of each row, for a method that needs it
 
     def load(
         self,
@@ -121,11 +124,12 @@ class FaceDataset:
     ) -> Iterator[Batch]:
         """Yield batches of rows in one view, in order, on a device: row and label (n,), and what the method needs.
 
-        `target` is (n, K) where there are targets.
+        `target` is (n, K) where there are targets, `domain` (n,) where there are domains.
 
         `image` is (n, 3, S, S), normalised on the device, `placement` (n, 2, 3) says which part of the clean picture it
         shows, `features` is (n, C), `map` (n, C, H, W), both of `frozen_view` where that is another. `workers` processes
-        decode ahead; without any a GPU makes the views itself. A batch may be empty, but not the first.
+        decode ahead; without any a GPU makes the views itself. A batch may be empty, but not the first. Raises
+        `IncompleteError` when one of the processes was killed or all seem to be stopped.
         """
         pictures: Iterable[Pixels | None] = repeat(None)
         if "image" in self.needs:
@@ -135,6 +139,8 @@ class FaceDataset:
             batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
             if self.targets is not None:
                 batch["target"] = torch.from_numpy(self.targets[rows])
+            if self.domains is not None and "domain" in self.needs:
+                batch["domain"] = torch.from_numpy(self.domains[rows])
             if self.features is not None:
                 if len(rows):
                     arrays = self.features.read(rows, view if frozen_view is None else frozen_view)
@@ -155,13 +161,15 @@ class FaceDataset:
 
     def _decode(self, batches: Sequence[np.ndarray], view: int, device: torch.device, workers: int) -> Iterator[Pixels]:
         """Yield views that Pillow makes, in `workers` processes or in this one."""
-        for rendered in DataLoader(
+        loader = DataLoader(
             _Decoding(self._renderer, view),
             batch_sampler=[batch.tolist() for batch in batches],
             collate_fn=_as_is,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-        ):
+            timeout=min(LOOK_SECONDS, self.silent_seconds) if workers else 0,
+        )
+        for rendered in _watch(loader, self.silent_seconds) if workers else loader:
             if isinstance(rendered, Exception):
                 raise rendered
             pictures, boxes, unreadable = rendered
@@ -221,6 +229,31 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _watch(loader: DataLoader[Any], seconds: float) -> Iterator[Any]:
+    """Yield what processes make; end them all where one has ended, or nothing came for so many seconds."""
+    with ThreadPoolExecutor(1) as pool:  # started by the main thread, torch would raise the end of one anywhere there
+        batches, waited = pool.submit(iter, loader).result(), 0.0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):  # else it is torch's own, which has no class for it
+                raise
+            waited += loader.timeout
+            if "timed out" in str(error) and waited < seconds:
+                continue
+            for process in batches._workers:  # type: ignore[attr-defined]  # one that is stopped hears nothing else
+                process.kill()
+            raise IncompleteError(
+                f"A process that decodes pictures was killed, or stopped for {seconds:.0f} seconds: give the same command "
+                "again, with fewer --loader-workers where memory is short."
+            ) from None
+        waited = 0.0
+        yield batch
+
+
 def epoch_order(
     rows: np.ndarray,
     labels: np.ndarray,
@@ -260,6 +293,11 @@ def _draw(rows: np.ndarray, labels: np.ndarray, prior: str, generator: np.random
         return generator.permutation(rows)
     weights = 1 / np.bincount(labels[rows])[labels[rows]]
     return generator.choice(rows, size=len(rows), p=weights / weights.sum())
+
+
+def smallest_batch(sources: int) -> int:
+    """Return how many faces a batch holds at least where a method compares so many sources within it: two of each."""
+    return 2 * sources
 
 
 def own_part(batch: np.ndarray) -> np.ndarray:

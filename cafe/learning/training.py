@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cafe.errors import UserError
-from cafe.learning.loading import FaceDataset, epoch_order, own_part
+from cafe.learning.loading import FaceDataset, epoch_order, own_part, smallest_batch
+from cafe.learning.valley import find_valley
 from cafe.methods.features import FeatureMethod, Standardisation
 from cafe.methods.method import Batch, Method, widen
 from cafe.networks.parallel import gather, rank, world_size
@@ -66,6 +68,8 @@ class Training:
             group["lr"] = group["initial_lr"] * self.method.learning_rate_factor(epoch)
         # Batch norm needs two faces to estimate a variance.
         smallest = 2 if any(isinstance(module, _BatchNorm) for module in self.method.modules()) else 1
+        if self.method.needs_domains():  # a covariance needs two of each source
+            smallest = smallest_batch(self.method.inputs.sources)
         labels, recipe = self.dataset.manifest.labels, self.method.recipe
         order = epoch_order(self.rows, labels, recipe, self.seed, epoch, smallest, self.domains)
         view, frozen_view = self.dataset.plan.view_of(epoch), None
@@ -96,8 +100,7 @@ class Training:
             output = self.module(batch)
         whole = {name: gather(widen(value), total) for name, value in output.items()}
         targets: Batch = {"label": gather(batch["label"], total), "row": gather(batch["row"], total)}
-        if "target" in batch:
-            targets["target"] = gather(batch["target"], total)
+        targets |= {name: gather(batch[name], total) for name in ("target", "domain") if name in batch}
         targets |= {"epoch": epoch, "generator": torch.Generator().manual_seed(step_seed), "log_prior": self.log_prior}
         correct = (whole["logits"].argmax(1) == targets["label"]).float().mean()
         whole["logits"] = whole["logits"] + self.log_prior
@@ -133,13 +136,63 @@ class Selection:
             self.weights = {name: value.clone() for name, value in training.method.state_dict().items()}
         return {"selection/accuracy": accuracy}
 
-    def record(self, epoch: int) -> dict[str, float]:
+    def record(self, epoch: int) -> dict[str, Any]:
         """Return what a checkpoint of an epoch says besides weights."""
         return {"epoch": epoch, "selected": self.epoch, "accuracy": self.accuracy}
+
+    def restore(self, record: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+        """Go on from what a checkpoint says."""
+        self.epoch, self.accuracy, self.weights = record["selected"], record["accuracy"], weights
+
+    def conclude(self, training: Training) -> dict[str, float]:
+        """Make up the weights that are the result, after the last epoch; return what is to be said of them."""
+        return {}
 
     def result(self, training: Training) -> dict[str, Tensor]:
         """Return the weights that are the result of the training."""
         return self.weights or training.method.state_dict()
+
+
+@dataclass
+class Averaging(Selection):
+    """The weights are averaged over epochs, those in the valley of the loss on held-out faces: `cafe.learning.valley`."""
+
+    losses: list[float] = field(default_factory=list)  # after each epoch
+
+    def evaluate(self, training: Training, epoch: int) -> dict[str, float]:
+        """Keep the weights of an epoch, and return accuracy and cross-entropy on the held-out faces."""
+        accuracy, loss = self._measure(training)
+        self.losses.append(loss)
+        self.weights |= {f"{epoch}/{name}": value.clone() for name, value in training.method.state_dict().items()}
+        return {"selection/accuracy": accuracy, "selection/loss": loss}
+
+    def record(self, epoch: int) -> dict[str, Any]:
+        """Return what a checkpoint of an epoch says besides weights."""
+        return {**super().record(epoch), "losses": self.losses}
+
+    def restore(self, record: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+        """Go on from what a checkpoint says."""
+        super().restore(record, weights)
+        self.losses = list(record["losses"])
+
+    def conclude(self, training: Training) -> dict[str, float]:
+        """Average the weights, and return their accuracy on the held-out faces and the first epoch of the average."""
+        first, self.epoch = find_valley(self.losses)
+        average = dict[str, Tensor]()
+        for name, last in training.method.state_dict().items():
+            several = torch.stack([self.weights[f"{epoch}/{name}"] for epoch in range(first, self.epoch + 1)])
+            average[name] = several.mean(dim=0) if several.is_floating_point() else last
+        self.weights = average
+        training.method.load_state_dict(average)
+        self.accuracy, _ = self._measure(training)
+        return {"selection/accuracy": self.accuracy, "averaged_from": first}
+
+    def _measure(self, training: Training) -> tuple[float, float]:
+        probabilities = predict(training.method, training.dataset, self.rows, training.device)
+        labels = training.dataset.manifest.labels[self.rows]
+        chosen = probabilities[np.arange(len(labels)), labels].astype(float)
+        smallest = np.finfo(np.float32).tiny  # where float32 rounds a probability to 0
+        return float((probabilities.argmax(axis=1) == labels).mean()), float(-np.log(chosen.clip(smallest)).mean())
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

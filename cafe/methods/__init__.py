@@ -13,6 +13,15 @@ from cafe.methods.cafe_map import CafeMap
 from cafe.methods.cafe_self import CafeSelf
 from cafe.methods.cafe_vector import CafeVector
 from cafe.methods.eac import Eac
+from cafe.methods.generalisation.coral import Coral
+from cafe.methods.generalisation.dann import Dann
+from cafe.methods.generalisation.erm import Erm
+from cafe.methods.generalisation.group_dro import GroupDro
+from cafe.methods.generalisation.irm import Irm
+from cafe.methods.generalisation.mixup import Mixup
+from cafe.methods.generalisation.mmd import Mmd
+from cafe.methods.generalisation.spectral_decoupling import SpectralDecoupling
+from cafe.methods.generalisation.vrex import Vrex
 from cafe.methods.method import Method
 from cafe.methods.ofer import Ofer, OferOwn
 from cafe.methods.rul import Rul
@@ -35,6 +44,15 @@ METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
     "finetune": Finetune,
     "image_only": ImageOnly,
+    "erm": Erm,
+    "mixup": Mixup,
+    "coral": Coral,
+    "mmd": Mmd,
+    "irm": Irm,
+    "vrex": Vrex,
+    "group_dro": GroupDro,
+    "dann": Dann,
+    "spectral_decoupling": SpectralDecoupling,
 }
 offer("methods", METHODS, "a subclass of Method", lambda entry: isinstance(entry, type) and issubclass(entry, Method))
 

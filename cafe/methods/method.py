@@ -55,12 +55,14 @@ class Inputs:
     backbone: str | None = None  # name of the tower the frozen features are of
     grid: tuple[int, int] | None = None  # (H, W) of the maps, where the method needs them
     classes: tuple[str, ...] = EXPRESSIONS  # what its logits stand for, in order; their number is K
+    sources: int = 1  # data sets it is trained on
 
 
 class Method(nn.Module):
     """A method of facial-expression recognition. A subclass cites its paper and states where it deviates from it."""
 
-    # What a batch must hold: "image", with it "flipped_image" and "placement"; "features", "map"; or the "tower" itself.
+    # What a batch must hold: "image", with it "flipped_image" and "placement"; "features", "map"; or the "tower" itself; and
+    # of a training on several sources, "domain", which of them each face is of.
     needs: ClassVar[frozenset[str]]
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.drawing.POLICIES`
@@ -93,6 +95,11 @@ class Method(nn.Module):
     def needs_features(cls) -> bool:
         """Whether it reads the features of a frozen tower."""
         return not cls.needs.isdisjoint(ARRAYS)
+
+    @classmethod
+    def needs_domains(cls) -> bool:
+        """Whether it compares several sources within each batch, so that none can be learned from alone."""
+        return "domain" in cls.needs
 
     @classmethod
     def needs_tower(cls) -> bool:
@@ -143,7 +150,8 @@ class Method(nn.Module):
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters.
 
-        A whole batch holds `label` (N,), `row` (N,) of the manifest, `epoch`, a seeded `generator` and `log_prior` (K,),
+        A whole batch holds `label` (N,), `row` (N,) of the manifest, `domain` (N,) for a method that needs it, `epoch`, a
+        seeded `generator` and `log_prior` (K,),
         which the logits already contain and any other classification of the labels must add; 0 unless adjusted. A method
         that `takes_votes` reads `find_targets`.
         """

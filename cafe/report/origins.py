@@ -25,9 +25,9 @@ def trainings_sheet(comparison: Comparison) -> Sheet:
     header = ["source", "method", "seeds", "epoch", "epochs", "tower", "views", "code", "not as published"]
     lines = [list(map(SheetCell, _describe_training(row))) for row in comparison.rows]
     notes = [
-        "Epoch: which one is evaluated. final: the last; source_val: the best on faces held out of the source. Code: the "
-        "commit or the release a run was trained by. Not as published: settings that differ from the method's paper, where "
-        "it has a published recipe. All settings of a run are in its run.json."
+        "Epoch: which one is evaluated. final: the last; source_val: the best on faces held out of the source; swad: the "
+        "mean of several. Code: the commit or the release a run was trained by. Not as published: settings that differ from "
+        "the method's paper, where it has a published recipe. All settings of a run are in its run.json."
     ]
     return Sheet("Trainings", len(header), 1, header, lines, notes)
 

@@ -32,8 +32,8 @@ ORACLES = (
     "†: the epoch was chosen on the target's own training faces (oracle): what a choice could gain, and no result."
 )
 TEST_TIME_NOTE = (
-    "test_time: more was done than to ask a trained network once; tent and t3a learned from the target's faces, which is no "
-    "generalisation to unseen ones. Such rows are neither marked nor ranked."
+    "test_time: more was done than to ask a trained network once; tent, t3a, sar and shot learned from the target's faces, "
+    "which is no generalisation to unseen ones. Such rows are neither marked nor ranked."
 )
 
 

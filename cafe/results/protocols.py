@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from cafe.data.manifest import Manifest
 
 ProtocolName = Literal["clean", "paper"]  # of `PROTOCOLS`
-TestTime = Literal["flip", "views", "tent", "t3a"]  # of `OPTIONS`
+TestTime = Literal["flip", "views", "tent", "t3a", "sar", "shot"]  # of `OPTIONS`
 EVALUATED = ("test", "val")  # the first of them that a set has: the labels of some test sets were never published
 
 
 @dataclass(frozen=True)
 class Option:
-    """What may be done at test time: the mean over some views, or an adaptation to the target's faces."""
+    """What may be done at test time: the mean over some views, or an adaptation to the target's faces, which `adapts`."""
 
     about: str
+    adapts: bool = False
     views: int = 1  # to average
     policy: str = ""  # how they are drawn; empty: as the run's own
 
@@ -32,8 +33,20 @@ class Option:
 OPTIONS = {
     "flip": Option("the mean over each face and its mirror image", views=2, policy="flip"),
     "views": Option("the mean over the clean view and four augmented ones of the run's own policy", views=5),
-    "tent": Option("TENT (Wang et al., ICLR 2021) adapts the batch norms to the target's faces, 200 after 200"),
-    "t3a": Option("T3A (Iwasawa and Matsuo, NeurIPS 2021) adjusts the classifier to the target's faces, 32 after 32"),
+    "tent": Option(
+        "TENT (Wang et al., ICLR 2021) adapts the batch norms to the target's faces, 200 after 200", adapts=True
+    ),
+    "t3a": Option(
+        "T3A (Iwasawa and Matsuo, NeurIPS 2021) adjusts the classifier to the target's faces, 32 after 32", adapts=True
+    ),
+    "sar": Option(
+        "SAR (Niu et al., ICLR 2023) adapts the batch norms to those of the target's faces it is sure of, 64 after 64",
+        adapts=True,
+    ),
+    "shot": Option(
+        "SHOT (Liang et al., ICML 2020) trains all but the classifier on all of the target's faces, 15 times each",
+        adapts=True,
+    ),
 }
 
 
@@ -66,13 +79,16 @@ class Protocol:
         ours, theirs = ((one.splits.get(kind, EVALUATED), one.channels(kind), one.option) for one in (self, other))
         return ours == theirs
 
-    def split(self, target: Manifest, *source_kinds: str) -> str | None:
+    def split(self, target: Manifest, *source_kinds: str, seen: bool = False) -> str | None:
         """Return the split of a target that is evaluated, or None when it has none that may be.
 
-        Never the training split of a set the method was trained on, and no labels but those the protocol means.
+        Never the training split of a set the method was trained on, and no labels but those the protocol means. All of a set
+        that came without splits is evaluated, unless the method has `seen` it: then the part made for test.
         """
         if target.kind == "ferplus-argmax":
             return None
+        if target.parted and not seen:
+            return "all"
         wanted = self.splits.get(target.kind, EVALUATED)
         if target.kind in source_kinds and "train" in wanted:
             wanted = EVALUATED

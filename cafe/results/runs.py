@@ -286,8 +286,10 @@ def list_epochs(folder: UPath) -> dict[int, UPath]:
 
 
 def read_validation_accuracy(run: Run) -> float | None:
-    """Return the accuracy by which the epoch of a run was selected on held-out faces of its source; None without one."""
+    """Return the accuracy of a run on the faces of its source that its epoch, or epochs, were selected on; None without."""
     result = read_result(run.folder)
+    if result and run.selection == "swad":
+        return float(result["selection/accuracy"])  # of the averaged weights
     if run.selection != "source_val" or not result or not result.get("selected"):
         return None
     epoch = read_epoch(run.folder / "epochs" / f"{result['selected']:04d}.json")

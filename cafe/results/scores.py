@@ -19,7 +19,7 @@ from cafe.results.metrics import METRICS, RECALL, score
 from cafe.results.predictions import Head, Predictions, list_predictions, list_protocols
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
-from cafe.results.sources import SOURCE, UNKNOWN, UNSEEN
+from cafe.results.sources import SAME_SET, SOURCE, UNKNOWN, UNSEEN
 
 # What a record says beside the metrics and the recalls. `sources` is how many there are; `column` is the `Column` of which
 # `protocol` and `target` are names.
@@ -112,7 +112,8 @@ def meet(runs: Sequence[Run], manifests: Mapping[str, str] | None = None) -> Mee
     that most runs were evaluated on, among equals the first by its digest, as no record says which is newer. Of one
     manifest, the most faces count: others were readable later. Every number about several runs is of what meets here.
     """
-    columns: dict[tuple[str, str, str], list[tuple[tuple[str, ...], _Evaluated]]] = defaultdict(list)
+    by_name = {run.name: run for run in runs}
+    columns: dict[tuple[str, str, bool], list[tuple[tuple[str, ...], _Evaluated]]] = defaultdict(list)
     files = [
         (run.name, protocol, name, path)
         for run in runs
@@ -124,8 +125,10 @@ def meet(runs: Sequence[Run], manifests: Mapping[str, str] | None = None) -> Mee
         if head is None:
             continue
         about = (head.about.get("manifest", ""), head.rows, head.faces)
-        # Runs that know other classes are evaluated on other faces, in columns of their own.
-        place = (find_protocol(protocol).plain, name, head.about.get("split", ""))
+        # Runs that know other classes are evaluated on other faces, in columns of their own; so are those that saw the set.
+        plain = find_protocol(protocol).plain
+        relation = by_name[run_name].relation(Column.parse(name, plain), head.about.get("kind", ""), about[0])
+        place = (plain, name, relation in (SOURCE, SAME_SET))
         columns[place].append((tuple(sorted(head.classes)), _Evaluated(run_name, protocol, name, *about)))
     left_out = [
         left for (_, name, _), several in columns.items() for left in _leave_out(name, several, manifests or {})

@@ -21,7 +21,7 @@ from cafe.files import place_below
 from cafe.networks.branches import check_network
 from cafe.pipeline.benchmark.file import Benchmark, Entry
 from cafe.pipeline.benchmark.grid import Cell, Sharing, StoreName, StorePlan
-from cafe.pipeline.faces import Faces, Part
+from cafe.pipeline.faces import Faces, Part, choose_split
 from cafe.pipeline.features.extract import Extraction
 from cafe.pipeline.features.integrity import Receipts, find_stores
 from cafe.pipeline.need import Need, Store, finished_first
@@ -37,6 +37,7 @@ from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.protocols import find_protocol
 from cafe.results.runs import read_epoch
+from cafe.results.sources import Source
 from cafe.towers.facts import NORMALISATIONS
 
 RATE_EPOCHS = 3  # of a run, the last ones, from which its speed is taken
@@ -235,8 +236,9 @@ class _Planner:
     def complete(self, cell: Cell, needed: Sequence[StorePlan]) -> Cell:
         """Return a cell with the stores it needs, what it costs and, once they are filled, its checked training."""
         manifests = [self.workspace.load_manifest(name) for name in cell.evaluated_on]
-        protocol, kinds = find_protocol(self.benchmark.protocol), [part.manifest.kind for part in cell.source.parts]
-        splits = [(target, protocol.split(target, *kinds)) for target in manifests]
+        protocol = find_protocol(self.benchmark.protocol)
+        sources = [Source(part.name, part.manifest.kind, part.digest) for part in cell.source.parts]
+        splits = [(target, choose_split(self.workspace, target, protocol, sources)) for target in manifests]
         train, held_out = cell.source.split_rows(cell.settings.selection)
         seen = max(1, cell.epochs) * (max(1, cell.folds) * len(train) + len(held_out))
         seen += sum(len(target.rows(split)) for target, split in splits if split)

@@ -35,7 +35,6 @@ from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import locate
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.process import pulse
 from cafe.pipeline.process.versions import check_versions
 from cafe.pipeline.settings import ExtractSettings
 from cafe.plugins import Plugin
@@ -94,7 +93,6 @@ class ShardEmbedder:
         self.layers = [parse_backbone(info.backbone_name).layer for info in stores.values()]
         self.manifest, self.settings, self.device = manifest, settings, device
         self.versions = versions  # of the driver
-        pulse.begin()
         self.decoders = Decoders(settings.decoders or 0, settings.silent_seconds)
         self.decoders.start()  # while the tower is loaded
         self.turn, self.ended = Lock(), Event()

@@ -1,9 +1,10 @@
-"""Signs of life of workers in processes of Ray's, which itself waits without end for one that was stopped or hangs.
+"""Signs of life of the processes of Ray's, which itself waits without end for one that was stopped or hangs.
 
-A thread of each worker changes a note in the cluster's own store as long as its process runs, however long its work takes.
-The command watches the notes by its own clock, and ends a process whose note no longer changes: it then counts as one that
-was killed, and its work is done again, or the command ends with a sentence. Ray Train does as much for workers that share a
-training, and is told the same limit.
+A thread of each, whatever it does (workers, tasks, what Ray Train and Ray Data run by themselves), changes a note in the
+cluster's own store as long as its process runs, however long its work takes; it begins before the process works
+(`cluster.PULSE`). The note's name says where that process is and when it began. The command watches the notes by its own
+clock, and ends a process whose note no longer changes: it then counts as one that was killed, and its work is done again, or
+the command ends with a sentence. Ray Train does as much for workers that share a training, and is told the same limit.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from time import monotonic, sleep
+
+from cafe.pipeline.process.lease import find_start
 
 BEAT_SECONDS = 2.0
 NAMESPACE = "cafe.pulse"
@@ -23,12 +26,12 @@ LONGEST_LOOK = 3  # beats that count between two looks: while this command itsel
 
 
 def begin() -> None:
-    """Give signs of life from now on, where this process is that of an actor of Ray's."""
-    if (ray := sys.modules.get("ray")) is None or not ray.is_initialized():  # importing it takes a second
-        return
-    context = ray.get_runtime_context()
-    if actor := context.get_actor_id():
-        Thread(target=_beat, args=(f"{context.get_job_id()}/{actor}".encode(),), daemon=True).start()
+    """Give signs of life from now on; to be called once in every process of Ray's."""
+    import ray
+
+    context, process = ray.get_runtime_context(), os.getpid()
+    key = f"{context.get_job_id()}/{context.get_node_id()}/{process}/{_find_start(process)}".encode()
+    Thread(target=_beat, args=(key,), daemon=True).start()
 
 
 def _beat(key: bytes) -> None:
@@ -56,7 +59,6 @@ def watch(seconds: float) -> Iterator[None]:
 
 def _watch(seconds: float, ended: Event) -> None:
     import ray
-    from ray._private.state import actors
     from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
 
     job, last = f"{ray.get_runtime_context().get_job_id()}/", monotonic()
@@ -70,23 +72,40 @@ def _watch(seconds: float, ended: Event) -> None:
             if notes[key][1] >= seconds:
                 _internal_kv_del(key, namespace=NAMESPACE)
                 del notes[key]
-                actor = actors(key.decode().removeprefix(job))
-                if actor and actor["State"] == "ALIVE":  # else it has ended, and Ray knows
-                    _end(actor["Pid"], actor["Address"]["NodeID"], seconds)
+                node, process, began = key.decode().removeprefix(job).split("/")
+                _end(node, int(process), began, seconds)
 
 
-def _end(process: int, node: str, seconds: float) -> None:
+def _end(node: str, process: int, began: str, seconds: float) -> None:
     """Kill a process where it is: one that was stopped does nothing that Ray asks of it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    logging.getLogger(__name__).warning(
-        "Process %d gave no sign of life for %.0f seconds, as one that was stopped, and is ended.", process, seconds
-    )
+    def say(killing: Future[bool]) -> None:
+        if killing.exception() is None and killing.result():  # else it has ended, or its node has, and Ray knows
+            logging.getLogger(__name__).warning(
+                "Process %d gave no sign of life for %.0f seconds, as one that was stopped, and was ended.",
+                process,
+                seconds,
+            )
+
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process)
+    killing = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(process, began)
+    killing.future().add_done_callback(say)
 
 
-def _kill(process: int) -> None:
+def _kill(process: int, began: str) -> bool:
+    """Kill a process of this machine, unless another has its number by now; return whether it was there."""
+    if _find_start(process) != began:
+        return False
     with suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
+    return True
+
+
+def _find_start(process: int) -> str:
+    """Return when a process began, the same for all where the system does not say, but not for one that has ended."""
+    try:
+        return str(find_start(process))
+    except OSError:
+        return ""

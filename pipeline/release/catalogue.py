@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import list_folder
+from cafe.files import list_folder, read_json
 from cafe.pipeline.release.shipped import is_export, shipped_models
-from cafe.pipeline.runs import read_model
+from cafe.pipeline.runs import read_model, read_status
 from cafe.pipeline.workspace import Workspace
+from cafe.results.runs import Run, list_epochs
 from cafe.results.scores import average_unseen, meet, read_scores
 from cafe.results.sources import SOURCE
 
@@ -60,13 +63,48 @@ def _record(
 def _describe_runs(workspace: Workspace) -> Iterator[dict[str, Any]]:
     """Yield the record of every run that is trained to its end."""
     runs = [run for run in workspace.read_runs() if run.finished]
+    for run, (home, unseen) in zip(runs, score_runs(workspace, runs), strict=True):
+        scores = {} if unseen is None else {f"unseen/{ACCURACY}": unseen}
+        yield _record(run.name, TRAINED, run.method, run.source, [run.seed], home, scores)
+
+
+def list_runs(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return a record for each run of a workspace: what it is, how far, when it ended, and its accuracies from 0 to 1.
+
+    What is not known is None, as the time of runs that older versions made. A run is listed whatever became of its
+    predictions; where some cannot be read, a warning says so, and no run has accuracies.
+    """
+    runs = workspace.read_runs()
+    try:
+        scores = score_runs(workspace, runs)
+    except UserError as error:
+        logging.getLogger(__name__).warning("Accuracies are not known: %s", error)
+        scores = [(None, None)] * len(runs)
+    records = []
+    for run, (home, unseen) in zip(runs, scores, strict=True):
+        planned = run.settings.get("recipe.epochs")
+        ended = (read_json(run.folder / "made.json") or {}).get("ended")
+        records.append({
+            "run": run.name, "source": run.source, "method": run.method, "selection": run.selection,
+            "status": read_status(run.folder), "experiments": sorted(run.experiments), "seed": run.seed,
+            "epochs": len(list_epochs(run.folder)), "of": planned, "at_home": home, "unseen": unseen,
+            "ended": datetime.fromtimestamp(ended).isoformat(" ", "minutes") if ended else None,
+        })  # fmt: skip
+    return records
+
+
+def score_runs(workspace: Workspace, runs: Sequence[Run]) -> list[tuple[float | None, float | None]]:
+    """Return for each run its accuracy on its source, the mean of several, and the mean over unseen targets, if known."""
     known = workspace.manifest_digests()
     table = read_scores(meet(runs, known).runs, known, ["clean"])
+    if table.empty:
+        return [(None, None)] * len(runs)
     unseen = average_unseen(table).reset_index().set_index("run")[ACCURACY]
     at_home = table[table["relation"] == SOURCE].set_index(["run", "target"])[ACCURACY]
+    scored = []
     for run in runs:
         places = [(run.name, name) for name in run.source.split("+")]  # not those of a model it started from
         found = [float(at_home[place]) for place in places if place in at_home.index]
         home = sum(found) / len(found) if found and len(found) == len(places) else None
-        scores = {f"unseen/{ACCURACY}": float(unseen[run.name])} if run.name in unseen else {}
-        yield _record(run.name, TRAINED, run.method, run.source, [run.seed], home, scores)
+        scored.append((home, float(unseen[run.name]) if run.name in unseen else None))
+    return scored
