@@ -124,6 +124,9 @@ class Tree:
             )
             if self.packed[0].casefold().endswith(".tar"):
                 remedy += "; shards of tar are read with `cafe data index webdataset`"
+        if self.refused:
+            name, reason = self.refused[0]
+            missing = f"{missing} that can be read (first: {name} {reason})"
         return UserError(f"{self.root} holds no {missing}: {remedy}.")
 
 

@@ -373,7 +373,7 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
     if spans.null_count or not pc.all(pc.is_in(pc.list_value_length(table["span"]), pa.array([2, 3, None]))).as_py():
         return "a place in an archive that is not two or three numbers"
     if pc.any(pc.less(spans, 0)).as_py():
-        return "a place before the beginning of an archive"
+        return "a place in an archive before its beginning"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):
         return "a sample listed twice"
     known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))
