@@ -21,7 +21,7 @@ from cafe.jobs.terminal import (
     say,
     show,
 )
-from cafe.pipeline.settings import LARGEST, AlignSettings
+from cafe.pipeline.settings import LARGEST, AlignSettings, ExtractSettings
 
 if TYPE_CHECKING:
     from cafe.data.auditing import Audit
@@ -287,7 +287,14 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
 
 @data.command("check")
 @click.argument("name", shell_complete=complete("manifest"))
-def check(name: str) -> None:
+@click.option(
+    "--max-megapixels",
+    type=Whole(1, LARGEST),
+    default=ExtractSettings.max_megapixels,
+    show_default=True,
+    help="Largest picture to decode, as `cafe extract` has it.",
+)
+def check(name: str, max_megapixels: int) -> None:
     """Check the pictures of a data set.
 
     \b
@@ -300,7 +307,7 @@ def check(name: str) -> None:
 
     workspace = open_workspace()
     with progress_bar("Checking") as progress:
-        result, page = report_check(workspace, workspace.load_manifest(name), progress)
+        result, page = report_check(workspace, workspace.load_manifest(name), progress, max_megapixels)
     for table in _check_tables(result):
         show(table)
     say(f"Wrote {page}")
