@@ -153,7 +153,7 @@ class Manifest:
     ) -> Manifest:
         """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
         rows = sorted(faces, key=lambda face: face.sample_id)
-        for text in (root, *(face.path for face in rows)):
+        for text in (root, *(face.path for face in rows), *(face.group or "" for face in rows)):
             check_encoded(text)
         repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
         if repeated:
