@@ -157,17 +157,16 @@ def _check_folders(found: Listing, levels: Levels) -> None:
     if levels.named is None:
         return
     wrong = [
-        (file, folders[levels.named])
+        file
         for file in found.files
         if len(folders := list_levels(file.path)) > levels.named
         and (shown := find_class(folders[levels.named], levels.classes)) is not None
         and find_class(file.expression, levels.classes) not in (None, shown)
     ]
     if wrong:
-        file, folder = wrong[0]
         raise UserError(
             f"{len(wrong):,} pictures of {found.root} lie in a folder of another expression than their table says, such as "
-            f"{file.path}, which is {file.expression!r} there: read the table with `cafe data index table`, or take it away."
+            f"{wrong[0].path}, which is {wrong[0].expression!r} there: read the table with `cafe data index table`, or take it away."
         )
 
 
