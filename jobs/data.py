@@ -194,7 +194,7 @@ def _describe_labels(listing: Listing) -> list[str]:
     """What labels mean that are no names, and which columns play no part."""
     meanings = [f"{label} is {name or 'left out'} ({count:,})" for label, name, count in listing.meanings]
     columns = [f"columns that play no part: {', '.join(listing.unread)}"] if listing.unread else []
-    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns]
+    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns, *listing.notes]
 
 
 def _describe_parts(manifest: Manifest) -> list[str]:

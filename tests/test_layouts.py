@@ -51,6 +51,7 @@ class Case:
     dropped: dict[str, int] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    note: str = ""
 
 
 def _pictures(*paths: str) -> Callable[[Path], None]:
@@ -233,6 +234,7 @@ CASES = {
         "table",
         _table(",pth,label,relFCs\n0,anger/0.jpg,surprise,0.8\n1,fear/1.jpg,fear,0.9\n", "anger/0.jpg", "fear/1.jpg"),
         {"anger/0.jpg": ("surprise", None, None), "fear/1.jpg": ("fear", None, None)}, below="t.csv", unread=("relFCs",),
+        note="1 faces lie in a folder of another expression than their label says, such as anger/0.jpg, labelled 'surprise'",
     ),
     "pandas, UTF-16, quoted line ends": Case(
         "table", _pandas, {"é 1.jpg": ("happiness", "val", "7"), "sub/2.jpg": ("sadness", "train", "NA")}, below="t.csv",
@@ -347,6 +349,7 @@ def test_every_layout_has_its_labels_splits_and_groups(tmp_path: Path, name: str
     assert result.listing.dropped == case.dropped
     assert tuple(where for where, _ in result.broken) == case.broken
     assert result.listing.unread == case.unread
+    assert "".join(result.listing.notes).startswith(case.note)
     persons: dict[str, set[str]] = {}
     for row in rows:
         persons.setdefault(row["group"] or row["sample_id"], set()).add(row["split"])
