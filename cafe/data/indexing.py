@@ -127,8 +127,8 @@ class Listing:
     `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label files that cannot
     be used (where, reason, the expression they name), `repeated` pictures that are listed more than once and count once.
     `unread` are the columns of a table that play no part, `meanings` what labels mean that are no names: the label, the
-    name, empty where its faces are left out, and how many there are; `notes` are sentences about what is odd. `classes` is the
-    class set once one is selected.
+    name, empty where its faces are left out, and how many there are; `notes` are sentences about what is odd. `classes` is
+    the class set once one is selected.
     """
 
     root: UPath
