@@ -159,8 +159,12 @@ CASES = {
         {f"faces/{who}/{what}/0.jpg": (EMOTIONS[what], None, who) for who in ("0", "Joy") for what in EMOTIONS},
     ),
     "expression/person": Case(
-        "folder", _pictures(*(f"{what}/{who}/0.jpg" for who in ("ann", "bob") for what in EMOTIONS)),
-        {f"{what}/{who}/0.jpg": (EMOTIONS[what], None, who) for who in ("ann", "bob") for what in EMOTIONS},
+        "folder", _pictures(*(f"{what}/{who}/0.jpg" for who in "01234" for what in EMOTIONS)),
+        {f"{what}/{who}/0.jpg": (EMOTIONS[what], None, who) for who in "01234" for what in EMOTIONS},
+    ),
+    "expression/intensity": Case(
+        "folder", _pictures(*(f"{what}/{how}/0.jpg" for how in ("low", "high") for what in EMOTIONS)),
+        {f"{what}/{how}/0.jpg": (EMOTIONS[what], None, None) for how in ("low", "high") for what in EMOTIONS},
     ),
     "expression/batch": Case(
         "folder", _pictures("happy/a/0.jpg", "happy/b/0.jpg", "sad/c/0.jpg", "sad/0.jpg"),
@@ -305,6 +309,10 @@ CASES = {
         "jaffe", _pictures("jaffe/KA.AN1.39.tiff", "jaffe/NA.FE2.216.tiff", "jaffe/readme.png"),
         {"jaffe/KA.AN1.39.tiff": ("anger", None, "KA"), "jaffe/NA.FE2.216.tiff": ("fear", None, "NA")},
         broken=("jaffe/readme.png",),
+    ),
+    "JAFFE for a target": Case(
+        "jaffe", _pictures("KA.AN1.39.tiff", "KM.SU1.14.tiff"),
+        {"KA.AN1.39.tiff": ("anger", "test", "KA"), "KM.SU1.14.tiff": ("surprise", "test", "KM")}, {"split": "test"},
     ),
     "KDEF": Case(
         "kdef", _pictures("KDEF/AF01/AF01AFS.JPG", "KDEF/BF01/BF01SUHL.JPG"),

@@ -17,6 +17,8 @@ from cafe.data.labels import parse_number
 from cafe.data.layouts import SPLIT_NAMES
 from cafe.errors import UserError
 
+PERSONS = 5  # as many folders at least that recur below several expressions are taken for persons
+
 
 def list_levels(path: str) -> tuple[str, ...]:
     """Return the folders of a path, from outside, without those named after splits."""
@@ -89,8 +91,8 @@ class Levels:
     def group(self, expression: int) -> int | None:
         """Return the level of persons, films or the like, None for none.
 
-        It is the outermost level above the expressions on which folders differ, or else one below them of whose names at
-        least half recur in several expressions.
+        It is the outermost level above the expressions on which folders differ, or else one below them with at least
+        `PERSONS` names, of which at least half recur in several expressions: fewer may be intensities, angles or years.
         """
         levels = [level for level in self.several if level != expression]
         return next((level for level in levels if self._recurs(level, expression)), None)
@@ -113,6 +115,8 @@ class Levels:
         """Whether a level is above the expressions, or at least half of its names are below several of them."""
         if level < expression:
             return True
+        if len(self.names[level]) < PERSONS:
+            return False
         below: dict[str, set[str]] = {}
         for path in self.pictures:
             folders = list_levels(path)
