@@ -376,6 +376,9 @@ UNCERTAIN = {
         "folder", NUMBERS, {"label_order": "fer2013"},
         "labels that the order fer2013 does not explain, 7: 1 face: give the order of this set, whose first name is that",
     ),
+    "an order of another beginning": (
+        "folder", NUMBERS, {"label_order": ",".join("abcdefgh")}, "is 0, of which 'a' would be the name: where it",
+    ),
     "an order of names": ("folder", _pictures("happy/0.jpg", "sad/1.jpg"), {"label_order": "rafdb"}, "No label of "),
     "an order of one": ("folder", NUMBERS, {"label_order": "raf-db"}, "choose affectnet, fer2013, ferplus, rafdb, or give"),
     "an order of a published set": ("jaffe", _pictures("KA.AN1.39.tiff"), {"label_order": "rafdb"}, "of jaffe are known"),

@@ -183,6 +183,10 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
             "path,label,bbox\nx.jpg,anger,1 2 3 4",
             "column 'bbox', which may be a corner and two sides or two corners: say",
         ),
+        (
+            "path,label,x,y,w,h\nx.jpg,anger,.5,.5,.6,.4",
+            "Row 1 of .* has the face box .5, .5, .6, .4: write four numbers of",
+        ),
         ("path,label,happiness,happy\nx.jpg,anger,7,1", "column 'happy' besides 'happiness'"),
         ("path,label,anger\nx.jpg,anger,inf", "Row 1 .* has for 'anger' 'inf': write how many people"),
     ],

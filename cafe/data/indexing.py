@@ -183,8 +183,7 @@ class Listing:
         if self.kind not in OWN_KINDS:
             raise UserError(f"The labels of {self.kind} are known: leave --label-order and --labels out.")
         counts = Counter(file.expression for file in self.files)
-        if labels.numbered and not any(parse_number(label) is not None for label in counts):
-            raise UserError(f"No label of {self.root} is a number: leave --label-order out.")
+        labels.check(self.root, counts)
         names = {label: labels.find(label) for label in (*counts, *(label for *_, label in self.rejected if label))}
         if strange := Counter({label: counts[label] for label, name in names.items() if name is None}):
             raise labels.refuse(self.root, strange)

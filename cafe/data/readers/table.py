@@ -241,9 +241,14 @@ def _read_box(cells: Sequence[object], corners: bool, where: str) -> Box:
     if not any(text is not None for text in texts):
         return 0, 0, 0, 0
     try:
-        left, top, third, fourth = (round(float(text or "")) for text in texts)
+        numbers = [float(text or "") for text in texts]
+        if max(numbers) <= 1 and any(number % 1 for number in numbers):
+            raise ValueError("shares of the picture")
+        left, top, third, fourth = map(round, numbers)
     except (ValueError, OverflowError):
-        raise UserError(f"{where} has the face box {', '.join(map(str, texts))}: write four numbers.") from None
+        raise UserError(
+            f"{where} has the face box {', '.join(map(str, texts))}: write four numbers of pixels."
+        ) from None
     return (left, top, third - left, fourth - top) if corners else (left, top, third, fourth)
 
 
