@@ -203,8 +203,8 @@ def _describe_parts(manifest: Manifest) -> list[str]:
     lines = [f"{groups:,} groups, none of which is in two splits"] if groups and manifest.parted else []
     if manifest.parted and not len(manifest.rows("test")):
         lines.append(
-            "no face is left for test, as the groups are too few or too large: where it is trained on, nothing of it can be "
-            "evaluated; see --split, --group-by and --group-pattern"
+            "no face could be held out for test, as faces or groups are too few: where it is trained on, nothing of it can "
+            "be evaluated; see --split, --group-by and --group-pattern"
         )
     elif manifest.parted:
         lines.append("it came without splits: a fifth is for test where it is trained on; else all of it is evaluated")

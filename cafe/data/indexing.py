@@ -188,7 +188,8 @@ class Listing:
         if strange := Counter({label: counts[label] for label, name in names.items() if name is None}):
             raise labels.refuse(self.root, strange)
         result = replace(self, files=[], dropped=Counter(self.dropped))
-        result.meanings = [(label, name or "", counts[label]) for label, name in names.items() if name != label]
+        explained = sorted(names.items(), key=lambda pair: (parse_number(pair[0]) or 0, pair[0]))
+        result.meanings = [(label, name or "", counts[label]) for label, name in explained if name != label]
         result.rejected = [(where, reason, names.get(label) or "") for where, reason, label in self.rejected]
         for file in self.files:
             name = names[file.expression] or ""
