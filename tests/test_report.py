@@ -103,10 +103,10 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
         "source", "method", "seeds", "fer", "mine", "raf", "stills",
         "unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy",
     ]  # fmt: skip
-    assert [line[0].text for line in table.lines] == ["fer"] * 4 + ["raf"] * 4
+    assert [line[0].text for line in table.lines] == ["fer"] * 6 + ["raf"] * 6
     means: dict[tuple[str, str], float] = {}
     leads = {line[0].text: line for line in table.lines if line[1].text == "cafe less the best rival"}
-    for line in (line for line in table.lines if line is not leads[line[0].text]):
+    for line in (line for line in table.lines if line[1].text in {row.method for row in report.comparison.rows}):
         source, method = line[0].text, line[1].text
         seeds = {target: correct(workspace, method, source, target).mean(axis=1) for target in KINDS}
         for cell, target in zip(line[3:7], table.header[3:7], strict=True):
@@ -122,11 +122,15 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
         assert [marks.get(name) for name in order] == [BEST, SECOND, ""]
         lead = means[source, "cafe"] - max(means[source, "scn"], means[source, "linear_probe"])
         assert leads[source][7].text == f"{100 * lead:+.1f}".replace("-", "−")
+    faces, chance = ([cell.text for cell in line] for line in table.lines[-2:])
+    assert faces == ["raf", "faces", "", "250", "200", "300", "120", "570", "570", "570", "870"]
+    assert chance[3:7] == ["14.4", "14.5", "14.3", "15.0"]  # the largest class of 36 of 250, 29 of 200, …
+    assert chance[8:10] == ["14.3", "–"]  # one in seven, and a calibration error has none
 
 
 def test_of_calibration_errors_the_lowest_is_the_best_and_of_macro_f1_the_highest(workspace: Workspace) -> None:
     table = report_all(workspace, metric="ece").sheets[0]
-    rows = [line for line in table.lines if line[0].text == "raf" and line[1].text != "cafe less the best rival"]
+    rows = [line for line in table.lines if line[0].text == "raf"][:3]
     for name, choose in (("unseen ECE", min), ("unseen macro-F1", max)):
         cells = [line[table.header.index(name)] for line in rows]
         (best,) = [cell.text for cell in cells if cell.mark == BEST]
@@ -192,11 +196,23 @@ def test_ranks_are_over_every_pair_of_source_and_unseen_target(workspace: Worksp
     shown = {line[0].text: float(line[1].text) for line in ranks.lines}
     assert shown == pytest.approx({method: total / 6 for method, total in totals.items()}, abs=0.006)
     assert [line[0].text for line in ranks.lines][-1] == "scn"
+    assert ranks.notes[1] == "Fewer than three methods or 10 pairs: no critical difference and no diagram."
+    assert "Mean ranks" not in [drawing.sheet for drawing in list_drawings(report)]
+
+
+def test_a_diagram_that_joins_what_the_paired_test_tells_apart_says_why(report: Report) -> None:
+    assert report.ranks is not None
+    pairs = replace(report.ranks.ranking, ranks=(1.4, 1.6, 3.2), targets=20, p=0.01, critical_difference=1.5)
+    joined = replace(report, ranks=replace(report.ranks, labels=("cafe", "scn", "linear_probe"), ranking=pairs))
+    (drawing,) = [drawing for drawing in list_drawings(joined) if drawing.sheet == "Mean ranks"]
+    assert "cafe and scn are joined though the paired test tells them apart (trained on fer, raf)" in drawing.caption
+    assert "linear_probe" not in drawing.caption
 
 
 def test_the_csv_holds_every_number_unrounded(workspace: Workspace, report: Report) -> None:
     records = list(csv.DictReader(io.StringIO(to_csv(report))))
     assert len(records) == 6 * (4 + 4)
+    assert {record["evaluated"] for record in records} == {"250", "200", "300", "120", "570", "620", "870"}
     cell = {(r["source"], r["method"], r["target"], r["metric"]): r for r in records}
     record = cell["raf", "scn", "fer", "accuracy"]
     ours, theirs = (correct(workspace, method, "raf", "fer") for method in ("scn", "cafe"))
