@@ -521,3 +521,34 @@ def test_names_can_be_no_formula_in_a_spreadsheet_and_no_page_in_markdown(report
     text = to_markdown(replace(report, sheets=[named]))
     assert "## &lt;script>" in text
     assert "| &lt;b>\\|&amp;copy; |" in text
+
+
+def test_the_supplements_second_table_stands_as_it_is_printed_beside_ours(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    kinds = {name: name for name in SETS}
+    faces = dict.fromkeys(SETS, 140)
+    for init, less in (("file:msceleb.pth", 0.0), ("scratch", 0.4)):
+        for method, skill in (("cafe", 0.9), ("scn", 0.5), ("rul", 0.4), ("eac", 0.3), ("ofer", 0.2)):
+            evaluated_run(workspace, method, "rafdb", 0, skill - less, "paper", kinds, faces, init=init)
+    report = report_all(workspace, as_printed=True)
+    assert report.comparison.protocol == "paper"  # by which alone these runs were evaluated
+    ours, theirs = (
+        sheet(report, f"Trained on RAF-DB, as {what}") for what in ("the supplement's Table 2", "published")
+    )
+    assert ours.header == theirs.header
+    assert ours.header[2:] == ["RAF-DB", "FERPlus", "AffectNet", "SFEW2.0", "MMA", "mean"]
+    names = [*("scn", "rul", "eac", "ofer", "cafe"), "less the best rival"]
+    assert [line[1].text for line in ours.lines] == [*names, *names, *names[:-1]]
+    assert [line[1].text for line in theirs.lines] == [line[1].text for line in ours.lines]
+    texts = [[cell.text for cell in line[2:]] for line in theirs.lines]
+    assert texts[4] == ["88.72", "73.16", "45.86", "52.86", "56.80", "63.48"]
+    assert texts[5] == ["−0.82", "+14.79", "+1.95", "+5.95", "+19.53", "+8.60"]
+    assert texts[11] == ["+5.28", "+27.41", "+17.23", "+23.57", "+24.54", "+19.73"]
+    assert texts[16] == ["−2.80", "−4.02", "−4.90", "−7.07", "−2.15", "−4.19"]
+    assert [line[1].text for line in theirs.lines[:5] if line[2].mark == SECOND] == ["eac"]
+    errors = sheet(report, "Errors by true class and target")
+    row = report.comparison.rows[0]
+    line = next(line for line in errors.lines if (line[1].text, line[2].text) == (row.label, "fear"))
+    predictions = load_predictions(row.runs[0].folder, "paper")["mma"].of_class(EXPRESSIONS.index("fear"))
+    wrong = int((predictions.predicted != predictions.labels).sum())
+    assert line[errors.header.index("mma")].text == f"{wrong} of 20 ({5 * wrong:.1f})"

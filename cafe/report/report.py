@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import pandas as pd
 from upath import UPath
 
 from cafe.errors import UserError
 from cafe.report import ReportSettings
+from cafe.report.printed import printed_sheets
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
@@ -26,7 +28,7 @@ from cafe.results.comparison import ALL, Comparison, Row, compare, compare_class
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
-from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
+from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
 from cafe.results.scores import LeftOut, meet, read_scores
@@ -68,12 +70,12 @@ def make_report(
     training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
     """
     settings = settings or ReportSettings()
-    protocol, versus = settings.protocol, settings.versus
-    known = known or {}
+    versus, known = settings.versus, known or {}
     runs, left_out = meet(runs, known)
     lines = [str(one) for one in left_out]
     about = [*about, *lines]
     scores = read_scores(runs, known)
+    protocol = settings.protocol or choose_protocol(scores)
     _check_left_out(scores, left_out, protocol)
     others = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
@@ -109,10 +111,17 @@ def make_report(
     over_faces = faces_sheet(comparison)
     sheets = [main_sheet(comparison), *([over_faces] if over_faces else []), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
+    sheets += printed_sheets(comparison) if settings.as_printed else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
     title = "Trained on one data set, evaluated on all"
     about, verdicts = [*said, *others, *about], reach_verdicts(comparison)
     return Report(title, about, sheets, comparison, published, tests, ranks, verdicts=verdicts, left_out=lines)
+
+
+def choose_protocol(scores: pd.DataFrame) -> ProtocolName:
+    """Return the protocol whose numbers are shown where none is asked for: the first by which any run was evaluated."""
+    there = set(scores["protocol"])
+    return next((name for name in get_args(ProtocolName) if name in there), get_args(ProtocolName)[0])
 
 
 def _check_left_out(scores: pd.DataFrame, left_out: Sequence[LeftOut], protocol: str) -> None:

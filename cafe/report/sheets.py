@@ -165,7 +165,9 @@ def _grounds(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
 
 def ground_notes(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what chance is, and which numbers are not above it or of few faces."""
-    cells = [(row, place, estimate) for row in rows for place, estimate in (*row.cells.items(), *row.means.items())]
+    cells: list[tuple[Row, Place, Estimate]] = [
+        (row, place, estimate) for row in rows for place, estimate in (*row.cells.items(), *row.means.items())
+    ]
     if not any(estimate.faces for *_, estimate in cells):
         return
     yield GROUNDS
