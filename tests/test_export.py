@@ -270,7 +270,7 @@ def test_the_card_holds_the_scores_of_every_domain_with_intervals(tmp_path: Path
     record |= {"check": {"faces": 32, "largest_difference": 2e-7}}
     card = write_card([one], [one, two], {}, record).decode()
     assert (
-        "**Unseen data sets: 50.0 / 100.0 % (mean ± 95 % t-interval over 2 seeds; 63.7–83.6 over 70 faces) on fer"
+        "**Unseen data sets: 50.0 / 100.0 % (mean ± 95 % t-interval over 2 seeds; 63.7–83.7 over 70 faces) on fer"
         in card
     )
     assert "where the largest classes have 14.3 % of the faces.**" in card
