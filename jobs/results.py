@@ -129,8 +129,11 @@ def show_report(report: Report, as_json: bool = False) -> None:
     from cafe.report.report import list_records
 
     if as_json:
-        show_json({"cells": list(list_records(report)), "left_out": list(report.left_out)})
+        verdicts = [verdict.text for verdict in report.verdicts]
+        show_json({"cells": list(list_records(report)), "left_out": list(report.left_out), "verdicts": verdicts})
         return
+    for verdict in report.verdicts:
+        show(verdict.text)
     for table in (*sheet_tables(report.sheets, WHOLE), *report.about):
         show(table)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cafe.pipeline.benchmark.cells import Failures
     from cafe.pipeline.benchmark.file import Benchmark
     from cafe.pipeline.benchmark.grid import Cell
+    from cafe.pipeline.benchmark.missing import Cost
     from cafe.pipeline.benchmark.plan import BenchmarkPlan
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.workspace import Workspace
@@ -192,8 +193,9 @@ def benchmark(file: str, **values: Any) -> None:
     cafe benchmark quickstart.toml
 
     FILE says what is in it; with this package come demo, quickstart, ferplus, rivals, mask, leave_one_out,
-    leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared,
-    cells run side by side, one that fails stops no other. Interrupt it as you like: the same command goes on where it was.
+    leave_one_out_drawn, table1, table2, ablation, supplement and supplement2 (.toml). Frozen features are extracted once and
+    shared, cells run side by side, one that fails stops no other. Interrupt it as you like: the same command goes on where
+    it was.
     """
     from cafe.pipeline.benchmark.file import read_benchmark
 
@@ -214,7 +216,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     """
     from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
-    from cafe.report.report import conclude
+    from cafe.results.verdicts import conclude
 
     workspace = open_workspace()
     folders = name_folders(faces)
@@ -280,6 +282,8 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
     from cafe.pipeline.benchmark.plan import plan_benchmark
     from cafe.pipeline.tracking.mirror import Mirror
 
+    if settings.dry_run and show_missing(workspace, grid):
+        return
     plan = plan_benchmark(workspace, grid, settings)
     for table in plan_tables(plan):
         show(table)
@@ -296,6 +300,30 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
             "same command again."
         )
     say(f"All {len(plan.cells)} cells are done: cafe compare --experiment {plan.experiment}")
+
+
+def show_missing(workspace: Workspace, grid: Benchmark) -> bool:
+    """Show what a benchmark lacks and, without its manifests, what all of it costs; whether any of these is missing."""
+    from cafe.pipeline.benchmark.missing import estimate_cost, list_missing
+
+    missing = list_missing(workspace, grid)
+    if missing:
+        show(make_table(["missing", "how to make it"], missing, words=2, title=grid.about or grid.name))
+    if not any(one.what.startswith("manifest ") for one in missing):
+        return False
+    show(describe_cost(estimate_cost(workspace, grid)))
+    return True
+
+
+def describe_cost(cost: Cost) -> str:
+    """Say what a benchmark costs before its data are there."""
+    unknown = f" Not counted, as their sizes are not known yet: {', '.join(cost.uncounted)}." if cost.uncounted else ""
+    size = cost.passes * 1024 / 2**30
+    return (
+        f"In all {cost.trainings:,} trainings of {cost.faces:,} faces × epochs, and {cost.passes:,} tower passes (faces × "
+        f"views), each of which keeps 2 bytes a channel: {size:,.0f} GB at 512 channels, maps besides. Sets that are "
+        f"not there are counted as complete copies.{unknown}"
+    )
 
 
 def find_file(name: str) -> Path:

@@ -26,13 +26,14 @@ from cafe.report.details import Gallery, list_details
 from cafe.report.experiment import draw_experiment
 from cafe.report.figures import draw_run_figures, find_cell, shade
 from cafe.report.formats import to_csv, to_markdown
-from cafe.report.report import Report, conclude, make_report
+from cafe.report.report import Report, make_report
 from cafe.report.sheets import run_sheet
 from cafe.results.columns import Column, name_class_sets
 from cafe.results.metrics import confusion, score
 from cafe.results.predictions import Predictions
 from cafe.results.runs import Run, read_run
 from cafe.results.scores import flatten_scores, read_scores
+from cafe.results.verdicts import conclude
 
 EIGHT = (*EXPRESSIONS, "contempt")
 OWN = ("awake", "drowsy", "asleep")

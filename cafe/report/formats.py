@@ -16,7 +16,8 @@ WIDE = 8  # columns of a table, more than which LaTeX sets across both columns o
 
 def to_markdown(report: Report) -> str:
     """Return the tables with their notes as Markdown; the best bold, the second in italics, as no viewer shows all tags."""
-    parts = [f"# {_escape(report.title)}", *map(_escape, report.about)]
+    verdicts = (verdict.text for verdict in report.verdicts)
+    parts = [f"# {_escape(report.title)}", *map(_escape, (*verdicts, *report.about))]
     for sheet in report.sheets:
         rule = ["---"] * sheet.words + ["---:"] * (len(sheet.header) - sheet.words)
         lines = [
@@ -57,6 +58,7 @@ def _as_text(value: object) -> object:
 def to_latex(report: Report) -> str:
     """Return the tables as floats to include in a document that uses the packages booktabs and graphicx."""
     parts = [f"% {report.title}. Needs \\usepackage{{booktabs,graphicx}}.", *(f"% {line}" for line in report.about)]
+    parts += [f"% {verdict.text}" for verdict in report.verdicts]
     parts += [_latex_table(sheet, number) for number, sheet in enumerate(report.sheets)]
     return "\n\n".join(parts) + "\n"
 
@@ -91,7 +93,7 @@ def _latex_cell(cell: SheetCell) -> str:
 LATEX = {
     "\\": "\\textbackslash{}", "{": "\\{", "}": "\\}", "_": "\\_", "%": "\\%", "&": "\\&", "#": "\\#", "$": "\\$",
     "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$",
-    "−": "$-$", "–": "--", "×": "$\\times$", "†": "\\textdagger{}", "…": "\\dots{}", "±": "$\\pm$",
+    "−": "$-$", "–": "--", "×": "$\\times$", "†": "\\textdagger{}", "‡": "\\textdaggerdbl{}", "…": "\\dots{}", "±": "$\\pm$",
 }  # fmt: skip
 
 

@@ -11,11 +11,11 @@ import pandas as pd
 
 from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
-from cafe.results.metrics import METRICS, OF_VOTES, Estimate
-from cafe.results.paired_tests import RECALLS, Paired, Ranks
+from cafe.results.metrics import FEW, METRICS, OF_VOTES, Estimate
+from cafe.results.paired_tests import PAIRS, RECALLS, Paired, Ranks
 from cafe.results.published import Published
-from cafe.results.scores import average_unseen
-from cafe.results.sources import SAME_SET, UNKNOWN, UNSEEN
+from cafe.results.scores import average_unseen, interval_of_mean
+from cafe.results.sources import SAME_FACES, SAME_SET, UNKNOWN, UNSEEN
 
 Place = Column | Mean
 Cells = dict[Place, Estimate]  # of one line
@@ -26,6 +26,20 @@ HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row o
 NOISE = (
     "Published numbers are single runs; the choice of their test faces alone moves them by ±3.3 (SFEW), ±1.7 (AffectNet), "
     "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
+)
+FACES, CHANCE = "faces", "chance"  # the lines that end a block
+GROUNDS = (
+    "Below each source: the faces, and what chance would give: for accuracy the share of the largest class among them, for "
+    "macro-F1 and mean-class accuracy one in K classes."
+)
+RUN_GROUNDS = (
+    "Over faces: the 95 % interval of the accuracy (Wilson; faces taken for independent). Chance: the share of the largest "
+    "class for accuracy, 1/K for macro-F1 and mean-class accuracy."
+)
+MEAN_LINE = "mean of unseen"
+DOUBTFUL = (
+    "‡: other faces might as well have shown nothing above chance (95 % over faces, taken for independent), or there are "
+    f"fewer than {FEW}."
 )
 PEEKED = "†: the epoch was chosen on the source's test split, as RUL's and OFER's scripts do: not comparable."
 ORACLES = (
@@ -78,7 +92,7 @@ def main_sheet(comparison: Comparison) -> Sheet:
     for _, block in groupby(comparison.rows, lambda row: row.source):
         rows = list(block)
         cells = [_find_cells(row, places) for row in rows]
-        lines += [*_mark_lines(rows, cells, higher), *_lead(rows, cells, higher)]
+        lines += [*_mark_lines(rows, cells, higher), *_lead(rows, cells, higher), *_grounds(rows[0].source, cells)]
     about = [
         metric.about
         for name, metric in METRICS.items()
@@ -88,6 +102,7 @@ def main_sheet(comparison: Comparison) -> Sheet:
         "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
         "the mean over the targets of other sets than the source; all: with the source, as published tables average. "
         + " ".join(about),
+        *ground_notes(comparison.rows),
         *_target_notes(comparison),
         *class_notes(comparison),
         *row_notes(comparison.rows),
@@ -130,7 +145,66 @@ def _write(row: Row, place: Place, estimate: Estimate) -> str:
     fewer = row.seeded and 0 < estimate.count < row.seeds
     text = f"{estimate} [{estimate.count}]" if fewer else str(estimate)
     text = f"({text})" if place in row.seen else text
-    return f"{text} †" if row.peeked else text
+    return text + " †" * row.peeked + " ‡" * is_doubtful(estimate)
+
+
+def is_doubtful(estimate: Estimate) -> bool:
+    """Whether a number that can be compared with chance is not above it, or of too few faces to say."""
+    return not math.isnan(estimate.chance) and (estimate.at_chance or estimate.few)
+
+
+def _grounds(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
+    """Yield what the numbers of a block rest on: the faces, and what chance would give."""
+    best = [max((own[place] for own in cells), key=lambda estimate: estimate.faces) for place in cells[0]]
+    if any(estimate.faces for estimate in best):
+        faces = (f"{estimate.faces:,}" if estimate.faces else "–" for estimate in best)
+        chances = ("–" if math.isnan(estimate.chance) else f"{100 * estimate.chance:.1f}" for estimate in best)
+        yield list(map(SheetCell, [source, FACES, "", *faces]))
+        yield list(map(SheetCell, [source, CHANCE, "", *chances]))
+
+
+def ground_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what chance is, and which numbers are not above it or of few faces."""
+    cells: list[tuple[Row, Place, Estimate]] = [
+        (row, place, estimate) for row in rows for place, estimate in (*row.cells.items(), *row.means.items())
+    ]
+    if not any(estimate.faces for *_, estimate in cells):
+        return
+    yield GROUNDS
+    if any(is_doubtful(estimate) for *_, estimate in cells):
+        yield DOUBTFUL
+    few = {place.title: estimate.faces for _, place, estimate in cells if is_doubtful(estimate) and estimate.few}
+    if few:
+        yield f"Fewer than {FEW} faces: {', '.join(f'{name} ({count})' for name, count in few.items())}."
+    at_chance = {
+        f"{row.label} from {row.source}": None
+        for row, place, estimate in cells
+        if isinstance(place, Mean) and place.over == UNSEEN and is_doubtful(estimate) and estimate.at_chance
+    }
+    if at_chance:
+        yield f"Not above chance in a mean over unseen targets: {', '.join(at_chance)}."
+
+
+def faces_sheet(comparison: Comparison) -> Sheet | None:
+    """Methods × targets with the interval over faces of every mean; None where the metric has none."""
+    places: list[Place] = [*comparison.columns, *comparison.means]
+    cells = [_find_cells(row, places) for row in comparison.rows]
+    known = [place for place in places if any(not math.isnan(own[place].low) for own in cells)]
+    if not any(isinstance(place, Column) for place in known):
+        return None
+    lines = [
+        [*_head(row)[:2], *(SheetCell(own[place].over_faces) for place in known)]
+        for row, own in zip(comparison.rows, cells, strict=True)
+    ]
+    notes = [
+        "Percent: the mean over seeds with its 95 % interval over faces (Wilson; macro-F1: delta method; means: targets "
+        "combined): what other faces of the same targets would change, where ± above is what other seeds would. Faces are "
+        "taken for independent; where a target shows people several times, it is too narrow."
+    ]
+    unseen = [place for place in known if isinstance(place, Mean) and place.over == UNSEEN]
+    order = tuple(2 + known.index(place) for place in dict.fromkeys((*unseen, *known)))
+    header = [*HEAD[:2], *(place.title for place in known)]
+    return Sheet("Intervals over faces", 2, 1, header, lines, notes, order)
 
 
 def _lead(rows: Sequence[Row], cells: Sequence[Cells], higher: Mapping[Place, bool]) -> list[list[SheetCell]]:
@@ -151,6 +225,9 @@ def _target_notes(comparison: Comparison) -> list[str]:
     notes = []
     if any(row.seen for row in comparison.rows):
         notes.append("In brackets: the test split of the set a row was trained on.")
+    if twins := comparison.twins:
+        named = ", ".join(f"{name} (as {first})" for name, first in sorted(twins.items()))
+        notes.append(f"The same faces under another name, which count once in every mean: {named}.")
     if same := comparison.targets_with(SAME_SET):
         notes.append(f"Not unseen, as another manifest of the source's set: {', '.join(same)}.")
     if unknown := comparison.targets_with(UNKNOWN):
@@ -318,7 +395,9 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
     if not math.isnan(ranking.p):
         notes.append(f"Friedman's test: p = {_p(ranking.p)}.".replace("= <", "< "))
     notes.append(
-        "Too few methods or targets for a critical difference."
+        f"Fewer than three methods or {PAIRS} pairs: no critical difference and no diagram."
+        if math.isnan(ranking.p)
+        else "The ranks cannot differ by as much as a critical difference."
         if math.isnan(ranking.critical_difference)
         else f"Nemenyi's critical difference of two mean ranks (5 %): {ranking.critical_difference:.2f}. Pairs that share a "
         "source or a target are not independent, so take it as a guide."
@@ -357,18 +436,47 @@ def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sh
     """One run's numbers by one protocol: a line per target and the mean over the unseen ones; leak-free beside them."""
     numbers = _with_mean(scores)
     table = numbers.rename(columns={name: metric.title for name, metric in METRICS.items()}).map(_percent)
+    grounds = _ground(scores)
+    table.insert(0, FACES, [f"{count:,}" for count in grounds["faces"]])
+    table.insert(2, "over faces", [_interval(*ends) for ends in zip(grounds["low"], grounds["high"], strict=True)])
+    table.insert(3, "largest class", grounds["largest"].map(_percent).tolist())
+    table.insert(4, "1/K", grounds["uniform"].map(_percent).tolist())
+    doubts = {name: own["low"] <= own["largest"] or own["faces"] < FEW for name, own in grounds.iterrows()}
+    table["accuracy"] += [" ‡" * bool(doubts[name]) for name in table.index]
     if leak_free is not None:
         table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(_percent)
         table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)
     lines = [list(map(SheetCell, line)) for line in table.fillna("").reset_index().to_numpy()]
-    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, list(_lacking_notes(scores)))
+    order = [1 + table.columns.get_loc(name) for name in ("accuracy", "largest class", FACES, "over faces")]
+    notes = [RUN_GROUNDS, *_lacking_notes(scores), *([DOUBTFUL] if any(doubts.values()) else [])]
+    twins = scores.loc[scores["relation"] == SAME_FACES, "target"]
+    notes += (
+        [f"The same faces under another name, not counted in the mean again: {', '.join(twins)}."] if len(twins) else []
+    )
+    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, notes, tuple(order))
 
 
 def _with_mean(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the metrics by target, and below them their means over the unseen targets where there are any."""
     unseen = average_unseen(scores)
-    table = pd.concat([scores.set_index("target")[list(METRICS)], unseen.set_axis(["mean of unseen"] * len(unseen))])
+    table = pd.concat([scores.set_index("target")[list(METRICS)], unseen.set_axis([MEAN_LINE] * len(unseen))])
     return table[[name for name in METRICS if name not in OF_VOTES or table[name].notna().any()]]
+
+
+def _ground(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return by target what its accuracy rests on: faces, chance, and the ends of its interval; the mean's below."""
+    columns = {"accuracy.low": "low", "accuracy.high": "high"}
+    table = scores.set_index("target")[["faces", "largest", "uniform", *columns]].rename(columns=columns)
+    unseen = scores[scores["relation"] == UNSEEN]
+    if len(unseen):
+        low, high = interval_of_mean(unseen, "accuracy")
+        chance = (unseen["largest"].mean(), unseen["uniform"].mean())
+        table.loc[MEAN_LINE] = [unseen["faces"].sum(), *chance, low, high]
+    return table.astype({"faces": int})
+
+
+def _interval(low: float, high: float) -> str:
+    return "–" if math.isnan(low) else f"{100 * low:.1f}–{100 * high:.1f}"
 
 
 def _percent(value: float) -> str:
