@@ -236,9 +236,12 @@ def test_a_fault_of_the_storage_leaves_its_shard_undone_and_no_other(indexed: Ca
 
 
 def test_decoding_ahead_changes_nothing(indexed: Cafe, tiny_tower: str) -> None:
-    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "2", "--batch-size", "16")
+    indexed.succeed("data", "index", "folder", str(indexed.workspace.parent / "faces"), "--name", "twin")
+    command = ("extract", "tiny", "twin", "--backbone", tiny_tower, "--views", "2", "--batch-size", "16")
     indexed.succeed(*command, "--decoders", "3", ray=True)
-    ahead = contents(open_store(indexed, "tiny").path)
+    ahead, twin = (contents(open_store(indexed, name).path) for name in ("tiny", "twin"))
+    pooled = {name for name in ahead if "/pooled/" in name}
+    assert {name: ahead[name] for name in pooled} == {name: twin[name] for name in pooled}
     shutil.rmtree(indexed.workspace / "features")
     assert contents(extract_here(indexed, tiny_tower, views=2, batch_size=16).path) == ahead  # decodes as it goes
 

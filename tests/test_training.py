@@ -124,8 +124,10 @@ def weights(training: Training) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest, features: Embedder) -> None:
-    training = new_training(name, manifest, features)
+def test_every_method_learns_and_names_its_losses(
+    name: str, manifest: Manifest, features: Embedder, small_network: str
+) -> None:
+    training = new_training(name, manifest, features, network=small_network)
     prepare(training.method, training.dataset, training.rows, 0, CPU)
     first = training.run_epoch(1)
     for epoch in (2, 3):
@@ -144,8 +146,8 @@ def test_every_method_learns_and_names_its_losses(name: str, manifest: Manifest,
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
 
 
-def test_a_diverged_training_is_one_sentence(manifest: Manifest, features: Embedder) -> None:
-    training = new_training("cafe", manifest, features, learning_rate=1e30)
+def test_a_diverged_training_is_one_sentence(manifest: Manifest, features: Embedder, small_network: str) -> None:
+    training = new_training("cafe", manifest, features, network=small_network, learning_rate=1e30)
     with pytest.raises(UserError, match="The loss is NaN or infinite in epoch 1: take a smaller learning rate"):
         training.run_epoch(1)
 
@@ -250,10 +252,10 @@ def test_both_branches_see_the_very_same_picture(manifest: Manifest, features: E
 
 
 def test_ofer_sees_a_new_picture_in_every_epoch_beside_the_latents_of_the_clean_one(
-    manifest: Manifest, features: Embedder
+    manifest: Manifest, features: Embedder, small_network: str
 ) -> None:
     """However few views the store has."""
-    training = new_training("ofer", manifest, features, mae_epochs=0)
+    training = new_training("ofer", manifest, features, network=small_network, mae_epochs=0)
     training.dataset = replace(training.dataset, plan=replace(PLAN, policy="ofer", views=1))
     training.rows = training.rows[:16]
     seen: list[dict[str, torch.Tensor]] = []
@@ -311,11 +313,11 @@ def test_an_epoch_shows_every_face_once() -> None:
 
 
 def test_a_last_batch_of_one_face_is_left_out_where_a_batch_norm_would_see_it(
-    manifest: Manifest, features: Embedder
+    manifest: Manifest, features: Embedder, small_network: str
 ) -> None:
     steps = {}
     for name in ("linear_probe", "scn"):
-        training = new_training(name, manifest, features)
+        training = new_training(name, manifest, features, network=small_network)
         training.rows = training.rows[:33]  # two batches of 16, and one face
         training.run_epoch(1, lambda done, total, name=name: steps.update({name: total}))
     assert steps == {"linear_probe": 3, "scn": 2}
