@@ -196,7 +196,9 @@ def test_seeds_and_mirror_images_are_averaged_wherever_the_folder_is_used_and_it
 def test_a_folder_without_a_graph_is_the_same_model_in_half_the_bytes(
     workspace: Workspace, small_network: str, tmp_path: Path
 ) -> None:
-    run, predicted = start_run(workspace, method="ofer", network=small_network, tag="small", **SETTINGS)  # of which there is no graph
+    run, predicted = start_run(
+        workspace, method="ofer", network=small_network, tag="small", **SETTINGS
+    )  # of which there is no graph
     said = Cafe(Path(str(workspace.root)), "").succeed("export", run.name, "--no-graph", "--weights", "float16")
     (folder,) = workspace.root.glob("exports/ofer-*-small-*-float16-no-graph")
     assert f"Wrote {folder}: on 32 faces weights in half precision change probabilities by at most " in said

@@ -69,9 +69,7 @@ def tower_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def actors(
-    files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str
-) -> Cafe:
+def actors(files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Cafe:
     """A workspace in which the new data set was indexed and extracted with the new tower."""
     folder = tmp_path_factory.mktemp("actors")
     draw_actors(folder / "actors")

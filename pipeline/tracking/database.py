@@ -58,7 +58,7 @@ def check_database(path: Path) -> None:
 
 @contextmanager
 def draft_database(path: Path) -> Iterator[Path]:
-    """Yield the path of a draft, to be made into a database that then appears at `path`, unless one was made there meanwhile.
+    """Yield a draft, to be made into a database that then appears at `path`, unless one was made there meanwhile.
 
     Nothing waits until the draft is on disk, which takes MLflow's dozens of migrations most of their time: before it is
     whole there is nothing to lose.

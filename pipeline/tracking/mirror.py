@@ -359,11 +359,14 @@ def database_path(workspace: Workspace) -> Path:
 @cache
 def empty_database() -> bytes:
     """Return a database as MLflow makes it of nothing: dozens of migrations, a second, which a process pays for once."""
-    with quiet_mlflow() as mlflow, tempfile.TemporaryDirectory() as folder:
-        with draft_database(Path(folder, "mlflow.db")) as draft:
-            mlflow.MlflowClient(address_of(draft)).search_experiments()
-            with closing(sqlite3.connect(draft)) as made:
-                return made.serialize()
+    with (
+        quiet_mlflow() as mlflow,
+        tempfile.TemporaryDirectory() as folder,
+        draft_database(Path(folder, "mlflow.db")) as draft,
+    ):
+        mlflow.MlflowClient(address_of(draft)).search_experiments()
+        with closing(sqlite3.connect(draft)) as made:
+            return made.serialize()
 
 
 def list_experiments(workspace: Workspace) -> dict[str, str]:
