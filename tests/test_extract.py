@@ -53,7 +53,7 @@ FACES = ("--backbone", "face-resnet", "--input-size", "64")  # the tower that an
 
 
 def extract_here(cafe: Cafe, **settings: Any) -> FeatureStore:
-    """The finished store of `tiny`, made in this process by what Ray's workers run, with that tower unless another is said."""
+    """The finished store of `tiny`, made in this process by what Ray's workers run; with that tower, if not another."""
     tower = {"backbone": "face-resnet", "input_size": 64}
     store = fill_store(Workspace.at(str(cafe.workspace)), "tiny", ExtractSettings(**{**tower, **settings}))
     store.finish()

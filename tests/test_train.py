@@ -386,5 +386,16 @@ def test_a_tracking_server_that_is_down_stops_no_training(ready: Cafe) -> None:
     assert json.loads((only_run(ready) / "status.json").read_text()) == {"status": "FINISHED", "reason": ""}
 
 
+def test_a_training_says_as_records_what_its_epochs_came_to(ready: Cafe) -> None:
+    result = ready(*TRAIN, "--method", "linear_probe", "--targets", "none", "--json")
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stderr.splitlines()[-1])
+    epoch = json.loads((only_run(ready) / "epochs" / "0002.json").read_text())
+    assert (last["work"], last["unit"]) == (f"Training {only_run(ready).name}", "steps")
+    assert last["done"] == last["total"] > 0
+    assert (last["epochs_done"], last["epochs"]) == (2, 2)
+    assert (last["loss"], last["accuracy"]) == pytest.approx((epoch["train/total"], epoch["train/accuracy"]), abs=1e-6)
+
+
 def test_compare_without_runs_is_one_sentence(ready: Cafe) -> None:
     assert "No run was evaluated yet" in ready.fail("compare")
