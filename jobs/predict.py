@@ -14,7 +14,8 @@ import click
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.names import complete, complete_or_file
 from cafe.jobs.options import options
-from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say
+from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, records_option, say
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parq
     "words", nargs=-1, required=True, metavar="PATH...", shell_complete=complete_or_file("run", "experiment")
 )
 @options(PredictSettings)
+@records_option
 def predict(words: tuple[str, ...], **values: Any) -> None:
     """Predict the expressions in photos and videos.
 
@@ -157,7 +159,7 @@ def _load(runs: list[UPath], settings: PredictSettings, threshold: float | None)
 
 def _show_progress(file: IO[bytes]) -> Any:
     """Return a bar, unless the rows themselves appear on the terminal."""
-    return nullcontext(lambda done, total: None) if file.isatty() else progress_bar("Predicting", "pictures")
+    return no_bar("", "") if file.isatty() else progress_bar("Predicting", "pictures")
 
 
 @click.command()

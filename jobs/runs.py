@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,8 @@ from cafe.errors import IncompleteError, UserError, first_line
 from cafe.jobs.names import complete
 from cafe.jobs.options import GroupedCommand, options
 from cafe.jobs.tables import FittedTable, make_table, sheet_tables
-from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, say, show
+from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, records_option, say, show
+from cafe.pipeline.process.progress import Bar, Pace, Progress, format_seconds
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -28,9 +31,11 @@ if TYPE_CHECKING:
     from cafe.pipeline.benchmark.grid import Cell
     from cafe.pipeline.benchmark.missing import Cost
     from cafe.pipeline.benchmark.plan import BenchmarkPlan
+    from cafe.pipeline.plan import TrainPlan
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.workspace import Workspace
 
+MEASURED_SECONDS, LONG_SECONDS = 5.0, 120.0  # of first steps, and from when on it is said how long a training takes
 SHIPPED = Path(__file__).parent / "benchmarks"
 NEXT_STEPS = """Next steps
   The runs in MLflow, in your browser:
@@ -46,6 +51,7 @@ NEXT_STEPS = """Next steps
 @click.command(cls=GroupedCommand)
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=complete("manifest"))
 @options(ExtractSettings)
+@records_option
 def extract(names: tuple[str, ...], **values: Any) -> None:
     """Compute the frozen features of data sets, once.
 
@@ -67,6 +73,7 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
 
 @click.command(cls=GroupedCommand)
 @options(TrainSettings)
+@records_option
 @click.pass_context
 def train(ctx: click.Context, /, **values: Any) -> None:
     """Train a method on one source and evaluate it on others.
@@ -97,11 +104,48 @@ def train(ctx: click.Context, /, **values: Any) -> None:
     for sentence in explain_choices(settings, plan.spec.precision, plan.spec.recipe["batch_size"]):
         echo(sentence)
     with interruptible():
-        train_and_evaluate(plan, mirror, progress_bar)
+        train_and_evaluate(plan, mirror, _foretelling_bar(settings, plan))
     if plan.targets:
         _show_scores(workspace, plan.run, settings.protocol)
     say(f"Run {plan.spec.name} in {plan.run}")
     _warn(mirror)
+
+
+def _foretelling_bar(settings: TrainSettings, plan: TrainPlan) -> Bar:
+    """Return a bar that also says, once its first steps are measured, how long a training without a GPU takes."""
+    from cafe.methods import find_method
+    from cafe.pipeline.process.machine import own_device
+
+    if settings.address or "image" not in find_method(settings.method).needs or own_device(settings.use_gpu) != "cpu":
+        return progress_bar
+
+    @contextmanager
+    def bar(title: str, unit: str) -> Iterator[Progress]:
+        pace, said = Pace(), False
+        with progress_bar(title, unit) as progress:
+
+            def update(done: int, total: int, /, **facts: float) -> None:
+                nonlocal said
+                pace.note(time.monotonic(), done)
+                left = pace.seconds_left(total)
+                if unit == "steps" and not said and left is not None and pace.measured >= MEASURED_SECONDS:
+                    said = True
+                    if left > LONG_SECONDS:
+                        say(foretell(left, plan.spec.recipe["epochs"], plan.spec.image_size), err=True)
+                progress(done, total, **facts)
+
+            yield update
+
+    return bar
+
+
+def foretell(seconds: float, epochs: int, image_size: int) -> str:
+    """Return how long a training on pictures takes on a CPU, and which options shorten it."""
+    return (
+        f"Without a GPU this training takes about {format_seconds(seconds)} more, as its first steps went. Shorter: "
+        f"--epochs {max(1, epochs // 4)} instead of {epochs}, --image-size {max(32, image_size // 2)} instead of "
+        f"{image_size}, or a method that learns from features alone, such as --method cafe_vector or mlp."
+    )
 
 
 def explain_choices(settings: TrainSettings, precision: str, batch_size: int) -> Iterator[str]:
@@ -121,6 +165,7 @@ def explain_choices(settings: TrainSettings, precision: str, batch_size: int) ->
 @click.command(cls=GroupedCommand)
 @click.argument("run", shell_complete=complete("run"))
 @options(EvaluateSettings)
+@records_option
 def evaluate(run: str, **values: Any) -> None:
     """Evaluate a trained run on targets.
 
@@ -185,6 +230,7 @@ def evaluate(run: str, **values: Any) -> None:
 @click.command(cls=GroupedCommand)
 @click.argument("file")
 @options(BenchmarkSettings)
+@records_option
 def benchmark(file: str, **values: Any) -> None:
     """Train and evaluate a grid: sources × methods × seeds.
 
@@ -204,6 +250,7 @@ def benchmark(file: str, **values: Any) -> None:
 
 @click.command(cls=GroupedCommand)
 @options(DemoSettings)
+@records_option
 def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster: Any) -> None:
     """Do everything once, on drawn faces or your own.
 

@@ -10,8 +10,10 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import import_module
 from threading import Event, Timer
 from typing import TYPE_CHECKING, Any
@@ -22,14 +24,12 @@ import psutil
 from cafe.errors import UserError, printable
 
 if TYPE_CHECKING:
+    from cafe.pipeline.process.progress import Progress
     from cafe.pipeline.workspace import Workspace
 
 
-QUIET, TYPED, WIDE = (
-    "cafe.quiet",
-    "cafe.typed",
-    "cafe.wide",
-)  # where click's context keeps it, and all words of the command
+# Where click's context keeps what was asked for, and all words of the command.
+QUIET, TYPED, WIDE, RECORDS = "cafe.quiet", "cafe.typed", "cafe.wide", "cafe.records"
 ANYWHERE = ("--allow-urls", "--allow-private-urls", "--wide")  # options of all commands that may stand behind theirs
 PIPED, WIDEST = 200, 100_000  # columns of an output that is no terminal, and of a table with --wide
 SELDOM, USUAL = 100_000, gc.get_threshold()  # objects made anew, after which Python looks for garbage
@@ -189,28 +189,55 @@ def resume_gc() -> None:
 
 
 @contextmanager
-def progress_bar(title: str, unit: str = "faces") -> Iterator[Callable[[int, int], None]]:
-    """Show one bar with rate and time left on a terminal, nothing elsewhere or if quiet; yields `update(done, total)`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def progress_bar(title: str, unit: str = "faces") -> Iterator[Progress]:
+    """Show how far work is: a bar on a terminal, a line now and then elsewhere, records with --json, nothing if quiet.
+
+    Yields `update(done, total)`, which also takes what is known besides.
+    """
+    from cafe.pipeline.process.progress import Log, no_bar
 
     resume_gc()
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit} {{task.fields[rate]}}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=is_quiet() or not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, rate="")
+    context = click.get_current_context(silent=True)
+    records = context is not None and bool(context.meta.get(RECORDS))
+    shown: AbstractContextManager[Progress]
+    if is_quiet() and not records:
+        shown = no_bar(title, unit)
+    elif records or not sys.stderr.isatty():
+        shown = nullcontext(Log(title, unit, partial(echo, err=True), records))
+    else:
+        shown = _terminal_bar(title, unit)
+    with shown as progress:
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int, /, **facts: float) -> None:
             if _interrupted.is_set():
                 raise KeyboardInterrupt
-            speed = bar.tasks[task].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:,.1f}/s" if speed else "")
+            progress(done, total, **facts)
+
+        yield update
+
+
+@contextmanager
+def _terminal_bar(title: str, unit: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    from cafe.pipeline.process.progress import Pace, describe, format_seconds
+
+    columns = (
+        TextColumn(title),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit} {{task.fields[facts]}}"),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bar:
+        pace, task = Pace(), bar.add_task("", total=None, facts="(preparing)")
+
+        def update(done: int, total: int, /, **facts: float) -> None:
+            pace.note(time.monotonic(), done)
+            rate, left = pace.rate, pace.seconds_left(total)
+            known = [rate and f"{rate:,.1f}/s", left and f"{format_seconds(left)} left", describe(facts)]
+            bar.update(task, completed=done, total=total, facts=", ".join(part for part in known if part))
 
         yield update
 
@@ -271,6 +298,19 @@ def show(renderable: Any) -> None:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def _keep_records(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    context.meta[RECORDS] = value
+
+
+records_option = click.option(
+    "--json",
+    is_flag=True,
+    expose_value=False,
+    callback=_keep_records,
+    help="Say how far it is as JSON on stderr, a record a line.",
+)
 
 
 def show_json(value: object) -> None:

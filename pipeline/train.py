@@ -120,7 +120,10 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
 
 
 def _part(progress: Progress, number: int, count: int) -> Progress:
-    return lambda done, total: progress(number * total + done, count * total)
+    def update(done: int, total: int, /, **facts: float) -> None:
+        progress(number * total + done, count * total, **facts)
+
+    return update
 
 
 def choose_epoch(plan: TrainPlan) -> int:
@@ -143,14 +146,25 @@ def follow(
 ) -> None:
     """Show the run's own records in MLflow and in the progress bar until the training ends."""
     mirrored, since, last = 0, time.monotonic(), epochs or plan.spec.recipe["epochs"]
-    while not training.done():
-        check()
-        trained = len(list_epochs(plan.run))
+    facts: dict[str, float] = {"epochs_done": 0, "epochs": last}
+    over = False
+    while not over:
+        over = training.done()  # then what it wrote last is shown once more
+        if not over:
+            check()
+        records = list_epochs(plan.run)
+        trained = len(records)
+        if trained > facts["epochs_done"]:
+            record = read_epoch(records[max(records)])
+            facts = {"epochs_done": trained, "epochs": last}
+            for name, key in (("loss", "train/total"), ("accuracy", "train/accuracy")):
+                facts |= {name: record[key]} if key in record else {}
         if trained > mirrored and time.monotonic() - since > MIRROR_SECONDS:
             mirror.update(plan.run)
             mirrored, since = trained, time.monotonic()
         if note := read_json(plan.run / "progress.json"):
-            progress(note["done"], note["per_epoch"] * last)
-        wait([training], FOLLOW_SECONDS)
+            progress(note["done"], note["per_epoch"] * last, **facts)
+        if not over:
+            wait([training], FOLLOW_SECONDS)
     if error := training.exception():
         raise cluster.user_error(error) or error

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import Cafe, draw_faces
 from PIL import Image
+from torchvision.ops import batched_nms
 from upath import UPath
 
 from cafe.data.alignment import (
@@ -23,7 +25,7 @@ from cafe.data.alignment import (
     detect_faces,
     find_detector,
 )
-from cafe.data.detector import INSTALL, load_mtcnn
+from cafe.data.detector import INSTALL, load_mtcnn, suppress
 from cafe.data.expressions import EIGHT
 from cafe.data.images import decode_image
 from cafe.data.manifest import Face, Manifest
@@ -110,6 +112,17 @@ def test_faces_are_found_where_the_detector_before_found_them(real_faces: Path) 
     mouths = [[392.9, 274.13], [91.5, 156.87], [723.13, 73.22]]
     np.testing.assert_allclose([face.mouth for face in found], mouths, atol=0.02)
     np.testing.assert_allclose([face.confidence for face in found], [0.99957, 0.99991, 0.99944], atol=1e-5)
+
+
+def test_of_faces_that_overlap_the_best_of_each_picture_stay_as_torchvision_says() -> None:
+    random = torch.Generator().manual_seed(0)
+    corners, sides = torch.rand(900, 2, generator=random) * 100, torch.rand(900, 2, generator=random) * 60 + 5
+    boxes, scores = torch.cat([corners, corners + sides], 1), torch.rand(900, generator=random)
+    owners = torch.randint(0, 7, (900,), generator=random)
+    for few in (900, 1, 0):
+        rows = boxes[:few], scores[:few], owners[:few], 0.5
+        assert torch.equal(suppress(*rows), batched_nms(*rows))
+    assert len(suppress(boxes, scores, owners, 0.5)) < 900
 
 
 def test_of_several_faces_the_largest_is_taken_or_all_and_tiny_ones_are_counted(real_faces: Path) -> None:

@@ -121,9 +121,9 @@ def test_every_method_is_a_graph_that_says_the_same_or_tells_why_not(
 
 @pytest.mark.parametrize("method", ["cafe", "finetune"])
 def test_an_exported_folder_is_the_same_model_where_the_towers_own_files_are_gone(
-    method: str, workspace: Workspace, tmp_path: Path
+    method: str, workspace: Workspace, small_network: str, tmp_path: Path
 ) -> None:
-    run, predicted = start_run(workspace, method=method, tag="exported", **SETTINGS)
+    run, predicted = start_run(workspace, method=method, network=small_network, tag="exported", **SETTINGS)
     exported = export_run(workspace, run.name, UPath(tmp_path / "model"))
     assert exported.difference < 1e-4
     check_graph(tmp_path / "model" / "model.onnx", workspace, predicted)
@@ -193,8 +193,12 @@ def test_seeds_and_mirror_images_are_averaged_wherever_the_folder_is_used_and_it
         )
 
 
-def test_a_folder_without_a_graph_is_the_same_model_in_half_the_bytes(workspace: Workspace, tmp_path: Path) -> None:
-    run, predicted = start_run(workspace, method="ofer", tag="small", **SETTINGS)  # of which there is no graph
+def test_a_folder_without_a_graph_is_the_same_model_in_half_the_bytes(
+    workspace: Workspace, small_network: str, tmp_path: Path
+) -> None:
+    run, predicted = start_run(
+        workspace, method="ofer", network=small_network, tag="small", **SETTINGS
+    )  # of which there is no graph
     said = Cafe(Path(str(workspace.root)), "").succeed("export", run.name, "--no-graph", "--weights", "float16")
     (folder,) = workspace.root.glob("exports/ofer-*-small-*-float16-no-graph")
     assert f"Wrote {folder}: on 32 faces weights in half precision change probabilities by at most " in said

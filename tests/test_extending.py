@@ -69,20 +69,18 @@ def tower_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def actors(files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Cafe:
+def actors(files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Cafe:
     """A workspace in which the new data set was indexed and extracted with the new tower."""
     folder = tmp_path_factory.mktemp("actors")
     draw_actors(folder / "actors")
-    cafe = Cafe(folder / "work", "")
+    cafe = Cafe(folder / "work", ray_address)
     with forgotten_plugins():
         cafe.succeed(
             "--plugin", files["actors.py"], "data", "index", "actors", str(folder / "actors"), "--name", "actors"
         )
     with forgotten_plugins():
-        tower = ("--backbone", f"tiny-resnet@{tower_file}", "--num-actors", "1")
-        cafe.succeed(
-            "--plugin", files["tiny_resnet.py"], "extract", "actors", *tower, "--views", "2", "--decoders", "0"
-        )
+        command = ("extract", "actors", "--backbone", f"tiny-resnet@{tower_file}", "--views", "2", "--decoders", "0")
+        cafe.succeed("--plugin", files["tiny_resnet.py"], *command, ray=True)
     return cafe
 
 
@@ -183,13 +181,13 @@ image_size = 32
 
 
 def test_all_of_them_run_through_a_benchmark_and_an_export(
-    files: dict[str, str], tower_file: Path, actors: Cafe, ray_address: str, tmp_path: Path
+    files: dict[str, str], tower_file: Path, actors: Cafe, tmp_path: Path
 ) -> None:
     plug_ins = [
         part for name in ("fusion", "tiny_resnet", "small_branch") for part in ("--plugin", files[f"{name}.py"])
     ]
     (tmp_path / "own.toml").write_text(BENCHMARK.format(tower=f"tiny-resnet@{tower_file}"))
-    cafe, model = Cafe(actors.workspace, ray_address), str(tmp_path / "model")
+    cafe, model = actors, str(tmp_path / "model")
     face = str(actors.workspace.parent / "actors" / "p00-anger-0.png")
     with forgotten_plugins():
         cafe.succeed(*plug_ins, "benchmark", str(tmp_path / "own.toml"), ray=True)

@@ -123,6 +123,18 @@ def test_an_engine_is_imported_by_its_door_alone(engine: str, door: str) -> None
     assert importers == {door}
 
 
+def test_what_starts_slowly_is_imported_by_what_needs_it() -> None:
+    """Each takes as long to import as torch does, and most commands need none of them."""
+    slow = {"torchvision", "timm", "open_clip", "mlflow", "ray"}
+    early = [
+        (name, ast.unparse(node))
+        for name, path in list_modules().items()
+        for node in parse(path).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and re.split(r"[ .]", ast.unparse(node))[1] in slow
+    ]
+    assert early == []
+
+
 def joins_a_name(node: ast.AST) -> bool:
     """Whether a path is joined with a text that holds more than numbers, or with a name that an object has of itself."""
     if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Div):

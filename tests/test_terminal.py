@@ -28,10 +28,12 @@ from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
 from cafe.jobs.names import list_settings, read_dict
 from cafe.jobs.options import GROUPS, Whole
+from cafe.jobs.runs import foretell
 from cafe.jobs.tables import make_table, sheet_tables
 from cafe.jobs.terminal import Commands, echo, show, show_json
-from cafe.methods import METHODS
+from cafe.methods import METHODS, find_method
 from cafe.networks.branches import NETWORKS
+from cafe.pipeline.process.progress import Log
 from cafe.pipeline.runs import note_end
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import Sheet, SheetCell
@@ -391,3 +393,42 @@ def completed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.mark.parametrize("words", COMPLETED)
 def test_commands_options_and_names_are_completed(completed: dict[str, list[str]], words: str) -> None:
     assert set(completed[words]) == COMPLETED[words]
+
+
+def test_a_log_says_after_an_epoch_and_every_half_minute_how_far_work_is_at_what_rate_and_how_long_yet() -> None:
+    now, lines = [0.0], list[str]()
+    log = Log("Training x", "steps", lines.append, clock=lambda: now[0])
+    for now[0], done, facts in (
+        (1.0, 10, {"epochs_done": 0, "epochs": 4}),
+        (2.0, 20, {"epochs_done": 1, "epochs": 4, "loss": 1.5, "accuracy": 0.5}),  # too soon after the beginning
+        (11.0, 110, {"epochs_done": 1, "epochs": 4, "loss": 1.5, "accuracy": 0.5}),
+        (12.0, 120, {"epochs_done": 1, "epochs": 4, "loss": 1.5, "accuracy": 0.5}),
+        (40.0, 120, {"epochs_done": 1, "epochs": 4, "loss": 1.5, "accuracy": 0.5}),
+        (41.0, 120, {"epochs_done": 1, "epochs": 4, "loss": 1.5, "accuracy": 0.5}),
+        (61.0, 1000, {"epochs_done": 4, "epochs": 4, "loss": 0.25, "accuracy": 0.987}),
+    ):
+        log(done, 1000, **facts)
+    assert lines == [
+        "Training x: 1 of 4 epochs, loss 1.500, training accuracy 50.0 %, 110 of 1,000 steps, 10.0/s, 0:01:29 left",
+        "Training x: 1 of 4 epochs, loss 1.500, training accuracy 50.0 %, 120 of 1,000 steps, 10.0/s, 0:01:28 left",
+        "Training x: 4 of 4 epochs, loss 0.250, training accuracy 98.7 %, 1,000 of 1,000 steps, 18.0/s",
+    ]
+
+
+def test_records_say_each_news_once_and_the_end() -> None:
+    now, lines = [0.0], list[str]()
+    log = Log("Extracting", "faces", lines.append, records=True, clock=lambda: now[0])
+    for now[0], done in ((0.25, 1), (0.5, 2), (1.5, 6), (1.75, 8)):
+        log(done, 8)
+    first, last = (json.loads(line) for line in lines)
+    assert first == {"work": "Extracting", "unit": "faces", "done": 6, "total": 8, "rate": 4.0, "seconds_left": 0.5}
+    assert (last["done"], last["rate"], last["seconds_left"]) == (8, pytest.approx(7 / 1.5), 0.0)
+
+
+def test_how_long_a_training_without_a_gpu_takes_is_said_with_what_shortens_it() -> None:
+    said = foretell(12_000, 40, 224)
+    assert "about 3:20:00 more" in said
+    assert "--epochs 10 instead of 40, --image-size 112 instead of 224, or a method that learns from features" in said
+    for method in ("cafe_vector", "mlp"):
+        assert method in said
+        assert "image" not in find_method(method).needs

@@ -150,8 +150,8 @@ def test_a_database_is_made_without_waiting_for_the_disk_and_then_written_with_c
             return connection.execute(sqlalchemy.text("PRAGMA synchronous")).scalar_one(), list(tmp_path.iterdir())
 
     path = tmp_path / "mlflow.db"
-    with draft_database(path) as uri:
-        synchronous, there = look(Path(uri.removeprefix("sqlite:///")))
+    with draft_database(path) as draft:
+        synchronous, there = look(draft)
         assert (synchronous, path in there) == (0, False)
     assert look(path) == (2, [path])
     assert sqlite3.connect(path).execute("SELECT name FROM sqlite_master").fetchall() == [("made",)]

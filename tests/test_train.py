@@ -38,22 +38,29 @@ TRAIN = ("train", "--source", "one", "--epochs", "2", "--set", "batch_size=20", 
 
 
 @pytest.fixture(scope="module")
-def extracted(tmp_path_factory: pytest.TempPathFactory, ray_address: str, tiny_tower: str) -> Path:
+def extracted(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> Path:
     """A workspace of three domains with features; tests copy it."""
     folder = tmp_path_factory.mktemp("extracted")
-    cafe = Cafe(folder / "work", ray_address)
+    cafe = Cafe(folder / "work", "")
     for seed, (name, tint) in enumerate((("one", 0), ("two", 30), ("three", -40))):
         faces = draw_faces(folder / name, per_class=16, seed=seed, tint=tint)
         cafe.succeed("data", "index", "folder", str(faces), "--name", name)
-    fill_store(Workspace.at(str(cafe.workspace)), "one", ExtractSettings(backbone=tiny_tower, views=3)).finish()
-    cafe.succeed("extract", "two", "three", "--backbone", tiny_tower, ray=True)
+    for name, views in (("one", 3), ("two", 1), ("three", 1)):
+        settings = ExtractSettings(backbone=tiny_tower, views=views)
+        fill_store(Workspace.at(str(cafe.workspace)), name, settings).finish()
     return folder / "work"
 
 
 @pytest.fixture
-def ready(extracted: Path, tmp_path: Path, ray_address: str) -> Cafe:
+def ready(extracted: Path, tmp_path: Path) -> Cafe:
     shutil.copytree(extracted, tmp_path / "work")
-    return Cafe(tmp_path / "work", ray_address)
+    return Cafe(tmp_path / "work", "")
+
+
+@pytest.fixture
+def joined(ready: Cafe, ray_address: str) -> Cafe:
+    """The same workspace, whose commands can join the session's cluster."""
+    return Cafe(ready.workspace, ray_address)
 
 
 def only_run(cafe: Cafe) -> UPath:
@@ -70,12 +77,12 @@ def tracked(cafe: Cafe) -> list[Any]:
     return list(client.search_runs([client.get_experiment_by_name("cafe").experiment_id]))
 
 
-def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Cafe) -> None:
+def test_two_workers_give_the_weights_of_one_and_everything_is_logged(joined: Cafe) -> None:
     command = (*TRAIN, "--method", "cafe", "--image-size", "64")
-    output = ready.succeed(*command)
+    output = joined.succeed(*command)
     assert "mean of unseen" in output
-    run = only_run(ready)
-    (logged,) = tracked(ready)
+    run = only_run(joined)
+    (logged,) = tracked(joined)
     assert (logged.info.run_name, logged.info.status) == (run.name, "FINISHED")
     params, metrics = logged.data.params, logged.data.metrics
     assert params["method"] == "cafe"
@@ -94,7 +101,7 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
             assert metrics[f"target/{target}/{name}"] == pytest.approx(value)
     unseen = [score(predictions[target])["accuracy"] for target in ("two", "three")]
     assert metrics["unseen/accuracy"] == pytest.approx(np.mean(unseen))
-    artifacts = {str(path.relative_to(ready.workspace)) for path in (ready.workspace / "artifacts").rglob("*.*")}
+    artifacts = {str(path.relative_to(joined.workspace)) for path in (joined.workspace / "artifacts").rglob("*.*")}
     for kind in ("confusion", "errors", "masks"):
         assert any(path.endswith(f"{kind}/two.png") for path in artifacts), kind
     masks = json.loads((run / "figures" / "masks" / "two.json").read_text())
@@ -104,58 +111,58 @@ def test_two_workers_give_the_weights_of_one_and_everything_is_logged(ready: Caf
 
     one = model(run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    ready.succeed(*command)  # finished: nothing changes
+    joined.succeed(*command)  # finished: nothing changes
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
-    shutil.rmtree(ready.workspace / "runs")
-    ready.succeed(*command, "--num-workers", "2", "--targets", "none", ray=True)
-    two = model(only_run(ready))
+    shutil.rmtree(joined.workspace / "runs")
+    joined.succeed(*command, "--num-workers", "2", "--targets", "none", ray=True)
+    two = model(only_run(joined))
     assert one.keys() == two.keys()
     # Adam turns rounding in a vanishing gradient into whole steps, so single weights may differ; test_parallel compares
     # the gradients themselves, to 1e-9.
     difference = sum(float((two[name] - value).float().square().sum()) for name, value in one.items())
     assert difference**0.5 < 0.01 * sum(float(value.float().square().sum()) for value in one.values()) ** 0.5
-    again = json.loads((only_run(ready) / "epochs" / "0002.json").read_text())
+    again = json.loads((only_run(joined) / "epochs" / "0002.json").read_text())
     for name in ("train/total", "train/classification", "train/separation", "train/diverse"):
         assert again[name] == pytest.approx(epoch[name], rel=2e-3), name
 
 
-def test_evaluate_evaluates_other_splits_and_compare_averages_seeds(ready: Cafe) -> None:
+def test_evaluate_evaluates_other_splits_and_compare_averages_seeds(joined: Cafe) -> None:
     for seed in ("0", "1"):
-        ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, "--experiment", "mine")
-    names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
-    output = ready.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "all", ray=True)
+        joined.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, "--experiment", "mine")
+    names = sorted(run.name for run in (joined.workspace / "runs").iterdir())
+    output = joined.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "all", ray=True)
     assert "two@all" in output
-    assert [path.name for path in (ready.workspace / "runs" / names[0] / "experiments").iterdir()] == ["mine.json"]
-    assert len(load_predictions(UPath(ready.workspace / "runs" / names[0]))["two@all"].labels) == 48
+    assert [path.name for path in (joined.workspace / "runs" / names[0] / "experiments").iterdir()] == ["mine.json"]
+    assert len(load_predictions(UPath(joined.workspace / "runs" / names[0]))["two@all"].labels) == 48
 
-    table = ready.succeed("compare")
+    table = joined.succeed("compare")
     assert "linear_probe" in table
     assert "two@all" not in table
 
 
-def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker(ready: Cafe) -> None:
+def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker(joined: Cafe) -> None:
     import ray
 
     def contents() -> dict[str, bytes]:
-        found = [path for path in only_run(ready).rglob("*") if path.suffix in (".safetensors", ".parquet", ".png")]
-        return {str(path.relative_to(ready.workspace)): path.read_bytes() for path in found}
+        found = [path for path in only_run(joined).rglob("*") if path.suffix in (".safetensors", ".parquet", ".png")]
+        return {str(path.relative_to(joined.workspace)): path.read_bytes() for path in found}
 
-    ready.succeed(*TRAIN, "--method", "linear_probe", ray=True)
+    joined.succeed(*TRAIN, "--method", "linear_probe", ray=True)
     there = contents()
-    shutil.rmtree(ready.workspace / "runs")
+    shutil.rmtree(joined.workspace / "runs")
     ray.shutdown()
-    ready.succeed(*TRAIN, "--method", "linear_probe")
+    joined.succeed(*TRAIN, "--method", "linear_probe")
     assert not ray.is_initialized()
     assert contents() == there
     assert len(there) == 1 + 3 * 3  # weights; predictions and two figures of three targets
 
 
-def test_a_worker_gives_its_core_back_though_something_still_refers_to_it(ready: Cafe) -> None:
+def test_a_worker_gives_its_core_back_though_something_still_refers_to_it(joined: Cafe) -> None:
     import ray
 
-    ready.join()
-    with find_worker(ClusterSettings(ready.address), False) as worker:
+    joined.join()
+    with find_worker(ClusterSettings(joined.address), False) as worker:
         there = time.monotonic() + 60
         while ray.available_resources().get("CPU", 0) == 2 and time.monotonic() < there:  # it takes its core
             time.sleep(0.1)
@@ -189,11 +196,11 @@ def test_image_only_needs_no_features(ready: Cafe) -> None:
     assert (only_run(ready) / "predictions" / "two.parquet").exists()
 
 
-def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_evaluates_the_domain_left_out(ready: Cafe) -> None:
+def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_evaluates_the_domain_left_out(joined: Cafe) -> None:
     probe = ("train", "--source", "two,one", "--fold", "three", "--method", "linear_probe", "--views", "1")
     command = (*probe, "--epochs", "4", "--set", "learning_rate=0.1", "--selection", "leave_one_out")
-    ready.succeed(*command, ray=True)
-    runs = {json.loads((run / "run.json").read_text())["source"]: run for run in (ready.workspace / "runs").iterdir()}
+    joined.succeed(*command, ray=True)
+    runs = {json.loads((run / "run.json").read_text())["source"]: run for run in (joined.workspace / "runs").iterdir()}
     assert runs.keys() == {"one", "two", "one+two"}  # the two that choose are runs of their own
     curves = [
         [json.loads(path.read_text())["selection/accuracy"] for path in sorted((runs[name] / "epochs").iterdir())]
@@ -204,39 +211,39 @@ def test_a_union_ends_at_the_epoch_that_its_folds_choose_and_evaluates_the_domai
     assert len(list((runs["one+two"] / "epochs").iterdir())) == best
     assert [sorted(load_predictions(UPath(run))) for run in runs.values()].count([]) == 2
     assert set(load_predictions(UPath(runs["one+two"]))) == {"three"}
-    assert {run.info.status for run in tracked(ready)} == {"FINISHED"}
-    table = ready.succeed("compare")
+    assert {run.info.status for run in tracked(joined)} == {"FINISHED"}
+    table = joined.succeed("compare")
     assert "all but target" in table
     shutil.rmtree(runs["one+two"])
     before = {path: path.stat().st_mtime_ns for path in runs["one"].rglob("*.safetensors")}
-    ready.succeed(*command)  # the folds are done: only the training they choose for is made again
+    joined.succeed(*command)  # the folds are done: only the training they choose for is made again
     assert {path: path.stat().st_mtime_ns for path in runs["one"].rglob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize(("method", "workers"), [("zero_shot", "1"), ("nearest_class_mean", "2")])
-def test_a_method_without_training_is_fitted_and_evaluated(ready: Cafe, method: str, workers: str) -> None:
+def test_a_method_without_training_is_fitted_and_evaluated(joined: Cafe, method: str, workers: str) -> None:
     command = ("train", "--source", "one", "--method", method, "--targets", "two", "--num-workers", workers)
-    ready.succeed(*command, ray=workers != "1")
-    run = only_run(ready)
+    joined.succeed(*command, ray=workers != "1")
+    run = only_run(joined)
     assert read_result(run) == {"epochs": 0}
-    (logged,) = tracked(ready)
+    (logged,) = tracked(joined)
     expected = score(load_predictions(run)["two"])["accuracy"]
     assert logged.data.metrics["target/two/accuracy"] == pytest.approx(expected)
     assert max(float(value.abs().max()) for value in model(run).values()) > 0.1
 
 
-def test_a_target_is_never_read_before_the_training_is_over(ready: Cafe) -> None:
+def test_a_target_is_never_read_before_the_training_is_over(joined: Cafe) -> None:
     """With a target's images gone, training still ends; evaluating is what fails."""
-    path = UPath(ready.workspace / "manifests" / "two.parquet")
-    replace(Manifest.load(path), root=str(ready.workspace / "gone")).save(path)
-    result = ready(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "one,two", ray=True)
+    path = UPath(joined.workspace / "manifests" / "two.parquet")
+    replace(Manifest.load(path), root=str(joined.workspace / "gone")).save(path)
+    result = joined(*TRAIN, "--method", "image_only", "--image-size", "32", "--targets", "one,two", ray=True)
     assert result.exit_code == 1
     assert "is missing with its whole folder" in result.output
     assert "Traceback" not in result.output
-    assert (only_run(ready) / "model.safetensors").exists()
-    status = json.loads((only_run(ready) / "status.json").read_text())
+    assert (only_run(joined) / "model.safetensors").exists()
+    status = json.loads((only_run(joined) / "status.json").read_text())
     assert (status["status"], "is missing with its whole folder" in status["reason"]) == ("FAILED", True)
-    assert tracked(ready)[0].info.status == "FAILED"
+    assert tracked(joined)[0].info.status == "FAILED"
 
 
 @pytest.mark.parametrize(
@@ -377,6 +384,17 @@ def test_a_tracking_server_that_is_down_stops_no_training(ready: Cafe) -> None:
     assert "Warning: MLflow at" in result.output
     assert "cafe mlflow sync" in result.output
     assert json.loads((only_run(ready) / "status.json").read_text()) == {"status": "FINISHED", "reason": ""}
+
+
+def test_a_training_says_as_records_what_its_epochs_came_to(ready: Cafe) -> None:
+    result = ready(*TRAIN, "--method", "linear_probe", "--targets", "none", "--json")
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stderr.splitlines()[-1])
+    epoch = json.loads((only_run(ready) / "epochs" / "0002.json").read_text())
+    assert (last["work"], last["unit"]) == (f"Training {only_run(ready).name}", "steps")
+    assert last["done"] == last["total"] > 0
+    assert (last["epochs_done"], last["epochs"]) == (2, 2)
+    assert (last["loss"], last["accuracy"]) == pytest.approx((epoch["train/total"], epoch["train/accuracy"]), abs=1e-6)
 
 
 def test_compare_without_runs_is_one_sentence(ready: Cafe) -> None:

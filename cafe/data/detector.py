@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import joblib
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
 
 from cafe.errors import UserError
 
@@ -68,7 +68,7 @@ class Mtcnn(nn.Module):
         moves, scores = self.second(_cut(sums, owners, boxes, 24))
         kept = scores > THRESHOLDS[1]
         owners, boxes, moves, scores = owners[kept], boxes[kept], moves[kept], scores[kept]
-        kept = batched_nms(boxes, scores, owners, 0.7)
+        kept = suppress(boxes, scores, owners, 0.7)
         owners, boxes = _clear(owners[kept], _square(_move(boxes[kept], moves[kept], 1)), sums)
 
         moves, places, scores = self.third(_cut(sums, owners, boxes, 48))
@@ -92,7 +92,7 @@ class Mtcnn(nn.Module):
             owner, row, column = torch.nonzero(score >= THRESHOLDS[0], as_tuple=True)
             corner = STRIDE * torch.stack([column, row], dim=1).float()
             box = torch.cat([((corner + 1) / scale).floor(), ((corner + CELL) / scale).floor()], dim=1)
-            kept = batched_nms(box, score[owner, row, column], owner, 0.5)
+            kept = suppress(box, score[owner, row, column], owner, 0.5)
             owners.append(owner[kept])
             boxes.append(box[kept])
             moves.append(move.permute(0, 2, 3, 1)[owner, row, column][kept])
@@ -101,8 +101,29 @@ class Mtcnn(nn.Module):
         if not owners:
             return torch.zeros(0, dtype=torch.long, device=sums.device), torch.zeros(0, 4, device=sums.device)
         owner, box = torch.cat(owners), torch.cat(boxes)
-        kept = batched_nms(box, torch.cat(scores), owner, 0.7)
+        kept = suppress(box, torch.cat(scores), owner, 0.7)
         return owner[kept], _square(_move(box[kept], torch.cat(moves)[kept], 0))
+
+
+@cache
+def _load_suppression() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """Return torchvision's non-maximum suppression without the rest of it, whose import takes as long as that of torch."""
+    spec = find_spec("torchvision")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for library in Path(folder).glob("_C*"):
+            torch.ops.load_library(str(library))
+    if not hasattr(torch.ops.torchvision, "nms"):  # a release that keeps it elsewhere
+        import torchvision  # noqa: F401
+    kernel: Callable[[Tensor, Tensor, float], Tensor] = torch.ops.torchvision.nms
+    return kernel
+
+
+def suppress(boxes: Tensor, scores: Tensor, owners: Tensor, most: float) -> Tensor:
+    """Return the rows of boxes (n, 4) that overlap no better one of their picture by more than `most`, the best first."""
+    overlapping = _load_suppression()
+    parts = [torch.nonzero(owners == owner)[:, 0] for owner in owners.unique()]
+    kept = torch.cat([owners[:0], *(rows[overlapping(boxes[rows], scores[rows], most)] for rows in parts)])
+    return kept[scores[kept].sort(descending=True, stable=True).indices]
 
 
 class _Network(nn.Module):

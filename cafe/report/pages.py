@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,12 @@ def embed_figure(png: bytes) -> str:
 
 def render(template: str, **values: Any) -> bytes:
     """Fill a template of this package and return the page or text; a value the template lacks is an error."""
+    return _environment().get_template(template).render(**values).encode()
+
+
+@cache
+def _environment() -> Environment:
+    """Return what keeps the templates, each of which takes a tenth of a second to compile."""
     environment = Environment(
         loader=PackageLoader("cafe.report"),
         autoescape=select_autoescape(["html"]),
@@ -40,4 +47,4 @@ def render(template: str, **values: Any) -> bytes:
     )
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
-    return environment.get_template(template).render(**values).encode()
+    return environment

@@ -249,7 +249,7 @@ def _follow_cells(plan: BenchmarkPlan, bar: Bar) -> Iterator[Callable[[Cell], Ba
         def bars(cell: Cell) -> Bar:
             @contextmanager
             def part(title: str, unit: str) -> Iterator[Progress]:
-                def update(done: int, total: int) -> None:
+                def update(done: int, total: int, /, **facts: float) -> None:
                     if unit == "steps" and total:
                         worked[cell] = max(worked[cell], cell.work * done // total)
                         progress(sum(worked.values()), plan.work)

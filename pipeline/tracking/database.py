@@ -57,8 +57,8 @@ def check_database(path: Path) -> None:
 
 
 @contextmanager
-def draft_database(path: Path) -> Iterator[str]:
-    """Yield the URI of a draft, to be made into a database that then appears at `path`, unless one was made there meanwhile.
+def draft_database(path: Path) -> Iterator[Path]:
+    """Yield a draft, to be made into a database that then appears at `path`, unless one was made there meanwhile.
 
     Nothing waits until the draft is on disk, which takes MLflow's dozens of migrations most of their time: before it is
     whole there is nothing to lose.
@@ -70,7 +70,7 @@ def draft_database(path: Path) -> Iterator[str]:
         draft, copy = Path(folder, "draft.db"), Path(folder, "copy.db")
         event.listen(Engine, "connect", _leave_unsynchronised)
         try:
-            yield address_of(draft)
+            yield draft
         finally:
             event.remove(Engine, "connect", _leave_unsynchronised)
         # A copy, which none of the connections is open to that MLflow keeps.

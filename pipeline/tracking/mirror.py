@@ -10,12 +10,13 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -122,7 +123,7 @@ class Mirror:
             with quiet_mlflow() as mlflow:
                 page = describe()
                 try:
-                    self._make_database(mlflow)
+                    self._make_database()
                     client = mlflow.MlflowClient(self.address)
                     bring(client, self._find_experiment(client, experiment), page, digest)
                 except Exception:
@@ -144,15 +145,16 @@ class Mirror:
             self.behind.add(name)
             self._reason = quote(error)
 
-    def _make_database(self, mlflow: Any) -> None:
+    def _make_database(self) -> None:
         """Make the workspace's own database, unless it is there; raise `UserError` for what is no database."""
         if self.uri:
             return
         path = database_path(self.workspace)
         check_database(path)
         if not path.exists():
-            with draft_database(path) as uri:
-                mlflow.MlflowClient(uri).search_experiments()
+            content = empty_database()
+            with draft_database(path) as draft:
+                draft.write_bytes(content)
 
     @property
     def _artifacts(self) -> str:
@@ -352,6 +354,19 @@ def default_uri(workspace: Workspace) -> str:
 def database_path(workspace: Workspace) -> Path:
     """Return where a local workspace keeps MLflow's database."""
     return Path(f"{workspace.root}/mlflow.db")
+
+
+@cache
+def empty_database() -> bytes:
+    """Return a database as MLflow makes it of nothing: dozens of migrations, a second, which a process pays for once."""
+    with (
+        quiet_mlflow() as mlflow,
+        tempfile.TemporaryDirectory() as folder,
+        draft_database(Path(folder, "mlflow.db")) as draft,
+    ):
+        mlflow.MlflowClient(address_of(draft)).search_experiments()
+        with closing(sqlite3.connect(draft)) as made:
+            return made.serialize()
 
 
 def list_experiments(workspace: Workspace) -> dict[str, str]:
