@@ -57,6 +57,8 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
+    from cafe.inference.output import OWN
+    from cafe.outputs import check_replaced
     from cafe.pipeline.release.choice import find_runs, split_words
     from cafe.pipeline.release.confidence import read_confidence
 
@@ -67,6 +69,7 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     files = find_files(list(_read_places(places)))
     if settings.output:
         _check_apart(settings.output, files)
+        check_replaced(locate(settings.output), "--output", OWN[form])
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
     confidence = read_confidence(runs)
