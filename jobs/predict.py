@@ -14,7 +14,7 @@ import click
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.names import complete, complete_or_file
 from cafe.jobs.options import options
-from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, say
+from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, say
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     say(chosen, err=True)
     confidence = read_confidence(runs)
     if confidence.warning:
-        click.echo(f"Warning: {confidence.warning}", err=True)
+        echo(f"Warning: {confidence.warning}", err=True)
     threshold = confidence.threshold if settings.threshold is None else settings.threshold
     summary = _predict(files, _load(runs, settings, threshold), settings, form, copies)
     for sentence in summary.sentences():

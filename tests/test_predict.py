@@ -40,6 +40,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import remove_leftovers, write_json
+from cafe.inference import frames
 from cafe.inference.annotation import choose_colours, place_copies, write_video
 from cafe.inference.annotation import draw_faces as draw_boxes
 from cafe.inference.frames import Frame, count_frames, read_video
@@ -266,6 +267,36 @@ def test_annotated_pictures_keep_their_places_and_never_overwrite_originals(comm
     command.succeed(*arguments, str(tmp_path / "shown"))  # in place of its own copies
     (tmp_path / "shown" / "a" / "1.png").write_bytes(before)
     assert "a/1.png is there already" in command.fail(*arguments, str(tmp_path / "shown"))
+
+
+def test_a_copy_stays_in_its_folder_however_its_file_was_named(tmp_path: Path) -> None:
+    for name in ("a/b/1.jpg", "other/x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    files, shown = (
+        [UPath(tmp_path / "a/b/1.jpg"), UPath(f"{tmp_path}/a/b/../../other/x.jpg")],
+        UPath(tmp_path / "shown"),
+    )
+    assert list(place_copies(files, shown).values()) == [shown / "a/b/1.jpg", shown / "other/x.jpg"]
+    shown.mkdir()
+    (shown / "other").symlink_to(tmp_path / "a")
+    assert "is a link that leads out of" in complaint(place_copies, files, shown)
+
+
+def test_a_video_of_larger_pictures_than_photos_may_have_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk(tmp_path / "walk.mp4")
+    monkeypatch.setattr(frames, "MAX_PIXELS", 1000)
+    (frame,) = read_video(UPath(tmp_path / "walk.mp4"), math.inf)
+    assert frame.error.endswith("pixels are more than 1,000")
+
+
+def test_no_name_of_a_file_is_a_formula_in_a_spreadsheet() -> None:
+    sink = io.BytesIO()
+    with FORMATS["csv"](sink, EXPRESSIONS) as write:
+        write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": name} for name in ("=1+1.jpg", "a=1.jpg")])
+    assert [line.split(",")[0] for line in sink.getvalue().decode().splitlines()[1:]] == ["./=1+1.jpg", "a=1.jpg"]
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import check_different, check_outputs, write_whole
+from cafe.files import check_different, check_outputs, place_below, write_whole
 from cafe.inference.frames import Frame, is_video, read_rate, read_video
 from cafe.inference.recognition import PredictedFace, PredictedFrame
 from cafe.outputs import MARK, check_replaced
@@ -69,12 +69,13 @@ def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
     if folder.is_file():
         raise UserError(f"{folder} is a file: give --annotate a folder.")
     full = {str(file): file if file.protocol else file.absolute() for file in files}
-    above = posixpath.commonpath([file.parent.path for file in full.values()])
+    paths = {name: posixpath.normpath(file.path) for name, file in full.items()}  # one with '..' leads out of no folder
+    above = posixpath.commonpath([posixpath.dirname(path) for path in paths.values()])
     places = {}
     for name, file in full.items():
         forms = (".mp4",) if is_video(file) else WRITTEN
         suffix = "" if file.suffix.casefold() in forms else forms[0]
-        places[name] = folder / (posixpath.relpath(file.path, above) + suffix)
+        places[name] = place_below(folder, posixpath.relpath(paths[name], above) + suffix)
     originals = {file.resolve() for file in full.values()}
     if taken := [place for place in places.values() if place.absolute().resolve() in originals]:
         raise UserError(f"The annotated copy would overwrite {taken[0]}: give --annotate another folder.")

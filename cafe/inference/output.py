@@ -146,12 +146,18 @@ def write_csv(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
             table.writeheader()
         table.writerows(
             {name: int(value) if isinstance(value, bool) else value for name, value in _rounded(row).items()}
+            | {"file": _name_no_formula(row["file"])}
             for row in rows
         )
         _put(file, text.getvalue())
 
     write([], header=True)
     yield write
+
+
+def _name_no_formula(file: str) -> str:
+    """Return the name of a file such that no spreadsheet takes it for a formula; it still names the file."""
+    return f"./{file}" if file.startswith(("=", "+", "-", "@", "\t", "\r")) else file
 
 
 @contextmanager
