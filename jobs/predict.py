@@ -14,7 +14,7 @@ import click
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.names import complete, complete_or_file
 from cafe.jobs.options import options
-from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, records_option, say
+from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, records_option, say
 from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
@@ -59,6 +59,8 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
+    from cafe.inference.output import OWN
+    from cafe.outputs import check_replaced
     from cafe.pipeline.release.choice import find_runs, split_words
     from cafe.pipeline.release.confidence import read_confidence
 
@@ -69,11 +71,12 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     files = find_files(list(_read_places(places)))
     if settings.output:
         _check_apart(settings.output, files)
+        check_replaced(locate(settings.output), "--output", OWN[form])
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
     confidence = read_confidence(runs)
     if confidence.warning:
-        click.echo(f"Warning: {confidence.warning}", err=True)
+        echo(f"Warning: {confidence.warning}", err=True)
     threshold = confidence.threshold if settings.threshold is None else settings.threshold
     summary = _predict(files, _load(runs, settings, threshold), settings, form, copies)
     for sentence in summary.sentences():

@@ -90,12 +90,13 @@ def compare(
     evaluated as it was in the paper.
     """
     from cafe.files import check_output, locate, write_whole
-    from cafe.report.formats import FORMATS
+    from cafe.outputs import check_replaced
+    from cafe.report.formats import FORMATS, OWN
 
     files = {"markdown": markdown, "latex": latex, "csv": csv}
     for name, file in files.items():
         if file:
-            check_output(file, f"--{name}")
+            check_replaced(check_output(file, f"--{name}"), f"--{name}", OWN[name])
     workspace = open_workspace()
     chosen = choose_runs(workspace, experiment, mlflow_uri)
     ship = [_say_best(chosen.runs, experiment, best)] if best else []
@@ -202,11 +203,13 @@ def report(
     the numbers were made. The mistakes are thumbnails: the licences of the data sets apply to the page.
     """
     from cafe.files import check_output, locate, place_below, write_whole
+    from cafe.outputs import check_replaced, holds
     from cafe.report.details import Gallery
     from cafe.report.experiment import draw_experiment
+    from cafe.report.pages import GENERATOR
 
     if output:
-        check_output(output, "--output")
+        check_replaced(check_output(output, "--output"), "--output", holds(GENERATOR))
         if (ending := PurePosixPath(output).suffix) not in ("", ".html", ".htm"):
             raise UserError(f"--output {output} ends in {ending!r}: the page is HTML, so give FILE.html.")
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)

@@ -405,7 +405,7 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
     for table in sheet_tables([run_sheet(scores, leak_free)]):
         show(table)
     if warning := read_confidence([run]).warning:
-        click.echo(f"Warning: {warning}", err=True)
+        echo(f"Warning: {warning}", err=True)
 
 
 def _warn(mirror: Mirror) -> None:

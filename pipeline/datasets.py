@@ -28,7 +28,7 @@ from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.files import check_different, check_outputs, locate, place_below, write_file
+from cafe.files import check_different, check_outputs, exists, list_folder, locate, place_below, remove_file, write_file
 from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.settings import AlignSettings, ExtractSettings
 from cafe.pipeline.workspace import Workspace
@@ -51,7 +51,12 @@ SCHEMA = pa.schema([
     ("box", pa.list_(pa.float32())),  # left, top, right, bottom in pixels of the photo
     ("eyes", pa.list_(pa.float32())),  # x, y of the left and the right one
 ])  # fmt: skip
-CHUNK = 64  # photos decoded before the detector runs on them
+LISTING, BEGUN = (
+    "alignment.parquet",
+    ".align",
+)  # in a folder of crops: what became of each photo; that it is being filled
+CHUNK = 64  # photos decoded before the detector runs on them,
+HELD_BYTES = 2**28  # or as many as take so much
 UNLABELLED = -1
 
 
@@ -159,16 +164,18 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
         raise UserError(f"The crops would overwrite the photos in {folder}: give another --out.")
     _check_crops(folder, photos, settings)
     result, faces = Alignment(folder), []
+    write_file(folder / BEGUN, b"")  # what a kill leaves is taken up again
     for row, aligned in _align(photos, settings, progress):
         faces += _save_crops(result, photos, row, aligned, settings.size)
     listing = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(result.rows, schema=SCHEMA), listing)
-    write_file(folder / "alignment.parquet", listing.getvalue().to_pybytes())
+    write_file(folder / LISTING, listing.getvalue().to_pybytes())
+    remove_file(folder / BEGUN)
     if not faces:
         sample, reason = result.left_out[0]
         raise UserError(
             f"None of the {len(photos)} photos has a usable face (first: {sample}: {reason}): lower --smallest or "
-            f"--confidence; {folder / 'alignment.parquet'} lists them all."
+            f"--confidence; {folder / LISTING} lists them all."
         )
     if photos.labels[0] != UNLABELLED:
         result.manifest = workspace.manifest_path(settings.name)
@@ -190,8 +197,12 @@ def _check_crops(folder: UPath, photos: Manifest, settings: AlignSettings) -> No
             first = re.sub(r"@\d+(\.[^.]*)$", r"\1", crop)
             if first != crop and first in taken:
                 raise UserError(f"A further face of {first} and the crop {crop} could have one name: rename a photo.")
+    if not any(exists(folder / name) for name in (LISTING, BEGUN)) and (others := list_folder(folder)):
+        raise UserError(
+            f"{folder} holds {others[0].name!r} and no crops of an earlier `cafe data align`: give --out another folder."
+        )
     longest = max(crops.values(), key=lambda crop: max(len(part.encode()) for part in crop.split("/")))
-    check_outputs((str(place_below(folder, file)) for file in ("alignment.parquet", longest)), "The output")
+    check_outputs((str(place_below(folder, file)) for file in (LISTING, longest)), "The output")
 
 
 def _align(
@@ -200,7 +211,7 @@ def _align(
     """Yield (row, what became of it) of every photo."""
     decoded, done = photos.survey(photos.rows("all"), lambda pixels: pixels), 0
     every = settings.faces == "all"
-    while chunk := list(islice(decoded, CHUNK)):
+    while chunk := _take(decoded):
         pictures = {row: pixels for row, pixels in chunk if isinstance(pixels, np.ndarray)}
         found = align_faces(list(pictures.values()), settings.size, settings.smallest, every, settings.confidence)
         outcomes = dict(zip(pictures, found, strict=True))
@@ -208,6 +219,19 @@ def _align(
             yield row, pixels if isinstance(pixels, UnreadableImageError) else outcomes[row]
         done += len(chunk)
         progress(done, len(photos))
+
+
+def _take(
+    decoded: Iterator[tuple[int, np.ndarray | UnreadableImageError]],
+) -> list[tuple[int, np.ndarray | UnreadableImageError]]:
+    """Return the next photos that the detector runs on together, those of a telephone seven at a time."""
+    chunk, held = [], 0
+    for row, pixels in islice(decoded, CHUNK):
+        chunk.append((row, pixels))
+        held += 0 if isinstance(pixels, UnreadableImageError) else pixels.nbytes
+        if held >= HELD_BYTES:
+            break
+    return chunk
 
 
 def _save_crops(

@@ -18,9 +18,11 @@ Everything here is read and written without torch: what builds a method from its
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
@@ -37,12 +39,13 @@ from cafe.pipeline.workspace import check_name
 from cafe.records import FORMAT, check_record, digest, digest_changes
 from cafe.results.runs import read_record, read_result
 from cafe.results.sources import Source
-from cafe.seals import read_sealed, write_sealed
+from cafe.seals import damaged, read_sealed, verify_file, write_sealed
 from cafe.towers.names import FINAL, single_names
 
 CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
 START = "start.safetensors"  # file of the weights that a run went on from
 DECIDING = (".json", ".safetensors")  # files of an exported folder by which it predicts
+MODEL_FORMAT = 2  # of model.json; those of format 1 may be from before there were seals
 EXPORTED = "exported"  # folder of a run that came as an exported model
 Size = Annotated[int, Interval(ge=1, le=2**20)]  # of features
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -224,6 +227,9 @@ def check_identity(run: UPath) -> None:
         return
     spec = RunSpec.load(run)
     expected = {"name": spec.name, "group": spec.group, **{name: getattr(spec, name) for name in CLAIMED}}
+    expected |= {"classes": list(spec.classes), "sources": [asdict(source) for source in spec.trained_on]}
+    settings = record.get("settings") or {}
+    expected["settings"] = settings | {name: value for name, value in spec.settings.items() if name in settings}
     wrong = [name for name, value in expected.items() if record.get(name, value) != value]
     if wrong or spec.name != run.name:
         name = wrong[0] if wrong else "name"
@@ -255,17 +261,32 @@ class ModelRecord:
     scores: Mapping[str, float | None] = field(default_factory=dict)
     threshold: Annotated[float, Interval(ge=0, le=1)] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    format: int = 1
 
 
 def read_model(folder: UPath) -> dict[str, Any]:
     """Return what model.json says of an exported folder, nothing where there is none.
 
-    Raises `DamagedError` where it is not what was written, `UserError` where it says what no export writes.
+    Raises `DamagedError` where it is not what was written, `UserError` where it says what no export writes. One without a
+    seal, from before there were seals, is named by a warning.
     """
-    path = folder / "model.json"
-    record = read_sealed(path, "read", "export the run again with `cafe export`") or {}
+    path, remedy = folder / "model.json", "export the run again with `cafe export`"
+    record = read_sealed(path, "read", remedy) or {}
     check_record(record, ModelRecord, str(path))
+    if record and verify_file(path) == "unchecked":
+        if record.get("format", 1) >= MODEL_FORMAT:
+            raise damaged(path, remedy)
+        _name_unchecked(str(path))
     return record
+
+
+@cache
+def _name_unchecked(path: str) -> None:
+    logging.getLogger(__name__).warning(
+        "%s is unchecked: it has no seal, so that nobody can say whether it was changed; %s.",
+        path,
+        "export the run again with `cafe export`",
+    )
 
 
 def check_exported(folder: UPath) -> None:

@@ -456,6 +456,14 @@ def test_the_command_writes_every_format(workspace: Workspace, tmp_path: Path) -
     for name, path in files.items():
         assert path.read_text() == expected[name](report)  # and so the same bytes for the same runs
         assert f"Wrote {path}" in output
+    command = ("compare", "--versus", "linear_probe", *options)
+    cafe.succeed(*command)  # in place of its own files
+    for path in files.values():
+        whole = path.read_bytes()
+        path.write_text("# my notes\nprotocol,source")
+        assert f"{path} is there already, and is nothing that this command writes" in cafe.fail(*command)
+        assert path.read_text().startswith("# my notes")
+        path.write_bytes(whole)
 
 
 def test_expressions_are_tested_against_a_row_on_the_faces_of_each(workspace: Workspace) -> None:

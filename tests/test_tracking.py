@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy
-from conftest import Cafe, draw_faces
+from conftest import Cafe, complaint, draw_faces
 from mlflow import MlflowClient
 from runs import write_predictions, write_run
 from test_malformed import SPEC
 from upath import UPath
 
+from cafe.addresses import Permission, permission
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import list_files, list_folder, write_json
@@ -29,6 +30,7 @@ from cafe.pipeline.benchmark.cells import write_comparison
 from cafe.pipeline.runs import add_experiment
 from cafe.pipeline.tracking.database import draft_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
+from cafe.pipeline.tracking.places import check_place
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
 from cafe.results.runs import read_runs
@@ -272,6 +274,47 @@ def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Wo
     marker = (folder / "pulled.json").stat().st_mtime_ns
     assert elsewhere.pull("cafe") == [folder]
     assert (folder / "pulled.json").stat().st_mtime_ns == marker
+
+
+@pytest.mark.parametrize(
+    ("server", "place", "flags", "said"),
+    [
+        ("http://track:5000", "mlflow-artifacts:/1/2/artifacts", "", ""),
+        ("http://track:5000", "http://track:5000/files", "", ""),
+        ("http://track:5000", "s3://bucket/1", "", ""),
+        ("sqlite:////w/mlflow.db", "file:///w/artifacts/1", "", ""),
+        ("http://127.0.0.1:5000", "file:///w/artifacts/1", "", ""),
+        ("http://track:5000", "file:///etc", "", "a folder of this machine"),
+        ("http://track:5000", "/etc", "", "a folder of this machine"),
+        ("http://track:5000", "http://track:22/", "", "--allow-urls"),
+        ("http://track:5000", "mlflow-artifacts://metadata/1", "", "--allow-urls"),
+        ("sqlite:////w/mlflow.db", "https://other/1", "", "--allow-urls"),
+        ("http://track:5000", "http://other/1", "urls", "give --allow-private-urls too"),
+        ("http://track:5000", "http://other/1", "urls private", ""),
+        ("http://track:5000", "ftp://other/1", "urls private", "give a folder, an object store or https:// there"),
+    ],
+)
+def test_artifacts_are_fetched_from_the_server_and_from_what_the_user_allows(
+    server: str, place: str, flags: str, said: str
+) -> None:
+    before = permission()
+    Permission("urls" in flags, "private" in flags).install()
+    try:
+        assert (said in complaint(check_place, server, place)) if said else not complaint(check_place, server, place)
+    finally:
+        before.install()
+
+
+def test_a_run_whose_artifacts_lie_on_another_server_is_not_pulled(workspace: Workspace, tmp_path: Path) -> None:
+    evaluated(workspace)
+    mirror = Mirror(workspace)
+    for run in workspace.read_runs():
+        mirror.update(run.folder)
+    path = default_uri(workspace).removeprefix("sqlite:///")
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE runs SET artifact_uri = 'http://127.0.0.1:9/artifacts'")
+    said = complaint(Mirror(Workspace.at(str(tmp_path / "other")), default_uri(workspace)).pull, "cafe")
+    assert "'http://127.0.0.1:9/artifacts' came with a file: where you trust that file, give --allow-urls" in said
 
 
 @pytest.mark.parametrize("lie", ["name", "seed"])

@@ -20,7 +20,7 @@ import av
 import numpy as np
 from upath import UPath
 
-from cafe.data.images import SUFFIXES, UnreadableImageError, decode_series, read_bytes
+from cafe.data.images import MAX_PIXELS, SUFFIXES, UnreadableImageError, decode_series, read_bytes
 from cafe.data.layouts import is_image, list_files
 from cafe.errors import IrregularFileError, UserError
 from cafe.files import check_regular, locate, retry
@@ -134,13 +134,11 @@ def read_video(file: UPath, rate: float) -> Iterator[Frame]:
     decoder, due, reason = _Decoder(), 0, ""
     try:
         with _open_video(file) as container:
-            if container.streams.video:
-                for number, (frame, time) in enumerate(decoder.decode(container)):
-                    if math.isinf(rate) or time * rate >= due - 1e-6:
-                        due = 0 if math.isinf(rate) else math.floor(time * rate + 1e-6) + 1
-                        yield Frame(file, _upright(frame), number, time)
-            else:
-                reason = "holds no pictures"
+            reason = _find_obstacle(container)
+            for number, (frame, time) in enumerate(() if reason else decoder.decode(container)):
+                if math.isinf(rate) or time * rate >= due - 1e-6:
+                    due = 0 if math.isinf(rate) else math.floor(time * rate + 1e-6) + 1
+                    yield Frame(file, _upright(frame), number, time)
     except IrregularFileError:
         reason = "is a pipe or a device, not a file"
     except (av.FFmpegError, OSError) as error:
@@ -192,6 +190,20 @@ class _Decoder:
         if self.end + 2 * self.step + SLACK < self.length:
             return f"cut off after {self.end:.1f} of {self.length:.1f} s"
         return f"damaged video: cannot be decoded in places, first at {min(self.broken):.1f} s" if self.broken else ""
+
+
+def _find_obstacle(container: Any) -> str:
+    """Return why a video is not read: it has no pictures, or larger ones than photos may be; empty where it can be.
+
+    Larger ones that come later are refused by its decoder.
+    """
+    if not container.streams.video:
+        return "holds no pictures"
+    for stream in container.streams.video:
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        if stream.width * stream.height > MAX_PIXELS:
+            return f"{stream.width}×{stream.height} pixels are more than {MAX_PIXELS:,}"
+    return ""
 
 
 def _find_length(container: Any, stream: Any) -> float:

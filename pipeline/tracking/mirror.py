@@ -29,6 +29,7 @@ from cafe.pipeline.runs import check_identity
 from cafe.pipeline.tracking import pages
 from cafe.pipeline.tracking.database import address_of, check_database, draft_database, has_tag, move_artifacts
 from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, name_rows_of
+from cafe.pipeline.tracking.places import check_place, check_repository
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.runs import PULLED, Run, read_run
 
@@ -192,7 +193,10 @@ class Mirror:
             )
         folder = place_below(self.workspace.root / "pulled" / "models", re.sub(r"[^A-Za-z0-9.-]+", "-", uri))
         with quiet_mlflow() as mlflow, self.as_default(mlflow):
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
             try:
+                check_repository(self.address, get_artifact_repository(uri))
                 place = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 raise UserError(
@@ -228,6 +232,7 @@ class Mirror:
         run_id, names = run.info.run_id, (run.data.tags[MIRRORED], run.info.run_name)
         folder = place_below(self.workspace.root / "pulled", "/".join(names))  # a union's has `+`, which no name has
         if not (folder / PULLED).exists():
+            check_place(self.address, run.info.artifact_uri)
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.path for entry in client.list_artifacts(run_id)}
             with tempfile.TemporaryDirectory() as temporary:
