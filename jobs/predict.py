@@ -182,18 +182,18 @@ def export(run: str, **values: Any) -> None:
     """
     from cafe.files import locate
     from cafe.pipeline.release.export import export_run, name_folder
+    from cafe.pipeline.tracking.mirror import Mirror
     from cafe.results.runs import choose
 
     settings, workspace = ExportSettings(**values), open_workspace()
+    mirror = Mirror(workspace, settings.mlflow_uri)
     runs, _ = choose(workspace.read_runs("" if settings.ensemble else run), name=run, ensemble=settings.ensemble)
     folder = locate(settings.output) if settings.output else name_folder(workspace, runs, settings)
     exported = export_run(workspace, runs[0].name, folder, settings)
     say(f"Wrote {exported.folder}{_describe_checks(exported)}. Read README.md there before you ship it.")
     if settings.mlflow or settings.register:
         from cafe.pipeline.release.pyfunc import log_model
-        from cafe.pipeline.tracking.mirror import Mirror
 
-        mirror = Mirror(workspace, settings.mlflow_uri)
         say(log_model(mirror, runs[0].folder, exported.folder, settings.register))
 
 

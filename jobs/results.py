@@ -230,7 +230,7 @@ def ui(port: int) -> None:
     Starts MLflow's server on loopback and prints the addresses to open.
     """
 
-    from cafe.pipeline.tracking.mirror import default_uri, list_experiments
+    from cafe.pipeline.tracking.mirror import SHARED, default_uri, list_experiments
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -251,7 +251,9 @@ def ui(port: int) -> None:
             _await_answer(server, port)
             echo(f"MLflow at {address} (stop with Ctrl-C)")
             for name, number in experiments.items():  # MLflow's own front page leads to pages about language models
-                echo(f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning")
+                echo(
+                    f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning&viewStateShareKey={SHARED}"
+                )
             server.wait()
         except KeyboardInterrupt:
             server.terminate()

@@ -196,6 +196,7 @@ def evaluate(run: str, **values: Any) -> None:
     from cafe.results.protocols import find_protocol, name_protocol
     from cafe.results.runs import choose
 
+    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     if settings.experiment:
         check_name(settings.experiment)
     if exported := find_exported(workspace, run):
@@ -211,7 +212,6 @@ def evaluate(run: str, **values: Any) -> None:
     for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
         for source in spec.trained_on:
             load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
-    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     several = len(targets) if settings.address else 1  # side by side on a cluster
     bar, at_work = progress_bar("Evaluating", "targets"), find_worker(settings, settings.use_gpu, several)
     with interruptible(), hold(path, settings.wait):
@@ -331,12 +331,12 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
 
     if settings.dry_run and show_missing(workspace, grid):
         return
+    mirror = _check_mirror(Mirror(workspace.keeping_manifests(), settings.mlflow_uri))
     plan = plan_benchmark(workspace, grid, settings)
     for table in plan_tables(plan):
         show(table)
     if settings.dry_run:
         return
-    mirror = _check_mirror(Mirror(workspace.keeping_manifests(), settings.mlflow_uri))
     with interruptible():
         failures = run_benchmark(plan, mirror, progress_bar, say)
     _warn(mirror)

@@ -272,6 +272,12 @@ class Execution(ClusterSettings):
         None, "MLflow tracking server; default: the workspace's own database.", in_file=False, group="Tracking"
     )
     experiment: str = setting("cafe", "MLflow experiment.", in_file=False, group="Tracking")
+    system_metrics: bool = setting(
+        False,
+        "Log the load of this machine's processors, memory, disk and GPUs in MLflow, too.",
+        in_file=False,
+        group="Tracking",
+    )
 
 
 @dataclass(frozen=True)
