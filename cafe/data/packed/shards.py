@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from cafe.data.images import suffix_of
 from cafe.data.indexing import Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, is_image, list_files
 from cafe.data.packed.archives import ROWS, Span, find_pictures, is_archive, name_row, open_packed, walk_archive
@@ -178,7 +179,7 @@ def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Row]:
         elif is_image(name):
             pictures.setdefault(sample, []).append((member.name, member.span))
         elif member.content is None:
-            found.ignored += 1
+            found.ignored[suffix_of(name)] += 1
         else:
             try:
                 cells.setdefault(sample, {}).update(_read_text(ending.casefold(), member.content))
@@ -192,7 +193,7 @@ def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Row]:
         else:
             ((name, span),) = there
             yield _Row(shard, f"{shard}/{name}", name, span, cells.get(sample, {}))
-    found.ignored += len(cells.keys() - pictures.keys())
+    found.ignored[""] += len(cells.keys() - pictures.keys())
 
 
 def _read_text(ending: str, content: bytes) -> dict[str, object]:
