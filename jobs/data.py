@@ -255,7 +255,7 @@ def _counts_tables(differences: list[CountDifference]) -> list[FittedTable | str
 def check_whole(broken: int, what: str) -> None:
     """Raise `IncompleteError` where something could not be read: all else is written, but the command is not done."""
     if broken:
-        raise IncompleteError(f"{broken:,} {what} could not be read and are left out: they are listed above.")
+        raise IncompleteError(f"Not all {what} could be read: {broken:,} are left out, listed above.")
 
 
 def _list_some(title: str, lines: list[str]) -> str:
