@@ -156,6 +156,7 @@ def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: boo
 
 def _index_tables(index: Index) -> list[FittedTable | str]:
     """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
+    from cafe.data.images import list_suffixes
     from cafe.data.manifest import SPLITS
 
     manifest, listing, counts = index.manifest, index.listing, index.counts()
@@ -168,7 +169,9 @@ def _index_tables(index: Index) -> list[FittedTable | str]:
 
     widths, heights = (sorted(manifest.table[side].to_pylist()) for side in ("width", "height"))
     smallest, middle, largest = (f"{widths[n]}×{heights[n]}" for n in (0, (len(widths) - 1) // 2, -1))
-    ignored = f"; {listing.ignored:,} other files ignored" if listing.ignored else ""
+    ignored = ""
+    if others := listing.ignored.total():
+        ignored = f"; {others:,} other files ignored ({list_suffixes(listing.ignored)})"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(listing.dropped.items()))
     left_out = (
         f"{listing.dropped.total():,} left out, which show none of the {len(manifest.classes)} classes: {dropped}"
@@ -252,7 +255,7 @@ def _counts_tables(differences: list[CountDifference]) -> list[FittedTable | str
 def check_whole(broken: int, what: str) -> None:
     """Raise `IncompleteError` where something could not be read: all else is written, but the command is not done."""
     if broken:
-        raise IncompleteError(f"{broken:,} {what} could not be read and are left out: they are listed above.")
+        raise IncompleteError(f"Not all {what} could be read: {broken:,} are left out, listed above.")
 
 
 def _list_some(title: str, lines: list[str]) -> str:

@@ -56,6 +56,7 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     form = _choose_format(settings)
     settings.check()
 
+    from cafe.data.images import list_suffixes
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
@@ -68,7 +69,7 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
         check_output(settings.output, "--output")
     name, places = split_words(workspace, words, settings.model, settings.best)
     runs, chosen = find_runs(workspace, name, settings.best, settings.ensemble)
-    files = find_files(list(_read_places(places)))
+    files, others = find_files(list(_read_places(places)))
     if settings.output:
         _check_apart(settings.output, files)
         check_replaced(locate(settings.output), "--output", OWN[form])
@@ -81,6 +82,8 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     summary = _predict(files, _load(runs, settings, threshold), settings, form, copies)
     for sentence in summary.sentences():
         say(sentence, err=True)
+    if others:
+        say(f"Files that are no photos or videos by their names: {list_suffixes(others)}.", err=True)
     for place in (settings.output, settings.annotate):
         if place:
             say(f"Wrote {place}", err=True)

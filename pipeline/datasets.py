@@ -22,7 +22,7 @@ from PIL import Image
 from upath import UPath
 
 from cafe.data.alignment import Aligned, align_faces
-from cafe.data.images import SUFFIXES, UnreadableImageError
+from cafe.data.images import UnreadableImageError, list_suffixes, suffix_of
 from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
@@ -143,10 +143,11 @@ def find_photos(workspace: Workspace, source: str) -> Manifest:
     root = locate(source)
     if source in workspace.manifest_names() or not root.is_dir():
         return workspace.load_manifest(source)
-    paths = [path for path in list_files(root) if is_image(path)]
+    files = list_files(root)
+    paths = [path for path in files if is_image(path)]
     if not paths:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise UserError(f"There is no photo below {root}: give a folder that holds {kinds} files.")
+        there = f"its files are {list_suffixes(Counter(map(suffix_of, files)))}" if files else "it holds no file"
+        raise UserError(f"There is no photo below {root}, by their names: {there}.")
     faces = (Face(path, path, UNLABELLED, "", None, 0, 0, "") for path in paths)
     return Manifest.from_faces(root.name, str(root), faces)
 

@@ -19,7 +19,7 @@ from itertools import chain
 from upath import UPath
 
 from cafe.data.expressions import OTHERS
-from cafe.data.images import SUFFIXES
+from cafe.data.images import SUFFIXES, suffix_of
 from cafe.data.indexing import Expected, Listing
 from cafe.data.labels import decode_text
 from cafe.data.packed.archives import is_archive, open_archive, read_content
@@ -167,7 +167,7 @@ def _walk(folder: str, prefix: str, above: frozenset[str], ways: Counter[str]) -
 
 def is_image(path: str) -> bool:
     """Return whether a file is named like a picture."""
-    return path[path.rfind(".") :].casefold() in SUFFIXES
+    return suffix_of(path) in SUFFIXES
 
 
 def folder_of(path: str) -> str:

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import glob
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from upath import UPath
 
-from cafe.data.images import MAX_PIXELS, SUFFIXES, UnreadableImageError, decode_series, read_bytes
+from cafe.data.images import MAX_PIXELS, UnreadableImageError, decode_series, list_suffixes, read_bytes, suffix_of
 from cafe.data.layouts import is_image, list_files
 from cafe.errors import IrregularFileError, UserError
 from cafe.files import check_regular, locate, retry
@@ -52,37 +52,59 @@ class Frame:
 
 def is_video(file: UPath) -> bool:
     """Return whether a file is named like a video."""
-    return file.suffix.casefold() in VIDEOS
+    return suffix_of(file.name) in VIDEOS
 
 
-def find_files(places: Sequence[str]) -> list[UPath]:
+def is_shown(name: str) -> bool:
+    """Return whether a file is named like a photo or a video."""
+    return is_image(name) or suffix_of(name) in VIDEOS
+
+
+class Found(NamedTuple):
+    """Photos and videos, and what else lay in folders and fitted patterns, by ending."""
+
+    files: list[UPath]
+    others: Counter[str]
+
+
+def find_files(places: Sequence[str]) -> Found:
     """Return the files that places name: files, all photos and videos below folders, patterns with `*`; each file once.
 
     Links are followed. Raises `UserError` for a place where there is nothing.
     """
-    found = (file for place in places for file in _expand(place))
-    once: dict[str, UPath] = {}
-    for file in found:
-        once.setdefault(str(file if file.protocol else file.absolute()), file)
-    return list(once.values())
+    others: dict[str, str] = {}
+    found: dict[str, UPath] = {}
+    for place in places:
+        for file in _expand(place, others):
+            found.setdefault(_name(file), file)
+    return Found(list(found.values()), Counter(suffix for file, suffix in others.items() if file not in found))
 
 
-def _expand(place: str) -> Iterator[UPath]:
+def _name(file: UPath) -> str:
+    """Name a file alike, whether it was given from the root or from here."""
+    return str(file if file.protocol else file.absolute())
+
+
+def _expand(place: str, others: dict[str, str]) -> Iterator[UPath]:
+    """Yield the photos and videos of a place, and note the endings of the other files there."""
     path = locate(place, absolute=False)
     if retry(path, "read", path.is_file):  # at an address, a server may be away
         yield path
     elif retry(path, "read", path.is_dir):
-        files = [path / name for name in list_files(path) if is_image(name) or is_video(UPath(name))]
+        names = list_files(path)
+        files = [path / name for name in names if is_shown(name)]
+        others.update({_name(path / name): suffix_of(name) for name in names if not is_shown(name)})
         if not files:
-            raise UserError(
-                f"There is no photo or video below {place!r}: known are {', '.join(sorted(SUFFIXES | VIDEOS))}."
-            )
+            there = f"its files are {list_suffixes(Counter(map(suffix_of, names)))}" if names else "it holds no file"
+            raise UserError(f"There is no photo or video below {place!r}, by their names: {there}.")
         yield from files
     elif glob.has_magic(place) and (matches := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207  # also absolute
         for match in matches:
             file = UPath(match, protocol="")  # whatever it is called
-            if file.is_dir() or is_image(match) or is_video(file):
-                yield from _expand(str(file.absolute()) if ":" in match else match)
+            if file.is_dir() or is_shown(match):
+                yield from _expand(str(file.absolute()) if ":" in match else match, others)
+            else:
+                others[_name(file)] = suffix_of(match)
     else:
         raise UserError(f"There is no file {place!r}: give photos, videos, folders or patterns such as 'faces/*.jpg'.")
 

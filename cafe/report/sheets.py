@@ -166,7 +166,7 @@ def _grounds(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
 def ground_notes(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what chance is, and which numbers are not above it or of few faces."""
     cells: list[tuple[Row, Place, Estimate]] = [
-        (row, place, estimate) for row in rows for place, estimate in (*row.cells.items(), *row.means.items())
+        (row, place, estimate) for row in rows for own in (row.cells, row.means) for place, estimate in own.items()
     ]
     if not any(estimate.faces for *_, estimate in cells):
         return

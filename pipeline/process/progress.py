@@ -68,7 +68,7 @@ class Pace:
 
 
 class Log:
-    """Says now and then how far work is: after an epoch of a training, else every half minute; or as JSON, a record a line."""
+    """Says now and then how far work is: after an epoch of a training, else every half minute; or as records of JSON."""
 
     def __init__(
         self,

@@ -89,7 +89,7 @@ def _find_frames(several: Sequence[Any], rate: float) -> Iterator[Iterator[Frame
         if is_place:
             places = [os.fspath(place) for _, place in group]
             own(*places)
-            yield read_frames(find_files(places), rate)
+            yield read_frames(find_files(places).files, rate)
         else:
             yield iter([_open_picture(str(number), picture) for number, picture in group])
 

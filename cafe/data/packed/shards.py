@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from cafe.data.images import suffix_of
 from cafe.data.indexing import Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, is_image, list_files
 from cafe.data.packed.archives import ROWS, Span, find_pictures, is_archive, name_row, open_packed, walk_archive
@@ -125,7 +126,9 @@ def _expand_braces(text: str) -> list[str]:
             )
         parts = [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
     names = (name for part in parts for name in _expand_braces(text[: found.start()] + part + text[found.end() :]))
-    return list(dict.fromkeys(names))  # of braces within braces the inner ones come first, and again for each outer part
+    return list(
+        dict.fromkeys(names)
+    )  # of braces within braces the inner ones come first, and again for each outer part
 
 
 def _find_split(shard: str) -> str:
@@ -179,7 +182,7 @@ def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Packed]:
         elif is_image(name):
             pictures.setdefault(sample, []).append((member.name, member.span))
         elif member.content is None:
-            found.ignored += 1
+            found.ignored[suffix_of(name)] += 1
         else:
             try:
                 cells.setdefault(sample, {}).update(_read_text(ending.casefold(), member.content))
@@ -193,7 +196,7 @@ def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Packed]:
         else:
             ((name, span),) = there
             yield _Packed(shard, f"{shard}/{name}", name, span, cells.get(sample, {}))
-    found.ignored += len(cells.keys() - pictures.keys())
+    found.ignored[""] += len(cells.keys() - pictures.keys())
 
 
 def _read_text(ending: str, content: bytes) -> dict[str, object]:

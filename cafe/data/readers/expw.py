@@ -42,7 +42,7 @@ def read_expw(root: UPath) -> Listing:
         if path is not None and faces[cells[0]] > 1:
             more["sample"] = f"{path}@{face}"
         found.add_labelled(where, cells[0], path, FER2013[label], "", **more)
-    found.ignored = len(pictures) - len({file.path for file in found.files})
+    found.count_ignored(pictures.values())
     return found
 
 

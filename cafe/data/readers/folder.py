@@ -53,7 +53,7 @@ def read_folder(
         raise _refuse(tree)
     else:
         _list_levels(found, levels, level)
-    found.ignored = max(0, len(tree.files) - len(found.files) - len(tables))
+    found.count_ignored(set(tree.files) - {table.path for table in tables})
     return found
 
 
