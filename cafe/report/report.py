@@ -186,7 +186,7 @@ def _describe(
 ) -> dict[str, object]:
     return {
         "protocol": comparison.protocol, "source": row.source, "method": row.method, "row": row.label,
-        "selection": row.runs[0].selection, "seeds": row.seeds, **where,
+        "selection": row.runs[0].selection, "saw_target": row.saw_target, "seeds": row.seeds, **where,
         "mean": estimate.mean, "half_width": estimate.half_width, "averaged": estimate.count, "published": published,
     }  # fmt: skip
 
