@@ -15,6 +15,7 @@ from cafe.report import ReportSettings
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
+    draws_sheet,
     main_sheet,
     matrix_sheets,
     published_sheet,
@@ -23,6 +24,7 @@ from cafe.report.sheets import (
 )
 from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
+from cafe.results.draws import choose_draws
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
@@ -68,6 +70,7 @@ def make_report(
     settings = settings or ReportSettings()
     protocol, versus = settings.protocol, settings.versus
     known = known or {}
+    runs, trials = choose_draws(runs)
     runs, left_out = meet(runs, known)
     lines = [str(one) for one in left_out]
     about = [*about, *lines]
@@ -107,6 +110,7 @@ def make_report(
     sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
+    sheets += [draws_sheet(trials)] if trials else []
     title = "Trained on one data set, evaluated on all"
     return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks, left_out=lines)
 
