@@ -427,7 +427,9 @@ def plan_tables(plan: BenchmarkPlan) -> list[FittedTable | str]:
     table = make_table(["method", *sources], lines, title=benchmark.about or benchmark.name)
     done, begun = sum(cell.done for cell in cells), sum(bool(cell.records) and not cell.done for cell in cells)
     seeds = len({cell.settings.seed for cell in cells})
-    parts = (_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed"))
+    parts = [_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed")]
+    if benchmark.draws:
+        parts.append(_count(benchmark.draws, "draw"))
     shape = " × ".join(parts) + (", restricted by --only" if plan.settings.only else "")
     obstacles = Counter(cell.obstacle for cell in cells if cell.obstacle)
     by = ", each by the trainings that leave it out," if benchmark.sources == [ALL_BUT_TARGET] else ""

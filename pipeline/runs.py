@@ -84,6 +84,7 @@ class RunSpec(RunIdentity):
     grid: tuple[Size, Size] | None = None  # (H, W) of the maps it reads, which the store says
     rows: str = ""  # digest of the rows trained on or held out, where pictures of the source are left out
     votes: str = ""  # digest of the shares of the classes, where a training learns these
+    drawn: tuple[str, ...] = ()  # settings of the recipe that `draw` decides, where it is one of a sweep
     init_digest: str = ""  # of the file of initial weights, where there is one
     plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
     revision: str = ""  # of the method, where its defaults changed under the same settings
@@ -115,6 +116,9 @@ class RunSpec(RunIdentity):
                 "votes": "",
             }
             same = replace(same, features=key, source=self.domains, **open_fields)
+        if self.draw is not None:  # a row takes one draw of each seed
+            fixed = {name: value for name, value in self.recipe_changes.items() if name not in self.drawn}
+            same = replace(same, draw=0, recipe_changes=fixed)
         return same._digest("seed")
 
     @property
@@ -157,6 +161,8 @@ class RunSpec(RunIdentity):
         for name in ("fold", "views_per_seed", "start"):
             if not chosen[name]:
                 del chosen[name]
+        if self.draw is None:
+            del chosen["draw"]
         chosen |= {"start": self.start[:8]} if self.start else {}
         chosen |= {"domains": self.domains} if self.fold else {}
         chosen |= {"revision": self.revision} if self.revision else {}
@@ -212,6 +218,8 @@ class RunSpec(RunIdentity):
         identity |= {"source_digest": self.source_digest, "method": self.method, "selection": self.selection}
         identity |= {"classes": list(self.classes)}
         identity |= {"sources": [asdict(source) for source in self.trained_on], "fold": self.fold}
+        if self.draw is not None:
+            identity |= {"draw": self.draw, "drawn": list(self.drawn)}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
         write_sealed(run / "run.json", {**identity, **described, **record})

@@ -201,6 +201,11 @@ class RunIdentity:
         in_file=False,
         group="Data",
     )
+    draw: Number | None = setting(
+        None,
+        "Draw of a sweep: the settings you do not give are drawn by it and --seed; 0: as they are by default.",
+        in_file=False,
+    )
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
 
 

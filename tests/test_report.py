@@ -101,7 +101,7 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
     table = sheet(report, "Accuracy")
     assert table.header == [
         "source", "method", "seeds", "fer", "mine", "raf", "stills",
-        "unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy",
+        "unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy", "saw target",
     ]  # fmt: skip
     assert [line[0].text for line in table.lines] == ["fer"] * 6 + ["raf"] * 6
     means: dict[tuple[str, str], float] = {}
@@ -407,7 +407,8 @@ def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: Workspac
     report = report_all(fresh, versus="cafe")
     peeked = "cafe (selection=source_test)"
     lines = {line[1].text: line for line in sheet(report, "Accuracy").lines}
-    assert all(cell.text.endswith(" †") and not cell.mark for cell in lines[peeked][3:])
+    assert all(cell.text.endswith(" †") and not cell.mark for cell in lines[peeked][3:-1])
+    assert (lines[peeked][-1].text, lines["scn"][-1].text) == ("labels", "no")
     assert lines["cafe (selection=final)"][7].mark == BEST
     assert lines["scn"][7].mark == SECOND
     tests = sheet(report, "Against cafe (selection=final), trained on raf")
@@ -422,8 +423,8 @@ def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: Workspac
 def test_runs_evaluated_on_other_splits_alone_have_an_empty_table(fresh: Workspace) -> None:
     evaluated_run(fresh, "cafe", "raf", 0, 0.5, faces={"raf@train": 30}, kinds={**KINDS, "raf@train": "rafdb"})
     report = report_all(fresh, versus="cafe")
-    assert report.sheets[0].header[3:] == ["unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy"]
-    assert [cell.text for cell in report.sheets[0].lines[0][3:]] == ["–"] * 4
+    assert report.sheets[0].header[3:-1] == ["unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy"]
+    assert [cell.text for cell in report.sheets[0].lines[0][3:-1]] == ["–"] * 4
     assert list_drawings(report) == []
 
 
@@ -496,7 +497,7 @@ def test_expressions_are_tested_against_a_row_on_the_faces_of_each(workspace: Wo
 def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Workspace, tmp_path: Path) -> None:
     report = report_all(workspace, per_class="fer")
     (table,) = report.sheets
-    assert table.header[3:] == [*EXPRESSIONS, "overall", "mean"]
+    assert table.header[3:-1] == [*EXPRESSIONS, "overall", "mean"]
     lines = {(line[0].text, line[1].text): line for line in table.lines}
     assert set(lines) == {
         *((source, method) for source in ("raf", "fer") for method in ("cafe", "scn", "linear_probe")),

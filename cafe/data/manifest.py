@@ -394,9 +394,16 @@ def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Fac
 
 
 def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Part some rows of a manifest into those to keep and those held out, whole groups, stratified by label."""
-    groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
-    held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
+    """Part some rows of a manifest into those to keep and those held out, whole groups, stratified by label.
+
+    The manifest remembers what was held out: a sweep asks hundreds of times, and each takes a fifth of a second.
+    """
+    known: dict[tuple[bytes, float], np.ndarray] = vars(manifest).setdefault("_held_out", {})
+    held = known.get((rows.tobytes(), fraction))
+    if held is None:
+        groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
+        held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
+        known[rows.tobytes(), fraction] = held
     return rows[~held], rows[held]
 
 

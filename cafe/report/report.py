@@ -16,6 +16,7 @@ from cafe.report.printed import printed_sheets
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
+    draws_sheet,
     faces_sheet,
     main_sheet,
     matrix_sheets,
@@ -25,6 +26,7 @@ from cafe.report.sheets import (
 )
 from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
+from cafe.results.draws import choose_draws
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
@@ -66,11 +68,11 @@ def make_report(
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
     `known` are the digests of the manifests by name. `root` is that of the workspace, whose audits found copies of the
-    source's
-    training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
+    source's training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
     """
     settings = settings or ReportSettings()
     versus, known = settings.versus, known or {}
+    runs, trials = choose_draws(runs)
     runs, left_out = meet(runs, known)
     lines = [str(one) for one in left_out]
     about = [*about, *lines]
@@ -113,6 +115,7 @@ def make_report(
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += printed_sheets(comparison) if settings.as_printed else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
+    sheets += [draws_sheet(trials)] if trials else []
     title = "Trained on one data set, evaluated on all"
     about, verdicts = [*said, *others, *about], reach_verdicts(comparison)
     return Report(title, about, sheets, comparison, published, tests, ranks, verdicts=verdicts, left_out=lines)
@@ -175,7 +178,7 @@ def _describe(
 ) -> dict[str, object]:
     return {
         "protocol": comparison.protocol, "source": row.source, "method": row.method, "row": row.label,
-        "selection": row.runs[0].selection, "seeds": row.seeds, **where,
+        "selection": row.runs[0].selection, "saw_target": row.saw_target, "seeds": row.seeds, **where,
         "mean": estimate.mean, "half_width": estimate.half_width, "averaged": estimate.count, "published": published,
         "seeds_low": estimate.over_seeds[0], "seeds_high": estimate.over_seeds[1], "evaluated": estimate.faces,
         "faces_low": estimate.low, "faces_high": estimate.high, "chance": estimate.chance,

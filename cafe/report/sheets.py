@@ -11,6 +11,7 @@ import pandas as pd
 
 from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
+from cafe.results.draws import NEAR, Trial
 from cafe.results.metrics import FEW, METRICS, OF_VOTES, Estimate
 from cafe.results.paired_tests import PAIRS, RECALLS, Paired, Ranks
 from cafe.results.published import Published
@@ -23,6 +24,10 @@ Cells = dict[Place, Estimate]  # of one line
 BEST, SECOND = "best", "second"
 UNDERLINED = "underlined"  # how the second is shown, which not every format can
 HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row of a comparison
+SAW = "saw target"  # the last column of every table with a line for each row
+SAW_NOTE = (
+    "Saw target: whether a row learned from pictures of the set that it is evaluated on, or was chosen by their labels."
+)
 NOISE = (
     "Published numbers are single runs; the choice of their test faces alone moves them by ±3.3 (SFEW), ±1.7 (AffectNet), "
     "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
@@ -92,7 +97,10 @@ def main_sheet(comparison: Comparison) -> Sheet:
     for _, block in groupby(comparison.rows, lambda row: row.source):
         rows = list(block)
         cells = [_find_cells(row, places) for row in rows]
-        lines += [*_mark_lines(rows, cells, higher), *_lead(rows, cells, higher), *_grounds(rows[0].source, cells)]
+        marked = _mark_lines(rows, cells, higher)
+        lines += [[*line, SheetCell(row.saw_target)] for row, line in zip(rows, marked, strict=True)]
+        others = (*_lead(rows, cells, higher), *_grounds(rows[0].source, cells))
+        lines += [[*line, SheetCell("")] for line in others]
     about = [
         metric.about
         for name, metric in METRICS.items()
@@ -109,8 +117,8 @@ def main_sheet(comparison: Comparison) -> Sheet:
     ]
     unseen = [place for place in comparison.means if (place.over, place.metric) == (UNSEEN, comparison.metric)]
     order = [len(HEAD) + places.index(place) for place in dict.fromkeys((*unseen, *places))]
-    header = [*HEAD, *(place.title for place in places)]
-    return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes, tuple(order))
+    header = [*HEAD, *(place.title for place in places), SAW]
+    return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes, (*order, len(header) - 1))
 
 
 def _find_cells(row: Row, places: Sequence[Place]) -> Cells:
@@ -273,6 +281,7 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
         PEEKED: any(row.peeked and not row.oracle for row in rows),
         ORACLES: any(row.oracle for row in rows),
         TEST_TIME_NOTE: any(row.test_time for row in rows),
+        SAW_NOTE: any(row.saw_target != "no" for row in rows),
         "[n]: n seeds, fewer than the row has.": fewer,
         "Seeds: any: every seed predicts the same, because nothing in the method is random.":
             not all(row.seeded for row in rows),
@@ -312,7 +321,7 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
         if numbers:
             pairs = [(row.cells[column].mean, numbers.cells.get(column, math.nan)) for column in comparison.columns]
             pairs += [(row.unseen.mean, numbers.unseen), (row.everything.mean, numbers.everything)]
-            lines.append([*_head(row), *(SheetCell(_beside(row, *pair)) for pair in pairs)])
+            lines.append([*_head(row), *(SheetCell(_beside(row, *pair)) for pair in pairs), SheetCell(row.saw_target)])
             if settings := row.runs[0].not_as_published:
                 differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
     notes = [
@@ -321,7 +330,7 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
         *(f"Not as published: {settings} ({'; '.join(rows)})." for settings, rows in differing.items()),
     ]
     titles = (column.title for column in comparison.columns)
-    header = [*HEAD, *titles, "unseen accuracy", "all accuracy"]
+    header = [*HEAD, *titles, "unseen accuracy", "all accuracy", SAW]
     return Sheet("Beside the published numbers", 2, 1, header, lines, notes)
 
 
@@ -351,7 +360,7 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
     for source, block in groupby(tests, lambda test: test.row.source):
         own = list(block)
         what = "expression" if own[0].mean == RECALLS else "target"
-        header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
+        header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart", SAW]
         notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
         if incomplete := [test for test in own if test.left_out and test.column]:
             missing = (f"{test.left_out:,} of {test.title} ({test.row.label})" for test in incomplete)
@@ -373,6 +382,7 @@ def _test_line(test: Paired) -> list[SheetCell]:
         SheetCell(_p(difference.p)),
         SheetCell(_p(test.adjusted_p) if test.column else "–"),
         SheetCell("–" if test.apart is None else "yes" if test.apart else "no"),
+        SheetCell(test.row.saw_target),
     ]
 
 
@@ -407,6 +417,43 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
     return Sheet("Mean ranks", 1, 0, ["method", "mean rank"], lines, notes)
 
 
+def draws_sheet(trials: Sequence[Trial]) -> Sheet:
+    """What each trial of a sweep chose, and how much better that is than its other draws."""
+    lines = [
+        [
+            trial.chosen.source if not trial.chosen.fold else f"all but {trial.chosen.fold}",
+            trial.chosen.method,
+            str(trial.chosen.seed),
+            str(len(trial.runs)),
+            *(_percent(value) for value in (trial.accuracies[0], trial.accuracies[min(1, len(trial.runs) - 1)])),
+            _percent(trial.middle),
+            str(trial.near),
+            f"draw {trial.runs[0].draw}",
+            ", ".join(f"{name}={value}" for name, value in trial.settings.items()),
+        ]
+        for trial in sorted(trials, key=lambda one: (one.chosen.source_title, one.chosen.method, one.chosen.fold))
+    ]
+    header = [
+        "source",
+        "method",
+        "trial",
+        "draws",
+        "best",
+        "second",
+        "middle",
+        "near",
+        "chosen",
+        "settings of the chosen",
+    ]
+    notes = [
+        "Each trial, which is a seed, draws settings of its own and chooses by the accuracy on the faces by which its "
+        "epochs are chosen, in percent: of the best draw, the second best and the one in the middle. Near: draws that are "
+        f"within {100 * NEAR:.1f} points of the best, itself among them; where these are many, the top is flat. Draw 0: the "
+        "settings as they are. The rows of the other tables are means over the trials' choices."
+    ]
+    return Sheet("Draws", 3, 1, header, [list(map(SheetCell, line)) for line in lines], notes)
+
+
 def class_sheet(comparison: Comparison, target: str, published: Sequence[Published | None]) -> Sheet:
     """Recall per expression on one target, and below each row how far it is from the published numbers."""
     lines: list[list[SheetCell]] = []
@@ -416,11 +463,11 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
             rows, [_find_cells(row, comparison.columns) for row in rows], dict.fromkeys(comparison.columns, True)
         )
         for row, numbers, line in zip(rows, known, marked, strict=True):
-            lines.append(line)
+            lines.append([*line, SheetCell(row.saw_target)])
             if numbers:
                 pairs = ((own.mean, numbers.cells.get(column, math.nan)) for column, own in row.cells.items())
                 texts = [_beside(row, *pair) for pair in pairs]
-                lines.append(list(map(SheetCell, [row.source, f"{row.label} − published", "", *texts])))
+                lines.append(list(map(SheetCell, [row.source, f"{row.label} − published", "", *texts, ""])))
     notes = [
         f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
         "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
@@ -428,7 +475,7 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
         *row_notes(comparison.rows),
         *([f"− published: minus the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
     ]
-    header = [*HEAD, *(column.title for column in comparison.columns)]
+    header = [*HEAD, *(column.title for column in comparison.columns), SAW]
     return Sheet(f"Expressions on {target}", 2, 1, header, lines, notes)
 
 

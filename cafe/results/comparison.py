@@ -14,7 +14,7 @@ from cafe.errors import UserError, unknown
 from cafe.results.columns import MEAN, OVERALL, Column, Mean, name_class_sets
 from cafe.results.metrics import METRICS, RECALL, Estimate, estimate, find_metric
 from cafe.results.predictions import Predictions
-from cafe.results.protocols import ALL_PROTOCOLS
+from cafe.results.protocols import ALL_PROTOCOLS, OPTIONS
 from cafe.results.runs import Run
 from cafe.results.scores import ENDS, FACES, LOW
 from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNSEEN
@@ -86,6 +86,13 @@ class Row:
     def test_time(self) -> str:
         """The option of test time with which it was evaluated: shown beside the others, and never ranked with them."""
         return self.runs[0].test_time
+
+    @property
+    def saw_target(self) -> str:
+        """What of the target it learned from or was chosen by: its pictures, with them their labels, or no picture."""
+        if self.peeked:
+            return "labels"
+        return "pictures" if self.test_time in OPTIONS and OPTIONS[self.test_time].adapts else "no"
 
     @property
     def contends(self) -> bool:

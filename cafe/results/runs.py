@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -37,6 +38,8 @@ class Description:
     derived: dict[str, Any]
     sources: tuple[Source, ...] = ()  # where there are several
     fold: str = ""
+    draw: int | None = None
+    drawn: tuple[str, ...] = ()
     classes: tuple[str, ...] = EXPRESSIONS
 
 
@@ -65,6 +68,8 @@ class Run:
     not_as_published: tuple[str, ...]
     experiments: dict[str, str | None]
     pulled: bool  # from a tracking server: it was evaluated on the manifests of another workspace
+    draw: int | None = None  # which one of a sweep it is
+    drawn: tuple[str, ...] = ()  # the settings of its recipe that were drawn
     classes: tuple[str, ...] = EXPRESSIONS  # in the order of its outputs; old records do not say
     test_time: str = ""  # the option with which it was evaluated
     ensemble: tuple[Run, ...] = ()  # the runs whose mean it is
@@ -287,13 +292,23 @@ def list_epochs(folder: UPath) -> dict[int, UPath]:
     return {int(path.stem): path for path in there if path.suffix == ".json" and path.stem.isdecimal()}
 
 
-def read_validation_accuracy(run: Run) -> float | None:
-    """Return the accuracy of a run on the faces of its source that its epoch, or epochs, were selected on; None without."""
+def read_selection_accuracy(run: Run) -> float | None:
+    """Return the accuracy of a finished run on the faces that its epoch was chosen by; None where none chose it."""
     result = read_result(run.folder)
-    if result and run.selection == "swad":
+    if not result or not result.get("epochs"):
+        return None
+    if run.selection == "leave_one_out":
+        curve = (read_json(run.folder / "selection.json") or {}).get("accuracy") or [math.nan]
+        return float(max(curve))
+    if run.selection == "swad":
         return float(result["selection/accuracy"])  # of the averaged weights
-    if run.selection != "source_val" or not result or not result.get("selected"):
+    if not result.get("selected"):
         return None
     epoch = read_epoch(run.folder / "epochs" / f"{result['selected']:04d}.json")
     accuracy = epoch.get("selection/accuracy")
     return None if accuracy is None else float(accuracy)
+
+
+def read_validation_accuracy(run: Run) -> float | None:
+    """Return the accuracy of a run on the faces of its source that its epoch, or epochs, were selected on; None without."""
+    return read_selection_accuracy(run) if run.selection in ("source_val", "swad") else None
