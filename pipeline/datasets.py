@@ -156,8 +156,8 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
     """Crop the faces of photos below aligned/NAME, list what became of each, and write the manifest of labelled ones.
 
     The manifest keeps labels, splits, groups and the kind of the data set, on which its protocols and recipes depend.
-    Raises `UserError` before anything is written when originals would be overwritten or there is no detector, and when no photo
-    has a face.
+    Raises `UserError` before anything is written when originals would be overwritten or there is no detector, and when no
+    photo has a face.
     """
     folder = locate(settings.out) if settings.out else place_below(workspace.root / "aligned", settings.name)
     if settings.name == photos.name and workspace.manifest_path(photos.name).exists():
