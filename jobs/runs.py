@@ -263,7 +263,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     """
     from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
-    from cafe.results.verdicts import conclude
+    from cafe.results.significance.verdicts import conclude
 
     workspace = open_workspace()
     folders = name_folders(faces)
