@@ -15,6 +15,7 @@ from cafe.errors import UserError, unknown
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.process.command import note_call
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.release.choice import find_runs
 from cafe.pipeline.release.confidence import read_confidence
 from cafe.pipeline.release.shipped import SHIPPED
@@ -138,7 +139,8 @@ def extract(*manifests: str, workspace: str = "work", **settings: Any) -> list[F
     known, chosen = Workspace.at(workspace), _choose(ExtractSettings, "extract", settings)
     note_call("extract", {"manifests": manifests, **settings})
     faces = [known.load_manifest(name) for name in manifests]
-    results = extract_features(known, faces, chosen, lambda done, total: None)
+    with no_bar("", "") as progress:
+        results = extract_features(known, faces, chosen, progress)
     return [FeatureStore(result.store, result.info) for result in results]
 
 
