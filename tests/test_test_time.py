@@ -70,7 +70,7 @@ def evaluated(workspace: Workspace) -> Evaluated:
     spec = RunSpec.load(run)
     target = choose_target(workspace, "two", spec, find_protocol("clean"))
     evaluate_target(run, target)
-    return Evaluated(run, load_method(spec, run).eval(), make_dataset(spec, target), target.rows("test"))
+    return Evaluated(run, load_method(spec, run).eval(), make_dataset(spec, target), target.rows("all"))
 
 
 def evaluate(workspace: Workspace, run: UPath, option: str) -> np.ndarray:

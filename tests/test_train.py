@@ -185,7 +185,7 @@ def test_pictures_of_a_target_that_are_gone_cost_its_gallery_alone_and_are_named
     finally:
         away.rename(pictures)
     run = only_run(ready)
-    assert len(load_predictions(run)["two"].labels) == len(manifest.rows("test"))
+    assert len(load_predictions(run)["two"].labels) == len(manifest)
     assert read_status(run) == "FINISHED"
     assert f"pictures of two are not shown, the first is {pictures}" in caplog.text
 
