@@ -205,7 +205,8 @@ def tells_apart(masks: Mapping[str, np.ndarray]) -> bool:
 
 def spread_masks(masks: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return how far the mean masks of the classes lie apart on every channel, (C,)."""
-    return np.ptp(np.array(list(masks.values())), axis=0)
+    spread: np.ndarray = np.ptp(np.array(list(masks.values())), axis=0)
+    return spread
 
 
 def draw_masks(masks: Mapping[str, np.ndarray], classes: Sequence[str], title: str = "") -> Figure:

@@ -10,6 +10,8 @@ from cafe.results.comparison import Comparison, Row
 from cafe.results.significance.paired_tests import Paired, test_unseen
 from cafe.results.significance.statistics import holm
 
+NAMED = 3  # rows that a verdict names of those that are behind
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -68,7 +70,11 @@ def _name(row: Row) -> str:
 
 
 def _list_behind(tests: Sequence[Paired]) -> str:
-    return ", ".join(f"{test.row.label} by {_describe_lead(test)}" for test in tests)
+    """Name the closest ones, and count the rest."""
+    closest = sorted(tests, key=lambda test: -test.difference.mean)
+    named = [f"{test.row.label} by {_describe_lead(test)}" for test in closest[:NAMED]]
+    rest = len(closest) - len(named)
+    return ", ".join(named) + (f", and {rest} more by more" if rest else "")
 
 
 def _describe_lead(test: Paired) -> str:
