@@ -103,9 +103,10 @@ def conclude(comparison: Comparison) -> str:
     else:
         said = "Pixels carry over better than frozen features"
     ends = (difference.mean, difference.low, difference.high)
+    p = "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
     mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in ends)
     return (
         f"{said}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
         f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % (difference {mean} points, {low} to "
-        f"{high} over {difference.faces:,} faces, p = {difference.p:.3f})."
+        f"{high} over {difference.faces:,} faces, {p})."
     )
