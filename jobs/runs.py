@@ -326,9 +326,10 @@ def _index_folder(workspace: Workspace, name: str, root: UPath) -> str:
 def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings) -> None:
     """Show the plan of a benchmark and, unless it is a dry run, run all of its cells that are not done."""
     from cafe.pipeline.benchmark.cells import run_benchmark
-    from cafe.pipeline.benchmark.plan import plan_benchmark
+    from cafe.pipeline.benchmark.plan import check_experiment, plan_benchmark
     from cafe.pipeline.tracking.mirror import Mirror
 
+    check_experiment(grid, settings)
     if settings.dry_run and show_missing(workspace, grid):
         return
     mirror = _check_mirror(Mirror(workspace.keeping_manifests(), settings.mlflow_uri))

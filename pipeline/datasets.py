@@ -113,7 +113,7 @@ def report_check(
     A picture is readable here where an extraction with the same `max_megapixels` reads it.
     """
     from cafe.data.checking import check_pictures
-    from cafe.report.check import draw_check
+    from cafe.report.inspection import draw_check
 
     page = place_below(workspace.root / "reports", f"check-{manifest.name}.html")
     result = check_pictures(manifest, progress, max_megapixels * 1_000_000)
@@ -129,7 +129,7 @@ def report_audits(
     `reading` counts pictures and `comparing` faces of one manifest.
     """
     from cafe.data.auditing import audit, encode_audit  # brings a search library along
-    from cafe.report.audit import draw_audit
+    from cafe.report.inspection import draw_audit
 
     for result in audit(source, targets, reading, comparing):
         path = audit_path(workspace.root, source.name, result.target.name)

@@ -26,7 +26,7 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
-from cafe.report.audit import draw_audit
+from cafe.report.inspection import draw_audit
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.comparison import compare
 from cafe.results.leaks import leave_out_leaks

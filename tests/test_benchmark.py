@@ -12,6 +12,7 @@ from typing import Any
 import miniatures
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import Cafe, draw_faces
 from mlflow import MlflowClient
 from trained import embed, on_one_thread
@@ -22,10 +23,13 @@ from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import write_json
+from cafe.jobs.cli import main
+from cafe.jobs.runs import find_file
 from cafe.learning.training import Training
 from cafe.methods import METHODS
 from cafe.pipeline.benchmark.cells import run_benchmark
 from cafe.pipeline.benchmark.file import Benchmark, parse_benchmark, read_benchmark
+from cafe.pipeline.benchmark.missing import estimate_cost, list_missing
 from cafe.pipeline.benchmark.plan import BenchmarkPlan, plan_benchmark
 from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.features.extract import describe_store, look_up_tower
@@ -407,7 +411,9 @@ def test_the_dry_run_of_table_1_shows_200_cells_and_the_tower_passes_saved(tmp_p
     cafe = Cafe(tmp_path / "work", "")
     workspace = Workspace.at(str(cafe.workspace))
     index_miniatures(workspace, tmp_path)
-    text = (BENCHMARKS / "table1.toml").read_text()
+    text = (
+        (BENCHMARKS / "table1.toml").read_text().replace('protocol = "paper"', 'protocol = "clean"')
+    )  # sources serve as targets
     rivals = text if "ofer" in METHODS else re.sub(r"\{ method = \"ofer\".*\}", '"image_only"', text)
     (tmp_path / "table1.toml").write_text(rivals)
     output = " ".join(cafe.succeed("benchmark", str(tmp_path / "table1.toml"), "--dry-run").split())
@@ -438,15 +444,15 @@ def test_the_dry_run_of_table_1_shows_200_cells_and_the_tower_passes_saved(tmp_p
 
 def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
     cafe = Cafe(tmp_path / "work", "")
-    missing = cafe.fail("benchmark", "quickstart.toml", "--dry-run")
+    missing = cafe.fail("benchmark", "quickstart.toml")
     assert "Unknown manifest 'studio'" in missing
     assert "make it with `cafe data synth`" in missing
-    published = cafe.fail("benchmark", "table1.toml", "--dry-run")
+    published = cafe.fail("benchmark", "table1.toml")
     assert "make it with `cafe data index rafdb ROOT --name rafdb`" in published
     assert cafe.fail("benchmark", "table9.toml") == (
         "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation.toml, "
-        "demo.toml, ferplus.toml, heads.toml, leave_one_out.toml, leave_one_out_drawn.toml, mask.toml, quickstart.toml, "
-        "rivals.toml, shipped.toml, supplement.toml, table1.toml, table2.toml."
+        "demo.toml, ferplus.toml, generalisation.toml, heads.toml, leave_one_out.toml, leave_one_out_drawn.toml, "
+        "mask.toml, quickstart.toml, rivals.toml, shipped.toml, supplement.toml, supplement2.toml, table1.toml, table2.toml."
     )
 
 
@@ -497,3 +503,23 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
     assert again.exit_code == 1
     assert "1 done" in " ".join(again.output.split())
     assert {path: path.read_bytes() for path in runs["linear_probe"].rglob("*") if path.is_file()} == good
+
+
+def test_without_any_data_a_benchmark_says_what_is_missing_how_to_make_it_and_what_it_costs(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    grid = read_benchmark(find_file("supplement.toml"))
+    assert grid.protocol == "paper"
+    found = dict(list_missing(workspace, grid))
+    for name in ("rafdb", "ferplus", "affectnet", "sfew", "mma"):
+        assert found[f"manifest {name}"] == f"cafe data index {name} ROOT --name {name}"
+    assert "weights of the image branch, file:resnet18_msceleb.pth" in found
+    cost = estimate_cost(workspace, grid)
+    assert (cost.trainings, cost.uncounted) == (5 * 5, ())
+    assert cost.faces == 5 * 12_271 * (70 + 60 + 60 + 60 + 60)  # seeds × RAF-DB's training faces × epochs
+    drawn = replace(grid, sources=["studio"], targets=["studio", "mine"])
+    assert dict(list_missing(workspace, drawn))["manifest studio"] == "cafe data synth --domain studio"
+    assert dict(list_missing(workspace, drawn))["manifest mine"] == "cafe data index folder ROOT --name mine"
+    assert estimate_cost(workspace, drawn).uncounted == ("studio", "mine")
+    said = CliRunner().invoke(main, ["-w", str(tmp_path / "work"), "benchmark", "supplement.toml", "--dry-run"]).output
+    assert "cafe data index rafdb ROOT --name rafdb" in said
+    assert "25 trainings of 19,020,050 faces × epochs" in " ".join(said.split())

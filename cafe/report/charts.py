@@ -28,8 +28,10 @@ WIDTH = 5.4
 POINTS = ["name", "value", "low", "high", "published"]  # columns of what `draw_points` draws
 
 
-def draw_points(points: pd.DataFrame, label: str, limits: tuple[float, float], zero: bool = False) -> Figure:
-    """Draw values with their intervals in percent, one to a line; `zero` marks where nothing differs.
+def draw_points(
+    points: pd.DataFrame, label: str, limits: tuple[float, float], zero: bool = False, chance: float = math.nan
+) -> Figure:
+    """Draw values with their intervals in percent, one to a line; `zero` marks where nothing differs, a dashed line chance.
 
     `points` has the columns `POINTS`, their values in 0–1 and published NaN where there is none; `limits` are the ends of
     the axis in 0–1, the same for all figures that are to be compared.
@@ -49,6 +51,9 @@ def draw_points(points: pd.DataFrame, label: str, limits: tuple[float, float], z
     axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
     if zero:
         axes.axvline(0, color=INK, linewidth=1)
+    if not math.isnan(chance):
+        axes.axvline(100 * chance, color=INK, linewidth=1, linestyle="--", alpha=0.6)
+        axes.set_xlabel(f"{label}; dashed: chance, {100 * chance:.1f}", color=INK)
     ink(axes)
     return figure
 
@@ -112,8 +117,10 @@ def draw_ranks(labels: Sequence[str], ranking: Ranking) -> Figure:
     return figure
 
 
-def draw_curves(epochs: pd.DataFrame) -> Figure:
+def draw_curves(epochs: pd.DataFrame, chance: float) -> Figure:
     """Draw how the trainings of a row went, a line per run: the loss, and the accuracy in percent; dashed where held out.
+
+    A dotted line shows what guessing among K classes would give, `chance` (0–1).
 
     `epochs` has the columns run, epoch and any of train/total, train/accuracy and selection/accuracy (0–1).
     """
@@ -127,6 +134,7 @@ def draw_curves(epochs: pd.DataFrame) -> Figure:
         ):
             if name in own:
                 axes.plot(own["epoch"], scale * own[name], style, marker=".", color=ACCENT, linewidth=1.4, markersize=5)
+    panels[1].axhline(100 * chance, color=INK, linewidth=1, linestyle=":", alpha=0.6)
     for axes, label in zip(panels, ("loss", "accuracy, percent"), strict=True):
         axes.set_xlabel("epoch", color=INK)
         axes.set_ylabel(label, color=INK)

@@ -35,11 +35,12 @@ def _draw_means(report: Report) -> Iterator[Drawing]:
     records = []
     for row, numbers in zip(report.comparison.rows, report.published, strict=True):
         name, mean = f"{row.label} †" if row.peeked else row.label, row.unseen.mean
-        half_width = 0 if math.isnan(row.unseen.half_width) else row.unseen.half_width  # of a single seed
-        published = numbers.unseen if numbers else math.nan
-        records.append((row.source, row.class_set, name, mean, mean - half_width, mean + half_width, published))
-    points = pd.DataFrame(records, columns=["source", "class_set", *POINTS]).dropna(subset="value")
-    shown = points[["low", "high", "published"]]
+        low, high = row.unseen.over_seeds
+        ends = (mean, mean) if math.isnan(low) else (low, high)  # of a single seed
+        published, chance = numbers.unseen if numbers else math.nan, row.unseen.chance
+        records.append((row.source, row.class_set, chance, name, mean, *ends, published))
+    points = pd.DataFrame(records, columns=["source", "class_set", "chance", *POINTS]).dropna(subset="value")
+    shown = points[["low", "high", "published", "chance"]]
     limits = (shown.min().min(), shown.max().max())
     diamonds = " Diamonds: published." if points["published"].notna().any() else ""
     metric = METRICS[report.comparison.metric].title
@@ -47,7 +48,8 @@ def _draw_means(report: Report) -> Iterator[Drawing]:
     for (source, class_set), own in points.groupby(["source", "class_set"], sort=False):
         over = f", {class_set}" if class_set else ""
         caption = f"Trained on {source}{over}: {about}.{diamonds}"
-        yield Drawing(report.sheets[0].title, caption, draw_points(own, "percent", limits))
+        figure = draw_points(own, "percent", limits, chance=own["chance"].max())
+        yield Drawing(report.sheets[0].title, caption, figure)
 
 
 def _draw_maps(report: Report) -> Iterator[Drawing]:

@@ -21,16 +21,16 @@ from cafe.report.details import (
     read_thumbnails,
 )
 from cafe.report.drawings import list_drawings
-from cafe.report.figures import draw_masks, share_confusion
+from cafe.report.figures import draw_masks, share_confusion, spread_masks, tells_apart
 from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
 from cafe.report.pages import embed_figure, render
 from cafe.report.printed import errors_sheet
 from cafe.report.report import Report
 
 GALLERY = Gallery()
-MASK = "Its mean mask over faces of each expression, and how that differs from the mean over all of them."
-FIGURES = {
-    "masks": MASK,
+MASK = "The channels on which its mean mask differs most between expressions, less their mean over all of them."
+FIGURES = {  # of runs of before their numbers were kept
+    "masks": "Its mean mask over faces of each expression, and how that differs from the mean over all of them.",
     "heat_maps": "Where on a face its mask is open.",
 }
 
@@ -82,11 +82,12 @@ def _show(detail: Detail, number: int, thumbnails: dict[tuple[str, str], str]) -
         "galleries": list(_group(detail.mistakes, thumbnails)),
         "classes": classes,
         "mask": _mark_safe(to_svg(draw_masks(detail.masks, classes), f"mask{number}", f"{title}: {MASK}"))
-        if detail.masks
+        if tells_apart(detail.masks)
         else "",
-        "mask_groups": _pool(detail.masks, classes) if detail.masks else [],
+        "mask_spread": float(spread_masks(detail.masks).max()) if detail.masks else None,
+        "mask_groups": _pool(detail.masks, classes) if tells_apart(detail.masks) else [],
         "figures": [(FIGURES[kind], embed_figure(path.read_bytes())) for kind, path in detail.pictures.items()],
-        "curves": _mark_safe(to_svg(draw_curves(epochs), f"curves{number}", about)) if curves else "",
+        "curves": _mark_safe(to_svg(draw_curves(epochs, 1 / len(classes)), f"curves{number}", about)) if curves else "",
         "curve_names": [CURVES[name] for name in curves],
         "epochs": epochs.groupby("epoch")[curves].mean().reset_index().to_numpy().tolist() if curves else [],
     }

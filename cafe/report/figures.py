@@ -33,6 +33,7 @@ CAPTION = 26  # characters of a path below a face
 COLUMNS = 6  # of an error gallery
 FACE, GAP, HEAD = 200, 10, 44  # pixels: side of a face in it, what lies between two, and the title
 CELL, MARGIN = (84, 62), 150  # pixels: a cell of a confusion matrix, and what is left of the first
+CHANNELS, SEEN = 48, 0.01  # of a mask that are drawn, and how far on a channel it differs at least to be drawn
 LIGHT, DARK = (247, 251, 255), (8, 48, 107)  # a share of nothing and of all
 STEP_ACROSS, STEP_DOWN = FACE + GAP, FACE + 80
 
@@ -62,7 +63,7 @@ def draw_run_figures(folder: UPath, column: Column, manifest: Manifest | None) -
         mistakes = find_worst_mistakes(predictions, MISTAKES)
         faces = read_faces(manifest, [mistake.sample_id for mistake in mistakes])
         yield "errors", ".png", to_png(draw_errors(mistakes, faces, f"{title}: the mistakes of highest confidence"))
-    if masks := read_masks(folder, column):
+    if tells_apart(masks := read_masks(folder, column)):
         figure = draw_masks(masks, predictions.classes, f"{title}: what the mask selects")
         yield "masks", ".png", to_png(figure)
     heat_maps = read_json(column.figure(folder, "heat_maps", ".json"))
@@ -197,13 +198,24 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def draw_masks(masks: Mapping[str, np.ndarray], classes: Sequence[str], title: str = "") -> Figure:
-    """Draw mean masks (C,) by class as strips of channels, and below them how each differs from their mean.
+def tells_apart(masks: Mapping[str, np.ndarray]) -> bool:
+    """Whether mean masks (C,) by class differ on any channel by as much as can be seen."""
+    return len(masks) > 1 and spread_masks(masks).max() >= SEEN
 
-    The stronger the colour, the more open the mask, or the larger the difference: above the mean warm, below it cool.
-    Ticks are the groups of channels that separation pools, one for each of the classes.
+
+def spread_masks(masks: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return how far the mean masks of the classes lie apart on every channel, (C,)."""
+    spread: np.ndarray = np.ptp(np.array(list(masks.values())), axis=0)
+    return spread
+
+
+def draw_masks(masks: Mapping[str, np.ndarray], classes: Sequence[str], title: str = "") -> Figure:
+    """Draw where mean masks (C,) by class differ: the channels that differ most, each less its mean over the classes.
+
+    Warm where the mask is more open for an expression than for the mean of them, cool where it is less; the bar says by how
+    much. Channels stand together by the expression that opens them most.
     """
-    from matplotlib.colors import to_rgb
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     from cafe.report.charts import ACCENT, COOL, INK, WIDTH, ink
@@ -211,20 +223,24 @@ def draw_masks(masks: Mapping[str, np.ndarray], classes: Sequence[str], title: s
     names = [name for name in classes if name in masks]
     values = np.array([masks[name] for name in names])
     differences = values - values.mean(axis=0)
-    largest = float(np.abs(differences).max()) or 1.0
-    size = values.shape[1] // len(classes)
-    figure = Figure(figsize=(2 * WIDTH, 1.5 + 0.4 * len(values)), layout="constrained")
+    most = np.argsort(-spread_masks(masks), kind="stable")[:CHANNELS]
+    most = most[np.lexsort((-differences.max(axis=0)[most], differences.argmax(axis=0)[most]))]
+    reach = float(np.abs(differences[:, most]).max()) or 1.0
+    figure = Figure(figsize=(2 * WIDTH, 1.5 + 0.3 * len(values)), layout="constrained")
     if title:
         figure.suptitle(title, fontsize=11)
-    for axes, shares in zip(figure.subplots(2, 1), (values, differences / largest), strict=True):
-        colours = np.where(shares[..., None] > 0, to_rgb(ACCENT), to_rgb(COOL))
-        # Pixels as they are: on the page a channel is narrower than a pixel of the screen.
-        axes.imshow(np.dstack([colours, np.abs(shares)]), aspect="auto", interpolation="none")
-        axes.set_yticks(range(len(names)), names)
-        axes.set_xticks([size * (group + 0.5) - 0.5 for group in range(len(classes))], classes)
-        for group in range(1, len(classes) + 1):
-            axes.axvline(group * size - 0.5, color=INK, linewidth=0.8)
-        ink(axes)
+    axes = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("mask", [COOL, "#f4f1ec", ACCENT])
+    mesh = axes.pcolormesh(differences[:, most], cmap=colours, vmin=-reach, vmax=reach, edgecolors="none")
+    axes.set_yticks(np.arange(len(names)) + 0.5, names)
+    axes.set_xticks(np.arange(len(most)) + 0.5, most, rotation=90)
+    axes.invert_yaxis()
+    axes.set_xlabel("channel", color=INK)
+    ink(axes)
+    axes.tick_params(axis="x", labelsize=7)
+    bar = figure.colorbar(mesh, ax=axes, pad=0.01)
+    bar.set_label("mask less its mean", color=INK)
+    ink(bar.ax)
     return figure
 
 

@@ -20,9 +20,9 @@ from cafe.results.sources import SETS
 
 TITLES = {"rafdb": "RAF-DB", "ferplus": "FERPlus", "affectnet": "AffectNet", "sfew": "SFEW2.0", "mma": "MMA"}
 METHODS = ("scn", "rul", "eac", "ofer", "cafe")  # in the order of the paper's lines
-BLOCKS = {False: "with pre-trained branch", True: "without"}  # whether the image branch starts from scratch
+BLOCKS = {False: "pre-trained", True: "from scratch"}  # whether the image branch starts from scratch
 LESS = "less the best rival"
-DROP = "without, less with"
+DROP = "drop"
 Numbers = Mapping[str, float]  # by method, set or mean
 
 
@@ -80,7 +80,7 @@ def _print_table(title: str, blocks: Mapping[bool, Mapping[str, Numbers]]) -> Sh
         "Accuracy in percent; mean: of all five sets, the source included, as the paper averages. Underlined: the best "
         f"rival; bold: the best of all. {LESS.capitalize()}: CAFE less the underlined."
         + (
-            f" {DROP.capitalize()}: what a method loses where its image branch was not pre-trained (Sec. 5)."
+            f" {DROP.capitalize()}: what a method loses where its image branch starts from scratch (Sec. 5)."
             if both
             else ""
         )

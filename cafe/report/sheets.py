@@ -80,6 +80,12 @@ class Sheet:
     notes: list[str]
     order: tuple[int, ...] = ()
 
+    @property
+    def shown(self) -> list[int]:
+        """Its columns as a page shows them, where the most important one stands behind the words and stays in view."""
+        first = [*range(self.words), *self.order[:1]]
+        return [*first, *(column for column in range(len(self.header)) if column not in first)]
+
     def starts_block(self, number: int) -> bool:
         """Whether a line does not belong with the line before."""
         return 0 < number < len(self.lines) and self.lines[number][: self.block] != self.lines[number - 1][: self.block]
@@ -366,7 +372,8 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
             missing = (f"{test.left_out:,} of {test.title} ({test.row.label})" for test in incomplete)
             notes.append(f"Tested on the faces all runs have evaluated, without {', '.join(missing)}.")
         title = f"Against {own[0].reference.label}, trained on {source}"
-        sheets.append(Sheet(title, 2, 1, header, [_test_line(test) for test in own], notes))
+        lines = [_test_line(test) for test in own]
+        sheets.append(Sheet(title, 2, 1, header, lines, notes, order=(3, 4, 6, 5, 7, 2)))
     return sheets
 
 

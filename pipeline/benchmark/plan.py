@@ -125,7 +125,7 @@ def plan_benchmark(
 
     Raises `UserError` for what is wrong with the file; what only keeps some cells from running is their `obstacle`.
     """
-    _check_experiment(benchmark, settings)
+    check_experiment(benchmark, settings)
     planner = _Planner(workspace.keeping_manifests(), benchmark, settings, filled or {})
     planned = benchmark.seeds if benchmark.views_per_seed else benchmark.seeds[:1]
     drafts = [planner.draft(*combination, seed) for seed in planned for combination in benchmark.combinations()]
@@ -150,7 +150,7 @@ def plan_benchmark(
     return BenchmarkPlan(benchmark, planner.workspace, settings, tuple(chosen))
 
 
-def _check_experiment(benchmark: Benchmark, settings: BenchmarkSettings) -> None:
+def check_experiment(benchmark: Benchmark, settings: BenchmarkSettings) -> None:
     """Raise `UserError` for the name of an experiment that no run could belong to."""
     if settings.experiment is not None:
         check_name(settings.experiment)

@@ -10,6 +10,8 @@ from cafe.results.comparison import Comparison, Row
 from cafe.results.significance.paired_tests import Paired, test_unseen
 from cafe.results.significance.statistics import holm
 
+NAMED = 3  # rows that a verdict names of those that are behind
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -68,7 +70,11 @@ def _name(row: Row) -> str:
 
 
 def _list_behind(tests: Sequence[Paired]) -> str:
-    return ", ".join(f"{test.row.label} by {_describe_lead(test)}" for test in tests)
+    """Name the closest ones, and count the rest."""
+    closest = sorted(tests, key=lambda test: -test.difference.mean)
+    named = [f"{test.row.label} by {_describe_lead(test)}" for test in closest[:NAMED]]
+    rest = len(closest) - len(named)
+    return ", ".join(named) + (f", and {rest} more by more" if rest else "")
 
 
 def _describe_lead(test: Paired) -> str:
@@ -97,9 +103,10 @@ def conclude(comparison: Comparison) -> str:
     else:
         said = "Pixels carry over better than frozen features"
     ends = (difference.mean, difference.low, difference.high)
+    p = "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
     mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in ends)
     return (
         f"{said}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
         f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % (difference {mean} points, {low} to "
-        f"{high} over {difference.faces:,} faces, p = {difference.p:.3f})."
+        f"{high} over {difference.faces:,} faces, {p})."
     )

@@ -1,16 +1,20 @@
-"""The page of a check: what the pictures of a data set are like, with contact sheets and what is wrong with some."""
+"""The pages of data sets that were looked at: a check of the pictures, and an audit with pairs of copies side by side."""
 
 from __future__ import annotations
 
 from itertools import chain
 
+import numpy as np
 import pandas as pd
 
+from cafe.data.auditing import Audit
 from cafe.data.checking import Check
+from cafe.data.manifest import Manifest
 from cafe.report.pages import embed, render
 
 PICTURES = 24  # per expression
 LISTED = 60  # groups of identical pictures on the page
+SHOWN = 60  # pairs on the page from the least similar ones, and as many from all others
 
 
 def draw_check(check: Check) -> bytes:
@@ -54,3 +58,31 @@ def _spread(rows: pd.Index[int]) -> list[int]:
     """Return up to 24 rows, evenly spaced."""
     step = max(1, len(rows) / PICTURES)
     return [int(rows[int(position * step)]) for position in range(min(PICTURES, len(rows)))]
+
+
+def draw_audit(result: Audit) -> bytes:
+    """Return the page of an audit: counts per pair of splits, and pairs of pictures, the most doubtful first."""
+    found = result.pairs
+    order = np.argsort(found.similarity, kind="stable")
+    rest = order[SHOWN:]
+    shown = [*order[:SHOWN], *rest[np.unique(np.linspace(0, len(rest) - 1, SHOWN).astype(int))]] if len(rest) else order
+    within = f"Copies within {result.source.name}"
+    between = f"Copies of {result.source.name} in {result.target.name}"
+    return render(
+        "audit.html",
+        title=within if result.source is result.target else between,
+        splits=result.splits,
+        pairs=[
+            (_face(result.source, found.first[n]), _face(result.target, found.second[n]), float(found.similarity[n]))
+            for n in shown
+        ],
+        total=len(found),
+        copied=len(np.unique(found.second)),
+        broken=result.broken,
+    )
+
+
+def _face(manifest: Manifest, row: int) -> dict[str, str]:
+    entry = manifest.table.slice(int(row), 1).to_pylist()[0]
+    label, picture = manifest.classes[entry["label"]], embed(manifest.read_face(int(row)))
+    return {"picture": picture, "id": entry["sample_id"], "split": entry["split"], "label": label}
