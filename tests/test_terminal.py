@@ -30,10 +30,10 @@ from cafe.jobs.names import list_settings, read_dict
 from cafe.jobs.options import GROUPS, Whole
 from cafe.jobs.runs import foretell
 from cafe.jobs.tables import make_table, sheet_tables
-from cafe.jobs.terminal import Commands, echo, show, show_json
+from cafe.jobs.terminal import LEAST_TITLE, Commands, echo, show, show_json
 from cafe.methods import METHODS, find_method
 from cafe.networks.branches import NETWORKS
-from cafe.pipeline.process.progress import Log
+from cafe.pipeline.process.progress import Log, Pace, describe_for_bar
 from cafe.pipeline.runs import note_end
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import Sheet, SheetCell
@@ -413,6 +413,17 @@ def test_a_log_says_after_an_epoch_and_every_half_minute_how_far_work_is_at_what
         "Training x: 1 of 4 epochs, loss 1.500, training accuracy 50.0 %, 120 of 1,000 steps, 10.0/s, 0:01:28 left",
         "Training x: 4 of 4 epochs, loss 0.250, training accuracy 98.7 %, 1,000 of 1,000 steps, 18.0/s",
     ]
+
+
+def test_a_bar_on_a_narrow_terminal_keeps_every_digit() -> None:
+    pace = Pace()
+    for seconds, done in ((0.0, 1), (10.0, 11)):
+        pace.note(seconds, done)
+    facts = {"epochs_done": 12, "epochs": 40, "loss": 0.0625, "accuracy": 1.0}
+    text = describe_for_bar(pace, 11, 911, "steps", facts)
+    assert text == "12/40 epochs, loss 0.062, train 100.0 %, 1.0 steps/s, 0:15:00 left"
+    assert len(text) + LEAST_TITLE < 80
+    assert describe_for_bar(Pace(), 5, 1200, "faces", {}) == "5/1,200 faces"
 
 
 def test_records_say_each_news_once_and_the_end() -> None:

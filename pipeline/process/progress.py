@@ -68,7 +68,7 @@ class Pace:
 
 
 class Log:
-    """Says now and then how far work is: after an epoch of a training, else every half minute; or as JSON, a record a line."""
+    """Says now and then how far work is: after an epoch of a training, else every half minute; or as records of JSON."""
 
     def __init__(
         self,
@@ -118,6 +118,22 @@ def describe(facts: Mapping[str, float]) -> str:
         parts.append(f"loss {facts['loss']:.3f}")
     if "accuracy" in facts:
         parts.append(f"training accuracy {100 * facts['accuracy']:.1f} %")
+    return ", ".join(parts)
+
+
+def describe_for_bar(pace: Pace, done: int, total: int, unit: str, facts: Mapping[str, float]) -> str:
+    """Return what stands behind a bar: what is known of a training, else how much is done; rate and time left."""
+    parts = [f"{done:,}/{total:,} {unit}"]
+    if "epochs" in facts:
+        parts = [f"{facts['epochs_done']:.0f}/{facts['epochs']:.0f} epochs"]
+    if "loss" in facts:
+        parts.append(f"loss {facts['loss']:.3f}")
+    if "accuracy" in facts:
+        parts.append(f"train {100 * facts['accuracy']:.1f} %")
+    if pace.rate:
+        parts.append(f"{pace.rate:,.1f}{'' if parts[0].endswith(unit) else f' {unit}'}/s")
+    if done < total and (left := pace.seconds_left(total)) is not None:
+        parts.append(f"{format_seconds(left)} left")
     return ", ".join(parts)
 
 
