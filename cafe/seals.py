@@ -103,11 +103,14 @@ def read_table(path: UPath, remedy: str, columns: list[str] | None = None) -> pa
 
     content = read_file(path)
     check_seal(content, path, remedy)
-    table = read_rows(
-        pq.ParquetFile(pa.BufferReader(content)), path, max(MOST_BYTES, MOST_TIMES * len(content)), columns
-    )
+    table = read_rows(pq.ParquetFile(pa.BufferReader(content)), path, _most(content), columns)
     about = {key: value for key, value in (table.schema.metadata or {}).items() if key != KEY.encode()}
     return table.replace_schema_metadata(about or None)
+
+
+def _most(content: bytes) -> int:
+    """Return how many bytes the rows of a Parquet file may take."""
+    return max(MOST_BYTES, MOST_TIMES * len(content))
 
 
 def read_rows(file: pq.ParquetFile, path: UPath, most: int, columns: list[str] | None = None) -> pa.Table:
@@ -215,8 +218,8 @@ def _can_be_read(path: UPath, content: bytes) -> bool:
         import pyarrow.parquet as pq
 
         try:
-            pq.ParquetFile(pa.BufferReader(content)).read()
-        except (pa.ArrowException, OSError):
+            read_rows(pq.ParquetFile(pa.BufferReader(content)), path, _most(content))
+        except (pa.ArrowException, OSError, IrregularFileError):
             return False
         return True
     from safetensors import SafetensorError, deserialize

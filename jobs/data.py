@@ -21,7 +21,7 @@ from cafe.jobs.terminal import (
     say,
     show,
 )
-from cafe.pipeline.settings import LARGEST, AlignSettings
+from cafe.pipeline.settings import LARGEST, AlignSettings, ExtractSettings
 
 if TYPE_CHECKING:
     from cafe.data.auditing import Audit
@@ -156,6 +156,7 @@ def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: boo
 
 def _index_tables(index: Index) -> list[FittedTable | str]:
     """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
+    from cafe.data.images import list_suffixes
     from cafe.data.manifest import SPLITS
 
     manifest, listing, counts = index.manifest, index.listing, index.counts()
@@ -168,7 +169,9 @@ def _index_tables(index: Index) -> list[FittedTable | str]:
 
     widths, heights = (sorted(manifest.table[side].to_pylist()) for side in ("width", "height"))
     smallest, middle, largest = (f"{widths[n]}×{heights[n]}" for n in (0, (len(widths) - 1) // 2, -1))
-    ignored = f"; {listing.ignored:,} other files ignored" if listing.ignored else ""
+    ignored = ""
+    if others := listing.ignored.total():
+        ignored = f"; {others:,} other files ignored ({list_suffixes(listing.ignored)})"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(listing.dropped.items()))
     left_out = (
         f"{listing.dropped.total():,} left out, which show none of the {len(manifest.classes)} classes: {dropped}"
@@ -194,7 +197,7 @@ def _describe_labels(listing: Listing) -> list[str]:
     """What labels mean that are no names, and which columns play no part."""
     meanings = [f"{label} is {name or 'left out'} ({count:,})" for label, name, count in listing.meanings]
     columns = [f"columns that play no part: {', '.join(listing.unread)}"] if listing.unread else []
-    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns]
+    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns, *listing.notes]
 
 
 def _describe_parts(manifest: Manifest) -> list[str]:
@@ -203,8 +206,8 @@ def _describe_parts(manifest: Manifest) -> list[str]:
     lines = [f"{groups:,} groups, none of which is in two splits"] if groups and manifest.parted else []
     if manifest.parted and not len(manifest.rows("test")):
         lines.append(
-            "no face is left for test, as the groups are too few or too large: where it is trained on, nothing of it can be "
-            "evaluated; see --split, --group-by and --group-pattern"
+            "no face could be held out for test, as faces or groups are too few: where it is trained on, nothing of it can "
+            "be evaluated; see --split, --group-by and --group-pattern"
         )
     elif manifest.parted:
         lines.append("it came without splits: a fifth is for test where it is trained on; else all of it is evaluated")
@@ -252,7 +255,7 @@ def _counts_tables(differences: list[CountDifference]) -> list[FittedTable | str
 def check_whole(broken: int, what: str) -> None:
     """Raise `IncompleteError` where something could not be read: all else is written, but the command is not done."""
     if broken:
-        raise IncompleteError(f"{broken:,} {what} could not be read and are left out: they are listed above.")
+        raise IncompleteError(f"Not all {what} could be read: {broken:,} are left out, listed above.")
 
 
 def _list_some(title: str, lines: list[str]) -> str:
@@ -287,7 +290,14 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
 
 @data.command("check")
 @click.argument("name", shell_complete=complete("manifest"))
-def check(name: str) -> None:
+@click.option(
+    "--max-megapixels",
+    type=Whole(1, LARGEST),
+    default=ExtractSettings.max_megapixels,
+    show_default=True,
+    help="Largest picture to decode, as `cafe extract` has it.",
+)
+def check(name: str, max_megapixels: int) -> None:
     """Check the pictures of a data set.
 
     \b
@@ -300,7 +310,7 @@ def check(name: str) -> None:
 
     workspace = open_workspace()
     with progress_bar("Checking") as progress:
-        result, page = report_check(workspace, workspace.load_manifest(name), progress)
+        result, page = report_check(workspace, workspace.load_manifest(name), progress, max_megapixels)
     for table in _check_tables(result):
         show(table)
     say(f"Wrote {page}")

@@ -101,13 +101,20 @@ def _hub() -> Finding:
 
 def _needs(workspace: Workspace, file: str) -> Iterator[Finding]:
     """Say what a benchmark still has to compute and store, and whether it fits on the disk."""
-    from cafe.jobs.runs import find_file
+    from cafe.jobs.runs import describe_cost, find_file
     from cafe.pipeline.benchmark.file import read_benchmark
+    from cafe.pipeline.benchmark.missing import estimate_cost, list_missing
     from cafe.pipeline.benchmark.plan import plan_benchmark
     from cafe.pipeline.features.extract import describe_store, look_up_tower
     from cafe.pipeline.settings import BenchmarkSettings
 
-    plan = plan_benchmark(workspace, read_benchmark(find_file(file)), BenchmarkSettings())
+    benchmark = read_benchmark(find_file(file))
+    missing = list_missing(workspace, benchmark)
+    yield from ((what, "missing", remedy) for what, remedy in missing)
+    yield "cost", describe_cost(estimate_cost(workspace, benchmark)), ""
+    if any(one.what.startswith("manifest ") for one in missing):
+        return
+    plan = plan_benchmark(workspace, benchmark, BenchmarkSettings())
     needed = 0
     for store in plan.missing_stores:
         try:

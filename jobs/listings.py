@@ -97,7 +97,7 @@ def models(as_json: bool) -> None:
 
     records = list_models(open_workspace())
     if not (records or as_json):
-        click.echo("No model comes with this installation, and this workspace has no trained run.")
+        echo("No model comes with this installation, and this workspace has no trained run.")
         return
     show_records(records if as_json else list(map(_as_shown, records)), as_json, words=4)
 

@@ -14,7 +14,7 @@ import click
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.names import complete, complete_or_file
 from cafe.jobs.options import options
-from cafe.jobs.terminal import interruptible, open_workspace, progress_bar, records_option, say
+from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, records_option, say
 from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
@@ -56,9 +56,12 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
     form = _choose_format(settings)
     settings.check()
 
+    from cafe.data.images import list_suffixes
     from cafe.files import check_output, locate
     from cafe.inference.annotation import Annotator, place_copies
     from cafe.inference.frames import find_files
+    from cafe.inference.output import OWN
+    from cafe.outputs import check_replaced
     from cafe.pipeline.release.choice import find_runs, split_words
     from cafe.pipeline.release.confidence import read_confidence
 
@@ -66,18 +69,21 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
         check_output(settings.output, "--output")
     name, places = split_words(workspace, words, settings.model, settings.best)
     runs, chosen = find_runs(workspace, name, settings.best, settings.ensemble)
-    files = find_files(list(_read_places(places)))
+    files, others = find_files(list(_read_places(places)))
     if settings.output:
         _check_apart(settings.output, files)
+        check_replaced(locate(settings.output), "--output", OWN[form])
     copies = Annotator(place_copies(files, locate(settings.annotate))) if settings.annotate else None
     say(chosen, err=True)
     confidence = read_confidence(runs)
     if confidence.warning:
-        click.echo(f"Warning: {confidence.warning}", err=True)
+        echo(f"Warning: {confidence.warning}", err=True)
     threshold = confidence.threshold if settings.threshold is None else settings.threshold
     summary = _predict(files, _load(runs, settings, threshold), settings, form, copies)
     for sentence in summary.sentences():
         say(sentence, err=True)
+    if others:
+        say(f"Files that are no photos or videos by their names: {list_suffixes(others)}.", err=True)
     for place in (settings.output, settings.annotate):
         if place:
             say(f"Wrote {place}", err=True)
@@ -179,18 +185,18 @@ def export(run: str, **values: Any) -> None:
     """
     from cafe.files import locate
     from cafe.pipeline.release.export import export_run, name_folder
+    from cafe.pipeline.tracking.mirror import Mirror
     from cafe.results.runs import choose
 
     settings, workspace = ExportSettings(**values), open_workspace()
+    mirror = Mirror(workspace, settings.mlflow_uri)
     runs, _ = choose(workspace.read_runs("" if settings.ensemble else run), name=run, ensemble=settings.ensemble)
     folder = locate(settings.output) if settings.output else name_folder(workspace, runs, settings)
     exported = export_run(workspace, runs[0].name, folder, settings)
     say(f"Wrote {exported.folder}{_describe_checks(exported)}. Read README.md there before you ship it.")
     if settings.mlflow or settings.register:
         from cafe.pipeline.release.pyfunc import log_model
-        from cafe.pipeline.tracking.mirror import Mirror
 
-        mirror = Mirror(workspace, settings.mlflow_uri)
         say(log_model(mirror, runs[0].folder, exported.folder, settings.register))
 
 

@@ -90,12 +90,13 @@ def compare(
     evaluated as it was in the paper.
     """
     from cafe.files import check_output, locate, write_whole
-    from cafe.report.formats import FORMATS
+    from cafe.outputs import check_replaced
+    from cafe.report.formats import FORMATS, OWN
 
     files = {"markdown": markdown, "latex": latex, "csv": csv}
     for name, file in files.items():
         if file:
-            check_output(file, f"--{name}")
+            check_replaced(check_output(file, f"--{name}"), f"--{name}", OWN[name])
     workspace = open_workspace()
     chosen = choose_runs(workspace, experiment, mlflow_uri)
     ship = [_say_best(chosen.runs, experiment, best)] if best else []
@@ -129,8 +130,11 @@ def show_report(report: Report, as_json: bool = False) -> None:
     from cafe.report.report import list_records
 
     if as_json:
-        show_json({"cells": list(list_records(report)), "left_out": list(report.left_out)})
+        verdicts = [verdict.text for verdict in report.verdicts]
+        show_json({"cells": list(list_records(report)), "left_out": list(report.left_out), "verdicts": verdicts})
         return
+    for verdict in report.verdicts:
+        show(verdict.text)
     for table in (*sheet_tables(report.sheets, WHOLE), *report.about):
         show(table)
 
@@ -199,11 +203,13 @@ def report(
     the numbers were made. The mistakes are thumbnails: the licences of the data sets apply to the page.
     """
     from cafe.files import check_output, locate, place_below, write_whole
+    from cafe.outputs import check_replaced, holds
     from cafe.report.details import Gallery
     from cafe.report.experiment import draw_experiment
+    from cafe.report.pages import GENERATOR
 
     if output:
-        check_output(output, "--output")
+        check_replaced(check_output(output, "--output"), "--output", holds(GENERATOR))
         if (ending := PurePosixPath(output).suffix) not in ("", ".html", ".htm"):
             raise UserError(f"--output {output} ends in {ending!r}: the page is HTML, so give FILE.html.")
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
@@ -224,7 +230,7 @@ def ui(port: int) -> None:
     Starts MLflow's server on loopback and prints the addresses to open.
     """
 
-    from cafe.pipeline.tracking.mirror import default_uri, list_experiments
+    from cafe.pipeline.tracking.mirror import SHARED, default_uri, list_experiments
 
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -245,7 +251,9 @@ def ui(port: int) -> None:
             _await_answer(server, port)
             echo(f"MLflow at {address} (stop with Ctrl-C)")
             for name, number in experiments.items():  # MLflow's own front page leads to pages about language models
-                echo(f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning")
+                echo(
+                    f"{name}: {address}/#/experiments/{number}/runs?workflowType=machine_learning&viewStateShareKey={SHARED}"
+                )
             server.wait()
         except KeyboardInterrupt:
             server.terminate()

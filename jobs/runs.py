@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cafe.pipeline.benchmark.cells import Failures
     from cafe.pipeline.benchmark.file import Benchmark
     from cafe.pipeline.benchmark.grid import Cell
+    from cafe.pipeline.benchmark.missing import Cost
     from cafe.pipeline.benchmark.plan import BenchmarkPlan
     from cafe.pipeline.plan import TrainPlan
     from cafe.pipeline.tracking.mirror import Mirror
@@ -195,6 +196,7 @@ def evaluate(run: str, **values: Any) -> None:
     from cafe.results.protocols import find_protocol, name_protocol
     from cafe.results.runs import choose
 
+    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     if settings.experiment:
         check_name(settings.experiment)
     if exported := find_exported(workspace, run):
@@ -210,7 +212,6 @@ def evaluate(run: str, **values: Any) -> None:
     for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
         for source in spec.trained_on:
             load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
-    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     several = len(targets) if settings.address else 1  # side by side on a cluster
     bar, at_work = progress_bar("Evaluating", "targets"), find_worker(settings, settings.use_gpu, several)
     with interruptible(), hold(path, settings.wait):
@@ -238,8 +239,9 @@ def benchmark(file: str, **values: Any) -> None:
     cafe benchmark quickstart.toml
 
     FILE says what is in it; with this package come demo, quickstart, ferplus, rivals, mask, leave_one_out,
-    leave_one_out_drawn, table1, table2, ablation and supplement (.toml). Frozen features are extracted once and shared,
-    cells run side by side, one that fails stops no other. Interrupt it as you like: the same command goes on where it was.
+    leave_one_out_drawn, table1, table2, ablation, supplement and supplement2 (.toml). Frozen features are extracted once and
+    shared, cells run side by side, one that fails stops no other. Interrupt it as you like: the same command goes on where
+    it was.
     """
     from cafe.pipeline.benchmark.file import read_benchmark
 
@@ -261,7 +263,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     """
     from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
-    from cafe.report.report import conclude
+    from cafe.results.verdicts import conclude
 
     workspace = open_workspace()
     folders = name_folders(faces)
@@ -327,12 +329,14 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
     from cafe.pipeline.benchmark.plan import plan_benchmark
     from cafe.pipeline.tracking.mirror import Mirror
 
+    if settings.dry_run and show_missing(workspace, grid):
+        return
+    mirror = _check_mirror(Mirror(workspace.keeping_manifests(), settings.mlflow_uri))
     plan = plan_benchmark(workspace, grid, settings)
     for table in plan_tables(plan):
         show(table)
     if settings.dry_run:
         return
-    mirror = _check_mirror(Mirror(workspace.keeping_manifests(), settings.mlflow_uri))
     with interruptible():
         failures = run_benchmark(plan, mirror, progress_bar, say)
     _warn(mirror)
@@ -343,6 +347,30 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
             "same command again."
         )
     say(f"All {len(plan.cells)} cells are done: cafe compare --experiment {plan.experiment}")
+
+
+def show_missing(workspace: Workspace, grid: Benchmark) -> bool:
+    """Show what a benchmark lacks and, without its manifests, what all of it costs; whether any of these is missing."""
+    from cafe.pipeline.benchmark.missing import estimate_cost, list_missing
+
+    missing = list_missing(workspace, grid)
+    if missing:
+        show(make_table(["missing", "how to make it"], missing, words=2, title=grid.about or grid.name))
+    if not any(one.what.startswith("manifest ") for one in missing):
+        return False
+    show(describe_cost(estimate_cost(workspace, grid)))
+    return True
+
+
+def describe_cost(cost: Cost) -> str:
+    """Say what a benchmark costs before its data are there."""
+    unknown = f" Not counted, as their sizes are not known yet: {', '.join(cost.uncounted)}." if cost.uncounted else ""
+    size = cost.passes * 1024 / 2**30
+    return (
+        f"In all {cost.trainings:,} trainings of {cost.faces:,} faces × epochs, and {cost.passes:,} tower passes (faces × "
+        f"views), each of which keeps 2 bytes a channel: {size:,.0f} GB at 512 channels, maps besides. Sets that are "
+        f"not there are counted as complete copies.{unknown}"
+    )
 
 
 def find_file(name: str) -> Path:
@@ -377,7 +405,7 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
     for table in sheet_tables([run_sheet(scores, leak_free)]):
         show(table)
     if warning := read_confidence([run]).warning:
-        click.echo(f"Warning: {warning}", err=True)
+        echo(f"Warning: {warning}", err=True)
 
 
 def _warn(mirror: Mirror) -> None:
@@ -399,7 +427,9 @@ def plan_tables(plan: BenchmarkPlan) -> list[FittedTable | str]:
     table = make_table(["method", *sources], lines, title=benchmark.about or benchmark.name)
     done, begun = sum(cell.done for cell in cells), sum(bool(cell.records) and not cell.done for cell in cells)
     seeds = len({cell.settings.seed for cell in cells})
-    parts = (_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed"))
+    parts = [_count(len(sources), "source"), _count(len(titles), "method"), _count(seeds, "seed")]
+    if benchmark.draws:
+        parts.append(_count(benchmark.draws, "draw"))
     shape = " × ".join(parts) + (", restricted by --only" if plan.settings.only else "")
     obstacles = Counter(cell.obstacle for cell in cells if cell.obstacle)
     by = ", each by the trainings that leave it out," if benchmark.sources == [ALL_BUT_TARGET] else ""

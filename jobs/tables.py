@@ -167,7 +167,7 @@ class FittedTable:
             number = column >= self.words
             head = " ".join(shorten(word, width) for word in self.header[column].split(" "))
             table.add_column(
-                Text("\n".join(wrap(head, width))),
+                Text("\n".join(wrap(head, max(1, width)))),
                 justify="right" if number else "left", no_wrap=number, overflow="fold", width=width,
             )  # fmt: skip
         for place, line in enumerate(self.lines):

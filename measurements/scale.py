@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cafe.data.manifest import SCHEMA, Manifest
 from cafe.pipeline.features import extract as extraction
-from cafe.pipeline.features.extract import pack_shard
+from cafe.pipeline.features.extract import pack_shards
 from cafe.pipeline.features.store import FeatureStore, verify
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.settings import ExtractSettings
@@ -119,7 +119,7 @@ def write(store: FeatureStore, manifest: Manifest) -> None:
     without = replace(manifest, table=manifest.table.slice(0, 0))
     embedder = NullEmbedder({str(store.path): store.info}, without, SETTINGS, 1, "cpu")
     for shard in store.pending():
-        done = embedder({name: [value] for name, value in pack_shard(manifest, store.info, shard).items()})
+        done = embedder({name: [value] for name, value in pack_shards(manifest, store.info, [shard]).items()})
         assert done["fault"] == [""]
     store.finish()
 

@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 import torch
-from cafe.pipeline.features.computing import pack_shard
 from cafe.pipeline.features.shards import ShardEmbedder
 from torch import Tensor
 from torch.nn import functional
@@ -33,7 +32,7 @@ from cafe.learning.loading import FaceDataset, epoch_order
 from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.pipeline.features.extract import describe_store, know_tower
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.store import FeatureReader, FeatureStore
 from cafe.pipeline.process import machine
@@ -104,15 +103,15 @@ def main(faces: int, epochs: int, backbone: str, input_size: int, image_size: in
 
 def fill(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> tuple[FeatureStore, float]:
     """Return a store filled by one worker in this process, and the CPU seconds that took."""
-    about = describe_store(manifest, settings, know_tower(workspace, settings))
+    about = describe_store(manifest, settings, look_up_tower(workspace, settings))
     store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
     without_rows = replace(manifest, table=manifest.table.slice(0, 0))
     embedder = ShardEmbedder({str(store.path): store.info}, without_rows, settings, machine.cores(), "cpu")
     assert embedder.embedder.tower.facts.width == about.width  # loaded before the clock starts, as for the other way
     start = time.process_time()
     for shard in store.pending():
-        faces = np.array([pack_shard(manifest, store.info, shard)["faces"]], object)
-        assert embedder({"shard": np.array([shard]), "faces": faces})["fault"] == [""]
+        packed = pack_shards(manifest, store.info, [shard])
+        assert embedder({name: [value] for name, value in packed.items()})["fault"] == [""]
     return store, time.process_time() - start
 
 

@@ -22,15 +22,15 @@ from PIL import Image
 from upath import UPath
 
 from cafe.data.alignment import Aligned, align_faces
-from cafe.data.images import SUFFIXES, UnreadableImageError
+from cafe.data.images import UnreadableImageError, list_suffixes, suffix_of
 from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
-from cafe.files import check_different, check_outputs, locate, place_below, write_file
+from cafe.files import check_different, check_outputs, exists, list_folder, locate, place_below, remove_file, write_file
 from cafe.pipeline.process.progress import Progress
-from cafe.pipeline.settings import AlignSettings
+from cafe.pipeline.settings import AlignSettings, ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.results.leaks import audit_path
@@ -51,7 +51,12 @@ SCHEMA = pa.schema([
     ("box", pa.list_(pa.float32())),  # left, top, right, bottom in pixels of the photo
     ("eyes", pa.list_(pa.float32())),  # x, y of the left and the right one
 ])  # fmt: skip
-CHUNK = 64  # photos decoded before the detector runs on them
+LISTING, BEGUN = (
+    "alignment.parquet",
+    ".align",
+)  # in a folder of crops: what became of each photo; that it is being filled
+CHUNK = 64  # photos decoded before the detector runs on them,
+HELD_BYTES = 2**28  # or as many as take so much
 UNLABELLED = -1
 
 
@@ -100,13 +105,18 @@ def draw_domains(workspace: Workspace, domains: list[str], faces: int, seed: int
     return manifests
 
 
-def report_check(workspace: Workspace, manifest: Manifest, progress: Progress) -> tuple[Check, UPath]:
-    """Look at every picture of a manifest; return what they are like and where the page about them was written."""
+def report_check(
+    workspace: Workspace, manifest: Manifest, progress: Progress, max_megapixels: int = ExtractSettings.max_megapixels
+) -> tuple[Check, UPath]:
+    """Look at every picture of a manifest; return what they are like and where the page about them was written.
+
+    A picture is readable here where an extraction with the same `max_megapixels` reads it.
+    """
     from cafe.data.checking import check_pictures
     from cafe.report.check import draw_check
 
     page = place_below(workspace.root / "reports", f"check-{manifest.name}.html")
-    result = check_pictures(manifest, progress)
+    result = check_pictures(manifest, progress, max_megapixels * 1_000_000)
     write_file(page, draw_check(result))
     return result, page
 
@@ -133,10 +143,11 @@ def find_photos(workspace: Workspace, source: str) -> Manifest:
     root = locate(source)
     if source in workspace.manifest_names() or not root.is_dir():
         return workspace.load_manifest(source)
-    paths = [path for path in list_files(root) if is_image(path)]
+    files = list_files(root)
+    paths = [path for path in files if is_image(path)]
     if not paths:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise UserError(f"There is no photo below {root}: give a folder that holds {kinds} files.")
+        there = f"its files are {list_suffixes(Counter(map(suffix_of, files)))}" if files else "it holds no file"
+        raise UserError(f"There is no photo below {root}, by their names: {there}.")
     faces = (Face(path, path, UNLABELLED, "", None, 0, 0, "") for path in paths)
     return Manifest.from_faces(root.name, str(root), faces)
 
@@ -154,16 +165,18 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
         raise UserError(f"The crops would overwrite the photos in {folder}: give another --out.")
     _check_crops(folder, photos, settings)
     result, faces = Alignment(folder), []
+    write_file(folder / BEGUN, b"")  # what a kill leaves is taken up again
     for row, aligned in _align(photos, settings, progress):
         faces += _save_crops(result, photos, row, aligned, settings.size)
     listing = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(result.rows, schema=SCHEMA), listing)
-    write_file(folder / "alignment.parquet", listing.getvalue().to_pybytes())
+    write_file(folder / LISTING, listing.getvalue().to_pybytes())
+    remove_file(folder / BEGUN)
     if not faces:
         sample, reason = result.left_out[0]
         raise UserError(
             f"None of the {len(photos)} photos has a usable face (first: {sample}: {reason}): lower --smallest or "
-            f"--confidence; {folder / 'alignment.parquet'} lists them all."
+            f"--confidence; {folder / LISTING} lists them all."
         )
     if photos.labels[0] != UNLABELLED:
         result.manifest = workspace.manifest_path(settings.name)
@@ -185,8 +198,12 @@ def _check_crops(folder: UPath, photos: Manifest, settings: AlignSettings) -> No
             first = re.sub(r"@\d+(\.[^.]*)$", r"\1", crop)
             if first != crop and first in taken:
                 raise UserError(f"A further face of {first} and the crop {crop} could have one name: rename a photo.")
+    if not any(exists(folder / name) for name in (LISTING, BEGUN)) and (others := list_folder(folder)):
+        raise UserError(
+            f"{folder} holds {others[0].name!r} and no crops of an earlier `cafe data align`: give --out another folder."
+        )
     longest = max(crops.values(), key=lambda crop: max(len(part.encode()) for part in crop.split("/")))
-    check_outputs((str(place_below(folder, file)) for file in ("alignment.parquet", longest)), "The output")
+    check_outputs((str(place_below(folder, file)) for file in (LISTING, longest)), "The output")
 
 
 def _align(
@@ -195,7 +212,7 @@ def _align(
     """Yield (row, what became of it) of every photo."""
     decoded, done = photos.survey(photos.rows("all"), lambda pixels: pixels), 0
     every = settings.faces == "all"
-    while chunk := list(islice(decoded, CHUNK)):
+    while chunk := _take(decoded):
         pictures = {row: pixels for row, pixels in chunk if isinstance(pixels, np.ndarray)}
         found = align_faces(list(pictures.values()), settings.size, settings.smallest, every, settings.confidence)
         outcomes = dict(zip(pictures, found, strict=True))
@@ -203,6 +220,19 @@ def _align(
             yield row, pixels if isinstance(pixels, UnreadableImageError) else outcomes[row]
         done += len(chunk)
         progress(done, len(photos))
+
+
+def _take(
+    decoded: Iterator[tuple[int, np.ndarray | UnreadableImageError]],
+) -> list[tuple[int, np.ndarray | UnreadableImageError]]:
+    """Return the next photos that the detector runs on together, those of a telephone seven at a time."""
+    chunk, held = [], 0
+    for row, pixels in islice(decoded, CHUNK):
+        chunk.append((row, pixels))
+        held += 0 if isinstance(pixels, UnreadableImageError) else pixels.nbytes
+        if held >= HELD_BYTES:
+            break
+    return chunk
 
 
 def _save_crops(

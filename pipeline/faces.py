@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from cafe.data.expressions import order_classes
 from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import SPLITS, Manifest, Pictures, hold_out_rows
 from cafe.data.votes import share
-from cafe.errors import DamagedError, UserError
+from cafe.errors import DamagedError, IncompleteError, UserError
 from cafe.learning.loading import KeptPictures
 from cafe.methods import find_method
 from cafe.pipeline.features.integrity import Receipts
@@ -377,7 +378,11 @@ def choose_target(
 def choose_targets(
     workspace: Workspace, wanted: str | None, spec: RunSpec, protocol: str, split: str | None = None
 ) -> list[Faces]:
-    """Return the targets of a comma-separated list, of nothing for `none`; without one, of all that share a class."""
+    """Return the targets of a comma-separated list, of nothing for `none`; without one, of all that share a class.
+
+    Of those that nobody named, what the run cannot be evaluated on is left out with a warning that says how to add it;
+    raises `UserError` where that is all of them.
+    """
     if wanted == "none":
         return []
     workspace = workspace.keeping_manifests()
@@ -386,4 +391,20 @@ def choose_targets(
     else:
         known = set(spec.classes)
         names = [name for name in workspace.manifest_names() if known & set(workspace.load_manifest(name).classes)]
-    return [choose_target(workspace, name, spec, find_protocol(protocol), split) for name in names]
+    found, unfit = list[Faces](), list[UserError]()
+    for name in names:
+        try:
+            found.append(choose_target(workspace, name, spec, find_protocol(protocol), split))
+        except (DamagedError, IncompleteError):
+            raise
+        except UserError as error:
+            if wanted is not None:
+                raise
+            unfit.append(error)
+            options = f" --protocol {protocol}" * (protocol != "clean") + f" --split {split}" * bool(split)
+            logging.getLogger(__name__).warning(
+                "Left out: %s. %s Then: cafe evaluate %s --targets %s%s", name, error, spec.name, name, options
+            )
+    if unfit and not found:
+        raise unfit[0]
+    return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from upath import UPath
 
 from cafe.errors import UserError, quote
@@ -24,6 +26,8 @@ from cafe.towers.embedding import Embedder
 from cafe.towers.keeping import find_tower
 from cafe.towers.weights import read_tensors
 from cafe.views.drawing import ViewPlan
+
+USUAL_SIZE = 2**14  # of a layer: up to here no record asks for much memory
 
 
 def find_inputs(spec: RunSpec) -> Inputs:
@@ -61,8 +65,10 @@ def load_method(spec: RunSpec, run: UPath, file: str = "model.safetensors") -> M
 
     Weights of half precision become float32 again.
     """
-    path, method = run / file, build_method(spec, init="scratch")
+    path = run / file
     weights = read_tensors(path, "move the run's folder elsewhere and train it again with `cafe train`")
+    _check_sizes(spec, weights, path)
+    method = build_method(spec, init="scratch")
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:  # torch's, of other names or shapes
@@ -71,6 +77,22 @@ def load_method(spec: RunSpec, run: UPath, file: str = "model.safetensors") -> M
         ) from None
     check_finite(method, path)
     return method
+
+
+def _check_sizes(spec: RunSpec, weights: Mapping[str, Tensor], path: UPath) -> None:
+    """Raise `UserError` for a large size that a record claims and no weight has, before a method asks for its memory."""
+    hidden = spec.recipe.get("hidden")
+    claimed = {
+        "width": spec.width or 0,
+        "grid": math.prod(spec.grid or (0,)),
+        "hidden": hidden if isinstance(hidden, int) else 0,
+    }
+    real = {side for value in weights.values() for side in value.shape}
+    if wrong := [name for name, size in claimed.items() if size > USUAL_SIZE and size not in real]:
+        raise UserError(
+            f"The weights in {path} are not those of the run that run.json describes ({wrong[0]} {claimed[wrong[0]]:,}): "
+            "they belong together."
+        )
 
 
 def check_finite(method: Method, path: UPath) -> None:

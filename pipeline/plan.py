@@ -15,6 +15,7 @@ from cafe.errors import UserError
 from cafe.files import locate, place_below, read_file
 from cafe.learning.loading import SMALLEST_BATCH, smallest_batch
 from cafe.methods import find_method
+from cafe.methods.draws import Distribution, draw_settings
 from cafe.methods.method import Method, Recipe, apply_overrides
 from cafe.networks.branches import check_network
 from cafe.pipeline.faces import Faces, Part, choose_target, choose_targets
@@ -69,10 +70,14 @@ class TrainPlan:
         """Whether nothing is left to do."""
         return is_finished(self.run) and not self.remaining
 
-    def with_seed(self, seed: int) -> TrainPlan:
-        """Return the same training with another seed."""
-        settings, spec = replace(self.settings, seed=seed), replace(self.spec, seed=seed)
-        return replace(self, settings=settings, spec=spec, folds=tuple(fold.with_seed(seed) for fold in self.folds))
+    def with_seed(self, seed: int, draw: int | None = None) -> TrainPlan:
+        """Return the same training with another seed, of a sweep with another draw."""
+        settings, spec = replace(self.settings, seed=seed, draw=draw), replace(self.spec, seed=seed, draw=draw)
+        if draw is not None:
+            recipe = find_recipe(settings, spec.source_kind)
+            spec = replace(spec, recipe=asdict(recipe), recipe_changes=changed_fields(recipe))
+        folds = tuple(fold.with_seed(seed, draw) for fold in self.folds)
+        return replace(self, settings=settings, spec=spec, folds=folds)
 
 
 def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
@@ -144,7 +149,7 @@ def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
     """Return the published recipe of the method for a kind of source with the changes asked for; raise `UserError`."""
     shortcuts = [f"epochs={settings.epochs}"] if settings.epochs else []
     published = find_method(settings.method).published_recipe(kind)
-    recipe = apply_overrides(published, [*settings.overrides, *shortcuts], settings.method)
+    recipe = apply_overrides(published, [*_draw_overrides(settings), *settings.overrides, *shortcuts], settings.method)
     find_method(settings.method).check_recipe(recipe, settings.method)
     if recipe.calibration != "none" and settings.selection == "source_test":
         raise UserError(
@@ -156,6 +161,23 @@ def find_recipe(settings: TrainSettings, kind: str) -> Recipe:
     # Linear scaling of the rate with the batch: Goyal et al., "Accurate, Large Minibatch SGD", 2017.
     batch, rate = settings.num_workers * recipe.batch_size, settings.num_workers * recipe.learning_rate
     return apply_overrides(recipe, [f"batch_size={batch}", f"learning_rate={rate:.12g}"], settings.method)
+
+
+def find_distributions(settings: TrainSettings) -> dict[str, Distribution]:
+    """Return what the settings of a sweep are drawn from; nothing for a run that is none of one. Raise `UserError`."""
+    if settings.draw is None:
+        return {}
+    fixed = {override.partition("=")[0] for override in settings.overrides}
+    distributions = find_method(settings.method).distributions()
+    free = {name: known for name, known in distributions.items() if name not in fixed}
+    if not free:
+        raise UserError(f"{settings.method} has no setting to draw that is not given: leave --draw out.")
+    return free
+
+
+def _draw_overrides(settings: TrainSettings) -> list[str]:
+    drawn = draw_settings(find_distributions(settings), settings.draw or 0, settings.seed)
+    return [f"{name}={value}" for name, value in drawn.items()]
 
 
 def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: StoreInfo | None) -> RunSpec:
@@ -185,6 +207,7 @@ def specify(settings: TrainSettings, source: Faces, recipe: Recipe, store: Store
         classes=source.classes,
         recipe=asdict(recipe),
         recipe_changes=changed_fields(recipe),
+        drawn=tuple(find_distributions(settings)),
         image_size=settings.image_size or (key.input_size if key else PUBLISHED_SIZE),
         precision=find_precision(settings),
         policy=policy if key is None or own else key.policy["name"],

@@ -18,9 +18,11 @@ Everything here is read and written without torch: what builds a method from its
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
@@ -37,12 +39,13 @@ from cafe.pipeline.workspace import check_name
 from cafe.records import FORMAT, check_record, digest, digest_changes
 from cafe.results.runs import read_record, read_result
 from cafe.results.sources import Source
-from cafe.seals import read_sealed, write_sealed
+from cafe.seals import damaged, read_sealed, verify_file, write_sealed
 from cafe.towers.names import FINAL, single_names
 
 CLAIMED = ("source", "source_kind", "source_digest", "method", "seed", "selection", "fold")  # of run.json
 START = "start.safetensors"  # file of the weights that a run went on from
 DECIDING = (".json", ".safetensors")  # files of an exported folder by which it predicts
+MODEL_FORMAT = 2  # of model.json; those of format 1 may be from before there were seals
 EXPORTED = "exported"  # folder of a run that came as an exported model
 Size = Annotated[int, Interval(ge=1, le=2**20)]  # of features
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -81,6 +84,7 @@ class RunSpec(RunIdentity):
     grid: tuple[Size, Size] | None = None  # (H, W) of the maps it reads, which the store says
     rows: str = ""  # digest of the rows trained on or held out, where pictures of the source are left out
     votes: str = ""  # digest of the shares of the classes, where a training learns these
+    drawn: tuple[str, ...] = ()  # settings of the recipe that `draw` decides, where it is one of a sweep
     init_digest: str = ""  # of the file of initial weights, where there is one
     plugins: tuple[str, ...] = ()  # NAME:DIGEST of what of the run is none of this package's
     revision: str = ""  # of the method, where its defaults changed under the same settings
@@ -112,6 +116,9 @@ class RunSpec(RunIdentity):
                 "votes": "",
             }
             same = replace(same, features=key, source=self.domains, **open_fields)
+        if self.draw is not None:  # a row takes one draw of each seed
+            fixed = {name: value for name, value in self.recipe_changes.items() if name not in self.drawn}
+            same = replace(same, draw=0, recipe_changes=fixed)
         return same._digest("seed")
 
     @property
@@ -154,6 +161,8 @@ class RunSpec(RunIdentity):
         for name in ("fold", "views_per_seed", "start"):
             if not chosen[name]:
                 del chosen[name]
+        if self.draw is None:
+            del chosen["draw"]
         chosen |= {"start": self.start[:8]} if self.start else {}
         chosen |= {"domains": self.domains} if self.fold else {}
         chosen |= {"revision": self.revision} if self.revision else {}
@@ -209,6 +218,8 @@ class RunSpec(RunIdentity):
         identity |= {"source_digest": self.source_digest, "method": self.method, "selection": self.selection}
         identity |= {"classes": list(self.classes)}
         identity |= {"sources": [asdict(source) for source in self.trained_on], "fold": self.fold}
+        if self.draw is not None:
+            identity |= {"draw": self.draw, "drawn": list(self.drawn)}
         described = {"settings": self.settings, "derived": self.derived, "not_as_published": list(not_as_published)}
         record = {"version": FORMAT, "seed": self.seed, "spec": asdict(self)}
         write_sealed(run / "run.json", {**identity, **described, **record})
@@ -224,6 +235,9 @@ def check_identity(run: UPath) -> None:
         return
     spec = RunSpec.load(run)
     expected = {"name": spec.name, "group": spec.group, **{name: getattr(spec, name) for name in CLAIMED}}
+    expected |= {"classes": list(spec.classes), "sources": [asdict(source) for source in spec.trained_on]}
+    settings = record.get("settings") or {}
+    expected["settings"] = settings | {name: value for name, value in spec.settings.items() if name in settings}
     wrong = [name for name, value in expected.items() if record.get(name, value) != value]
     if wrong or spec.name != run.name:
         name = wrong[0] if wrong else "name"
@@ -255,17 +269,32 @@ class ModelRecord:
     scores: Mapping[str, float | None] = field(default_factory=dict)
     threshold: Annotated[float, Interval(ge=0, le=1)] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    format: int = 1
 
 
 def read_model(folder: UPath) -> dict[str, Any]:
     """Return what model.json says of an exported folder, nothing where there is none.
 
-    Raises `DamagedError` where it is not what was written, `UserError` where it says what no export writes.
+    Raises `DamagedError` where it is not what was written, `UserError` where it says what no export writes. One without a
+    seal, from before there were seals, is named by a warning.
     """
-    path = folder / "model.json"
-    record = read_sealed(path, "read", "export the run again with `cafe export`") or {}
+    path, remedy = folder / "model.json", "export the run again with `cafe export`"
+    record = read_sealed(path, "read", remedy) or {}
     check_record(record, ModelRecord, str(path))
+    if record and verify_file(path) == "unchecked":
+        if record.get("format", 1) >= MODEL_FORMAT:
+            raise damaged(path, remedy)
+        _name_unchecked(str(path))
     return record
+
+
+@cache
+def _name_unchecked(path: str) -> None:
+    logging.getLogger(__name__).warning(
+        "%s is unchecked: it has no seal, so that nobody can say whether it was changed; %s.",
+        path,
+        "export the run again with `cafe export`",
+    )
 
 
 def check_exported(folder: UPath) -> None:

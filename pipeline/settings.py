@@ -134,7 +134,8 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     max_skipped: Number = setting(0, "Unreadable images to tolerate before the command fails.", group="Data")
     retry_skipped: bool = setting(
         False,
-        "Compute shards again in which images were left out: they may be repaired by now.",
+        "Compute shards again in which images were left out: files that were away may be back. One that was repaired is "
+        "another file: index it again.",
         in_file=False,
         group="Data",
     )
@@ -199,6 +200,11 @@ class RunIdentity:
         "The domain left out, of leave-one-domain-out: the run is evaluated on it alone, in a row of folds.",
         in_file=False,
         group="Data",
+    )
+    draw: Number | None = setting(
+        None,
+        "Draw of a sweep: the settings you do not give are drawn by it and --seed; 0: as they are by default.",
+        in_file=False,
     )
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
 
@@ -271,6 +277,12 @@ class Execution(ClusterSettings):
         None, "MLflow tracking server; default: the workspace's own database.", in_file=False, group="Tracking"
     )
     experiment: str = setting("cafe", "MLflow experiment.", in_file=False, group="Tracking")
+    system_metrics: bool = setting(
+        False,
+        "Log the load of this machine's processors, memory, disk and GPUs in MLflow, too.",
+        in_file=False,
+        group="Tracking",
+    )
 
 
 @dataclass(frozen=True)

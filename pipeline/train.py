@@ -45,6 +45,7 @@ def train_and_evaluate(plan: TrainPlan, mirror: Mirror, bar: Bar = no_bar, worke
     with (
         hold(plan.run, settings.wait) as check,
         keep_status(plan.run, mirror),
+        mirror.monitoring(plan.run) if settings.system_metrics else nullcontext(),
         nullcontext(worker) if worker else find_worker(settings, settings.use_gpu, settings.num_workers) as at_work,
     ):
         if not is_finished(plan.run):

@@ -6,9 +6,16 @@ Each builder writes one layout into a folder, wrapped and littered as archives l
 from __future__ import annotations
 
 import colorsys
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 
@@ -246,3 +253,56 @@ def write_mma(root: Path) -> None:
     (root / "MMAFEDB" / "train" / "angry" / "empty.jpg").touch()
     (root / "MMAFEDB" / "train" / "happy" / "readme.txt").touch()
     litter(root)
+
+
+def read_tree(root: Path) -> dict[str, bytes]:
+    """Every file below a folder by its path there."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    """A tar of files, named `./a` as `tar .` names them where their names begin so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_zip(path: Path, members: Mapping[str, bytes], kind: int = zipfile.ZIP_DEFLATED) -> Path:
+    """A zip of files, deflated or stored."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_samples(path: Path, faces: Iterable[tuple[str, bytes, str]]) -> Path:
+    """A shard of WebDataset: a picture (name, content, label) and its label, in a .cls or a .json by turns."""
+    members = dict[str, bytes]()
+    for number, (name, content, label) in enumerate(faces):
+        key = name.partition(".")[0]
+        members[name] = content
+        members |= (
+            {f"{key}.json": json.dumps({"cls": label}).encode()} if number % 2 else {f"{key}.cls": label.encode()}
+        )
+    return write_tar(path, members)
+
+
+def write_faces(
+    path: Path, faces: Iterable[tuple[str | None, bytes, str | None]], classes: tuple[str, ...], group: int = 5
+) -> Path:
+    """Parquet as `datasets` writes it: pictures (name, content, label) with numbers for labels, which the schema names."""
+    faces = list(faces)
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pictures = pa.array([{"bytes": content, "path": name} for name, content, _ in faces], kind)
+    labels = pa.array([-1 if label is None else classes.index(label) for *_, label in faces], pa.int64())
+    features = {"image": {"_type": "Image"}, "label": {"names": list(classes), "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": pictures, "label": labels}).replace_schema_metadata(about)
+    pq.write_table(table, path, row_group_size=group)
+    return path

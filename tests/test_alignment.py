@@ -30,6 +30,7 @@ from cafe.data.expressions import EIGHT
 from cafe.data.images import decode_image
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
+from cafe.pipeline import datasets
 from cafe.results.protocols import find_protocol
 
 MEADOW = (96, 120, 96)
@@ -216,6 +217,26 @@ def test_a_folder_of_photos_becomes_crops_of_every_face(real_faces: Path, tmp_pa
     command.succeed("data", "align", str(tmp_path / "photos"), "--name", "party", "--faces", "all", "--out", str(out))
     assert sorted(path.name for path in (out / "party").iterdir()) == ["two.jpg", "two@2.jpg"]
     assert not (command.workspace / "manifests").exists()  # nobody said what the faces show
+
+
+def test_crops_go_to_no_folder_of_other_files_but_to_one_that_a_kill_left(tmp_path: Path, command: Cafe) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (80, 80), MEADOW).save(tmp_path / "photos" / "a.jpg")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.jpg").write_text("mine")
+    words = ("data", "align", str(tmp_path / "photos"), "--name", "x", "--out", str(out))
+    assert f"{out} holds 'a.jpg' and no crops of an earlier `cafe data align`" in command.fail(*words)
+    assert (out / "a.jpg").read_text() == "mine"
+    (out / ".align").touch()  # as after a kill
+    assert "has a usable face" in command.fail(*words)
+    assert not (out / ".align").exists()
+
+
+def test_the_photos_that_are_decoded_ahead_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "HELD_BYTES", 3000)
+    decoded = iter([(row, np.zeros(1000, np.uint8)) for row in range(7)])
+    assert [len(chunk) for chunk in iter(lambda: datasets._take(decoded), [])] == [3, 3, 1]
 
 
 def test_no_usable_face_at_all_is_one_sentence(tmp_path: Path, command: Cafe) -> None:

@@ -67,7 +67,7 @@ def test_the_state_of_a_data_set_is_counted_and_shown(tmp_path: Path, command: C
     assert table["anger"][3:5] == ["32", "3 %"]
     assert table["anger"][-1] == "1"
     assert table["fear"][3:] == ["0", "–", "–", "–", "0"]
-    assert table["48–63"][1] == "5"
+    assert table["48–63"][2] == "5"
     assert "1 unreadable files:\n  anger/torn.jpg: damaged image" in output
     assert "1 groups of identical pictures:\n  anger/again.bmp = neutral/0.png" in output
 

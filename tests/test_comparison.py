@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import list_files, write_json
+from cafe.pipeline.stores import find_paths
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
 from cafe.results.metrics import estimate
 from cafe.results.runs import choose, read_runs
-from cafe.results.scores import average_all, average_unseen, meet, read_scores
+from cafe.results.scores import average_all, average_unseen, flatten_scores, meet, read_scores
+from cafe.results.verdicts import conclude, reach_verdicts
 from cafe.seals import read_sealed, write_sealed
 
 
@@ -48,7 +51,20 @@ def read(workspace: Workspace, known: Sequence[str] = ()) -> Comparison:
 
 def texts(comparison: Comparison) -> list[dict[str, str]]:
     sheet = main_sheet(comparison)
-    return [dict(zip(sheet.header, (cell.text for cell in line), strict=True)) for line in sheet.lines]
+    lines = [line for line in sheet.lines if line[1].text not in ("faces", "chance")]
+    return [dict(zip(sheet.header, (cell.text for cell in line), strict=True)) for line in lines]
+
+
+def test_the_beginning_of_several_names_is_no_unknown_name(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    first, second = (write_run(workspace, seed=seed) for seed in (0, 1))
+    said = complaint(choose, read_runs([first, second]), None, "cafe-raf")
+    assert said == f"'cafe-raf' is the beginning of 2 runs, {first.name}, {second.name}: give more of the name."
+    assert complaint(choose, read_runs([first, second]), None, "scn").startswith("Unknown run 'scn': choose")
+    for name in ("one", "other"):
+        (workspace.features / "news" / name).mkdir(parents=True)
+    said = complaint(find_paths, workspace, ["news/o"])
+    assert said == "'news/o' is the beginning of 2 feature stores, news/one, news/other: give more of the name."
 
 
 def test_a_part_and_the_whole_of_a_target_never_meet_and_a_source_is_no_target(tmp_path: Path) -> None:
@@ -73,7 +89,7 @@ def test_means_leave_out_the_source_and_other_splits(workspace: Workspace) -> No
     (row,) = texts(read(workspace))
     assert (row["one"], row["unseen accuracy"], row["all accuracy"]) == ("(90.0)", "30.0", "50.0")
     assert "two@all" not in row
-    assert [line[1].text for line in run_sheet(scores).lines] == ["90.0", "20.0", "40.0", "0.0", "30.0"]
+    assert [line[2].text for line in run_sheet(scores).lines] == ["90.0", "20.0 ‡", "40.0", "0.0 ‡", "30.0"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +113,68 @@ def test_another_manifest_of_the_sources_set_is_not_unseen(
     assert row["unseen accuracy"] == ("40.0" if seen else "60.0")
     note = "Not unseen, as another manifest of the source's set: again."
     assert (note in main_sheet(read(workspace)).notes) == seen
+
+
+def test_a_number_that_chance_might_give_or_of_few_faces_is_marked(workspace: Workspace) -> None:
+    run = write_run(workspace, source="one", source_kind="folder")
+    evaluate(run, {"two": 60})
+    labels = np.array([3] * 60 + [0, 1, 2, 4, 5, 6] * 7)
+    write_predictions(
+        run, "happy", labels, np.where(np.arange(102) < 66, labels, (labels + 1) % 7)
+    )  # 64.7 %, and 58.8 % are happy
+    write_predictions(run, "little", labels[55:75], labels[55:75])
+    (row,) = texts(read(workspace))
+    assert (row["two"], row["happy"], row["little"]) == ("60.0", "64.7 ‡", "100.0 ‡")
+    sheet = main_sheet(read(workspace))
+    assert "Fewer than 50 faces: little (20)." in sheet.notes
+    assert any(note.startswith("‡: other faces might as well have shown nothing above chance") for note in sheet.notes)
+    faces, chance = ([cell.text for cell in line[3:6]] for line in sheet.lines[1:])
+    assert (faces, chance) == (["102", "20", "100"], ["58.8", "25.0", "15.0"])
+    names = flatten_scores(read_scores(read_runs([run])))
+    assert names["target/happy/largest"] == pytest.approx(60 / 102)
+    assert names["target/happy/accuracy.low"] < 60 / 102 < names["target/happy/accuracy.high"]
+    assert names["unseen/accuracy.low"] < names["unseen/accuracy"] < names["unseen/accuracy.high"]
+
+
+def test_a_target_under_two_names_counts_once(workspace: Workspace) -> None:
+    run = write_run(workspace, source="one", source_kind="folder")
+    evaluate(run, {"two": 40, "three": 80})
+    evaluate(run, {"zwei": 40}, manifest="digest of two")
+    (row,) = texts(read(workspace))
+    assert (row["two"], row["zwei"], row["unseen accuracy"]) == ("40.0", "40.0", "60.0")
+    note = "The same faces under another name, which count once in every mean: zwei (as two)."
+    assert note in main_sheet(read(workspace)).notes
+    scores = read_scores(read_runs([run]))
+    assert average_unseen(scores)["accuracy"].tolist() == pytest.approx([0.6])
+    assert "not counted in the mean again: zwei" in run_sheet(scores).notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "said"),
+    [
+        (20, "Frozen features carry over better than pixels: "),
+        (52, "Frozen features and pixels are not told apart: "),
+        (90, "Pixels carry over better than frozen features: "),
+    ],
+)
+def test_what_is_said_of_frozen_features_and_pixels_follows_from_the_paired_test(
+    workspace: Workspace, pixels: int, said: str
+) -> None:
+    evaluate(write_run(workspace, "cafe", "one"), {"two": 50, "three": 60})
+    evaluate(write_run(workspace, "image_only", "one"), {"two": pixels, "three": 60})
+    runs = [replace(run, derived={} if run.method == "image_only" else run.derived) for run in workspace.read_runs()]
+    comparison = compare(runs, read_scores(runs), "accuracy", "clean")
+    assert conclude(comparison).startswith(said)
+    assert "cafe, which reads frozen features, is right on 55.0 %" in conclude(comparison)
+    (verdict,) = reach_verdicts(comparison)
+    best, other = ("image_only", "cafe") if pixels > 50 else ("cafe", "image_only")
+    start = f"Trained on one, {best} ({(max(pixels, 50) + 60) / 2:.1f} %) is "
+    assert verdict.text.startswith(
+        start + ("not told apart from" if pixels == 52 else "ahead on the unseen targets: of")
+    )
+    assert f"{other} " in verdict.text
+    (test,) = verdict.tests
+    assert test.holds == (pixels != 52)
 
 
 def test_labels_by_another_rule_are_the_same_set(workspace: Workspace) -> None:
@@ -150,7 +228,7 @@ def test_cells_of_fewer_seeds_than_the_row_say_so(workspace: Workspace) -> None:
     comparison = read(workspace)
     (row,) = texts(comparison)
     assert row["mine"].endswith(" [3]")
-    assert (row["late"], "[" in row["fer"]) == ("7.0 [1]", False)
+    assert (row["late"], "[" in row["fer"]) == ("7.0 [1] ‡", False)
     assert row["unseen accuracy"] == f"{(40 + 50 + 7) / 3:.1f} [1]"
     assert "[n]: n seeds, fewer than the row has." in main_sheet(comparison).notes
 

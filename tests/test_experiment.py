@@ -25,12 +25,14 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import write_file, write_json
+from cafe.outputs import check_replaced, holds
 from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
 from cafe.report.charts import INK
 from cafe.report.details import Gallery, list_details
 from cafe.report.drawings import list_drawings
 from cafe.report.experiment import draw_experiment
+from cafe.report.pages import GENERATOR
 from cafe.report.report import make_report
 from cafe.results.columns import Column
 from cafe.results.leaks import audit_path
@@ -155,6 +157,7 @@ def report(workspace: Workspace, *options: str) -> Page:
     file = Path(str(workspace.root)) / "page.html"
     cafe = Cafe(Path(str(workspace.root)), "")
     assert "page.html (0." in cafe.succeed("report", "trial", "--output", str(file), *options)
+    check_replaced(UPath(file), "--output", holds(GENERATOR))
     return Page(file.read_text())
 
 

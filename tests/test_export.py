@@ -273,8 +273,12 @@ def test_the_card_holds_the_scores_of_every_domain_with_intervals(tmp_path: Path
     }
     record |= {"check": {"faces": 32, "largest_difference": 2e-7}}
     card = write_card([one], [one, two], {}, record).decode()
-    assert "**Unseen data sets: 50.0 / 100.0 % (mean ± 95 % t-interval over 2 seeds) on fer.**" in card
-    assert f"| fer | unseen | 70 | {format_share(35, 70)} | {format_share(5, 10)} |" in card
+    assert (
+        "**Unseen data sets: 50.0 / 100.0 % (mean ± 95 % t-interval over 2 seeds; 63.7–83.7 over 70 faces) on fer"
+        in card
+    )
+    assert "where the largest classes have 14.3 % of the faces.**" in card
+    assert f"| fer | unseen | 70 | 14.3 | {format_share(35, 70)} | {format_share(5, 10)} |" in card
     assert "the graph's probabilities differ from PyTorch's by at most 2.0e-07" in card
     card = write_card([one], [one, two], {"fer": "another"}, record).decode()
     assert card.count("evaluated on the manifest digest o, not on another, which the workspace has now") == 2
@@ -295,11 +299,11 @@ def test_the_card_of_an_average_holds_its_own_scores(tmp_path: Path) -> None:
     card = write_card(runs, runs, {}, record).decode()
     assert f"with seeds 0, 1.\nIts probabilities are the {average}: whoever loads this folder gets that" in card
     assert f"The {average}; percent of faces recognised" in card
-    assert f"| fer | unseen | 70 | {format_share(60, 70)} |" in card
+    assert f"| fer | unseen | 70 | 14.3 | {format_share(60, 70)} |" in card
     shutil.rmtree(str(runs[1].folder / "predictions" / "clean-flip"))
     card = write_card(runs, runs, {}, record).decode()
     assert "The mean of 2 seeds; percent of faces recognised" in card
-    assert f"| fer | unseen | 70 | {format_share(70, 70)} |" in card
+    assert f"| fer | unseen | 70 | 14.3 | {format_share(70, 70)} |" in card
     assert "Mirror images were not averaged here" in card
 
 

@@ -22,7 +22,8 @@ from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
-from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
+from cafe.pipeline.features.extract import Extraction as Extracted
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.plan import plan_training
@@ -110,7 +111,7 @@ def test_a_picture_that_was_replaced_since_it_was_indexed_is_named(extraction: E
 
 def test_a_worker_is_given_the_rows_of_its_shard_alone(extraction: Extraction) -> None:
     store, manifest = extraction.store, extraction.manifest
-    packed = pack_shard(manifest, store.info, 1)
+    packed = pack_shards(manifest, store.info, [1])
     table = pa.ipc.open_stream(packed["faces"]).read_all()
     assert table == manifest.table.slice(15, 15)
     assert len(packed["faces"]) < 6_000
@@ -129,6 +130,11 @@ def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extr
     assert set(extraction.run().values()) == {""}
     skipped = extraction.store.receipts.skipped_paths(extraction.workspace.load_manifest("tiny"))
     assert skipped == [("anger/019.png", "1001×1000 pixels are more than 1,000,000")]
+    extracted = Extracted(extraction.store.path, extraction.store.info, 0, [*skipped, ("x.png", "file is empty")])
+    said = extracted.complaint(0)
+    assert "are unreadable (1 only for having more pixels than --max-megapixels 1 allows: give more), more than" in said
+    checked = extraction.cafe.succeed("data", "check", "tiny", "--max-megapixels", "1")
+    assert "1 unreadable files:\n  anger/019.png: 1001×1000 pixels are more than 1,000,000" in checked
 
 
 def test_another_limit_or_batch_is_another_store_and_an_older_one_is_named(extraction: Extraction) -> None:

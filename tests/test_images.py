@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,17 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 from upath import UPath
 
-from cafe.data.images import UnreadableImageError, decode_image, decode_series, is_gone, read_bytes, read_size
+from cafe.data.images import (
+    FORMATS,
+    SUFFIXES,
+    UnreadableImageError,
+    decode_image,
+    decode_series,
+    is_gone,
+    list_suffixes,
+    read_bytes,
+    read_size,
+)
 from cafe.errors import StorageError
 
 
@@ -40,6 +51,14 @@ HEIC = base64.b64decode(
     "AAAAAAAAQABBoECAwWEhgAAABppcmVmAAAAAAAAAA5jZHNjAAIAAQABAAAAeW1kYXQAAABJKAGvCchqiBojm1H/F/f6F6G6wtGAo9PXjirkJm6NKi0XULX7"
     "P0D7te2Dy/9t7ymh/yegkUysxFsM1k9A6egZi7tggOPQTOtrLAAAAAZFeGlmAABNTQAqAAAACAABARIAAwAAAAEABgAAAAAAAA=="
 )
+
+
+def test_all_that_is_read_is_known_by_its_name() -> None:
+    read_size(encode(Image.fromarray(RED), "PNG"))  # registers HEIC
+    Image.init()
+    read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    assert read | {".mpo"} == SUFFIXES
+    assert list_suffixes(Counter({".cr2": 2, "": 1, ".txt": 1200})) == ".txt 1,200, .cr2 2, without ending 1"
 
 
 def test_colour_png_is_read_as_it_is() -> None:

@@ -31,19 +31,19 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest, map_threads
 from cafe.data.readers import DATASETS, cells
 from cafe.files import check_output, place_below, read_file, read_json
-from cafe.inference.frames import read_frames
-from cafe.inference.output import build_schema, write_parquet
+from cafe.inference.frames import find_files, read_frames
+from cafe.inference.output import FORMATS, build_schema
 from cafe.pipeline.benchmark.file import parse_benchmark, read_benchmark
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore, verify
-from cafe.pipeline.runs import RunSpec, read_status
+from cafe.pipeline.runs import RunSpec, check_identity, read_status
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.plugins import load_plugins
 from cafe.results.comparison import name_rows
 from cafe.results.predictions import Predictions
 from cafe.results.runs import read_run
 from cafe.results.scores import read_scores
-from cafe.seals import read_sealed, verify_file
+from cafe.seals import read_sealed, verify_file, write_sealed
 from cafe.towers.face import read_face_weights
 from cafe.towers.names import parse_backbone
 
@@ -126,6 +126,28 @@ def test_records_of_a_run_of_any_content(tmp_path: Path, steps: list[int], value
         assert len(name_rows([[found], [found]])) == 2
     (run / "status.json").write_bytes(content)
     read_status(run)
+
+
+def test_a_record_of_a_run_whose_parts_contradict_each_other_is_none(tmp_path: Path) -> None:
+    """What is said of a run beside its specification decides where it stands in tables, and the latter its name."""
+    run = Workspace.at(str(tmp_path)).run_path(SPEC.name)
+    SPEC.save(run)
+    whole = read_sealed(run / "run.json") or {}
+    assert complaint(check_identity, run) == ""
+    beside = {
+        "name": "x", "group": "x", "fold": "sfew", "source": "sfew", "source_kind": "sfew", "source_digest": "1",
+        "sources": [{"name": "sfew", "kind": "sfew", "digest": "1"}], "seed": 1, "classes": ["a", "b"], "method": "scn",
+        "settings": {**whole["settings"], "tag": "best"},
+    }  # fmt: skip
+    wrong = [{**whole, name: value} for name, value in beside.items()]
+    for name, value in whole["spec"].items():  # of those two nothing else is said
+        if name not in ("recipe", "grid"):
+            other = not value if isinstance(value, bool) else 1 + value if isinstance(value, int) else f"{value}x"
+            wrong.append({**whole, "spec": {**whole["spec"], name: other}})
+    wrong.append({**whole, "spec": {**whole["spec"], "sources": beside["sources"] * 2, "fold": "sfew"}})
+    for record in wrong:
+        write_sealed(run / "run.json", record)
+        assert complaint(check_identity, run), record
 
 
 @OFTEN
@@ -229,10 +251,21 @@ def test_names_that_are_no_utf8_are_left_out_or_one_sentence(tmp_path: Path) -> 
     odd = faces.rename(os.fsdecode(bytes(tmp_path) + b"/\xff"))
     assert "no table or record can hold it: rename it" in complaint(index_files, "x", DATASETS["folder"](UPath(odd)))
     assert "no table or record can hold it" in complaint(Workspace.at, str(odd))
-    rows = io.BytesIO()
-    with write_parquet(rows, EXPRESSIONS) as write:
-        write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": "caf\udce9"}])
-    assert pq.read_table(rows)["file"].to_pylist() == [r"caf\udce9"]
+    forms = {name: io.BytesIO() for name in FORMATS}
+    for name, file in forms.items():
+        with FORMATS[name](file, EXPRESSIONS) as write:
+            write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": "caf\udce9"}])
+    assert pq.read_table(forms["parquet"])["file"].to_pylist() == [r"caf\udce9"]
+    for name in ("table", "csv", "jsonl"):
+        assert r"caf\udce9" in forms[name].getvalue().decode()
+
+
+def test_a_file_by_two_paths_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(draw_faces(tmp_path, per_class=1))
+    whole = str(tmp_path / "anger" / "000.jpg")
+    assert [str(file) for file in find_files(["anger/000.jpg", whole, "./anger"])] == ["anger/000.jpg"]
+    Path("t.csv").write_text(f"path,label\nanger/000.jpg,anger\n{whole},Angry\n")
+    assert len(DATASETS["table"](UPath(tmp_path / "t.csv")).files) == 1
 
 
 def test_names_that_no_file_could_have_are_one_sentence(tmp_path: Path) -> None:
@@ -262,6 +295,9 @@ def test_a_small_table_cannot_fill_the_memory(stored: bool, tmp_path: Path, monk
     assert (tmp_path / "labels.parquet").stat().st_size < 1e6
     said = complaint(DATASETS["table"], UPath(tmp_path / "labels.parquet"))
     assert "holds more than 0 GB of values: write it again without what is not needed." in said
+    monkeypatch.setattr(seals, "MOST_BYTES", 2**26)
+    monkeypatch.setattr(seals, "MOST_TIMES", 1)
+    assert verify_file(UPath(tmp_path / "labels.parquet")) == "damaged"
 
 
 def test_results_that_are_made_ahead_are_few(tmp_path: Path) -> None:

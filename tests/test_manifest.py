@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 from conftest import Cafe, complaint, draw_faces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from test_images import HEIC
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, ClassChoice
@@ -24,6 +27,7 @@ from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thi
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import find_below
+from cafe.inference.frames import find_files, read_photo
 from cafe.jobs.runs import name_folders
 from cafe.pipeline.features.integrity import find_stores
 from cafe.results.columns import Column
@@ -117,7 +121,24 @@ def test_hidden_files_and_other_kinds_are_not_faces(tmp_path: Path) -> None:
     (tmp_path / "__MACOSX" / "anger" / "x.jpg").touch()
     (tmp_path / "anger" / "notes.txt").touch()
     result = index("folder", tmp_path)
-    assert (len(result.manifest), result.listing.ignored, result.broken) == (6, 1, [])
+    assert (len(result.manifest), result.listing.ignored, result.broken) == (6, Counter({".txt": 1}), [])
+
+
+def test_a_folder_holds_all_pictures_that_are_read_when_they_are_named(tmp_path: Path) -> None:
+    face, kinds = Image.new("RGB", (20, 30)), {"a.jpe": "JPEG", "b.jfif": "JPEG", "c.AVIF": "AVIF", "d.ppm": "PPM"}
+    (tmp_path / "anger").mkdir()
+    for name, kind in kinds.items():
+        face.save(tmp_path / "anger" / name, kind)
+    (tmp_path / "anger" / "e.HEIC").write_bytes(HEIC)
+    for name in ("f.cr2", "g.CR2", "h"):
+        (tmp_path / "anger" / name).touch()
+    result = index("folder", tmp_path)
+    assert [sample[6:] for sample in result.manifest.sample_ids] == [*kinds, "e.HEIC"]
+    assert result.listing.ignored == {".cr2": 2, "": 1}
+    for place in (str(tmp_path), f"{tmp_path}/anger/*"):
+        files, others = find_files([place])
+        assert (sorted(file.name for file in files), others) == ([*kinds, "e.HEIC"], {".cr2": 2, "": 1})
+    assert [next(read_photo(file)).error for file in files] == [""] * 5
 
 
 def test_broken_files_are_named_and_duplicates_found(tmp_path: Path) -> None:
@@ -171,17 +192,21 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
             "path,label\nx.jpg,Sleepy\ny.jpg,sleepy",
             "other classes than .*: 'sleepy' .2 faces in row 1, row 2.: leave them",
         ),
-        ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
+        ("path,label,split\nx.jpg,anger,dev", "the unknown split 'dev'"),
         ("path,label,label\nx.jpg,anger,fear", "column 'label' besides 'label', and either may be the label: keep"),
         (
             "path,label,emotion\nx.jpg,anger,fear",
             "'emotion' besides 'label', and either may be the label: .*label=NAME",
         ),
-        ("path,label,split\nx.jpg,anger,0", "Row 1 of .*: Unknown split '0'"),
+        ("path,label,split\nx.jpg,anger,0", "Row 1 of .* has the unknown split '0': write train, val, test, or leave"),
         ('path,label\nx.jpg,anger\n"y.jpg,fear\n', "neither a CSV nor a Parquet table .line 3: unexpected end of data"),
         (
             "path,label,bbox\nx.jpg,anger,1 2 3 4",
             "column 'bbox', which may be a corner and two sides or two corners: say",
+        ),
+        (
+            "path,label,x,y,w,h\nx.jpg,anger,.5,.5,.6,.4",
+            "Row 1 of .* has the face box .5, .5, .6, .4: write four numbers of",
         ),
         ("path,label,happiness,happy\nx.jpg,anger,7,1", "column 'happy' besides 'happiness'"),
         ("path,label,anger\nx.jpg,anger,inf", "Row 1 .* has for 'anger' 'inf': write how many people"),
@@ -446,7 +471,7 @@ def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
         (
             ("folders", ".", "--name", "x"),
             "Unknown kind of data set 'folders': choose affectnet, ckplus, expw, fer2013, ferplus, folder, jaffe, kdef, "
-            "mma, rafdb, sfew, synthetic, table.",
+            "mma, rafdb, sfew, synthetic, table, webdataset.",
         ),
         (("folder", "/no/such", "--name", "x"), "/no/such is not a folder"),
         (("folder", ".", "--name", "a/b"), "The name 'a/b' cannot be used"),

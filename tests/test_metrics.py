@@ -30,7 +30,7 @@ from cafe.report.formats import to_csv
 from cafe.report.report import list_records, make_report
 from cafe.report.sheets import BEST, run_sheet
 from cafe.results.columns import Column, Mean
-from cafe.results.metrics import METRICS, Estimate, Metric, confusion, estimate, score
+from cafe.results.metrics import METRICS, Estimate, Metric, confusion, estimate, macro_f1, macro_f1_error, score
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import flatten_scores, read_scores
@@ -215,3 +215,23 @@ def test_what_a_column_is_of_is_written_above_it() -> None:
     assert Column("web", class_set="8 classes", part="fear").title == "fear (8 classes)"
     assert Mean("unseen", "ece", leak_free=True).title == "unseen ECE leak-free"
     assert Mean("all", "accuracy", "8 classes").name == "mean of all (8 classes)"
+
+
+def test_an_interval_of_shares_stays_within_what_is_possible() -> None:
+    wide = estimate([0.0, 0.4, 0.95])
+    assert wide.mean - wide.half_width < 0
+    assert str(wide) == "45.0 (0.0–100.0)"
+    assert str(estimate([0.70, 0.71, 0.72])) == "71.0 ± 2.5"
+    assert METRICS["votes_cross_entropy"].over_seeds([0.9, 1.5, 2.2]).over_seeds[1] > 1  # nats have no limit
+
+
+def test_macro_f1_varies_over_faces_as_its_error_says() -> None:
+    random, count = np.random.default_rng(0), 150
+    labels = random.choice(7, count, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05])
+    predicted = np.where(random.random(count) < 0.6, labels, random.integers(0, 7, count))
+
+    def of(rows: np.ndarray) -> Predictions:
+        return Predictions([""] * count, labels[rows], np.eye(7, dtype=np.float32)[predicted[rows]], {})
+
+    drawn = [macro_f1(of(random.integers(0, count, count))) for _ in range(300)]
+    assert macro_f1_error(of(np.arange(count))) == pytest.approx(np.std(drawn), rel=0.2)

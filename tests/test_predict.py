@@ -40,23 +40,26 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import remove_leftovers, write_json
-from cafe.inference.annotation import choose_colours, write_video
+from cafe.inference import frames
+from cafe.inference.annotation import choose_colours, place_copies, write_video
 from cafe.inference.annotation import draw_faces as draw_boxes
 from cafe.inference.frames import Frame, count_frames, read_video
 from cafe.inference.graph import Onnx, write_onnx
 from cafe.inference.model import Model
-from cafe.inference.output import FORMATS, build_schema, list_rows, name_columns
+from cafe.inference.output import FORMATS, OWN, build_schema, list_rows, name_columns
 from cafe.inference.quality import measure_quality, measure_sharpness, measure_turn
 from cafe.inference.recognition import HELD_FACES, SEARCHED, Search, predict_frames
 from cafe.jobs.cli import main
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
+from cafe.outputs import check_replaced
 from cafe.pipeline.evaluate import check_option, evaluate_target
 from cafe.pipeline.faces import choose_targets
 from cafe.pipeline.models import build_model
 from cafe.pipeline.release import shipped
 from cafe.pipeline.release.adoption import adopt, specify_export
 from cafe.pipeline.release.confidence import Home, choose_threshold, measure_home, read_confidence
+from cafe.pipeline.release.prediction import _stamp
 from cafe.pipeline.release.prediction import predict as predict_faces
 from cafe.pipeline.runs import check_identity
 from cafe.pipeline.settings import ExtractSettings
@@ -234,6 +237,7 @@ def test_a_video_is_looked_at_in_its_rate_and_its_annotated_copy_shows_the_boxes
     places = np.array([row["left"] for row in rows])
     assert np.diff(places) == pytest.approx([50, 50, 50], abs=12)
     assert "4 faces in 4 frames" in said
+    place_copies([UPath(tmp_path / "walk.mp4")], UPath(tmp_path / "shown"))  # it knows its own copy
     with av.open(str(tmp_path / "shown" / "walk.mp4")) as container:
         assert container.streams.video[0].average_rate == 10
         frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
@@ -258,8 +262,59 @@ def test_annotated_pictures_keep_their_places_and_never_overwrite_originals(comm
     assert "would overwrite" in command.fail(*arguments, str(tmp_path / "album"))
     photo = tmp_path / "album" / "c" / "3.bmp"
     before = photo.read_bytes()
-    assert "would overwrite a picture" in command.fail(*arguments[:-1], "--output", str(photo))
+    assert "would overwrite a picture" in command.fail(*arguments[:-1], "--format", "csv", "--output", str(photo))
     assert photo.read_bytes() == before
+    command.succeed(*arguments, str(tmp_path / "shown"))  # in place of its own copies
+    (tmp_path / "shown" / "a" / "1.png").write_bytes(before)
+    assert "a/1.png is there already" in command.fail(*arguments, str(tmp_path / "shown"))
+
+
+def test_a_copy_stays_in_its_folder_however_its_file_was_named(tmp_path: Path) -> None:
+    for name in ("a/b/1.jpg", "other/x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    files, shown = (
+        [UPath(tmp_path / "a/b/1.jpg"), UPath(f"{tmp_path}/a/b/../../other/x.jpg")],
+        UPath(tmp_path / "shown"),
+    )
+    assert list(place_copies(files, shown).values()) == [shown / "a/b/1.jpg", shown / "other/x.jpg"]
+    shown.mkdir()
+    (shown / "other").symlink_to(tmp_path / "a")
+    assert "is a link that leads out of" in complaint(place_copies, files, shown)
+
+
+def test_a_video_of_larger_pictures_than_photos_may_have_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk(tmp_path / "walk.mp4")
+    monkeypatch.setattr(frames, "MAX_PIXELS", 1000)
+    (frame,) = read_video(UPath(tmp_path / "walk.mp4"), math.inf)
+    assert frame.error.endswith("pixels are more than 1,000")
+
+
+def test_no_name_of_a_file_is_a_formula_in_a_spreadsheet() -> None:
+    sink = io.BytesIO()
+    with FORMATS["csv"](sink, EXPRESSIONS) as write:
+        write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": name} for name in ("=1+1.jpg", "a=1.jpg")])
+    assert [line.split(",")[0] for line in sink.getvalue().decode().splitlines()[1:]] == ["./=1+1.jpg", "a=1.jpg"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_take_the_place_of_rows_alone(form: str, tmp_path: Path) -> None:
+    place = UPath(tmp_path / "rows")
+    place.write_bytes(b"")
+    check_replaced(place, "--output", OWN[form])
+    with place.open("wb") as file, FORMATS[form](file, EXPRESSIONS) as write:
+        values = dict.fromkeys(build_schema(EXPRESSIONS).names)
+        write([values | {"file": "a.jpg", "time": None, "error": "no face found"}])
+    check_replaced(place, "--output", OWN[form])
+    for other in (b"file;expression", b"{}", b"expression of faces", b"PAR1", b"\xff\xd8\xff"):
+        place.write_bytes(other)
+        assert "rows is there already, and is nothing that this" in complaint(
+            check_replaced, place, "--output", OWN[form]
+        )
+    pq.write_table(pa.table({"file": ["a"]}), str(place))
+    assert "rows is there already" in complaint(check_replaced, place, "--output", OWN[form])
 
 
 @pytest.mark.parametrize(
@@ -287,7 +342,8 @@ def test_two_annotated_copies_with_one_name_are_refused(command: Cafe, tmp_path:
 
 def test_a_prediction_that_is_killed_leaves_the_earlier_file(command: Cafe, tmp_path: Path) -> None:
     output = tmp_path / "rows.parquet"
-    output.write_bytes(b"earlier")
+    pq.write_table(build_schema(EXPRESSIONS).empty_table(), output)
+    earlier = output.read_bytes()
     album(tmp_path / "album")
     places = [str(tmp_path / "album")] * 2 + [str(path) for path in (command.workspace / "faces").rglob("*.*")]
     words = ("predict", "linear_probe-one-s0-plain", *places, "--aligned", "--output", str(output))
@@ -302,7 +358,7 @@ def test_a_prediction_that_is_killed_leaves_the_earlier_file(command: Cafe, tmp_
     assert left[0].exists()  # its writer lives
     driver.kill()
     driver.communicate()
-    assert output.read_bytes() == b"earlier"
+    assert output.read_bytes() == earlier
     command.succeed(*words)
     assert pq.read_table(output).num_rows > len(places)
     assert not left[0].exists()
@@ -344,6 +400,8 @@ def test_the_best_run_is_chosen_by_held_out_faces_of_the_source_and_seeds_are_av
         ("views", 0, "views: input"), ("view_seed", 2**64, "view_seed: input"), ("mean", [0.5], "mean: tuple should have"),
         ("std", [0, 1, 1], "std.0: input should be greater than 0"), ("precision", "fp64", "precision: input should be"),
         ("width", None, "has no width, which linear_probe needs"), ("width", 10**12, "width: input should be less"),
+        ("width", 2**20, "are not those of the run that run.json describes .width 1,048,576"),
+        ("recipe.hidden", 10**9, "are not those of the run that run.json describes .hidden 1,000,000,000"),
         ("width", 12, "are not those of the run that run.json describes"), ("backbone", None, "has no backbone"),
         ("features", None, "has no features"), ("features.policy", {}, "Unknown view policy 'None'"),
         ("features.input_size", 0, "features.input_size: input"), ("classes", ["fear", "fear"], "named twice"),
@@ -364,6 +422,18 @@ def test_a_model_folder_of_any_record_is_one_sentence(
     write_sealed(folder / "run.json", record)
     shutil.copy(str(run / "model.safetensors"), str(folder))
     assert re.search(said, complaint(build_model, [folder]))
+
+
+@pytest.mark.parametrize("name", ["run.json", "model.json", "model.safetensors"])
+def test_a_model_of_which_any_file_was_written_anew_is_read_again(name: str, command: Cafe, tmp_path: Path) -> None:
+    (run,) = runs_of(command, "plain")
+    folder = ship_run(run, tmp_path / "model")
+    before, path = _stamp([folder]), tmp_path / "model" / name
+    assert _stamp([folder]) == before
+    times = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps them has
+    assert _stamp([folder]) != before
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])

@@ -185,6 +185,24 @@ def test_missing_bgr_features_say_how_to_make_them(workspace: Workspace, tmp_pat
     workspace.manifest_path("mixed").unlink()
 
 
+def test_a_set_that_nobody_named_and_that_lacks_features_is_left_out_with_how_to_add_it(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, spec = make_run(workspace)
+    replace(workspace.load_manifest("fer"), name="third").save(workspace.manifest_path("third"))
+    plan = plan_training(workspace, TrainSettings(source="raf", method="linear_probe", image_size=32))
+    assert "third" not in [target.name for target in plan.targets]
+    assert "fer" in [target.name for target in plan.targets]
+    (said,) = [record.getMessage() for record in caplog.records if "third" in record.getMessage()]
+    assert said.startswith(
+        "Left out: third. No features of 'third' match this run's tower (it has none): run `cafe extract third "
+    )
+    assert said.endswith(f"Then: cafe evaluate {spec.name} --targets third")
+    with pytest.raises(UserError, match="No features of 'third'"):
+        choose_targets(workspace, "fer,third", spec, "clean")
+    workspace.manifest_path("third").unlink()
+
+
 def test_argmax_labels_are_evaluated_apart_or_not_at_all(workspace: Workspace) -> None:
     _, spec = make_run(workspace)
     path, majority = workspace.manifest_path("fer"), workspace.load_manifest("fer")

@@ -101,12 +101,12 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
     table = sheet(report, "Accuracy")
     assert table.header == [
         "source", "method", "seeds", "fer", "mine", "raf", "stills",
-        "unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy",
+        "unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy", "saw target",
     ]  # fmt: skip
-    assert [line[0].text for line in table.lines] == ["fer"] * 4 + ["raf"] * 4
+    assert [line[0].text for line in table.lines] == ["fer"] * 6 + ["raf"] * 6
     means: dict[tuple[str, str], float] = {}
     leads = {line[0].text: line for line in table.lines if line[1].text == "cafe less the best rival"}
-    for line in (line for line in table.lines if line is not leads[line[0].text]):
+    for line in (line for line in table.lines if line[1].text in {row.method for row in report.comparison.rows}):
         source, method = line[0].text, line[1].text
         seeds = {target: correct(workspace, method, source, target).mean(axis=1) for target in KINDS}
         for cell, target in zip(line[3:7], table.header[3:7], strict=True):
@@ -122,11 +122,15 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
         assert [marks.get(name) for name in order] == [BEST, SECOND, ""]
         lead = means[source, "cafe"] - max(means[source, "scn"], means[source, "linear_probe"])
         assert leads[source][7].text == f"{100 * lead:+.1f}".replace("-", "−")
+    faces, chance = ([cell.text for cell in line] for line in table.lines[-2:])
+    assert faces == ["raf", "faces", "", "250", "200", "300", "120", "570", "570", "570", "870"]
+    assert chance[3:7] == ["14.4", "14.5", "14.3", "15.0"]  # the largest class of 36 of 250, 29 of 200, …
+    assert chance[8:10] == ["14.3", "–"]  # one in seven, and a calibration error has none
 
 
 def test_of_calibration_errors_the_lowest_is_the_best_and_of_macro_f1_the_highest(workspace: Workspace) -> None:
     table = report_all(workspace, metric="ece").sheets[0]
-    rows = [line for line in table.lines if line[0].text == "raf" and line[1].text != "cafe less the best rival"]
+    rows = [line for line in table.lines if line[0].text == "raf"][:3]
     for name, choose in (("unseen ECE", min), ("unseen macro-F1", max)):
         cells = [line[table.header.index(name)] for line in rows]
         (best,) = [cell.text for cell in cells if cell.mark == BEST]
@@ -192,11 +196,23 @@ def test_ranks_are_over_every_pair_of_source_and_unseen_target(workspace: Worksp
     shown = {line[0].text: float(line[1].text) for line in ranks.lines}
     assert shown == pytest.approx({method: total / 6 for method, total in totals.items()}, abs=0.006)
     assert [line[0].text for line in ranks.lines][-1] == "scn"
+    assert ranks.notes[1] == "Fewer than three methods or 10 pairs: no critical difference and no diagram."
+    assert "Mean ranks" not in [drawing.sheet for drawing in list_drawings(report)]
+
+
+def test_a_diagram_that_joins_what_the_paired_test_tells_apart_says_why(report: Report) -> None:
+    assert report.ranks is not None
+    pairs = replace(report.ranks.ranking, ranks=(1.4, 1.6, 3.2), targets=20, p=0.01, critical_difference=1.5)
+    joined = replace(report, ranks=replace(report.ranks, labels=("cafe", "scn", "linear_probe"), ranking=pairs))
+    (drawing,) = [drawing for drawing in list_drawings(joined) if drawing.sheet == "Mean ranks"]
+    assert "cafe and scn are joined though the paired test tells them apart (trained on fer, raf)" in drawing.caption
+    assert "linear_probe" not in drawing.caption
 
 
 def test_the_csv_holds_every_number_unrounded(workspace: Workspace, report: Report) -> None:
     records = list(csv.DictReader(io.StringIO(to_csv(report))))
     assert len(records) == 6 * (4 + 4)
+    assert {record["evaluated"] for record in records} == {"250", "200", "300", "120", "570", "620", "870"}
     cell = {(r["source"], r["method"], r["target"], r["metric"]): r for r in records}
     record = cell["raf", "scn", "fer", "accuracy"]
     ours, theirs = (correct(workspace, method, "raf", "fer") for method in ("scn", "cafe"))
@@ -391,7 +407,8 @@ def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: Workspac
     report = report_all(fresh, versus="cafe")
     peeked = "cafe (selection=source_test)"
     lines = {line[1].text: line for line in sheet(report, "Accuracy").lines}
-    assert all(cell.text.endswith(" †") and not cell.mark for cell in lines[peeked][3:])
+    assert all(cell.text.endswith(" †") and not cell.mark for cell in lines[peeked][3:-1])
+    assert (lines[peeked][-1].text, lines["scn"][-1].text) == ("labels", "no")
     assert lines["cafe (selection=final)"][7].mark == BEST
     assert lines["scn"][7].mark == SECOND
     tests = sheet(report, "Against cafe (selection=final), trained on raf")
@@ -406,8 +423,8 @@ def test_a_run_that_peeked_is_marked_everywhere_and_wins_nothing(fresh: Workspac
 def test_runs_evaluated_on_other_splits_alone_have_an_empty_table(fresh: Workspace) -> None:
     evaluated_run(fresh, "cafe", "raf", 0, 0.5, faces={"raf@train": 30}, kinds={**KINDS, "raf@train": "rafdb"})
     report = report_all(fresh, versus="cafe")
-    assert report.sheets[0].header[3:] == ["unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy"]
-    assert [cell.text for cell in report.sheets[0].lines[0][3:]] == ["–"] * 4
+    assert report.sheets[0].header[3:-1] == ["unseen accuracy", "unseen macro-F1", "unseen ECE", "all accuracy"]
+    assert [cell.text for cell in report.sheets[0].lines[0][3:-1]] == ["–"] * 4
     assert list_drawings(report) == []
 
 
@@ -440,6 +457,14 @@ def test_the_command_writes_every_format(workspace: Workspace, tmp_path: Path) -
     for name, path in files.items():
         assert path.read_text() == expected[name](report)  # and so the same bytes for the same runs
         assert f"Wrote {path}" in output
+    command = ("compare", "--versus", "linear_probe", *options)
+    cafe.succeed(*command)  # in place of its own files
+    for path in files.values():
+        whole = path.read_bytes()
+        path.write_text("# my notes\nprotocol,source")
+        assert f"{path} is there already, and is nothing that this command writes" in cafe.fail(*command)
+        assert path.read_text().startswith("# my notes")
+        path.write_bytes(whole)
 
 
 def test_expressions_are_tested_against_a_row_on_the_faces_of_each(workspace: Workspace) -> None:
@@ -472,7 +497,7 @@ def test_expressions_are_tested_against_a_row_on_the_faces_of_each(workspace: Wo
 def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Workspace, tmp_path: Path) -> None:
     report = report_all(workspace, per_class="fer")
     (table,) = report.sheets
-    assert table.header[3:] == [*EXPRESSIONS, "overall", "mean"]
+    assert table.header[3:-1] == [*EXPRESSIONS, "overall", "mean"]
     lines = {(line[0].text, line[1].text): line for line in table.lines}
     assert set(lines) == {
         *((source, method) for source in ("raf", "fer") for method in ("cafe", "scn", "linear_probe")),
@@ -505,3 +530,34 @@ def test_names_can_be_no_formula_in_a_spreadsheet_and_no_page_in_markdown(report
     text = to_markdown(replace(report, sheets=[named]))
     assert "## &lt;script>" in text
     assert "| &lt;b>\\|&amp;copy; |" in text
+
+
+def test_the_supplements_second_table_stands_as_it_is_printed_beside_ours(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    kinds = {name: name for name in SETS}
+    faces = dict.fromkeys(SETS, 140)
+    for init, less in (("file:msceleb.pth", 0.0), ("scratch", 0.4)):
+        for method, skill in (("cafe", 0.9), ("scn", 0.5), ("rul", 0.4), ("eac", 0.3), ("ofer", 0.2)):
+            evaluated_run(workspace, method, "rafdb", 0, skill - less, "paper", kinds, faces, init=init)
+    report = report_all(workspace, as_printed=True)
+    assert report.comparison.protocol == "paper"  # by which alone these runs were evaluated
+    ours, theirs = (
+        sheet(report, f"Trained on RAF-DB, as {what}") for what in ("the supplement's Table 2", "published")
+    )
+    assert ours.header == theirs.header
+    assert ours.header[2:] == ["RAF-DB", "FERPlus", "AffectNet", "SFEW2.0", "MMA", "mean"]
+    names = [*("scn", "rul", "eac", "ofer", "cafe"), "less the best rival"]
+    assert [line[1].text for line in ours.lines] == [*names, *names, *names[:-1]]
+    assert [line[1].text for line in theirs.lines] == [line[1].text for line in ours.lines]
+    texts = [[cell.text for cell in line[2:]] for line in theirs.lines]
+    assert texts[4] == ["88.72", "73.16", "45.86", "52.86", "56.80", "63.48"]
+    assert texts[5] == ["−0.82", "+14.79", "+1.95", "+5.95", "+19.53", "+8.60"]
+    assert texts[11] == ["+5.28", "+27.41", "+17.23", "+23.57", "+24.54", "+19.73"]
+    assert texts[16] == ["−2.80", "−4.02", "−4.90", "−7.07", "−2.15", "−4.19"]
+    assert [line[1].text for line in theirs.lines[:5] if line[2].mark == SECOND] == ["eac"]
+    errors = sheet(report, "Errors by true class and target")
+    row = report.comparison.rows[0]
+    line = next(line for line in errors.lines if (line[1].text, line[2].text) == (row.label, "fear"))
+    predictions = load_predictions(row.runs[0].folder, "paper")["mma"].of_class(EXPRESSIONS.index("fear"))
+    wrong = int((predictions.predicted != predictions.labels).sum())
+    assert line[errors.header.index("mma")].text == f"{wrong} of 20 ({5 * wrong:.1f})"

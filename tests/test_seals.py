@@ -14,10 +14,10 @@ from runs import write_predictions, write_run
 from upath import UPath
 
 from cafe.errors import DamagedError
-from cafe.files import write_file
+from cafe.files import write_file, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.pipeline.models import check_finite
-from cafe.pipeline.runs import is_finished
+from cafe.pipeline.runs import MODEL_FORMAT, is_finished, read_model
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.results.runs import choose, read_runs
@@ -106,6 +106,21 @@ def test_an_exported_folder_is_verified_by_its_own_record(tmp_path: Path) -> Non
         said = cafe.fail("runs", "--verify", *names, code=1)
         assert said.startswith("1 files: every byte")
         assert said.endswith(f"\n  {folder}/model.onnx\n  {folder}/run.json")
+
+
+def test_a_model_record_without_its_seal_is_named_or_where_it_must_have_one_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = UPath(tmp_path)
+    write_sealed(folder / "model.json", {"threshold": 0.5, "format": MODEL_FORMAT})
+    assert read_model(folder)["threshold"] == 0.5
+    write_json(folder / "model.json", {"threshold": 0.1, "format": MODEL_FORMAT})
+    assert f"{folder}/model.json is damaged or was changed" in complaint(read_model, folder)
+    assert not caplog.messages
+    write_json(folder / "model.json", {"threshold": 0.5, "format": 1})
+    assert [read_model(folder)["threshold"] for _ in range(2)] == [0.5, 0.5]
+    (said,) = caplog.messages  # once for a command
+    assert said.startswith(f"{folder}/model.json is unchecked: it has no seal")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"seal": "0"}'])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
+import math
 import os
 import signal
 import socket
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -21,16 +22,15 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Cafe
+from conftest import Cafe, complaint
 from mlflow import MlflowClient
 from PIL import Image
 from trained import extract_few, start_run
 
 from cafe.data.expressions import EXPRESSIONS
-from cafe.errors import UserError
 from cafe.inference.graph import Onnx
 from cafe.pipeline.release.library import load_model
-from cafe.pipeline.release.pyfunc import Pyfunc
+from cafe.pipeline.release.pyfunc import read_content
 from cafe.pipeline.tracking.mirror import default_uri
 from cafe.pipeline.workspace import Workspace
 
@@ -109,22 +109,57 @@ def test_run_graph_pyfunc_and_server_agree_on_real_faces(real_faces: Path, tmp_p
     assert len(MlflowClient(uri).search_model_versions("name = 'faces'")) == 1
     assert len(MlflowClient(uri).search_logged_models([version_experiment(uri)])) == 1
 
+    texts = [base64.b64encode(content).decode() for content in records["image"]]
     with served("models:/faces/1", uri) as address:
-        data = [[base64.b64encode(content).decode()] for content in records["image"]]
-        body = json.dumps({"dataframe_split": {"columns": ["image"], "data": data}}).encode()
-        with urlopen(Request(address, body, {"Content-Type": "application/json"})) as reply:
-            rows = json.load(reply)["predictions"]
-        got = np.array([[row[name] for name in EXPRESSIONS] for row in rows])
-        np.testing.assert_allclose(got, expected, atol=1e-6)
+        for media, body in write_requests(texts):
+            rows = ask(address, media, body)
+            got = np.array([[row[name] for name in EXPRESSIONS] for row in rows])
+            np.testing.assert_allclose(got, expected, atol=1e-6)
+        for media, body in write_requests([texts[0], "face.jpg", base64.b64encode(b"no picture").decode()]):
+            good, *bad = ask(address, media, body)  # one bad record fails itself alone
+            assert (good["error"], good["anger"]) == (None, pytest.approx(expected[0, 5], abs=1e-6))
+            assert [(row["expression"], row["anger"]) for row in bad] == [(None, None)] * 2
+            assert "(a text that is no base64, 'face.jpg'…): send the bytes" in bad[0]["error"]
+            assert "(not an image of a known format): send the bytes of an image file, over" in bad[1]["error"]
+    run_id = MlflowClient(uri).search_runs([version_experiment(uri)])[0].info.run_id
+    assert {metric.dataset_name for metric in logged.metrics if metric.run_id == run_id} == {"cinema", "news"}
+
+
+def write_requests(texts: list[str]) -> Iterator[tuple[str, str]]:
+    """The forms in which MLflow takes records: their media types and bodies."""
+    records = [{"image": text} for text in texts]
+    forms = {
+        "dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]},
+        "dataframe_records": records, "inputs": {"image": texts}, "instances": records,
+    }  # fmt: skip
+    for name, content in forms.items():
+        yield "application/json", json.dumps({name: content})
+    yield "application/json", json.dumps({"inputs": texts})
+    yield "text/csv", "\n".join(["image", *texts])
+
+
+def ask(address: str, media: str, body: str) -> list[dict[str, Any]]:
+    with urlopen(Request(address, body.encode(), {"Content-Type": media})) as reply:
+        rows: list[dict[str, Any]] = json.load(reply)["predictions"]
+        return rows
 
 
 def version_experiment(uri: str) -> str:
     return str(MlflowClient(uri).get_experiment_by_name("cafe").experiment_id)
 
 
-def test_what_is_no_image_is_answered_in_one_sentence() -> None:
-    content = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(content, "PNG")
-    records = pd.DataFrame({"image": [content.getvalue(), b"not an image"]})
-    with pytest.raises(UserError, match="Record 1 is no image"):
-        Pyfunc.predict(object.__new__(Pyfunc), records)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "nothing"),
+        (math.nan, "nothing"),
+        (3, "a value of the type int"),
+        ("data:image/png;base64,?", "no base64"),
+    ],
+)
+def test_a_record_that_is_no_picture_is_named(content: object, said: str) -> None:
+    assert said in complaint(read_content, content)
+    picture = b"the bytes of a picture"
+    assert (
+        read_content("data:image/png;base64," + base64.b64encode(picture).decode()) == read_content(picture) == picture
+    )

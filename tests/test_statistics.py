@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cafe.results.statistics import grouped_test, holm, paired_bootstrap, paired_test, rank_methods
+from cafe.results.statistics import (
+    combine_intervals,
+    grouped_test,
+    holm,
+    paired_bootstrap,
+    paired_test,
+    rank_methods,
+    wilson,
+)
 
 
 def evaluate_faces(
@@ -181,3 +189,13 @@ def test_too_little_is_not_tested() -> None:
     assert math.isnan(few.critical_difference)  # 2.34 is more than the best and the worst can be apart
     alike = rank_methods(np.full((3, 8), 0.5))
     assert (alike.ranks, alike.p) == ((2, 2, 2), 1)
+
+
+def test_an_interval_over_faces_is_wilsons_and_that_of_a_mean_is_combined_of_them() -> None:
+    expected = stats.binomtest(15, 20).proportion_ci(0.95, "wilson")
+    assert wilson(0.75, 20) == pytest.approx((expected.low, expected.high))
+    assert wilson(0.0, 10)[0] == 0
+    assert wilson(1.0, 10)[1] == pytest.approx(1)
+    low, high = combine_intervals([0.5, 0.5], [wilson(0.5, 100)] * 2)
+    assert (low, high) == pytest.approx(wilson(0.5, 200), abs=0.001)
+    assert combine_intervals([0.0, 1.0], [(0.0, 0.3), (0.7, 1.0)]) == pytest.approx((0.35, 0.65))

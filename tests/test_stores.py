@@ -40,7 +40,7 @@ def test_a_changed_byte_anywhere_is_found_and_named(tmp_path: Path) -> None:
     store, random = finished(tmp_path), np.random.default_rng(0)
     assert verify(store.path) == []
     files = sorted(path for path in store.path.rglob("*") if path.is_file())
-    assert len(files) == 23  # 10 of the description, 9 of the arrays, 3 receipts, what was skipped
+    assert len(files) == 25  # 12 of the description, 9 of the arrays, 3 receipts, what was skipped
     for file in files:
         whole = file.read_bytes()
         for place in {0, len(whole) - 1, *random.integers(0, len(whole), 4)}:

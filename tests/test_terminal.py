@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,6 +178,12 @@ def test_what_is_printable_stays_and_what_moves_a_terminal_is_spelt_out() -> Non
     assert json.loads(printable(json.dumps(NASTY, ensure_ascii=False))) == NASTY
     every = "".join(map(chr, [*range(0xE000), 0x1F600]))
     assert not {*"\x00\x07\x08\x0b\r\x1b\x7f\x80\x9b\x9d\x9f\u061c\u200e\u2066\udc80"} & set(printable(every))
+
+
+def test_commands_write_to_the_terminal_through_what_makes_it_printable() -> None:
+    sources = (Path(__file__).parents[1] / "jobs").glob("*.py")
+    raw = [path.name for path in sources if re.search(r"\b(click\.s?echo|print)\(", path.read_text())]
+    assert raw == ["terminal.py"]
 
 
 def test_no_output_of_a_command_holds_control_characters_of_what_it_shows(

@@ -386,6 +386,9 @@ def test_rows_of_test_time_are_shown_where_they_are_named_tested_and_never_ranke
     rows, table = read("--test-time", "tent", "--test-time", "seeds", "--versus", "cafe")
     tent, seeds = rows["cafe (test_time=tent)"], rows["cafe (test_time=mean of 3 seeds)"]
     assert float(rows["cafe"]["mean"]) == 0.5
+    assert {row: record["saw_target"] for row, record in rows.items() if record["saw_target"] != "no"} == {
+        "cafe (test_time=tent)": "pictures"
+    }
     assert (float(tent["mean"]), tent["seeds"]) == (pytest.approx(2.75 / 3), "3")
     # Two of three seeds are right on three faces of four, and sure of it: so is their mean.
     assert (float(seeds["mean"]), seeds["seeds"], seeds["half_width"]) == (0.75, "1", "")

@@ -10,18 +10,20 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sqlalchemy
-from conftest import Cafe, draw_faces
+from conftest import Cafe, complaint, draw_faces
 from mlflow import MlflowClient
 from runs import write_predictions, write_run
 from test_malformed import SPEC
 from upath import UPath
 
+from cafe.addresses import Permission, permission
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.files import list_files, list_folder, write_json
@@ -29,6 +31,7 @@ from cafe.pipeline.benchmark.cells import write_comparison
 from cafe.pipeline.runs import add_experiment
 from cafe.pipeline.tracking.database import draft_database
 from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
+from cafe.pipeline.tracking.places import check_place
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
 from cafe.results.runs import read_runs
@@ -36,8 +39,19 @@ from cafe.results.scores import read_scores
 from cafe.seals import read_sealed, write_sealed
 
 
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow's without runs, which takes a second to make."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    with draft_database(path) as uri:
+        MlflowClient(uri).search_experiments()
+    return path
+
+
 @pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
+def workspace(tmp_path: Path, empty: Path) -> Workspace:
+    (tmp_path / "work").mkdir()
+    shutil.copy(empty, tmp_path / "work")
     return Workspace.at(str(tmp_path / "work"))
 
 
@@ -208,26 +222,99 @@ def test_the_status_and_its_reason_are_those_of_the_folder(workspace: Workspace)
     assert (picture(workspace)["status"], picture(workspace)["tags"]["cafe.reason"]) == ("RUNNING", "")
 
 
-def test_a_run_lasted_as_long_as_its_training_however_late_it_is_mirrored(workspace: Workspace) -> None:
+def test_a_run_lasted_and_was_made_as_its_record_says_however_late_it_is_mirrored(workspace: Workspace) -> None:
     folder = workspace.root / "benchmarks" / "grid-0123abcd"
     run = evaluated(workspace, experiments={"grid": folder.name})
-    write_json(run / "result.json", {})
-    write_json(folder / "benchmark.json", {"name": "grid"})
+    write_json(folder / "benchmark.json", {"name": "grid", "about": "What is it?"})
     (folder / "cells.json").write_text(json.dumps([{"cell": "raf/cafe/s0", "run": run.name, "failure": None}]))
-    write_json(run / "status.json", {"status": "FINISHED", "reason": ""})
-    moments = {"run.json": 1000, "result.json": 1090, "status.json": 5000, "benchmark.json": 900, "cells.json": 2000.5}
-    for name, seconds in moments.items():
-        path = (run if (run / name).exists() else folder) / name
-        os.utime(path, (seconds, seconds))
+    for place, command, times in ((run, "cafe train …", (1000, 1090)), (folder, "cafe benchmark …", (900, 2000.5))):
+        write_json(place / "made.json", {"command": command, "started": times[0], "ended": times[1]})
     for _ in range(2):
         Mirror(workspace).update_all()
-        infos = [shown.info for shown in tracked(workspace, "grid")]
-        lasted = {info.run_name: (info.start_time, info.end_time) for info in infos}
-        assert lasted == {run.name: (1_000_000, 1_090_000), folder.name: (900_000, 2_000_500)}
-    os.utime(run / "result.json", (1100, 1100))
+        shown = {one.info.run_name: one for one in tracked(workspace, "grid")}
+        assert {name: (one.info.start_time, one.info.end_time) for name, one in shown.items()} == {
+            run.name: (1_000_000, 1_090_000), folder.name: (900_000, 2_000_500),
+        }  # fmt: skip
+        sources = {name: one.data.tags["mlflow.source.name"] for name, one in shown.items()}
+        assert sources == {run.name: "cafe train …", folder.name: "cafe benchmark …"}
+    write_json(run / "made.json", {"command": "cafe train …", "started": 1000, "ended": 1100})
     Mirror(workspace).update(run)
-    ends = {shown.info.run_name: shown.info.end_time for shown in tracked(workspace, "grid")}
+    ends = {one.info.run_name: one.info.end_time for one in tracked(workspace, "grid")}
     assert ends[run.name] == 1_100_000
+
+    client = MlflowClient(default_uri(workspace))
+    tags = client.get_experiment_by_name("grid").tags
+    assert tags["mlflow.note.content"].startswith("**What is it?.** Each run is one method")
+    view = json.loads(tags["mlflow.sharedViewState.cafe"])
+    assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
+    assert "metrics.`target/fer/accuracy`" in view["selectedColumns"]
+    assert {one.data.tags["cafe.row"] for one in shown.values()} == {"benchmark", "cafe"}
+
+
+def test_a_run_of_an_older_version_lasted_no_longer_than_it_took_to_be_mirrored(workspace: Workspace) -> None:
+    run = evaluated(workspace)
+    os.utime(run / "run.json", (1000, 1000))  # as in a copy of a workspace, of which nobody knows when it was made
+    Mirror(workspace).update(run)
+    (shown,) = tracked(workspace)
+    assert 0 <= shown.info.end_time - shown.info.start_time < 60_000
+    assert shown.data.tags["mlflow.source.name"] == "cafe"
+
+
+def test_a_description_of_somebody_else_stays(workspace: Workspace) -> None:
+    Mirror(workspace).update(run := evaluated(workspace))
+    client = MlflowClient(default_uri(workspace))
+    place = client.get_experiment_by_name("cafe")
+    assert "`cafe compare --experiment cafe`" in place.tags["mlflow.note.content"]
+    client.set_experiment_tag(place.experiment_id, "mlflow.note.content", "mine")
+    write_json(run / "status.json", {"status": "FAILED", "reason": ""})
+    Mirror(workspace).update(run)
+    assert client.get_experiment_by_name("cafe").tags["mlflow.note.content"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        (
+            "./mlruns",
+            "is a folder, in which MLflow keeps no runs any more: give http://HOST:PORT of a server, or sqlite:",
+        ),
+        ("file:///home/me/mlruns", "is a folder"),
+        (
+            "postgresql+psycopg2://me:secret@host/runs",
+            "No module named 'psycopg2'): run `pip install psycopg2-binary`.",
+        ),
+        ("postgresql+nothing://host/runs", "is no address of a database"),
+        ("nonsense://host", "is nothing that MLflow reads"),
+        ("http:/host", "names no host"),
+    ],
+)
+def test_an_address_that_mlflow_cannot_use_is_refused_before_any_work(tmp_path: Path, uri: str, reason: str) -> None:
+    work = Cafe(tmp_path / "work", "")
+    commands = (
+        ("train", "--source", "nobody"), ("benchmark", "quickstart.toml"), ("evaluate", "shipped", "--targets", "nobody"),
+        ("export", "nobody", "--mlflow"), ("compare", "--experiment", "cafe"), ("mlflow", "sync"),
+    )  # fmt: skip
+    for command in commands:
+        said = work.fail(*command, "--mlflow-uri", uri)
+        assert said.startswith(f"Error: --mlflow-uri {uri.replace('me:secret', '…')} ")
+        assert reason in said
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_load_of_the_machine_is_shown_on_request(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    run = evaluated(workspace)
+    with Mirror(workspace).monitoring(run):
+        patience = time.monotonic() + 30
+        while not (found := find_load(workspace)) and time.monotonic() < patience:
+            time.sleep(0.2)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= found
+    Mirror(workspace).update(run)
+    assert (picture(workspace)["status"], find_load(workspace) >= found) == ("FINISHED", True)
+
+
+def find_load(workspace: Workspace) -> set[str]:
+    return {name for name in tracked(workspace)[0].data.metrics if name.startswith("system/")}
 
 
 def test_a_run_of_two_experiments_is_shown_in_both_and_below_its_benchmark(workspace: Workspace) -> None:
@@ -272,6 +359,47 @@ def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Wo
     marker = (folder / "pulled.json").stat().st_mtime_ns
     assert elsewhere.pull("cafe") == [folder]
     assert (folder / "pulled.json").stat().st_mtime_ns == marker
+
+
+@pytest.mark.parametrize(
+    ("server", "place", "flags", "said"),
+    [
+        ("http://track:5000", "mlflow-artifacts:/1/2/artifacts", "", ""),
+        ("http://track:5000", "http://track:5000/files", "", ""),
+        ("http://track:5000", "s3://bucket/1", "", ""),
+        ("sqlite:////w/mlflow.db", "file:///w/artifacts/1", "", ""),
+        ("http://127.0.0.1:5000", "file:///w/artifacts/1", "", ""),
+        ("http://track:5000", "file:///etc", "", "a folder of this machine"),
+        ("http://track:5000", "/etc", "", "a folder of this machine"),
+        ("http://track:5000", "http://track:22/", "", "--allow-urls"),
+        ("http://track:5000", "mlflow-artifacts://metadata/1", "", "--allow-urls"),
+        ("sqlite:////w/mlflow.db", "https://other/1", "", "--allow-urls"),
+        ("http://track:5000", "http://other/1", "urls", "give --allow-private-urls too"),
+        ("http://track:5000", "http://other/1", "urls private", ""),
+        ("http://track:5000", "ftp://other/1", "urls private", "give a folder, an object store or https:// there"),
+    ],
+)
+def test_artifacts_are_fetched_from_the_server_and_from_what_the_user_allows(
+    server: str, place: str, flags: str, said: str
+) -> None:
+    before = permission()
+    Permission("urls" in flags, "private" in flags).install()
+    try:
+        assert (said in complaint(check_place, server, place)) if said else not complaint(check_place, server, place)
+    finally:
+        before.install()
+
+
+def test_a_run_whose_artifacts_lie_on_another_server_is_not_pulled(workspace: Workspace, tmp_path: Path) -> None:
+    evaluated(workspace)
+    mirror = Mirror(workspace)
+    for run in workspace.read_runs():
+        mirror.update(run.folder)
+    path = default_uri(workspace).removeprefix("sqlite:///")
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE runs SET artifact_uri = 'http://127.0.0.1:9/artifacts'")
+    said = complaint(Mirror(Workspace.at(str(tmp_path / "other")), default_uri(workspace)).pull, "cafe")
+    assert "'http://127.0.0.1:9/artifacts' came with a file: where you trust that file, give --allow-urls" in said
 
 
 @pytest.mark.parametrize("lie", ["name", "seed"])
@@ -333,7 +461,6 @@ def test_data_sets_are_shown_with_their_counts_and_runs_with_source_and_version(
     assert json.loads(found["test"].profile) == {"split": "test"}  # nothing is known of a manifest that is not here
     assert json.loads(found["training"].source)["uri"].endswith("manifests/faces.parquet")
     assert shown.data.tags["mlflow.source.git.commit"] == "0123abcd"
-    assert shown.data.tags["mlflow.source.name"] == "cafe train --source faces --method cafe --seed 0"
 
 
 def test_runs_are_grouped_by_the_rows_of_the_comparison(workspace: Workspace) -> None:

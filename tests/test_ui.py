@@ -33,7 +33,7 @@ def test_the_server_names_every_experiment_and_ends_with_the_command(tmp_path: P
         address = f"http://127.0.0.1:{port}"
         assert server.stdout.readline() == f"MLflow starts for {tmp_path}; that takes some seconds.\n"
         assert server.stdout.readline() == f"MLflow at {address} (stop with Ctrl-C)\n"
-        place = f"{address}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        place = f"{address}/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey=cafe"
         assert server.stdout.readline() == f"grid: {place}\n"
         request = Request(
             f"{address}/api/2.0/mlflow/runs/search",

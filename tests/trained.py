@@ -17,7 +17,7 @@ from cafe.data.readers import DATASETS
 from cafe.files import write_file, write_json
 from cafe.learning.training import fit, predict
 from cafe.pipeline.evaluate import evaluate_target
-from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
+from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, load_method, make_dataset
@@ -57,7 +57,7 @@ def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> Fe
 
 def embed(embedder: ShardEmbedder, manifest: Manifest, shard: int) -> dict[str, Any]:
     """Compute a shard; return what became of it."""
-    packed = pack_shard(manifest, embedder.stores[0].info, shard)
+    packed = pack_shards(manifest, embedder.stores[0].info, [shard], stores=len(embedder.stores))
     return embedder({name: [value] for name, value in packed.items()})
 
 

@@ -11,9 +11,11 @@ import struct
 import subprocess
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import count
+from pathlib import PurePosixPath
 
 import numpy as np
 from pi_heif import register_heif_opener
@@ -24,9 +26,13 @@ from cafe.data.packed.archives import MemberError, Span, read_content, read_span
 from cafe.errors import IrregularFileError
 from cafe.files import list_folder
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"}
-)
+# By which pictures are known among other files: all that Pillow has for `FORMATS`, and MPO, which is JPEG.
+SUFFIXES = frozenset({
+    ".apng", ".avif", ".avifs", ".bmp", ".bw", ".dib", ".gif", ".heic", ".heics", ".heif", ".heifs",
+    ".hif", ".icb", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf",
+    ".jpg", ".jpx", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".rgb", ".rgba",
+    ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp",
+})  # fmt: skip
 # What a file may be, whatever its name (JPEG brings MPO along): decoders that start no program, as that of PostScript does.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP")
 # Of these, further pictures are frames or pages; those of MPO and HEIF are previews, depths and other shots of a camera.
@@ -38,6 +44,7 @@ DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it cl
     Image.DecompressionBombError,
 )  # fmt: skip
 MISSING = "file not found"
+NAMED = 10  # endings before all others
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
 KIND_OF_PAGE, PREVIEW = 254, 1  # TIFF tag; the bit of a page that is a smaller version of another
 
@@ -50,6 +57,18 @@ class UnreadableImageError(Exception):
 
 class MissingImageError(UnreadableImageError):
     """An image that is not where it should be."""
+
+
+def suffix_of(path: str) -> str:
+    """Return the ending of a file's name in lower case, empty where it has none."""
+    return PurePosixPath(path).suffix.casefold()
+
+
+def list_suffixes(counts: Counter[str]) -> str:
+    """Return how many files have which ending, the commonest first."""
+    ranked = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    more = [f"others {sum(count for _, count in ranked[NAMED:]):,}"] if len(ranked) > NAMED else []
+    return ", ".join([*(f"{suffix or 'without ending'} {count:,}" for suffix, count in ranked[:NAMED]), *more])
 
 
 def read_bytes(path: UPath, span: Span | None = None) -> bytes:

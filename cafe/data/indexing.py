@@ -9,7 +9,7 @@ import hashlib
 import io
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +29,7 @@ from cafe.data.expressions import (
     normalise_name,
     order_classes,
 )
-from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size
+from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size, suffix_of
 from cafe.data.labels import LabelMap, parse_number, refuse_numbers
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
 from cafe.data.packed.archives import MemberError, Span, find_span
@@ -124,10 +124,11 @@ class Listing:
 
     `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is, `expected` what a
     complete copy holds, `packed` which archives have not been unpacked. `ignored` counts files that are no faces of the set,
-    `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label files that cannot
-    be used (where, reason, the expression they name), `repeated` pictures that are listed more than once and count once.
+    by ending, `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label files that
+    cannot be used (where, reason, the expression they name), `repeated` pictures that are listed more than once and count once.
     `unread` are the columns of a table that play no part, `meanings` what labels mean that are no names: the label, the
-    name, empty where its faces are left out, and how many there are. `classes` is the class set once one is selected.
+    name, empty where its faces are left out, and how many there are; `notes` are sentences about what is odd. `classes` is
+    the class set once one is selected.
     """
 
     root: UPath
@@ -136,12 +137,13 @@ class Listing:
     expected: tuple[Expected, ...] = ()
     packed: list[str] = field(default_factory=list)
     files: list[LabelledFile] = field(default_factory=list)
-    ignored: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     unread: tuple[str, ...] = ()
     meanings: list[tuple[str, str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     classes: tuple[str, ...] = ()
 
     def add(self, path: str, expression: str, split: str = "", **more: Any) -> None:
@@ -164,9 +166,15 @@ class Listing:
         """Make the faces whose file names agree up to the first `_` a group."""
         self.files = [replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in self.files]
 
-    def count_ignored(self, pictures: list[str]) -> None:
-        """Count the pictures below `root` that no label names."""
-        self.ignored = max(0, len(pictures) - len(self.files) - self.dropped.total())
+    def count_ignored(self, files: Iterable[str]) -> None:
+        """Count by their endings which of some files below `root` no label names; those of dropped faces are not known."""
+        used = Counter(suffix_of(path) for path in {file.path for file in self.files})
+        self.ignored = Counter(map(suffix_of, files)) - used
+        dropped = self.dropped.total()
+        for suffix, count in self.ignored.most_common():
+            self.ignored[suffix] -= min(count, dropped)
+            dropped -= min(count, dropped)
+        self.ignored = +self.ignored
 
     def reject(self, where: str, reason: str, expression: str = "") -> None:
         """Note a row of a label file that cannot be used, with the expression where it names one."""
@@ -181,13 +189,13 @@ class Listing:
         if self.kind not in OWN_KINDS:
             raise UserError(f"The labels of {self.kind} are known: leave --label-order and --labels out.")
         counts = Counter(file.expression for file in self.files)
-        if labels.numbered and not any(parse_number(label) is not None for label in counts):
-            raise UserError(f"No label of {self.root} is a number: leave --label-order out.")
+        labels.check(self.root, counts)
         names = {label: labels.find(label) for label in (*counts, *(label for *_, label in self.rejected if label))}
         if strange := Counter({label: counts[label] for label, name in names.items() if name is None}):
             raise labels.refuse(self.root, strange)
         result = replace(self, files=[], dropped=Counter(self.dropped))
-        result.meanings = [(label, name or "", counts[label]) for label, name in names.items() if name != label]
+        explained = sorted(names.items(), key=lambda pair: (parse_number(pair[0]) or 0, pair[0]))
+        result.meanings = [(label, name or "", counts[label]) for label, name in explained if name != label]
         result.rejected = [(where, reason, names.get(label) or "") for where, reason, label in self.rejected]
         for file in self.files:
             name = names[file.expression] or ""
@@ -215,6 +223,7 @@ class Listing:
         seven = self.kind not in OWN_KINDS or classes == EXPRESSIONS
         optional = (*choice.skip, *((CONTEMPT,) if seven else ()))
         result = replace(self, classes=classes, files=[], dropped=Counter(self.dropped), rejected=[])
+        result.ignored = Counter(self.ignored)
         strange: dict[str, list[LabelledFile]] = {}
         for file in self.files:
             if name := _find_wanted(file.expression, classes, choice):
@@ -225,7 +234,7 @@ class Listing:
                 result.dropped[normalise_name(file.expression)] += 1
             elif file.where and self.kind not in OWN_KINDS and not find_class(file.expression, EIGHT):
                 result.reject(file.where, str(unknown("expression", file.expression, classes)))
-                result.ignored += 1
+                result.ignored[suffix_of(file.path)] += 1
             else:
                 known = find_class(file.expression, EIGHT) or normalise_name(file.expression)
                 strange.setdefault(known, []).append(file)

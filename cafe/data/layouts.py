@@ -19,7 +19,7 @@ from itertools import chain
 from upath import UPath
 
 from cafe.data.expressions import OTHERS
-from cafe.data.images import SUFFIXES
+from cafe.data.images import SUFFIXES, suffix_of
 from cafe.data.indexing import Expected, Listing
 from cafe.data.labels import decode_text
 from cafe.data.packed.archives import is_archive, open_archive, read_content
@@ -124,6 +124,9 @@ class Tree:
             )
             if self.packed[0].casefold().endswith(".tar"):
                 remedy += "; shards of tar are read with `cafe data index webdataset`"
+        if self.refused:
+            name, reason = self.refused[0]
+            missing = f"{missing} that can be read (first: {name} {reason})"
         return UserError(f"{self.root} holds no {missing}: {remedy}.")
 
 
@@ -164,7 +167,7 @@ def _walk(folder: str, prefix: str, above: frozenset[str], ways: Counter[str]) -
 
 def is_image(path: str) -> bool:
     """Return whether a file is named like a picture."""
-    return path[path.rfind(".") :].casefold() in SUFFIXES
+    return suffix_of(path) in SUFFIXES
 
 
 def folder_of(path: str) -> str:
@@ -272,7 +275,7 @@ def list_by_folder(
         elif expression.isdigit():
             raise UserError(
                 f"The folder {'/'.join(folders)} of {tree.root} is numbered, which means another expression in every "
-                "copy: rename it to its expression once you know it."
+                "copy: once you know which, read it with `cafe data index folder` and --label-order."
             )
         else:
             found.add(path, expression, split)

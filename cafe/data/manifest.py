@@ -153,7 +153,7 @@ class Manifest:
     ) -> Manifest:
         """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
         rows = sorted(faces, key=lambda face: face.sample_id)
-        for text in (root, *(face.path for face in rows)):
+        for text in (root, *(face.path for face in rows), *(face.group or "" for face in rows)):
             check_encoded(text)
         repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
         if repeated:
@@ -223,15 +223,16 @@ class Manifest:
         rows: Sequence[int] | np.ndarray,
         look: Callable[[np.ndarray], Result],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        max_pixels: int = MAX_PIXELS,
     ) -> Iterator[tuple[int, Result | UnreadableImageError]]:
         """Yield (row, what `look` returns of its pixels) in order, with the error in place of an unreadable picture.
 
-        Pictures are decoded on threads; `progress(done, total)` counts them.
+        Pictures are decoded on threads, those of more than `max_pixels` not at all; `progress(done, total)` counts them.
         """
 
         def look_at(row: int) -> tuple[int, Result | UnreadableImageError]:
             try:
-                return row, look(self.read_face(row))
+                return row, look(self.read_face(row, max_pixels=max_pixels))
             except UnreadableImageError as error:
                 return row, error
 
@@ -373,7 +374,7 @@ def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
     if spans.null_count or not pc.all(pc.is_in(pc.list_value_length(table["span"]), pa.array([2, 3, None]))).as_py():
         return "a place in an archive that is not two or three numbers"
     if pc.any(pc.less(spans, 0)).as_py():
-        return "a place before the beginning of an archive"
+        return "a place in an archive before its beginning"
     if pc.count_distinct(table["sample_id"]).as_py() < len(table):
         return "a sample listed twice"
     known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))
@@ -393,9 +394,16 @@ def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Fac
 
 
 def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Part some rows of a manifest into those to keep and those held out, whole groups, stratified by label."""
-    groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
-    held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
+    """Part some rows of a manifest into those to keep and those held out, whole groups, stratified by label.
+
+    The manifest remembers what was held out: a sweep asks hundreds of times, and each takes a fifth of a second.
+    """
+    known: dict[tuple[bytes, float], np.ndarray] = vars(manifest).setdefault("_held_out", {})
+    held = known.get((rows.tobytes(), fraction))
+    if held is None:
+        groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
+        held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
+        known[rows.tobytes(), fraction] = held
     return rows[~held], rows[held]
 
 

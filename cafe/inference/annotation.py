@@ -10,17 +10,19 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from itertools import cycle, islice
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import check_different, check_outputs, write_whole
+from cafe.files import check_different, check_outputs, place_below, write_whole
 from cafe.inference.frames import Frame, is_video, read_rate, read_video
 from cafe.inference.recognition import PredictedFace, PredictedFrame
+from cafe.outputs import MARK, check_replaced
 
 # Palettes told apart by colour-blind readers too: Wong's ("Points of view: Color blindness", Nature Methods 2011) for the
 # seven basic expressions, and for other classes, in their order, Tol's light one, made for black writing.
@@ -30,6 +32,7 @@ COLOURS = {
 }  # fmt: skip
 OTHER_COLOURS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#aaaa00", "#dddddd")
 WRITTEN = (".jpg", ".jpeg", ".png")  # forms that pictures keep; others become JPEG
+MP4, COPY = "mp4", f"annotated by {MARK}"  # the mark of a copy, which another may take the place of
 Show = Callable[[Image.Image, float], None]
 
 TICKS = 90_000  # a second, in which the times of a video are written: the usual rates all divide it
@@ -66,12 +69,13 @@ def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
     if folder.is_file():
         raise UserError(f"{folder} is a file: give --annotate a folder.")
     full = {str(file): file if file.protocol else file.absolute() for file in files}
-    above = posixpath.commonpath([file.parent.path for file in full.values()])
+    paths = {name: posixpath.normpath(file.path) for name, file in full.items()}  # one with '..' leads out of no folder
+    above = posixpath.commonpath([posixpath.dirname(path) for path in paths.values()])
     places = {}
     for name, file in full.items():
         forms = (".mp4",) if is_video(file) else WRITTEN
         suffix = "" if file.suffix.casefold() in forms else forms[0]
-        places[name] = folder / (posixpath.relpath(file.path, above) + suffix)
+        places[name] = place_below(folder, posixpath.relpath(paths[name], above) + suffix)
     originals = {file.resolve() for file in full.values()}
     if taken := [place for place in places.values() if place.absolute().resolve() in originals]:
         raise UserError(f"The annotated copy would overwrite {taken[0]}: give --annotate another folder.")
@@ -83,8 +87,23 @@ def place_copies(files: Sequence[UPath], folder: UPath) -> dict[str, UPath]:
             raise UserError(
                 f"The annotated copies of pages of {first} and {place} could have one name: rename a photo."
             )
-    check_outputs(map(str, places.values()), "The annotated copy")
+    for place in check_outputs(map(str, places.values()), "The annotated copy"):
+        check_replaced(place, "The annotated copy", _is_copy)
     return places
+
+
+def _is_copy(file: IO[bytes]) -> bool:
+    """Whether a picture or a video is an annotated copy, by the mark that it carries."""
+    try:
+        with Image.open(file, formats=("JPEG", "PNG")) as picture:
+            return picture.info.get("comment") in (COPY, COPY.encode())
+    except (OSError, SyntaxError, ValueError):  # no picture
+        file.seek(0)
+    try:
+        with av.open(file, format=MP4) as video:
+            return video.metadata.get("comment") == COPY
+    except (av.FFmpegError, OSError):
+        return False
 
 
 class Annotator:
@@ -126,8 +145,13 @@ class Annotator:
         elif frame.pixels is not None:
             place = number_copy(self.places[file], frame.number or 0)
             with write_whole(place) as sink:
-                form = "PNG" if place.suffix.casefold() == ".png" else "JPEG"
-                draw_faces(frame.pixels, predicted.faces).save(sink, form, quality=92)
+                picture = draw_faces(frame.pixels, predicted.faces)
+                if place.suffix.casefold() == ".png":
+                    about = PngInfo()
+                    about.add_text("comment", COPY)
+                    picture.save(sink, "PNG", pnginfo=about)
+                else:
+                    picture.save(sink, "JPEG", quality=92, comment=COPY)
 
     def _copy(self, end: int | None) -> None:
         """Copy the frames of the video up to a number, without it, or all."""
@@ -154,7 +178,8 @@ def write_video(place: UPath, size: tuple[int, int], rate: Fraction) -> Iterator
     `rate` is the frames a second that it is meant for.
     """
     width, height = (max(2, side - side % 2) for side in size)  # the usual colour format halves both sides
-    with write_whole(place) as sink, av.open(sink, "w", format="mp4") as container:
+    with write_whole(place) as sink, av.open(sink, "w", format=MP4) as container:
+        container.metadata["comment"] = COPY
         stream: Any = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, TICKS)

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import glob
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from upath import UPath
 
-from cafe.data.images import SUFFIXES, UnreadableImageError, decode_series, read_bytes
+from cafe.data.images import MAX_PIXELS, UnreadableImageError, decode_series, list_suffixes, read_bytes, suffix_of
 from cafe.data.layouts import is_image, list_files
 from cafe.errors import IrregularFileError, UserError
 from cafe.files import check_regular, locate, retry
@@ -52,34 +52,59 @@ class Frame:
 
 def is_video(file: UPath) -> bool:
     """Return whether a file is named like a video."""
-    return file.suffix.casefold() in VIDEOS
+    return suffix_of(file.name) in VIDEOS
 
 
-def find_files(places: Sequence[str]) -> list[UPath]:
+def is_shown(name: str) -> bool:
+    """Return whether a file is named like a photo or a video."""
+    return is_image(name) or suffix_of(name) in VIDEOS
+
+
+class Found(NamedTuple):
+    """Photos and videos, and what else lay in folders and fitted patterns, by ending."""
+
+    files: list[UPath]
+    others: Counter[str]
+
+
+def find_files(places: Sequence[str]) -> Found:
     """Return the files that places name: files, all photos and videos below folders, patterns with `*`; each file once.
 
     Links are followed. Raises `UserError` for a place where there is nothing.
     """
-    found = (file for place in places for file in _expand(place))
-    return list({str(file): file for file in found}.values())
+    others: dict[str, str] = {}
+    found: dict[str, UPath] = {}
+    for place in places:
+        for file in _expand(place, others):
+            found.setdefault(_name(file), file)
+    return Found(list(found.values()), Counter(suffix for file, suffix in others.items() if file not in found))
 
 
-def _expand(place: str) -> Iterator[UPath]:
+def _name(file: UPath) -> str:
+    """Name a file alike, whether it was given from the root or from here."""
+    return str(file if file.protocol else file.absolute())
+
+
+def _expand(place: str, others: dict[str, str]) -> Iterator[UPath]:
+    """Yield the photos and videos of a place, and note the endings of the other files there."""
     path = locate(place, absolute=False)
     if retry(path, "read", path.is_file):  # at an address, a server may be away
         yield path
     elif retry(path, "read", path.is_dir):
-        files = [path / name for name in list_files(path) if is_image(name) or is_video(UPath(name))]
+        names = list_files(path)
+        files = [path / name for name in names if is_shown(name)]
+        others.update({_name(path / name): suffix_of(name) for name in names if not is_shown(name)})
         if not files:
-            raise UserError(
-                f"There is no photo or video below {place!r}: known are {', '.join(sorted(SUFFIXES | VIDEOS))}."
-            )
+            there = f"its files are {list_suffixes(Counter(map(suffix_of, names)))}" if names else "it holds no file"
+            raise UserError(f"There is no photo or video below {place!r}, by their names: {there}.")
         yield from files
     elif glob.has_magic(place) and (matches := sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207  # also absolute
         for match in matches:
             file = UPath(match, protocol="")  # whatever it is called
-            if file.is_dir() or is_image(match) or is_video(file):
-                yield from _expand(str(file.absolute()) if ":" in match else match)
+            if file.is_dir() or is_shown(match):
+                yield from _expand(str(file.absolute()) if ":" in match else match, others)
+            else:
+                others[_name(file)] = suffix_of(match)
     else:
         raise UserError(f"There is no file {place!r}: give photos, videos, folders or patterns such as 'faces/*.jpg'.")
 
@@ -131,13 +156,11 @@ def read_video(file: UPath, rate: float) -> Iterator[Frame]:
     decoder, due, reason = _Decoder(), 0, ""
     try:
         with _open_video(file) as container:
-            if container.streams.video:
-                for number, (frame, time) in enumerate(decoder.decode(container)):
-                    if math.isinf(rate) or time * rate >= due - 1e-6:
-                        due = 0 if math.isinf(rate) else math.floor(time * rate + 1e-6) + 1
-                        yield Frame(file, _upright(frame), number, time)
-            else:
-                reason = "holds no pictures"
+            reason = _find_obstacle(container)
+            for number, (frame, time) in enumerate(() if reason else decoder.decode(container)):
+                if math.isinf(rate) or time * rate >= due - 1e-6:
+                    due = 0 if math.isinf(rate) else math.floor(time * rate + 1e-6) + 1
+                    yield Frame(file, _upright(frame), number, time)
     except IrregularFileError:
         reason = "is a pipe or a device, not a file"
     except (av.FFmpegError, OSError) as error:
@@ -189,6 +212,20 @@ class _Decoder:
         if self.end + 2 * self.step + SLACK < self.length:
             return f"cut off after {self.end:.1f} of {self.length:.1f} s"
         return f"damaged video: cannot be decoded in places, first at {min(self.broken):.1f} s" if self.broken else ""
+
+
+def _find_obstacle(container: Any) -> str:
+    """Return why a video is not read: it has no pictures, or larger ones than photos may be; empty where it can be.
+
+    Larger ones that come later are refused by its decoder.
+    """
+    if not container.streams.video:
+        return "holds no pictures"
+    for stream in container.streams.video:
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        if stream.width * stream.height > MAX_PIXELS:
+            return f"{stream.width}×{stream.height} pixels are more than {MAX_PIXELS:,}"
+    return ""
 
 
 def _find_length(container: Any, stream: Any) -> float:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from cafe.errors import printable
 from cafe.files import is_encoded
 from cafe.inference.recognition import PredictedFrame
+from cafe.outputs import Own, begins
 
 BEFORE = (
     ("file", pa.string()),
@@ -36,6 +37,8 @@ AFTER = (
     ("error", pa.string()),  # why a frame has no face; null where it has
 )
 DIGITS = 6  # of a probability, where it is text
+TABLE = "{:<11} {:>5}  {:<14} {:<20} {:>22}  {:>9}  {}\n"  # a line of the aligned columns
+TABLE_HEADER = TABLE.format("expression", "", "next", "doubts", "box", "time", "file")
 
 Row = dict[str, Any]
 Write = Callable[[list[Row]], None]
@@ -82,13 +85,12 @@ def list_rows(predicted: PredictedFrame, classes: Sequence[str]) -> list[Row]:
 @contextmanager
 def write_table(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
     """Write aligned columns to be read on a terminal; the file stands last, so that any name fits."""
-    form = "{:<11} {:>5}  {:<14} {:<20} {:>22}  {:>9}  {}\n"
     columns = name_columns(classes)
-    _put(file, form.format("expression", "", "next", "doubts", "box", "time", "file"))
+    _put(file, TABLE_HEADER)
 
     def write(rows: list[Row]) -> None:
         lines = (
-            form.format(*(printable(cell).replace("\n", "\\n") for cell in _table_cells(row, columns))) for row in rows
+            TABLE.format(*(printable(cell).replace("\n", "\\n") for cell in _table_cells(row, columns))) for row in rows
         )
         _put(file, "".join(lines))
 
@@ -144,12 +146,18 @@ def write_csv(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
             table.writeheader()
         table.writerows(
             {name: int(value) if isinstance(value, bool) else value for name, value in _rounded(row).items()}
+            | {"file": _name_no_formula(row["file"])}
             for row in rows
         )
         _put(file, text.getvalue())
 
     write([], header=True)
     yield write
+
+
+def _name_no_formula(file: str) -> str:
+    """Return the name of a file such that no spreadsheet takes it for a formula; it still names the file."""
+    return f"./{file}" if file.startswith(("=", "+", "-", "@", "\t", "\r")) else file
 
 
 @contextmanager
@@ -182,10 +190,26 @@ FORMATS: dict[str, Callable[[IO[bytes], Sequence[str]], AbstractContextManager[W
 }
 
 
+def _is_parquet_of_rows(file: IO[bytes]) -> bool:
+    try:
+        return bool(pq.read_schema(file).names[: len(BEFORE)] == list(dict(BEFORE)))
+    except pa.ArrowException:
+        return False
+
+
+OWN: dict[str, Own] = {  # what knows a file of rows, by its format
+    "table": begins(TABLE_HEADER),
+    "jsonl": begins('{"file": '),
+    "json": begins('[\n{"file": ', "[]\n"),
+    "csv": begins(",".join(dict(BEFORE))),
+    "parquet": _is_parquet_of_rows,
+}
+
+
 def _put(file: IO[bytes], text: str) -> None:
-    """Write a text, to a terminal without control characters; elsewhere names of files stay as they are."""
+    """Write a text as UTF-8, to a terminal without control characters; what a name has that is no text as `\\udce9`."""
     text = printable(text) if file.isatty() else text
-    file.write(text.encode("utf-8", "surrogateescape"))
+    file.write(text.encode("utf-8", "backslashreplace"))
     file.flush()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError, unknown
+from cafe.methods.draws import Distribution, Power
 
 Batch = dict[str, Any]
 LARGEST = 2**31 - 1  # that a setting of a recipe can be
@@ -77,6 +78,27 @@ class Method(nn.Module):
     recipe_changes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "affectnet": {"learning_rate": 1e-4, "epochs": 20, "gamma": 0.8, "prior": "balanced"}
     }
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting of the recipe is drawn from in a sweep; those of others stay as they are.
+
+        Of what trains on pictures, DomainBed's for whole networks (a batch of all sources together); of what trains on
+        frozen features, DomainBed's for small images, with a weight decay and larger batches.
+        """
+        if not cls.trained:
+            return {}
+        if cls.needs.isdisjoint({"image", "tower"}):
+            return {
+                "learning_rate": Power(10, -4.5, -2.5),
+                "weight_decay": Power(10, -6, -2),
+                "batch_size": Power(2, 5, 9, whole=True),
+            }
+        return {
+            "learning_rate": Power(10, -5, -3.5),
+            "weight_decay": Power(10, -6, -2),
+            "batch_size": Power(2, 3, 5.5, whole=True),
+        }
 
     @classmethod
     def published_recipe(cls, kind: str) -> Recipe:

@@ -21,7 +21,10 @@ class ReportSettings:
             "metavar": "ROW",
         },
     )
-    protocol: ProtocolName = field(default="clean", metadata={"help": "How the runs were evaluated."})
+    protocol: ProtocolName | None = field(
+        default=None,
+        metadata={"help": "How the runs were evaluated; default: clean, where any of them was."},
+    )
     test_time: tuple[Literal[TestTime, "seeds"], ...] = field(
         default=(),
         metadata={
@@ -31,6 +34,10 @@ class ReportSettings:
     )
     exclude_leaks: bool = field(
         default=False, metadata={"help": "Add columns without copies of the source's training faces."}
+    )
+    as_printed: bool = field(
+        default=False,
+        metadata={"help": "Add the supplement's Table 2 as the paper prints it, and the errors by class and target."},
     )
     shared_classes: bool = field(
         default=False, metadata={"help": "Predict only among the classes that model and target share."}

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from cafe.data import alignment
 from cafe.report.pages import render
-from cafe.results.metrics import calibration_error, confusion, estimate, macro_f1
+from cafe.results.metrics import FEW, calibration_error, confusion, estimate, macro_f1
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.scores import average_unseen, meet, read_scores
 from cafe.results.sources import UNSEEN
+from cafe.results.statistics import combine_intervals, wilson
 from cafe.results.variants import average_exported
 from cafe.towers.names import split_name
 
@@ -34,6 +34,11 @@ DATA = {
     "rafdb": "RAF-DB: non-commercial research only, on request",
     "ferplus": "FERPlus: the votes under the MIT licence; the pictures are FER-2013's, see where you got them",
     "ferplus-argmax": "FERPlus: the votes under the MIT licence; the pictures are FER-2013's, see where you got them",
+    "fer2013": "FER-2013: see where you got it",
+    "ckplus": "CK+: research only, on request",
+    "expw": "ExpW: research only, see where you got it",
+    "jaffe": "JAFFE: non-commercial research only, on request",
+    "kdef": "KDEF: non-commercial research only, on request",
     "affectnet": "AffectNet: research only, by a signed agreement",
     "sfew": "SFEW 2.0: academic research only, on request",
     "mma": "MMA: see where you got it",
@@ -105,7 +110,8 @@ def list_domains(run: Run, protocol: str, scores: pd.DataFrame) -> Iterator[dict
 def count_right(predictions: Predictions) -> dict[str, Any]:
     """Return faces and the accuracy with its interval, and the same of every class, as they are printed.
 
-    Beside them macro-F1, the calibration error and the accuracy on the shares `COVERAGES` of the faces whose most probable
+    Beside them the share of the largest class, a mark where the accuracy is not above it or of few faces, macro-F1, the
+    calibration error and the accuracy on the shares `COVERAGES` of the faces whose most probable
     class is most probable.
     """
     counts = confusion(predictions)
@@ -118,10 +124,14 @@ def count_right(predictions: Predictions) -> dict[str, Any]:
         "ece": f"{100 * calibration_error(predictions):.1f}",
         "covered": [f"{100 * found.mean():.1f}" if len(found) else "–" for found in shares.values()],
     }
+    largest, accuracy = support.max() / support.sum(), right.sum() / support.sum()
+    doubtful = wilson(accuracy, int(support.sum()))[0] <= largest or support.sum() < FEW
     recalls = {name: format_share(*pair) for name, *pair in zip(predictions.classes, right, support, strict=True)}
     return {
         "faces": len(predictions.labels),
-        "accuracy": format_share(right.sum(), support.sum()),
+        "largest": f"{100 * largest:.1f}",
+        "doubtful": bool(doubtful),
+        "accuracy": format_share(right.sum(), support.sum()) + " ‡" * bool(doubtful),
         "recalls": recalls,
         **trust,
     }
@@ -131,8 +141,8 @@ def format_share(right: int, faces: int) -> str:
     """Return a share in percent with its 95 % interval of Wilson over faces: `71.4 (45.4–88.3)`."""
     if not faces:
         return "–"
-    interval = binomtest(int(right), int(faces)).proportion_ci(0.95, "wilson")
-    return f"{100 * right / faces:.1f} ({100 * interval.low:.1f}–{100 * interval.high:.1f})"
+    low, high = wilson(right / faces, faces)
+    return f"{100 * right / faces:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def describe_seeds(seeds: Sequence[Run], known: Mapping[str, str]) -> str:
@@ -149,5 +159,14 @@ def describe_unseen(scores: pd.DataFrame, what: str) -> str:
     means = average_unseen(scores)
     if not len(means):
         return ""
-    targets = sorted(set(scores.loc[scores["relation"] == UNSEEN, "target"]))
-    return f"{estimate([float(value) for value in means['accuracy']])} % ({what}) on {', '.join(targets)}"
+    unseen = scores[scores["relation"] == UNSEEN]
+    by_target = unseen.groupby("target")[["accuracy", "faces", "largest"]].mean()
+    ends = [wilson(float(own["accuracy"]), float(own["faces"])) for _, own in by_target.iterrows()]
+    low, high = combine_intervals(by_target["accuracy"].tolist(), ends)
+    largest = by_target["largest"].mean()
+    doubt = ", which is not above chance" if low <= largest else ""
+    return (
+        f"{estimate([float(value) for value in means['accuracy']])} % ({what}; {100 * low:.1f}–{100 * high:.1f} over "
+        f"{by_target['faces'].sum():,.0f} faces) on {', '.join(by_target.index)}, where the largest classes have "
+        f"{100 * largest:.1f} % of the faces{doubt}"
+    )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cafe.report.charts import POINTS, draw_heat_map, draw_points, draw_ranks
+from cafe.report.charts import POINTS, draw_heat_map, draw_points, draw_ranks, find_ties
 from cafe.report.report import Report
 from cafe.report.sheets import by_label, name_target
 from cafe.results.metrics import METRICS
+from cafe.results.paired_tests import Ranks
 
 
 class Drawing(NamedTuple):
@@ -86,5 +88,22 @@ def _draw_tests(report: Report) -> Iterator[Drawing]:
 
 def _draw_ranks(report: Report) -> Iterator[Drawing]:
     if report.ranks and not math.isnan(report.ranks.ranking.p):
-        caption = "Mean ranks over pairs of source and unseen target. A bar joins methods that cannot be told apart."
+        caption = "Mean ranks over pairs of source and unseen target. A bar joins methods that ranks do not tell apart."
+        caption += "".join(f" {sentence}" for sentence in _explain_ties(report, report.ranks))
         yield Drawing("Mean ranks", caption, draw_ranks(report.ranks.labels, report.ranks.ranking))
+
+
+def _explain_ties(report: Report, ranks: Ranks) -> Iterator[str]:
+    """Yield why a bar joins two methods that a paired test tells apart."""
+    labels, joined = ranks.labels, find_ties(ranks.ranking.ranks, ranks.ranking.critical_difference)
+    tied = {frozenset(pair) for first, last in joined for pair in combinations(labels[first : last + 1], 2)}
+    tests = (*report.tests, *(test for verdict in report.verdicts for test in verdict.tests))
+    found: dict[frozenset[str], dict[str, None]] = {}
+    for test in tests:
+        if test.column is None and test.holds and (pair := frozenset((test.row.label, test.reference.label))) in tied:
+            found.setdefault(pair, {})[test.row.source] = None
+    for pair, sources in found.items():
+        yield (
+            f"{' and '.join(sorted(pair))} are joined though the paired test tells them apart (trained on "
+            f"{', '.join(sources)}): ranks count {ranks.ranking.targets} pairs of sets alike, the test every face."
+        )

@@ -24,6 +24,7 @@ from cafe.report.drawings import list_drawings
 from cafe.report.figures import draw_masks, share_confusion
 from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
 from cafe.report.pages import embed_figure, render
+from cafe.report.printed import errors_sheet
 from cafe.report.report import Report
 
 GALLERY = Gallery()
@@ -54,6 +55,7 @@ def draw_experiment(
         figures=figures,
         details=[_show(detail, number, thumbnails) for number, detail in enumerate(details)],
         gallery=gallery,
+        errors=errors_sheet(report.comparison),
         origins=[trainings_sheet(report.comparison), targets_sheet(report.comparison, root)],
         versions=list_versions(),
     )

@@ -8,15 +8,19 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from cafe.outputs import MARK, Own, begins, holds
 from cafe.report.report import Report, list_records
 from cafe.report.sheets import BEST, SECOND, UNDERLINED, Sheet, SheetCell
 
+MARKDOWN = f"<!-- {MARK} compare -->"  # by which a file is known as ours; no viewer shows it
+LATEX_USES = "Needs \\usepackage{booktabs,graphicx}."
 WIDE = 8  # columns of a table, more than which LaTeX sets across both columns of a page that has two
 
 
 def to_markdown(report: Report) -> str:
     """Return the tables with their notes as Markdown; the best bold, the second in italics, as no viewer shows all tags."""
-    parts = [f"# {_escape(report.title)}", *map(_escape, report.about)]
+    verdicts = (verdict.text for verdict in report.verdicts)
+    parts = [f"# {_escape(report.title)}", *map(_escape, (*verdicts, *report.about))]
     for sheet in report.sheets:
         rule = ["---"] * sheet.words + ["---:"] * (len(sheet.header) - sheet.words)
         lines = [
@@ -30,7 +34,7 @@ def to_markdown(report: Report) -> str:
             table,
             *(_escape(note).replace(UNDERLINED, "in italics") for note in sheet.notes),
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, MARKDOWN]) + "\n"
 
 
 def _markdown_cell(cell: SheetCell) -> str:
@@ -56,7 +60,8 @@ def _as_text(value: object) -> object:
 
 def to_latex(report: Report) -> str:
     """Return the tables as floats to include in a document that uses the packages booktabs and graphicx."""
-    parts = [f"% {report.title}. Needs \\usepackage{{booktabs,graphicx}}.", *(f"% {line}" for line in report.about)]
+    parts = [f"% {report.title}. {LATEX_USES}", *(f"% {line}" for line in report.about)]
+    parts += [f"% {verdict.text}" for verdict in report.verdicts]
     parts += [_latex_table(sheet, number) for number, sheet in enumerate(report.sheets)]
     return "\n\n".join(parts) + "\n"
 
@@ -91,7 +96,7 @@ def _latex_cell(cell: SheetCell) -> str:
 LATEX = {
     "\\": "\\textbackslash{}", "{": "\\{", "}": "\\}", "_": "\\_", "%": "\\%", "&": "\\&", "#": "\\#", "$": "\\$",
     "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$",
-    "−": "$-$", "–": "--", "×": "$\\times$", "†": "\\textdagger{}", "…": "\\dots{}", "±": "$\\pm$",
+    "−": "$-$", "–": "--", "×": "$\\times$", "†": "\\textdagger{}", "‡": "\\textdaggerdbl{}", "…": "\\dots{}", "±": "$\\pm$",
 }  # fmt: skip
 
 
@@ -100,6 +105,11 @@ def _escape_latex(text: str, plus_minus: str = "") -> str:
     return "".join(character if character in plus_minus else LATEX.get(character, character) for character in text)
 
 
+OWN: dict[str, Own] = {  # what knows a file of ours, by its format
+    "markdown": holds(MARKDOWN),
+    "latex": holds(LATEX_USES),
+    "csv": begins("protocol,source,method,row,selection,seeds,"),
+}
 FORMATS: dict[str, Callable[[Report], str]] = {
     "markdown": to_markdown,
     "latex": to_latex,

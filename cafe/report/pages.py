@@ -11,6 +11,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
+from cafe.outputs import MARK
+
+GENERATOR = f'<meta name="generator" content="{MARK}">'  # by which a page is known as ours
 PICTURE = 112  # longest side of an embedded picture in pixels
 
 

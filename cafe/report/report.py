@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
-import numpy as np
 import pandas as pd
 from upath import UPath
 
 from cafe.errors import UserError
 from cafe.report import ReportSettings
+from cafe.report.printed import printed_sheets
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
+    draws_sheet,
+    faces_sheet,
     main_sheet,
     matrix_sheets,
     published_sheet,
@@ -23,15 +26,17 @@ from cafe.report.sheets import (
 )
 from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
+from cafe.results.draws import choose_draws
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
 from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
-from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
+from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
 from cafe.results.scores import LeftOut, meet, read_scores
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 from cafe.results.variants import vary_runs
+from cafe.results.verdicts import Verdict, reach_verdicts
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Report:
     tests: Sequence[Paired] = ()
     ranks: Ranks | None = None
     target: str = ""
+    verdicts: Sequence[Verdict] = ()  # one for each source
     left_out: Sequence[str] = ()  # predictions that do not belong beside the others, each in a line of `about` too
 
 
@@ -62,16 +68,16 @@ def make_report(
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
     `known` are the digests of the manifests by name. `root` is that of the workspace, whose audits found copies of the
-    source's
-    training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
+    source's training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
     """
     settings = settings or ReportSettings()
-    protocol, versus = settings.protocol, settings.versus
-    known = known or {}
+    versus, known = settings.versus, known or {}
+    runs, trials = choose_draws(runs)
     runs, left_out = meet(runs, known)
     lines = [str(one) for one in left_out]
     about = [*about, *lines]
     scores = read_scores(runs, known)
+    protocol = settings.protocol or choose_protocol(scores)
     _check_left_out(scores, left_out, protocol)
     others = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
@@ -104,11 +110,21 @@ def make_report(
     comparison = compare(shown, scores, metric, protocol, leak_free)
     published, ranks = publish_rows(comparison), rank_rows(comparison)
     tests = pair_rows(comparison, versus) if versus else []
-    sheets = [main_sheet(comparison), *matrix_sheets(comparison)]
+    over_faces = faces_sheet(comparison)
+    sheets = [main_sheet(comparison), *([over_faces] if over_faces else []), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
+    sheets += printed_sheets(comparison) if settings.as_printed else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
+    sheets += [draws_sheet(trials)] if trials else []
     title = "Trained on one data set, evaluated on all"
-    return Report(title, [*said, *others, *about], sheets, comparison, published, tests, ranks, left_out=lines)
+    about, verdicts = [*said, *others, *about], reach_verdicts(comparison)
+    return Report(title, about, sheets, comparison, published, tests, ranks, verdicts=verdicts, left_out=lines)
+
+
+def choose_protocol(scores: pd.DataFrame) -> ProtocolName:
+    """Return the protocol whose numbers are shown where none is asked for: the first by which any run was evaluated."""
+    there = set(scores["protocol"])
+    return next((name for name in get_args(ProtocolName) if name in there), get_args(ProtocolName)[0])
 
 
 def _check_left_out(scores: pd.DataFrame, left_out: Sequence[LeftOut], protocol: str) -> None:
@@ -134,30 +150,6 @@ def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = 
                     f"Some of these runs were also evaluated with --test-time {other.option}: name it to see its rows."
                 )
     return said
-
-
-def conclude(comparison: Comparison) -> str:
-    """Say in one sentence whether frozen features or pixels alone carry over better to the unseen targets.
-
-    Empty where there is nothing to compare.
-    """
-    best: dict[bool, Row] = {}  # of the rows that read frozen features, and of those that do not
-    for row in sorted(comparison.rows, key=lambda row: -row.unseen.mean):
-        if not (row.oracle or math.isnan(row.unseen.mean)):
-            best.setdefault(row.runs[0].derived.get("store", "none") != "none", row)
-    if len(best) < 2 or len(comparison.class_sets) > 1:
-        return ""
-    frozen, pixels = best[True], best[False]
-    difference = frozen.unseen.mean - pixels.unseen.mean
-    reach = float(np.nansum([row.unseen.half_width for row in (frozen, pixels)]))
-    several = min(frozen.unseen.count, pixels.unseen.count) > 2
-    sure = several and abs(difference) > reach
-    winner = "Frozen features carry over better than pixels" if difference > 0 else "Pixels carry over no worse"
-    return (
-        f"{winner}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
-        f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % "
-        f"({'the intervals do not overlap' if sure else 'too few seeds or too small a difference to be sure'})."
-    )
 
 
 def list_records(report: Report) -> Iterator[dict[str, object]]:
@@ -186,8 +178,10 @@ def _describe(
 ) -> dict[str, object]:
     return {
         "protocol": comparison.protocol, "source": row.source, "method": row.method, "row": row.label,
-        "selection": row.runs[0].selection, "seeds": row.seeds, **where,
+        "selection": row.runs[0].selection, "saw_target": row.saw_target, "seeds": row.seeds, **where,
         "mean": estimate.mean, "half_width": estimate.half_width, "averaged": estimate.count, "published": published,
+        "seeds_low": estimate.over_seeds[0], "seeds_high": estimate.over_seeds[1], "evaluated": estimate.faces,
+        "faces_low": estimate.low, "faces_high": estimate.high, "chance": estimate.chance,
     }  # fmt: skip
 
 

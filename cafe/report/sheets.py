@@ -11,11 +11,12 @@ import pandas as pd
 
 from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
-from cafe.results.metrics import METRICS, OF_VOTES, Estimate
-from cafe.results.paired_tests import RECALLS, Paired, Ranks
+from cafe.results.draws import NEAR, Trial
+from cafe.results.metrics import FEW, METRICS, OF_VOTES, Estimate
+from cafe.results.paired_tests import PAIRS, RECALLS, Paired, Ranks
 from cafe.results.published import Published
-from cafe.results.scores import average_unseen
-from cafe.results.sources import SAME_SET, UNKNOWN, UNSEEN
+from cafe.results.scores import average_unseen, interval_of_mean
+from cafe.results.sources import SAME_FACES, SAME_SET, UNKNOWN, UNSEEN
 
 Place = Column | Mean
 Cells = dict[Place, Estimate]  # of one line
@@ -23,9 +24,27 @@ Cells = dict[Place, Estimate]  # of one line
 BEST, SECOND = "best", "second"
 UNDERLINED = "underlined"  # how the second is shown, which not every format can
 HEAD = ["source", "method", "seeds"]  # of the tables with a line for each row of a comparison
+SAW = "saw target"  # the last column of every table with a line for each row
+SAW_NOTE = (
+    "Saw target: whether a row learned from pictures of the set that it is evaluated on, or was chosen by their labels."
+)
 NOISE = (
     "Published numbers are single runs; the choice of their test faces alone moves them by ±3.3 (SFEW), ±1.7 (AffectNet), "
     "±1.5 (FERPlus), ±1.1 (RAF-DB) or ±0.7 (MMA) points (95 %)."
+)
+FACES, CHANCE = "faces", "chance"  # the lines that end a block
+GROUNDS = (
+    "Below each source: the faces, and what chance would give: for accuracy the share of the largest class among them, for "
+    "macro-F1 and mean-class accuracy one in K classes."
+)
+RUN_GROUNDS = (
+    "Over faces: the 95 % interval of the accuracy (Wilson; faces taken for independent). Chance: the share of the largest "
+    "class for accuracy, 1/K for macro-F1 and mean-class accuracy."
+)
+MEAN_LINE = "mean of unseen"
+DOUBTFUL = (
+    "‡: other faces might as well have shown nothing above chance (95 % over faces, taken for independent), or there are "
+    f"fewer than {FEW}."
 )
 PEEKED = "†: the epoch was chosen on the source's test split, as RUL's and OFER's scripts do: not comparable."
 ORACLES = (
@@ -78,7 +97,10 @@ def main_sheet(comparison: Comparison) -> Sheet:
     for _, block in groupby(comparison.rows, lambda row: row.source):
         rows = list(block)
         cells = [_find_cells(row, places) for row in rows]
-        lines += [*_mark_lines(rows, cells, higher), *_lead(rows, cells, higher)]
+        marked = _mark_lines(rows, cells, higher)
+        lines += [[*line, SheetCell(row.saw_target)] for row, line in zip(rows, marked, strict=True)]
+        others = (*_lead(rows, cells, higher), *_grounds(rows[0].source, cells))
+        lines += [[*line, SheetCell("")] for line in others]
     about = [
         metric.about
         for name, metric in METRICS.items()
@@ -88,14 +110,15 @@ def main_sheet(comparison: Comparison) -> Sheet:
         "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
         "the mean over the targets of other sets than the source; all: with the source, as published tables average. "
         + " ".join(about),
+        *ground_notes(comparison.rows),
         *_target_notes(comparison),
         *class_notes(comparison),
         *row_notes(comparison.rows),
     ]
     unseen = [place for place in comparison.means if (place.over, place.metric) == (UNSEEN, comparison.metric)]
     order = [len(HEAD) + places.index(place) for place in dict.fromkeys((*unseen, *places))]
-    header = [*HEAD, *(place.title for place in places)]
-    return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes, tuple(order))
+    header = [*HEAD, *(place.title for place in places), SAW]
+    return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes, (*order, len(header) - 1))
 
 
 def _find_cells(row: Row, places: Sequence[Place]) -> Cells:
@@ -130,7 +153,66 @@ def _write(row: Row, place: Place, estimate: Estimate) -> str:
     fewer = row.seeded and 0 < estimate.count < row.seeds
     text = f"{estimate} [{estimate.count}]" if fewer else str(estimate)
     text = f"({text})" if place in row.seen else text
-    return f"{text} †" if row.peeked else text
+    return text + " †" * row.peeked + " ‡" * is_doubtful(estimate)
+
+
+def is_doubtful(estimate: Estimate) -> bool:
+    """Whether a number that can be compared with chance is not above it, or of too few faces to say."""
+    return not math.isnan(estimate.chance) and (estimate.at_chance or estimate.few)
+
+
+def _grounds(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
+    """Yield what the numbers of a block rest on: the faces, and what chance would give."""
+    best = [max((own[place] for own in cells), key=lambda estimate: estimate.faces) for place in cells[0]]
+    if any(estimate.faces for estimate in best):
+        faces = (f"{estimate.faces:,}" if estimate.faces else "–" for estimate in best)
+        chances = ("–" if math.isnan(estimate.chance) else f"{100 * estimate.chance:.1f}" for estimate in best)
+        yield list(map(SheetCell, [source, FACES, "", *faces]))
+        yield list(map(SheetCell, [source, CHANCE, "", *chances]))
+
+
+def ground_notes(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what chance is, and which numbers are not above it or of few faces."""
+    cells: list[tuple[Row, Place, Estimate]] = [
+        (row, place, estimate) for row in rows for own in (row.cells, row.means) for place, estimate in own.items()
+    ]
+    if not any(estimate.faces for *_, estimate in cells):
+        return
+    yield GROUNDS
+    if any(is_doubtful(estimate) for *_, estimate in cells):
+        yield DOUBTFUL
+    few = {place.title: estimate.faces for _, place, estimate in cells if is_doubtful(estimate) and estimate.few}
+    if few:
+        yield f"Fewer than {FEW} faces: {', '.join(f'{name} ({count})' for name, count in few.items())}."
+    at_chance = {
+        f"{row.label} from {row.source}": None
+        for row, place, estimate in cells
+        if isinstance(place, Mean) and place.over == UNSEEN and is_doubtful(estimate) and estimate.at_chance
+    }
+    if at_chance:
+        yield f"Not above chance in a mean over unseen targets: {', '.join(at_chance)}."
+
+
+def faces_sheet(comparison: Comparison) -> Sheet | None:
+    """Methods × targets with the interval over faces of every mean; None where the metric has none."""
+    places: list[Place] = [*comparison.columns, *comparison.means]
+    cells = [_find_cells(row, places) for row in comparison.rows]
+    known = [place for place in places if any(not math.isnan(own[place].low) for own in cells)]
+    if not any(isinstance(place, Column) for place in known):
+        return None
+    lines = [
+        [*_head(row)[:2], *(SheetCell(own[place].over_faces) for place in known)]
+        for row, own in zip(comparison.rows, cells, strict=True)
+    ]
+    notes = [
+        "Percent: the mean over seeds with its 95 % interval over faces (Wilson; macro-F1: delta method; means: targets "
+        "combined): what other faces of the same targets would change, where ± above is what other seeds would. Faces are "
+        "taken for independent; where a target shows people several times, it is too narrow."
+    ]
+    unseen = [place for place in known if isinstance(place, Mean) and place.over == UNSEEN]
+    order = tuple(2 + known.index(place) for place in dict.fromkeys((*unseen, *known)))
+    header = [*HEAD[:2], *(place.title for place in known)]
+    return Sheet("Intervals over faces", 2, 1, header, lines, notes, order)
 
 
 def _lead(rows: Sequence[Row], cells: Sequence[Cells], higher: Mapping[Place, bool]) -> list[list[SheetCell]]:
@@ -151,6 +233,9 @@ def _target_notes(comparison: Comparison) -> list[str]:
     notes = []
     if any(row.seen for row in comparison.rows):
         notes.append("In brackets: the test split of the set a row was trained on.")
+    if twins := comparison.twins:
+        named = ", ".join(f"{name} (as {first})" for name, first in sorted(twins.items()))
+        notes.append(f"The same faces under another name, which count once in every mean: {named}.")
     if same := comparison.targets_with(SAME_SET):
         notes.append(f"Not unseen, as another manifest of the source's set: {', '.join(same)}.")
     if unknown := comparison.targets_with(UNKNOWN):
@@ -196,6 +281,7 @@ def row_notes(rows: Sequence[Row]) -> list[str]:
         PEEKED: any(row.peeked and not row.oracle for row in rows),
         ORACLES: any(row.oracle for row in rows),
         TEST_TIME_NOTE: any(row.test_time for row in rows),
+        SAW_NOTE: any(row.saw_target != "no" for row in rows),
         "[n]: n seeds, fewer than the row has.": fewer,
         "Seeds: any: every seed predicts the same, because nothing in the method is random.":
             not all(row.seeded for row in rows),
@@ -235,7 +321,7 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
         if numbers:
             pairs = [(row.cells[column].mean, numbers.cells.get(column, math.nan)) for column in comparison.columns]
             pairs += [(row.unseen.mean, numbers.unseen), (row.everything.mean, numbers.everything)]
-            lines.append([*_head(row), *(SheetCell(_beside(row, *pair)) for pair in pairs)])
+            lines.append([*_head(row), *(SheetCell(_beside(row, *pair)) for pair in pairs), SheetCell(row.saw_target)])
             if settings := row.runs[0].not_as_published:
                 differing.setdefault(", ".join(settings), []).append(f"{row.label} from {row.source}")
     notes = [
@@ -244,7 +330,7 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
         *(f"Not as published: {settings} ({'; '.join(rows)})." for settings, rows in differing.items()),
     ]
     titles = (column.title for column in comparison.columns)
-    header = [*HEAD, *titles, "unseen accuracy", "all accuracy"]
+    header = [*HEAD, *titles, "unseen accuracy", "all accuracy", SAW]
     return Sheet("Beside the published numbers", 2, 1, header, lines, notes)
 
 
@@ -274,7 +360,7 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
     for source, block in groupby(tests, lambda test: test.row.source):
         own = list(block)
         what = "expression" if own[0].mean == RECALLS else "target"
-        header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart"]
+        header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart", SAW]
         notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
         if incomplete := [test for test in own if test.left_out and test.column]:
             missing = (f"{test.left_out:,} of {test.title} ({test.row.label})" for test in incomplete)
@@ -296,6 +382,7 @@ def _test_line(test: Paired) -> list[SheetCell]:
         SheetCell(_p(difference.p)),
         SheetCell(_p(test.adjusted_p) if test.column else "–"),
         SheetCell("–" if test.apart is None else "yes" if test.apart else "no"),
+        SheetCell(test.row.saw_target),
     ]
 
 
@@ -318,7 +405,9 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
     if not math.isnan(ranking.p):
         notes.append(f"Friedman's test: p = {_p(ranking.p)}.".replace("= <", "< "))
     notes.append(
-        "Too few methods or targets for a critical difference."
+        f"Fewer than three methods or {PAIRS} pairs: no critical difference and no diagram."
+        if math.isnan(ranking.p)
+        else "The ranks cannot differ by as much as a critical difference."
         if math.isnan(ranking.critical_difference)
         else f"Nemenyi's critical difference of two mean ranks (5 %): {ranking.critical_difference:.2f}. Pairs that share a "
         "source or a target are not independent, so take it as a guide."
@@ -326,6 +415,43 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
     if ranks.left_out:
         notes.append(f"Not ranked, as not trained on every source or not comparable: {', '.join(ranks.left_out)}.")
     return Sheet("Mean ranks", 1, 0, ["method", "mean rank"], lines, notes)
+
+
+def draws_sheet(trials: Sequence[Trial]) -> Sheet:
+    """What each trial of a sweep chose, and how much better that is than its other draws."""
+    lines = [
+        [
+            trial.chosen.source if not trial.chosen.fold else f"all but {trial.chosen.fold}",
+            trial.chosen.method,
+            str(trial.chosen.seed),
+            str(len(trial.runs)),
+            *(_percent(value) for value in (trial.accuracies[0], trial.accuracies[min(1, len(trial.runs) - 1)])),
+            _percent(trial.middle),
+            str(trial.near),
+            f"draw {trial.runs[0].draw}",
+            ", ".join(f"{name}={value}" for name, value in trial.settings.items()),
+        ]
+        for trial in sorted(trials, key=lambda one: (one.chosen.source_title, one.chosen.method, one.chosen.fold))
+    ]
+    header = [
+        "source",
+        "method",
+        "trial",
+        "draws",
+        "best",
+        "second",
+        "middle",
+        "near",
+        "chosen",
+        "settings of the chosen",
+    ]
+    notes = [
+        "Each trial, which is a seed, draws settings of its own and chooses by the accuracy on the faces by which its "
+        "epochs are chosen, in percent: of the best draw, the second best and the one in the middle. Near: draws that are "
+        f"within {100 * NEAR:.1f} points of the best, itself among them; where these are many, the top is flat. Draw 0: the "
+        "settings as they are. The rows of the other tables are means over the trials' choices."
+    ]
+    return Sheet("Draws", 3, 1, header, [list(map(SheetCell, line)) for line in lines], notes)
 
 
 def class_sheet(comparison: Comparison, target: str, published: Sequence[Published | None]) -> Sheet:
@@ -337,11 +463,11 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
             rows, [_find_cells(row, comparison.columns) for row in rows], dict.fromkeys(comparison.columns, True)
         )
         for row, numbers, line in zip(rows, known, marked, strict=True):
-            lines.append(line)
+            lines.append([*line, SheetCell(row.saw_target)])
             if numbers:
                 pairs = ((own.mean, numbers.cells.get(column, math.nan)) for column, own in row.cells.items())
                 texts = [_beside(row, *pair) for pair in pairs]
-                lines.append(list(map(SheetCell, [row.source, f"{row.label} − published", "", *texts])))
+                lines.append(list(map(SheetCell, [row.source, f"{row.label} − published", "", *texts, ""])))
     notes = [
         f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
         "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
@@ -349,7 +475,7 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
         *row_notes(comparison.rows),
         *([f"− published: minus the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
     ]
-    header = [*HEAD, *(column.title for column in comparison.columns)]
+    header = [*HEAD, *(column.title for column in comparison.columns), SAW]
     return Sheet(f"Expressions on {target}", 2, 1, header, lines, notes)
 
 
@@ -357,18 +483,47 @@ def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sh
     """One run's numbers by one protocol: a line per target and the mean over the unseen ones; leak-free beside them."""
     numbers = _with_mean(scores)
     table = numbers.rename(columns={name: metric.title for name, metric in METRICS.items()}).map(_percent)
+    grounds = _ground(scores)
+    table.insert(0, FACES, [f"{count:,}" for count in grounds["faces"]])
+    table.insert(2, "over faces", [_interval(*ends) for ends in zip(grounds["low"], grounds["high"], strict=True)])
+    table.insert(3, "largest class", grounds["largest"].map(_percent).tolist())
+    table.insert(4, "1/K", grounds["uniform"].map(_percent).tolist())
+    doubts = {name: own["low"] <= own["largest"] or own["faces"] < FEW for name, own in grounds.iterrows()}
+    table["accuracy"] += [" ‡" * bool(doubts[name]) for name in table.index]
     if leak_free is not None:
         table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(_percent)
         table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)
     lines = [list(map(SheetCell, line)) for line in table.fillna("").reset_index().to_numpy()]
-    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, list(_lacking_notes(scores)))
+    order = [1 + table.columns.get_loc(name) for name in ("accuracy", "largest class", FACES, "over faces")]
+    notes = [RUN_GROUNDS, *_lacking_notes(scores), *([DOUBTFUL] if any(doubts.values()) else [])]
+    twins = scores.loc[scores["relation"] == SAME_FACES, "target"]
+    notes += (
+        [f"The same faces under another name, not counted in the mean again: {', '.join(twins)}."] if len(twins) else []
+    )
+    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, notes, tuple(order))
 
 
 def _with_mean(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the metrics by target, and below them their means over the unseen targets where there are any."""
     unseen = average_unseen(scores)
-    table = pd.concat([scores.set_index("target")[list(METRICS)], unseen.set_axis(["mean of unseen"] * len(unseen))])
+    table = pd.concat([scores.set_index("target")[list(METRICS)], unseen.set_axis([MEAN_LINE] * len(unseen))])
     return table[[name for name in METRICS if name not in OF_VOTES or table[name].notna().any()]]
+
+
+def _ground(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return by target what its accuracy rests on: faces, chance, and the ends of its interval; the mean's below."""
+    columns = {"accuracy.low": "low", "accuracy.high": "high"}
+    table = scores.set_index("target")[["faces", "largest", "uniform", *columns]].rename(columns=columns)
+    unseen = scores[scores["relation"] == UNSEEN]
+    if len(unseen):
+        low, high = interval_of_mean(unseen, "accuracy")
+        chance = (unseen["largest"].mean(), unseen["uniform"].mean())
+        table.loc[MEAN_LINE] = [unseen["faces"].sum(), *chance, low, high]
+    return table.astype({"faces": int})
+
+
+def _interval(low: float, high: float) -> str:
+    return "–" if math.isnan(low) else f"{100 * low:.1f}–{100 * high:.1f}"
 
 
 def _percent(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,9 +14,11 @@ from cafe.errors import UserError, unknown
 from cafe.results.columns import MEAN, OVERALL, Column, Mean, name_class_sets
 from cafe.results.metrics import METRICS, RECALL, Estimate, estimate, find_metric
 from cafe.results.predictions import Predictions
-from cafe.results.protocols import ALL_PROTOCOLS
+from cafe.results.protocols import ALL_PROTOCOLS, OPTIONS
 from cafe.results.runs import Run
-from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
+from cafe.results.scores import ENDS, FACES, LOW
+from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNSEEN
+from cafe.results.statistics import combine_intervals, wilson
 
 ORACLE = "oracle"  # a selection that looks at faces of the target itself
 PEEKING = (
@@ -34,8 +36,9 @@ class Row:
 
     In leave-one-domain-out there is one run of every seed for each target, its fold.
     `label` is the method with the settings that tell it apart from the others of its source; `seen` holds the columns of
-    the set it was trained on; `unseen` and `everything` are its means of the table's own metric. `class_set` names the
-    classes it is evaluated over where rows differ in them. A row of which every seed predicts the same is not `seeded`.
+    the set it was trained on, `counted` those that its mean over unseen targets is of; `unseen` and `everything` are its
+    means of the table's own metric. `class_set` names the classes it is evaluated over where rows differ in them. A row of
+    which every seed predicts the same is not `seeded`.
     """
 
     runs: tuple[Run, ...]
@@ -43,6 +46,7 @@ class Row:
     cells: dict[Column, Estimate]
     means: dict[Mean, Estimate] = field(default_factory=dict)
     seen: frozenset[Column] = frozenset()
+    counted: frozenset[Column] = frozenset()
     seeded: bool = True
     unseen: Estimate = NOTHING  # over the targets of other sets than its source
     everything: Estimate = NOTHING  # over these and its sources
@@ -82,6 +86,13 @@ class Row:
     def test_time(self) -> str:
         """The option of test time with which it was evaluated: shown beside the others, and never ranked with them."""
         return self.runs[0].test_time
+
+    @property
+    def saw_target(self) -> str:
+        """What of the target it learned from or was chosen by: its pictures, with them their labels, or no picture."""
+        if self.peeked:
+            return "labels"
+        return "pictures" if self.test_time in OPTIONS and OPTIONS[self.test_time].adapts else "no"
 
     @property
     def contends(self) -> bool:
@@ -124,6 +135,11 @@ class Comparison:
         """The means that any of its rows has, those over the same classes together."""
         return sorted(dict.fromkeys(mean for row in self.rows for mean in row.means), key=lambda mean: mean.class_set)
 
+    @property
+    def twins(self) -> dict[str, str]:
+        """The targets that are another one's manifest under a second name, each with that one's name."""
+        return find_twins(dict(zip(self.scores["target"], self.scores["manifest"], strict=True)))
+
     def targets_with(self, relation: str) -> list[str]:
         """The targets that have a relation to any of the runs."""
         return sorted(set(self.scores.loc[self.scores["relation"] == relation, "target"]))
@@ -150,7 +166,7 @@ def compare(
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     own = choose_evaluated(scores, protocol)
-    shown = own[own["relation"].isin([SOURCE, UNSEEN, SAME_SET])]
+    shown = own[own["relation"].isin([SOURCE, UNSEEN, SAME_SET, SAME_FACES])]
     class_sets = name_class_sets(shown["classes"])
     table = _Table(shown, class_sets)
     without, leaking = None, []
@@ -190,6 +206,7 @@ def _summarise(row: Row, table: _Table, without: _Table | None, metric: str) -> 
         row,
         means=means,
         seen=frozenset(column for column in row.cells if table.relation(members, column) in (SOURCE, SAME_SET)),
+        counted=frozenset(unseen),
         unseen=means[Mean(UNSEEN, metric, class_set)],
         everything=everything,
         class_set=class_set,
@@ -231,12 +248,14 @@ class _Table:
             self.records[record["run"], place] = record
             self.about[record["target"]] = (record["kind"], record["manifest"])
         self.columns = sorted({column for _, column in self.records})
+        self.twins = find_twins({name: manifest for name, (_, manifest) in self.about.items()})
         distinct = scores.groupby(["group", "target"])[list(METRICS)].nunique().max(axis=1)
         self.varied = {group for (group, _), count in distinct.items() if count > 1}
 
     def relation(self, runs: Sequence[Run], column: Column) -> str:
         """Return what a target is to the runs that are to be evaluated there, whether or not they were; empty for none."""
-        return next((run.relation(column, *self.about[column.name]) for run in runs if run.evaluates(column)), "")
+        found = next((run.relation(column, *self.about[column.name]) for run in runs if run.evaluates(column)), "")
+        return SAME_FACES if found == UNSEEN and column.name in self.twins else found
 
     def place(self, runs: Sequence[Run], target: str) -> Column:
         """Return the column in which runs have predictions for a target or, without any, would have them."""
@@ -266,7 +285,43 @@ class _Table:
         evaluated = [[found.get((seed, column), math.nan) for column in columns] for seed in seeds]
         means = [about.over_targets(values) for values in evaluated if values]
         whole = [mean for mean in means if not math.isnan(mean)]
-        return about.over_seeds(whole if self.is_seeded(runs) else whole[:1])
+        result = about.over_seeds(whole if self.is_seeded(runs) else whole[:1])
+        return replace(result, **self._rest(runs, metric, columns)) if whole else result
+
+    def _rest(self, runs: Sequence[Run], metric: str, columns: Sequence[Column]) -> dict[str, Any]:
+        """Return what an estimate rests on: faces, chance, and the interval over faces where one is known."""
+        about, recall = find_metric(metric), metric.startswith(RECALL)
+        means, intervals, faces, chances = [], [], 0, []
+        for column in columns:
+            own = [
+                record
+                for run in runs
+                if run.evaluates(column) and (record := self.records.get((run.name, column)))
+                if not math.isnan(record[metric])
+            ]
+            if not own:
+                continue
+            count = int(own[0][f"{FACES}{metric.removeprefix(RECALL)}" if recall else "faces"])
+            means.append(sum(record[metric] for record in own) / len(own))
+            if metric == "accuracy" or recall:
+                intervals.append(wilson(means[-1], count))
+            elif f"{metric}{LOW}" in own[0]:
+                ends = ([record[f"{metric}{end}"] for record in own] for end in ENDS)
+                low, high = (sum(values) / len(values) for values in ends)
+                intervals.append((low, high))
+            faces += count
+            chances.append(math.nan if recall or not about.chance else own[0][about.chance])
+        low, high = combine_intervals(means, intervals) if intervals else (math.nan, math.nan)
+        return {"faces": faces, "chance": sum(chances) / len(chances), "low": low, "high": high}
+
+
+def find_twins(manifests: Mapping[str, str]) -> dict[str, str]:
+    """Return the targets that are the manifest of an earlier one under another name, each with that one's name."""
+    first: dict[str, str] = {}
+    for target, manifest in sorted(manifests.items()):
+        if manifest:
+            first.setdefault(manifest, target)
+    return {name: first[own] for name, own in manifests.items() if own and first[own] != name}
 
 
 def choose_evaluated(scores: pd.DataFrame, protocol: str) -> pd.DataFrame:

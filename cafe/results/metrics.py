@@ -12,41 +12,87 @@ import scipy  # which loads a part of it only when it is used
 from cafe.results.predictions import Predictions
 
 BINS = 15  # of confidence, as in Guo et al.
+FEW = 50  # faces; an accuracy on fewer is known to ±14 points at best
 SMALLEST = 1e-12  # probability whose logarithm is taken
 RECALL = "recall/"  # before the name of a class: the share of its faces that were recognised
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, the half-width of its 95 % t-interval (NaN from a single seed), and the values themselves."""
+    """A mean over seeds, the half-width of its 95 % t-interval (NaN from a single seed), and the values themselves.
+
+    It cannot be above its `limit`, nor below zero. `faces` counts the faces it is of, 0 where nobody said; `low` and `high`
+    are the ends of its 95 % interval over faces and `chance` is what it has to exceed, each NaN where it is not known.
+    """
 
     mean: float
     half_width: float
     values: tuple[float, ...] = ()
+    limit: float = 1.0
+    faces: int = 0
+    low: float = math.nan
+    high: float = math.nan
+    chance: float = math.nan
 
     @property
     def count(self) -> int:
         """How many seeds there are."""
         return len(self.values)
 
+    @property
+    def over_seeds(self) -> tuple[float, float]:
+        """The ends of the interval over seeds, within what is possible; NaN from a single seed."""
+        if math.isnan(self.half_width):
+            return math.nan, math.nan
+        return max(0.0, self.mean - self.half_width), min(self.limit, self.mean + self.half_width)
+
+    @property
+    def over_faces(self) -> str:
+        """The mean with its interval over faces in percent: `71.4 (45.4–88.3)`."""
+        if math.isnan(self.mean) or math.isnan(self.low):
+            return "–" if math.isnan(self.mean) else f"{100 * self.mean:.1f}"
+        return f"{100 * self.mean:.1f} ({100 * self.low:.1f}–{100 * self.high:.1f})"
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether other faces might as well have shown nothing above chance."""
+        return self.low <= self.chance
+
+    @property
+    def few(self) -> bool:
+        """Whether it is of too few faces to say much."""
+        return 0 < self.faces < FEW
+
     def __str__(self) -> str:
-        """Return percent, as the field prints it; two seeds as they are, for their interval would say nothing."""
+        """Return percent, as the field prints it; two seeds as they are, for their interval would say nothing.
+
+        An interval that would reach beyond what is possible is written by its ends.
+        """
         if math.isnan(self.mean):
             return "–"
         if self.count == 2:
             return " / ".join(f"{100 * value:.1f}" for value in self.values)
-        interval = "" if math.isnan(self.half_width) else f" ± {100 * self.half_width:.1f}"
-        return f"{100 * self.mean:.1f}{interval}"
+        if math.isnan(self.half_width):
+            return f"{100 * self.mean:.1f}"
+        low, high = self.over_seeds
+        if low > self.mean - self.half_width or high < self.mean + self.half_width:
+            return f"{100 * self.mean:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+        return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}"
 
 
-def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Return the mean of independent runs with Student's t-interval."""
+def estimate(values: Sequence[float], confidence: float = 0.95, limit: float = 1.0) -> Estimate:
+    """Return the mean of independent runs with Student's t-interval; no value can be above the limit."""
     count = len(values)
     if count < 2:
-        return Estimate(float(values[0]) if count else math.nan, math.nan, tuple(values))
+        return Estimate(float(values[0]) if count else math.nan, math.nan, tuple(values), limit)
     quantile = float(scipy.special.stdtrit(count - 1, (1 + confidence) / 2))
     half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(float(np.mean(values)), half_width, tuple(values))
+    return Estimate(float(np.mean(values)), half_width, tuple(values), limit)
+
+
+def estimate_nats(values: Sequence[float]) -> Estimate:
+    """Return the same of numbers that may be as large as they like."""
+    return estimate(values, limit=math.inf)
 
 
 def average_targets(values: Sequence[float]) -> float:
@@ -88,6 +134,23 @@ def macro_f1(predictions: Predictions) -> float:
     right, support, claimed = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
     present = np.flatnonzero(support)
     return float(np.mean(2 * right[present] / (support + claimed)[present]))
+
+
+def macro_f1_error(predictions: Predictions) -> float:
+    """Return the standard error of macro-F1 over faces.
+
+    By the delta method for multinomial counts (Takahashi, Yamamoto, Kuchiba, Koyama, "Confidence interval for
+    micro-averaged F1 and macro-averaged F1 scores", Applied Intelligence 52, 2022).
+    """
+    counts = confusion(predictions)
+    shares, sums = counts / counts.sum(), counts.sum(axis=1) + counts.sum(axis=0)
+    present = counts.sum(axis=1) > 0
+    both = np.maximum(sums / counts.sum(), SMALLEST)  # (K,): of a class, its share among labels and among predictions
+    scores = np.where(present, 2 * np.diag(shares) / both, 0.0)
+    slopes = scores / both
+    gradient = (2 * np.diag(present / both) - slopes[:, None] - slopes[None, :]) / present.sum()  # (K, K)
+    variance = (shares * gradient**2).sum() - (shares * gradient).sum() ** 2
+    return math.sqrt(max(variance, 0.0) / counts.sum())
 
 
 def calibration_error(predictions: Predictions) -> float:
@@ -132,6 +195,7 @@ class Metric:
 
     NaN stands for a target on which it cannot be computed.
 
+    `chance` names what it has to exceed: `largest`, the share of the largest class among the faces, or `uniform`, one in K.
     `beside` says whether the main table shows its mean over unseen targets beside whatever metric the table is of; `about`
     is a sentence for whoever may not know it.
     """
@@ -143,12 +207,13 @@ class Metric:
     over_seeds: Callable[[Sequence[float]], Estimate] = estimate
     beside: bool = False
     about: str = ""
+    chance: str = ""
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("accuracy", accuracy),
-    "mean_class_accuracy": Metric("mean-class accuracy", mean_class_accuracy),
-    "macro_f1": Metric("macro-F1", macro_f1, beside=True),
+    "accuracy": Metric("accuracy", accuracy, chance="largest"),
+    "mean_class_accuracy": Metric("mean-class accuracy", mean_class_accuracy, chance="uniform"),
+    "macro_f1": Metric("macro-F1", macro_f1, beside=True, chance="uniform"),
     "ece": Metric(
         "ECE",
         calibration_error,
@@ -166,6 +231,7 @@ METRICS: dict[str, Metric] = {
         "cross-entropy to votes",
         votes_cross_entropy,
         higher_is_better=False,
+        over_seeds=estimate_nats,
         about="Cross-entropy to votes: between the shares of people's votes and the probabilities, in hundredths of a nat.",
     ),
 }

@@ -16,6 +16,7 @@ from cafe.results.metrics import METRICS
 from cafe.results.predictions import Predictions
 from cafe.results.statistics import Difference, Ranking, holm, paired_test, rank_methods
 
+PAIRS = 10  # of source and target, fewer than which say nothing of mean ranks
 RECALLS = "mean of recalls"  # what the tests by class end with
 BySeed = Sequence[dict[Column, Predictions]]  # of a row
 
@@ -101,10 +102,20 @@ def _test(row: Row, reference: Row, ours: BySeed, theirs: BySeed, comparison: Co
         if all(column in run for run in (*ours, *theirs))
     }
     yield from _test_all(row, reference, paired)
-    unseen = {column.name for column in columns if column not in row.seen and row.evaluates(column)}
+    unseen = {column.name for column in row.counted if row.evaluates(column)}
     tested = [column for column in paired if column.name in unseen]
     if len(unseen) > 1 and len(tested) == len(unseen):
         yield _compare(row, reference, None, [paired[column] for column in tested])
+
+
+def test_unseen(row: Row, reference: Row, comparison: Comparison) -> Paired | None:
+    """Test the mean accuracy of a row over its unseen targets against another row's; None unless both have all of them."""
+    columns = sorted(row.counted)
+    ours, theirs = (comparison.load_predictions(one) for one in (row, reference))
+    if not columns or not all(column in run for run in (*ours, *theirs) for column in columns):
+        return None
+    paired = [pair_faces([run[column] for run in ours], [run[column] for run in theirs]) for column in columns]
+    return _compare(row, reference, None, paired)
 
 
 def _test_classes(row: Row, reference: Row, ours: BySeed, theirs: BySeed, target: str) -> Iterator[Paired]:
@@ -194,7 +205,10 @@ class Ranks:
 
 
 def rank_rows(comparison: Comparison) -> Ranks | None:
-    """Rank the methods that were trained on every source, by their mean over two or more targets; else None."""
+    """Rank the methods that were trained on every source, by their mean over two or more targets; else None.
+
+    Of fewer than `PAIRS` pairs of source and unseen target, ranks are not tested.
+    """
     rows = {(row.source, row.label): row for row in comparison.rows if row.contends}
     ranked = [row for row in comparison.rows if not row.test_time]
     sources, everybody = ({getattr(row, name) for row in ranked} for name in ("source", "label"))
@@ -205,7 +219,7 @@ def rank_rows(comparison: Comparison) -> Ranks | None:
         [rows[source, label].cells[column].mean for label in labels]
         for source in sorted(sources)
         for column in comparison.columns
-        if column not in rows[source, labels[0]].seen and not column.leak_free
+        if column in rows[source, labels[0]].counted
     ]
     scores = np.array([column for column in columns if not np.isnan(column).any()]).T  # (methods, targets)
     if scores.ndim < 2 or scores.shape[1] < 2:
@@ -213,4 +227,6 @@ def rank_rows(comparison: Comparison) -> Ranks | None:
     ranking = rank_methods(scores if METRICS[comparison.metric].higher_is_better else -scores)
     order = np.argsort(ranking.ranks, kind="stable")
     ordered = replace(ranking, ranks=tuple(ranking.ranks[place] for place in order))
+    if ranking.targets < PAIRS:
+        ordered = replace(ordered, p=math.nan, critical_difference=math.nan)
     return Ranks(tuple(labels[place] for place in order), ordered, tuple(sorted(everybody - set(labels))))

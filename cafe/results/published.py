@@ -76,7 +76,7 @@ def _publish(row: Row, comparison: Comparison) -> Published | None:
     cells = {column: numbers[kinds[column.name]] for column in columns if kinds[column.name] in numbers}
     if not cells:
         return None
-    unseen = [column for column in columns if column not in row.seen]
+    unseen = [column for column in columns if column in row.counted]
     if (
         sorted(kinds[column.name] for column in unseen) != sorted({*SETS} - {source.kind})
         or not {*unseen} <= cells.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, order_classes
-from cafe.errors import StorageError, UserError, unknown
+from cafe.errors import StorageError, UserError, ambiguous, unknown
 from cafe.files import exists, list_folder, read_json
 from cafe.records import FORMAT, check_record
 from cafe.results.columns import Column
@@ -37,6 +38,8 @@ class Description:
     derived: dict[str, Any]
     sources: tuple[Source, ...] = ()  # where there are several
     fold: str = ""
+    draw: int | None = None
+    drawn: tuple[str, ...] = ()
     classes: tuple[str, ...] = EXPRESSIONS
 
 
@@ -65,6 +68,8 @@ class Run:
     not_as_published: tuple[str, ...]
     experiments: dict[str, str | None]
     pulled: bool  # from a tracking server: it was evaluated on the manifests of another workspace
+    draw: int | None = None  # which one of a sweep it is
+    drawn: tuple[str, ...] = ()  # the settings of its recipe that were drawn
     classes: tuple[str, ...] = EXPRESSIONS  # in the order of its outputs; old records do not say
     test_time: str = ""  # the option with which it was evaluated
     ensemble: tuple[Run, ...] = ()  # the runs whose mean it is
@@ -228,8 +233,10 @@ def _find_named(runs: Sequence[Run], name: str) -> tuple[Run, str]:
     found = [run for run in runs if run.name == name] or [run for run in runs if run.name.startswith(name)]
     if not found and any(name in run.experiments for run in runs):
         raise UserError(f"{name!r} is an experiment: give one of its runs, or --best source_val to choose it.")
-    if len(found) != 1:
-        raise unknown("run", name, [run.name for run in found or runs])
+    if not found:
+        raise unknown("run", name, [run.name for run in runs])
+    if len(found) > 1:
+        raise ambiguous("runs", name, [run.name for run in found])
     return found[0], f"Model {found[0].name}"
 
 
@@ -285,13 +292,23 @@ def list_epochs(folder: UPath) -> dict[int, UPath]:
     return {int(path.stem): path for path in there if path.suffix == ".json" and path.stem.isdecimal()}
 
 
-def read_validation_accuracy(run: Run) -> float | None:
-    """Return the accuracy of a run on the faces of its source that its epoch, or epochs, were selected on; None without."""
+def read_selection_accuracy(run: Run) -> float | None:
+    """Return the accuracy of a finished run on the faces that its epoch was chosen by; None where none chose it."""
     result = read_result(run.folder)
-    if result and run.selection == "swad":
+    if not result or not result.get("epochs"):
+        return None
+    if run.selection == "leave_one_out":
+        curve = (read_json(run.folder / "selection.json") or {}).get("accuracy") or [math.nan]
+        return float(max(curve))
+    if run.selection == "swad":
         return float(result["selection/accuracy"])  # of the averaged weights
-    if run.selection != "source_val" or not result or not result.get("selected"):
+    if not result.get("selected"):
         return None
     epoch = read_epoch(run.folder / "epochs" / f"{result['selected']:04d}.json")
     accuracy = epoch.get("selection/accuracy")
     return None if accuracy is None else float(accuracy)
+
+
+def read_validation_accuracy(run: Run) -> float | None:
+    """Return the accuracy of a run on the faces of its source that its epoch, or epochs, were selected on; None without."""
+    return read_selection_accuracy(run) if run.selection in ("source_val", "swad") else None

@@ -11,21 +11,30 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from cafe.data.manifest import map_threads
 from cafe.results.columns import Column
-from cafe.results.metrics import METRICS, RECALL, score
+from cafe.results.metrics import METRICS, RECALL, macro_f1_error, score
 from cafe.results.predictions import Head, Predictions, list_predictions, list_protocols
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
-from cafe.results.sources import SAME_SET, SOURCE, UNKNOWN, UNSEEN
+from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNKNOWN, UNSEEN
+from cafe.results.statistics import combine_intervals, wilson
+
+FACES = "faces/"  # before the name of a class: how many faces it has
+LOW, HIGH = ".low", ".high"
+Z = 1.96  # deviations of a normal variable that hold 95 % of it
+ENDS = (LOW, HIGH)  # behind the name of a metric: of its 95 % interval over faces, taken for independent
 
 # What a record says beside the metrics and the recalls. `sources` is how many there are; `column` is the `Column` of which
-# `protocol` and `target` are names.
+# `protocol` and `target` are names. What the numbers rest on: the faces, the share of the `largest` class among them, and
+# `uniform`, one in K classes.
 SCORE_FIELDS = (
     "run", "group", "source", "sources", "method", "seed", "column", "protocol", "target", "split", "kind", "manifest",
     "relation", "unseen", "classes", "target_classes", "faces", "left_out", "other_classes",
+    "largest", "uniform", *(f"{name}{end}" for name in ("accuracy", "macro_f1") for end in ENDS),
 )  # fmt: skip
 
 Filter = Callable[[Run, Column, Predictions], Predictions]
@@ -42,7 +51,8 @@ def read_scores(
     Columns: those of `SCORE_FIELDS`, every metric, and recall/CLASS of all classes there are. `known` names the manifests of
     the workspace: the relation of other targets is `unknown`, unless the run was pulled from a tracking server; without
     `known` none is. `leave_out` takes faces out, counted in `left_out`; a target of which none is left has no scores.
-    `other_classes` counts the faces that were not predicted, being of classes the model lacks.
+    `other_classes` counts the faces that were not predicted, being of classes the model lacks. Of unseen targets that are
+    one manifest under several names, the first is `unseen` and the others have the `same faces`.
     """
     records: list[dict[str, Any]] = []
     classes: dict[str, None] = {}
@@ -65,9 +75,33 @@ def read_scores(
                     "target_classes": kept.target_classes,
                     "faces": len(kept.labels), "left_out": len(predictions.labels) - len(kept.labels),
                     "other_classes": predictions.other_classes,
-                    **(score(kept) if len(kept.labels) else {}),
+                    **(describe_scores(kept) if len(kept.labels) else {}),
                 })  # fmt: skip
-    return pd.DataFrame(records, columns=[*SCORE_FIELDS, *METRICS, *(f"{RECALL}{name}" for name in classes)])
+    by_class = [f"{of}{name}" for of in (RECALL, FACES) for name in classes]
+    scores = pd.DataFrame(records, columns=[*SCORE_FIELDS, *METRICS, *by_class])
+    unseen = scores[scores["unseen"].astype(bool) & (scores["manifest"] != "")]
+    twins = unseen.index[unseen.duplicated(["run", "protocol", "manifest"])]
+    scores.loc[twins, "relation"] = SAME_FACES
+    scores.loc[twins, "unseen"] = False
+    return scores
+
+
+def describe_scores(predictions: Predictions) -> dict[str, float]:
+    """Return every metric and recall of some faces, and what these rest on: faces of each class, chance and intervals."""
+    scores, classes = score(predictions), predictions.classes
+    support = np.bincount(predictions.labels, minlength=len(classes))
+    reach = Z * macro_f1_error(predictions)
+    low, high = wilson(scores["accuracy"], len(predictions.labels))
+    return {
+        **scores,
+        **{f"{FACES}{name}": int(count) for name, count in zip(classes, support, strict=True)},
+        "largest": float(support.max() / support.sum()),
+        "uniform": 1 / len(classes),
+        f"accuracy{LOW}": low,
+        f"accuracy{HIGH}": high,
+        f"macro_f1{LOW}": max(0.0, scores["macro_f1"] - reach),
+        f"macro_f1{HIGH}": min(1.0, scores["macro_f1"] + reach),
+    }
 
 
 class LeftOut(NamedTuple):
@@ -188,16 +222,32 @@ def _over_targets(average: Callable[[Sequence[float]], float]) -> Callable[[pd.S
     return lambda values: average(values.tolist())
 
 
+def interval_of_mean(scores: pd.DataFrame, metric: str) -> tuple[float, float]:
+    """Return the ends of the interval over faces of a metric's mean over the targets of some records."""
+    ends = [scores[f"{metric}{end}"] for end in ENDS]
+    return combine_intervals(list(scores[metric]), list(zip(*ends, strict=True)))
+
+
 def flatten_scores(scores: pd.DataFrame) -> dict[str, float]:
     """Return one run's scores by flat names: target/TARGET/METRIC, unseen/METRIC and all/METRIC.
 
-    Those of another protocol than `clean` have its name in front.
+    Those of another protocol than `clean` have its name in front. Beside the metrics of a target are the faces they are of,
+    the share of the largest class, one in K, and the ends of the intervals over faces, METRIC.low and METRIC.high.
     """
     named: dict[str, float] = {}
-    measured = [name for name in scores if name in METRICS or name.startswith(RECALL)]
+    resting = ("faces", "largest", "uniform")
+    measured = [
+        name for name in scores if name in (*METRICS, *resting) or name.startswith(RECALL) or name.endswith(ENDS)
+    ]
     for record in scores.to_dict("records"):
         named |= {record["column"].metric(name): record[name] for name in measured}
     for group, means in (("unseen", average_unseen(scores)), ("all", average_all(scores))):
         for (_, protocol), values in means.iterrows():
             named |= {f"{find_protocol(protocol).prefix}{group}/{name}": values[name] for name in METRICS}
+    for (_, protocol), own in scores[scores["relation"] == UNSEEN].groupby(["run", "protocol"], sort=False):
+        named |= {
+            f"{find_protocol(protocol).prefix}unseen/{name}{end}": value
+            for name in ("accuracy", "macro_f1")
+            for end, value in zip(ENDS, interval_of_mean(own, name), strict=True)
+        }
     return {name: float(value) for name, value in named.items() if not math.isnan(value)}

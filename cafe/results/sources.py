@@ -19,6 +19,7 @@ SHARED = frozenset(
 # Means are taken over `unseen` targets, or over these and the sources.
 SOURCE, UNSEEN = "source", "unseen"
 SAME_SET = "same set"  # another manifest of a set the run was trained on
+SAME_FACES = "same faces"  # the manifest of another unseen target under a second name: it counts once in means
 OTHER_SPLIT = "other split"  # evaluated on another split than the protocol's
 UNKNOWN = "unknown"  # the workspace has no manifest of that name any more
 

@@ -105,6 +105,30 @@ def _resample_mean(values: np.ndarray, resamples: int, random: np.random.Generat
     return np.asarray(drawn @ distinct / len(values))
 
 
+def wilson(share: float, faces: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval over faces of a share of so many independent faces, within 0 and 1.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), Eq. 4.
+    """
+    if not faces > 0:
+        return 0.0, 1.0
+    z = float(scipy.special.ndtri((1 + confidence) / 2))
+    middle, whole = share + z**2 / (2 * faces), 1 + z**2 / faces
+    reach = z * math.sqrt(share * (1 - share) / faces + z**2 / (4 * faces**2))
+    return max(0.0, (middle - reach) / whole), min(1.0, (middle + reach) / whole)
+
+
+def combine_intervals(means: Sequence[float], intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the interval of the mean of independent estimates from theirs, within what those reach.
+
+    The "method of variance estimates recovery" of Zou and Donner (Statistics in Medicine 27, 2008).
+    """
+    mean, count = sum(means) / len(means), len(means)
+    below = math.sqrt(sum((own - low) ** 2 for own, (low, _) in zip(means, intervals, strict=True))) / count
+    above = math.sqrt(sum((high - own) ** 2 for own, (_, high) in zip(means, intervals, strict=True))) / count
+    return mean - below, mean + above
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return Holm's step-down adjusted p-values of a family of tests (Holm 1979), in the order given."""
     order = np.argsort(p_values, kind="stable")

@@ -21,7 +21,7 @@ from cafe.errors import UserError, quote
 from cafe.files import read_file, write_file
 from cafe.seals import BLANK, KEY, check_seal, damaged, seal
 from cafe.towers.face import read_face_weights
-from cafe.towers.names import BackboneSpec, timm_name
+from cafe.towers.names import BackboneSpec, parse_backbone, single_names, timm_name
 
 
 def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
@@ -29,6 +29,24 @@ def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
     if spec.library == "dlib":
         return read_face_weights(str(spec.file))
     return read_state_dict(spec.file or _fetch(name, spec))
+
+
+def find_weights(name: str) -> str | None:
+    """Return where the weights of a tower lie on this machine, None where they would have to be fetched.
+
+    Raises `UserError` for an unknown tower or a file that is not there. Nothing is fetched.
+    """
+    import huggingface_hub
+
+    for single in single_names(name):
+        spec = parse_backbone(single)
+        if spec.file or spec.library == "dlib":
+            continue
+        repository, revision, files = _locate(spec)
+        cached = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
+        if not repository or not any(isinstance(path, str) for path in cached):
+            return None
+    return name
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

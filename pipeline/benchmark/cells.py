@@ -28,7 +28,7 @@ from cafe.pipeline.need import Store
 from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.process.progress import Bar, Progress
-from cafe.pipeline.runs import note_status, read_status
+from cafe.pipeline.runs import note_end, note_start, note_status, read_status
 from cafe.pipeline.settings import ClusterSettings, Execution, take
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.train import show_finished, train_and_evaluate
@@ -63,6 +63,7 @@ def run_benchmark(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Fa
 def run_plan(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failures:
     """Run a plan whose lease is held."""
     write_changed(plan.folder / "benchmark.json", encode_json(asdict(plan.benchmark)))
+    note_start(plan.folder)
     try:
         with nullcontext() if all(cell.done for cell in plan.runnable) else cluster.connect(plan.settings):
             if plan.missing_stores:
@@ -72,6 +73,8 @@ def run_plan(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failure
     except BaseException:
         mirror.update_benchmark(plan.folder, plan.experiment, "KILLED")
         raise
+    if not all(cell.done for cell in plan.cells):
+        note_end(plan.folder)
     _write_outcomes(plan, failures)
     _compare(plan)
     mirror.update_benchmark(plan.folder, plan.experiment, "FAILED" if failures else "FINISHED")

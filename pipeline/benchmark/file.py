@@ -3,6 +3,7 @@
     sources = ["rafdb", "sfew"]                     # to train on; "rafdb,sfew" is their union. Or: "all but target"
     methods = ["scn", { method = "cafe", set = { mask = "none" } }]
     seeds = 5                                       # or a list of them
+    draws = 20                                      # of every method's settings, for each seed: a sweep
     towers = ["clip-vit-b32"]                       # of the methods that use one
     [features]                                      # settings of `cafe extract`, by their names with underscores
     [train]                                         # settings of `cafe train` that all methods share
@@ -40,6 +41,7 @@ from cafe.results.sources import ALL_BUT_TARGET
 PER_SEED = "per seed"  # for `view_seed`: every training seed sees a draw of views of its own
 
 MOST_SEEDS = 10_000
+CHOOSING = ("source_val", "swad", "leave_one_out", "oracle")  # selections that draws can be chosen by
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 KINDS = {"int": "a whole number", "string": "a text", "bool": "true or false", "list": "a list", "dict": "a table"}
@@ -122,6 +124,7 @@ class Benchmark:
     towers: Names = field(default_factory=lambda: ["clip-vit-b32"])
     targets: Names | None = None  # the sources, each evaluated on all of them
     protocol: ProtocolName = "clean"
+    draws: Count | None = None  # of the settings of every method that is trained, for each seed, which is a trial
     views: Count | None = None  # per face; one for every epoch and the clean one, as published
     features: dict[str, Any] = field(default_factory=dict)
     set: Changes = field(default_factory=dict)
@@ -131,6 +134,8 @@ class Benchmark:
     def digest(self) -> str:
         """Names what the file asks for; its comments and its explanation play no part."""
         record = {**asdict(self), "about": "", "targets": self.evaluated_on}
+        if self.draws is None:
+            del record["draws"]
         return digest(json.dumps(record, sort_keys=True).encode())
 
     @property
@@ -159,6 +164,10 @@ class Benchmark:
     def first_view_seed(self) -> int:
         """The seed of the views, or the first one where there are several."""
         return self.seeds[0] if self.views_per_seed else int(self.features.get("view_seed", 0))
+
+    def list_draws(self, entry: Entry) -> list[int | None]:
+        """Return the draws of a method's settings for each seed; None alone where there is no sweep."""
+        return list(range(self.draws)) if self.draws and entry.kind.trained else [None]
 
     def view_seed(self, entry: Entry, seed: int) -> int:
         """Return the seed of the views whose features a method reads."""
@@ -191,6 +200,7 @@ class Benchmark:
             backbone=tower or "none",
             targets=fold or ",".join(self.evaluated_on),
             fold=fold,
+            draw=0 if self.draws and entry.kind.trained else None,
             views_per_seed=self.views_per_seed and entry.kind.trained,
             protocol=self.protocol,
             experiment=self.name,
@@ -232,6 +242,8 @@ def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:
     }, name)  # fmt: skip
     if benchmark.sources == [ALL_BUT_TARGET] and len(benchmark.targets or ()) < 2:
         raise UserError(f'sources = "{ALL_BUT_TARGET}" in {name} needs at least two targets: give a list of them.')
+    if benchmark.draws:
+        _check_draws(benchmark)
     settings = frozenset[str]().union(*(entry.recipe_settings for entry in entries))
     for key in benchmark.set.keys() - settings:
         raise unknown(f"setting of the methods in {name}", key, settings)
@@ -241,6 +253,17 @@ def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:
                 f"The method {label} is listed {count} times in {name}: keep one, or change a setting of it."
             )
     return benchmark
+
+
+def _check_draws(benchmark: Benchmark) -> None:
+    """Raise `UserError` for a method whose draws nothing would choose between."""
+    for entry in (entry for entry in benchmark.methods if entry.kind.trained):
+        selection = {**benchmark.train, **entry.train}.get("selection", TrainSettings.selection)
+        if selection not in CHOOSING:
+            raise UserError(
+                f"The draws of {entry.label} in {benchmark.name} are chosen by held-out faces, and its selection is "
+                f"{selection!r}: set selection under [train] to one of {', '.join(CHOOSING)}."
+            )
 
 
 def _parse_entry(item: Any, name: str) -> Entry:

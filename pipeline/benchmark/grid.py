@@ -77,7 +77,8 @@ class Cell:
     @property
     def name(self) -> str:
         """What `--only` is matched with."""
-        return f"{self.source_name}/{self.title}/s{self.settings.seed}"
+        draw = "" if self.settings.draw is None else f"/d{self.settings.draw}"
+        return f"{self.source_name}/{self.title}/s{self.settings.seed}{draw}"
 
     @property
     def source_name(self) -> str:
@@ -148,7 +149,7 @@ class Cell:
         faces = self.faces * len(self.records) + self.faces * (self.folds - 1) * folds // max(1, self.folds)
         return min(self.work, faces)
 
-    def with_seed(self, seed: int) -> Cell:
-        """Return the cell of another seed."""
-        plan = self.plan.with_seed(seed) if self.plan else None
-        return replace(self, settings=replace(self.settings, seed=seed), plan=plan)
+    def with_seed(self, seed: int, draw: int | None = None) -> Cell:
+        """Return the cell of another seed, of a sweep of another draw."""
+        plan = self.plan.with_seed(seed, draw) if self.plan else None
+        return replace(self, settings=replace(self.settings, seed=seed, draw=draw), plan=plan)

@@ -138,7 +138,12 @@ def plan_benchmark(
             stores += [targets[name, tower] for name in cell.evaluated_on for tower in cell.towers]
         first.append(planner.complete(cell, stores))
     seeds = [None] if benchmark.views_per_seed else benchmark.seeds  # all of the first seed come first
-    cells = [cell if seed is None else cell.with_seed(seed) for seed in seeds for cell in first]
+    cells = [
+        cell.with_seed(cell.settings.seed if seed is None else seed, draw)
+        for seed in seeds
+        for cell in first
+        for draw in benchmark.list_draws(cell.entry)
+    ]
     chosen = [cell for cell in cells if fnmatchcase(cell.name, settings.only or "*")]
     if not chosen:
         raise UserError(f"No cell matches --only {settings.only!r}: they are called like {cells[0].name!r}.")

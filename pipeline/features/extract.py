@@ -24,7 +24,9 @@ from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError, first_line
 from cafe.files import place_below, read_file, read_json, write_json
 from cafe.pipeline import cluster
+from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
+from cafe.pipeline.features.reuse import UNKNOWN, Donors, find_donors, group_shards
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import MANY_VIEWS, ShardEmbedder
 from cafe.pipeline.process import machine
@@ -55,18 +57,25 @@ class Extraction:
     info: StoreInfo
     computed: int
     skipped: list[tuple[str, str]]
+    taken: int = 0  # faces of these shards whose features another store had
 
     def sentence(self) -> str:
         """Say what happened, for the end of a command."""
         what = f"computed {self.computed} of {self.info.shards} shards" if self.computed else "nothing to do"
+        what += f", {self.taken:,} faces of them taken over from other stores" if self.taken else ""
         unreadable = f", {len(self.skipped)} unreadable images left out" if self.skipped else ""
         return f"{self.info.manifest}: {what}{unreadable}; {self.info.describe()} in {self.store}"
 
     def complaint(self, allowed: int) -> str:
         """Say that too many images are unreadable, with their list."""
         listed = "\n".join(f"  {path}: {reason}" for path, reason in self.skipped)
+        large = sum(Skipped(0, reason).limit is not None for _, reason in self.skipped)
+        limit = self.info.key.max_megapixels
+        remedy = (
+            f" ({large} only for having more pixels than --max-megapixels {limit} allows: give more)" if large else ""
+        )
         return (
-            f"{len(self.skipped)} of {self.info.rows} images of {self.info.manifest!r} are unreadable, more than "
+            f"{len(self.skipped)} of {self.info.rows} images of {self.info.manifest!r} are unreadable{remedy}, more than "
             f"--max-skipped {allowed}; the features of all others are kept:\n{listed}"
         )
 
@@ -180,6 +189,7 @@ class _Pass:
     stores: list[FeatureStore]
     pending: list[list[int]]  # the shards that each store lacks
     leases: list[Callable[[], None]]
+    donors: list[Donors]  # of each store
 
     @property
     def shards(self) -> list[int]:
@@ -195,11 +205,22 @@ class _Pass:
         for check in self.leases:
             check()
 
+    def find_known(self, shard: int) -> np.ndarray:
+        """Return (rows, stores, 2): which other store has a row of a shard, and its row there."""
+        rows = self.stores[0].info.rows_of(shard)
+        return np.stack([donors.find(self.manifest, rows) for donors in self.donors], axis=1)
+
+    def _count_taken(self) -> list[int]:
+        if not any(donors.places for donors in self.donors):
+            return [0] * len(self.stores)
+        found = {shard: (self.find_known(shard)[:, :, 0] != UNKNOWN).sum(axis=0) for shard in self.shards}
+        return [int(sum(found[shard][number] for shard in own)) for number, own in enumerate(self.pending)]
+
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
         return [
-            Extraction(store.path, store.info, len(pending), store.receipts.skipped_paths(self.manifest))
-            for store, pending in zip(self.stores, self.pending, strict=True)
+            Extraction(store.path, store.info, len(pending), store.receipts.skipped_paths(self.manifest), taken)
+            for store, pending, taken in zip(self.stores, self.pending, self._count_taken(), strict=True)
         ]
 
 
@@ -222,7 +243,18 @@ def _plan(
         if store.pending():
             store.receipts.discard([])  # what is summed up may be wrong soon
         alike[store.info.shard_rows].append(store)
-    return [_Pass(manifest, stores, [store.pending() for store in stores], leases) for stores in alike.values()]
+    return [_make_pass(workspace, manifest, stores, leases) for stores in alike.values()]
+
+
+def _make_pass(
+    workspace: Workspace, manifest: Manifest, stores: list[FeatureStore], leases: list[Callable[[], None]]
+) -> _Pass:
+    pending = [store.pending() for store in stores]
+    donors = [
+        Donors(find_donors(workspace.features, store) if own else [])
+        for store, own in zip(stores, pending, strict=True)
+    ]
+    return _Pass(manifest, stores, pending, leases, donors)
 
 
 def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
@@ -245,7 +277,7 @@ def _compute_with_retries(step: _Pass, settings: ExtractSettings) -> Iterator[di
     while shards:
         some = shards[:AT_ONCE]
         try:
-            for shard in compute_shards(step.manifest, step.stores, settings, some):
+            for shard in compute_shards(step, settings, some):
                 died = 0
                 yield shard
             shards = shards[AT_ONCE:]
@@ -258,15 +290,18 @@ def _compute_with_retries(step: _Pass, settings: ExtractSettings) -> Iterator[di
                 ) from None
 
 
-def compute_shards(
-    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, shards: Sequence[int]
-) -> Iterator[dict[str, Any]]:
+def compute_shards(step: _Pass, settings: ExtractSettings, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Compute shards; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
-    packed = [pack_shard(manifest, stores[0].info, shard) for shard in shards]
+    known = {shard: step.find_known(shard) for shard in shards}
+    info = step.stores[0].info
+    packed = [
+        pack_shards(step.manifest, info, group, np.concatenate([known[shard] for shard in group]))
+        for group in group_shards(shards, list(known.values()), max(1, settings.batch_size // info.key.views))
+    ]
     return (
-        _compute_with_ray(manifest, stores, settings, packed)
+        _compute_with_ray(step, settings, packed)
         if needs_ray(settings, len(shards))
-        else _compute_here(manifest, stores, settings, packed)
+        else _compute_here(step, settings, packed)
     )
 
 
@@ -295,10 +330,9 @@ def _count_here(settings: ExtractSettings) -> tuple[int, int]:
     return (settings.num_gpus or gpus) if gpus else 0, settings.num_cpus or machine.cores()
 
 
-def _arguments(
-    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, gpus: int, share: int
-) -> tuple[Any, ...]:
+def _arguments(step: _Pass, settings: ExtractSettings, gpus: int, share: int) -> tuple[Any, ...]:
     """Return what a `ShardEmbedder` is made of that has a share of the cores."""
+    manifest, stores = step.manifest, step.stores
     enough = share - 1 if stores[0].info.key.views < MANY_VIEWS else FEW_DECODERS
     decoders = max(1, min(share - 1, enough)) if gpus else 1  # on a CPU everything waits for the tower
     return (
@@ -310,18 +344,17 @@ def _arguments(
         versions(),
         find_plugins(towers=settings.backbone),
         permission(),
+        [{str(donor.path): donor.info for donor in donors.stores} for donors in step.donors],
     )
 
 
-def _compute_here(
-    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, packed: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+def _compute_here(step: _Pass, settings: ExtractSettings, packed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Compute shards in this process, two at a time: one has the tower, the other is being decoded or written."""
-    embedder = ShardEmbedder(*_arguments(manifest, stores, settings, *_count_here(settings)))
+    embedder = ShardEmbedder(*_arguments(step, settings, *_count_here(settings)))
     pool = ThreadPoolExecutor(HANDED_OUT)
     try:
         for receipt in pool.map(embedder, ({name: [value] for name, value in shard.items()} for shard in packed)):
-            yield {name: value for name, (value,) in receipt.items()}
+            yield from (dict(zip(receipt, values, strict=True)) for values in zip(*receipt.values(), strict=True))
     finally:
         embedder.end()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -335,9 +368,7 @@ def _without_restarts() -> dict[str, int]:
     return {"max_restarts": 0}
 
 
-def _compute_with_ray(
-    manifest: Manifest, stores: Sequence[FeatureStore], settings: ExtractSettings, packed: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+def _compute_with_ray(step: _Pass, settings: ExtractSettings, packed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     import ray.data
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError, RayTaskError
@@ -352,7 +383,7 @@ def _compute_with_ray(
     rows = ray.data.from_items(packed, override_num_blocks=len(packed))
     receipts = rows.map_batches(
         ShardEmbedder,
-        fn_constructor_args=_arguments(manifest, stores, settings, gpus, max(1, cores // actors)),
+        fn_constructor_args=_arguments(step, settings, gpus, max(1, cores // actors)),
         batch_size=1,
         compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=HANDED_OUT),
         num_cpus=1,
@@ -380,9 +411,17 @@ def _quieten_ray_data() -> None:
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
 
 
-def pack_shard(manifest: Manifest, info: StoreInfo, shard: int) -> dict[str, Any]:
-    """Return a shard as a row of Ray: its number and its rows of the manifest."""
-    rows, sink = info.rows_of(shard), pa.BufferOutputStream()
+def pack_shards(
+    manifest: Manifest, info: StoreInfo, shards: Sequence[int], known: np.ndarray | None = None, stores: int = 1
+) -> dict[str, Any]:
+    """Return neighbouring shards as a row of Ray: the first one's number, how many they are, and their manifest rows.
+
+    `known` (rows, stores, 2) says which other stores have which of the rows; by default none has any.
+    """
+    start, end, sink = info.rows_of(shards[0]).start, info.rows_of(shards[-1]).stop, pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
-        stream.write_table(manifest.table.slice(rows.start, len(rows)))
-    return {"shard": shard, "faces": sink.getvalue().to_pybytes()}
+        stream.write_table(manifest.table.slice(start, end - start))
+    if known is None:
+        known = np.full((end - start, stores, 2), UNKNOWN)
+    faces = sink.getvalue().to_pybytes()
+    return {"shard": shards[0], "count": len(shards), "faces": faces, "known": known.astype(np.int64).tobytes()}

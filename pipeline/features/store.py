@@ -4,7 +4,8 @@ beside it.
     features/MANIFEST/BACKBONE-vV-KEY/
         about.json           the key and the sizes
         checksums.json       of all files that belong to no shard
-        store.zarr/          pooled (N, V, C), optional map (N, V, C, H, W), valid (N,), sample_id (N,), label (N,)
+        store.zarr/          pooled (N, V, C), optional map (N, V, C, H, W), valid (N,), sample_id (N,), label (N,),
+                             image (N,): the picture each row is of
         receipts/00000.json  rows, skipped samples and checksums (of every view and file) of one shard, written last
         skipped.json         the skipped samples of all shards
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import pyarrow as pa
 import zarr
 from numpy.dtypes import StringDType
 from upath import UPath
@@ -88,6 +90,11 @@ class FeatureStore:
             return retry(self.path, "read", function)
         except (KeyError, ValueError, TypeError, FileNotFoundError) as error:
             raise damaged(self.path, f"Zarr cannot open it: {quote(error)}") from None
+
+    def allocate_rows(self, rows: int) -> dict[str, np.ndarray]:
+        """Return arrays {array: (rows, V, …)} to be filled and written."""
+        arrays = {name: self.array(name) for name in ARRAYS if name in self.info.objects(0)}
+        return {name: np.empty((rows, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
 
     def pending(self) -> list[int]:
         """The shards still to compute: a listing, never a scan."""
@@ -160,6 +167,18 @@ class FeatureStore:
         except (OSError, OverflowError):  # a file that is missing, cut or damaged, or a view that was all left out
             return False
 
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Return all views of some rows, (n, V, …), checked against the receipts; raises `UserError` as `read_view` does."""
+        array, step = self.array(name), self.info.shard_rows
+        result = np.empty((len(rows), *array.shape[1:]), array.dtype)
+        for shard in np.unique(rows // step):
+            own, there = rows // step == shard, self.info.rows_of(int(shard))
+            values = np.empty((len(there), *array.shape[2:]), array.dtype)
+            for view in range(self.info.key.views):
+                self.read_shard(int(shard), name, view, values)
+                result[own, view] = values[rows[own] - there.start]
+        return result
+
     def matches(self, shard: int, receipt: Receipt) -> bool:
         """Whether what a shard holds is what its receipt says, whatever its files look like."""
         rows = self.info.rows_of(shard)
@@ -224,12 +243,19 @@ def _make_arrays(info: StoreInfo, manifest: Manifest) -> dict[str, bytes]:
     if info.map_shape:
         create("map", (views, *info.map_shape), info.key.dtype, float("nan"), "view", "channel", "y", "x")
     create("valid", (), "bool", False)
-    for name, dtype in (("sample_id", "string"), ("label", "int8")):
+    for name, dtype in (("sample_id", "string"), ("label", "int8"), ("image", "string")):
         array = group.create_array(name, shape=(rows,), dtype=dtype, dimension_names=("sample",))
         for start in range(0, rows, array.chunks[0]):  # of strings of any length, a part at a time
-            values = manifest.table[name].slice(start, array.chunks[0]).to_pylist()
+            faces = manifest.table.slice(start, array.chunks[0])
+            values = name_images(faces) if name == "image" else faces[name].to_pylist()
             array[start : start + len(values)] = np.array(values, StringDType() if dtype == "string" else dtype)
     return {key: buffer.to_bytes() for key, buffer in buffers.items()}
+
+
+def name_images(faces: pa.Table) -> list[str]:
+    """Name the picture that each row of a manifest is of, by the digest of its bytes and its box."""
+    pictures = zip(faces["digest"].to_pylist(), faces["box"].to_pylist(), strict=True)
+    return [f"{digits} {box}" if box else digits for digits, box in pictures]
 
 
 def view_digests(values: np.ndarray) -> list[str]:

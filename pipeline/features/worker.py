@@ -27,6 +27,7 @@ from threading import Event, Lock, Thread
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from cafe.addresses import Permission, permission
@@ -61,8 +62,9 @@ class ShardEmbedder:
     """A tower at work: a shard with its faces in, receipts out. Loaded once per worker, usable without Ray.
 
     `stores` are those of one manifest that take different layers of one pass: {folder: what it is}; `manifest` is without
-    its rows, which come with each shard, so that memory does not grow with the data set. Two threads may call it: while one
-    has the tower, the other has its pictures decoded, or writes.
+    its rows, which come with each shard, so that memory does not grow with the data set. `donors` are the stores from which
+    each of them takes rows over. Two threads may call it: while one has the tower, the other has its pictures decoded, or
+    writes.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ShardEmbedder:
         versions: Mapping[str, str] = MappingProxyType({}),
         plugins: Sequence[Plugin] = (),
         allowed: Permission | None = None,
+        donors: Sequence[Mapping[str, StoreInfo]] = (),
     ) -> None:
         import torch
 
@@ -90,6 +93,7 @@ class ShardEmbedder:
             shorten_switch_interval()
         self.stores = [FeatureStore(locate(path), info) for path, info in stores.items()]
         self.pending = [set(store.pending()) for store in self.stores]
+        self.donors = [[FeatureStore(locate(path), info) for path, info in some.items()] for some in donors]
         self.layers = [parse_backbone(info.backbone_name).layer for info in stores.values()]
         self.manifest, self.settings, self.device = manifest, settings, device
         self.versions = versions  # of the driver
@@ -126,33 +130,62 @@ class ShardEmbedder:
         )
 
     def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
-        """Embed one shard, as `pack_shard` gives it, write it to the stores that lack it and return {shard, rows, fault}.
+        """Embed shards, as `pack_shards` gives them, write them where they are lacking and return {shard, rows, fault}.
 
-        A storage that goes on failing is reported as the fault; the shard then has no receipt.
+        A storage that goes on failing is reported as the fault; the shards then have no receipt.
         """
-        shard, faces = int(batch["shard"][0]), batch["faces"][0]
-        faces = replace(self.manifest, table=pa.ipc.open_stream(faces).read_all())
+        first, count = int(batch["shard"][0]), int(batch["count"][0])
+        shards = range(first, first + count)
+        faces = replace(self.manifest, table=pa.ipc.open_stream(batch["faces"][0]).read_all())
+        known = np.frombuffer(batch["known"][0], np.int64).reshape(len(faces), len(self.stores), 2)
         try:
-            return {"shard": [shard], "rows": [self._embed(shard, faces)], "fault": [""]}
+            self._embed(shards, faces, known)
         except (OSError, MemoryError) as error:
-            return {"shard": [shard], "rows": [0], "fault": [str(error) or repr(error)]}
+            return {"shard": list(shards), "rows": [0] * count, "fault": [str(error) or repr(error)] * count}
+        rows = [len(self.stores[0].info.rows_of(shard)) for shard in shards]
+        return {"shard": list(shards), "rows": rows, "fault": [""] * count}
 
     def end(self) -> None:
         """Give up what is under way, after the next forward pass."""
         self.ended.set()
         self.decoders.close()
 
-    def _embed(self, shard: int, faces: Manifest) -> int:
+    def _embed(self, shards: range, faces: Manifest, known: np.ndarray) -> None:
+        """Take over what other stores `known` (rows, stores, 2) have of the shards' faces, and embed the others."""
+        from cafe.pipeline.features.reuse import take_rows
+
+        lacking = [number for number, pending in enumerate(self.pending) if not pending.isdisjoint(shards)]
+        taken = {number: self.stores[number].allocate_rows(len(faces)) for number in lacking}
+        there = [take_rows(self.donors[number], known[:, number], taken[number]) for number in lacking if self.donors]
+        unknown = np.flatnonzero(~np.all(there, axis=0)) if there else np.arange(len(faces))
+        embedded, skipped = self._run_tower(faces, unknown, lacking)
+        first = self.stores[0].info.rows_of(shards.start).start
+        for number, arrays in zip(lacking, embedded, strict=True):
+            if len(unknown) == len(faces):
+                taken[number] = arrays
+            for name, values in arrays.items():
+                taken[number][name][unknown] = values
+            for shard in self.pending[number].intersection(shards):
+                rows = self.stores[number].info.rows_of(shard)
+                part = slice(rows.start - first, rows.stop - first)
+                reasons = {first + row: reason for row, reason in skipped.items() if first + row in rows}
+                own = {name: values[part] for name, values in taken[number].items()}
+                self.stores[number].write_shard(shard, own, reasons)
+
+    def _run_tower(
+        self, faces: Manifest, rows: np.ndarray, numbers: Sequence[int]
+    ) -> tuple[list[dict[str, np.ndarray]], dict[int, str]]:
+        """Return {array: (n, V, …)} of some rows for each of some stores, and why rows have no features."""
+        if not len(rows):
+            return [{} for _ in numbers], {}
         from cafe.towers.embedding import join_batches
 
-        lacking = [number for number, pending in enumerate(self.pending) if shard in pending]
-        layers = [self.layers[number] for number in lacking]
-        first, views = self.stores[0].info.rows_of(shard).start, self.stores[0].info.key.views
+        layers, views = [self.layers[number] for number in numbers], self.stores[0].info.key.views
         with self.turn:  # loading the tower
             embedder = self.embedder
         for_device = self.device != "cpu" and views >= MANY_VIEWS
         renderer = replace(embedder.renderer, pictures=faces, for_device=for_device)
-        decoded = self.decoders.work(renderer, embedder.batches(list(product(range(len(faces)), range(views)))))
+        decoded = self.decoders.work(renderer, embedder.batches(list(product(rows.tolist(), range(views)))))
 
         skipped: dict[int, str] = {}
         read: list[list[dict[str, Tensor]]] = []
@@ -162,14 +195,12 @@ class ShardEmbedder:
                     raise InterruptedError("the command that this shard belongs to has ended")
                 skipped |= batch.unreadable
                 read.append(embedder.embed_layers(batch, layers))
-        self._check_node(skipped, len(faces))
-        for number, batches in zip(lacking, zip(*read, strict=True), strict=True):
-            arrays = {
-                name: values.reshape(len(faces), views, *values.shape[1:])
-                for name, values in join_batches(batches).items()
-            }
-            self.stores[number].write_shard(shard, arrays, {first + row: reason for row, reason in skipped.items()})
-        return len(faces)
+        self._check_node(skipped, len(rows))
+        joined = [join_batches(batches) for batches in zip(*read, strict=True)]
+        return [
+            {name: values.reshape(len(rows), views, *values.shape[1:]) for name, values in arrays.items()}
+            for arrays in joined
+        ], skipped
 
     def _check_node(self, skipped: dict[int, str], faces: int) -> None:
         """Raise `StorageError` where most pictures of a shard are missing, or kill: that is the node, not a picture."""

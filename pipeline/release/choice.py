@@ -115,6 +115,6 @@ def names_model(workspace: Workspace, word: str, best: str | None, place: bool) 
 
 def _holds_pictures(folder: str) -> bool:
     try:
-        return bool(find_files([folder]))
+        return bool(find_files([folder]).files)
     except UserError:
         return False

@@ -47,7 +47,7 @@ from cafe.methods import find_method
 from cafe.methods.method import Method
 from cafe.pipeline.models import build_model, name_files
 from cafe.pipeline.release.confidence import describe_home
-from cafe.pipeline.runs import EXPORTED
+from cafe.pipeline.runs import EXPORTED, MODEL_FORMAT
 from cafe.pipeline.settings import ExportSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -315,7 +315,7 @@ def describe(
     protocols = tuple(PROTOCOLS) if mirrored else ALL_PROTOCOLS
     scores = flatten_scores(read_scores([evaluated], workspace.manifest_names(), protocols))
     return {
-        "format": 1,
+        "format": MODEL_FORMAT,
         "name": run.name,
         "labels": list(model.classes),
         "input": {"name": FACES, "type": "uint8", "shape": [*AXES, 3], "about": "aligned faces, RGB"},

@@ -17,7 +17,7 @@ from upath import UPath
 from cafe.addresses import own
 from cafe.data.alignment import find_detector
 from cafe.data.images import UnreadableImageError, image_pixels
-from cafe.files import time_written
+from cafe.files import retry
 from cafe.inference.frames import Frame, find_files, read_frames
 from cafe.inference.model import Model, read_pixels
 from cafe.inference.output import list_rows
@@ -27,6 +27,7 @@ from cafe.pipeline.process.machine import own_device
 from cafe.pipeline.release.choice import find_runs
 from cafe.pipeline.release.confidence import read_confidence
 from cafe.pipeline.release.shipped import SHIPPED
+from cafe.pipeline.runs import DECIDING, model_folder
 from cafe.pipeline.settings import PredictSettings
 from cafe.pipeline.workspace import Workspace
 
@@ -88,7 +89,7 @@ def _find_frames(several: Sequence[Any], rate: float) -> Iterator[Iterator[Frame
         if is_place:
             places = [os.fspath(place) for _, place in group]
             own(*places)
-            yield read_frames(find_files(places), rate)
+            yield read_frames(find_files(places).files, rate)
         else:
             yield iter([_open_picture(str(number), picture) for number, picture in group])
 
@@ -103,11 +104,16 @@ def _open_picture(name: str, picture: Any) -> Frame:
         return Frame(UPath(name), error=str(error))
 
 
-def _stamp(folders: Sequence[UPath]) -> tuple[int | None, ...]:
-    return tuple(time_written(folder / "model.safetensors") for folder in folders)
+def _stamp(folders: Sequence[UPath]) -> tuple[str, ...]:
+    """Return what changes when a file by which a model predicts is written, copied over or removed."""
+    found = []
+    for folder in (model_folder(folder) for folder in folders):
+        entries = retry(folder, "read", lambda folder=folder: folder.fs.find(folder.path, maxdepth=1, detail=True))
+        found += [f"{name} {about}" for name, about in sorted(entries.items()) if name.endswith(DECIDING)]
+    return tuple(found)
 
 
 @lru_cache(maxsize=2)
-def _load(folders: tuple[UPath, ...], written: tuple[int | None, ...], device: str | None) -> Model:
-    """Return a model, which is kept for the next call as long as its weights were `written` at the same time."""
+def _load(folders: tuple[UPath, ...], stamp: tuple[str, ...], device: str | None) -> Model:
+    """Return a model, which is kept for the next call as long as its files are those of this `stamp`."""
     return build_model(folders, device or own_device(None))

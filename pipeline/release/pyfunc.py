@@ -1,11 +1,12 @@
 """An exported run as a model of MLflow: pictures of faces in, expressions out, in Python or served over HTTP.
 
 MLflow loads it through this module of the installed package, from safetensors and JSON: nothing is unpickled.
-A record is the bytes of an image file in a column `image`; over HTTP they are written in base64.
+A record is the bytes of an image file in a column `image`, or these in base64, as they are sent over HTTP.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -24,9 +25,11 @@ from cafe.pipeline.process.progress import Progress
 from cafe.pipeline.release.export import export_run
 from cafe.pipeline.runs import read_model
 from cafe.pipeline.tracking.mirror import Mirror, find_run, quiet_mlflow
-from cafe.pipeline.tracking.pages import NOTE
+from cafe.pipeline.tracking.pages import NOTE, list_model_scores
+from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.results.runs import Run
+from cafe.results.scores import meet, read_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,20 +46,44 @@ class Pyfunc:
         self.model = build_model([folder])
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return for each record the most probable class and the probability of each; raise `UserError` for no image."""
+        """Return for each record the most probable class, the probability of each and, where it is no image, why instead.
+
+        A record that cannot be read fails alone: its class and probabilities are None, and `error` says what to send.
+        """
         import pandas as pd
 
-        faces = []
-        for number, content in enumerate(model_input[COLUMN]):
+        faces, errors = list[Any](), list[str | None]()
+        for content in model_input[COLUMN]:
             try:
-                faces.append(decode_image(bytes(content)))
-            except UnreadableImageError as error:
-                raise UserError(f"Record {number} is no image ({error}): send the bytes of an image file.") from None
-        probabilities = self.model.predict(faces)
+                faces.append(decode_image(read_content(content)))
+                errors.append(None)
+            except (UserError, UnreadableImageError) as error:
+                errors.append(f"This is no image ({error}): send the bytes of an image file, over HTTP in base64.")
         classes = self.model.classes
-        table = pd.DataFrame(probabilities.astype(float), columns=list(name_columns(classes).values()))
+        probabilities = self.model.predict(faces).astype(float)
+        table = pd.DataFrame(probabilities, columns=list(name_columns(classes).values()))
         table.insert(0, "expression", [classes[label] for label in probabilities.argmax(axis=1)])
-        return table
+        if len(faces) < len(errors):
+            table.index = pd.Index([place for place, error in enumerate(errors) if error is None])
+            table = table.reindex(range(len(errors))).astype(object)
+            table = table.where(table.notna(), None)
+        return table.assign(error=pd.Series(errors, dtype=object))
+
+
+def read_content(content: object) -> bytes:
+    """Return the bytes of a record: as they are, or from base64, with or without what a data URI has in front.
+
+    Raises `UserError` for anything else.
+    """
+    if isinstance(content, bytes | bytearray | memoryview | np.bytes_):
+        return bytes(content)
+    if not isinstance(content, str):
+        nothing = content is None or content != content  # pandas writes NaN for what is left out
+        raise UserError("nothing" if nothing else f"a value of the type {type(content).__name__}")
+    try:
+        return base64.b64decode(content.partition(";base64,")[2] or content, validate=True)
+    except ValueError:
+        raise UserError(f"a text that is no base64, {content[:20]!r}…") from None
 
 
 def _load_pyfunc(path: str) -> Pyfunc:
@@ -89,7 +116,9 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
             params = {"source": run.source, **{key: str(value) for key, value in run.settings.items()}}
             logged = client.create_logged_model(place, name, run_id, {**about, NOTE: card}, params)
             _log(mlflow, run_id, logged.model_id, exported)
-        uri = (there[0] if there else logged).model_uri
+        model = there[0] if there else logged
+        _log_scores(client, run_id, model.model_id, mirror.workspace, run)
+        uri = model.model_uri
         said = f"MLflow at {mirror.address} holds the model {uri} of the run {run.name}"
         if register is None:
             return f"{said}."
@@ -118,6 +147,20 @@ def log_models(mirror: Mirror, progress: Progress) -> dict[str, str]:
     return left_out
 
 
+def _log_scores(client: Any, run_id: str, model_id: str, workspace: Workspace, run: Run) -> None:
+    """Have a model list the data sets that its run was evaluated on, with its metrics, the very points of the run."""
+    from mlflow.entities import Metric
+
+    known = workspace.manifest_digests()
+    points = []
+    for name, value, data_set, named in list_model_scores(read_scores(meet([run], known).runs, known)):
+        logged = [point for point in client.get_metric_history(run_id, name) if point.value == value]
+        if logged:
+            moment, step = logged[-1].timestamp, logged[-1].step
+            points.append(Metric(name, value, moment, step, model_id, data_set, named, run_id))
+    client.log_batch(run_id, points)
+
+
 def describe_tags(run: Run) -> dict[str, str]:
     """Return what tells a registered model from others."""
     about = {"source": run.source, "method": run.method, "seed": run.seed, "selection": run.selection, "run": run.name}
@@ -143,7 +186,7 @@ def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
     types, column = mlflow.types, mlflow.types.ColSpec
     described = read_model(exported)
     outputs = [column("double", name) for name in name_columns(described["labels"]).values()]
-    outputs = [column("string", "expression"), *outputs]
+    outputs = [column("string", "expression"), *outputs, column("string", "error", required=False)]
     mlflow.models.Model.log(
         artifact_path=None,
         flavor=mlflow.pyfunc,
@@ -151,16 +194,20 @@ def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
         model_id=model_id,
         loader_module=__name__,
         data_path=str(exported),
-        signature=mlflow.models.ModelSignature(types.Schema([column("binary", COLUMN)]), types.Schema(outputs)),
+        signature=mlflow.models.ModelSignature(types.Schema([column("string", COLUMN)]), types.Schema(outputs)),
         input_example=draw_example(),
         pip_requirements=[f"cafe-fer=={described['versions']['cafe']}"],
     )
 
 
 def draw_example() -> pd.DataFrame:
-    """Return a record as the model takes it: a grey picture, which shows no person."""
+    """Return a record as it is sent: a grey picture, which shows no person, in base64.
+
+    The signature says text, too: what it calls binary, MLflow decodes for some forms of a request and not for others, and a
+    record that it cannot decode fails all.
+    """
     import pandas as pd
 
     content = io.BytesIO()
     Image.fromarray(np.full((112, 112, 3), 128, np.uint8)).save(content, "PNG")
-    return pd.DataFrame({COLUMN: [content.getvalue()]})
+    return pd.DataFrame({COLUMN: [base64.b64encode(content.getvalue()).decode()]})

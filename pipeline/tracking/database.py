@@ -6,14 +6,20 @@ Whatever is not as expected here is left to MLflow itself.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cafe.errors import UserError, quote
+from cafe.pipeline.process.command import hide_secrets
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # that MLflow keeps runs in
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}  # by their modules
 
 SHOWN = """
 SELECT 1 FROM tags JOIN runs USING (run_uuid) JOIN experiments USING (experiment_id)
@@ -43,6 +49,41 @@ def address_of(path: Path) -> str:
     if make_url(uri).database != str(path):
         raise UserError(f"MLflow's database cannot be kept at {path}: give a --workspace without ?, # and %.")
     return uri
+
+
+def check_uri(uri: str) -> None:
+    """Raise `UserError` for the address of a server or a database that MLflow cannot use from here; ask no server.
+
+    MLflow itself would find out when a training is shown for the first time, or after it.
+    """
+    scheme = (re.match(r"[A-Za-z][\w+.-]*(?=:)", uri) or [""])[0].lower()
+    shown, remedy = (
+        f"--mlflow-uri {hide_secrets(uri)}",
+        "give http://HOST:PORT of a server, or sqlite:////FOLDER/mlflow.db",
+    )
+    if scheme in ("", "file"):
+        raise UserError(f"{shown} is a folder, in which MLflow keeps no runs any more: {remedy}.")
+    if scheme in ("http", "https"):
+        if not urlsplit(uri).hostname:
+            raise UserError(f"{shown} names no host: {remedy}.")
+    elif scheme.partition("+")[0] in DATABASES:
+        _check_driver(uri, shown, remedy)
+    elif scheme != "databricks":
+        raise UserError(f"{shown} is nothing that MLflow reads: {remedy}.")
+
+
+def _check_driver(uri: str, shown: str, remedy: str) -> None:
+    """Raise `UserError` unless SQLAlchemy reads the address of a database and has the package that speaks to it."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except SQLAlchemyError as error:
+        raise UserError(f"{shown} is no address of a database ({quote(error)}): {remedy}.") from None
+    except ImportError as error:
+        package = DRIVERS.get(error.name or "", error.name or "its driver")
+        raise UserError(f"{shown} needs a driver ({quote(error)}): run `pip install {package}`.") from None
 
 
 def check_database(path: Path) -> None:

@@ -13,7 +13,7 @@ import re
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,13 +27,23 @@ from cafe.errors import UserError, quote, unknown
 from cafe.files import list_files, place_below, write_file, write_json
 from cafe.pipeline.runs import check_identity
 from cafe.pipeline.tracking import pages
-from cafe.pipeline.tracking.database import address_of, check_database, draft_database, has_tag, move_artifacts
-from cafe.pipeline.tracking.pages import BENCHMARK, ROW, Page, name_rows_of
+from cafe.pipeline.tracking.database import (
+    address_of,
+    check_database,
+    check_uri,
+    draft_database,
+    has_tag,
+    move_artifacts,
+)
+from cafe.pipeline.tracking.pages import BENCHMARK, NOTE, ROW, Page, name_rows_of
+from cafe.pipeline.tracking.places import check_place, check_repository
 from cafe.pipeline.workspace import Workspace, check_name
 from cafe.results.runs import PULLED, Run, read_run
 
 PARENT = "mlflow.parentRunId"
 MIRRORED = "cafe.mirrored"  # a tag: the digest of what the page was made of that a run shows
+SHARED = "cafe"  # the name of the view of an experiment's runs, in the address of MLflow's page
+VIEW = f"mlflow.sharedViewState.{SHARED}"  # a tag of an experiment: that view, as the page keeps it
 UNNAMED = "Default"  # the experiment every server has
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else its pages are those of language models
 SCORE = re.compile("(^|/)(target|unseen|all)/")  # in the name of a metric that is computed from predictions
@@ -52,7 +62,13 @@ class Mirror:
     _asleep_until: float = 0.0
     _shown: dict[tuple[str, str], str] = field(default_factory=dict)  # the digest of each page, by experiment and name
     _settled: bool = False  # whether runs are known to keep their files in this workspace
+    _brought: set[str] = field(default_factory=set)  # experiments with pages that were brought
     _lock: RLock = field(default_factory=RLock)
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for an address that MLflow cannot use; a server that is down may come back."""
+        if self.uri:
+            check_uri(self.uri)
 
     @property
     def address(self) -> str:
@@ -98,6 +114,7 @@ class Mirror:
         with self._surviving(folder.name):
             digest = pages.digest_of(pages.digest_benchmark(folder), status)
             self._show(experiment, folder.name, digest, lambda: pages.describe_benchmark(folder, status))
+            self._arrange_brought()
 
     def update_all(self) -> int:
         """Show every run and benchmark of the workspace; return how many runs there are."""
@@ -107,7 +124,46 @@ class Mirror:
             self.update_benchmark(place_below(self.workspace.root / "benchmarks", name), experiment)
         for run in runs:
             self.update(run.folder)
+        with self._surviving(""):
+            self._arrange_brought()
         return len(runs)
+
+    def _arrange_brought(self) -> None:
+        """Put the runs of the experiments that were brought into the rows of a comparison."""
+        with self._lock:
+            if not self._brought:
+                return
+            known = self.workspace.read_runs()
+            with quiet_mlflow() as mlflow:
+                client = mlflow.MlflowClient(self.address)
+                for experiment in sorted(self._brought):
+                    arrange(client, client.get_experiment_by_name(experiment), known)
+            self._brought.clear()
+
+    @contextmanager
+    def monitoring(self, folder: UPath) -> Iterator[None]:
+        """Log the load of this machine's processors, memory, disk and GPUs beside a run, while it works on it.
+
+        That is in MLflow alone: it depends on what else the machine does, so that no record of the run holds it.
+        """
+        monitor = None
+        with self._surviving(folder.name):
+            run = self.update(folder, "RUNNING")
+            with quiet_mlflow() as mlflow:
+                from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+                client = mlflow.MlflowClient(self.address)
+                place = client.get_experiment_by_name(min(run.experiments)) if run else None
+                if run and place:
+                    run_id = find_run(client, place.experiment_id, run.name).info.run_id
+                    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.address)
+                    monitor.start()
+        try:
+            yield
+        finally:
+            if monitor:
+                with self._surviving(folder.name):
+                    monitor.finish()
 
     def _show(self, experiment: str, name: str, digest: str, describe: Callable[[], Page]) -> None:
         """Bring the server to the page of a name, unless it shows that of the digest."""
@@ -125,7 +181,8 @@ class Mirror:
                 try:
                     self._make_database()
                     client = mlflow.MlflowClient(self.address)
-                    bring(client, self._find_experiment(client, experiment), page, digest)
+                    bring(client, self._find_experiment(client, experiment, page.about), page, digest)
+                    self._brought.add(experiment)
                 except Exception:
                     self._asleep_until = time.monotonic() + SLEEP
                     raise
@@ -166,12 +223,20 @@ class Mirror:
         path = None if self.uri else database_path(self.workspace)
         return path is not None and has_tag(path, experiment, name, MIRRORED, digest)
 
-    def _find_experiment(self, client: Any, name: str) -> str:
-        found = client.get_experiment_by_name(name)
+    def _find_experiment(self, client: Any, name: str, about: str = "") -> str:
+        """Return the id of an experiment, made where there is none; describe it, unless somebody else did."""
+        found, plain, note = (
+            client.get_experiment_by_name(name),
+            pages.describe_experiment(name),
+            pages.describe_experiment(name, about),
+        )
         if found is None:
             # A server chooses its own place for artifacts; the local database keeps them beside it.
             place = None if self.uri else self._artifacts
-            return str(client.create_experiment(name, place, KIND))
+            return str(client.create_experiment(name, place, {**KIND, NOTE: note}))
+        there = found.tags.get(NOTE, "")
+        if there == "" or (about and there == plain):
+            client.set_experiment_tag(found.experiment_id, NOTE, note)
         return str(found.experiment_id)
 
     @contextmanager
@@ -192,7 +257,10 @@ class Mirror:
             )
         folder = place_below(self.workspace.root / "pulled" / "models", re.sub(r"[^A-Za-z0-9.-]+", "-", uri))
         with quiet_mlflow() as mlflow, self.as_default(mlflow):
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
             try:
+                check_repository(self.address, get_artifact_repository(uri))
                 place = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 raise UserError(
@@ -228,6 +296,7 @@ class Mirror:
         run_id, names = run.info.run_id, (run.data.tags[MIRRORED], run.info.run_name)
         folder = place_below(self.workspace.root / "pulled", "/".join(names))  # a union's has `+`, which no name has
         if not (folder / PULLED).exists():
+            check_place(self.address, run.info.artifact_uri)
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.path for entry in client.list_artifacts(run_id)}
             with tempfile.TemporaryDirectory() as temporary:
@@ -380,14 +449,22 @@ def list_experiments(workspace: Workspace) -> dict[str, str]:
         client = mlflow.MlflowClient(default_uri(workspace))
         found = [place for place in client.search_experiments() if place.name != UNNAMED]
         for place in found:
-            runs = client.search_runs([place.experiment_id], max_results=50_000)
-            rows = name_rows_of([run for run in known if place.name in run.experiments])
-            rows |= {run.info.run_name: BENCHMARK for run in runs if "cafe.benchmark" in run.data.tags}
-            for run in runs:
-                row = rows.get(run.info.run_name, "")
-                if run.data.tags.get(ROW, "") != row:
-                    client.set_tag(run.info.run_id, ROW, row)
+            arrange(client, place, known)
         return {place.name: place.experiment_id for place in found}
+
+
+def arrange(client: Any, place: Any, known: Sequence[Run]) -> None:
+    """Tag the runs of an experiment with their rows in a comparison, and keep the view of them that shows these rows."""
+    runs = client.search_runs([place.experiment_id], max_results=50_000)
+    rows = name_rows_of([run for run in known if place.name in run.experiments])
+    rows |= {run.info.run_name: BENCHMARK for run in runs if "cafe.benchmark" in run.data.tags}
+    for run in runs:
+        row = rows.get(run.info.run_name, "")
+        if run.data.tags.get(ROW, "") != row:
+            client.set_tag(run.info.run_id, ROW, row)
+    view = pages.describe_view({name for run in runs for name in run.data.metrics})
+    if place.tags.get(VIEW) != view:
+        client.set_experiment_tag(place.experiment_id, VIEW, view)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ Nothing here talks to a server; `mirror` brings one to these pages.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,11 +18,12 @@ import pandas as pd
 from upath import UPath
 
 from cafe import __version__
-from cafe.files import list_files, list_folder, read_file, read_json, time_written
+from cafe.files import list_files, list_folder, read_file, read_json
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.results.columns import Column
 from cafe.results.comparison import name_rows
+from cafe.results.metrics import METRICS
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.runs import Run, list_epochs, read_epoch
 from cafe.results.scores import flatten_scores, meet, read_scores
@@ -28,7 +31,7 @@ from cafe.results.sources import SOURCE
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
-TIMED = ("run.json", "result.json", "status.json")  # what a run's page is made of: these and their times,
+RECORDS = ("run.json", "made.json", "status.json")  # what a run's page is made of: these,
 DRAWN = ("epochs", "predictions", "figures")  # and what is in these folders
 CODE = __version__  # whose pages these are
 BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
@@ -59,12 +62,13 @@ class Page:
     parent: str | None = None  # the benchmark it belongs to
     started: int | None = None  # milliseconds since 1970
     ended: int | None = None
+    about: str = ""  # of a benchmark: what it is, in words
 
 
 def digest_run(manifests: Mapping[str, str], folder: UPath) -> str:
     """Name all that the page of a run is made of, without making it; `manifests` are the digests by name."""
     below = (path for name in DRAWN for path in list_files(folder / name))
-    return digest_of(dict(manifests), _digest_files(folder, [*(folder / name for name in TIMED), *below]))
+    return digest_of(dict(manifests), _digest_files(folder, [*(folder / name for name in RECORDS), *below]))
 
 
 def digest_benchmark(folder: UPath) -> str:
@@ -77,13 +81,12 @@ def digest_of(*parts: object) -> str:
     return digest(json.dumps([CODE, *parts], sort_keys=True).encode())[:32]
 
 
-def _digest_files(folder: UPath, paths: Iterable[UPath]) -> dict[str, list[Any]]:
-    """Return the digest of each file there is and, of those that tell when something began or ended, the time."""
-    digests: dict[str, list[Any]] = {}
+def _digest_files(folder: UPath, paths: Iterable[UPath]) -> dict[str, str]:
+    """Return the digest of each file there is."""
+    digests: dict[str, str] = {}
     for path in paths:
         with suppress(FileNotFoundError):
-            time = time_written(path) if path.parent == folder else None
-            digests[str(path.relative_to(folder))] = [digest(read_file(path)), time]
+            digests[str(path.relative_to(folder))] = digest(read_file(path))
     return digests
 
 
@@ -92,7 +95,8 @@ def describe_run(
 ) -> Page:
     """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions.
 
-    It lasted from its description to the end of its training: no record holds a time, as the same run has the same files.
+    When it began and ended is in a record of its own; of runs of older versions nobody knows, since files that were copied
+    have other times.
     """
     met = meet([run], manifests)
     scores = read_scores(met.runs, manifests)
@@ -114,14 +118,19 @@ def describe_run(
         "cafe.group": run.group,
         "cafe.protocols": ", ".join(protocols),
         "cafe.reason": reason,
-        **describe_code(run),
+        **describe_code(made := read_json(run.folder / "made.json") or {}, run.derived.get("code", "")),
     }
     tags[NOTE] = "\n\n".join([describe_scores(run, scores), *map(str, met.left_out)])
     status = status or ended.get("status", "RUNNING")
     params = {"source": run.source, **run.settings, **run.derived}
     inputs = tuple(describe_inputs(workspace, run, scores))
-    started, trained, noted = (time_written(run.folder / name) for name in ("run.json", "result.json", "status.json"))
-    return Page(run.name, status, params, points, tags, files, inputs, benchmark, started, trained or noted)
+    return Page(run.name, status, params, points, tags, files, inputs, benchmark, *_list_times(made))
+
+
+def _list_times(made: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return when something began and ended, in milliseconds since 1970."""
+    started, ended = (round(1000 * made[name]) if name in made else None for name in ("started", "ended"))
+    return started, ended
 
 
 def describe_scores(run: Run, scores: pd.DataFrame) -> str:
@@ -135,11 +144,9 @@ def describe_scores(run: Run, scores: pd.DataFrame) -> str:
     return "\n\n".join(sentences)
 
 
-def describe_code(run: Run) -> dict[str, str]:
-    """Return what MLflow shows as source and version of a run: its command, and the commit or the release of this code."""
-    command = f"cafe train --source {run.source} --method {run.method} --seed {run.seed}"
-    tags = {"mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
-    code = run.derived.get("code", "")
+def describe_code(made: Mapping[str, Any], code: str) -> dict[str, str]:
+    """Return what MLflow shows as source and version of a run: the command that began it, and its commit or release."""
+    tags = {"mlflow.source.name": made.get("command") or "cafe", "mlflow.source.type": "LOCAL"}
     released = " " in code  # `cafe 0.1.0`: no commit is known
     return tags | ({"cafe.version": code} if released else {"mlflow.source.git.commit": code} if code else {})
 
@@ -180,9 +187,48 @@ def describe_benchmark(folder: UPath, status: str | None) -> Page:
     }
     status = status or ("FAILED" if failed else "FINISHED" if cells else "RUNNING")
     note = f"{record.get('about') or record.get('name', folder.name)}. The table is `comparison.md`, the page `report.html`."
-    started, ended = (time_written(folder / name) for name in ("benchmark.json", "cells.json"))
-    tags = {"cafe.benchmark": folder.name, NOTE: note}
-    return Page(folder.name, status, params, points, tags, files, started=started, ended=ended)
+    made = read_json(folder / "made.json") or {}
+    tags = {"cafe.benchmark": folder.name, NOTE: note, **describe_code(made, "")}
+    started, ended = _list_times(made)
+    about = str(record.get("about") or "")
+    return Page(folder.name, status, params, points, tags, files, started=started, ended=ended, about=about)
+
+
+def describe_experiment(name: str, about: str = "") -> str:
+    """Return what MLflow shows as the description of an experiment."""
+    title = f"**{about.rstrip('.')}.** " if about else ""
+    return (
+        f"{title}Each run is one method, trained on one source with one seed and evaluated on all targets. Accuracies are "
+        "from 0 to 1; `unseen/` is the mean over targets that are not of the source. Runs of one tag `cafe.row` differ in "
+        f"their seed alone. `cafe compare --experiment {name}` has the table with intervals and tests, `cafe report {name}`"
+        " the page with mistakes and masks."
+    )
+
+
+def describe_view(metrics: Iterable[str]) -> str:
+    """Return how MLflow's list of an experiment's runs is to look, as its page reads it: in rows of the same tag `ROW`.
+
+    `metrics` are the names of those the runs have.
+    """
+    shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
+    columns = [f"params.`{name}`" for name in ("source", "method", "seed")] + [f"metrics.`{name}`" for name in shown]
+    grouped = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": ROW}]}
+    view = {
+        "orderByKey": "metrics.`unseen/accuracy`",
+        "orderByAsc": False,
+        "groupBy": grouped,
+        "selectedColumns": columns,
+    }
+    return json.dumps(view)
+
+
+def list_model_scores(scores: pd.DataFrame) -> Iterator[tuple[str, float, str, str]]:
+    """Yield each metric of each target with its name, its value, and the name and digest of the data set it is of."""
+    for record in scores.to_dict("records"):
+        for name in METRICS:
+            if not math.isnan(record[name]):
+                column = record["column"]
+                yield column.metric(name), float(record[name]), column.name, record["manifest"][:32]
 
 
 def name_rows_of(runs: Sequence[Run]) -> dict[str, str]:

@@ -128,7 +128,7 @@ def read_span(path: UPath, span: Span) -> bytes:
         raise FileNotFoundError(str(path))
     file = files[0] if len(files) == 1 else next(file for file in files if _open_file(file, file.version))
     if file.path.casefold().endswith(ROWS):
-        return retry(path, "read", _open_rows(file, span[0]).read, span[1])
+        return retry(path, "read", _open_rows(file, span[0], file.version).read, span[1])
     if max(span[1:]) > MOST_MEMBER:
         raise MemberError(f"more than {MOST_MEMBER:,} bytes")
     data = _read_range(path, file.path, *span[:2])
@@ -354,7 +354,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 @lru_cache(8)
-def _open_rows(file: _File, group: int) -> _RowGroup:
+def _open_rows(file: _File, group: int, version: tuple[int, int] | None) -> _RowGroup:
     return _RowGroup(file.locate(), group)
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from cafe.data.images import suffix_of
 from cafe.data.indexing import Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, is_image, list_files
 from cafe.data.packed.archives import ROWS, Span, find_pictures, is_archive, name_row, open_packed, walk_archive
@@ -32,7 +33,7 @@ PICTURE = "picture"  # the column of a shard's pictures among those of its label
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Packed:
     """A face of a shard: where its picture lies, what that is called there, and its cells by the names of the columns."""
 
     shard: str
@@ -124,7 +125,10 @@ def _expand_braces(text: str) -> list[str]:
                 f"{found[0]} names no shards, or more than {MOST_SHARDS:,}: write the first and the last number."
             )
         parts = [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
-    return [name for part in parts for name in _expand_braces(text[: found.start()] + part + text[found.end() :])]
+    names = (name for part in parts for name in _expand_braces(text[: found.start()] + part + text[found.end() :]))
+    return list(
+        dict.fromkeys(names)
+    )  # of braces within braces the inner ones come first, and again for each outer part
 
 
 def _find_split(shard: str) -> str:
@@ -133,12 +137,12 @@ def _find_split(shard: str) -> str:
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
 
 
-def _are_unique(rows: list[_Row]) -> bool:
+def _are_unique(rows: list[_Packed]) -> bool:
     names = {row.name for row in rows}
     return None not in names and "" not in names and len(names) == len(rows)
 
 
-def _list_rows(found: Listing, rows: list[_Row], named: bool, root: UPath, chosen: Mapping[str, str]) -> Listing:
+def _list_rows(found: Listing, rows: list[_Packed], named: bool, root: UPath, chosen: Mapping[str, str]) -> Listing:
     """Add the faces of shards to a listing; they are called by the names of their pictures where these are `named` apart."""
     columns = list(dict.fromkeys(column for row in rows for column in row.cells))
     cells: list[Sequence[object]] = [(row.path, *(row.cells.get(column) for column in columns)) for row in rows]
@@ -166,7 +170,7 @@ def _list_rows(found: Listing, rows: list[_Row], named: bool, root: UPath, chose
     return found
 
 
-def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Row]:
+def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Packed]:
     """Yield the samples of a shard: members alike up to the first dot of their file's name."""
     pictures, cells = dict[str, list[tuple[str, Span]]](), dict[str, dict[str, object]]()
     for member in walk_archive(file, TEXTS):
@@ -178,7 +182,7 @@ def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Row]:
         elif is_image(name):
             pictures.setdefault(sample, []).append((member.name, member.span))
         elif member.content is None:
-            found.ignored += 1
+            found.ignored[suffix_of(name)] += 1
         else:
             try:
                 cells.setdefault(sample, {}).update(_read_text(ending.casefold(), member.content))
@@ -191,8 +195,8 @@ def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Row]:
             )
         else:
             ((name, span),) = there
-            yield _Row(shard, f"{shard}/{name}", name, span, cells.get(sample, {}))
-    found.ignored += len(cells.keys() - pictures.keys())
+            yield _Packed(shard, f"{shard}/{name}", name, span, cells.get(sample, {}))
+    found.ignored[""] += len(cells.keys() - pictures.keys())
 
 
 def _read_text(ending: str, content: bytes) -> dict[str, object]:
@@ -205,7 +209,7 @@ def _read_text(ending: str, content: bytes) -> dict[str, object]:
     return {str(key): value for key, value in record.items() if not isinstance(value, dict)}
 
 
-def _read_rows(file: UPath, shard: str) -> Iterator[_Row]:
+def _read_rows(file: UPath, shard: str) -> Iterator[_Packed]:
     """Yield the rows of a Parquet file, all of it but the pictures."""
     with open_packed(file) as data:
         parquet = pq.ParquetFile(data)
@@ -226,7 +230,7 @@ def _read_rows(file: UPath, shard: str) -> Iterator[_Row]:
     meanings = _read_class_names(schema)
     cells = [list(_name_labels(table[column].to_pylist(), meanings.get(column))) for column in columns]
     for number, (span, name, *row) in enumerate(zip(spans, names, *cells, strict=True)):
-        yield _Row(shard, f"{shard}/{name_row(number)}", name, span, dict(zip(columns, row, strict=True)))
+        yield _Packed(shard, f"{shard}/{name_row(number)}", name, span, dict(zip(columns, row, strict=True)))
 
 
 def _name_labels(cells: Iterable[Any], names: list[str] | None) -> Iterator[object]:

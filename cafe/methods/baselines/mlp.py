@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from cafe.methods.baselines.linear_probe import LinearProbe
+from cafe.methods.draws import Choice, Distribution
 from cafe.methods.heads import HiddenRecipe
 
 
@@ -17,6 +18,11 @@ class Mlp(LinearProbe):
 
     recipe_type = HiddenRecipe
     recipe: HiddenRecipe
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep."""
+        return {**super().distributions(), "dropout": Choice((0.0, 0.1, 0.5))}
 
     def build_classifier(self) -> nn.Module:
         """Return the two layers."""

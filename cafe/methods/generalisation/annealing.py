@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cafe.methods.draws import Distribution, Power
 from cafe.methods.generalisation import erm
 from cafe.methods.generalisation.erm import Erm, measure_risks
 from cafe.methods.method import Batch, Inputs
@@ -31,6 +32,11 @@ class Annealed(Erm):
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep, DomainBed's."""
+        return {**super().distributions(), "penalty": Power(10, -1, 5), "anneal_steps": Power(10, 0, 4, whole=True)}
 
     def penalise(self, output: dict[str, Tensor], batch: Batch, risks: Tensor) -> Tensor:
         """Return the penalty of a whole batch, given the risk of each source (D,)."""

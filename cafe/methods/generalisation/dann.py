@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cafe.errors import UserError
+from cafe.methods.draws import Choice, Distribution, Power
 from cafe.methods.generalisation import erm
 from cafe.methods.generalisation.erm import Erm
 from cafe.methods.method import Batch, Inputs, find_targets
@@ -58,6 +59,19 @@ class Dann(Erm):
         for _ in range(recipe.discriminator_layers - 2):
             layers += [nn.Linear(between, between), nn.ReLU()]
         self.discriminator = nn.Sequential(*layers, nn.Linear(between, inputs.sources))
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep, DomainBed's."""
+        return {
+            **super().distributions(),
+            "penalty": Power(10, -2, 2),
+            "gradient_penalty": Power(10, -2, 1),
+            "discriminator_learning_rate": Power(10, -4.5, -2.5),
+            "discriminator_hidden": Power(2, 6, 10, whole=True),
+            "discriminator_layers": Choice((3, 4, 5)),
+            "beta1": Choice((0.0, 0.5)),
+        }
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return logits (N, K) and, of a training step, the sources' (N, D) and each one's squared gradient (N,)."""

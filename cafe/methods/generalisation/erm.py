@@ -16,6 +16,7 @@ from torch.nn import functional
 from cafe.errors import UserError
 from cafe.methods import features, method
 from cafe.methods.cafe import apply_mask
+from cafe.methods.draws import Choice, Distribution
 from cafe.methods.features import FeatureMethod
 from cafe.methods.method import Batch, Inputs, find_targets
 
@@ -74,6 +75,11 @@ class Erm(FeatureMethod):
             raise UserError(
                 "dropout is a setting of the hidden layer, and hidden is 0: leave it out, or set hidden=512."
             )
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep, DomainBed's."""
+        return {**super().distributions(), "dropout": Choice((0.0, 0.1, 0.5))}
 
     def represent(self, batch: Batch) -> Tensor:
         """Return what is learned in front of the classifier, (N, learned_width)."""

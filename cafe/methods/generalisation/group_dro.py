@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cafe.methods.draws import Distribution, Power
 from cafe.methods.generalisation import erm
 from cafe.methods.generalisation.erm import Erm, measure_risks
 from cafe.methods.method import Batch, Inputs
@@ -34,6 +35,11 @@ class GroupDro(Erm):
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
         self.register_buffer("weights", torch.full((inputs.sources,), 1 / inputs.sources))
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep, DomainBed's."""
+        return {**super().distributions(), "step_size": Power(10, -3, -1)}
 
     def reweigh(self, risks: Tensor) -> Tensor:
         """Return the weights (D,) after a step with these risks (D,)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.errors import UserError
+from cafe.methods.draws import Distribution, Power
 from cafe.methods.generalisation import erm
 from cafe.methods.generalisation.erm import Erm, measure_risks
 from cafe.methods.method import Batch
@@ -39,6 +40,11 @@ class Mixup(Erm):
     needs = frozenset({"features", "domain"})
     recipe_type = Recipe
     recipe: Recipe
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep, DomainBed's."""
+        return {**super().distributions(), "alpha": Power(10, -1, 1)}
 
     def augment(self, batch: Batch) -> Batch:
         """Mix the faces of each source with those of the next one, the sources in a random circle."""

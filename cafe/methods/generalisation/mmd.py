@@ -12,6 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from cafe.methods.draws import Distribution, Power
 from cafe.methods.generalisation import erm
 from cafe.methods.generalisation.erm import Erm, measure_risks, split_sources
 from cafe.methods.method import Batch
@@ -33,6 +34,11 @@ class Mmd(Erm):
     recipe_type = Recipe
     recipe: Recipe
     moves = "brings the learned features of the sources together"
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep, DomainBed's."""
+        return {**super().distributions(), "penalty": Power(10, -1, 1)}
 
     def compare(self, one: Tensor, other: Tensor) -> Tensor:
         """Return how far two sources' features (n, C) and (m, C) are from each other."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from cafe.methods.draws import Distribution, Power
 from cafe.methods.generalisation import erm
 from cafe.methods.generalisation.erm import Erm
 from cafe.methods.method import Batch, find_targets
@@ -27,6 +28,11 @@ class SpectralDecoupling(Erm):
 
     recipe_type = Recipe
     recipe: Recipe
+
+    @classmethod
+    def distributions(cls) -> dict[str, Distribution]:
+        """Return what each setting is drawn from in a sweep, DomainBed's."""
+        return {**super().distributions(), "penalty": Power(10, -5, -1)}
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Return the cross-entropy, the mean square, and their sum."""

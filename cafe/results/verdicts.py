@@ -1,0 +1,105 @@
+"""Verdicts: what a comparison allows to be said in a sentence, chosen by paired tests and naming the rows it speaks of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cafe.results.comparison import Comparison, Row
+from cafe.results.paired_tests import Paired, test_unseen
+from cafe.results.statistics import holm
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What may be said of the rows of one source, and the tests of all others against the best that say it."""
+
+    text: str
+    tests: tuple[Paired, ...] = ()
+
+
+def reach_verdicts(comparison: Comparison) -> list[Verdict]:
+    """Return a verdict for every source of a comparison by accuracy: which row is ahead on the unseen targets, if any is.
+
+    The row with the highest mean is tested against all others, with Holm's correction over these. Rows that were evaluated
+    on other unseen targets, or over other classes, are not compared.
+    """
+    if comparison.metric != "accuracy":
+        return []
+    sources = dict.fromkeys(row.source for row in comparison.rows)
+    blocks = [[row for row in comparison.rows if row.source == source and row.contends] for source in sources]
+    return [
+        _compare_block(scored, comparison) for block in blocks if (scored := [row for row in block if _is_scored(row)])
+    ]
+
+
+def _is_scored(row: Row) -> bool:
+    return not math.isnan(row.unseen.mean)
+
+
+def _compare_block(rows: Sequence[Row], comparison: Comparison) -> Verdict:
+    best = max(rows, key=lambda row: row.unseen.mean)
+    found = [test_unseen(row, best, comparison) for row in rows if row is not best]
+    tests = [test for test in found if test]
+    adjusted = holm([test.difference.p for test in tests]) if tests else []
+    tests = [replace(test, difference=replace(test.difference, p=p)) for test, p in zip(tests, adjusted, strict=True)]
+    behind, alike = ([test for test in tests if test.holds is holds] for holds in (True, False))
+    said = f"Trained on {best.source}, "
+    if alike:
+        names = ", ".join(f"{test.row.label} ({_describe_lead(test)})" for test in alike)
+        said += f"{_name(best)} is not told apart from {names} on the unseen targets"
+        said += f", and ahead of {_list_behind(behind)}" if behind else ""
+    elif behind:
+        said += f"{_name(best)} is ahead on the unseen targets: of {_list_behind(behind)}"
+    else:
+        said += f"{_name(best)} is right on {best.unseen.over_faces} % of the faces of unseen targets"
+    at_chance = [row.label for row in rows if row.unseen.at_chance]
+    chance = f"{100 * best.unseen.chance:.1f} %, the share of the largest class"
+    if at_chance:
+        said += f"; not above chance ({chance}): {', '.join(at_chance)}"
+    if best.unseen.few:
+        said += f"; there are {best.unseen.faces} faces, too few to say much"
+    return Verdict(f"{said}.", tuple(tests))
+
+
+def _name(row: Row) -> str:
+    return f"{row.label} ({100 * row.unseen.mean:.1f} %)"
+
+
+def _list_behind(tests: Sequence[Paired]) -> str:
+    return ", ".join(f"{test.row.label} by {_describe_lead(test)}" for test in tests)
+
+
+def _describe_lead(test: Paired) -> str:
+    """Return how far the reference of a test is ahead in percentage points, with the interval over faces."""
+    mean, low, high = (100 * value for value in (test.difference.mean, test.difference.low, test.difference.high))
+    return f"{-mean:.1f} points, {-high:.1f} to {-low:.1f}".replace("-", "−")
+
+
+def conclude(comparison: Comparison) -> str:
+    """Say in one sentence what a paired test says of the best row that reads frozen features and the best of pixels alone.
+
+    Empty where there is nothing to compare.
+    """
+    best: dict[bool, Row] = {}
+    for row in sorted(filter(_is_scored, comparison.rows), key=lambda row: -row.unseen.mean):
+        if row.contends:
+            best.setdefault(row.runs[0].derived.get("store", "none") != "none", row)
+    test = test_unseen(best[True], best[False], comparison) if len(best) == 2 else None
+    if test is None:
+        return ""
+    frozen, pixels, difference = best[True], best[False], test.difference
+    if not test.holds:
+        said = "Frozen features and pixels are not told apart"
+    elif difference.mean > 0:
+        said = "Frozen features carry over better than pixels"
+    else:
+        said = "Pixels carry over better than frozen features"
+    ends = (difference.mean, difference.low, difference.high)
+    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in ends)
+    return (
+        f"{said}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
+        f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % (difference {mean} points, {low} to "
+        f"{high} over {difference.faces:,} faces, p = {difference.p:.3f})."
+    )

@@ -1,0 +1,113 @@
+"""Where pictures were added or changed, those alone go through the tower, and the store is that of a fresh extraction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_faces
+from upath import UPath
+
+from cafe.data.indexing import index_files
+from cafe.data.manifest import Manifest
+from cafe.data.readers import DATASETS
+from cafe.pipeline.features.extract import Extraction, extract
+from cafe.pipeline.features.reuse import UNKNOWN, group_shards
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
+from cafe.towers.embedding import Embedder
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The views of each pass of a tower."""
+    counted, embed = list[int](), Embedder.embed_layers
+
+    def count(self, views, layers):
+        counted.append(len(views.boxes))
+        return embed(self, views, layers)
+
+    monkeypatch.setattr(Embedder, "embed_layers", count)
+    return counted
+
+
+class Faces:
+    """A folder of 60 faces, extracted into workspaces three views at a time, four shards of 15."""
+
+    def __init__(self, folder: Path, tower: str) -> None:
+        self.folder, self.root = folder, draw_faces(folder / "faces", per_class=20)
+        self.settings = ExtractSettings(backbone=tower, shard_rows=15, views=3, num_cpus=1, decoders=0)
+
+    def index(self) -> Manifest:
+        return index_files("tiny", DATASETS["folder"](UPath(self.root))).manifest
+
+    def extract(self, manifest: Manifest, workspace: str = "work") -> Extraction:
+        (result,) = extract(Workspace.at(str(self.folder / workspace)), [manifest], self.settings, lambda *_: None)
+        return result
+
+
+@pytest.fixture
+def faces(tmp_path: Path, tiny_tower: str) -> Faces:
+    return Faces(tmp_path, tiny_tower)
+
+
+def content(result: Extraction) -> dict[str, bytes]:
+    files = [path for path in Path(str(result.store)).rglob("*") if path.is_file()]
+    return {str(path.relative_to(str(result.store))): path.read_bytes() for path in files}
+
+
+def test_added_and_changed_pictures_alone_go_through_the_tower(faces: Faces, passes: list[int]) -> None:
+    first = faces.extract(faces.index())
+    assert (first.taken, sum(passes)) == (0, 60 * 3)
+    pictures = sorted(path for path in faces.root.rglob("*") if path.is_file())
+    for number in (3, 29):
+        pictures[number].with_stem("new").write_bytes(pictures[number].read_bytes())
+    pictures[45].write_bytes(pictures[47].read_bytes())
+    pictures[50].unlink()
+    passes.clear()
+    manifest = faces.index()
+    second = faces.extract(manifest)
+    assert (len(manifest), second.computed, second.taken) == (61, 5, 58)
+    assert sum(passes) == 3 * 3
+    assert "58 faces of them taken over from other stores" in second.sentence()
+    assert content(second) == content(faces.extract(manifest, "fresh"))
+
+
+def test_a_set_that_was_split_in_two_needs_no_tower(faces: Faces, passes: list[int]) -> None:
+    manifest = faces.index()
+    faces.extract(manifest)
+    passes.clear()
+    half = replace(manifest, name="half", table=manifest.table.slice(7, 30))
+    result = faces.extract(half)
+    assert (result.taken, passes) == (30, [])
+    assert content(result) == content(faces.extract(half, "fresh"))
+
+
+def test_what_another_store_no_longer_holds_as_written_is_computed(faces: Faces, passes: list[int]) -> None:
+    manifest = faces.index()
+    path = Path(str(faces.extract(manifest).store)) / "store.zarr/pooled/c/0/0/0"
+    damaged = bytearray(path.read_bytes())
+    damaged[100] ^= 1
+    path.write_bytes(damaged)
+    passes.clear()
+    half = replace(manifest, name="half", table=manifest.table.slice(0, 30))
+    result = faces.extract(half)
+    assert sum(passes) >= 15 * 3
+    assert content(result) == content(faces.extract(half, "fresh"))
+
+
+def test_other_settings_take_nothing_over(faces: Faces, passes: list[int]) -> None:
+    manifest = faces.index()
+    faces.extract(manifest)
+    faces.settings = replace(faces.settings, view_seed=1)
+    assert faces.extract(replace(manifest, name="other")).taken == 0
+
+
+def test_shards_with_few_new_rows_share_passes() -> None:
+    known = np.zeros((15, 1, 2), int)
+    some, none = known.copy(), np.full_like(known, UNKNOWN)
+    some[:4] = UNKNOWN
+    shards, each = [0, 1, 2, 4, 5, 6], [some, some, some, some, none, known]
+    assert list(group_shards(shards, each, 10)) == [[0, 1], [2], [4], [5], [6]]
