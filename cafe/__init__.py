@@ -19,7 +19,8 @@ All but the first two are the science and know neither Ray, Zarr, MLflow nor cli
 links to the folders beside this one.
 
 `import cafe` itself offers what a program of yours needs (docs/predict.md), each imported when it is first asked for:
-`predict`, `load_manifest`, `load_store`, `load_model`, `scores` and the class `Model`.
+`predict`, `extract`, `train`, `compare`, `scores`, `load_manifest`, `load_store`, `load_model`, the class `Model` and the
+seven `EXPRESSIONS`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from typing import Any
 __version__ = "0.1.0"  # of the distribution, which is named cafe-fer
 
 OFFERED = {  # name: where it is; what needs a workspace belongs to the engine
+    "EXPRESSIONS": "cafe.data.expressions",
     "Model": "cafe.inference.model",
+    "compare": "cafe.pipeline.release.library",
+    "extract": "cafe.pipeline.release.library",
     "load_manifest": "cafe.pipeline.release.library",
     "load_model": "cafe.pipeline.release.library",
     "load_store": "cafe.pipeline.release.library",
     "predict": "cafe.pipeline.release.prediction",
     "scores": "cafe.pipeline.release.library",
+    "train": "cafe.pipeline.release.library",
 }
 __all__ = sorted(OFFERED)
 

@@ -7,7 +7,14 @@ import cafe
 project = "cafe"
 copyright = "the authors of cafe, Apache-2.0"  # noqa: A001  # the name Sphinx asks for
 version = release = cafe.__version__
-extensions = ["myst_parser", "sphinx_click"]
+extensions = ["myst_nb", "sphinx_click", "sphinx.ext.autodoc"]
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+autodoc_typehints = "description"
+default_role = "code"  # of docstrings: single backticks are code
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 myst_heading_anchors = 3
 smartquotes = False  # options begin with two hyphens
 html_theme = "furo"

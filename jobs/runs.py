@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +18,6 @@ from cafe.jobs.names import complete
 from cafe.jobs.options import GroupedCommand, options
 from cafe.jobs.tables import FittedTable, make_table, sheet_tables
 from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, records_option, say, show
-from cafe.pipeline.process.progress import Bar, Pace, Progress, format_seconds
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -32,13 +28,9 @@ if TYPE_CHECKING:
     from cafe.pipeline.benchmark.grid import Cell
     from cafe.pipeline.benchmark.missing import Cost
     from cafe.pipeline.benchmark.plan import BenchmarkPlan
-    from cafe.pipeline.plan import TrainPlan
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.workspace import Workspace
 
-MEASURED_SECONDS, LONG_SECONDS = 5.0, 120.0  # of first steps, and from when on it is said how long a training takes
-# The published CAFE takes 23,000 steps on RAF-DB at this rate, which a tenth of them cannot do with.
-FEW_STEPS, SMALL_RATE = 2300, 2e-4
 SHIPPED = Path(__file__).parent / "benchmarks"
 NEXT_STEPS = """Next steps
   The runs in MLflow, in your browser:
@@ -95,6 +87,7 @@ def train(ctx: click.Context, /, **values: Any) -> None:
     set_environment(settings)
 
     from cafe.pipeline.plan import plan_training
+    from cafe.pipeline.process.advice import explain_choices, explain_few_steps, foretell_on
     from cafe.pipeline.release.start import take_over
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import train_and_evaluate
@@ -110,83 +103,11 @@ def train(ctx: click.Context, /, **values: Any) -> None:
     for sentence in explain_few_steps(len(plan.source.rows("train")), plan.spec.recipe, settings):
         say(sentence)
     with interruptible():
-        train_and_evaluate(plan, mirror, _foretelling_bar(settings, plan))
+        train_and_evaluate(plan, mirror, foretell_on(progress_bar, settings, plan, say))
     if plan.targets:
         _show_scores(workspace, plan.run, settings.protocol)
     say(f"Run {plan.spec.name} in {plan.run}")
     _warn(mirror)
-
-
-def explain_few_steps(faces: int, recipe: dict[str, Any], settings: TrainSettings) -> Iterator[str]:
-    """Yield what helps where the steps of a training are too few for the small steps of the published recipe."""
-    from cafe.methods import find_method
-
-    steps, method = math.ceil(faces / recipe["batch_size"]) * recipe["epochs"], find_method(settings.method)
-    published = method.published_recipe("").learning_rate
-    if (
-        method.trained
-        and not settings.start
-        and steps < FEW_STEPS
-        and recipe["learning_rate"] == published == SMALL_RATE
-    ):
-        standardised = (
-            " --set features=standardised" if recipe.get("features", "standardised") != "standardised" else ""
-        )
-        yield (
-            f"{faces:,} training faces make {steps:,} steps, and the published learning rate {published:g} is meant for "
-            f"twenty thousand: --set learning_rate=0.001{standardised} learns more of so few."
-        )
-
-
-def _foretelling_bar(settings: TrainSettings, plan: TrainPlan) -> Bar:
-    """Return a bar that also says, once its first steps are measured, how long a training without a GPU takes."""
-    from cafe.methods import find_method
-    from cafe.pipeline.process.machine import own_device
-
-    if settings.address or "image" not in find_method(settings.method).needs or own_device(settings.use_gpu) != "cpu":
-        return progress_bar
-
-    @contextmanager
-    def bar(title: str, unit: str) -> Iterator[Progress]:
-        pace, said = Pace(), False
-        with progress_bar(title, unit) as progress:
-
-            def update(done: int, total: int, /, **facts: float) -> None:
-                nonlocal said
-                pace.note(time.monotonic(), done)
-                left = pace.seconds_left(total)
-                if unit == "steps" and not said and left is not None and pace.measured >= MEASURED_SECONDS:
-                    said = True
-                    if left > LONG_SECONDS:
-                        say(foretell(left, plan.spec.recipe["epochs"], plan.spec.image_size), err=True)
-                progress(done, total, **facts)
-
-            yield update
-
-    return bar
-
-
-def foretell(seconds: float, epochs: int, image_size: int) -> str:
-    """Return how long a training on pictures takes on a CPU, and which options shorten it."""
-    return (
-        f"Without a GPU this training takes about {format_seconds(seconds)} more, as its first steps went. Shorter: "
-        f"--epochs {max(1, epochs // 4)} instead of {epochs}, --image-size {max(32, image_size // 2)} instead of "
-        f"{image_size}, or a method that learns from features alone, such as --method cafe_vector or mlp."
-    )
-
-
-def explain_choices(settings: TrainSettings, precision: str, batch_size: int) -> Iterator[str]:
-    """Yield what a user should know of a training before it begins: a choice made for them, or what workers are worth."""
-    if settings.precision == "auto":
-        yield f"Precision {precision}, as this machine computes."
-    workers, share = settings.num_workers, batch_size // settings.num_workers
-    if workers > 1 and settings.scale_batch:
-        yield f"Batches of {batch_size} faces at {workers} times the learning rate, {share} for each worker: not published."
-    elif workers > 1:
-        yield (
-            f"{workers} workers share each batch of {batch_size} faces, {share} each: as published, and seldom faster than "
-            "one worker; --scale-batch gives each a whole batch, which is not as published."
-        )
 
 
 @click.command(cls=GroupedCommand)
@@ -290,7 +211,7 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     """
     from cafe.jobs.results import choose_runs, report_runs, show_report
     from cafe.pipeline.benchmark.file import read_benchmark
-    from cafe.results.verdicts import conclude
+    from cafe.results.significance.verdicts import conclude
 
     workspace = open_workspace()
     folders = name_folders(faces)

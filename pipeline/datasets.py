@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from upath import UPath
 
-from cafe.data.alignment import Aligned, align_faces
+from cafe.data.alignment import Aligned, align_faces, find_detector
 from cafe.data.images import UnreadableImageError, list_suffixes, suffix_of
 from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
@@ -156,7 +156,8 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
     """Crop the faces of photos below aligned/NAME, list what became of each, and write the manifest of labelled ones.
 
     The manifest keeps labels, splits, groups and the kind of the data set, on which its protocols and recipes depend.
-    Raises `UserError` before anything is written when originals would be overwritten, and when no photo has a face.
+    Raises `UserError` before anything is written when originals would be overwritten or there is no detector, and when no
+    photo has a face.
     """
     folder = locate(settings.out) if settings.out else place_below(workspace.root / "aligned", settings.name)
     if settings.name == photos.name and workspace.manifest_path(photos.name).exists():
@@ -164,6 +165,7 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
     if str(folder).rstrip("/") == photos.root.rstrip("/"):
         raise UserError(f"The crops would overwrite the photos in {folder}: give another --out.")
     _check_crops(folder, photos, settings)
+    find_detector()  # or say that there is none
     result, faces = Alignment(folder), []
     write_file(folder / BEGUN, b"")  # what a kill leaves is taken up again
     for row, aligned in _align(photos, settings, progress):

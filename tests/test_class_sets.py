@@ -33,7 +33,7 @@ from cafe.results.metrics import confusion, score
 from cafe.results.predictions import Predictions
 from cafe.results.runs import Run, read_run
 from cafe.results.scores import flatten_scores, read_scores
-from cafe.results.verdicts import conclude
+from cafe.results.significance.verdicts import conclude
 
 EIGHT = (*EXPRESSIONS, "contempt")
 OWN = ("awake", "drowsy", "asleep")

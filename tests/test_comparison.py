@@ -27,7 +27,7 @@ from cafe.results.comparison import Comparison, compare, compare_classes, name_r
 from cafe.results.metrics import estimate
 from cafe.results.runs import choose, read_runs
 from cafe.results.scores import average_all, average_unseen, flatten_scores, meet, read_scores
-from cafe.results.verdicts import conclude, reach_verdicts
+from cafe.results.significance.verdicts import conclude, reach_verdicts
 from cafe.seals import read_sealed, write_sealed
 
 

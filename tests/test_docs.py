@@ -86,3 +86,7 @@ def test_nobody_is_sent_to_another_project_of_this_name(place: Path) -> None:
 def test_the_version_is_one_everywhere() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == cafe.__version__
     assert re.search(rf"^## {re.escape(cafe.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+def test_the_readme_is_short_enough_to_be_read() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 900

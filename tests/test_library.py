@@ -41,10 +41,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_tower: str) -> str:
     return str(workspace.root)
 
 
-@pytest.mark.parametrize("name", ["load_manifest", "load_store", "load_model", "predict", "scores"])
-def test_the_examples_of_the_library_are_true(name: str, workspace: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["load_manifest", "load_store", "load_model", "predict", "scores", "extract", "train", "compare"]
+)
+def test_the_examples_of_the_library_are_true(name: str, workspace: str, tiny_tower: str) -> None:
     (example,) = doctest.DocTestFinder().find(
-        getattr(cafe, name), name, globs={**vars(prediction), **vars(library), "workspace": workspace}
+        getattr(cafe, name),
+        name,
+        globs={**vars(prediction), **vars(library), "workspace": workspace, "tower": tiny_tower},
     )
     assert example.examples
     said: list[str] = []
@@ -112,3 +116,24 @@ def test_a_store_that_is_not_there_is_named_with_those_that_are(workspace: str) 
     assert "Unknown manifest 'three'" in complaint(library.load_store, "three", workspace)
     assert "Unknown experiment 'other': choose cafe" in complaint(library.scores, workspace, "other")
     assert len(cafe.scores(workspace, "cafe")) == 1
+
+
+def test_settings_that_are_not_there_or_have_no_such_value_are_one_sentence(workspace: str) -> None:
+    for function, settings, said in (
+        (cafe.train, {"epoch": 3}, "Unknown setting of cafe.train 'epoch': choose address, backbone, "),
+        (cafe.train, {"epochs": "many"}, "cafe.train: epochs='many': input should be a valid integer"),
+        (cafe.extract, {"precision": "fp8"}, "cafe.extract: precision='fp8': input should be 'fp32', 'tf32', 'bf16'"),
+        (
+            cafe.compare,
+            {"against": "cafe"},
+            "Unknown setting of cafe.compare 'against': choose exclude_leaks, protocol",
+        ),
+    ):
+        assert said in complaint(partial(function, "one", workspace=workspace, **settings))
+
+
+def test_what_is_offered_shows_itself_in_a_line(workspace: str) -> None:
+    assert repr(cafe.load_manifest("two", workspace)) == "<Manifest two: 48 faces of 7 classes, folder>"
+    assert re.fullmatch(r"<FeatureStore of two: 48 faces, 2 views × 24 .*>", repr(cafe.load_store("two", workspace)))
+    assert re.fullmatch(r"<Model cafe-one-s0-\w+: 7 classes, on cpu>", repr(cafe.load_model("cafe-one-s0", workspace)))
+    assert cafe.EXPRESSIONS[0] == "surprise"

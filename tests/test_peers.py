@@ -13,7 +13,7 @@ import pytest
 
 from cafe.results.metrics import macro_f1
 from cafe.results.predictions import Predictions
-from cafe.results.statistics import paired_bootstrap
+from cafe.results.significance.statistics import paired_bootstrap
 
 MEASUREMENTS = Path(__file__).parents[1] / "measurements"
 

@@ -32,7 +32,7 @@ from cafe.report.sheets import BEST, SECOND, Sheet, SheetCell
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS
-from cafe.results.statistics import Ranking, grouped_test, holm, paired_bootstrap
+from cafe.results.significance.statistics import Ranking, grouped_test, holm, paired_bootstrap
 
 KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
 FACES = {"raf": 300, "fer": 250, "stills": 120, "mine": 200}

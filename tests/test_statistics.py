@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cafe.results.statistics import (
+from cafe.results.significance.statistics import (
     combine_intervals,
     grouped_test,
     holm,

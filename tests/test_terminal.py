@@ -30,12 +30,12 @@ from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
 from cafe.jobs.names import list_settings, read_dict
 from cafe.jobs.options import GROUPS, Whole
-from cafe.jobs.runs import explain_few_steps, foretell
 from cafe.jobs.tables import make_table, sheet_tables
 from cafe.jobs.terminal import LEAST_TITLE, Commands, echo, show, show_json
 from cafe.methods import METHODS, find_method
 from cafe.networks.branches import NETWORKS
 from cafe.pipeline.plan import find_recipe
+from cafe.pipeline.process.advice import explain_few_steps, foretell
 from cafe.pipeline.process.progress import Log, Pace, describe_for_bar
 from cafe.pipeline.runs import note_end
 from cafe.pipeline.settings import TrainSettings

@@ -122,13 +122,13 @@ class LabelledFile:
 class Listing:
     """The labelled files a reader finds, filled in as it goes through them, whatever they show; `select` chooses of them.
 
-    `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is, `expected` what a
-    complete copy holds, `packed` which archives have not been unpacked. `ignored` counts files that are no faces of the set,
-    by ending, `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label files that
-    cannot be used (where, reason, the expression they name), `repeated` pictures that are listed more than once and count once.
-    `unread` are the columns of a table that play no part, `meanings` what labels mean that are no names: the label, the
-    name, empty where its faces are left out, and how many there are; `notes` are sentences about what is odd. `classes` is
-    the class set once one is selected.
+    `files` are paths below `root`, `layout` says what was recognised there, `kind` which data set it is, `expected` what
+    a complete copy holds, `packed` which archives have not been unpacked. `ignored` counts files that are no faces of the
+    set, by ending, `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label
+    files that cannot be used (where, reason, the expression they name), `repeated` pictures that are listed more than
+    once and count once. `unread` are the columns of a table that play no part, `meanings` what labels mean that are no
+    names: the label, the name, empty where its faces are left out, and how many there are; `notes` are sentences about
+    what is odd. `classes` is the class set once one is selected.
     """
 
     root: UPath

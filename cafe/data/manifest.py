@@ -141,6 +141,11 @@ class Manifest:
     classes: tuple[str, ...] = EXPRESSIONS
     parted: bool = False
 
+    def __repr__(self) -> str:
+        return (
+            f"<Manifest {self.name}: {len(self):,} faces of {len(self.classes)} classes, {self.kind or 'no known set'}>"
+        )
+
     @classmethod
     def from_faces(
         cls,

@@ -41,7 +41,7 @@ class TowerInput:
     batch_size: int = BATCH_SIZE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """Trained methods that differ in nothing but their seed, whose probabilities are averaged; usually one.
 
@@ -58,6 +58,10 @@ class Model:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     flip: bool = False
     threshold: float | None = None
+
+    def __repr__(self) -> str:
+        seeds = f", the mean of {len(self.methods)} seeds" if len(self.methods) > 1 else ""
+        return f"<Model {self.name}: {len(self.classes)} classes, on {self.device}{seeds}>"
 
     @property
     def classes(self) -> tuple[str, ...]:

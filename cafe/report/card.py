@@ -18,8 +18,8 @@ from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.scores import average_unseen, meet, read_scores
+from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import UNSEEN
-from cafe.results.statistics import combine_intervals, wilson
 from cafe.results.variants import average_exported
 from cafe.towers.names import split_name
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cafe.results.statistics import Ranking
+from cafe.results.significance.statistics import Ranking
 
 INK, ACCENT = "#010203", "#c8763a"  # nothing else has the ink's colour, so that it can be replaced
 COOL = "#4a86c5"  # of what is below a mean, where the accent is above it

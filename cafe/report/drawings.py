@@ -15,7 +15,7 @@ from cafe.report.charts import POINTS, draw_heat_map, draw_points, draw_ranks, f
 from cafe.report.report import Report
 from cafe.report.sheets import by_label, name_target
 from cafe.results.metrics import METRICS
-from cafe.results.paired_tests import Ranks
+from cafe.results.significance.paired_tests import Ranks
 
 
 class Drawing(NamedTuple):

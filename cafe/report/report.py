@@ -29,14 +29,14 @@ from cafe.results.comparison import ALL, Comparison, Row, compare, compare_class
 from cafe.results.draws import choose_draws
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
-from cafe.results.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
 from cafe.results.scores import LeftOut, meet, read_scores
+from cafe.results.significance.paired_tests import Paired, Ranks, pair_rows, rank_rows
+from cafe.results.significance.verdicts import Verdict, reach_verdicts
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
 from cafe.results.variants import vary_runs
-from cafe.results.verdicts import Verdict, reach_verdicts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def make_report(
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
     `known` are the digests of the manifests by name. `root` is that of the workspace, whose audits found copies of the
-    source's training faces: needed where the settings want columns without them. `about` is what else there is to say of these runs.
+    source's training faces: needed where the settings want columns without them. `about` is what else there is to say
+    of these runs.
     """
     settings = settings or ReportSettings()
     versus, known = settings.versus, known or {}

@@ -13,9 +13,9 @@ from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
 from cafe.results.draws import NEAR, Trial
 from cafe.results.metrics import FEW, METRICS, OF_VOTES, Estimate
-from cafe.results.paired_tests import PAIRS, RECALLS, Paired, Ranks
 from cafe.results.published import Published
 from cafe.results.scores import average_unseen, interval_of_mean
+from cafe.results.significance.paired_tests import PAIRS, RECALLS, Paired, Ranks
 from cafe.results.sources import SAME_FACES, SAME_SET, UNKNOWN, UNSEEN
 
 Place = Column | Mean

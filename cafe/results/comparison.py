@@ -17,8 +17,8 @@ from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, OPTIONS
 from cafe.results.runs import Run
 from cafe.results.scores import ENDS, FACES, LOW
+from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNSEEN
-from cafe.results.statistics import combine_intervals, wilson
 
 ORACLE = "oracle"  # a selection that looks at faces of the target itself
 PEEKING = (

@@ -20,8 +20,8 @@ from cafe.results.metrics import METRICS, RECALL, macro_f1_error, score
 from cafe.results.predictions import Head, Predictions, list_predictions, list_protocols
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
+from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNKNOWN, UNSEEN
-from cafe.results.statistics import combine_intervals, wilson
 
 FACES = "faces/"  # before the name of a class: how many faces it has
 LOW, HIGH = ".low", ".high"

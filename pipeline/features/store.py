@@ -58,6 +58,9 @@ Opened = TypeVar("Opened")
 class FeatureStore:
     """A store on disk or in an object store; `path` is its folder."""
 
+    def __repr__(self) -> str:
+        return f"<FeatureStore of {self.info.manifest}: {self.info.rows:,} faces, {self.info.describe()}>"
+
     def __init__(self, path: UPath, info: StoreInfo) -> None:
         self.path, self.info, self.receipts = path, info, Receipts(path, info)
         self._arrays: dict[str, zarr.Array[Any]] = {}

@@ -1,22 +1,27 @@
-"""What `import cafe` offers: manifests, features, trained models and scores of a workspace, by name.
+"""What `import cafe` offers: manifests, features, trained models and scores of a workspace, by name, and the work itself.
 
-Torch is imported when a model is loaded, and not before.
+The latter is that of the commands, by the same engine. Torch is imported when a model is loaded or trained, and not before.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.process.command import note_call
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.release.choice import find_runs
 from cafe.pipeline.release.confidence import read_confidence
 from cafe.pipeline.release.shipped import SHIPPED
+from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.report import ReportSettings
 from cafe.results.runs import choose
 from cafe.results.scores import meet, read_scores
 
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cafe.inference.model import Model
+
+Settings = TypeVar("Settings")
 
 
 def load_manifest(name: str, workspace: str = "work") -> Manifest:
@@ -106,7 +113,7 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
 
     >>> table = scores(workspace)
     >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
-    [['cafe', 'one', 'two', 'unseen', 9]]
+    [['cafe', 'one', 'two', 'unseen', 48]]
     """
     known = Workspace.at(workspace)
     chosen = choose(known.read_runs(), experiment)
@@ -115,3 +122,101 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     for one in left_out:
         warnings.warn(str(one), stacklevel=2)
     return read_scores(runs, manifests).drop(columns=["column", "sources"])
+
+
+def extract(*manifests: str, workspace: str = "work", **settings: Any) -> list[FeatureStore]:
+    """Compute frozen features of manifests, once, and return their stores; what is there already costs nothing.
+
+    `settings` are the options of `cafe extract`, with `_` for `-`: `backbone="face-resnet"`, `views=9`, `maps=True`, …
+    Raises `UserError` for others, and where pictures cannot be read.
+
+    >>> (store,) = extract("two", workspace=workspace, backbone=tower, views=2, maps=True)
+    >>> store.read_view("pooled", 1).shape
+    (48, 24)
+    """
+    from cafe.pipeline.features.extract import extract as extract_features
+
+    known, chosen = Workspace.at(workspace), _choose(ExtractSettings, "extract", settings)
+    note_call("extract", {"manifests": manifests, **settings})
+    faces = [known.load_manifest(name) for name in manifests]
+    with no_bar("", "") as progress:
+        results = extract_features(known, faces, chosen, progress)
+    return [FeatureStore(result.store, result.info) for result in results]
+
+
+def train(
+    source: str,
+    method: str = "cafe",
+    workspace: str = "work",
+    recipe: Mapping[str, object] | None = None,
+    **settings: Any,
+) -> str:
+    """Train a method on a source, evaluate it on every other manifest, and return the name of the run.
+
+    `recipe` changes settings of the method's recipe, as `--set` does; `settings` are the other options of `cafe train`, with
+    `_` for `-`: `seed=1`, `epochs=8`, `image_size=64`, `targets="cinema"`, … The same call is the same run: repeated it does
+    nothing, interrupted it goes on. Raises `UserError` for other settings, and where something is missing.
+
+    >>> name = train("one", workspace=workspace, recipe={"batch_size": 20}, targets="two", epochs=1)
+    >>> name.rpartition("-")[0], scores(workspace).run.tolist() == [name]
+    ('cafe-one-s0', True)
+    """
+    from cafe.pipeline.cluster import set_environment
+
+    changes = tuple(f"{key}={value}" for key, value in (recipe or {}).items())
+    given = {"source": source, "method": method, "overrides": changes, **settings}
+    chosen, known = _choose(TrainSettings, "train", given), Workspace.at(workspace)
+    set_environment(chosen)
+
+    from cafe.pipeline.plan import plan_training
+    from cafe.pipeline.release.start import take_over
+    from cafe.pipeline.tracking.mirror import Mirror
+    from cafe.pipeline.train import train_and_evaluate
+
+    mirror = Mirror(known, chosen.mlflow_uri)
+    mirror.check_address()
+    note_call("train", {"source": source, "method": method, "recipe": dict(recipe or {}), **settings})
+    plan = plan_training(known, take_over(known, chosen, set(given)))
+    train_and_evaluate(plan, mirror)
+    if mirror.warning:
+        warnings.warn(mirror.warning, stacklevel=2)
+    return plan.spec.name
+
+
+def compare(
+    experiment: str | None = None, workspace: str = "work", metric: str = "accuracy", **settings: Any
+) -> pd.DataFrame:
+    """Return what `cafe compare` prints, a record for each row and target and one for each row's means, from 0 to 1.
+
+    `settings` are the other options, with `_` for `-`: `versus="cafe"`, `protocol="paper"`, … A `half_width` is that of the
+    interval over seeds. Raises `UserError` where there is nothing to compare.
+
+    >>> table = compare(workspace=workspace)
+    >>> table[["method", "target", "role", "seeds"]].values.tolist()[0]
+    ['cafe', 'two', 'unseen', 1]
+    """
+    import pandas as pd
+
+    from cafe.report.report import list_records, make_report
+
+    known, chosen = Workspace.at(workspace), _choose(ReportSettings, "compare", settings)
+    runs = choose(known.read_runs(), experiment).runs
+    report = make_report(runs, known.manifest_digests(), chosen, metric=metric, root=known.root)
+    for line in report.left_out:
+        warnings.warn(line, stacklevel=2)
+    return pd.DataFrame(list_records(report))
+
+
+def _choose(kind: type[Settings], function: str, values: Mapping[str, Any]) -> Settings:
+    """Return settings from what a function was given; raise `UserError` for a name or a value that they do not have."""
+    from pydantic import TypeAdapter, ValidationError
+
+    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]  # settings are dataclasses
+    for name in values:
+        if name not in names:
+            raise unknown(f"setting of cafe.{function}", name, names)
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"cafe.{function}: {first['loc'][0]}={first['input']!r}: {first['msg'].lower()}.") from None

@@ -148,7 +148,7 @@ def log_models(mirror: Mirror, progress: Progress) -> dict[str, str]:
 
 
 def _log_scores(client: Any, run_id: str, model_id: str, workspace: Workspace, run: Run) -> None:
-    """Have a model list the data sets that its run was evaluated on, with its metrics, the very points of the run."""
+    """Have a model list the data sets that its run was evaluated on, with metrics: the very points of the run."""
     from mlflow.entities import Metric
 
     known = workspace.manifest_digests()

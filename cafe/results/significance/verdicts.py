@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cafe.results.comparison import Comparison, Row
-from cafe.results.paired_tests import Paired, test_unseen
-from cafe.results.statistics import holm
+from cafe.results.significance.paired_tests import Paired, test_unseen
+from cafe.results.significance.statistics import holm
 
 
 @dataclass(frozen=True)

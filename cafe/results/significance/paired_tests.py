@@ -14,7 +14,7 @@ from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, Row
 from cafe.results.metrics import METRICS
 from cafe.results.predictions import Predictions
-from cafe.results.statistics import Difference, Ranking, holm, paired_test, rank_methods
+from cafe.results.significance.statistics import Difference, Ranking, holm, paired_test, rank_methods
 
 PAIRS = 10  # of source and target, fewer than which say nothing of mean ranks
 RECALLS = "mean of recalls"  # what the tests by class end with
