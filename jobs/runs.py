@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,6 @@ from cafe.jobs.names import complete
 from cafe.jobs.options import GroupedCommand, options
 from cafe.jobs.tables import FittedTable, make_table, sheet_tables
 from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, records_option, say, show
-from cafe.pipeline.process.progress import Bar, Pace, Progress, format_seconds
 from cafe.pipeline.settings import BenchmarkSettings, DemoSettings, EvaluateSettings, ExtractSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -31,11 +28,9 @@ if TYPE_CHECKING:
     from cafe.pipeline.benchmark.grid import Cell
     from cafe.pipeline.benchmark.missing import Cost
     from cafe.pipeline.benchmark.plan import BenchmarkPlan
-    from cafe.pipeline.plan import TrainPlan
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.workspace import Workspace
 
-MEASURED_SECONDS, LONG_SECONDS = 5.0, 120.0  # of first steps, and from when on it is said how long a training takes
 SHIPPED = Path(__file__).parent / "benchmarks"
 NEXT_STEPS = """Next steps
   The runs in MLflow, in your browser:
@@ -43,7 +38,8 @@ NEXT_STEPS = """Next steps
   Your own faces, a folder per expression:
     {cafe} data index folder ~/faces/mine --name mine
     {cafe} extract mine --backbone face-resnet --views 5
-    {cafe} train --source mine --method cafe --seed 0 --set features=standardised
+    {cafe} train --source mine --method linear_probe --seed 0 --set features=standardised --set learning_rate=0.001
+    {cafe} train --source mine --seed 0 --set features=standardised --set learning_rate=0.001 --epochs 8 --image-size 64
   The published tower, whose weights come from its hub:
     {cafe} extract mine --backbone clip-vit-b32 --views 61"""
 
@@ -91,6 +87,7 @@ def train(ctx: click.Context, /, **values: Any) -> None:
     set_environment(settings)
 
     from cafe.pipeline.plan import plan_training
+    from cafe.pipeline.process.advice import explain_choices, explain_few_steps, foretell_on
     from cafe.pipeline.release.start import take_over
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.train import train_and_evaluate
@@ -103,63 +100,14 @@ def train(ctx: click.Context, /, **values: Any) -> None:
         say(f"Starts from {plan.start.spec.name}, a {settings.method} of {settings.backbone or 'pixels'}.")
     for sentence in explain_choices(settings, plan.spec.precision, plan.spec.recipe["batch_size"]):
         echo(sentence)
+    for sentence in explain_few_steps(len(plan.source.rows("train")), plan.spec.recipe, settings):
+        say(sentence)
     with interruptible():
-        train_and_evaluate(plan, mirror, _foretelling_bar(settings, plan))
+        train_and_evaluate(plan, mirror, foretell_on(progress_bar, settings, plan, say))
     if plan.targets:
         _show_scores(workspace, plan.run, settings.protocol)
     say(f"Run {plan.spec.name} in {plan.run}")
     _warn(mirror)
-
-
-def _foretelling_bar(settings: TrainSettings, plan: TrainPlan) -> Bar:
-    """Return a bar that also says, once its first steps are measured, how long a training without a GPU takes."""
-    from cafe.methods import find_method
-    from cafe.pipeline.process.machine import own_device
-
-    if settings.address or "image" not in find_method(settings.method).needs or own_device(settings.use_gpu) != "cpu":
-        return progress_bar
-
-    @contextmanager
-    def bar(title: str, unit: str) -> Iterator[Progress]:
-        pace, said = Pace(), False
-        with progress_bar(title, unit) as progress:
-
-            def update(done: int, total: int, /, **facts: float) -> None:
-                nonlocal said
-                pace.note(time.monotonic(), done)
-                left = pace.seconds_left(total)
-                if unit == "steps" and not said and left is not None and pace.measured >= MEASURED_SECONDS:
-                    said = True
-                    if left > LONG_SECONDS:
-                        say(foretell(left, plan.spec.recipe["epochs"], plan.spec.image_size), err=True)
-                progress(done, total, **facts)
-
-            yield update
-
-    return bar
-
-
-def foretell(seconds: float, epochs: int, image_size: int) -> str:
-    """Return how long a training on pictures takes on a CPU, and which options shorten it."""
-    return (
-        f"Without a GPU this training takes about {format_seconds(seconds)} more, as its first steps went. Shorter: "
-        f"--epochs {max(1, epochs // 4)} instead of {epochs}, --image-size {max(32, image_size // 2)} instead of "
-        f"{image_size}, or a method that learns from features alone, such as --method cafe_vector or mlp."
-    )
-
-
-def explain_choices(settings: TrainSettings, precision: str, batch_size: int) -> Iterator[str]:
-    """Yield what a user should know of a training before it begins: a choice made for them, or what workers are worth."""
-    if settings.precision == "auto":
-        yield f"Precision {precision}, as this machine computes."
-    workers, share = settings.num_workers, batch_size // settings.num_workers
-    if workers > 1 and settings.scale_batch:
-        yield f"Batches of {batch_size} faces at {workers} times the learning rate, {share} for each worker: not published."
-    elif workers > 1:
-        yield (
-            f"{workers} workers share each batch of {batch_size} faces, {share} each: as published, and seldom faster than "
-            "one worker; --scale-batch gives each a whole batch, which is not as published."
-        )
 
 
 @click.command(cls=GroupedCommand)

@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cafe.errors import printable
-from cafe.jobs.terminal import show, show_json
+from cafe.jobs.terminal import shorten, show, show_json
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -175,17 +175,6 @@ class FittedTable:
             cells = (Text(texts[cell.text], cell.style) for texts, cell in zip(written, own, strict=True))
             table.add_row(*cells, end_section=place in self.sections)
         return table
-
-
-def shorten(text: str, longest: int) -> str:
-    """Return a text with its middle left out where it is wider than so many characters."""
-    from rich.cells import cell_len
-
-    if cell_len(text) <= longest:
-        return text
-    kept = longest - 1
-    end = text[len(text) - (kept - kept // 2) :]
-    return f"{text[: kept // 2]}…{end}"
 
 
 def shorten_lines(text: str, longest: int) -> str:

@@ -33,6 +33,8 @@ QUIET, TYPED, WIDE, RECORDS = "cafe.quiet", "cafe.typed", "cafe.wide", "cafe.rec
 ANYWHERE = ("--allow-urls", "--allow-private-urls", "--wide")  # options of all commands that may stand behind theirs
 PIPED, WIDEST = 200, 100_000  # columns of an output that is no terminal, and of a table with --wide
 SELDOM, USUAL = 100_000, gc.get_threshold()  # objects made anew, after which Python looks for garbage
+# Characters beside the numbers of long work: of a bar, at least of a title, and of a terminal that has room for a bar.
+BAR_WIDTH, LEAST_TITLE, ROOMY = 12, 8, 100
 GRACE_SECONDS = 4.0  # for an interrupted command to put its things in order
 
 _interrupted = Event()
@@ -219,27 +221,35 @@ def progress_bar(title: str, unit: str = "faces") -> Iterator[Progress]:
 @contextmanager
 def _terminal_bar(title: str, unit: str) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    from cafe.pipeline.process.progress import Pace, describe, format_seconds
+    from cafe.pipeline.process.progress import Pace, describe_for_bar
 
-    columns = (
-        TextColumn(title),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit} {{task.fields[facts]}}"),
-    )
-    with Bars(*columns, console=Console(stderr=True)) as bar:
-        pace, task = Pace(), bar.add_task("", total=None, facts="(preparing)")
+    console, pace = Console(stderr=True), Pace()
+    bar_width = BAR_WIDTH if console.width >= ROOMY else 0
+    middle = [BarColumn(bar_width)] if bar_width else []
+    with Bars(TextColumn("{task.description}"), *middle, TextColumn("{task.fields[facts]}"), console=console) as bar:
+        task = bar.add_task(title, total=None, facts="preparing")
 
         def update(done: int, total: int, /, **facts: float) -> None:
             pace.note(time.monotonic(), done)
-            rate, left = pace.rate, pace.seconds_left(total)
-            known = [rate and f"{rate:,.1f}/s", left and f"{format_seconds(left)} left", describe(facts)]
-            bar.update(task, completed=done, total=total, facts=", ".join(part for part in known if part))
+            text = describe_for_bar(pace, done, total, unit, facts)
+            room = max(LEAST_TITLE, console.width - bar_width - len(text) - 2)  # no digit is cropped: the title is
+            bar.update(task, completed=done, total=total, description=shorten(title, room), facts=text)
 
         yield update
+
+
+def shorten(text: str, longest: int) -> str:
+    """Return a text with its middle left out where it is wider than so many characters."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= longest:
+        return text
+    kept = longest - 1
+    end = text[len(text) - (kept - kept // 2) :]
+    return f"{text[: kept // 2]}…{end}"
 
 
 def _leave(then: str) -> None:

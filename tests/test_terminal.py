@@ -12,9 +12,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -29,13 +30,15 @@ from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
 from cafe.jobs.names import list_settings, read_dict
 from cafe.jobs.options import GROUPS, Whole
-from cafe.jobs.runs import foretell
 from cafe.jobs.tables import make_table, sheet_tables
-from cafe.jobs.terminal import Commands, echo, show, show_json
+from cafe.jobs.terminal import LEAST_TITLE, Commands, echo, show, show_json
 from cafe.methods import METHODS, find_method
 from cafe.networks.branches import NETWORKS
-from cafe.pipeline.process.progress import Log
+from cafe.pipeline.plan import find_recipe
+from cafe.pipeline.process.advice import explain_few_steps, foretell
+from cafe.pipeline.process.progress import Log, Pace, describe_for_bar
 from cafe.pipeline.runs import note_end
+from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import Sheet, SheetCell
 from cafe.towers.names import BACKBONES
@@ -422,6 +425,17 @@ def test_a_log_says_after_an_epoch_and_every_half_minute_how_far_work_is_at_what
     ]
 
 
+def test_a_bar_on_a_narrow_terminal_keeps_every_digit() -> None:
+    pace = Pace()
+    for seconds, done in ((0.0, 1), (10.0, 11)):
+        pace.note(seconds, done)
+    facts = {"epochs_done": 12, "epochs": 40, "loss": 0.0625, "accuracy": 1.0}
+    text = describe_for_bar(pace, 11, 911, "steps", facts)
+    assert text == "12/40 epochs, loss 0.062, train 100.0 %, 1.0 steps/s, 0:15:00 left"
+    assert len(text) + LEAST_TITLE < 80
+    assert describe_for_bar(Pace(), 5, 1200, "faces", {}) == "5/1,200 faces"
+
+
 def test_records_say_each_news_once_and_the_end() -> None:
     now, lines = [0.0], list[str]()
     log = Log("Extracting", "faces", lines.append, records=True, clock=lambda: now[0])
@@ -430,6 +444,21 @@ def test_records_say_each_news_once_and_the_end() -> None:
     first, last = (json.loads(line) for line in lines)
     assert first == {"work": "Extracting", "unit": "faces", "done": 6, "total": 8, "rate": 4.0, "seconds_left": 0.5}
     assert (last["done"], last["rate"], last["seconds_left"]) == (8, pytest.approx(7 / 1.5), 0.0)
+
+
+def test_few_steps_of_the_published_size_are_said_with_what_learns_more() -> None:
+    def say(faces: int, *overrides: str, **settings: Any) -> str:
+        chosen = TrainSettings(source="any", overrides=overrides, **settings)
+        return " ".join(explain_few_steps(faces, asdict(find_recipe(chosen, "folder")), chosen))
+
+    assert say(180, method="cafe", epochs=8).startswith(
+        "180 training faces make 48 steps, and the published learning rate"
+    )
+    assert "--set learning_rate=0.001 --set features=standardised learns more" in say(180, method="linear_probe")
+    assert "features=" not in say(180, "features=standardised", method="linear_probe")
+    assert "features=" not in say(180, method="image_only")
+    assert say(180, "learning_rate=0.001", method="cafe") == say(12_271, method="cafe") == say(180, method="scn") == ""
+    assert say(180, method="nearest_class_mean") == say(180, method="mlp", start="shipped") == ""
 
 
 def test_how_long_a_training_without_a_gpu_takes_is_said_with_what_shortens_it() -> None:

@@ -23,7 +23,6 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.errors import IncompleteError, UserError
-from cafe.jobs.runs import explain_choices
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.learning.loading import FaceDataset, KeptPictures, epoch_order
 from cafe.learning.training import Selection, Training, predict, prepare
@@ -31,6 +30,7 @@ from cafe.methods import METHODS
 from cafe.methods.generalisation.erm import Erm
 from cafe.methods.method import Inputs, Recipe, apply_overrides
 from cafe.pipeline.plan import find_precision, find_recipe
+from cafe.pipeline.process.advice import explain_choices
 from cafe.pipeline.settings import TrainSettings
 from cafe.towers.building import load_backbone
 from cafe.towers.embedding import Embedder

@@ -121,6 +121,22 @@ def describe(facts: Mapping[str, float]) -> str:
     return ", ".join(parts)
 
 
+def describe_for_bar(pace: Pace, done: int, total: int, unit: str, facts: Mapping[str, float]) -> str:
+    """Return what stands behind a bar: what is known of a training, else how much is done; rate and time left."""
+    parts = [f"{done:,}/{total:,} {unit}"]
+    if "epochs" in facts:
+        parts = [f"{facts['epochs_done']:.0f}/{facts['epochs']:.0f} epochs"]
+    if "loss" in facts:
+        parts.append(f"loss {facts['loss']:.3f}")
+    if "accuracy" in facts:
+        parts.append(f"train {100 * facts['accuracy']:.1f} %")
+    if pace.rate:
+        parts.append(f"{pace.rate:,.1f}{'' if parts[0].endswith(unit) else f' {unit}'}/s")
+    if done < total and (left := pace.seconds_left(total)) is not None:
+        parts.append(f"{format_seconds(left)} left")
+    return ", ".join(parts)
+
+
 def format_seconds(seconds: float) -> str:
     """Return a time such as 1:02:03."""
     return str(timedelta(seconds=round(seconds)))

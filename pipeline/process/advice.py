@@ -1,0 +1,86 @@
+"""What a user should know of a training: of choices made for them, of steps too few or too small, of the hours it takes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cafe.methods import find_method
+from cafe.pipeline.plan import TrainPlan
+from cafe.pipeline.process.machine import own_device
+from cafe.pipeline.process.progress import Bar, Pace, Progress, format_seconds
+from cafe.pipeline.settings import TrainSettings
+
+MEASURED_SECONDS, LONG_SECONDS = 5.0, 120.0  # of first steps, and from when on it is said how long a training takes
+# The published CAFE takes 23,000 steps on RAF-DB at this rate, which a tenth of them cannot do with.
+FEW_STEPS, SMALL_RATE = 2300, 2e-4
+
+
+def explain_few_steps(faces: int, recipe: dict[str, Any], settings: TrainSettings) -> Iterator[str]:
+    """Yield what helps where the steps of a training are too few for the small steps of the published recipe."""
+    steps, method = math.ceil(faces / recipe["batch_size"]) * recipe["epochs"], find_method(settings.method)
+    published = method.published_recipe("").learning_rate
+    if (
+        method.trained
+        and not settings.start
+        and steps < FEW_STEPS
+        and recipe["learning_rate"] == published == SMALL_RATE
+    ):
+        standardised = (
+            " --set features=standardised" if recipe.get("features", "standardised") != "standardised" else ""
+        )
+        yield (
+            f"{faces:,} training faces make {steps:,} steps, and the published learning rate {published:g} is meant for "
+            f"twenty thousand: --set learning_rate=0.001{standardised} learns more of so few."
+        )
+
+
+def foretell_on(bar: Bar, settings: TrainSettings, plan: TrainPlan, say: Callable[..., None]) -> Bar:
+    """Return a bar that also says, by `say`, once its first steps are measured, how long a training without a GPU takes."""
+    if settings.address or "image" not in find_method(settings.method).needs or own_device(settings.use_gpu) != "cpu":
+        return bar
+
+    @contextmanager
+    def foretelling(title: str, unit: str) -> Iterator[Progress]:
+        pace, said = Pace(), False
+        with bar(title, unit) as progress:
+
+            def update(done: int, total: int, /, **facts: float) -> None:
+                nonlocal said
+                pace.note(time.monotonic(), done)
+                left = pace.seconds_left(total)
+                if unit == "steps" and not said and left is not None and pace.measured >= MEASURED_SECONDS:
+                    said = True
+                    if left > LONG_SECONDS:
+                        say(foretell(left, plan.spec.recipe["epochs"], plan.spec.image_size), err=True)
+                progress(done, total, **facts)
+
+            yield update
+
+    return foretelling
+
+
+def foretell(seconds: float, epochs: int, image_size: int) -> str:
+    """Return how long a training on pictures takes on a CPU, and which options shorten it."""
+    return (
+        f"Without a GPU this training takes about {format_seconds(seconds)} more, as its first steps went. Shorter: "
+        f"--epochs {max(1, epochs // 4)} instead of {epochs}, --image-size {max(32, image_size // 2)} instead of "
+        f"{image_size}, or a method that learns from features alone, such as --method cafe_vector or mlp."
+    )
+
+
+def explain_choices(settings: TrainSettings, precision: str, batch_size: int) -> Iterator[str]:
+    """Yield what a user should know of a training before it begins: a choice made for them, or what workers are worth."""
+    if settings.precision == "auto":
+        yield f"Precision {precision}, as this machine computes."
+    workers, share = settings.num_workers, batch_size // settings.num_workers
+    if workers > 1 and settings.scale_batch:
+        yield f"Batches of {batch_size} faces at {workers} times the learning rate, {share} for each worker: not published."
+    elif workers > 1:
+        yield (
+            f"{workers} workers share each batch of {batch_size} faces, {share} each: as published, and seldom faster than "
+            "one worker; --scale-batch gives each a whole batch, which is not as published."
+        )
