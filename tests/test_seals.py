@@ -17,6 +17,7 @@ from cafe.errors import DamagedError
 from cafe.files import write_file, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.pipeline.models import check_finite
+from cafe.pipeline.release.catalogue import list_models
 from cafe.pipeline.runs import MODEL_FORMAT, is_finished, read_model
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -120,6 +121,12 @@ def test_a_model_record_without_its_seal_is_named_or_where_it_must_have_one_refu
     write_json(folder / "model.json", {"threshold": 0.1, "format": MODEL_FORMAT})
     assert f"{folder}/model.json is damaged or was changed" in complaint(read_model, folder)
     assert not caplog.messages
+    exported = Workspace.at(str(tmp_path / "work")).root / "exports" / "x"
+    for name in ("model.json", "run.json"):
+        write_json(exported / name, {"format": MODEL_FORMAT})
+    assert not [one for one in list_models(Workspace.at(str(tmp_path / "work"))) if one["is"] == "exported"]
+    assert caplog.messages[0].startswith(f"A model is left out: {exported}/model.json is damaged")
+    caplog.clear()
     write_json(folder / "model.json", {"threshold": 0.5, "format": 1})
     assert [read_model(folder)["threshold"] for _ in range(2)] == [0.5, 0.5]
     (said,) = caplog.messages  # once for a command
