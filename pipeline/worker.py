@@ -99,10 +99,7 @@ class Worker:
                 fit(method, make_dataset(spec, source), rows, self.device)
                 _save_result(run, method.state_dict(), {"epochs": 0})
             return
-        dataset = (
-            make_live_dataset(spec, source, str(self.device)) if spec.live else make_dataset(spec, source, keep=True)
-        )
-        dataset = replace(dataset, silent_seconds=settings.silent_seconds)
+        dataset = _make_dataset(plan, source, self.device)
         loaders = _count_loaders(settings.loader_workers, self.device, dataset, cores)
         checkpoint, prepared = find_checkpoint(run), False
         if rank() == 0 and checkpoint is None and not spec.start:  # which has learned that already
@@ -313,6 +310,13 @@ def _build(spec: RunSpec, run: UPath) -> Method:
     if spec.start:
         continue_from(method, run / START, spec.name, spec.start)
     return method
+
+
+def _make_dataset(plan: TrainPlan, source: Faces, device: torch.device) -> FaceDataset:
+    """Return the faces of the source as the training needs them, with features of a store or of the tower at work."""
+    live = plan.spec.live
+    made = make_live_dataset(plan.spec, source, str(device)) if live else make_dataset(plan.spec, source, keep=True)
+    return replace(made, silent_seconds=plan.settings.silent_seconds)
 
 
 def _count_loaders(asked: int | None, device: torch.device, dataset: FaceDataset, cores: int) -> int:

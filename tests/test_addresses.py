@@ -140,8 +140,13 @@ def test_copies_of_weights_follow_the_same_rule(server: CountingServer) -> None:
 
 
 def test_other_protocols_are_for_what_the_user_types(tmp_path: Path) -> None:
-    for place in ("simplecache::http://127.0.0.1/x", "ftp://127.0.0.1/x", "zip://x::http://127.0.0.1/x", "http::x"):
-        assert "came with a file" in complaint(locate, place)
+    assert "came with a file" in complaint(locate, "http::x")
+    for place in ("simplecache::http://127.0.0.1/x", "ftp://127.0.0.1/x", "zip://x::http://127.0.0.1/x"):
+        for flags in ({}, {"urls": True, "private": True}):
+            Permission(**flags).install()
+            said = complaint(locate, place)
+            assert "came with a file: give a folder, an object store or https:// there" in said
+    Permission().install()
     for place in (str(tmp_path), f"file://{tmp_path}", "memory://x", "s3://bucket/x", "a::b"):
         assert complaint(locate, place) == ""
 

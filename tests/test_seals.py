@@ -17,6 +17,7 @@ from cafe.errors import DamagedError
 from cafe.files import write_file, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.pipeline.models import check_finite
+from cafe.pipeline.release.catalogue import list_models
 from cafe.pipeline.runs import MODEL_FORMAT, is_finished, read_model
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -63,13 +64,16 @@ def test_weights_and_records_from_before_are_read_and_called_unchecked(tmp_path:
     assert [verify_file(UPath(tmp_path / name)) for name in ("x.safetensors", "x.json")] == ["unchecked"] * 2
 
 
-@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
-def test_a_checkpoint_with_a_changed_bit_is_not_resumed(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("state.json", -30), ("state.safetensors", -2)],  # in a number, which alone would look like another
+)
+def test_a_checkpoint_with_a_changed_bit_is_not_resumed(tmp_path: Path, name: str, place: int) -> None:
     folder, layer = UPath(tmp_path), torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     save_checkpoint(folder, layer, optimizer, {"epoch": 1}, {"weight": torch.ones(1)})
     assert load_checkpoint(folder, layer, optimizer)[0] == {"epoch": 1}
-    flip(folder / name, -30)
+    flip(folder / name, place)
     with pytest.raises(DamagedError, match=rf"{name} is damaged.*: remove .* and give the `cafe train` command again"):
         load_checkpoint(folder, layer, optimizer)
 
@@ -117,6 +121,12 @@ def test_a_model_record_without_its_seal_is_named_or_where_it_must_have_one_refu
     write_json(folder / "model.json", {"threshold": 0.1, "format": MODEL_FORMAT})
     assert f"{folder}/model.json is damaged or was changed" in complaint(read_model, folder)
     assert not caplog.messages
+    exported = Workspace.at(str(tmp_path / "work")).root / "exports" / "x"
+    for name in ("model.json", "run.json"):
+        write_json(exported / name, {"format": MODEL_FORMAT})
+    assert not [one for one in list_models(Workspace.at(str(tmp_path / "work"))) if one["is"] == "exported"]
+    assert caplog.messages[0].startswith(f"A model is left out: {exported}/model.json is damaged")
+    caplog.clear()
     write_json(folder / "model.json", {"threshold": 0.5, "format": 1})
     assert [read_model(folder)["threshold"] for _ in range(2)] == [0.5, 0.5]
     (said,) = caplog.messages  # once for a command

@@ -87,6 +87,9 @@ def _name(file: UPath) -> str:
 
 def _expand(place: str, others: dict[str, str]) -> Iterator[UPath]:
     """Yield the photos and videos of a place, and note the endings of the other files there."""
+    unknown = UserError(f"There is no file {place!r}: give photos, videos, folders or patterns such as 'faces/*.jpg'.")
+    if not place:  # which would stand for the folder that one is in
+        raise unknown
     path = locate(place, absolute=False)
     if retry(path, "read", path.is_file):  # at an address, a server may be away
         yield path
@@ -106,7 +109,7 @@ def _expand(place: str, others: dict[str, str]) -> Iterator[UPath]:
             else:
                 others[_name(file)] = suffix_of(match)
     else:
-        raise UserError(f"There is no file {place!r}: give photos, videos, folders or patterns such as 'faces/*.jpg'.")
+        raise unknown
 
 
 def read_frames(files: Iterable[UPath], rate: float) -> Iterator[Frame]:

@@ -26,7 +26,7 @@ def list_models(workspace: Workspace) -> list[dict[str, Any]]:
     """Return a record for each model: its name, where it is from, method, source and accuracies from 0 to 1.
 
     `at_home` is the accuracy on its source (the mean, of several), `unseen` the mean over targets of other sets, both by the
-    protocol `clean`; None where it was not evaluated there. What cannot be read is left out, runs with a warning.
+    protocol `clean`; None where it was not evaluated there. What cannot be read is left out, with a warning.
     """
     records = [_describe(name, SHIPS, folder) for name, folder in shipped_models().items()]
     exports = (folder for folder in list_folder(workspace.root / "exports") if is_export(folder))
@@ -38,7 +38,8 @@ def _describe(name: str, kind: str, folder: UPath) -> dict[str, Any]:
     """Return the record of an exported folder, an empty one where it cannot be read."""
     try:
         about = read_model(folder)
-    except UserError:
+    except UserError as error:
+        logging.getLogger(__name__).warning("A model is left out: %s", error)
         return {}
     origin, scores = about.get("origin", {}), about.get("scores", {})
     seeds = (about.get("averaged") or {}).get("seeds") or [origin.get("seed")]
