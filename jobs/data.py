@@ -361,8 +361,8 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     cafe data audit ferplus mma
 
     Finds resized, recompressed, greyed, brightened, lightly cropped, mirrored and turned copies, between the source's
-    own splits too. Writes for each target the list of pairs, which `evaluate` and `compare` leave out with --exclude-
-    leaks, and a page that shows them.
+    own splits too. Writes for each target the list of pairs, which `evaluate` and `compare` leave out with
+    --exclude-leaks, and a page that shows them.
     """
     from cafe.pipeline.datasets import report_audits
     from cafe.results.leaks import audit_path
