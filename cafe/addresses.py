@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.errors import UserError
+from cafe.web import limit_waiting
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 HARMLESS = ("", "file", "local", "memory", *OBJECT_STORES)  # protocols that ask no server a file could choose
@@ -48,8 +49,11 @@ class Permission:
 
     def options(self, location: str, protocol: str) -> dict[str, Any]:
         """Return the options with which a place is opened; raise `UserError` for an address that may not be asked."""
-        if protocol in HARMLESS or self._is_own(location):
+        if protocol in HARMLESS:
             return {}
+        waiting = limit_waiting() if protocol in WEB else {}
+        if self._is_own(location):
+            return waiting
         if protocol not in WEB:
             raise UserError(
                 f"The address {location!r} came with a file: give a folder, an object store or https:// there."
@@ -59,7 +63,7 @@ class Permission:
                 f"The web address {location!r} came with a file: where you trust that file, give --allow-urls to fetch "
                 "from it."
             )
-        return {} if self.private else {"get_client": PublicClient()}
+        return waiting if self.private else {**waiting, "get_client": PublicClient()}
 
     def _is_own(self, location: str) -> bool:
         """Whether a place is one of the user's addresses or lies below it."""

@@ -28,6 +28,10 @@ class StorageError(IncompleteError, OSError):
     """A file that could not be read or written although it was tried again: nothing is known of its content."""
 
 
+class AnswerError(StorageError):
+    """A server that was reached and does not give a file, whatever the reason."""
+
+
 class DamagedError(UserError):
     """A file that is not what was written."""
 

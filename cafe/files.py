@@ -22,7 +22,8 @@ from fsspec import get_filesystem_class
 from upath import UPath
 
 from cafe.addresses import OBJECT_STORES, WEB, explain, permission
-from cafe.errors import IrregularFileError, StorageError, UserError, quote
+from cafe.errors import AnswerError, IrregularFileError, StorageError, UserError, quote
+from cafe.web import ANSWERS, get
 
 OUTSIDE = re.compile(r"(^|/)\.{0,2}(/|$)|\x00")  # in a name: a part that is empty, '.' or '..'
 MOST_TEXT = 2**28  # bytes of a JSON or TOML file, which takes about ten times as much once it is read
@@ -50,6 +51,7 @@ def locate(location: str, absolute: bool = True) -> UPath:
             return UPath(location, use_listings_cache=False)
         options = permission().options(location, path.protocol)
         if path.protocol:
+            get_filesystem_class(path.protocol)
             return UPath(location, **options) if options else path
         return path.expanduser().absolute() if absolute else path.expanduser()
     except (ValueError, ImportError, RuntimeError) as error:  # an unknown protocol, its library, a user's unknown home
@@ -81,6 +83,8 @@ def find_below(folder: UPath, name: str) -> UPath:
         raise UserError(
             f"The name {name!r} leads out of {folder}: take one without '..', empty parts and a leading '/'."
         )
+    if folder.protocol in WEB and folder.path.strip("/").endswith(":"):  # of addresses of several servers
+        return UPath(f"{folder.protocol}://{name}", **folder.storage_options)
     return folder / name
 
 
@@ -115,24 +119,31 @@ def retry(path: UPath, verb: str, function: Callable[..., Result], *arguments: A
     Raises `StorageError`, which says that the path cannot be `verb`, such as *read*; errors that are certain are left alone.
     """
     pauses = OBJECT_PAUSES if path.protocol in OBJECT_STORES else PAUSES
-    for pause in (*pauses, None):
+    for tried, wait in enumerate((*pauses, None), start=1):
         try:
             return function(*arguments)
         except CERTAIN:
             raise
         except storage_errors() as error:
+            pause = None if tried > len(PAUSES) and _is_refused(error) else wait
             if refused := explain(error, str(path)):
                 raise refused from None
             if getattr(error, "errno", None) == errno.ENAMETOOLONG:
                 raise
             if pause is None:
                 reason = getattr(error, "strerror", None) or quote(error)
-                raise StorageError(
-                    f"{path} cannot be {verb} ({reason}), though it was tried {len(pauses) + 1} times: fix the storage or "
-                    "the rights to it and give the command again."
+                kind = AnswerError if str(error).startswith(ANSWERS) else StorageError
+                raise kind(
+                    f"{path} cannot be {verb} ({reason}), though it was tried {tried} times: fix the storage or the rights "
+                    "to it and give the command again."
                 ) from error
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether a storage refuses, or has no credentials, which seldom passes."""
+    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
 
 
 def exists(path: UPath) -> bool:
@@ -216,7 +227,9 @@ def check_regular(path: UPath, most: int | None = None) -> None:
 def read_file(path: UPath, most: int | None = None) -> bytes:
     """Return the content of a file, from an object store or the web by one request; raise as `check_regular` does."""
     check_regular(path, most)
-    if path.protocol not in (*OBJECT_STORES, *WEB):
+    if path.protocol in WEB:
+        return retry(path, "read", get, path, most)
+    if path.protocol not in OBJECT_STORES:
         return retry(path, "read", path.read_bytes)
     whole = {"max_concurrency": 1} if path.protocol in ("s3", "s3a") else {}  # else it asks for the size before
     return bytes(retry(path, "read", lambda: path.fs.cat_file(path.path, **whole)))

@@ -132,10 +132,17 @@ def index(
     if train_faces:
         say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
     _check_counts(listing, counts, accept_counts, warn=True)
-    own(root, choices.pictures or "", result.manifest.root, remember=True)
+    brought = root_is_brought(root, choices.pictures, result.manifest.root)
+    own(root, choices.pictures or "", "" if brought else result.manifest.root, remember=True)
     result.manifest.save(path := workspace.manifest_path(name))
     say(f"Wrote {path}")
     check_whole(len(result.broken), "files or rows")
+
+
+def root_is_brought(root: str, pictures: str | None, found: str) -> bool:
+    """Whether a manifest's root was said by a file that was indexed: neither typed nor where what was typed lies."""
+    homes = (pictures, root, root.rpartition("/")[0])
+    return not any(home and f"{found}/".startswith(f"{home.rstrip('/')}/") for home in homes)
 
 
 def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: bool = False, warn: bool = False) -> None:
@@ -353,8 +360,9 @@ def audit(source: str, targets: tuple[str, ...]) -> None:
     \b
     cafe data audit ferplus mma
 
-    Finds resized, recompressed, greyed and lightly cropped copies, between the source's own splits too. Writes for each
-    target the list of pairs, which `evaluate` and `compare` leave out with --exclude-leaks, and a page that shows them.
+    Finds resized, recompressed, greyed, brightened, lightly cropped, mirrored and turned copies, between the source's
+    own splits too. Writes for each target the list of pairs, which `evaluate` and `compare` leave out with
+    --exclude-leaks, and a page that shows them.
     """
     from cafe.pipeline.datasets import report_audits
     from cafe.results.leaks import audit_path

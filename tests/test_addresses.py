@@ -17,18 +17,25 @@ import pytest
 from conftest import Cafe, complaint, draw_faces
 from upath import UPath
 
+from cafe import files
 from cafe.addresses import Permission, find_addresses, is_private, own, permission
+from cafe.data import images
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.files import copy_here, locate
+from cafe.inference.frames import find_files, read_frames
 from cafe.pipeline.features.worker import Decoders
+from cafe.pipeline.release.library import load_manifest
 
 PUBLIC = "93.184.215.14"
 
 
 class CountingServer(ThreadingHTTPServer):
-    """A server of files on loopback that notes what it is asked; `/away` leads to itself under its private name."""
+    """A server of files on loopback that notes what it is asked; `/away` leads to itself under its private name.
+
+    What it `/says` is a status and no file.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
@@ -45,7 +52,11 @@ class Answer(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
-        if self.path.startswith("/away/"):
+        if self.path.startswith("/says/"):
+            self.send_response(int(self.path.removeprefix("/says/")))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif self.path.startswith("/away/"):
             self.send_response(302)
             self.send_header("Location", f"{self.server.address}/{self.path.removeprefix('/away/')}")
             self.end_headers()
@@ -101,6 +112,71 @@ def test_an_address_that_the_user_typed_is_his_own_from_then_on(server: Counting
     (tmp_path / "home" / ".config" / "cafe" / "addresses.txt").unlink()  # as where the workspace is somebody else's
     assert "came with a file" in cafe.fail("data", "check", "typed")
     assert len(server.asked) == asked
+
+
+def test_addresses_in_a_table_are_read_where_that_is_allowed_in_every_command(
+    server: CountingServer, tmp_path: Path
+) -> None:
+    cafe = Cafe(tmp_path / "work", address="")
+    with CountingServer(draw_faces(tmp_path / "others", per_class=1, seed=1)) as other:
+        places = [f"{server.address}/anger/000.jpg", f"{other.address}/anger/000.jpg", f"{other.address}/says/403"]
+        places += [f"{server.address}/no/such.jpg", f"{server.address}/says/500"]
+        (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{place},anger\n" for place in places))
+        index = ("data", "index", "table", str(tmp_path / "t.csv"), "--name", "web")
+        assert "--allow-urls to fetch from it" in cafe.fail(*index)
+        assert "leads to this machine or its own network" in cafe.fail("--allow-urls", *index)
+        assert server.asked == other.asked == []
+        allowed = ("--allow-urls", "--allow-private-urls")
+        said = cafe.fail(*allowed, *index, code=1)
+        assert "such.jpg: file not found" in said
+        assert "says/403 cannot be read (the server answers 403 Forbidden): look at the address" in said
+        assert (
+            "says/500 cannot be read (the server answers 500 Internal Server Error), though it was tried 4 times"
+            in said
+        )
+        assert other.asked.count("/says/403") == 1
+        assert "came with a file" in cafe.fail("data", "check", "web")
+        assert "0 unreadable files" in cafe.succeed(*allowed, "data", "check", "web")
+        assert [name.partition("/")[2] for name in load_manifest("web", str(cafe.workspace)).sample_ids] == [
+            "anger/000.jpg"
+        ] * 2
+        other.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (("https://a/1.jpg", "2.jpg"), "has https://a/1.jpg and, in row 2, 2.jpg: give every kind of place a table"),
+        (("foo://a/1.jpg",), "The place 'foo://a/1.jpg' cannot be used (Unsupported filesystem: 'foo')"),
+        (("sftp://a/1.jpg",), "came with a file: give a folder, an object store or https:// there."),
+        (("gs://a/1.jpg",), "The place 'gs://a/1.jpg' cannot be used (Please install gcsfs"),
+    ],
+)
+def test_places_of_a_table_that_cannot_be_read_are_one_sentence(
+    tmp_path: Path, paths: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{path},anger\n" for path in paths))
+    assert said in complaint(DATASETS["table"], UPath(tmp_path / "t.csv"))
+
+
+def test_pictures_of_the_web_that_cannot_be_read_are_rows_with_a_reason(
+    server: CountingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [f"{server.address}/{name}" for name in ("anger/000.jpg", "says/403", "says/410")]
+    own(*places)
+    monkeypatch.setattr(images, "MOST_FETCHED", 100)
+    monkeypatch.setattr(files, "PAUSES", ())
+    with socket.socket() as closed:  # nobody listens there
+        closed.bind(("127.0.0.1", 0))
+        own(nobody := f"http://127.0.0.1:{closed.getsockname()[1]}/x.jpg")
+        errors = [frame.error for frame in read_frames(find_files([*places, nobody]).files, 1)]
+    parts = (
+        "more than the 100 bytes",
+        "answers 403 Forbidden",
+        "file not found",
+        "cannot be read (Connect call failed",
+    )
+    assert [part in error for part, error in zip(parts, errors, strict=True)] == [True] * 4, errors
 
 
 def test_a_name_or_a_redirect_that_leads_into_the_own_network_is_not_followed(
@@ -167,7 +243,8 @@ def test_addresses_are_found_in_what_was_typed() -> None:
     found = ("http://a/x.json", "https://me:secret@b/w.pt", "https://c/d", "zip://e.csv::http://f/g.zip")
     assert find_addresses(typed.split()) == found
     below = Permission(own=("http://a/b",))
-    assert [below.options(place, "http") for place in ("http://a/b", "http://a/b/", "http://a/b/c")] == [{}] * 3
+    for place in ("http://a/b", "http://a/b/", "http://a/b/c"):
+        assert below.options(place, "http").keys() == {"client_kwargs"}  # how long it waits
     for place in ("http://a/bc", "http://a/b/../c", "http://a/b/%2E%2e/c", "http://a", "http://a.b/b"):
         assert "came with a file" in complaint(below.options, place, "http")
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Cafe
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 from upath import UPath
 
 from cafe.data.auditing import audit
@@ -62,6 +62,22 @@ def darken(picture: Image.Image) -> Image.Image:
     return ImageEnhance.Brightness(picture).enhance(0.7)
 
 
+def brighten(picture: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(picture).enhance(1.4)
+
+
+def mirror(picture: Image.Image) -> Image.Image:
+    return ImageOps.mirror(picture)
+
+
+def turn(picture: Image.Image) -> Image.Image:
+    return compress(picture.rotate(90))
+
+
+def transpose(picture: Image.Image) -> Image.Image:
+    return picture.transpose(Image.Transpose.TRANSVERSE)
+
+
 def everything(picture: Image.Image) -> Image.Image:
     return compress(shrink(grey(crop(picture))))
 
@@ -83,7 +99,7 @@ def thumbnails(pictures: np.ndarray, edit: Edit = lambda picture: picture) -> np
     return np.stack([draw_thumbnail(np.asarray(edit(Image.fromarray(picture)))) for picture in pictures])
 
 
-@pytest.mark.parametrize("edit", [shrink, compress, grey, crop, darken, everything])
+@pytest.mark.parametrize("edit", [shrink, grey, crop, darken, brighten, mirror, turn, transpose, everything])
 def test_every_copy_is_found_and_nothing_else(faces: np.ndarray, edit: Edit) -> None:
     found = CopyIndex(thumbnails(faces)).find(thumbnails(faces[20:40], edit))
     assert sorted(zip(found.first, found.second, strict=True)) == [(20 + n, n) for n in range(20)]

@@ -1,4 +1,5 @@
-"""Copies of one picture among many faces, found although they were resized, compressed again, greyed or lightly cropped.
+"""Copies of one picture among many faces, found although they were resized, compressed again, greyed, brightened, lightly
+cropped, mirrored or turned by quarters.
 
 Aligned faces all look alike, so a short perceptual hash proposes far too many pairs. Here an index of small grey signatures
 only proposes candidates; each pair is then registered and compared pixel by pixel.
@@ -40,6 +41,8 @@ MIN_SIMILARITY = 0.92
 PART = 16  # side of a part in pixels; parts overlap by half
 NOISE = 0.01  # added to the variances of a part (a picture's is 1), so that two smooth parts count as alike
 MIN_OVERLAP = 0.65  # share of the first picture that the second shows; below it there is too little to compare
+DARKEST, BRIGHTEST = 2, 250  # beyond them a grey level may have been clipped
+MIN_SHOWN = 0.4  # share of the first picture that the second shows and that is clipped in neither
 BATCH = 1024
 
 Progress = Callable[[int, int], None]  # (done, total)
@@ -65,6 +68,13 @@ class Pairs:
         empty = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
         return cls(*(np.concatenate([getattr(part, field.name) for part in (empty, *parts)]) for field in fields(cls)))
 
+    def keep_best(self) -> Pairs:
+        """Return every pair once, with its greatest similarity: a symmetrical face is a copy in several ways."""
+        order = np.lexsort((-self.similarity, self.first, self.second))
+        pairs = np.stack([self.second, self.first])[:, order]
+        order = order[np.r_[True, (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)][: len(order)]]
+        return Pairs(self.first[order], self.second[order], self.similarity[order])
+
 
 def draw_thumbnail(pixels: np.ndarray) -> np.ndarray:
     """Return the grey (64, 64) uint8 thumbnail of an RGB picture (H, W, 3), squashed to a square."""
@@ -73,7 +83,10 @@ def draw_thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 
 class CopyIndex:
-    """Finds the copies of faces among `thumbnails` (N, 64, 64): exact below 5,000 faces, by inverted lists above."""
+    """Finds the copies of faces among `thumbnails` (N, 64, 64): exact below 5,000 faces, by inverted lists above.
+
+    Copies may be turned or mirrored: sets are augmented so before they are split.
+    """
 
     def __init__(self, thumbnails: np.ndarray) -> None:
         self.thumbnails = thumbnails
@@ -92,14 +105,14 @@ class CopyIndex:
         found = []
         for part in _split(len(thumbnails)):
             progress(part.start, len(thumbnails))
-            batch = thumbnails[part]
-            first, second, frame = self._propose(batch)
-            for few in _split(len(first)):
-                one, two = first[few], second[few]
-                kept, similarity = _compare(self.thumbnails[one], batch[two], _starts()[frame[few]])
-                found.append(Pairs(one[kept], two[kept] + part.start, similarity))
+            for batch in _symmetries(thumbnails[part]):
+                first, second, frame = self._propose(batch)
+                for few in _split(len(first)):
+                    one, two = first[few], second[few]
+                    kept, similarity = _compare(self.thumbnails[one], batch[two], _starts()[frame[few]])
+                    found.append(Pairs(one[kept], two[kept] + part.start, similarity))
         progress(len(thumbnails), len(thumbnails))
-        return Pairs.concatenate(found)
+        return Pairs.concatenate(found).keep_best()
 
     def _propose(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return rows of the index, rows of the batch and the frames in which their signatures agree best."""
@@ -181,6 +194,13 @@ def _starts() -> torch.Tensor:
     return torch.tensor(np.stack([across, shift[0], down, shift[1]], axis=1), dtype=torch.float32)
 
 
+def _symmetries(thumbnails: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield thumbnails (N, 64, 64) as they are, mirrored, and both by one, two and three quarter turns."""
+    for mirrored, turns in product((False, True), range(4)):
+        turned = np.rot90(thumbnails[:, :, ::-1] if mirrored else thumbnails, turns, axes=(1, 2))
+        yield np.ascontiguousarray(turned)
+
+
 def _split(count: int) -> Iterator[slice]:
     return (slice(start, start + BATCH) for start in range(0, count, BATCH))
 
@@ -190,14 +210,23 @@ def _compare(first: np.ndarray, second: np.ndarray, warp: torch.Tensor) -> tuple
     kept = torch.arange(len(first))
     for side, (steps, least) in LEVELS.items():
         one, two = (_shrink(pictures[kept.numpy()], side) for pictures in (first, second))
+        clipped = [_find_clipped(pictures[kept.numpy()], side) for pictures in (first, second)]
         warp = _register(one, two, warp, steps)
-        moved, seen = _sample(two[:, None], warp)
-        one, two = (_soften(_standardise(picture, seen)) for picture in (one, moved[:, 0]))
-        good = (_correlate(one, two, seen) >= least) & (seen.mean(dim=(1, 2)) >= MIN_OVERLAP)
+        moved, seen = _sample(torch.stack([two, clipped[1]], dim=1), warp)
+        shown = seen * (clipped[0] < 0.5) * (moved[:, 1] < 0.5)
+        one, two = (_soften(_standardise(picture, shown)) for picture in (one, moved[:, 0]))
+        enough = (seen.mean(dim=(1, 2)) >= MIN_OVERLAP) & (shown.mean(dim=(1, 2)) >= MIN_SHOWN)
+        good = (_correlate(one, two, shown) >= least) & enough
         kept, warp = kept[good], warp[good]
-    similarity = _correlate_parts(one[good], two[good], seen[good])
+    similarity = _correlate_parts(one[good], two[good], shown[good])
     good = similarity >= MIN_SIMILARITY
     return kept[good].numpy(), similarity[good].numpy()
+
+
+def _find_clipped(pictures: np.ndarray, side: int) -> torch.Tensor:
+    """Return the share of black or white pixels (P, side, side): there a brightened copy has lost what the other shows."""
+    clipped = torch.from_numpy((pictures <= DARKEST) | (pictures >= BRIGHTEST)).float()
+    return F.avg_pool2d(clipped[:, None], THUMBNAIL // side)[:, 0]
 
 
 def _shrink(pictures: np.ndarray, side: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from pi_heif import register_heif_opener
 from PIL import Image, ImageOps
 from upath import UPath
 
+from cafe.addresses import WEB
 from cafe.data.packed.archives import MemberError, Span, read_content, read_span
 from cafe.errors import IrregularFileError
 from cafe.files import list_folder
@@ -44,6 +45,7 @@ DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it cl
     Image.DecompressionBombError,
 )  # fmt: skip
 MISSING = "file not found"
+MOST_FETCHED = 2**29  # bytes of a picture of a web address: an uncompressed one of 100 megapixels has 300 million
 NAMED = 10  # endings before all others
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
 KIND_OF_PAGE, PREVIEW = 254, 1  # TIFF tag; the bit of a page that is a smaller version of another
@@ -78,7 +80,7 @@ def read_bytes(path: UPath, span: Span | None = None) -> bytes:
     tried again; then it raises `StorageError`, which says nothing of the picture.
     """
     try:
-        data = read_span(path, span) if span else read_content(path)
+        data = read_span(path, span) if span else read_content(path, MOST_FETCHED if path.protocol in WEB else None)
     except MemberError as error:
         raise UnreadableImageError(str(error)) from None
     except (FileNotFoundError, NotADirectoryError):
@@ -99,7 +101,12 @@ def read_bytes(path: UPath, span: Span | None = None) -> bytes:
 
 
 def is_gone(path: UPath) -> bool:
-    """Whether a listing of its folder shows a file to be gone; a folder that is not there, or empty, shows nothing."""
+    """Whether a listing of its folder shows a file to be gone; a folder that is not there, or empty, shows nothing.
+
+    A server's answer that there is no such file is as good.
+    """
+    if path.protocol in WEB:
+        return True
     names = [other.name for other in list_folder(path.parent)]
     return bool(names) and path.name not in names
 

@@ -33,7 +33,7 @@ from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, re
 from cafe.data.labels import LabelMap, parse_number, refuse_numbers
 from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
 from cafe.data.packed.archives import MemberError, Span, find_span
-from cafe.errors import UserError, unknown
+from cafe.errors import AnswerError, UserError, unknown
 from cafe.files import check_encoded, find_below, is_encoded, place_below, write_file
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
@@ -405,7 +405,7 @@ def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | 
         if box:
             box = clip_box(box, width, height)
             width, height = box[2:]
-    except (UnreadableImageError, MemberError) as error:
+    except (UnreadableImageError, MemberError, AnswerError) as error:
         return file.path, str(error)
     digest = hashlib.sha256(data).hexdigest()
     votes = _count_votes(file.votes, tuple(labels))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
-from cafe.addresses import OBJECT_STORES
+from cafe.addresses import OBJECT_STORES, WEB
 from cafe.data.expressions import EXPRESSIONS, check_classes
 from cafe.data.images import (
     MAX_PIXELS,
@@ -252,8 +252,8 @@ class Manifest:
 
     @property
     def remote(self) -> bool:
-        """Whether its pictures lie in an object store."""
-        return self._folder.protocol in OBJECT_STORES
+        """Whether its pictures lie in an object store or on a server."""
+        return self._folder.protocol in (*OBJECT_STORES, *WEB)
 
     @cached_property
     def _folder(self) -> UPath:

@@ -20,10 +20,11 @@ import av
 import numpy as np
 from upath import UPath
 
+from cafe.addresses import WEB
 from cafe.data.images import MAX_PIXELS, UnreadableImageError, decode_series, list_suffixes, read_bytes, suffix_of
 from cafe.data.layouts import is_image, list_files
-from cafe.errors import IrregularFileError, UserError
-from cafe.files import check_regular, locate, retry
+from cafe.errors import IrregularFileError, StorageError, UserError
+from cafe.files import check_regular, locate, retry, storage_errors
 
 VIDEOS = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp"})
 # FFmpeg's names of what a video may be, whatever its file is called: none is a list of other files or addresses.
@@ -60,14 +61,14 @@ def is_shown(name: str) -> bool:
     return is_image(name) or suffix_of(name) in VIDEOS
 
 
-class Found(NamedTuple):
+class FoundFiles(NamedTuple):
     """Photos and videos, and what else lay in folders and fitted patterns, by ending."""
 
     files: list[UPath]
     others: Counter[str]
 
 
-def find_files(places: Sequence[str]) -> Found:
+def find_files(places: Sequence[str]) -> FoundFiles:
     """Return the files that places name: files, all photos and videos below folders, patterns with `*`; each file once.
 
     Links are followed. Raises `UserError` for a place where there is nothing.
@@ -77,7 +78,7 @@ def find_files(places: Sequence[str]) -> Found:
     for place in places:
         for file in _expand(place, others):
             found.setdefault(_name(file), file)
-    return Found(list(found.values()), Counter(suffix for file, suffix in others.items() if file not in found))
+    return FoundFiles(list(found.values()), Counter(suffix for file, suffix in others.items() if file not in found))
 
 
 def _name(file: UPath) -> str:
@@ -91,7 +92,7 @@ def _expand(place: str, others: dict[str, str]) -> Iterator[UPath]:
     if not place:  # which would stand for the folder that one is in
         raise unknown
     path = locate(place, absolute=False)
-    if retry(path, "read", path.is_file):  # at an address, a server may be away
+    if path.protocol in WEB or retry(path, "read", path.is_file):  # a server is asked once, when the picture is read
         yield path
     elif retry(path, "read", path.is_dir):
         names = list_files(path)
@@ -136,6 +137,10 @@ def _number_pictures(file: UPath) -> Iterator[Frame]:
             yield Frame(file, pixels, number, time)
     except UnreadableImageError as error:
         yield Frame(file, error=str(error))
+    except StorageError as error:
+        if file.protocol not in WEB:
+            raise
+        yield Frame(file, error=str(error).rstrip("."))
 
 
 def _read_photos(files: Iterable[UPath]) -> Iterator[Frame]:
@@ -166,7 +171,7 @@ def read_video(file: UPath, rate: float) -> Iterator[Frame]:
                     yield Frame(file, _upright(frame), number, time)
     except IrregularFileError:
         reason = "is a pipe or a device, not a file"
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, *storage_errors()) as error:
         reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
         reason = f"damaged video after {decoder.end:.1f} s: {reason}" if decoder.end else f"no readable video: {reason}"
     if reason := reason or decoder.find_damage():
@@ -273,5 +278,5 @@ def count_frames(file: UPath, rate: float) -> int:
             seconds = (container.duration or 0) / 1e6
             fastest = _frame_rate(container.streams.video[0]) if container.streams.video else rate
             return max(1, math.ceil(seconds * min(rate, fastest)))
-    except (av.FFmpegError, OSError, IrregularFileError):
+    except (av.FFmpegError, *storage_errors(), IrregularFileError):
         return 1

@@ -9,12 +9,13 @@ from upath import UPath
 
 from cafe.addresses import own
 from cafe.errors import UserError
-from cafe.files import list_folder, locate
+from cafe.files import list_folder, locate, retry
 from cafe.inference.frames import find_files
 from cafe.pipeline.release.shipped import SHIPPED, find_shipped, is_export, shipped_models
 from cafe.pipeline.workspace import Workspace
 from cafe.results.runs import choose
 
+WEB = ("http://", "https://")
 ADDRESSES = ("models:/", "runs:/")  # of MLflow
 
 
@@ -85,11 +86,13 @@ def split_words(
 
 def names_place(word: str) -> bool:
     """Whether a word stands for photos or videos: `-`, an address, a file or a folder, or a pattern that files match."""
-    if word == "-" or word.startswith(("http://", "https://")):
+    if word == "-" or word.startswith(WEB):
         return True
     if word.startswith(ADDRESSES):
         return False
     path = locate(word)
+    if retry(path, "read", path.is_file):
+        return True
     if is_export(path):
         return _holds_pictures(word)
     if path.exists():
@@ -102,7 +105,7 @@ def names_model(workspace: Workspace, word: str, best: str | None, place: bool) 
 
     A `place` of photos is no such mistake.
     """
-    if best is None:
+    if best is None and not word.startswith(WEB):
         if word == SHIPPED or word in shipped_models() or word.startswith(ADDRESSES) or is_export(locate(word)):
             return True
         if any(name.startswith(word) for name in workspace.run_names()):

@@ -19,6 +19,7 @@ from cafe.data.manifest import SPLITS
 from cafe.data.readers.cells import Cells, as_text
 from cafe.data.readers.levels import Levels
 from cafe.errors import UserError, unknown
+from cafe.files import locate
 
 ROLES = {  # what a column may be called, in any case; blanks, dots and hyphens count as `_`
     "path": (
@@ -275,6 +276,8 @@ def _read_count(cell: object, what: str) -> int:
 
 def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
     """Return the root of the pictures and the rows with their paths below it."""
+    if any("://" in row.path for row in rows):
+        return _place_addresses(rows, file, root)
     base = root or file.parent
     paths = [PurePosixPath(base.path, row.path) for row in rows]  # an absolute path stays as it is
     outside = [path for path in paths if not path.is_relative_to(base.path)]
@@ -287,3 +290,30 @@ def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[U
         )
     inside = [str(path.relative_to(base.path)) for path in paths]
     return base, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
+
+
+def _place_addresses(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
+    """Return the deepest address that all pictures lie below, that of a protocol alone for several servers or buckets.
+
+    Raises `UserError` where not all are addresses of one protocol, for one that nothing here reads, and as `locate` does
+    for what a file may not ask.
+    """
+    protocols = [row.path.partition("://")[0] if "://" in row.path else "" for row in rows]
+    for protocol, row in zip(protocols, rows, strict=True):
+        if protocol != protocols[0]:
+            raise UserError(
+                f"{file} has {rows[0].path} and, in {row.where}, {row.path}: give every kind of place a table of its own."
+            )
+    locate(rows[0].path)  # whether such addresses may be asked
+    paths = [row.path.partition("://")[2] for row in rows]
+    if root is None:
+        folder = posixpath.commonpath([posixpath.dirname(path) for path in paths])
+        root = locate(f"{protocols[0]}://{folder}")
+    start = str(root).partition("://")[2].strip("/")
+    for path, row in zip(paths, rows, strict=True):
+        if start and not path.startswith(f"{start}/"):
+            raise UserError(
+                f"{file} lists {row.path}, which is not in {root}: give a --root that holds all its pictures."
+            )
+    inside = [path.removeprefix(f"{start}/") if start else path for path in paths]
+    return root, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
