@@ -178,7 +178,7 @@ def _describe(
 ) -> dict[str, object]:
     return {
         "protocol": comparison.protocol, "source": row.source, "method": row.method, "row": row.label,
-        "selection": row.runs[0].selection, "saw_target": row.saw_target, "seeds": row.seeds, **where,
+        "selection": row.runs[0].selection, "seeds": row.seeds, "saw_target": row.saw_target, **where,
         "mean": estimate.mean, "half_width": estimate.half_width, "averaged": estimate.count, "published": published,
         "seeds_low": estimate.over_seeds[0], "seeds_high": estimate.over_seeds[1], "evaluated": estimate.faces,
         "faces_low": estimate.low, "faces_high": estimate.high, "chance": estimate.chance,
