@@ -24,9 +24,9 @@ from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
 from cafe.report.report import Report, make_report
 from cafe.results.columns import Column
-from cafe.results.draws import choose_draws
 from cafe.results.predictions import load_predictions
 from cafe.results.runs import read_selection_accuracy
+from cafe.results.variants import choose_draws
 
 
 def test_a_setting_is_drawn_by_draw_trial_and_its_name_alone() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from upath import UPath
@@ -14,6 +16,7 @@ from cafe.report.sheets import Sheet, SheetCell
 from cafe.results.comparison import Comparison, Row
 from cafe.results.leaks import load_leaks
 from cafe.results.predictions import Predictions, load_predictions
+from cafe.results.variants import NEAR, Trial
 
 PACKAGES = ("numpy", "scipy", "pandas")  # that compute what the page shows, with this code
 LONG_NUMBER = re.compile(r"\d+\.\d{5,}")
@@ -30,6 +33,39 @@ def trainings_sheet(comparison: Comparison) -> Sheet:
         "the method's paper, where it has a published recipe. All settings of a run are in its run.json."
     ]
     return Sheet("Trainings", len(header), 1, header, lines, notes)
+
+
+def draws_sheet(trials: Sequence[Trial], comparison: Comparison) -> Sheet:
+    """What each trial of a sweep chose, and how much better that is than its other draws: a line per trial."""
+    labels = {run.group: row.label for row in comparison.rows for run in row.runs}
+    known = [trial for trial in trials if trial.chosen.group in labels]
+    known.sort(
+        key=lambda trial: (labels[trial.chosen.group], trial.chosen.fold or trial.chosen.source, trial.chosen.seed)
+    )
+    lines = [list(map(SheetCell, _describe_trial(trial, labels[trial.chosen.group]))) for trial in known]
+    header = ["source", "method", "trial", "draws", "best", "second", "middle", "near", "chosen", "its settings"]
+    notes = [
+        "Each trial, which is a seed, draws settings of its own and chooses by the accuracy on the faces by which its "
+        "epochs are chosen, in percent: of the best draw, the second best and the one in the middle. Near: draws that are "
+        f"within {100 * NEAR:.1f} points of the best, itself among them; where these are many, the top is flat. Draw 0: the "
+        "settings as they are. The rows of the other tables are means over the trials' choices."
+    ]
+    return Sheet("Draws", 3, 1, header, lines, notes)
+
+
+def _describe_trial(trial: Trial, label: str) -> list[str]:
+    run, (best, *others) = trial.chosen, trial.accuracies
+    accuracies = (best, others[0] if others else math.nan, trial.middle)
+    return [
+        f"all but {run.fold}" if run.fold else run.source,
+        label,
+        str(run.seed),
+        str(len(trial.runs)),
+        *("–" if math.isnan(value) else f"{100 * value:.1f}" for value in accuracies),
+        str(trial.near),
+        f"draw {run.draw}",
+        ", ".join(f"{name}={value:.3g}" for name, value in trial.settings.items()),
+    ]
 
 
 def _describe_training(row: Row) -> list[str]:

@@ -12,11 +12,11 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.report import ReportSettings
+from cafe.report.origins import draws_sheet
 from cafe.report.printed import printed_sheets
 from cafe.report.sheets import (
     Sheet,
     class_sheet,
-    draws_sheet,
     faces_sheet,
     main_sheet,
     matrix_sheets,
@@ -26,7 +26,6 @@ from cafe.report.sheets import (
 )
 from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
-from cafe.results.draws import choose_draws
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import Estimate
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
@@ -36,7 +35,7 @@ from cafe.results.scores import LeftOut, meet, read_scores
 from cafe.results.significance.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.significance.verdicts import Verdict, reach_verdicts
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
-from cafe.results.variants import vary_runs
+from cafe.results.variants import choose_draws, vary_runs
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def make_report(
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += printed_sheets(comparison) if settings.as_printed else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
-    sheets += [draws_sheet(trials)] if trials else []
+    sheets += [draws_sheet(trials, comparison)] if trials else []
     title = "Trained on one data set, evaluated on all"
     about, verdicts = [*said, *others, *about], reach_verdicts(comparison)
     return Report(title, about, sheets, comparison, published, tests, ranks, verdicts=verdicts, left_out=lines)
@@ -179,7 +178,7 @@ def _describe(
 ) -> dict[str, object]:
     return {
         "protocol": comparison.protocol, "source": row.source, "method": row.method, "row": row.label,
-        "selection": row.runs[0].selection, "saw_target": row.saw_target, "seeds": row.seeds, **where,
+        "selection": row.runs[0].selection, "seeds": row.seeds, "saw_target": row.saw_target, **where,
         "mean": estimate.mean, "half_width": estimate.half_width, "averaged": estimate.count, "published": published,
         "seeds_low": estimate.over_seeds[0], "seeds_high": estimate.over_seeds[1], "evaluated": estimate.faces,
         "faces_low": estimate.low, "faces_high": estimate.high, "chance": estimate.chance,

@@ -11,7 +11,6 @@ import pandas as pd
 
 from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
-from cafe.results.draws import NEAR, Trial
 from cafe.results.metrics import FEW, METRICS, OF_VOTES, Estimate
 from cafe.results.published import Published
 from cafe.results.scores import average_unseen, interval_of_mean
@@ -422,43 +421,6 @@ def ranks_sheet(ranks: Ranks, comparison: Comparison) -> Sheet:
     if ranks.left_out:
         notes.append(f"Not ranked, as not trained on every source or not comparable: {', '.join(ranks.left_out)}.")
     return Sheet("Mean ranks", 1, 0, ["method", "mean rank"], lines, notes)
-
-
-def draws_sheet(trials: Sequence[Trial]) -> Sheet:
-    """What each trial of a sweep chose, and how much better that is than its other draws."""
-    lines = [
-        [
-            trial.chosen.source if not trial.chosen.fold else f"all but {trial.chosen.fold}",
-            trial.chosen.method,
-            str(trial.chosen.seed),
-            str(len(trial.runs)),
-            *(_percent(value) for value in (trial.accuracies[0], trial.accuracies[min(1, len(trial.runs) - 1)])),
-            _percent(trial.middle),
-            str(trial.near),
-            f"draw {trial.runs[0].draw}",
-            ", ".join(f"{name}={value}" for name, value in trial.settings.items()),
-        ]
-        for trial in sorted(trials, key=lambda one: (one.chosen.source_title, one.chosen.method, one.chosen.fold))
-    ]
-    header = [
-        "source",
-        "method",
-        "trial",
-        "draws",
-        "best",
-        "second",
-        "middle",
-        "near",
-        "chosen",
-        "settings of the chosen",
-    ]
-    notes = [
-        "Each trial, which is a seed, draws settings of its own and chooses by the accuracy on the faces by which its "
-        "epochs are chosen, in percent: of the best draw, the second best and the one in the middle. Near: draws that are "
-        f"within {100 * NEAR:.1f} points of the best, itself among them; where these are many, the top is flat. Draw 0: the "
-        "settings as they are. The rows of the other tables are means over the trials' choices."
-    ]
-    return Sheet("Draws", 3, 1, header, [list(map(SheetCell, line)) for line in lines], notes)
 
 
 def class_sheet(comparison: Comparison, target: str, published: Sequence[Published | None]) -> Sheet:
