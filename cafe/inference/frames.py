@@ -22,6 +22,7 @@ from upath import UPath
 
 from cafe.data.images import SUFFIXES, UnreadableImageError, decode_series, read_bytes
 from cafe.data.layouts import is_image, list_files
+from cafe.data.packed.archives import PACKED, ROWS, open_archive
 from cafe.errors import IrregularFileError, UserError
 from cafe.files import check_regular, locate, retry
 
@@ -58,7 +59,7 @@ def is_video(file: UPath) -> bool:
 def find_files(places: Sequence[str]) -> list[UPath]:
     """Return the files that places name: files, all photos and videos below folders, patterns with `*`; each file once.
 
-    Links are followed. Raises `UserError` for a place where there is nothing.
+    Photos in a zip or tar, and those in the rows of a Parquet file, count as files below it. Links are followed. Raises `UserError` for a place where there is nothing.
     """
     found = (file for place in places for file in _expand(place))
     return list({str(file): file for file in found}.values())
@@ -67,7 +68,7 @@ def find_files(places: Sequence[str]) -> list[UPath]:
 def _expand(place: str) -> Iterator[UPath]:
     path = locate(place, absolute=False)
     if retry(path, "read", path.is_file):  # at an address, a server may be away
-        yield path
+        yield from _list_packed(path) if path.suffix.casefold() in (*PACKED, ROWS) else [path]
     elif retry(path, "read", path.is_dir):
         files = [path / name for name in list_files(path) if is_image(name) or is_video(UPath(name))]
         if not files:
@@ -82,6 +83,17 @@ def _expand(place: str) -> Iterator[UPath]:
                 yield from _expand(str(file.absolute()) if ":" in match else match)
     else:
         raise UserError(f"There is no file {place!r}: give photos, videos, folders or patterns such as 'faces/*.jpg'.")
+
+
+def _list_packed(path: UPath) -> list[UPath]:
+    """Return the photos in an archive or a Parquet file as files below it; raise `UserError` where there is none."""
+    rows = path.suffix.casefold() == ROWS
+    found = [
+        path / name for name in (open_archive(path).members if rows else list_files(path)) if rows or is_image(name)
+    ]
+    if not found:
+        raise UserError(f"There is no photo in {path}: known are {', '.join(sorted(SUFFIXES))}.")
+    return found
 
 
 def read_frames(files: Iterable[UPath], rate: float) -> Iterator[Frame]:

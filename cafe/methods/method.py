@@ -68,7 +68,9 @@ class Method(nn.Module):
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.drawing.POLICIES`
     clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
     takes_votes: ClassVar[bool] = False  # whether its losses read the targets of `find_targets`
-    revision: ClassVar[str] = ""  # what changed of it without a setting of its own: part of a run's name where there is one
+    revision: ClassVar[str] = (
+        ""  # what changed of it without a setting of its own: part of a run's name where there is one
+    )
     not_exported: ClassVar[str] = ""  # why it cannot be one graph, as ONNX keeps it: a sentence; empty where it can
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
