@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import complaint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from miniatures import FERPLUS_FOLDERS, draw, ferplus_pixels, litter
 from upath import UPath
 
@@ -444,3 +446,38 @@ def test_what_is_not_certain_is_one_sentence_with_the_remedy(tmp_path: Path, nam
     sentence = complaint(lambda: SetChoices(**said).read(kind, str(root)))
     assert message in sentence, sentence
     assert sentence.endswith(".")
+
+
+FILES = {  # a file that people write, and how it is read
+    "t.csv": ("table", "t.csv", {}), "t.jsonl": ("table", "t.jsonl", {}), "metadata.csv": ("folder", "", {}),
+    "label.lst": ("expw", "", {}), "fer2013.csv": ("fer2013", "", {}),
+    "map.csv": ("folder", "", {"labels": "map.csv"}), "map.json": ("folder", "", {"labels": "map.json"}),
+}  # fmt: skip
+PIECES = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(
+        (
+            "path", "label", "file_name", "group", "split", "left,top,width,height", "bbox", ",", ";", "\n", '"', "{",
+            "}", ":",
+            "0.png", "7", "1e9", "nan", "\\ud800", "../x", "happy", "0.png 0 1 1 9 9 1.0 3\n", '{"path": "0.png", "label": ',
+            "emotion,pixels,Usage\n0,", "null", "9" * 400,
+        )
+    ),
+)  # fmt: skip
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=st.sampled_from(list(FILES)), pieces=st.lists(PIECES, max_size=12), raw=st.binary(max_size=12))
+def test_tables_and_maps_of_any_content_are_read_or_one_sentence(
+    tmp_path: Path, name: str, pieces: list[str], raw: bytes
+) -> None:
+    folder = tmp_path / name.replace(".", "-")
+    if not folder.exists():
+        put(folder, "1/0.png", "2/1.png")
+    (folder / name).write_bytes("".join(pieces).encode("utf-8", "surrogatepass") + raw)
+    kind, below, said = FILES[name]
+    choices = SetChoices(**{option: str(folder / file) for option, file in said.items()})
+    said_of_it = complaint(
+        lambda: index_files("x", choices.read(kind, str(folder / below)), images=UPath(folder / "p"))
+    )
+    assert said_of_it[-1:] in ("", ".")

@@ -450,7 +450,7 @@ def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
         (
             ("folders", ".", "--name", "x"),
             "Unknown kind of data set 'folders': choose affectnet, ckplus, expw, fer2013, ferplus, folder, jaffe, kdef, "
-            "mma, rafdb, sfew, synthetic, table.",
+            "mma, rafdb, sfew, synthetic, table, webdataset.",
         ),
         (("folder", "/no/such", "--name", "x"), "/no/such is not a folder"),
         (("folder", ".", "--name", "a/b"), "The name 'a/b' cannot be used"),
