@@ -51,6 +51,14 @@ def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
     return UserError(f"Unknown {kind} {str(value)!r}: choose {names}.")
 
 
+def ambiguous(kind: str, beginning: str, names: Iterable[str]) -> UserError:
+    """Return the error for the beginning of a name that several have."""
+    found = sorted(names)
+    return UserError(
+        f"{beginning!r} is the beginning of {len(found)} {kind}, {', '.join(found)}: give more of the name."
+    )
+
+
 def first_line(text: str) -> str:
     """Return a reason without the list that may follow it."""
     return text.strip().partition("\n")[0]

@@ -21,7 +21,7 @@ from cafe.jobs.terminal import (
     say,
     show,
 )
-from cafe.pipeline.settings import LARGEST, AlignSettings
+from cafe.pipeline.settings import LARGEST, AlignSettings, ExtractSettings
 
 if TYPE_CHECKING:
     from cafe.data.auditing import Audit
@@ -194,7 +194,7 @@ def _describe_labels(listing: Listing) -> list[str]:
     """What labels mean that are no names, and which columns play no part."""
     meanings = [f"{label} is {name or 'left out'} ({count:,})" for label, name, count in listing.meanings]
     columns = [f"columns that play no part: {', '.join(listing.unread)}"] if listing.unread else []
-    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns]
+    return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns, *listing.notes]
 
 
 def _describe_parts(manifest: Manifest) -> list[str]:
@@ -203,8 +203,8 @@ def _describe_parts(manifest: Manifest) -> list[str]:
     lines = [f"{groups:,} groups, none of which is in two splits"] if groups and manifest.parted else []
     if manifest.parted and not len(manifest.rows("test")):
         lines.append(
-            "no face is left for test, as the groups are too few or too large: where it is trained on, nothing of it can be "
-            "evaluated; see --split, --group-by and --group-pattern"
+            "no face could be held out for test, as faces or groups are too few: where it is trained on, nothing of it can "
+            "be evaluated; see --split, --group-by and --group-pattern"
         )
     elif manifest.parted:
         lines.append("it came without splits: a fifth is for test where it is trained on; else all of it is evaluated")
@@ -287,7 +287,14 @@ def synth(domains: tuple[str, ...], faces: int, seed: int) -> None:
 
 @data.command("check")
 @click.argument("name", shell_complete=complete("manifest"))
-def check(name: str) -> None:
+@click.option(
+    "--max-megapixels",
+    type=Whole(1, LARGEST),
+    default=ExtractSettings.max_megapixels,
+    show_default=True,
+    help="Largest picture to decode, as `cafe extract` has it.",
+)
+def check(name: str, max_megapixels: int) -> None:
     """Check the pictures of a data set.
 
     \b
@@ -300,7 +307,7 @@ def check(name: str) -> None:
 
     workspace = open_workspace()
     with progress_bar("Checking") as progress:
-        result, page = report_check(workspace, workspace.load_manifest(name), progress)
+        result, page = report_check(workspace, workspace.load_manifest(name), progress, max_megapixels)
     for table in _check_tables(result):
         show(table)
     say(f"Wrote {page}")

@@ -31,7 +31,7 @@ from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import check_different, check_outputs, locate, place_below, write_file
 from cafe.pipeline.process.progress import Progress
-from cafe.pipeline.settings import AlignSettings
+from cafe.pipeline.settings import AlignSettings, ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
 from cafe.results.leaks import audit_path
@@ -101,13 +101,18 @@ def draw_domains(workspace: Workspace, domains: list[str], faces: int, seed: int
     return manifests
 
 
-def report_check(workspace: Workspace, manifest: Manifest, progress: Progress) -> tuple[Check, UPath]:
-    """Look at every picture of a manifest; return what they are like and where the page about them was written."""
+def report_check(
+    workspace: Workspace, manifest: Manifest, progress: Progress, max_megapixels: int = ExtractSettings.max_megapixels
+) -> tuple[Check, UPath]:
+    """Look at every picture of a manifest; return what they are like and where the page about them was written.
+
+    A picture is readable here where an extraction with the same `max_megapixels` reads it.
+    """
     from cafe.data.checking import check_pictures
     from cafe.report.check import draw_check
 
     page = place_below(workspace.root / "reports", f"check-{manifest.name}.html")
-    result = check_pictures(manifest, progress)
+    result = check_pictures(manifest, progress, max_megapixels * 1_000_000)
     write_file(page, draw_check(result))
     return result, page
 

@@ -134,7 +134,8 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     max_skipped: Number = setting(0, "Unreadable images to tolerate before the command fails.", group="Data")
     retry_skipped: bool = setting(
         False,
-        "Compute shards again in which images were left out: they may be repaired by now.",
+        "Compute shards again in which images were left out: files that were away may be back. One that was repaired is "
+        "another file: index it again.",
         in_file=False,
         group="Data",
     )

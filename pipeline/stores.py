@@ -9,7 +9,7 @@ from typing import Any, get_args
 from upath import UPath
 
 from cafe.data.manifest import Manifest
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError, ambiguous, unknown
 from cafe.files import list_folder, list_tree, place_below, remove_tree
 from cafe.pipeline.features.extract import describe_store, extract, look_up_tower
 from cafe.pipeline.features.integrity import Damage, Receipts, in_parallel, recover_info
@@ -58,8 +58,10 @@ def find_paths(workspace: Workspace, names: Sequence[str] = ()) -> list[UPath]:
     chosen = dict[str, UPath]() if names else there
     for name in names:
         found = [one for one in there if one == name] or [one for one in there if one.startswith(name)]
-        if not found or (len(found) > 1 and any(one.partition("/")[0] != name for one in found)):
-            raise unknown("feature store", name, found or there)
+        if not found:
+            raise unknown("feature store", name, there)
+        if len(found) > 1 and any(one.partition("/")[0] != name for one in found):
+            raise ambiguous("feature stores", name, found)
         chosen |= {one: there[one] for one in found}
     return list(chosen.values())
 

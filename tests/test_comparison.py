@@ -18,6 +18,7 @@ from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import list_files, write_json
+from cafe.pipeline.stores import find_paths
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import main_sheet, run_sheet
 from cafe.results.columns import Column
@@ -49,6 +50,18 @@ def read(workspace: Workspace, known: Sequence[str] = ()) -> Comparison:
 def texts(comparison: Comparison) -> list[dict[str, str]]:
     sheet = main_sheet(comparison)
     return [dict(zip(sheet.header, (cell.text for cell in line), strict=True)) for line in sheet.lines]
+
+
+def test_the_beginning_of_several_names_is_no_unknown_name(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    first, second = (write_run(workspace, seed=seed) for seed in (0, 1))
+    said = complaint(choose, read_runs([first, second]), None, "cafe-raf")
+    assert said == f"'cafe-raf' is the beginning of 2 runs, {first.name}, {second.name}: give more of the name."
+    assert complaint(choose, read_runs([first, second]), None, "scn").startswith("Unknown run 'scn': choose")
+    for name in ("one", "other"):
+        (workspace.features / "news" / name).mkdir(parents=True)
+    said = complaint(find_paths, workspace, ["news/o"])
+    assert said == "'news/o' is the beginning of 2 feature stores, news/one, news/other: give more of the name."
 
 
 def test_a_part_and_the_whole_of_a_target_never_meet_and_a_source_is_no_target(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import StorageError, UserError
 from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
+from cafe.pipeline.features.extract import Extraction as Extracted
 from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shard
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import ShardEmbedder
@@ -129,6 +130,11 @@ def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extr
     assert set(extraction.run().values()) == {""}
     skipped = extraction.store.receipts.skipped_paths(extraction.workspace.load_manifest("tiny"))
     assert skipped == [("anger/019.png", "1001×1000 pixels are more than 1,000,000")]
+    extracted = Extracted(extraction.store.path, extraction.store.info, 0, [*skipped, ("x.png", "file is empty")])
+    said = extracted.complaint(0)
+    assert "are unreadable (1 only for having more pixels than --max-megapixels 1 allows: give more), more than" in said
+    checked = extraction.cafe.succeed("data", "check", "tiny", "--max-megapixels", "1")
+    assert "1 unreadable files:\n  anger/019.png: 1001×1000 pixels are more than 1,000,000" in checked
 
 
 def test_another_limit_or_batch_is_another_store_and_an_older_one_is_named(extraction: Extraction) -> None:

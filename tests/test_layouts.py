@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import complaint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from miniatures import FERPLUS_FOLDERS, draw, ferplus_pixels, litter
 from upath import UPath
 
@@ -51,6 +53,7 @@ class Case:
     dropped: dict[str, int] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    note: str = ""
 
 
 def _pictures(*paths: str) -> Callable[[Path], None]:
@@ -158,8 +161,12 @@ CASES = {
         {f"faces/{who}/{what}/0.jpg": (EMOTIONS[what], None, who) for who in ("0", "Joy") for what in EMOTIONS},
     ),
     "expression/person": Case(
-        "folder", _pictures(*(f"{what}/{who}/0.jpg" for who in ("ann", "bob") for what in EMOTIONS)),
-        {f"{what}/{who}/0.jpg": (EMOTIONS[what], None, who) for who in ("ann", "bob") for what in EMOTIONS},
+        "folder", _pictures(*(f"{what}/{who}/0.jpg" for who in "01234" for what in EMOTIONS)),
+        {f"{what}/{who}/0.jpg": (EMOTIONS[what], None, who) for who in "01234" for what in EMOTIONS},
+    ),
+    "expression/intensity": Case(
+        "folder", _pictures(*(f"{what}/{how}/0.jpg" for how in ("low", "high") for what in EMOTIONS)),
+        {f"{what}/{how}/0.jpg": (EMOTIONS[what], None, None) for how in ("low", "high") for what in EMOTIONS},
     ),
     "expression/batch": Case(
         "folder", _pictures("happy/a/0.jpg", "happy/b/0.jpg", "sad/c/0.jpg", "sad/0.jpg"),
@@ -233,6 +240,7 @@ CASES = {
         "table",
         _table(",pth,label,relFCs\n0,anger/0.jpg,surprise,0.8\n1,fear/1.jpg,fear,0.9\n", "anger/0.jpg", "fear/1.jpg"),
         {"anger/0.jpg": ("surprise", None, None), "fear/1.jpg": ("fear", None, None)}, below="t.csv", unread=("relFCs",),
+        note="1 faces lie in a folder of another expression than their label says, such as anger/0.jpg, labelled 'surprise'",
     ),
     "pandas, UTF-16, quoted line ends": Case(
         "table", _pandas, {"é 1.jpg": ("happiness", "val", "7"), "sub/2.jpg": ("sadness", "train", "NA")}, below="t.csv",
@@ -304,6 +312,10 @@ CASES = {
         {"jaffe/KA.AN1.39.tiff": ("anger", None, "KA"), "jaffe/NA.FE2.216.tiff": ("fear", None, "NA")},
         broken=("jaffe/readme.png",),
     ),
+    "JAFFE for a target": Case(
+        "jaffe", _pictures("KA.AN1.39.tiff", "KM.SU1.14.tiff"),
+        {"KA.AN1.39.tiff": ("anger", "test", "KA"), "KM.SU1.14.tiff": ("surprise", "test", "KM")}, {"split": "test"},
+    ),
     "KDEF": Case(
         "kdef", _pictures("KDEF/AF01/AF01AFS.JPG", "KDEF/BF01/BF01SUHL.JPG"),
         {"KDEF/AF01/AF01AFS.JPG": ("fear", None, "F01"), "KDEF/BF01/BF01SUHL.JPG": ("surprise", None, "F01")},
@@ -347,6 +359,7 @@ def test_every_layout_has_its_labels_splits_and_groups(tmp_path: Path, name: str
     assert result.listing.dropped == case.dropped
     assert tuple(where for where, _ in result.broken) == case.broken
     assert result.listing.unread == case.unread
+    assert "".join(result.listing.notes).startswith(case.note)
     persons: dict[str, set[str]] = {}
     for row in rows:
         persons.setdefault(row["group"] or row["sample_id"], set()).add(row["split"])
@@ -364,6 +377,9 @@ UNCERTAIN = {
     "an order without a number": (
         "folder", NUMBERS, {"label_order": "fer2013"},
         "labels that the order fer2013 does not explain, 7: 1 face: give the order of this set, whose first name is that",
+    ),
+    "an order of another beginning": (
+        "folder", NUMBERS, {"label_order": ",".join("abcdefgh")}, "is 0, of which 'a' would be the name: where it",
     ),
     "an order of names": ("folder", _pictures("happy/0.jpg", "sad/1.jpg"), {"label_order": "rafdb"}, "No label of "),
     "an order of one": ("folder", NUMBERS, {"label_order": "raf-db"}, "choose affectnet, fer2013, ferplus, rafdb, or give"),
@@ -430,3 +446,38 @@ def test_what_is_not_certain_is_one_sentence_with_the_remedy(tmp_path: Path, nam
     sentence = complaint(lambda: SetChoices(**said).read(kind, str(root)))
     assert message in sentence, sentence
     assert sentence.endswith(".")
+
+
+FILES = {  # a file that people write, and how it is read
+    "t.csv": ("table", "t.csv", {}), "t.jsonl": ("table", "t.jsonl", {}), "metadata.csv": ("folder", "", {}),
+    "label.lst": ("expw", "", {}), "fer2013.csv": ("fer2013", "", {}),
+    "map.csv": ("folder", "", {"labels": "map.csv"}), "map.json": ("folder", "", {"labels": "map.json"}),
+}  # fmt: skip
+PIECES = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(
+        (
+            "path", "label", "file_name", "group", "split", "left,top,width,height", "bbox", ",", ";", "\n", '"', "{",
+            "}", ":",
+            "0.png", "7", "1e9", "nan", "\\ud800", "../x", "happy", "0.png 0 1 1 9 9 1.0 3\n", '{"path": "0.png", "label": ',
+            "emotion,pixels,Usage\n0,", "null", "9" * 400,
+        )
+    ),
+)  # fmt: skip
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=st.sampled_from(list(FILES)), pieces=st.lists(PIECES, max_size=12), raw=st.binary(max_size=12))
+def test_tables_and_maps_of_any_content_are_read_or_one_sentence(
+    tmp_path: Path, name: str, pieces: list[str], raw: bytes
+) -> None:
+    folder = tmp_path / name.replace(".", "-")
+    if not folder.exists():
+        put(folder, "1/0.png", "2/1.png")
+    (folder / name).write_bytes("".join(pieces).encode("utf-8", "surrogatepass") + raw)
+    kind, below, said = FILES[name]
+    choices = SetChoices(**{option: str(folder / file) for option, file in said.items()})
+    said_of_it = complaint(
+        lambda: index_files("x", choices.read(kind, str(folder / below)), images=UPath(folder / "p"))
+    )
+    assert said_of_it[-1:] in ("", ".")

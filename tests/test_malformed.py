@@ -31,8 +31,8 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest, map_threads
 from cafe.data.readers import DATASETS, cells
 from cafe.files import check_output, place_below, read_file, read_json
-from cafe.inference.frames import read_frames
-from cafe.inference.output import build_schema, write_parquet
+from cafe.inference.frames import find_files, read_frames
+from cafe.inference.output import FORMATS, build_schema
 from cafe.pipeline.benchmark.file import parse_benchmark, read_benchmark
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore, verify
@@ -229,10 +229,21 @@ def test_names_that_are_no_utf8_are_left_out_or_one_sentence(tmp_path: Path) -> 
     odd = faces.rename(os.fsdecode(bytes(tmp_path) + b"/\xff"))
     assert "no table or record can hold it: rename it" in complaint(index_files, "x", DATASETS["folder"](UPath(odd)))
     assert "no table or record can hold it" in complaint(Workspace.at, str(odd))
-    rows = io.BytesIO()
-    with write_parquet(rows, EXPRESSIONS) as write:
-        write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": "caf\udce9"}])
-    assert pq.read_table(rows)["file"].to_pylist() == [r"caf\udce9"]
+    forms = {name: io.BytesIO() for name in FORMATS}
+    for name, file in forms.items():
+        with FORMATS[name](file, EXPRESSIONS) as write:
+            write([dict.fromkeys(build_schema(EXPRESSIONS).names) | {"file": "caf\udce9"}])
+    assert pq.read_table(forms["parquet"])["file"].to_pylist() == [r"caf\udce9"]
+    for name in ("table", "csv", "jsonl"):
+        assert r"caf\udce9" in forms[name].getvalue().decode()
+
+
+def test_a_file_by_two_paths_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(draw_faces(tmp_path, per_class=1))
+    whole = str(tmp_path / "anger" / "000.jpg")
+    assert [str(file) for file in find_files(["anger/000.jpg", whole, "./anger"])] == ["anger/000.jpg"]
+    Path("t.csv").write_text(f"path,label\nanger/000.jpg,anger\n{whole},Angry\n")
+    assert len(DATASETS["table"](UPath(tmp_path / "t.csv")).files) == 1
 
 
 def test_names_that_no_file_could_have_are_one_sentence(tmp_path: Path) -> None:

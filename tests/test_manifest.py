@@ -171,17 +171,21 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
             "path,label\nx.jpg,Sleepy\ny.jpg,sleepy",
             "other classes than .*: 'sleepy' .2 faces in row 1, row 2.: leave them",
         ),
-        ("path,label,split\nx.jpg,anger,dev", "Unknown split 'dev'"),
+        ("path,label,split\nx.jpg,anger,dev", "the unknown split 'dev'"),
         ("path,label,label\nx.jpg,anger,fear", "column 'label' besides 'label', and either may be the label: keep"),
         (
             "path,label,emotion\nx.jpg,anger,fear",
             "'emotion' besides 'label', and either may be the label: .*label=NAME",
         ),
-        ("path,label,split\nx.jpg,anger,0", "Row 1 of .*: Unknown split '0'"),
+        ("path,label,split\nx.jpg,anger,0", "Row 1 of .* has the unknown split '0': write train, val, test, or leave"),
         ('path,label\nx.jpg,anger\n"y.jpg,fear\n', "neither a CSV nor a Parquet table .line 3: unexpected end of data"),
         (
             "path,label,bbox\nx.jpg,anger,1 2 3 4",
             "column 'bbox', which may be a corner and two sides or two corners: say",
+        ),
+        (
+            "path,label,x,y,w,h\nx.jpg,anger,.5,.5,.6,.4",
+            "Row 1 of .* has the face box .5, .5, .6, .4: write four numbers of",
         ),
         ("path,label,happiness,happy\nx.jpg,anger,7,1", "column 'happy' besides 'happiness'"),
         ("path,label,anger\nx.jpg,anger,inf", "Row 1 .* has for 'anger' 'inf': write how many people"),
@@ -446,7 +450,7 @@ def test_held_out_rows_are_stratified_and_keep_groups_together() -> None:
         (
             ("folders", ".", "--name", "x"),
             "Unknown kind of data set 'folders': choose affectnet, ckplus, expw, fer2013, ferplus, folder, jaffe, kdef, "
-            "mma, rafdb, sfew, synthetic, table.",
+            "mma, rafdb, sfew, synthetic, table, webdataset.",
         ),
         (("folder", "/no/such", "--name", "x"), "/no/such is not a folder"),
         (("folder", ".", "--name", "a/b"), "The name 'a/b' cannot be used"),

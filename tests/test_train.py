@@ -124,14 +124,14 @@ def test_evaluate_evaluates_other_splits_and_compare_averages_seeds(ready: Cafe)
     for seed in ("0", "1"):
         ready.succeed(*TRAIN, "--method", "linear_probe", "--seed", seed, "--experiment", "mine")
     names = sorted(run.name for run in (ready.workspace / "runs").iterdir())
-    output = ready.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "all", ray=True)
-    assert "two@all" in output
+    output = ready.succeed("evaluate", names[0][:19], "--targets", "two", "--split", "train", ray=True)
+    assert "two@train" in output
     assert [path.name for path in (ready.workspace / "runs" / names[0] / "experiments").iterdir()] == ["mine.json"]
-    assert len(load_predictions(UPath(ready.workspace / "runs" / names[0]))["two@all"].labels) == 48
+    assert len(load_predictions(UPath(ready.workspace / "runs" / names[0]))["two@train"].labels) == 39
 
     table = ready.succeed("compare")
     assert "linear_probe" in table
-    assert "two@all" not in table
+    assert "two@train" not in table
 
 
 def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker(ready: Cafe) -> None:

@@ -51,7 +51,9 @@ def face(sample: str, label: int, votes: tuple[int, ...] | None) -> Face:
 def test_the_votes_of_ferplus_stand_in_the_manifest_by_class(tmp_path: Path, classes: tuple[str, ...]) -> None:
     write_ferplus_png(tmp_path)
     listing = DATASETS["ferplus"](UPath(tmp_path)).select(ClassChoice(classes))
-    manifest = index_files("plus", listing).manifest
+    index = index_files("plus", listing)
+    assert index.strange_votes == ({"NF": 1} if classes == EXPRESSIONS else {"NF": 1, "unknown": 4})
+    manifest = index.manifest
     votes = manifest.votes
     assert votes is not None
     assert votes.shape == (len(manifest), len(classes))
@@ -97,6 +99,8 @@ def test_columns_of_a_table_named_after_classes_are_votes(tmp_path: Path) -> Non
     (tmp_path / "faces.csv").write_text("\n".join(["path,label,Happy,anger,neutral", *rows]))
     index = index_files("mine", read_table(UPath(tmp_path / "faces.csv")))
     manifest = index.manifest
+    assert index_files("mine", read_table(UPath(tmp_path / "faces.csv")).select(ClassChoice(skip=("neutral",),
+        classes=tuple(name for name in EXPRESSIONS if name != "neutral")))).strange_votes == {"neutral": 2}  # fmt: skip
     assert index.outvoted == (3, 2)  # most people chose anger, also where the label says happiness or sadness
     columns = [EXPRESSIONS.index(name) for name in ("happiness", "anger", "neutral")]
     for label, counts in zip(manifest.labels, manifest.votes.tolist(), strict=True):

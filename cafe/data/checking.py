@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cafe.data.images import UnreadableImageError
+from cafe.data.images import MAX_PIXELS, UnreadableImageError
 from cafe.data.manifest import SPLITS, Manifest
 
 GREY_SPREAD = 10  # how far compression alone drives the channels of a grey picture apart, of 255
@@ -80,15 +80,15 @@ class Check:
         return ["expression", *splits, "faces", "grey", "brightness", "median size", "unreadable"], lines
 
 
-def check_pictures(manifest: Manifest, progress: Callable[[int, int], None]) -> Check:
-    """Decode every picture of a manifest; `progress(done, total)` counts them."""
+def check_pictures(manifest: Manifest, progress: Callable[[int, int], None], max_pixels: int = MAX_PIXELS) -> Check:
+    """Decode every picture of a manifest of at most `max_pixels`; `progress(done, total)` counts them."""
     faces = pd.DataFrame({
         "sample_id": manifest.sample_ids,
         "expression": manifest.name_classes(manifest.rows("all")),
         "split": manifest.table["split"].to_pylist(),
     })  # fmt: skip
     looks, broken = {}, []
-    for row, look in manifest.survey(manifest.rows("all"), look_at, progress):
+    for row, look in manifest.survey(manifest.rows("all"), look_at, progress, max_pixels):
         if isinstance(look, UnreadableImageError):
             broken.append((manifest.sample_ids[row], str(look)))
         else:

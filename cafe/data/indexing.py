@@ -127,7 +127,8 @@ class Listing:
     `dropped` faces that show no expression or are left out, by reason; `rejected` names rows of label files that cannot
     be used (where, reason, the expression they name), `repeated` pictures that are listed more than once and count once.
     `unread` are the columns of a table that play no part, `meanings` what labels mean that are no names: the label, the
-    name, empty where its faces are left out, and how many there are. `classes` is the class set once one is selected.
+    name, empty where its faces are left out, and how many there are; `notes` are sentences about what is odd. `classes` is
+    the class set once one is selected.
     """
 
     root: UPath
@@ -142,6 +143,7 @@ class Listing:
     repeated: list[str] = field(default_factory=list)
     unread: tuple[str, ...] = ()
     meanings: list[tuple[str, str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     classes: tuple[str, ...] = ()
 
     def add(self, path: str, expression: str, split: str = "", **more: Any) -> None:
@@ -181,13 +183,13 @@ class Listing:
         if self.kind not in OWN_KINDS:
             raise UserError(f"The labels of {self.kind} are known: leave --label-order and --labels out.")
         counts = Counter(file.expression for file in self.files)
-        if labels.numbered and not any(parse_number(label) is not None for label in counts):
-            raise UserError(f"No label of {self.root} is a number: leave --label-order out.")
+        labels.check(self.root, counts)
         names = {label: labels.find(label) for label in (*counts, *(label for *_, label in self.rejected if label))}
         if strange := Counter({label: counts[label] for label, name in names.items() if name is None}):
             raise labels.refuse(self.root, strange)
         result = replace(self, files=[], dropped=Counter(self.dropped))
-        result.meanings = [(label, name or "", counts[label]) for label, name in names.items() if name != label]
+        explained = sorted(names.items(), key=lambda pair: (parse_number(pair[0]) or 0, pair[0]))
+        result.meanings = [(label, name or "", counts[label]) for label, name in explained if name != label]
         result.rejected = [(where, reason, names.get(label) or "") for where, reason, label in self.rejected]
         for file in self.files:
             name = names[file.expression] or ""

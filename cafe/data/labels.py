@@ -16,7 +16,7 @@ from typing import Any
 
 from upath import UPath
 
-from cafe.data.expressions import normalise_name
+from cafe.data.expressions import OTHERS, normalise_name
 from cafe.errors import UserError
 from cafe.files import MOST_TEXT, read_file
 
@@ -60,12 +60,14 @@ def decode_text(data: bytes) -> str:
 class LabelMap:
     """What labels mean: `names` by label, an empty one where its faces are left out; `source` says who says so.
 
-    A `numbered` one explains numbers and leaves names as they are; any other must explain every label there is.
+    A `numbered` one explains numbers and leaves names as they are; any other must explain every label there is. The names of
+    a `counted` one were given in an order that begins with that of 0.
     """
 
     source: str
     names: Mapping[str, str] = field(default_factory=dict)
     numbered: bool = False
+    counted: bool = False
 
     @classmethod
     def parse(cls, order: str) -> LabelMap:
@@ -79,7 +81,7 @@ class LabelMap:
                 f"--label-order {order} is no order: choose {', '.join(ORDERS)}, or give the names of all numbers from 0 "
                 "on, with commas between them."
             )
-        return cls("the order given", {str(number): name for number, name in enumerate(names)}, True)
+        return cls("the order given", {str(number): name for number, name in enumerate(names)}, True, True)
 
     @classmethod
     def load(cls, file: UPath) -> LabelMap:
@@ -99,6 +101,17 @@ class LabelMap:
         if self.numbered and parse_number(label) is None:
             return label
         return self.names.get(_key(label))
+
+    def check(self, root: object, labels: Iterable[str]) -> None:
+        """Raise `UserError` where no label is a number, or where they may be counted from 1, though names are from 0 on."""
+        numbers = {parse_number(label) for label in labels} - {None}
+        if self.numbered and not numbers:
+            raise UserError(f"No label of {root} is a number: leave --label-order out.")
+        if self.counted and 0 not in numbers and normalise_name(self.names["0"]) not in OTHERS:
+            raise UserError(
+                f"No label of {root} is 0, of which {self.names['0']!r} would be the name: where it counts from 1 write "
+                "--label-order none,NAME,NAME,…, else say what each number means with --labels FILE."
+            )
 
     def refuse(self, root: object, strange: Counter[str]) -> UserError:
         """Return the error for labels that are not explained, with their faces."""

@@ -275,7 +275,7 @@ def list_by_folder(
         elif expression.isdigit():
             raise UserError(
                 f"The folder {'/'.join(folders)} of {tree.root} is numbered, which means another expression in every "
-                "copy: rename it to its expression once you know it."
+                "copy: once you know which, read it with `cafe data index folder` and --label-order."
             )
         else:
             found.add(path, expression, split)

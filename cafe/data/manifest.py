@@ -153,7 +153,7 @@ class Manifest:
     ) -> Manifest:
         """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
         rows = sorted(faces, key=lambda face: face.sample_id)
-        for text in (root, *(face.path for face in rows)):
+        for text in (root, *(face.path for face in rows), *(face.group or "" for face in rows)):
             check_encoded(text)
         repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
         if repeated:
@@ -223,15 +223,16 @@ class Manifest:
         rows: Sequence[int] | np.ndarray,
         look: Callable[[np.ndarray], Result],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        max_pixels: int = MAX_PIXELS,
     ) -> Iterator[tuple[int, Result | UnreadableImageError]]:
         """Yield (row, what `look` returns of its pixels) in order, with the error in place of an unreadable picture.
 
-        Pictures are decoded on threads; `progress(done, total)` counts them.
+        Pictures are decoded on threads, those of more than `max_pixels` not at all; `progress(done, total)` counts them.
         """
 
         def look_at(row: int) -> tuple[int, Result | UnreadableImageError]:
             try:
-                return row, look(self.read_face(row))
+                return row, look(self.read_face(row, max_pixels=max_pixels))
             except UnreadableImageError as error:
                 return row, error
 

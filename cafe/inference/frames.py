@@ -62,7 +62,10 @@ def find_files(places: Sequence[str]) -> list[UPath]:
     Photos in a zip or tar, and those in the rows of a Parquet file, count as files below it. Links are followed. Raises `UserError` for a place where there is nothing.
     """
     found = (file for place in places for file in _expand(place))
-    return list({str(file): file for file in found}.values())
+    once: dict[str, UPath] = {}
+    for file in found:
+        once.setdefault(str(file if file.protocol else file.absolute()), file)
+    return list(once.values())
 
 
 def _expand(place: str) -> Iterator[UPath]:

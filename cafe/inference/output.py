@@ -183,9 +183,9 @@ FORMATS: dict[str, Callable[[IO[bytes], Sequence[str]], AbstractContextManager[W
 
 
 def _put(file: IO[bytes], text: str) -> None:
-    """Write a text, to a terminal without control characters; elsewhere names of files stay as they are."""
+    """Write a text as UTF-8, to a terminal without control characters; what a name has that is no text as `\\udce9`."""
     text = printable(text) if file.isatty() else text
-    file.write(text.encode("utf-8", "surrogateescape"))
+    file.write(text.encode("utf-8", "backslashreplace"))
     file.flush()
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, order_classes
-from cafe.errors import StorageError, UserError, unknown
+from cafe.errors import StorageError, UserError, ambiguous, unknown
 from cafe.files import exists, list_folder, read_json
 from cafe.records import FORMAT, check_record
 from cafe.results.columns import Column
@@ -228,8 +228,10 @@ def _find_named(runs: Sequence[Run], name: str) -> tuple[Run, str]:
     found = [run for run in runs if run.name == name] or [run for run in runs if run.name.startswith(name)]
     if not found and any(name in run.experiments for run in runs):
         raise UserError(f"{name!r} is an experiment: give one of its runs, or --best source_val to choose it.")
-    if len(found) != 1:
-        raise unknown("run", name, [run.name for run in found or runs])
+    if not found:
+        raise unknown("run", name, [run.name for run in runs])
+    if len(found) > 1:
+        raise ambiguous("runs", name, [run.name for run in found])
     return found[0], f"Model {found[0].name}"
 
 

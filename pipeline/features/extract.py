@@ -24,6 +24,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import IncompleteError, UserError, first_line
 from cafe.files import place_below, read_file, read_json, write_json
 from cafe.pipeline import cluster
+from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.worker import MANY_VIEWS, ShardEmbedder
@@ -65,8 +66,13 @@ class Extraction:
     def complaint(self, allowed: int) -> str:
         """Say that too many images are unreadable, with their list."""
         listed = "\n".join(f"  {path}: {reason}" for path, reason in self.skipped)
+        large = sum(Skipped(0, reason).limit is not None for _, reason in self.skipped)
+        limit = self.info.key.max_megapixels
+        remedy = (
+            f" ({large} only for having more pixels than --max-megapixels {limit} allows: give more)" if large else ""
+        )
         return (
-            f"{len(self.skipped)} of {self.info.rows} images of {self.info.manifest!r} are unreadable, more than "
+            f"{len(self.skipped)} of {self.info.rows} images of {self.info.manifest!r} are unreadable{remedy}, more than "
             f"--max-skipped {allowed}; the features of all others are kept:\n{listed}"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cafe.data.expressions import EIGHT, ClassChoice
@@ -26,7 +26,7 @@ class SetChoices:
     what numbers and codes mean, `group_by` and `group_pattern` whose face a path shows, `split` where all faces belong.
     """
 
-    classes: ClassChoice = ClassChoice()
+    classes: ClassChoice = field(default_factory=ClassChoice)
     ferplus_rule: str | None = None
     pictures: str | None = None
     columns: Sequence[str] = ()

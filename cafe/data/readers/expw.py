@@ -30,14 +30,13 @@ def read_expw(root: UPath) -> Listing:
     lines = [line.rsplit(maxsplit=CELLS - 1) for line in decode_text(read_content(tree.root / table)).splitlines()]
     faces = Counter(cells[0] for cells in lines if len(cells) == CELLS)
     for number, cells in enumerate(lines, start=1):
-        values = [parse_number(text) for text in (*cells[1:6], cells[7])] if len(cells) == CELLS else []
-        face, top, left, right, bottom, label = values or [None] * 6
-        where = f"{table}, line {number}"
-        if None in (face, top, left, right, bottom) or label not in range(len(FER2013)):
+        where, texts = f"{table}, line {number}", (*cells[1:6], *cells[7:])
+        values = [value for text in texts if (value := parse_number(text)) is not None]
+        if len(cells) != CELLS or len(values) != len(texts) or not 0 <= values[-1] < len(FER2013):
             if cells:
                 found.reject(where, "is not a file, the number of a face, four sides of a box and a label of 0–6")
             continue
-        assert top is not None and left is not None and right is not None and bottom is not None and label is not None
+        face, top, left, right, bottom, label = values
         path = pictures.get(cells[0].casefold())
         more = {"box": (left, top, right - left, bottom - top), "group": cells[0]}
         if path is not None and faces[cells[0]] > 1:

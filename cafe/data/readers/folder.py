@@ -10,7 +10,7 @@ from functools import cached_property
 
 from upath import UPath
 
-from cafe.data.expressions import EIGHT, find_class
+from cafe.data.expressions import EIGHT
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, Tree, find_split, folder_of
 from cafe.data.packed.archives import ROWS, is_archive
@@ -154,20 +154,11 @@ def _find_pictures(
 
 def _check_folders(found: Listing, levels: Levels) -> None:
     """Raise `UserError` where pictures lie in folders of another expression than their table says."""
-    if levels.named is None:
-        return
-    wrong = [
-        (file, folders[levels.named])
-        for file in found.files
-        if len(folders := list_levels(file.path)) > levels.named
-        and (shown := find_class(folders[levels.named], levels.classes)) is not None
-        and find_class(file.expression, levels.classes) not in (None, shown)
-    ]
-    if wrong:
-        file, folder = wrong[0]
+    if wrong := levels.contradict(found.files):
         raise UserError(
             f"{len(wrong):,} pictures of {found.root} lie in a folder of another expression than their table says, such as "
-            f"{file.path}, which is {file.expression!r} there: read the table with `cafe data index table`, or take it away."
+            f"{wrong[0].path}, which is {wrong[0].expression!r} there: read the table with `cafe data index table`, or take "
+            "it away."
         )
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cafe.data.expressions import OTHERS, find_class, normalise_name
+from cafe.data.indexing import LabelledFile
 from cafe.data.labels import parse_number
 from cafe.data.layouts import SPLIT_NAMES
 from cafe.errors import UserError
+
+PERSONS = 5  # as many folders at least that recur below several expressions are taken for persons
 
 
 def list_levels(path: str) -> tuple[str, ...]:
@@ -47,10 +50,14 @@ class Levels:
         return [level for level, names in enumerate(self.names) if len(names) > 1]
 
     @cached_property
+    def good(self) -> list[int]:
+        """The levels whose folders are named after several classes."""
+        return [level for level, names in enumerate(self._known) if len({*names.values()} - {None}) > 1]
+
+    @cached_property
     def named(self) -> int | None:
         """The level of folders named after classes, None where there is none; raise `UserError` where there are several."""
-        known = [{name: self._find(name) for name in names} for names in self.names]
-        good = [level for level, names in enumerate(known) if len({*names.values()} - {None}) > 1]
+        known, good = self._known, self.good
         if len(good) > 1:
             raise self._refuse("are named after expressions on several levels", good)
         alone = [level for level, names in enumerate(known) if any(names.values())]
@@ -84,8 +91,8 @@ class Levels:
     def group(self, expression: int) -> int | None:
         """Return the level of persons, films or the like, None for none.
 
-        It is the outermost level above the expressions on which folders differ, or else one below them of whose names at
-        least half recur in several expressions.
+        It is the outermost level above the expressions on which folders differ, or else one below them with at least
+        `PERSONS` names, of which at least half recur in several expressions: fewer may be intensities, angles or years.
         """
         levels = [level for level in self.several if level != expression]
         return next((level for level in levels if self._recurs(level, expression)), None)
@@ -108,12 +115,31 @@ class Levels:
         """Whether a level is above the expressions, or at least half of its names are below several of them."""
         if level < expression:
             return True
+        if len(self.names[level]) < PERSONS:
+            return False
         below: dict[str, set[str]] = {}
         for path in self.pictures:
             folders = list_levels(path)
             if level < len(folders):
                 below.setdefault(folders[level], set()).add(folders[expression])
         return 2 * sum(len(expressions) > 1 for expressions in below.values()) >= len(below)
+
+    def contradict(self, files: Sequence[LabelledFile]) -> list[LabelledFile]:
+        """Return the faces that lie in a folder of another class than their label says."""
+        if len(self.good) != 1:
+            return []
+        (level,) = self.good
+        return [
+            file
+            for file in files
+            if len(folders := list_levels(file.path)) > level
+            and (shown := find_class(folders[level], self.classes)) is not None
+            and find_class(file.expression, self.classes) not in (None, shown)
+        ]
+
+    @cached_property
+    def _known(self) -> list[dict[str, str | None]]:
+        return [{name: self._find(name) for name in names} for names in self.names]
 
     def _find(self, name: str) -> str | None:
         return find_class(name, self.classes) or (normalise_name(name) if normalise_name(name) in OTHERS else None)

@@ -17,6 +17,7 @@ from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, USAGES, find_split, merge_repeated
 from cafe.data.manifest import SPLITS
 from cafe.data.readers.cells import Cells, as_text
+from cafe.data.readers.levels import Levels
 from cafe.errors import UserError, unknown
 
 ROLES = {  # what a column may be called, in any case; blanks, dots and hyphens count as `_`
@@ -165,6 +166,11 @@ def read_table(file: UPath, root: UPath | None = None, columns: Mapping[str, str
     root, rows = _place(rows, file, root)
     found = Listing(root, "table", f"table of {roles.name(table)}", unread=roles.unread)
     list_faces(found, rows, file)
+    if wrong := Levels(root, [row.path for row in found.files], EIGHT).contradict(found.files):
+        found.notes.append(
+            f"{len(wrong):,} faces lie in a folder of another expression than their label says, such as {wrong[0].path}, "
+            f"labelled {wrong[0].expression!r}: the label counts"
+        )
     return found
 
 
@@ -212,7 +218,10 @@ def _read_row(row: Sequence[object], roles: Roles, number: int, file: UPath) -> 
                         "--root.")  # fmt: skip
     known = {**SPLIT_NAMES, **USAGES}
     if split is not None and split.lower() not in known:
-        raise UserError(f"{where}: {unknown('split', split, SPLITS)}")
+        raise UserError(
+            f"{where} has the unknown split {split!r}: write {', '.join(SPLITS)}, or leave the column out with --column "
+            "split=."
+        )
     return LabelledFile(
         path,
         label,
@@ -232,9 +241,14 @@ def _read_box(cells: Sequence[object], corners: bool, where: str) -> Box:
     if not any(text is not None for text in texts):
         return 0, 0, 0, 0
     try:
-        left, top, third, fourth = (round(float(text or "")) for text in texts)
+        numbers = [float(text or "") for text in texts]
+        if max(numbers) <= 1 and any(number % 1 for number in numbers):
+            raise ValueError("shares of the picture")
+        left, top, third, fourth = map(round, numbers)
     except (ValueError, OverflowError):
-        raise UserError(f"{where} has the face box {', '.join(map(str, texts))}: write four numbers.") from None
+        raise UserError(
+            f"{where} has the face box {', '.join(map(str, texts))}: write four numbers of pixels."
+        ) from None
     return (left, top, third - left, fourth - top) if corners else (left, top, third, fourth)
 
 
