@@ -104,8 +104,10 @@ def index(
     \b
     cafe data index rafdb ~/sets/RAF-DB --name rafdb
     KIND folder: ROOT[/SPLIT][/PERSON]/EXPRESSION/*.jpg, or pictures with a table of path,label beside them
-    KIND table:  ROOT is a CSV, JSON-lines or Parquet file with path,label[,split,group]
+    KIND table:  ROOT is a CSV, JSON-lines or Parquet file with path,label[,split,group]; or Parquet with the pictures in it
+    KIND webdataset: ROOT is a folder of tar shards, or 'train-{000..004}.tar'
     Other KINDs: ROOT holds the set as it is distributed, in any wrapper folders (docs/datasets.md)
+    Any ROOT may be a .zip or a .tar, which is read where it lies.
     cafe data index ferplus ~/sets/FERPlus --name ferplus8 --expressions 8     # with contempt
     cafe data index folder ~/faces/ward --name ward --expressions own          # pain, drowsy, … as the folders are called
     cafe data index folder ~/faces/DATASET --name raf --label-order rafdb      # folders 1, 2, … 7

@@ -2,6 +2,7 @@
 
     python measurements/chaos.py ~/faces/news --folder /tmp/chaos --stage extract --kills 100 --nodes 2
     python measurements/chaos.py ~/faces/news --folder /tmp/chaos --stage train --kills 20
+    python measurements/chaos.py ~/faces/news --folder /tmp/chaos --stage extract --kills 20 --tar    # faces in a tar
 
 A kill falls at a random moment of a span as long as the undisturbed work, which begins, but for one of five, when there is
 a worker. With `--nodes` there is a cluster of so many, and a command survives all but the kill of its driver. Without, an
@@ -108,11 +109,12 @@ def assign(watch: commands.Watch, kills: list[Kill]) -> None:
 @click.option("--nodes", default=0, show_default=True, help="Nodes of a cluster; 0: the command starts its own Ray.")
 @click.option("--seed", default=0, show_default=True, help="Of the moments and the victims.")
 @click.option("--per-class", default=60, show_default=True, help="Faces to use of each expression.")
+@click.option("--tar", is_flag=True, help="Read the faces from a tar of them.")
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where to work, for one stage.")
-def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: int, folder: Path) -> None:
+def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: int, tar: bool, folder: Path) -> None:
     """Kill what works on FACES, a folder for each expression, and print what it cost."""
     chosen = STAGES[stage]
-    base, whole, span = _work_undisturbed(chosen, faces, folder, per_class)
+    base, whole, span = _work_undisturbed(chosen, faces, folder, per_class, tar)
     click.echo(f"undisturbed: {len(commands.find(whole, chosen.finished))} finished in {span:.0f} s")
 
     spent: list[Kill] = []
@@ -131,12 +133,16 @@ def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: 
     _print(stage, spent)
 
 
-def _work_undisturbed(stage: Stage, faces: Path, folder: Path, per_class: int) -> tuple[Path, Path, float]:
+def _work_undisturbed(stage: Stage, faces: Path, folder: Path, per_class: int, tar: bool) -> tuple[Path, Path, float]:
     """Return the workspace before and after a command, and the seconds of its work; what is there is used."""
     base, whole, note = folder / "base", folder / "whole", folder / "span.txt"
     if not note.exists():
         commands.choose_faces(faces, folder / "faces", per_class)
-        commands.succeed(base, ("data", "index", "folder", str(folder / "faces"), "--name", "faces"))
+        place = str(folder / "faces")
+        if tar:
+            place = shutil.make_archive(place, "tar", place)
+            shutil.rmtree(folder / "faces")
+        commands.succeed(base, ("data", "index", "folder", place, "--name", "faces"))
         (base / "grid.toml").write_text(GRID)
         for name in stage.before:
             commands.succeed(base, (*STAGES[name].command, *commands.ALONE))

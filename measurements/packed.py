@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -81,19 +83,32 @@ def work(step: str, root: Path, way: str, tower: str) -> None:
     An extraction is measured from its first shard on, without the start of the tower and of the process that decodes.
     """
     workspace, (kind, place), marks = Workspace.at(str(root / "work")), WAYS[way], [(0, time.time())]
+    decoder = 0.0
     if step == "extract":
         from cafe.pipeline.features.extract import extract
 
         manifest = workspace.load_manifest(way)
         settings = ExtractSettings(backbone=tower, batch_size=256, shard_rows=SHARD_ROWS, num_cpus=2)
-        extract(workspace, [manifest], settings, lambda done, total: marks.append((done, time.time())))
+
+        def note(done: int, _: int) -> None:
+            nonlocal decoder
+            marks.append((done, time.time()))
+            decoder = max([decoder, *(_read_peak(child.pid) for child in psutil.Process().children(recursive=True))])
+
+        extract(workspace, [manifest], settings, note)
         del marks[0]
     else:
         manifest = index_files(way, SetChoices().read(kind, str(root / place))).manifest
         manifest.save(workspace.manifest_path(way))
         marks.append((len(manifest), time.time()))
-    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peaks = (_read_peak(os.getpid()), decoder)
     sys.stdout.write(json.dumps([marks[-1][0] - marks[0][0], marks[-1][1] - marks[0][1], *peaks]))
+
+
+def _read_peak(process: int) -> float:
+    """Return the most memory that a process ever had, in MB; what `getrusage` says counts the parent's at its start."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def measure(step: str, root: Path, way: str, tower: str) -> tuple[float, float, float]:

@@ -26,6 +26,7 @@ from cafe.data.images import UnreadableImageError, list_suffixes, suffix_of
 from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
 from cafe.data.manifest import Face, Manifest
+from cafe.data.packed.archives import is_archive
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.files import check_different, check_outputs, exists, list_folder, locate, place_below, remove_file, write_file
@@ -139,9 +140,9 @@ def report_audits(
 
 
 def find_photos(workspace: Workspace, source: str) -> Manifest:
-    """Return the manifest of that name, or an unlabelled one of the photos in the folder of that name; raise `UserError`."""
+    """Return the manifest of that name, or one without labels of the photos in that folder or archive; raise `UserError`."""
     root = locate(source)
-    if source in workspace.manifest_names() or not root.is_dir():
+    if source in workspace.manifest_names() or not (root.is_dir() or is_archive(root)):
         return workspace.load_manifest(source)
     files = list_files(root)
     paths = [path for path in files if is_image(path)]

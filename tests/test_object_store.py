@@ -13,12 +13,15 @@ import pytest
 import torch
 from conftest import Cafe, complaint, draw_faces
 from faulty import FaultyS3
+from miniatures import write_faces, write_samples, write_zip
 from trained import fill_store, train_run
 from upath import UPath
 
 from cafe import files
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
+from cafe.data.readers.choices import SetChoices
 from cafe.files import create_file, list_folder, list_tree, locate, read_file, replace_file, write_file
 from cafe.learning.loading import FaceDataset
 from cafe.pipeline.faces import Faces, Part
@@ -189,3 +192,28 @@ def test_a_picture_is_one_request_and_several_are_under_way_at_once(s3: FaultyS3
         assert [len(batch["image"]) for batch in epoch] == [10, 10]
     assert s3.requests == 20
     assert s3.most > 1
+
+
+def test_pictures_in_archives_of_a_store_are_those_of_a_disk_and_one_request_reads_a_face(
+    s3: FaultyS3, tmp_path: Path
+) -> None:
+    drawn = sorted(draw_faces(tmp_path / "drawn", per_class=2).rglob("*.*"))
+    faces = [(f"{number}{path.suffix}", path.read_bytes(), path.parent.name) for number, path in enumerate(drawn)]
+    write_samples(tmp_path / "packed" / "train-0.tar", faces[:3])
+    write_samples(tmp_path / "packed" / "test-1.tar", faces[3:])
+    write_faces(tmp_path / "packed" / "train.parquet", faces, EXPRESSIONS)
+    write_zip(tmp_path / "packed" / "faces.zip", {f"{label}/{name}": content for name, content, label in faces})
+    for path in (tmp_path / "packed").iterdir():
+        write_file(locate(f"{BUCKET}/packed/{path.name}"), path.read_bytes())
+    for kind, place in (("webdataset", "{train-0,test-1}.tar"), ("table", "*.parquet"), ("folder", "faces.zip")):
+        here, there = (
+            index_files("faces", SetChoices().read(kind, f"{root}/packed/{place}")).manifest
+            for root in (tmp_path, BUCKET)
+        )
+        assert (there.digest, there.remote) == (here.digest, True)
+        before = s3.requests
+        with FetchedFaces(there, range(6)) as fetched:
+            assert [fetched.fetch(row) for row in range(6)] == [here.fetch(row) for row in range(6)]
+        assert s3.requests - before <= (
+            0 if kind == "table" else 6
+        )  # rows of Parquet are kept from when they were indexed

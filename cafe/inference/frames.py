@@ -21,8 +21,17 @@ import numpy as np
 from upath import UPath
 
 from cafe.addresses import WEB
-from cafe.data.images import MAX_PIXELS, UnreadableImageError, decode_series, list_suffixes, read_bytes, suffix_of
+from cafe.data.images import (
+    MAX_PIXELS,
+    SUFFIXES,
+    UnreadableImageError,
+    decode_series,
+    list_suffixes,
+    read_bytes,
+    suffix_of,
+)
 from cafe.data.layouts import is_image, list_files
+from cafe.data.packed.archives import PACKED, ROWS, open_archive
 from cafe.errors import IrregularFileError, StorageError, UserError
 from cafe.files import check_regular, locate, retry, storage_errors
 
@@ -71,7 +80,8 @@ class FoundFiles(NamedTuple):
 def find_files(places: Sequence[str]) -> FoundFiles:
     """Return the files that places name: files, all photos and videos below folders, patterns with `*`; each file once.
 
-    Links are followed. Raises `UserError` for a place where there is nothing.
+    Photos in a zip or tar, and those in the rows of a Parquet file, count as files below it. Links are followed. Raises
+    `UserError` for a place where there is nothing.
     """
     others: dict[str, str] = {}
     found: dict[str, UPath] = {}
@@ -93,7 +103,7 @@ def _expand(place: str, others: dict[str, str]) -> Iterator[UPath]:
         raise unknown
     path = locate(place, absolute=False)
     if path.protocol in WEB or retry(path, "read", path.is_file):  # a server is asked once, when the picture is read
-        yield path
+        yield from _list_packed(path) if path.suffix.casefold() in (*PACKED, ROWS) else [path]
     elif retry(path, "read", path.is_dir):
         names = list_files(path)
         files = [path / name for name in names if is_shown(name)]
@@ -111,6 +121,17 @@ def _expand(place: str, others: dict[str, str]) -> Iterator[UPath]:
                 others[_name(file)] = suffix_of(match)
     else:
         raise unknown
+
+
+def _list_packed(path: UPath) -> list[UPath]:
+    """Return the photos in an archive or a Parquet file as files below it; raise `UserError` where there is none."""
+    rows = path.suffix.casefold() == ROWS
+    found = [
+        path / name for name in (open_archive(path).members if rows else list_files(path)) if rows or is_image(name)
+    ]
+    if not found:
+        raise UserError(f"There is no photo in {path}: known are {', '.join(sorted(SUFFIXES))}.")
+    return found
 
 
 def read_frames(files: Iterable[UPath], rate: float) -> Iterator[Frame]:

@@ -175,7 +175,9 @@ def _read_range(path: UPath, file: str, offset: int, size: int) -> bytes:
     """Return bytes of a file by one request; `path` is what an error calls it."""
     if path.protocol in ("", "file"):
         return retry(path, "read", _read_here, file, offset, size)
-    return bytes(retry(path, "read", path.fs.cat_file, file, offset, offset + size)) if size else b""
+    if not size:
+        return b""
+    return bytes(retry(path, "read", lambda: path.fs.cat_file(file, start=offset, end=offset + size)))
 
 
 def _read_here(file: str, offset: int, size: int) -> bytes:
@@ -353,6 +355,10 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
+def _count_bytes(pictures: list[bytes | None]) -> int:
+    return sum(len(picture or b"") for picture in pictures)
+
+
 @lru_cache(8)
 def _open_rows(file: _File, group: int, version: tuple[int, int] | None) -> _RowGroup:
     return _RowGroup(file.locate(), group)
@@ -369,8 +375,8 @@ class _RowGroup:
         self._begin()
 
     def _begin(self) -> None:
-        self.rows: Iterator[pa.Array] | None = None
-        self.kept: deque[tuple[int, pa.Array]] = deque()
+        self.rows: Iterator[list[bytes | None]] | None = None
+        self.kept: deque[tuple[int, list[bytes | None]]] = deque()
         self.next = self.size = 0
 
     def read(self, row: int) -> bytes:
@@ -387,22 +393,26 @@ class _RowGroup:
     def _read(self, row: int) -> bytes:
         if self.rows is None or (self.kept and row < self.kept[0][0]):
             self._begin()
-            self.rows = self._read_rows()
+            self.rows = _read_rows(self.file, self.group)
         while row >= self.next:
             some = next(self.rows)
             self.kept.append((self.next, some))
-            self.next, self.size = self.next + len(some), self.size + some.nbytes
+            self.next, self.size = self.next + len(some), self.size + _count_bytes(some)
             while self.size > KEPT and len(self.kept) > 1:
-                self.size -= self.kept.popleft()[1].nbytes
+                self.size -= _count_bytes(self.kept.popleft()[1])
         first, some = next((first, some) for first, some in self.kept if row < first + len(some))
-        return some[row - first].as_py() or b""
+        return some[row - first] or b""
 
-    def _read_rows(self) -> Iterator[pa.Array]:
-        check_regular(self.file)
-        with self.file.open("rb") as data:
-            file = pq.ParquetFile(data, buffer_size=BUFFER, pre_buffer=False)
-            column = find_pictures(file.schema_arrow)
-            kind = file.schema_arrow.field(column).type
-            name = f"{column}.bytes" if pa.types.is_struct(kind) else column
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[self.group], columns=[name]):
-                yield batch.column(0).field("bytes") if pa.types.is_struct(kind) else batch.column(0)
+
+def _read_rows(file: UPath, group: int) -> Iterator[list[bytes | None]]:
+    """Yield the pictures of a row group, a few at a time; apart from what keeps them, so that both are freed at once."""
+    check_regular(file)
+    with file.open("rb") as data:
+        parquet = pq.ParquetFile(data, buffer_size=BUFFER, pre_buffer=False)
+        column = find_pictures(parquet.schema_arrow)
+        kind = parquet.schema_arrow.field(column).type
+        name = f"{column}.bytes" if pa.types.is_struct(kind) else column
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[name]):
+            # Copies: the buffers behind a few rows can be a hundred times as large as these.
+            pictures = batch.column(0).field("bytes") if pa.types.is_struct(kind) else batch.column(0)
+            yield pictures.to_pylist()
