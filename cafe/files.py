@@ -84,7 +84,8 @@ def find_below(folder: UPath, name: str) -> UPath:
             f"The name {name!r} leads out of {folder}: take one without '..', empty parts and a leading '/'."
         )
     if folder.protocol in WEB and folder.path.strip("/").endswith(":"):  # of addresses of several servers
-        return UPath(f"{folder.protocol}://{name}", **folder.storage_options)
+        other: UPath = UPath(f"{folder.protocol}://{name}", **folder.storage_options)
+        return other
     return folder / name
 
 

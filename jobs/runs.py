@@ -340,7 +340,7 @@ def _check_mirror(mirror: Mirror) -> Mirror:
 
 def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks: bool = False) -> None:
     from cafe.pipeline.release.confidence import read_confidence
-    from cafe.report.sheets import run_sheet
+    from cafe.report.sheets.runs import run_sheet
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.runs import read_runs
     from cafe.results.scores import meet, read_scores

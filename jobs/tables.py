@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
 
-    from cafe.report.sheets import Sheet
+    from cafe.report.sheets.sheet import Sheet
 
 NAME, WORD, TOKEN, HEAD = (
     24,

@@ -27,7 +27,8 @@ from cafe.errors import UserError
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
 from cafe.report.inspection import draw_audit
-from cafe.report.sheets import main_sheet, run_sheet
+from cafe.report.sheets.comparison import main_sheet
+from cafe.report.sheets.runs import run_sheet
 from cafe.results.comparison import compare
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.predictions import Predictions

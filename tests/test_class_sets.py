@@ -27,7 +27,7 @@ from cafe.report.experiment import draw_experiment
 from cafe.report.figures import draw_run_figures, find_cell, shade
 from cafe.report.formats import to_csv, to_markdown
 from cafe.report.report import Report, make_report
-from cafe.report.sheets import run_sheet
+from cafe.report.sheets.runs import run_sheet
 from cafe.results.columns import Column, name_class_sets
 from cafe.results.metrics import confusion, score
 from cafe.results.predictions import Predictions

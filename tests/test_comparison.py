@@ -21,7 +21,8 @@ from cafe.errors import UserError
 from cafe.files import list_files, write_json
 from cafe.pipeline.stores import find_paths
 from cafe.pipeline.workspace import Workspace
-from cafe.report.sheets import main_sheet, run_sheet
+from cafe.report.sheets.comparison import main_sheet
+from cafe.report.sheets.runs import run_sheet
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
 from cafe.results.metrics import estimate

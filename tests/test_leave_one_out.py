@@ -35,7 +35,8 @@ from cafe.pipeline.worker import LocalWorker
 from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
 from cafe.report.report import make_report
-from cafe.report.sheets import ORACLES, PEEKED
+from cafe.report.sheets.comparison import ORACLES
+from cafe.report.sheets.sheet import PEEKED
 from cafe.results.columns import Column
 from cafe.towers.weights import read_tensors
 

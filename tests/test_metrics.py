@@ -28,7 +28,8 @@ from cafe.report.experiment import draw_experiment
 from cafe.report.figures import draw_confusion, find_cell, shade
 from cafe.report.formats import to_csv
 from cafe.report.report import list_records, make_report
-from cafe.report.sheets import BEST, run_sheet
+from cafe.report.sheets.runs import run_sheet
+from cafe.report.sheets.sheet import BEST
 from cafe.results.columns import Column, Mean
 from cafe.results.metrics import METRICS, Estimate, Metric, confusion, estimate, macro_f1, macro_f1_error, score
 from cafe.results.predictions import Predictions

@@ -28,7 +28,7 @@ from cafe.report.charts import draw_ranks, find_ties, to_svg
 from cafe.report.drawings import list_drawings
 from cafe.report.formats import to_csv, to_latex, to_markdown
 from cafe.report.report import Report, make_report
-from cafe.report.sheets import BEST, SECOND, Sheet, SheetCell
+from cafe.report.sheets.sheet import BEST, SECOND, Sheet, SheetCell
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS

@@ -40,7 +40,7 @@ from cafe.pipeline.process.progress import Log, Pace, describe_for_bar
 from cafe.pipeline.runs import note_end
 from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.workspace import Workspace
-from cafe.report.sheets import Sheet, SheetCell
+from cafe.report.sheets.sheet import Sheet, SheetCell
 from cafe.towers.names import BACKBONES
 
 

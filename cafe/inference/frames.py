@@ -176,6 +176,11 @@ def _read_photos(files: Iterable[UPath]) -> Iterator[Frame]:
             yield from waiting.popleft().result()
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What a damaged video or a failing storage raises."""
+    return (av.FFmpegError, *storage_errors())
+
+
 def read_video(file: UPath, rate: float) -> Iterator[Frame]:
     """Yield `rate` frames a second of a video, upright: the first one at or after each point in time; all for infinity.
 
@@ -192,7 +197,7 @@ def read_video(file: UPath, rate: float) -> Iterator[Frame]:
                     yield Frame(file, _upright(frame), number, time)
     except IrregularFileError:
         reason = "is a pipe or a device, not a file"
-    except (av.FFmpegError, *storage_errors()) as error:
+    except _failures() as error:
         reason = (getattr(error, "strerror", None) or str(error)).rstrip(".")
         reason = f"damaged video after {decoder.end:.1f} s: {reason}" if decoder.end else f"no readable video: {reason}"
     if reason := reason or decoder.find_damage():

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from cafe.report.charts import POINTS, draw_heat_map, draw_points, draw_ranks, find_ties
 from cafe.report.report import Report
-from cafe.report.sheets import by_label, name_target
+from cafe.report.sheets.comparison import by_label
+from cafe.report.sheets.tests import name_target
 from cafe.results.metrics import METRICS
 from cafe.results.significance.paired_tests import Ranks
 

@@ -24,8 +24,8 @@ from cafe.report.drawings import list_drawings
 from cafe.report.figures import draw_masks, share_confusion, spread_masks, tells_apart
 from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
 from cafe.report.pages import embed_figure, render
-from cafe.report.printed import errors_sheet
 from cafe.report.report import Report
+from cafe.report.sheets.printed import errors_sheet
 
 GALLERY = Gallery()
 MASK = "The channels on which its mean mask differs most between expressions, less their mean over all of them."

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cafe.outputs import MARK, Own, begins, holds
 from cafe.report.report import Report, list_records
-from cafe.report.sheets import BEST, SECOND, UNDERLINED, Sheet, SheetCell
+from cafe.report.sheets.sheet import BEST, SECOND, UNDERLINED, Sheet, SheetCell
 
 MARKDOWN = f"<!-- {MARK} compare -->"  # by which a file is known as ours; no viewer shows it
 LATEX_USES = "Needs \\usepackage{booktabs,graphicx}."

@@ -12,7 +12,7 @@ from upath import UPath
 
 from cafe import __version__
 from cafe.errors import UserError
-from cafe.report.sheets import Sheet, SheetCell
+from cafe.report.sheets.sheet import Sheet, SheetCell
 from cafe.results.comparison import Comparison, Row
 from cafe.results.leaks import load_leaks
 from cafe.results.predictions import Predictions, load_predictions

@@ -13,17 +13,11 @@ from upath import UPath
 from cafe.errors import UserError
 from cafe.report import ReportSettings
 from cafe.report.origins import draws_sheet
-from cafe.report.printed import printed_sheets
-from cafe.report.sheets import (
-    Sheet,
-    class_sheet,
-    faces_sheet,
-    main_sheet,
-    matrix_sheets,
-    published_sheet,
-    ranks_sheet,
-    tests_sheets,
-)
+from cafe.report.sheets.comparison import faces_sheet, main_sheet, matrix_sheets
+from cafe.report.sheets.printed import printed_sheets
+from cafe.report.sheets.published import class_sheet, published_sheet
+from cafe.report.sheets.sheet import Sheet
+from cafe.report.sheets.tests import ranks_sheet, tests_sheets
 from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
 from cafe.results.leaks import leave_out_leaks

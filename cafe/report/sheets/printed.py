@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cafe.report.sheets import BEST, SECOND, Sheet, SheetCell
+from cafe.report.sheets.sheet import BEST, SECOND, Sheet, SheetCell
 from cafe.results.comparison import Comparison, Row
 from cafe.results.metrics import RECALL
 from cafe.results.published import load_published
