@@ -304,5 +304,7 @@ def count_frames(file: UPath, rate: float) -> int:
             seconds = (container.duration or 0) / 1e6
             fastest = _frame_rate(container.streams.video[0]) if container.streams.video else rate
             return max(1, math.ceil(seconds * min(rate, fastest)))
-    except (*_failures(), IrregularFileError):
+    except IrregularFileError:
+        return 1
+    except _failures():
         return 1

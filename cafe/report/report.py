@@ -88,19 +88,7 @@ def make_report(
     said = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
     if per_class:
         classes = compare_classes(shown, scores, per_class, protocol)
-        published = publish_classes(classes)
-        tests = pair_rows(classes, versus, per_class) if versus else []
-        sheets = [class_sheet(classes, per_class, published), *tests_sheets(tests)]
-        return Report(
-            f"Every expression of {per_class}",
-            [*said, *about],
-            sheets,
-            classes,
-            published,
-            tests,
-            target=per_class,
-            left_out=lines,
-        )
+        return _report_classes(classes, per_class, versus, [*said, *about], lines)
     comparison = compare(shown, scores, metric, protocol, leak_free)
     published, ranks = publish_rows(comparison), rank_rows(comparison)
     tests = pair_rows(comparison, versus) if versus else []
@@ -113,6 +101,16 @@ def make_report(
     title = "Trained on one data set, evaluated on all"
     about, verdicts = [*said, *others, *about], reach_verdicts(comparison)
     return Report(title, about, sheets, comparison, published, tests, ranks, verdicts=verdicts, left_out=lines)
+
+
+def _report_classes(
+    classes: Comparison, target: str, versus: str | None, about: Sequence[str], left_out: list[str]
+) -> Report:
+    published = publish_classes(classes)
+    tests = pair_rows(classes, versus, target) if versus else []
+    sheets = [class_sheet(classes, target, published), *tests_sheets(tests)]
+    title = f"Every expression of {target}"
+    return Report(title, [*about], sheets, classes, published, tests, target=target, left_out=left_out)
 
 
 def choose_protocol(scores: pd.DataFrame) -> ProtocolName:

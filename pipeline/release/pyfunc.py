@@ -117,7 +117,7 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
             logged = client.create_logged_model(place, name, run_id, {**about, NOTE: card}, params)
             _log(mlflow, run_id, logged.model_id, exported)
         model = there[0] if there else logged
-        _log_scores(client, run_id, model.model_id, mirror.workspace, run)
+        _log_scores(mlflow, run_id, model.model_id, mirror.workspace, run)
         uri = model.model_uri
         said = f"MLflow at {mirror.address} holds the model {uri} of the run {run.name}"
         if register is None:
@@ -147,17 +147,15 @@ def log_models(mirror: Mirror, progress: Progress) -> dict[str, str]:
     return left_out
 
 
-def _log_scores(client: Any, run_id: str, model_id: str, workspace: Workspace, run: Run) -> None:
+def _log_scores(mlflow: Any, run_id: str, model_id: str, workspace: Workspace, run: Run) -> None:
     """Have a model list the data sets that its run was evaluated on, with metrics: the very points of the run."""
-    from mlflow.entities import Metric
-
-    known = workspace.manifest_digests()
+    client, known = mlflow.MlflowClient(), workspace.manifest_digests()
     points = []
     for name, value, data_set, named in list_model_scores(read_scores(meet([run], known).runs, known)):
         logged = [point for point in client.get_metric_history(run_id, name) if point.value == value]
         if logged:
             moment, step = logged[-1].timestamp, logged[-1].step
-            points.append(Metric(name, value, moment, step, model_id, data_set, named, run_id))
+            points.append(mlflow.entities.Metric(name, value, moment, step, model_id, data_set, named, run_id))
     client.log_batch(run_id, points)
 
 

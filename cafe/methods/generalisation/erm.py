@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,9 @@ class Erm(FeatureMethod):
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
+        self.mask: Any = None
         if recipe.mask == "vector":
-            self.mask: nn.Parameter | nn.Module = nn.Parameter(torch.zeros(self.width))
+            self.mask = nn.Parameter(torch.zeros(self.width))
         elif recipe.mask == "features":
             self.mask = nn.Linear(self.width, self.width)
         self.learned_width = recipe.hidden or self.width
@@ -66,12 +67,12 @@ class Erm(FeatureMethod):
     def check_recipe(cls, recipe: method.Recipe, name: str) -> None:
         """Raise `UserError` for an algorithm about learned features where there are none."""
         super().check_recipe(recipe, name)
-        assert isinstance(recipe, Recipe)
-        if cls.moves and recipe.mask == "none" and not recipe.hidden:
+        own = cast("Recipe", recipe)
+        if cls.moves and own.mask == "none" and not own.hidden:
             raise UserError(
                 f"{name} {cls.moves}, and frozen ones stay as they are: set hidden=512, or mask=vector or mask=features."
             )
-        if recipe.dropout and not recipe.hidden:
+        if own.dropout and not own.hidden:
             raise UserError(
                 "dropout is a setting of the hidden layer, and hidden is 0: leave it out, or set hidden=512."
             )
@@ -85,10 +86,8 @@ class Erm(FeatureMethod):
         """Return what is learned in front of the classifier, (N, learned_width)."""
         found = self.read(batch)
         if self.recipe.mask == "vector":
-            assert isinstance(self.mask, nn.Parameter)
             found = apply_mask(found, self.mask.expand_as(found), "sigmoid")
         elif self.recipe.mask == "features":
-            assert isinstance(self.mask, nn.Linear)
             found = apply_mask(found, self.mask(found), "sigmoid")
         return self.hidden(found) if self.recipe.hidden else found
 
