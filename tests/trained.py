@@ -16,6 +16,8 @@ from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.files import write_file, write_json
 from cafe.learning.training import fit, predict
+from cafe.methods import METHODS
+from cafe.methods.generalisation.erm import Erm
 from cafe.pipeline.evaluate import evaluate_target
 from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
 from cafe.pipeline.features.store import FeatureStore
@@ -94,6 +96,11 @@ def ship_run(run: UPath, folder: Path, **record: Any) -> UPath:
         write_file(UPath(folder) / file, (run / file).read_bytes())
     write_sealed(UPath(folder) / "model.json", {"name": run.name, "trained": read_result(run), **record})
     return UPath(folder)
+
+
+def list_networks() -> list[str]:
+    """Return the methods, ERM for all that compute what ERM computes: they differ in their losses, each tested elsewhere."""
+    return [name for name, method in METHODS.items() if method is Erm or method.forward is not Erm.forward]
 
 
 def _begin(workspace: Workspace, experiment: str, settings: dict[str, Any]) -> TrainPlan:
