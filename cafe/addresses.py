@@ -49,11 +49,13 @@ class Permission:
 
     def options(self, location: str, protocol: str) -> dict[str, Any]:
         """Return the options with which a place is opened; raise `UserError` for an address that may not be asked."""
-        if protocol in HARMLESS:
-            return {}
-        waiting = limit_waiting() if protocol in WEB else {}
-        if self._is_own(location):
-            return waiting
+        public = {} if self.allows_private(location, protocol) else {"get_client": PublicClient()}
+        return {**limit_waiting(), **public} if protocol in WEB else public
+
+    def allows_private(self, location: str, protocol: str) -> bool:
+        """Whether a place may also be on this machine or its own network; raise `UserError` if it may not be asked."""
+        if protocol in HARMLESS or self._is_own(location):
+            return True
         if protocol not in WEB:
             raise UserError(
                 f"The address {location!r} came with a file: give a folder, an object store or https:// there."
@@ -63,7 +65,7 @@ class Permission:
                 f"The web address {location!r} came with a file: where you trust that file, give --allow-urls to fetch "
                 "from it."
             )
-        return waiting if self.private else {**waiting, "get_client": PublicClient()}
+        return self.private
 
     def _is_own(self, location: str) -> bool:
         """Whether a place is one of the user's addresses or lies below it."""

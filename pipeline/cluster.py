@@ -286,7 +286,7 @@ def _gather(resource: str, wanted: int, minutes: int) -> int:
 
 def user_error(error: BaseException | None) -> UserError | None:
     """Return what a user can fix among the causes of an error that crossed Ray: a mistake, or a process that was killed."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
     if error is None:
         return None
@@ -303,8 +303,10 @@ def user_error(error: BaseException | None) -> UserError | None:
             "and give the same command again, with more --silent-seconds where it was only slow."
         )
     if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+        # So called until the cluster has noticed the death, and where the network is cut.
+        unavailable = "The actor died unexpectedly, or cannot be reached: " * isinstance(error, ActorUnavailableError)
         return IncompleteError(
-            f"A process of Ray's ended in the middle of its work ({quote(error)}): give the same command again, and "
-            "where memory is short, fewer workers."
+            f"A process of Ray's ended in the middle of its work ({unavailable}{quote(error)}): give the same command "
+            "again, and where memory is short, fewer workers."
         )
     return None

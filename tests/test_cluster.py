@@ -157,16 +157,17 @@ def test_a_ray_that_does_not_start_is_a_sentence(monkeypatch: pytest.MonkeyPatch
 def test_a_worker_of_a_shared_training_that_was_killed_or_stopped_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import ActorDiedError, ActorUnavailableError
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
     died = ActorDiedError()
     killed = WorkerGroupError("rank 1", {1: WorkerHealthCheckFailedError("A worker does not answer.", died)})
-    for error in (killed, ControllerError(died)):
+    unavailable = ActorUnavailableError("RPC error: Socket closed", None)  # one that was killed a moment before
+    for error in (killed, ControllerError(died), ControllerError(unavailable), unavailable):
         said = cluster.user_error(error)
         assert isinstance(said, IncompleteError)
-        assert str(said).startswith("A process of Ray's ended in the middle of its work")
+        assert str(said).startswith("A process of Ray's ended in the middle of its work (The actor died unexpectedly")
     monkeypatch.setenv(cluster.SILENCE, "")
     cluster.set_environment(ClusterSettings(silent_seconds=20))
     silent = cluster.user_error(WorkerGroupError("rank 0", {0: WorkerHealthCheckTimeoutError("hanging")}))

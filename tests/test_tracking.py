@@ -30,7 +30,7 @@ from cafe.files import list_files, list_folder, write_json
 from cafe.pipeline.benchmark.cells import write_comparison
 from cafe.pipeline.runs import add_experiment
 from cafe.pipeline.tracking.database import draft_database
-from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, list_experiments
+from cafe.pipeline.tracking.mirror import PARENT, Mirror, default_uri, empty_database, list_experiments
 from cafe.pipeline.tracking.places import check_place
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import load_predictions
@@ -39,19 +39,10 @@ from cafe.results.scores import read_scores
 from cafe.seals import read_sealed, write_sealed
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of MLflow's without runs, which takes a second to make."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    with draft_database(path) as uri:
-        MlflowClient(uri).search_experiments()
-    return path
-
-
 @pytest.fixture
-def workspace(tmp_path: Path, empty: Path) -> Workspace:
+def workspace(tmp_path: Path) -> Workspace:
     (tmp_path / "work").mkdir()
-    shutil.copy(empty, tmp_path / "work")
+    (tmp_path / "work" / "mlflow.db").write_bytes(empty_database())
     return Workspace.at(str(tmp_path / "work"))
 
 
@@ -376,6 +367,7 @@ def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Wo
         ("sqlite:////w/mlflow.db", "https://other/1", "", "--allow-urls"),
         ("http://track:5000", "http://other/1", "urls", "give --allow-private-urls too"),
         ("http://track:5000", "http://other/1", "urls private", ""),
+        ("http://track:5000", "http://other/1", "own", ""),
         ("http://track:5000", "ftp://other/1", "urls private", "give a folder, an object store or https:// there"),
     ],
 )
@@ -383,7 +375,7 @@ def test_artifacts_are_fetched_from_the_server_and_from_what_the_user_allows(
     server: str, place: str, flags: str, said: str
 ) -> None:
     before = permission()
-    Permission("urls" in flags, "private" in flags).install()
+    Permission("urls" in flags, "private" in flags, ("http://other",) if "own" in flags else ()).install()
     try:
         assert (said in complaint(check_place, server, place)) if said else not complaint(check_place, server, place)
     finally:

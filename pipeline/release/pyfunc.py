@@ -150,12 +150,14 @@ def log_models(mirror: Mirror, progress: Progress) -> dict[str, str]:
 def _log_scores(mlflow: Any, run_id: str, model_id: str, workspace: Workspace, run: Run) -> None:
     """Have a model list the data sets that its run was evaluated on, with metrics: the very points of the run."""
     client, known = mlflow.MlflowClient(), workspace.manifest_digests()
+    listed = {(point.key, point.timestamp, point.step) for point in client.get_logged_model(model_id).metrics or ()}
     points = []
     for name, value, data_set, named in list_model_scores(read_scores(meet([run], known).runs, known)):
         logged = [point for point in client.get_metric_history(run_id, name) if point.value == value]
         if logged:
             moment, step = logged[-1].timestamp, logged[-1].step
-            points.append(mlflow.entities.Metric(name, value, moment, step, model_id, data_set, named, run_id))
+            if (name, moment, step) not in listed:  # MLflow refuses to list a point again with another data set
+                points.append(mlflow.entities.Metric(name, value, moment, step, model_id, data_set, named, run_id))
     client.log_batch(run_id, points)
 
 
@@ -190,6 +192,8 @@ def _log(mlflow: Any, run_id: str, model_id: str, exported: UPath) -> None:
         flavor=mlflow.pyfunc,
         run_id=run_id,
         model_id=model_id,
+        # The epoch, whose losses MLflow lists. At 0 it would list the scores, without the data sets they are of.
+        step=max(1, (described.get("trained") or {}).get("epochs", 1)),
         loader_module=__name__,
         data_path=str(exported),
         signature=mlflow.models.ModelSignature(types.Schema([column("string", COLUMN)]), types.Schema(outputs)),

@@ -26,7 +26,7 @@ def check_place(server: str, place: str) -> None:
             "out itself (`mlflow server --serve-artifacts`)."
         )
     web = there.scheme == "mlflow-artifacts"  # which MLflow asks by HTTP too
-    if permission().options(place, "http" if web else there.scheme):  # public addresses alone
+    if not permission().allows_private(place, "http" if web else there.scheme):
         raise UserError(
             f"The tracking server {server} says that artifacts lie at {place!r}, and MLflow follows where that leads, also "
             "to this machine or its own network: where you trust the server, give --allow-private-urls too."
