@@ -34,7 +34,9 @@ def test_what_keeps_a_benchmark_from_running_is_named(tmp_path: Path) -> None:
     grid.write_text('sources = ["mma"]\nmethods = ["scn"]\nseeds = 2\n')
     workspace = ["-w", str(tmp_path / "work")]
     index = ["data", "index", "mma", str(tmp_path / "set"), "--name", "mma", "--accept-counts"]
-    assert CliRunner().invoke(main, [*workspace, *index]).exit_code == 0
+    indexed = CliRunner().invoke(main, [*workspace, *index])
+    assert indexed.exit_code == 1
+    assert "1 are left out, listed above." in indexed.output
     result = CliRunner().invoke(main, [*workspace, "doctor", str(grid)])
     assert result.exit_code == 1
     assert "2 of 2 cannot run" in result.output

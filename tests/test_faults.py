@@ -133,7 +133,7 @@ def test_a_picture_of_more_megapixels_than_asked_for_is_skipped(extraction: Extr
     extracted = Extracted(extraction.store.path, extraction.store.info, 0, [*skipped, ("x.png", "file is empty")])
     said = extracted.complaint(0)
     assert "are unreadable (1 only for having more pixels than --max-megapixels 1 allows: give more), more than" in said
-    checked = extraction.cafe.succeed("data", "check", "tiny", "--max-megapixels", "1")
+    checked = extraction.cafe.fail("data", "check", "tiny", "--max-megapixels", "1", code=1)
     assert "1 unreadable files:\n  anger/019.png: 1001×1000 pixels are more than 1,000,000" in checked
 
 

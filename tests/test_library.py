@@ -88,8 +88,10 @@ def test_photos_are_predicted_by_path_by_address_and_as_pixels_in_one_list(works
     with serve(tmp_path) as address:
         what = [tmp_path / "0.png", f"{address}/1.png", faces[2], Image.fromarray(faces[3]), torn]
         rows = cafe.predict(what, "cafe-one-s0", workspace, aligned=True)
-        assert "There is no file" in complaint(cafe.predict, f"{address}/2.png", "cafe-one-s0", workspace)
-    assert "cannot be read" in complaint(cafe.predict, f"{address}/1.png", "cafe-one-s0", workspace)
+        (missing,) = cafe.predict(f"{address}/2.png", "cafe-one-s0", workspace, aligned=True)
+        assert (missing["expression"], missing["error"]) == (None, "file not found")
+    (away,) = cafe.predict(f"{address}/1.png", "cafe-one-s0", workspace, aligned=True)  # no server is there any more
+    assert (away["expression"], away["error"].partition(" (")[0]) == (None, f"{address}/1.png cannot be read")
     assert [row["file"] for row in rows] == [str(tmp_path / "0.png"), f"{address}/1.png", "2", "3", "4"]
     model = cafe.load_model("cafe-one-s0", workspace)
     table = pd.DataFrame(rows)

@@ -263,7 +263,8 @@ def test_names_that_are_no_utf8_are_left_out_or_one_sentence(tmp_path: Path) -> 
 def test_a_file_by_two_paths_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(draw_faces(tmp_path, per_class=1))
     whole = str(tmp_path / "anger" / "000.jpg")
-    assert [str(file) for file in find_files(["anger/000.jpg", whole, "./anger"])] == ["anger/000.jpg"]
+    found = find_files(["anger/000.jpg", whole, "./anger"])
+    assert ([str(file) for file in found.files], found.others) == (["anger/000.jpg"], {})
     Path("t.csv").write_text(f"path,label\nanger/000.jpg,anger\n{whole},Angry\n")
     assert len(DATASETS["table"](UPath(tmp_path / "t.csv")).files) == 1
 

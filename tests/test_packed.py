@@ -207,7 +207,7 @@ def test_withheld_labels_and_members_that_cannot_be_read_are_counted(
         ("a.tar/3.jpg", "is a link"),
         ("a.tar/a.b.jpg", "has the name of a.c.jpg, so that it is unclear whose label is whose"),
     ]
-    assert (found.listing.dropped, found.listing.ignored) == ({"no label": 1}, 1)
+    assert (found.listing.dropped, found.listing.ignored) == ({"no label": 1}, {".npy": 1})
 
 
 def test_an_archive_that_changed_is_refused_and_one_that_is_gone_is_a_fault_of_the_storage(

@@ -56,7 +56,8 @@ def predict(
     (H, W, 3) uint8 in RGB order; or several of these. A picture in which there is no face, or that cannot be read, is a row
     with an `error`; of what came as pixels, `file` is the place in the list. `model` is a name, as of `load_model`, or a
     model that is loaded; the last two that were named stay in memory, and one that knows nothing warns. The rest is what the
-    options of the command are. Raises `UserError` for a place where there is nothing and for arrays of another form.
+    options of the command are. Raises `UserError` for a place where there is nothing, unless it is a web address, whose row
+    has the error, and for arrays of another form.
 
     >>> pictures = [load_manifest("two", workspace).read_face(row) for row in range(2)]
     >>> rows = predict(pictures, "cafe-one-s0", workspace, aligned=True)

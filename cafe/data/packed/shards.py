@@ -196,7 +196,8 @@ def _read_tar(file: UPath, shard: str, found: Listing) -> Iterator[_Packed]:
         else:
             ((name, span),) = there
             yield _Packed(shard, f"{shard}/{name}", name, span, cells.get(sample, {}))
-    found.ignored[""] += len(cells.keys() - pictures.keys())
+    if unpictured := len(cells.keys() - pictures.keys()):
+        found.ignored[""] += unpictured
 
 
 def _read_text(ending: str, content: bytes) -> dict[str, object]:
