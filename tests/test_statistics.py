@@ -196,6 +196,7 @@ def test_an_interval_over_faces_is_wilsons_and_that_of_a_mean_is_combined_of_the
     assert wilson(0.75, 20) == pytest.approx((expected.low, expected.high))
     assert wilson(0.0, 10)[0] == 0
     assert wilson(1.0, 10)[1] == pytest.approx(1)
+    assert combine_intervals([0.0], [wilson(0.0, 100)])[0] >= 0  # and is printed without a minus
     low, high = combine_intervals([0.5, 0.5], [wilson(0.5, 100)] * 2)
     assert (low, high) == pytest.approx(wilson(0.5, 200), abs=0.001)
     assert combine_intervals([0.0, 1.0], [(0.0, 0.3), (0.7, 1.0)]) == pytest.approx((0.35, 0.65))

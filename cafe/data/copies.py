@@ -91,7 +91,7 @@ class CopyIndex:
     def __init__(self, thumbnails: np.ndarray) -> None:
         self.thumbnails = thumbnails
         signatures = np.concatenate(
-            [_frame(thumbnails[part], np.zeros(4)) for part in _split(len(thumbnails))]
+            [_frame(thumbnails[part], np.zeros((1, 4))) for part in _split(len(thumbnails))]
         )  # (N, 144)
         self.projection = _fit_projection(signatures)
         self.index = _build(_reduce(signatures, self.projection))
@@ -118,13 +118,9 @@ class CopyIndex:
         """Return rows of the index, rows of the batch and the frames in which their signatures agree best."""
         neighbours = min(NEIGHBOURS, len(self.thumbnails))
         shape = (len(FRAMES), len(batch), neighbours)
-        cosines, rows = np.empty(shape, np.float32), np.empty(shape, np.int64)
-        for number, frame in enumerate(FRAMES):
-            cosines[number], rows[number] = self.index.search(
-                _reduce(_frame(batch, frame), self.projection), neighbours
-            )
+        found = self.index.search(_reduce(_frame(batch, FRAMES), self.projection), neighbours)
+        cosine, first = (values.ravel() for values in found)
         frames, second = (axis.ravel() for axis in np.indices(shape)[:2])
-        cosine, first = cosines.ravel(), rows.ravel()
         order = np.argsort(-cosine, kind="stable")
         order = order[(cosine[order] >= MIN_COSINE) & (first[order] >= 0)]
         _, best = np.unique(second[order] * len(self.thumbnails) + first[order], return_index=True)
@@ -135,12 +131,17 @@ class CopyIndex:
         return first[order], second[order], frames[order]
 
 
-def _frame(thumbnails: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Return the part of thumbnails (N, 64, 64) inside a frame as unit vectors (N, 144) without their mean brightness."""
-    left, right, top, bottom = MARGIN + frame
-    rows, columns = _average(top, 1 - bottom), _average(left, 1 - right)
-    signatures = (rows @ thumbnails.astype(np.float32) @ columns.T).reshape(len(thumbnails), -1)
-    return _normalise(signatures - signatures.mean(axis=1, keepdims=True))
+def _frame(thumbnails: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Return the parts of thumbnails (N, 64, 64) inside frames (F, 4) as unit vectors without their mean brightness.
+
+    They are (F · N, 144), those inside the first frame first.
+    """
+    pictures, signatures = thumbnails.astype(np.float32), []
+    for left, right, top, bottom in MARGIN + frames:
+        rows, columns = _average(top, 1 - bottom), _average(left, 1 - right)
+        signatures.append((rows @ pictures @ columns.T).reshape(len(pictures), -1))
+    found = np.concatenate(signatures)
+    return _normalise(found - found.mean(axis=1, keepdims=True))
 
 
 def _average(low: float, high: float) -> np.ndarray:

@@ -124,9 +124,10 @@ def combine_intervals(means: Sequence[float], intervals: Sequence[tuple[float, f
     The "method of variance estimates recovery" of Zou and Donner (Statistics in Medicine 27, 2008).
     """
     mean, count = sum(means) / len(means), len(means)
+    lowest, highest = (sum(ends) / count for ends in zip(*intervals, strict=True))  # which rounding shall not pass
     below = math.sqrt(sum((own - low) ** 2 for own, (low, _) in zip(means, intervals, strict=True))) / count
     above = math.sqrt(sum((high - own) ** 2 for own, (_, high) in zip(means, intervals, strict=True))) / count
-    return mean - below, mean + above
+    return max(mean - below, lowest), min(mean + above, highest)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
