@@ -271,7 +271,7 @@ def test_a_target_of_another_tower_says_which_field_differs(ready: Cafe, tiny_to
     shutil.rmtree(ready.workspace / "features" / "two")
     bicubic = ExtractSettings(backbone=tiny_tower, interpolation="bicubic")
     fill_store(Workspace.at(str(ready.workspace)), "two", bicubic)
-    message = ready.fail("train", "--source", "one")
+    message = ready.fail("train", "--source", "one", "--targets", "one,two")
     assert "its closest store differs in interpolation: bilinear against bicubic" in message
 
 
