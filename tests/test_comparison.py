@@ -141,6 +141,7 @@ def test_a_target_under_two_names_counts_once(workspace: Workspace) -> None:
     run = write_run(workspace, source="one", source_kind="folder")
     evaluate(run, {"two": 40, "three": 80})
     evaluate(run, {"zwei": 40}, manifest="digest of two")
+    evaluate(run, {"deux@train": 10}, manifest="digest of two")  # other faces, which stay out of every mean
     (row,) = texts(read(workspace))
     assert (row["two"], row["zwei"], row["unseen accuracy"]) == ("40.0", "40.0", "60.0")
     note = "The same faces under another name, which count once in every mean: zwei (as two)."

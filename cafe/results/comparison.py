@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,7 +138,7 @@ class Comparison:
     @property
     def twins(self) -> dict[str, str]:
         """The targets that are another one's manifest under a second name, each with that one's name."""
-        return find_twins(dict(zip(self.scores["target"], self.scores["manifest"], strict=True)))
+        return find_twins(self.scores)
 
     def targets_with(self, relation: str) -> list[str]:
         """The targets that have a relation to any of the runs."""
@@ -248,7 +248,7 @@ class _Table:
             self.records[record["run"], place] = record
             self.about[record["target"]] = (record["kind"], record["manifest"])
         self.columns = sorted({column for _, column in self.records})
-        self.twins = find_twins({name: manifest for name, (_, manifest) in self.about.items()})
+        self.twins = find_twins(scores)
         distinct = scores.groupby(["group", "target"])[list(METRICS)].nunique().max(axis=1)
         self.varied = {group for (group, _), count in distinct.items() if count > 1}
 
@@ -315,9 +315,13 @@ class _Table:
         return {"faces": faces, "chance": sum(chances) / len(chances), "low": low, "high": high}
 
 
-def find_twins(manifests: Mapping[str, str]) -> dict[str, str]:
-    """Return the targets that are the manifest of an earlier one under another name, each with that one's name."""
-    first: dict[str, str] = {}
+def find_twins(scores: pd.DataFrame) -> dict[str, str]:
+    """Return the targets that are the manifest of an earlier one under another name, each with that one's name.
+
+    Those of another split than the protocol's, which stay out of every mean, are of other faces.
+    """
+    listed = zip(scores["column"], scores["manifest"], strict=True)
+    manifests, first = {column.name: manifest for column, manifest in listed if not column.split}, dict[str, str]()
     for target, manifest in sorted(manifests.items()):
         if manifest:
             first.setdefault(manifest, target)
