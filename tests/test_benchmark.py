@@ -478,7 +478,7 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
     workspace = Workspace.at(str(cafe.workspace))
     source, _ = plan(workspace, read_benchmark(tmp_path / "pair.toml")).missing_stores
     fill(workspace, source.manifest, source.settings)  # the target's is for the command to fill
-    command = ("benchmark", str(tmp_path / "pair.toml"), "--parallel", "2")
+    command = ("benchmark", str(tmp_path / "pair.toml"), "--parallel", "2", "--system-metrics")
     cafe.join()  # and no --address: on a cluster a failed training is tried again, three times
     result = cafe(*command)
     assert result.exit_code == 1, f"{result.output}\n{result.exception!r}"
@@ -498,6 +498,7 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
         "cafe": "FAILED",
     }
     assert (parent.data.metrics["cells"], parent.data.metrics["cells_failed"]) == (2, 1)
+    assert all("system/cpu_utilization_percentage" in run.data.metrics for run in children.values())
     good = {path: path.read_bytes() for path in runs["linear_probe"].rglob("*") if path.is_file()}
     again = cafe(*command)
     assert again.exit_code == 1
