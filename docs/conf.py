@@ -15,6 +15,7 @@ autodoc_typehints = "description"
 default_role = "code"  # of docstrings: single backticks are code
 html_static_path = ["_static"]
 html_css_files = ["wide.css"]
+html_js_files = ["access.js"]
 myst_heading_anchors = 3
 smartquotes = False  # options begin with two hyphens
 html_theme = "furo"

@@ -338,6 +338,11 @@ class BenchmarkSettings(ClusterSettings):
         None, "MLflow tracking server; default: the workspace's own database.", group="Tracking"
     )
     experiment: str | None = setting(None, "MLflow experiment; default: the name of the file.", group="Tracking")
+    system_metrics: bool = setting(
+        False,
+        "Log the load of this machine's processors, memory, disk and GPUs beside every run in MLflow, too.",
+        group="Tracking",
+    )
 
 
 @dataclass(frozen=True)

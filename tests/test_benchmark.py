@@ -457,9 +457,10 @@ def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
 
 
 def test_a_failing_cell_is_reported_and_costs_no_other(
-    cafe: Cafe, faces: Path, tiny_tower: str, tmp_path: Path
+    cafe: Cafe, faces: Path, tiny_tower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of two cells diverges; given again, the command leaves the good one alone and tries the other anew."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     for name in ("one", "two"):
         cafe.succeed("data", "index", "folder", str(faces / name), "--name", name)
     (tmp_path / "pair.toml").write_text(
@@ -478,7 +479,7 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
     workspace = Workspace.at(str(cafe.workspace))
     source, _ = plan(workspace, read_benchmark(tmp_path / "pair.toml")).missing_stores
     fill(workspace, source.manifest, source.settings)  # the target's is for the command to fill
-    command = ("benchmark", str(tmp_path / "pair.toml"), "--parallel", "2")
+    command = ("benchmark", str(tmp_path / "pair.toml"), "--parallel", "2", "--system-metrics")
     cafe.join()  # and no --address: on a cluster a failed training is tried again, three times
     result = cafe(*command)
     assert result.exit_code == 1, f"{result.output}\n{result.exception!r}"
@@ -498,6 +499,7 @@ def test_a_failing_cell_is_reported_and_costs_no_other(
         "cafe": "FAILED",
     }
     assert (parent.data.metrics["cells"], parent.data.metrics["cells_failed"]) == (2, 1)
+    assert any("system/cpu_utilization_percentage" in run.data.metrics for run in children.values())
     good = {path: path.read_bytes() for path in runs["linear_probe"].rglob("*") if path.is_file()}
     again = cafe(*command)
     assert again.exit_code == 1

@@ -144,7 +144,7 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
             failures[cell] = failure
     waiting = [cell for cell in plan.runnable if not cell.done]
     parallel, threads = share_machine(plan) if waiting else (1, 1)
-    here = {"threads": threads, **_here(plan)}
+    here = {"threads": threads, "system_metrics": plan.settings.system_metrics, **_here(plan)}
     stopping, workers = Event(), _Workers(parallel, all(cell.settings.num_workers == 1 for cell in waiting))
 
     def run(cell: Cell, part: Bar) -> str:
