@@ -104,10 +104,10 @@ class Workspace:
         from cafe.synthetic.domains import DOMAINS
 
         names = self.manifest_names()
-        hint = f"choose {', '.join(names)}" if names else "this workspace has none yet"
+        hint = f"choose {', '.join(names)}, or" if names else "this workspace has none yet:"
         kind = name if name in DATASETS else "folder"
         command = "cafe data synth" if name in DOMAINS else f"cafe data index {kind} ROOT --name {name}"
-        return UserError(f"Unknown manifest {name!r} in {self.root}: {hint}, or make it with `{command}`.")
+        return UserError(f"Unknown manifest {name!r} in {self.root}: {hint} make it with `{command}`.")
 
     @property
     def runs(self) -> UPath:

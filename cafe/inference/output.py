@@ -37,8 +37,8 @@ AFTER = (
     ("error", pa.string()),  # why a frame has no face; null where it has
 )
 DIGITS = 6  # of a probability, where it is text
-TABLE = "{:<11} {:>5}  {:<14} {:<20} {:>22}  {:>9}  {}\n"  # a line of the aligned columns
-TABLE_HEADER = TABLE.format("expression", "", "next", "doubts", "box", "time", "file")
+TABLE = "{:<10} {:>4}  {:<13} {:<13} {:>19}  {}\n"  # a line of the aligned columns, whole on 80 columns for a short name
+TABLE_HEADER = TABLE.format("expression", "", "next", "doubts", "box", "file")
 
 Row = dict[str, Any]
 Write = Callable[[list[Row]], None]
@@ -98,14 +98,14 @@ def write_table(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
 
 
 def _table_cells(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
-    time = "" if row["time"] is None else f"{row['time']:.2f} s"
+    place = row["file"] if row["time"] is None else f"{row['file']} at {row['time']:.2f} s"
     if row["expression"] is None:
-        return "–", "", "", "", "", time, f"{row['file']}: {row['error']}"
+        return "–", "", "", "", "", f"{place}: {row['error']}"
     first, second = sorted(columns, key=lambda name: -row[columns[name]])[:2]
     doubts = ", ".join(name for name in ("unsure", "small", "blurred", "turned") if row[name])
     box = f"{row['width']}×{row['height']} at {row['left']}, {row['top']}"
     shares = [f"{row[columns[name]]:.0%}" for name in (first, second)]
-    return first, shares[0], f"{second} {shares[1]}", doubts, box, time, row["file"]
+    return first, shares[0], f"{second} {shares[1]}", doubts, box, place
 
 
 @contextmanager
