@@ -161,10 +161,12 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     folder = tmp_path_factory.mktemp("ray")
     deadline = time.monotonic() + 300
-    nodes = [start_node(folder / "head.log", "--head", "--port=0", "--include-dashboard=false")]
+    head = ("--head", "--port=0", "--include-dashboard=false")
+    nodes = [start_node(folder / "head.log", *head)]
     while not (found := re.search(r"--address='([^']+)'", (folder / "head.log").read_text())):
-        assert nodes[0].poll() is None, (folder / "head.log").read_text()
         assert time.monotonic() < deadline, (folder / "head.log").read_text()
+        if nodes[0].poll() is not None:  # a crowded machine can be too slow for its own first node, too
+            nodes[0] = start_node(folder / "head.log", *head)
         time.sleep(0.1)
     address = found[1]
     nodes.append(start_node(folder / "node.log", f"--address={address}"))
