@@ -37,7 +37,7 @@ AFTER = (
     ("error", pa.string()),  # why a frame has no face; null where it has
 )
 DIGITS = 6  # of a probability, where it is text
-TABLE = "{:<10} {:>4}  {:<13} {:<13} {:>19}  {}\n"  # a line of the aligned columns, whole on 80 columns for a short name
+TABLE = "{:<10} {:>4}  {:<13} {:<13} {:>19}  {}\n"  # a line of aligned columns, whole on 80 columns
 TABLE_HEADER = TABLE.format("expression", "", "next", "doubts", "box", "file")
 
 Row = dict[str, Any]
