@@ -257,7 +257,7 @@ def test_only_a_folder_that_lists_other_files_shows_that_one_is_gone(tmp_path: P
     assert [is_gone(UPath(tmp_path / place)) for place in places] == [False, False, True, False]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     kind=st.sampled_from(("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP")),
     place=st.integers(0, 2000),

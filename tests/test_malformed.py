@@ -48,7 +48,7 @@ from cafe.towers.face import read_face_weights
 from cafe.towers.names import parse_backbone
 
 OFTEN = settings(
-    max_examples=150, derandomize=True, database=None, deadline=None,
+    max_examples=100, derandomize=True, database=None, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 VALUE = st.recursive(

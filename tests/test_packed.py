@@ -45,7 +45,7 @@ from cafe.views.drawing import ViewPlan
 from cafe.views.rendering import Renderer
 
 CLASSES = EXPRESSIONS
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))  # 500 by hand
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))  # 500 by hand
 
 
 def index(kind: str, root: object, **said: Any) -> Index:

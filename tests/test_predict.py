@@ -851,7 +851,7 @@ def test_a_model_of_other_classes_gives_a_column_for_each(small_network: str, tm
     np.testing.assert_allclose(np.stack([table[name][:4] for name in columns], axis=1), expected, atol=1e-6)
     second = model.classes[expected[0].argsort()[-2]]
     shown = written["table"].getvalue().decode().splitlines()[1]
-    assert f"{rows[0]['expression']:<11} {expected[0].max():>5.0%}  {second} {np.sort(expected[0])[-2]:.0%}" in shown
+    assert f"{rows[0]['expression']:<10} {expected[0].max():>4.0%}  {second} {np.sort(expected[0])[-2]:.0%}" in shown
     colours = choose_colours((*EXPRESSIONS, *model.classes))
     assert len(set(colours.values())) == 10
     pixel = draw_boxes(pictures[0], found[0].faces).getpixel((0, 39))  # of the box, far from its label
