@@ -95,6 +95,7 @@ def test_what_another_store_no_longer_holds_as_written_is_computed(faces: Faces,
     half = replace(manifest, name="half", table=manifest.table.slice(0, 30))
     result = faces.extract(half)
     assert sum(passes) >= 15 * 3
+    assert result.taken == 30 - sum(passes) // 3
     assert content(result) == content(faces.extract(half, "fresh"))
 
 

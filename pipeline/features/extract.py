@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -173,6 +173,7 @@ def _run(passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> 
             done += len(step.manifest) - sum(len(step.stores[0].info.rows_of(shard)) for shard in step.shards)
             for shard in _compute_with_retries(step, settings):
                 done += shard["rows"]
+                step.taken[int(shard["shard"])] = int(shard["taken"])
                 faults[str(shard["fault"])] += 1
                 step.check_leases()
                 progress(done, total)
@@ -190,6 +191,7 @@ class _Pass:
     pending: list[list[int]]  # the shards that each store lacks
     leases: list[Callable[[], None]]
     donors: list[Donors]  # of each store
+    taken: Counter[int] = field(default_factory=Counter)  # by shard: faces that needed no tower
 
     @property
     def shards(self) -> list[int]:
@@ -210,17 +212,17 @@ class _Pass:
         rows = self.stores[0].info.rows_of(shard)
         return np.stack([donors.find(self.manifest, rows) for donors in self.donors], axis=1)
 
-    def _count_taken(self) -> list[int]:
-        if not any(donors.places for donors in self.donors):
-            return [0] * len(self.stores)
-        found = {shard: (self.find_known(shard)[:, :, 0] != UNKNOWN).sum(axis=0) for shard in self.shards}
-        return [int(sum(found[shard][number] for shard in own)) for number, own in enumerate(self.pending)]
-
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
         return [
-            Extraction(store.path, store.info, len(pending), store.receipts.skipped_paths(self.manifest), taken)
-            for store, pending, taken in zip(self.stores, self.pending, self._count_taken(), strict=True)
+            Extraction(
+                store.path,
+                store.info,
+                len(pending),
+                store.receipts.skipped_paths(self.manifest),
+                sum(self.taken[shard] for shard in pending),
+            )
+            for store, pending in zip(self.stores, self.pending, strict=True)
         ]
 
 

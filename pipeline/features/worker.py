@@ -130,7 +130,7 @@ class ShardEmbedder:
         )
 
     def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
-        """Embed shards, as `pack_shards` gives them, write them where they are lacking and return {shard, rows, fault}.
+        """Embed shards, as `pack_shards` gives them, write them where they are lacking; return {shard, rows, taken, fault}.
 
         A storage that goes on failing is reported as the fault; the shards then have no receipt.
         """
@@ -139,19 +139,23 @@ class ShardEmbedder:
         faces = replace(self.manifest, table=pa.ipc.open_stream(batch["faces"][0]).read_all())
         known = np.frombuffer(batch["known"][0], np.int64).reshape(len(faces), len(self.stores), 2)
         try:
-            self._embed(shards, faces, known)
+            unknown = self._embed(shards, faces, known)
         except (OSError, MemoryError) as error:
-            return {"shard": list(shards), "rows": [0] * count, "fault": [str(error) or repr(error)] * count}
+            nothing = [0] * count
+            fault = [str(error) or repr(error)] * count
+            return {"shard": list(shards), "rows": nothing, "taken": nothing, "fault": fault}
         rows = [len(self.stores[0].info.rows_of(shard)) for shard in shards]
-        return {"shard": list(shards), "rows": rows, "fault": [""] * count}
+        embedded = np.bincount(unknown // self.stores[0].info.shard_rows, minlength=count)
+        taken = [own - int(new) for own, new in zip(rows, embedded, strict=True)]
+        return {"shard": list(shards), "rows": rows, "taken": taken, "fault": [""] * count}
 
     def end(self) -> None:
         """Give up what is under way, after the next forward pass."""
         self.ended.set()
         self.decoders.close()
 
-    def _embed(self, shards: range, faces: Manifest, known: np.ndarray) -> None:
-        """Take over what other stores `known` (rows, stores, 2) have of the shards' faces, and embed the others."""
+    def _embed(self, shards: range, faces: Manifest, known: np.ndarray) -> np.ndarray:
+        """Take over what other stores `known` (rows, stores, 2) have of the faces; embed the others, and return which."""
         from cafe.pipeline.features.reuse import take_rows
 
         lacking = [number for number, pending in enumerate(self.pending) if not pending.isdisjoint(shards)]
@@ -163,14 +167,16 @@ class ShardEmbedder:
         for number, arrays in zip(lacking, embedded, strict=True):
             if len(unknown) == len(faces):
                 taken[number] = arrays
-            for name, values in arrays.items():
-                taken[number][name][unknown] = values
+            else:
+                for name, values in arrays.items():
+                    taken[number][name][unknown] = values
             for shard in self.pending[number].intersection(shards):
                 rows = self.stores[number].info.rows_of(shard)
                 part = slice(rows.start - first, rows.stop - first)
                 reasons = {first + row: reason for row, reason in skipped.items() if first + row in rows}
                 own = {name: values[part] for name, values in taken[number].items()}
                 self.stores[number].write_shard(shard, own, reasons)
+        return unknown
 
     def _run_tower(
         self, faces: Manifest, rows: np.ndarray, numbers: Sequence[int]
