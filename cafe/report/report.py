@@ -21,7 +21,7 @@ from cafe.report.sheets.tests import ranks_sheet, tests_sheets
 from cafe.results.columns import MEAN
 from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
 from cafe.results.leaks import leave_out_leaks
-from cafe.results.metrics import Estimate
+from cafe.results.metrics import Estimate, choose_metrics
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
@@ -43,6 +43,7 @@ class Report:
     published: Sequence[Published | None]
     tests: Sequence[Paired] = ()
     ranks: Ranks | None = None
+    further: Sequence[Comparison] = ()  # of the same rows by other metrics
     target: str = ""
     verdicts: Sequence[Verdict] = ()  # one for each source
     left_out: Sequence[str] = ()  # predictions that do not belong beside the others, each in a line of `about` too
@@ -53,7 +54,7 @@ def make_report(
     known: Mapping[str, str] | None = None,
     settings: ReportSettings | None = None,
     *,
-    metric: str = "accuracy",
+    metrics: str = "accuracy",
     per_class: str | None = None,
     root: UPath | None = None,
     about: Sequence[str] = (),
@@ -62,8 +63,11 @@ def make_report(
 
     `known` are the digests of the manifests by name. `root` is that of the workspace, whose audits found copies of the
     source's training faces: needed where the settings want columns without them. `about` is what else there is to say
-    of these runs.
+    of these runs. Of several `metrics`, `NAME,NAME,…`, the first is that of the ranks and verdicts.
     """
+    metric, *others = choose_metrics(metrics)
+    if per_class and metrics != "accuracy":
+        raise UserError(f"--per-class {per_class} shows recalls: leave --metrics {metrics} out.")
     settings = settings or ReportSettings()
     versus, known = settings.versus, known or {}
     runs, trials = choose_draws(runs)
@@ -73,7 +77,7 @@ def make_report(
     scores = read_scores(runs, known)
     protocol = settings.protocol or choose_protocol(scores)
     _check_left_out(scores, left_out, protocol)
-    others = list_others(scores, protocol, settings.test_time)
+    elsewhere = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
     shown = [*runs, *varied]
     if settings.shared_classes:
@@ -89,18 +93,21 @@ def make_report(
     if per_class:
         classes = compare_classes(shown, scores, per_class, protocol)
         return _report_classes(classes, per_class, versus, [*said, *about], lines)
-    comparison = compare(shown, scores, metric, protocol, leak_free)
+    comparison = compare(shown, scores, metric, protocol, leak_free, others or None)
+    others = [other for other in others if scores[other].notna().any()]
+    further = [compare(shown, scores, other, protocol, leak_free, ()) for other in others]
     published, ranks = publish_rows(comparison), rank_rows(comparison)
     tests = pair_rows(comparison, versus) if versus else []
     over_faces = faces_sheet(comparison)
-    sheets = [main_sheet(comparison), *([over_faces] if over_faces else []), *matrix_sheets(comparison)]
+    sheets = [main_sheet(comparison), *(main_sheet(other, first=False) for other in further)]
+    sheets += [*([over_faces] if over_faces else []), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += printed_sheets(comparison) if settings.as_printed else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
     sheets += [draws_sheet(trials, comparison)] if trials else []
     title = "Trained on one data set, evaluated on all"
-    about, verdicts = [*said, *others, *about], reach_verdicts(comparison)
-    return Report(title, about, sheets, comparison, published, tests, ranks, verdicts=verdicts, left_out=lines)
+    about, verdicts = [*said, *elsewhere, *about], reach_verdicts(comparison)
+    return Report(title, about, sheets, comparison, published, tests, ranks, further, verdicts=verdicts, left_out=lines)
 
 
 def _report_classes(
@@ -145,10 +152,22 @@ def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = 
 
 
 def list_records(report: Report) -> Iterator[dict[str, object]]:
-    """Yield what the CSV file holds, as fractions: one record per row and target or class, then the row's means."""
-    comparison, metric = report.comparison, report.comparison.metric
-    tested = {(id(test.row), test.column): test for test in report.tests}
-    for row, published in zip(comparison.rows, report.published, strict=True):
+    """Yield what the CSV file holds, as fractions: one record per row and target or class, then the row's means.
+
+    Of several metrics one after the other.
+    """
+    alone = not report.further  # else each of the others has records of its own
+    yield from _list_records(report, report.comparison, report.published, beside=alone)
+    for comparison in report.further:
+        yield from _list_records(report, comparison, [None] * len(comparison.rows), beside=False)
+
+
+def _list_records(
+    report: Report, comparison: Comparison, published_rows: Sequence[Published | None], beside: bool
+) -> Iterator[dict[str, object]]:
+    """Yield the records of one metric, with the means of those `beside` it or without."""
+    metric, tested = comparison.metric, {(id(test.row), test.column): test for test in report.tests}
+    for row, published in zip(comparison.rows, published_rows, strict=True):
         numbers = published or Published({})
         for column, estimate in row.cells.items():
             where: dict[str, object] = {"target": report.target, "expression": column.title}
@@ -158,6 +177,8 @@ def list_records(report: Report) -> Iterator[dict[str, object]]:
             described = _describe(comparison, row, where, estimate, numbers.cells.get(column, math.nan))
             yield described | _describe_test(tested.get((id(row), None if column.part == MEAN else column)))
         for mean, estimate in row.means.items():
+            if mean.metric != metric and not beside:
+                continue
             own = mean.metric == metric and not mean.leak_free
             number = {UNSEEN: numbers.unseen, ALL: numbers.everything}[mean.over] if own else math.nan
             where = {"target": mean.name, "role": "mean", "metric": mean.metric}
