@@ -94,6 +94,7 @@ def compare(
     \b
     cafe compare --versus cafe --markdown comparison.md
     cafe compare --metrics accuracy,auroc,nll,aurc
+    cafe compare --by sex                     # a column that was kept: cafe data index … --column keep=sex
     cafe compare --mlflow-uri http://tracking:5000 --experiment table1
 
     A number is the mean over seeds ± its 95 % interval. Everything is computed from the runs' predictions, evaluated by one
@@ -163,7 +164,14 @@ def report_runs(
     about = [f"{chosen.reason}."] if chosen.reason else []
     known = workspace.manifest_digests()
     return make_report(
-        chosen.runs, known, settings, metrics=metrics, per_class=per_class, root=workspace.root, about=about
+        chosen.runs,
+        known,
+        settings,
+        metrics=metrics,
+        per_class=per_class,
+        root=workspace.root,
+        find_manifest=workspace.find_manifest,
+        about=about,
     )
 
 

@@ -202,7 +202,9 @@ def compare(
 
     known, chosen = Workspace.at(workspace), _choose(ReportSettings, "compare", settings)
     runs = choose(known.read_runs(), experiment).runs
-    report = make_report(runs, known.manifest_digests(), chosen, metrics=metrics, root=known.root)
+    report = make_report(
+        runs, known.manifest_digests(), chosen, metrics=metrics, root=known.root, find_manifest=known.find_manifest
+    )
     for line in report.left_out:
         warnings.warn(line, stacklevel=2)
     return pd.DataFrame(list_records(report))
