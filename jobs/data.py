@@ -81,7 +81,8 @@ def data() -> None:
     "columns",
     multiple=True,
     metavar="ROLE=NAME",
-    help="Which column of a table is the path, label, split, group or box, such as label=emo; without NAME: none.",
+    help="Which column of a table is the path, label, split, group or box, such as label=emo; without NAME: none. "
+    "keep=sex,age: keep these, by which `cafe compare --by` parts the faces.",
 )
 @click.option(
     "--group-by",
@@ -205,7 +206,9 @@ def _index_tables(index: Index) -> list[FittedTable | str]:
 def _describe_labels(listing: Listing) -> list[str]:
     """What labels mean that are no names, and which columns play no part."""
     meanings = [f"{label} is {name or 'left out'} ({count:,})" for label, name, count in listing.meanings]
-    columns = [f"columns that play no part: {', '.join(listing.unread)}"] if listing.unread else []
+    columns = [f"columns that play no part, unless --column keep=NAME: {', '.join(listing.unread)}"] * bool(
+        listing.unread
+    )
     return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns, *listing.notes]
 
 

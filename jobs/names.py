@@ -19,7 +19,8 @@ from click.shell_completion import CompletionItem
 import cafe
 
 NAMED = {"run": "runs/*/run.json", "manifest": "manifests/*.parquet", "experiment": "runs/*/experiments/*.json"}
-LISTED = {  # the dicts of this package that list what there is, and the entry points of plug-ins beside them
+LISTED = {  # the dicts of this package that list what there is, and the entry points of plug-ins beside them, if any
+    "metric": ("cafe.results.metrics", "METRICS", ""),
     "method": ("cafe.methods", "METHODS", "cafe.methods"),
     "tower": ("cafe.towers.names", "BACKBONES", "cafe.towers"),
     "network": ("cafe.networks.branches", "NETWORKS", "cafe.networks"),
@@ -71,7 +72,7 @@ def list_names(kind: str, ctx: click.Context) -> set[str]:
     """Return the names of a kind there are: in a workspace on this machine, or in this package and its plug-ins."""
     if kind in LISTED:
         module, name, group = LISTED[kind]
-        return {*read_dict(module, name), *(entry.name for entry in entry_points(group=group))}
+        return {*read_dict(module, name), *(entry.name for entry in (entry_points(group=group) if group else ()))}
     root = Path(ctx.find_root().params.get("workspace") or "work").expanduser()
     return {path.parent.name if path.name == "run.json" else path.stem for path in root.glob(NAMED[kind])}
 

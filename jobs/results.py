@@ -38,19 +38,29 @@ WHOLE = "--json or --csv FILE"  # what besides --wide holds every number of a co
 URI_HELP = "MLflow tracking server; default: the workspace's own database."
 
 
-class MetricOption(click.Option):
+class MetricsOption(click.Option):
     """An option whose help names the metrics there are, which take a while to import."""
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the option and its help."""
         from cafe.results.metrics import METRICS
 
-        self.help = f"{', '.join(METRICS)}."
+        self.help = f"A table of each: {', '.join(METRICS)}; or all."
         return super().get_help_record(ctx)
 
 
+metrics_option = click.option(
+    "--metrics",
+    cls=MetricsOption,
+    metavar="NAME,…",
+    default="accuracy",
+    show_default=True,
+    shell_complete=complete("metric"),
+)
+
+
 @click.command()
-@click.option("--metric", cls=MetricOption, default="accuracy", show_default=True)
+@metrics_option
 @click.option(
     "--per-class",
     metavar="TARGET",
@@ -68,7 +78,7 @@ class MetricOption(click.Option):
 )
 @click.option("--mlflow-uri", help="Compare the runs of this MLflow server instead of the workspace's.")
 def compare(
-    metric: str,
+    metrics: str,
     per_class: str | None,
     markdown: str | None,
     latex: str | None,
@@ -83,6 +93,8 @@ def compare(
 
     \b
     cafe compare --versus cafe --markdown comparison.md
+    cafe compare --metrics accuracy,auroc,nll,aurc
+    cafe compare --by sex                     # a column that was kept: cafe data index … --column keep=sex
     cafe compare --mlflow-uri http://tracking:5000 --experiment table1
 
     A number is the mean over seeds ± its 95 % interval. Everything is computed from the runs' predictions, evaluated by one
@@ -100,7 +112,7 @@ def compare(
     workspace = open_workspace()
     chosen = choose_runs(workspace, experiment, mlflow_uri)
     ship = [_say_best(chosen.runs, experiment, best)] if best else []
-    report = report_runs(workspace, chosen, ReportSettings(**values), metric, per_class)
+    report = report_runs(workspace, chosen, ReportSettings(**values), metrics, per_class)
     show_report(report, as_json)
     for sentence in ship:
         echo(sentence)
@@ -143,7 +155,7 @@ def report_runs(
     workspace: Workspace,
     chosen: Chosen,
     settings: ReportSettings | None = None,
-    metric: str = "accuracy",
+    metrics: str = "accuracy",
     per_class: str | None = None,
 ) -> Report:
     """Return the report of chosen runs of a workspace, as `make_report` makes it; raise `UserError`."""
@@ -152,7 +164,14 @@ def report_runs(
     about = [f"{chosen.reason}."] if chosen.reason else []
     known = workspace.manifest_digests()
     return make_report(
-        chosen.runs, known, settings, metric=metric, per_class=per_class, root=workspace.root, about=about
+        chosen.runs,
+        known,
+        settings,
+        metrics=metrics,
+        per_class=per_class,
+        root=workspace.root,
+        find_manifest=workspace.find_manifest,
+        about=about,
     )
 
 
@@ -175,6 +194,7 @@ def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri:
 @click.option(
     "--output", metavar="FILE", help="Where to write the page; default: reports/EXPERIMENT.html in the workspace."
 )
+@metrics_option
 @options(ReportSettings)
 @click.option(
     "--errors", multiple=True, metavar="EXPRESSION", help="Show mistakes on faces of this expression only; repeatable."
@@ -189,6 +209,7 @@ def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri:
 def report(
     experiment: str,
     output: str | None,
+    metrics: str,
     errors: tuple[str, ...],
     count: int,
     **values: Any,
@@ -214,7 +235,7 @@ def report(
             raise UserError(f"--output {output} ends in {ending!r}: the page is HTML, so give FILE.html.")
     workspace, gallery = open_workspace().keeping_manifests(), Gallery(count, errors)
     chosen = choose_runs(workspace, experiment)._replace(reason="")
-    found = report_runs(workspace, chosen, ReportSettings(**values))
+    found = report_runs(workspace, chosen, ReportSettings(**values), metrics)
     page = draw_experiment(experiment, found, workspace.root, workspace.find_manifest, gallery)
     place = locate(output) if output else place_below(workspace.root / "reports", f"{experiment}.html")
     with write_whole(place) as file:

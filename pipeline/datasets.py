@@ -260,7 +260,9 @@ def _save_crops(
         content = digest(data.getvalue())
         place = {"confidence": found.confidence, "box": list(found.box), "eyes": found.eyes.ravel().tolist()}
         result.rows.append({**entry, "aligned_id": sample, "path": path, **place})
-        faces.append(Face(sample, path, photo["label"], photo["split"], photo["group"], size, size, content))
+        kept = {name: photo[name] for name in photos.kept if photo[name] is not None}
+        face = Face(sample, path, photo["label"], photo["split"], photo["group"], size, size, content, kept=kept)
+        faces.append(face)
     return faces
 
 

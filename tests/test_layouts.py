@@ -23,7 +23,9 @@ from upath import UPath
 
 from cafe.data.expressions import ClassChoice
 from cafe.data.indexing import Index, index_files
+from cafe.data.manifest import Manifest
 from cafe.data.readers.choices import SetChoices
+from cafe.errors import UserError
 
 Row = tuple[str, str | None, str | None]  # expression, split, group; a split of None is made
 
@@ -364,6 +366,40 @@ def test_every_layout_has_its_labels_splits_and_groups(tmp_path: Path, name: str
     for row in rows:
         persons.setdefault(row["group"] or row["sample_id"], set()).add(row["split"])
     assert given or all(len(splits) == 1 for splits in persons.values())
+
+
+KEPT = "pic,label,Sex,age at visit,note\na.jpg,happy,f,31,x\nb.jpg,sad,,44,y\n"
+
+
+def test_columns_that_are_kept_stand_in_the_manifest_and_change_no_face(tmp_path: Path) -> None:
+    put(tmp_path, "a.jpg", "b.jpg")
+    write(tmp_path / "t.csv", KEPT)
+    columns = ("path=pic", "keep=sex", "keep=age_at_visit")
+    plain, kept = (
+        index_files("set", SetChoices(columns=said).read("table", str(tmp_path / "t.csv")))
+        for said in (columns[:1], columns)
+    )
+    assert (plain.listing.unread, kept.listing.unread) == (("Sex", "age at visit", "note"), ("note",))
+    assert plain.manifest.kept == []
+    kept.manifest.save(path := UPath(tmp_path / "set.parquet"))
+    for manifest in (kept.manifest, Manifest.load(path)):
+        assert manifest.table.select(["Sex", "age at visit"]).to_pydict() == {
+            "Sex": ["f", None],
+            "age at visit": ["31", "44"],
+        }
+        assert manifest.digest == plain.manifest.digest
+        assert manifest.image_digest == plain.manifest.image_digest
+
+
+@pytest.mark.parametrize(
+    ("keep", "sentence"),
+    [("mood", "Unknown column of .* 'mood': choose"), ("width", "The column 'width' of .* cannot be kept")],
+)
+def test_a_column_that_cannot_be_kept_is_one_sentence(tmp_path: Path, keep: str, sentence: str) -> None:
+    put(tmp_path, "a.jpg")
+    write(tmp_path / "t.csv", "path,label,width\na.jpg,happy,9\n")
+    with pytest.raises(UserError, match=sentence):
+        SetChoices(columns=(f"keep={keep}",)).read("table", str(tmp_path / "t.csv"))
 
 
 NUMBERS = _pictures("1/0.jpg", "1/1.jpg", "7/2.jpg")

@@ -6,8 +6,10 @@ import csv
 import io
 import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,12 +18,21 @@ from click.testing import CliRunner
 from conftest import complaint
 from runs import write_predictions, write_run
 from scipy import stats
-from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    f1_score,
+    log_loss,
+    recall_score,
+    roc_auc_score,
+)
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.jobs.cli import main
+from cafe.jobs.names import list_names
 from cafe.pipeline.release import library
 from cafe.pipeline.workspace import Workspace
 from cafe.report.experiment import draw_experiment
@@ -31,7 +42,18 @@ from cafe.report.report import list_records, make_report
 from cafe.report.sheets.runs import run_sheet
 from cafe.report.sheets.sheet import BEST
 from cafe.results.columns import Column, Mean
-from cafe.results.metrics import METRICS, Estimate, Metric, confusion, estimate, macro_f1, macro_f1_error, score
+from cafe.results.metrics import (
+    METRICS,
+    Estimate,
+    Metric,
+    confusion,
+    estimate,
+    macro_f1,
+    macro_f1_error,
+    risk_at,
+    score,
+    selective_risks,
+)
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import flatten_scores, read_scores
@@ -58,6 +80,54 @@ def test_scores_agree_with_scikit_learn_on_random_predictions() -> None:
     scores = score(predictions(labels, predicted))
     assert scores["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert scores["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
+def spread(count: int, seed: int, classes: tuple[int, ...] = tuple(range(7))) -> Predictions:
+    """Predictions with probabilities of any value, of faces of some classes."""
+    random = np.random.default_rng(seed)
+    labels = random.choice(classes, count)
+    odds = np.exp(random.normal(size=(count, 7)) + 1.2 * np.eye(7)[labels])
+    ids = [f"{number}.jpg" for number in range(count)]
+    return Predictions(ids, labels, odds / odds.sum(axis=1, keepdims=True), {"target": "x"})
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_metrics_of_probabilities_are_those_of_scikit_learn(seed: int) -> None:
+    found = spread(601, seed)
+    labels, predicted, probabilities = found.labels, found.predicted, found.probabilities
+    order = np.argsort(-probabilities.max(axis=1))
+    wrong, surest = (predicted != labels)[order], order[:481]  # 80 % of 601, rounded up
+    expected = {
+        "accuracy": accuracy_score(labels, predicted),
+        "macro_f1": f1_score(labels, predicted, average="macro"),
+        "worst_class_recall": recall_score(labels, predicted, average=None).min(),
+        "auroc": roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"),
+        "nll": log_loss(labels, probabilities),
+        "brier": brier_score_loss(labels, probabilities),
+        "aurc": np.mean([wrong[:count].mean() for count in range(1, 602)]),
+        "risk_at_80": 1 - accuracy_score(labels[surest], predicted[surest]),
+    }  # fmt: skip
+    scores = score(found)
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_area_under_the_curve_of_a_target_without_some_classes_is_that_of_the_others() -> None:
+    found = spread(200, 0, classes=(0, 3, 5))
+    own = [roc_auc_score(found.labels == label, found.probabilities[:, label]) for label in (0, 3, 5)]
+    assert score(found)["auroc"] == pytest.approx(np.mean(own), abs=1e-12)
+    assert "auroc" not in score(spread(20, 0, classes=(3,)))  # there is no rest
+
+
+def test_faces_of_equal_confidence_share_their_errors_whatever_their_order() -> None:
+    """Right, wrong, right, right with confidences .9, .6, .6, .6 and .4 (wrong): the three share one error."""
+    found = predictions([0, 1, 2, 3, 4], [0, 0, 2, 3, 0])
+    found = replace(found, probabilities=found.probabilities * np.array([[0.9, 0.6, 0.6, 0.6, 0.4]]).T)
+    risks = [0, 1 / 6, 2 / 9, 1 / 4, 2 / 5]
+    for rows in ([0, 1, 2, 3, 4], [4, 3, 1, 2, 0]):
+        turned = replace(found, labels=found.labels[rows], probabilities=found.probabilities[rows])
+        assert selective_risks(turned) == pytest.approx(risks, abs=1e-15)
+        assert score(turned)["aurc"] == pytest.approx(np.mean(risks), abs=1e-15)
+    assert [risk_at(found, share) for share in (0.8, 0.4, 0.0)] == pytest.approx([1 / 4, 1 / 6, 0])
 
 
 def test_the_calibration_error_of_a_worked_example() -> None:
@@ -177,7 +247,7 @@ def test_a_metric_that_is_added_to_the_registry_is_everywhere(tmp_path: Path, mo
     beside = list(csv.DictReader(io.StringIO(to_csv(make_report(runs)))))
     assert {row["target"] for row in beside if row["metric"] == "not_last"} == {"mean of unseen"}
 
-    report = make_report(runs, metric="not_last")
+    report = make_report(runs, metrics="not_last")
     (expected,) = set(scores.loc[(scores["method"] == "cafe") & (scores["seed"] == 0), "not_last"])
     records = [record for record in list_records(report) if record["metric"] == "not_last"]
     assert {record["target"] for record in records} == {"fer", "mine", "mean of unseen", "mean of all"}
@@ -188,12 +258,40 @@ def test_a_metric_that_is_added_to_the_registry_is_everywhere(tmp_path: Path, mo
     assert report.ranks is not None
     assert report.ranks.labels[0] == lowest.label  # the lower, the better
     assert "not the last" in draw_experiment("cafe", report, workspace.root, workspace.find_manifest).decode()
-    result = CliRunner().invoke(main, ["-w", str(workspace.root), "compare", "--metric", "not_last"])
+    result = CliRunner().invoke(main, ["-w", str(workspace.root), "compare", "--metrics", "not_last"])
     assert result.exit_code == 0
     assert "Not the last" in result.output
     said = CliRunner().invoke(main, ["compare", "--help"]).output
     assert "not_last" in said
     assert "ece" in said
+
+
+def test_several_metrics_have_a_table_each_and_a_wrong_name_is_one_sentence(tmp_path: Path) -> None:
+    workspace, labels = Workspace.at(str(tmp_path / "work")), np.arange(70) % 7
+    for method in ("cafe", "scn"):
+        write_predictions(write_run(workspace, method), "mine", labels, (labels + (labels < len(method) - 2)) % 7)
+    chosen = "accuracy,auroc,nll"
+    report = make_report(workspace.read_runs(), metrics=chosen)
+    assert [sheet.title for sheet in report.sheets[:3]] == ["Accuracy", "AUROC", "NLL"]
+    assert report.sheets[0].header[3:6] == ["mine", "unseen accuracy", "unseen AUROC"]
+    records = list(list_records(report))
+    assert {record["metric"] for record in records} == set(chosen.split(","))
+    keys = [(record["row"], record["target"], record["metric"]) for record in records]
+    assert len(keys) == len(set(keys)) == 2 * 3 * 3  # rows, a target with both means, metrics
+    best = {sheet.title: [line[1].text for line in sheet.lines if line[3].mark == BEST] for sheet in report.sheets[:3]}
+    assert best == {"Accuracy": ["scn"], "AUROC": ["scn"], "NLL": ["scn"]}
+    every = [sheet.title for sheet in make_report(workspace.read_runs(), metrics="all").sheets]
+    assert {"Brier score", "AURC", "Risk at 80 %", "Worst-class recall"} <= set(every)
+    assert "Agreement with votes" not in every  # nobody voted
+
+    shown = CliRunner().invoke(main, ["-w", str(workspace.root), "compare", "--metrics", chosen])
+    assert "NLL: negative log-likelihood" in shown.output
+    wrong = complaint(lambda: make_report(workspace.read_runs(), metrics="auc"))
+    assert wrong == f"Unknown metric 'auc': choose {', '.join(sorted([*METRICS, 'all']))}."
+    classes = complaint(lambda: make_report(workspace.read_runs(), metrics="nll", per_class="mine"))
+    assert "leave --metrics nll out" in classes
+    completed = list_names("metric", click.Context(main))
+    assert completed == set(METRICS)
 
 
 def not_last(found: Predictions) -> float:

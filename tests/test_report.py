@@ -61,10 +61,12 @@ def evaluated_run(
     return run
 
 
-def report_all(workspace: Workspace, metric: str = "accuracy", per_class: str | None = None, **settings: Any) -> Report:
+def report_all(
+    workspace: Workspace, metrics: str = "accuracy", per_class: str | None = None, **settings: Any
+) -> Report:
     runs = workspace.read_runs()
     known = workspace.manifest_digests()
-    return make_report(runs, known, ReportSettings(**settings), metric=metric, per_class=per_class)
+    return make_report(runs, known, ReportSettings(**settings), metrics=metrics, per_class=per_class)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_the_table_holds_means_with_intervals_and_marks_the_best_of_each_source(
 
 
 def test_of_calibration_errors_the_lowest_is_the_best_and_of_macro_f1_the_highest(workspace: Workspace) -> None:
-    table = report_all(workspace, metric="ece").sheets[0]
+    table = report_all(workspace, metrics="ece").sheets[0]
     rows = [line for line in table.lines if line[0].text == "raf"][:3]
     for name, choose in (("unseen ECE", min), ("unseen macro-F1", max)):
         cells = [line[table.header.index(name)] for line in rows]
@@ -442,7 +444,7 @@ def test_all_five_sets_by_the_papers_protocol_have_its_means(fresh: Workspace) -
     assert by_method["cafe"]["my-sfew"].text.endswith("(52.9)")
     assert by_method["eac"]["my-sfew"].text.endswith("(22.2)")  # the table without a pre-trained image branch
     assert "Not as published: epochs=2 (eac from my-rafdb)." in published.notes
-    macro = report_all(fresh, metric="macro_f1", protocol="paper")
+    macro = report_all(fresh, metrics="macro_f1", protocol="paper")
     assert "Beside the published numbers" not in [table.title for table in macro.sheets]
 
 

@@ -14,6 +14,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
+from cafe.randomness import random_generator
 from cafe.synthetic.domains import DOMAINS, PROTOTYPES, list_samples, render, write
 from cafe.synthetic.face import CameraPose, project, trace
 from cafe.synthetic.person import draw_person
@@ -102,6 +103,7 @@ def test_write_lays_out_splits_and_expressions_and_writes_the_same_bytes_again(
     first = read_tree(tmp_path)
     write(UPath(tmp_path), domain, 28, seed=5)
     assert read_tree(tmp_path) == first
+    assert len(first.pop(f"{domain}/people.csv").splitlines()) == 1 + 4
     folders = Counter(name.rsplit("/", 1)[0] for name in first)
     assert folders == {
         f"{domain}/{split}/{expression}": count
@@ -125,6 +127,25 @@ def test_the_faces_of_one_person_are_a_group(tmp_path: Path) -> None:
         (file.path.rsplit("/")[-1][:6], file.group) for file in DATASETS["synthetic"](UPath(tmp_path / "grey")).files
     }
     assert groups == {(f"id{number}", f"id{number}") for number in range(2000, 2004)}
+
+
+def test_what_a_person_is_like_is_kept_with_its_faces(tmp_path: Path) -> None:
+    write(tmp_path, "grey", 28)
+    listing = DATASETS["synthetic"](UPath(tmp_path / "grey"))
+    assert not listing.ignored
+    for file in listing.files:
+        assert file.kept == draw_person(random_generator(0, "person", int(str(file.group)[2:]))).describe()
+    many = [draw_person(random_generator(0, "person", number)).describe() for number in range(300)]
+    found = {column: {one[column] for one in many} for column in many[0]}
+    assert found == {
+        "sex": {"man", "woman"},
+        "age": {"child", "young", "middle", "old"},
+        "skin": {"light", "medium", "dark"},
+        "glasses": {"no", "yes"},
+    }
+    (tmp_path / "grey" / "people.csv").write_text("who,sex\nid2000,man\n")
+    with pytest.raises(UserError, match="draw the domain again"):
+        DATASETS["synthetic"](UPath(tmp_path / "grey"))
 
 
 def test_mouth_corners_rise_in_happiness_and_sink_in_sadness() -> None:

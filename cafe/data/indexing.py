@@ -116,6 +116,7 @@ class LabelledFile:
     votes: Mapping[str, int] = field(default_factory=dict, compare=False)  # how many people chose each name
     sample: str = ""
     span: Span | None = field(default=None, compare=False)
+    kept: Mapping[str, str] = field(default_factory=dict)  # further columns of its row that the manifest shall keep
 
 
 @dataclass
@@ -410,7 +411,7 @@ def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | 
     digest = hashlib.sha256(data).hexdigest()
     votes = _count_votes(file.votes, tuple(labels))
     sample, label = file.sample or file.path, labels[file.expression]
-    return Face(sample, file.path, label, file.split, file.group, width, height, digest, box, votes, span)
+    return Face(sample, file.path, label, file.split, file.group, width, height, digest, box, votes, span, file.kept)
 
 
 def _count_votes(votes: Mapping[str, int], classes: tuple[str, ...]) -> tuple[int, ...] | None:

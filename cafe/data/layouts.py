@@ -35,6 +35,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }  # as folders and tables name them, and our splits
+PEOPLE = "people.csv"  # of a drawn domain: who its identities are
 USAGES = {"publictest": "val", "privatetest": "test"}  # as the tables of FER2013 call them besides `Training`
 MOST_WAYS = 100  # by links to one folder: of links to folders of links there are twice as many at every level
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".001")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol, TypeVar
 
@@ -95,6 +95,7 @@ class Face:
     box: Box | None = None
     votes: tuple[int, ...] | None = None
     span: Span | None = None
+    kept: Mapping[str, str] = field(default_factory=dict)  # further columns, such as sex or age, by their names
 
 
 class Pictures(Protocol):
@@ -129,6 +130,7 @@ class Pictures(Protocol):
 class Manifest:
     """The faces of one data set: `table` follows `SCHEMA`, `root` is the folder or URI its paths are relative to.
 
+    Behind the columns of `SCHEMA` there may be others of text, `kept` from a table: of a face's sex, age, camera, ….
     `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend; `classes` are the
     names of its classes, into which labels are indices. `parted` tells that the set came without splits: those it has were
     made, so that there is no reason to evaluate on a part of it what never saw any of it.
@@ -160,14 +162,16 @@ class Manifest:
         rows = sorted(faces, key=lambda face: face.sample_id)
         for text in (root, *(face.path for face in rows), *(face.group or "" for face in rows)):
             check_encoded(text)
+        kept = list(dict.fromkeys(column for face in rows for column in face.kept))
         repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
         if repeated:
             raise UserError(
                 f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
             )
-        return cls(
-            name, root, pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA), kind, classes, parted
-        )
+        table = pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA)
+        for column in kept:
+            table = table.append_column(column, pa.array([face.kept.get(column) for face in rows], pa.string()))
+        return cls(name, root, table, kind, classes, parted)
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
@@ -178,7 +182,10 @@ class Manifest:
             for name in YOUNGER:
                 if name not in table.column_names:
                     table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
-            table = table.select(SCHEMA.names).cast(SCHEMA)
+            own = table.schema
+            kept = [one.name for one in own if pa.types.is_string(one.type) and one.name not in SCHEMA.names]
+            schema = pa.schema([*SCHEMA, *(pa.field(column, pa.string()) for column in kept)])
+            table = table.select(schema.names).cast(schema)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValidationError):
             raise UserError(f"{path} is not a manifest of version 2: write it again with `cafe data index`.") from None
         if f"{header.name}.parquet" != path.name:
@@ -207,6 +214,11 @@ class Manifest:
     def labels(self) -> np.ndarray:
         """The label of every row, (N,) int64."""
         return np.asarray(self.table["label"].to_numpy(), dtype=np.int64)
+
+    @property
+    def kept(self) -> list[str]:
+        """The names of the columns that were kept from a table."""
+        return [name for name in self.table.column_names if name not in SCHEMA.names]
 
     @cached_property
     def votes(self) -> np.ndarray | None:
@@ -306,7 +318,7 @@ class Manifest:
         """A digest of all but where the files lie: samples, labels, splits, groups, contents.
 
         Labels count by what they mean, so that the same faces are the same in whatever class set they were indexed. Votes
-        do not count: a run that learns from them names them besides.
+        do not count, for a run that learns from them names them besides, nor columns that were kept.
         """
         table, place = self.table, self.table.column_names.index("label")
         if self.classes != EXPRESSIONS:

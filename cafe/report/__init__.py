@@ -32,6 +32,14 @@ class ReportSettings:
             "multiple": True,
         },
     )
+    by: str = field(
+        default="",
+        metadata={
+            "help": "Part each target's faces by this column of its manifest: label, group, width, agreement (of people who "
+            "voted), or one that was kept, such as sex.",
+            "metavar": "COLUMN",
+        },
+    )
     exclude_leaks: bool = field(
         default=False, metadata={"help": "Add columns without copies of the source's training faces."}
     )

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from cafe.data import alignment
 from cafe.report.pages import render
-from cafe.results.metrics import FEW, calibration_error, confusion, estimate, macro_f1
+from cafe.report.sheets.sheet import percent
+from cafe.results.metrics import FEW, METRICS, confusion, estimate, risk_at
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
@@ -24,6 +24,7 @@ from cafe.results.variants import average_exported
 from cafe.towers.names import split_name
 
 COVERAGES = (0.8, 0.6, 0.4)
+MEASURED = ("macro_f1", "worst_class_recall", "auroc", "nll", "brier", "ece", "aurc")  # beside accuracy and recalls
 TOWERS = {
     "face-resnet": "dlib's face network: public domain (CC0); trained on three million faces collected from the internet",
     "imagenet-lite0": "EfficientNet-Lite0: Apache-2.0; trained on ImageNet, whose pictures are for non-commercial research",
@@ -80,6 +81,7 @@ def write_card(
         unseen=describe_unseen(scores, averaged) if averaged else describe_seeds(met.runs, known),
         left_out=dict.fromkeys(map(str, [*chosen.left_out, *met.left_out])),
         average=describe_average(len(runs), mirrored),
+        measured={METRICS[name].title: METRICS[name].about for name in MEASURED},
         coverages=[f"{share:.0%}" for share in COVERAGES],
         protocols={name: find_protocol(name).about for name in tables},
         crop={
@@ -110,20 +112,13 @@ def list_domains(run: Run, protocol: str, scores: pd.DataFrame) -> Iterator[dict
 def count_right(predictions: Predictions) -> dict[str, Any]:
     """Return faces and the accuracy with its interval, and the same of every class, as they are printed.
 
-    Beside them the share of the largest class, a mark where the accuracy is not above it or of few faces, macro-F1, the
-    calibration error and the accuracy on the shares `COVERAGES` of the faces whose most probable
-    class is most probable.
+    Beside them the share of the largest class, a mark where the accuracy is not above it or of few faces, the metrics
+    `MEASURED`, and the accuracy on the shares `COVERAGES` of the faces of the highest confidence.
     """
     counts = confusion(predictions)
     right, support = counts.diagonal(), counts.sum(axis=1)
-    confident = np.argsort(-predictions.probabilities.max(axis=1), kind="stable")
-    hits = (predictions.predicted == predictions.labels)[confident]
-    shares = {share: hits[: round(share * len(hits))] for share in COVERAGES}
-    trust = {
-        "macro_f1": f"{100 * macro_f1(predictions):.1f}",
-        "ece": f"{100 * calibration_error(predictions):.1f}",
-        "covered": [f"{100 * found.mean():.1f}" if len(found) else "–" for found in shares.values()],
-    }
+    measured = {METRICS[name].title: percent(METRICS[name].compute(predictions)) for name in MEASURED}
+    covered = [percent(1 - risk_at(predictions, share)) for share in COVERAGES]
     largest, accuracy = support.max() / support.sum(), right.sum() / support.sum()
     doubtful = wilson(accuracy, int(support.sum()))[0] <= largest or support.sum() < FEW
     recalls = {name: format_share(*pair) for name, *pair in zip(predictions.classes, right, support, strict=True)}
@@ -133,7 +128,8 @@ def count_right(predictions: Predictions) -> dict[str, Any]:
         "doubtful": bool(doubtful),
         "accuracy": format_share(right.sum(), support.sum()) + " ‡" * bool(doubtful),
         "recalls": recalls,
-        **trust,
+        "measured": measured,
+        "covered": covered,
     }
 
 

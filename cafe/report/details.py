@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 from upath import UPath
 
-from cafe.data.manifest import Manifest
 from cafe.errors import unknown
 from cafe.report import MISTAKES
 from cafe.report.figures import Mistake, find_worst_mistakes, read_faces, read_masks
 from cafe.report.pages import embed
 from cafe.results.columns import MEAN, OVERALL, Column
 from cafe.results.comparison import NOTHING, Comparison, Row, compare_classes
+from cafe.results.groups import FindManifest
 from cafe.results.metrics import Estimate, confusion
 from cafe.results.predictions import Predictions
 from cafe.results.runs import list_epochs, read_epoch
@@ -26,8 +26,6 @@ PICTURED = (
     "masks",
     "heat_maps",
 )  # what was drawn of a mask when the run was evaluated; it has numbers, too, since then
-
-FindManifest = Callable[[str, str], Manifest | None]  # by name and digest
 
 
 @dataclass(frozen=True)

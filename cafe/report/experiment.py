@@ -14,7 +14,6 @@ from cafe.report.details import (
     CURVES,
     Confusion,
     Detail,
-    FindManifest,
     Gallery,
     ShownMistake,
     list_details,
@@ -26,6 +25,7 @@ from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
 from cafe.report.pages import embed_figure, render
 from cafe.report.report import Report
 from cafe.report.sheets.printed import errors_sheet
+from cafe.results.groups import FindManifest
 
 GALLERY = Gallery()
 MASK = "The channels on which its mean mask differs most between expressions, less their mean over all of them."

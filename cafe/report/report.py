@@ -14,14 +14,16 @@ from cafe.errors import UserError
 from cafe.report import ReportSettings
 from cafe.report.origins import draws_sheet
 from cafe.report.sheets.comparison import faces_sheet, main_sheet, matrix_sheets
+from cafe.report.sheets.groups import groups_sheets
 from cafe.report.sheets.printed import printed_sheets
 from cafe.report.sheets.published import class_sheet, published_sheet
 from cafe.report.sheets.sheet import Sheet
 from cafe.report.sheets.tests import ranks_sheet, tests_sheets
-from cafe.results.columns import MEAN
-from cafe.results.comparison import ALL, Comparison, Row, compare, compare_classes
+from cafe.results.columns import MEAN, Column
+from cafe.results.comparison import ALL, NOTHING, Comparison, Row, compare, compare_classes
+from cafe.results.groups import FindManifest, Parted, Parting, part_rows
 from cafe.results.leaks import leave_out_leaks
-from cafe.results.metrics import Estimate
+from cafe.results.metrics import Estimate, choose_metrics
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
@@ -29,7 +31,7 @@ from cafe.results.scores import LeftOut, meet, read_scores
 from cafe.results.significance.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.significance.verdicts import Verdict, reach_verdicts
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
-from cafe.results.variants import choose_draws, vary_runs
+from cafe.results.variants import Trial, choose_draws, vary_runs
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Report:
     published: Sequence[Published | None]
     tests: Sequence[Paired] = ()
     ranks: Ranks | None = None
+    further: Sequence[Comparison] = ()  # of the same rows by other metrics
+    parting: Parting | None = None  # their accuracy by a column of the manifests
     target: str = ""
     verdicts: Sequence[Verdict] = ()  # one for each source
     left_out: Sequence[str] = ()  # predictions that do not belong beside the others, each in a line of `about` too
@@ -53,18 +57,24 @@ def make_report(
     known: Mapping[str, str] | None = None,
     settings: ReportSettings | None = None,
     *,
-    metric: str = "accuracy",
+    metrics: str = "accuracy",
     per_class: str | None = None,
     root: UPath | None = None,
+    find_manifest: FindManifest | None = None,
     about: Sequence[str] = (),
 ) -> Report:
     """Compare runs, on all targets or by class on one, with paired tests against one method; raise `UserError`.
 
     `known` are the digests of the manifests by name. `root` is that of the workspace, whose audits found copies of the
     source's training faces: needed where the settings want columns without them. `about` is what else there is to say
-    of these runs.
+    of these runs. Of several `metrics`, `NAME,NAME,…`, the first is that of the ranks and verdicts. `find_manifest` gives
+    the faces of a target: needed where the settings part them by a column.
     """
+    metric, *others = choose_metrics(metrics)
     settings = settings or ReportSettings()
+    for option, needless in (("metrics", metrics if metrics != "accuracy" else ""), ("by", settings.by)):
+        if per_class and needless:
+            raise UserError(f"--per-class {per_class} shows recalls alone: leave --{option} {needless} out.")
     versus, known = settings.versus, known or {}
     runs, trials = choose_draws(runs)
     runs, left_out = meet(runs, known)
@@ -73,7 +83,7 @@ def make_report(
     scores = read_scores(runs, known)
     protocol = settings.protocol or choose_protocol(scores)
     _check_left_out(scores, left_out, protocol)
-    others = list_others(scores, protocol, settings.test_time)
+    elsewhere = list_others(scores, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
     shown = [*runs, *varied]
     if settings.shared_classes:
@@ -89,18 +99,37 @@ def make_report(
     if per_class:
         classes = compare_classes(shown, scores, per_class, protocol)
         return _report_classes(classes, per_class, versus, [*said, *about], lines)
-    comparison = compare(shown, scores, metric, protocol, leak_free)
+    comparison = compare(shown, scores, metric, protocol, leak_free, others or None)
+    others = [other for other in others if scores[other].notna().any()]
+    further = [compare(shown, scores, other, protocol, leak_free, ()) for other in others]
+    parting = None
+    if settings.by:
+        assert find_manifest is not None
+        parting = part_rows(comparison, settings.by, find_manifest)
+    report = _report_targets(comparison, further, settings, parting, trials)
+    return replace(report, about=[*said, *elsewhere, *about], left_out=lines)
+
+
+def _report_targets(
+    comparison: Comparison,
+    further: Sequence[Comparison],
+    settings: ReportSettings,
+    parting: Parting | None,
+    trials: Sequence[Trial],
+) -> Report:
+    """Return the report of a comparison on all targets, with further metrics, groups of faces, and the trials of a sweep."""
     published, ranks = publish_rows(comparison), rank_rows(comparison)
-    tests = pair_rows(comparison, versus) if versus else []
+    tests = pair_rows(comparison, settings.versus) if settings.versus else []
     over_faces = faces_sheet(comparison)
-    sheets = [main_sheet(comparison), *([over_faces] if over_faces else []), *matrix_sheets(comparison)]
+    sheets = [main_sheet(comparison), *(main_sheet(other, first=False) for other in further)]
+    sheets += groups_sheets(parting) if parting else []
+    sheets += [*([over_faces] if over_faces else []), *matrix_sheets(comparison)]
     sheets += [published_sheet(comparison, published)] if any(published) else []
     sheets += printed_sheets(comparison) if settings.as_printed else []
     sheets += tests_sheets(tests) + ([ranks_sheet(ranks, comparison)] if ranks else [])
     sheets += [draws_sheet(trials, comparison)] if trials else []
-    title = "Trained on one data set, evaluated on all"
-    about, verdicts = [*said, *others, *about], reach_verdicts(comparison)
-    return Report(title, about, sheets, comparison, published, tests, ranks, verdicts=verdicts, left_out=lines)
+    title, verdicts = "Trained on one data set, evaluated on all", reach_verdicts(comparison)
+    return Report(title, [], sheets, comparison, published, tests, ranks, further, parting, verdicts=verdicts)
 
 
 def _report_classes(
@@ -145,19 +174,55 @@ def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = 
 
 
 def list_records(report: Report) -> Iterator[dict[str, object]]:
-    """Yield what the CSV file holds, as fractions: one record per row and target or class, then the row's means."""
-    comparison, metric = report.comparison, report.comparison.metric
-    tested = {(id(test.row), test.column): test for test in report.tests}
-    for row, published in zip(comparison.rows, report.published, strict=True):
+    """Yield what the CSV file holds, as fractions: one record per row and target or class, then the row's means.
+
+    Of several metrics one after the other.
+    """
+    alone = not report.further  # else each of the others has records of its own
+    yield from _list_records(report, report.comparison, report.published, beside=alone)
+    for comparison in report.further:
+        yield from _list_records(report, comparison, [None] * len(comparison.rows), beside=False)
+    if parting := report.parting:
+        for part in parting.parts:
+            yield from _list_groups(report.comparison, part, parting.by)
+
+
+def _list_groups(comparison: Comparison, part: Parted, by: str) -> Iterator[dict[str, object]]:
+    """Yield the records of the groups of a target, and of the gap between the best and the worst of them."""
+    row, gap = part.row, part.gap
+    where: dict[str, object] = {"target": part.column.title, "role": _name_role(row, part.column), "metric": "accuracy"}
+    where |= {"by": by}
+    for group, share in zip(part.groups, part.shares, strict=True):
+        found = Estimate(share.mean, math.nan, (share.mean,), faces=share.faces, low=share.low, high=share.high)
+        yield _describe(comparison, row, {**where, "group": group}, found, math.nan)
+    if gap:
+        named = {**where, "group": f"{part.groups[gap.best]} less {part.groups[gap.worst]}"}
+        faces = sum(share.faces for share in part.shares)
+        tested = {"faces": faces, "accuracy_difference": gap.mean, "low": gap.low, "high": gap.high}
+        tested |= {"p": gap.p, "p_holm": part.adjusted_p}
+        yield _describe(comparison, row, named, NOTHING, math.nan) | tested
+
+
+def _name_role(row: Row, column: Column) -> str:
+    return SOURCE if column.name in row.sources else SAME_SET if column in row.seen else UNSEEN
+
+
+def _list_records(
+    report: Report, comparison: Comparison, published_rows: Sequence[Published | None], beside: bool
+) -> Iterator[dict[str, object]]:
+    """Yield the records of one metric, with the means of those `beside` it or without."""
+    metric, tested = comparison.metric, {(id(test.row), test.column): test for test in report.tests}
+    for row, published in zip(comparison.rows, published_rows, strict=True):
         numbers = published or Published({})
         for column, estimate in row.cells.items():
             where: dict[str, object] = {"target": report.target, "expression": column.title}
             if not report.target:
-                role = SOURCE if column.name in row.sources else SAME_SET if column in row.seen else UNSEEN
-                where = {"target": column.title, "role": role, "metric": metric}
+                where = {"target": column.title, "role": _name_role(row, column), "metric": metric}
             described = _describe(comparison, row, where, estimate, numbers.cells.get(column, math.nan))
             yield described | _describe_test(tested.get((id(row), None if column.part == MEAN else column)))
         for mean, estimate in row.means.items():
+            if mean.metric != metric and not beside:
+                continue
             own = mean.metric == metric and not mean.leak_free
             number = {UNSEEN: numbers.unseen, ALL: numbers.everything}[mean.over] if own else math.nan
             where = {"target": mean.name, "role": "mean", "metric": mean.metric}

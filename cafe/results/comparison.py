@@ -156,15 +156,21 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Run], scores: pd.DataFrame, metric: str, protocol: str, leak_free: pd.DataFrame | None = None
+    runs: Sequence[Run],
+    scores: pd.DataFrame,
+    metric: str,
+    protocol: str,
+    leak_free: pd.DataFrame | None = None,
+    beside: Sequence[str] | None = None,
 ) -> Comparison:
     """Estimate a metric of every group of runs on every target, and its means over targets; raise `UserError`.
 
     A mean takes the seeds that were evaluated on all of its targets. With `leak_free` scores, targets of which faces were
-    left out have a second column. Predictions over other classes have columns and means of their own.
+    left out have a second column. Predictions over other classes have columns and means of their own. `beside` are the
+    metrics of which the mean over unseen targets stands beside this one's, by default those that are registered so.
     """
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
+    if beside is None:
+        beside = [name for name, about in METRICS.items() if about.beside and name != metric]
     own = choose_evaluated(scores, protocol)
     shown = own[own["relation"].isin([SOURCE, UNSEEN, SAME_SET, SAME_FACES])]
     class_sets = name_class_sets(shown["classes"])
@@ -185,17 +191,18 @@ def compare(
             column: (without if without and column.leak_free else table).estimate(members, metric, [column])
             for column in columns
         }
-        rows.append(_summarise(Row(members, label, cells, seeded=table.is_seeded(members)), table, without, metric))
+        row = Row(members, label, cells, seeded=table.is_seeded(members))
+        rows.append(_summarise(row, table, without, metric, beside))
     return Comparison(metric, protocol, columns, rows, own, class_sets, leaking if without else None)
 
 
-def _summarise(row: Row, table: _Table, without: _Table | None, metric: str) -> Row:
+def _summarise(row: Row, table: _Table, without: _Table | None, metric: str, beside: Sequence[str]) -> Row:
     """Return a row with its means over the targets, over whatever classes it was evaluated there."""
     members = row.runs
     unseen = [column for column in table.places(members) if table.relation(members, column) == UNSEEN]
     class_set = ", ".join(sorted({column.class_set for column in unseen if column.class_set}))
     means = {Mean(UNSEEN, metric, class_set): table.estimate(members, metric, unseen)}
-    for other in (name for name, about in METRICS.items() if about.beside and name != metric):
+    for other in beside:
         means[Mean(UNSEEN, other, class_set)] = table.estimate(members, other, unseen)
     sources = [table.place(members, source.name) for source in members[0].sources]
     everything = NOTHING if members[0].fold else table.estimate(members, metric, [*unseen, *sources])

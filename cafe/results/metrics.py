@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy  # which loads a part of it only when it is used
 
+from cafe.errors import unknown
 from cafe.results.predictions import Predictions
 
 BINS = 15  # of confidence, as in Guo et al.
 FEW = 50  # faces; an accuracy on fewer is known to ±14 points at best
 SMALLEST = 1e-12  # probability whose logarithm is taken
+COVERAGE = 0.8  # the share of faces, those of the highest confidence, of which the risk is a metric
+EVERY = "all"  # stands for all metrics where some may be chosen
 RECALL = "recall/"  # before the name of a class: the share of its faces that were recognised
 
 
@@ -128,6 +132,11 @@ def mean_class_accuracy(predictions: Predictions) -> float:
     return float(np.mean(list(recalls(predictions).values())))
 
 
+def worst_class_recall(predictions: Predictions) -> float:
+    """Return the lowest of the recalls."""
+    return min(recalls(predictions).values())
+
+
 def macro_f1(predictions: Predictions) -> float:
     """Return the mean of F1 over the classes that the target has faces of."""
     counts = confusion(predictions)
@@ -164,6 +173,65 @@ def calibration_error(predictions: Predictions) -> float:
     return float(np.abs(np.bincount(bins, surplus, BINS)).sum() / len(surplus))
 
 
+def auroc(predictions: Predictions) -> float:
+    """Return the area under the ROC curve of one class against the rest, in the mean over the classes.
+
+    By the statistic of Mann and Whitney: the share of pairs of a face of the class and one of the rest in which the former
+    has the higher probability of the class, ties counting half. NaN where all faces are of one class.
+    """
+    areas = []
+    for label in np.unique(predictions.labels):
+        own = predictions.labels == label
+        probabilities = predictions.probabilities[:, label]
+        rest, inside = np.sort(probabilities[~own]), np.sort(probabilities[own])
+        if len(rest):
+            below = np.searchsorted(rest, inside, "left").sum() + np.searchsorted(rest, inside, "right").sum()
+            areas.append(float(below / (2 * len(rest) * len(inside))))
+    return float(np.mean(areas)) if areas else math.nan
+
+
+def negative_log_likelihood(predictions: Predictions) -> float:
+    """Return the mean of minus the logarithm of the probability of the true class, in nats."""
+    probabilities = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels].astype(float)
+    return float(-np.log(np.clip(probabilities, SMALLEST, None)).mean())
+
+
+def brier_score(predictions: Predictions) -> float:
+    """Return the squared distance of the probabilities from the true class, summed over classes, averaged over faces: 0–2.
+
+    Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 78 (1950), Eq. 2.
+    """
+    truth = np.eye(len(predictions.classes))[predictions.labels]
+    return float(((predictions.probabilities.astype(float) - truth) ** 2).sum(axis=1).mean())
+
+
+def selective_risks(predictions: Predictions) -> np.ndarray:
+    """Return the error rate among the 1, 2, … N faces of the highest confidence, (N,).
+
+    Faces of equal confidence share their errors, as in the mean over all orders of them.
+    """
+    confidence = predictions.probabilities.max(axis=1)
+    order = np.argsort(-confidence, kind="stable")
+    wrong = (predictions.predicted != predictions.labels)[order]
+    tied = np.cumsum(
+        np.diff(confidence[order], prepend=confidence[order[:1]]) != 0
+    )  # (N,): numbers of equal confidences
+    shared = np.bincount(tied, wrong) / np.bincount(tied)
+    risks: np.ndarray = np.cumsum(shared[tied]) / np.arange(1, len(order) + 1)
+    return risks
+
+
+def area_under_risk_coverage(predictions: Predictions) -> float:
+    """Return the mean of the selective risks over all coverages (Geifman, Uziel, El-Yaniv, ICLR 2019, Section 3)."""
+    return float(selective_risks(predictions).mean())
+
+
+def risk_at(predictions: Predictions, coverage: float = COVERAGE) -> float:
+    """Return the error rate among a share of the faces, rounded up, those of the highest confidence."""
+    count = math.ceil(coverage * len(predictions.labels) - 1e-9)  # less what a product of decimals may exceed it by
+    return float(selective_risks(predictions)[max(count, 1) - 1])
+
+
 def votes_accuracy(predictions: Predictions) -> float:
     """Return how often one of the people who voted, drawn at random, chose the predicted class; NaN without votes."""
     shares, predicted = _share_votes(predictions)
@@ -191,7 +259,7 @@ def _share_votes(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run on a target, from 0 to 1 or in nats: its name, how it is computed, compared and averaged.
+    """A number of a run on a target, from 0 to 1, to 2 or in nats: its name, how it is computed, compared and averaged.
 
     NaN stands for a target on which it cannot be computed.
 
@@ -221,6 +289,43 @@ METRICS: dict[str, Metric] = {
         beside=True,
         about="ECE: expected calibration error, the lower the better.",
     ),
+    "worst_class_recall": Metric(
+        "worst-class recall",
+        worst_class_recall,
+        about="Worst-class recall: the recall of the class that is recognised worst, which varies more than a mean does.",
+    ),
+    "auroc": Metric(
+        "AUROC",
+        auroc,
+        about="AUROC: the area under the ROC curve of each class against the rest, in the mean over classes; 50 is chance.",
+    ),
+    "nll": Metric(
+        "NLL",
+        negative_log_likelihood,
+        higher_is_better=False,
+        over_seeds=estimate_nats,
+        about="NLL: negative log-likelihood, in hundredths of a nat.",
+    ),
+    "brier": Metric(
+        "Brier score",
+        brier_score,
+        higher_is_better=False,
+        over_seeds=partial(estimate, limit=2.0),
+        about="Brier score: the squared distance of the probabilities from the true class, in hundredths, from 0 to 200.",
+    ),
+    "aurc": Metric(
+        "AURC",
+        area_under_risk_coverage,
+        higher_is_better=False,
+        about="AURC: the area under the risk–coverage curve: the error rate among the faces of highest confidence, in the "
+        "mean over all shares of faces.",
+    ),
+    "risk_at_80": Metric(
+        "risk at 80 %",
+        risk_at,
+        higher_is_better=False,
+        about="Risk at 80 %: the error rate among the four fifths of the faces of highest confidence.",
+    ),
     "votes_accuracy": Metric(
         "agreement with votes",
         votes_accuracy,
@@ -245,8 +350,16 @@ def find_metric(name: str) -> Metric:
     return METRICS["mean_class_accuracy" if name.startswith(RECALL) else name]
 
 
+def choose_metrics(names: str) -> list[str]:
+    """Return the metrics of `NAME,NAME,…` once each, or of `all`; raise `UserError` for a name that is none."""
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    if strange := [name for name in chosen if name not in METRICS and name != EVERY]:
+        raise unknown("metric", strange[0], [*METRICS, EVERY])
+    return list(dict.fromkeys(metric for name in chosen for metric in (METRICS if name == EVERY else [name])))
+
+
 def score(predictions: Predictions) -> dict[str, float]:
-    """Return every metric and recall/CLASS, all in 0–1.
+    """Return every metric and recall/CLASS.
 
     A class of which the target has no face has no recall and is left out of the means; what cannot be computed is left out.
     """

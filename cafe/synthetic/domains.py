@@ -5,6 +5,7 @@ Every sample is a pure function of (seed, domain, identity, expression, index): 
 
 from __future__ import annotations
 
+import csv
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from upath import UPath
 
+from cafe.data.layouts import PEOPLE
 from cafe.errors import UserError, unknown
 from cafe.files import place_below
 from cafe.randomness import random_generator
@@ -55,8 +57,9 @@ def render(seed: int, domain: str, identity: int, expression: int, index: int) -
 def write(root: UPath | Path, domain: str, faces: int, seed: int = 0) -> None:
     """Write about `faces` pictures to ROOT/DOMAIN/SPLIT/EXPRESSION/idNNNN_KK.png or .jpg, overwriting what is there.
 
-    Every identity shows every expression equally often; every fourth is a test identity, and no two domains share one.
-    Raises `UserError` for an unknown domain or more faces than there are identities for.
+    ROOT/DOMAIN/people.csv says of every identity its sex, age, skin and whether it wears glasses. Every identity shows every
+    expression equally often; every fourth is a test identity, and no two domains share one. Raises `UserError` for an
+    unknown domain or more faces than there are identities for.
     """
     look = _find_domain(domain)
     samples = list(list_samples(domain, faces))
@@ -66,7 +69,21 @@ def write(root: UPath | Path, domain: str, faces: int, seed: int = 0) -> None:
     for split, identity, expression, index in samples:
         picture = render(seed, domain, identity, expression, index)
         data = encode(picture, look, random_generator(seed, domain, "file", identity, expression, index))
-        place_below(folders[split, expression], f"id{identity:04d}_{index:02d}{look.suffix}").write_bytes(data)
+        place_below(folders[split, expression], f"{name_person(identity)}_{index:02d}{look.suffix}").write_bytes(data)
+    identities = dict.fromkeys(identity for _, identity, _, _ in samples)
+    people = [
+        {"person": name_person(identity), **draw_person(random_generator(seed, "person", identity)).describe()}
+        for identity in identities
+    ]
+    with (UPath(root) / domain / PEOPLE).open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(people[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(people)
+
+
+def name_person(identity: int) -> str:
+    """Return the name of an identity: that of its files up to the first `_`."""
+    return f"id{identity:04d}"
 
 
 def list_samples(domain: str, faces: int) -> Iterator[tuple[str, int, int, int]]:

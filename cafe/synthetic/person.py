@@ -14,14 +14,21 @@ SKIN = [(250, 222, 200), (244, 210, 182), (234, 192, 158), (218, 172, 134), (190
 SKIN += [(158, 112, 80), (130, 90, 66), (106, 73, 55), (88, 61, 48)]
 HAIR = [(34, 27, 25), (48, 34, 28), (78, 52, 36), (112, 74, 46), (156, 112, 66), (206, 168, 108), (150, 70, 38)]
 IRIS = [(74, 48, 30), (98, 66, 38), (112, 96, 52), (84, 112, 84), (88, 124, 150), (110, 130, 142)]
+AGES = {"child": 0.16, "young": 0.4, "middle": 0.7, "old": 1.0}  # bands, by the oldest of each
+SKINS = ("light", "medium", "dark")  # thirds of the scale
 CLOTH = [(52, 66, 92), (124, 46, 52), (66, 92, 78), (196, 186, 170), (74, 72, 76), (178, 132, 74), (120, 104, 146)]
 
 
 @dataclass(frozen=True)
 class Person:
-    """What stays the same in every picture of one identity; lengths in face units, `age` from 0 (child) to 1 (old)."""
+    """What stays the same in every picture of one identity; lengths in face units, `age` from 0 (child) to 1 (old).
 
+    `tone` is the place of the skin on the scale `SKIN`, from 0 (the lightest) to 8.
+    """
+
+    sex: str
     age: float
+    tone: float
     width: float
     jaw: float
     chin: float
@@ -48,6 +55,12 @@ class Person:
     beard: str
     glasses: str
 
+    def describe(self) -> dict[str, str]:
+        """Return what a data set may say of the person, by which its faces can be parted."""
+        age = next(name for name, oldest in AGES.items() if self.age <= oldest)
+        skin = SKINS[min(int(self.tone * len(SKINS) / (len(SKIN) - 1)), len(SKINS) - 1)]
+        return {"sex": self.sex, "age": age, "skin": skin, "glasses": "no" if self.glasses == "none" else "yes"}
+
 
 def draw_person(rng: np.random.Generator) -> Person:
     """Draw an identity: proportions, age, skin, hair, beard and glasses, from its own generator."""
@@ -63,7 +76,9 @@ def draw_person(rng: np.random.Generator) -> Person:
     styles = styles if man else ["long", "bob", "parted", "bun", "fringe", "curly", "scarf", "long"]
     beards = ["none", "none", "stubble", "moustache", "full"] if man and age > 0.2 else ["none"]
     return Person(
+        sex="man" if man else "woman",
         age=age,
+        tone=float(tone),
         **_draw_proportions(rng, man, age, child, tone),
         skin=skin,
         hair=mix_colours(hair, (205, 203, 200), grey),

@@ -107,7 +107,7 @@ def load_model(
 def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFrame:
     """Return a row for every run, protocol and target, computed from the runs' predictions; of one experiment or of all.
 
-    The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, all from 0 to 1, beside what
+    The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, as fractions, beside what
     tells runs and targets apart (`cafe.results.scores.SCORE_FIELDS`). Predictions on other faces than those of the rest are
     left out with a warning that names them (`cafe.results.scores.meet`).
 
@@ -184,12 +184,13 @@ def train(
 
 
 def compare(
-    experiment: str | None = None, workspace: str = "work", metric: str = "accuracy", **settings: Any
+    experiment: str | None = None, workspace: str = "work", metrics: str = "accuracy", **settings: Any
 ) -> pd.DataFrame:
-    """Return what `cafe compare` prints, a record for each row and target and one for each row's means, from 0 to 1.
+    """Return what `cafe compare` prints, a record for each row and target and one for each row's means, as fractions.
 
-    `settings` are the other options, with `_` for `-`: `versus="cafe"`, `protocol="paper"`, … A `half_width` is that of the
-    interval over seeds. Raises `UserError` where there is nothing to compare.
+    `metrics` are one or several, `"accuracy,auroc"`, each with records of its own. `settings` are the other options, with
+    `_` for `-`: `versus="cafe"`, `protocol="paper"`, … A `half_width` is that of the interval over seeds. Raises `UserError`
+    where there is nothing to compare.
 
     >>> table = compare(workspace=workspace)
     >>> table[["method", "target", "role", "seeds"]].values.tolist()[0]
@@ -201,7 +202,9 @@ def compare(
 
     known, chosen = Workspace.at(workspace), _choose(ReportSettings, "compare", settings)
     runs = choose(known.read_runs(), experiment).runs
-    report = make_report(runs, known.manifest_digests(), chosen, metric=metric, root=known.root)
+    report = make_report(
+        runs, known.manifest_digests(), chosen, metrics=metrics, root=known.root, find_manifest=known.find_manifest
+    )
     for line in report.left_out:
         warnings.warn(line, stacklevel=2)
     return pd.DataFrame(list_records(report))

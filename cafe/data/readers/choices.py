@@ -12,6 +12,7 @@ from cafe.data.indexing import OWN_KINDS, Listing
 from cafe.data.labels import LabelMap
 from cafe.data.readers import find_reader
 from cafe.data.readers.levels import Levels
+from cafe.data.readers.table import KEEP
 from cafe.errors import UserError
 from cafe.files import locate
 
@@ -69,7 +70,7 @@ class SetChoices:
         if self.pictures:
             said["root"] = locate(self.pictures)
         if self.columns:
-            said["columns"] = dict(map(_parse_column, self.columns))
+            said["columns"] = _parse_columns(self.columns)
         if kind == "folder":
             said |= {"classes": self._names(meaning), "own": self.classes.classes is None}
         return said
@@ -101,11 +102,15 @@ class SetChoices:
         return replace(listing, files=files)
 
 
-def _parse_column(text: str) -> tuple[str, str]:
-    role, equals, name = text.partition("=")
-    if not equals:
-        raise UserError(f"--column {text} names no column: write ROLE=NAME, such as label=emo.")
-    return role.strip(), name.strip()
+def _parse_columns(texts: Sequence[str]) -> dict[str, str]:
+    """Return the columns by their roles, several to keep with commas."""
+    columns: dict[str, str] = {}
+    for text in texts:
+        role, equals, name = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise UserError(f"--column {text} names no column: write ROLE=NAME, such as label=emo.")
+        columns[role] = f"{columns[role]},{name}" if role == KEEP and role in columns else name
+    return columns
 
 
 def _match(pattern: str, path: str) -> str | None:

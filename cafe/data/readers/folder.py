@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,10 +11,12 @@ from functools import cached_property
 from upath import UPath
 
 from cafe.data.expressions import EIGHT
+from cafe.data.images import suffix_of
 from cafe.data.indexing import LabelledFile, Listing
-from cafe.data.layouts import SPLIT_NAMES, Tree, find_split, folder_of
+from cafe.data.layouts import PEOPLE, SPLIT_NAMES, Tree, find_split, folder_of
+from cafe.data.manifest import SCHEMA
 from cafe.data.packed.archives import ROWS, is_archive
-from cafe.data.readers.cells import TABLES, Cells
+from cafe.data.readers.cells import TABLES, Cells, as_text
 from cafe.data.readers.levels import Levels, list_levels
 from cafe.data.readers.named import SCHEMES, find_person, find_scheme
 from cafe.data.readers.table import Roles, list_faces, read_faces
@@ -185,8 +187,26 @@ def _refuse(tree: Tree) -> UserError:
 
 
 def read_synthetic(root: UPath) -> Listing:
-    """List a drawn domain; every face belongs to the group of its identity, `id0007` of `id0007_01.jpg`."""
+    """List a drawn domain; every face belongs to the group of its identity, `id0007` of `id0007_01.jpg`.
+
+    What people.csv says of an identity is kept with its faces. Raises `UserError` where that is no such table.
+    """
     found = read_folder(root)
     found.kind = "synthetic"
     found.group_by_name()
+    tree = Tree.open(root)
+    if place := tree.get(PEOPLE):
+        people = _read_people(find_below(root, place))
+        found.files = [replace(file, kept=people.get(str(file.group), {})) for file in found.files]
+        found.ignored = found.ignored - Counter([suffix_of(place)])
     return found
+
+
+def _read_people(file: UPath) -> dict[str, dict[str, str]]:
+    """Return by the name of each identity what a table says of it."""
+    table = Cells.load(file)
+    first, *columns = table.columns or [""]
+    if first != "person" or set(columns) & set(SCHEMA.names):
+        raise UserError(f"{file} is not what `cafe data synth` wrote: draw the domain again.")
+    rows = ((as_text(name), dict(zip(columns, map(as_text, cells), strict=True))) for name, *cells in table.rows)
+    return {str(name): {column: text for column, text in own.items() if text is not None} for name, own in rows}

@@ -15,11 +15,11 @@ from cafe.data.expressions import ALIASES, EIGHT, normalise_name, spell_name
 from cafe.data.images import Box
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, USAGES, find_split, merge_repeated
-from cafe.data.manifest import SPLITS
+from cafe.data.manifest import SCHEMA, SPLITS
 from cafe.data.readers.cells import Cells, as_text
 from cafe.data.readers.levels import Levels
 from cafe.errors import UserError, unknown
-from cafe.files import locate
+from cafe.files import check_encoded, locate
 
 ROLES = {  # what a column may be called, in any case; blanks, dots and hyphens count as `_`
     "path": (
@@ -43,6 +43,7 @@ CORNERS = (
     ("x1", "y1", "x2", "y2"),
     ("face_box_left", "face_box_top", "face_box_right", "face_box_bottom"),
 )
+KEEP = "keep"  # stands for the role of columns that the manifest shall keep as they are: a face's sex, age, camera, …
 DOUBTFUL_BOX = "bbox"  # of which some write sides and some corners
 MOST_VOTES = 2**31  # as the manifest counts them
 DRIVE = re.compile(r"[A-Za-z]:/")
@@ -50,7 +51,7 @@ DRIVE = re.compile(r"[A-Za-z]:/")
 
 @dataclass(frozen=True)
 class Roles:
-    """The places of the columns that say something: by role, of `boxes` one or four, of the votes by class.
+    """The places of the columns that say something: by role, of `boxes` one or four, of the votes by class, of the `kept`.
 
     `corners` tells boxes of two corners from those of a corner and two sides; `unread` are the columns that play no part.
     """
@@ -59,13 +60,14 @@ class Roles:
     boxes: tuple[int, ...]
     corners: bool
     votes: Mapping[str, int]
+    kept: Mapping[str, int]
     unread: tuple[str, ...]
 
     @classmethod
     def find(cls, table: Cells, file: UPath, chosen: Mapping[str, str]) -> Roles:
         """Say which column is what; raise `UserError` where one is missing, or where several may be the same."""
-        if strange := set(chosen) - set(ROLES):
-            raise unknown("role of a column", min(strange), ROLES)
+        if strange := set(chosen) - {*ROLES, KEEP}:
+            raise unknown("role of a column", min(strange), [*ROLES, KEEP])
         places = {
             role: place for role in ROLES if (place := _find_role(table, file, role, chosen.get(role))) is not None
         }
@@ -81,7 +83,9 @@ class Roles:
         classes = ({spell_name(as_text(row[places["label"]]) or "") for row in table.rows} | {*EIGHT}) - {""}
         others = [(name, place) for place, name in enumerate(table.columns) if place not in taken]
         votes = _name_votes([(name, place) for name, place in others if spell_name(name) in classes], file)
-        return cls(places, boxes, corners, votes, tuple(name for name, _ in others if name and name not in votes))
+        kept = _find_kept(table, file, chosen.get(KEEP, ""))
+        unread = tuple(name for name, _ in others if name and name not in votes and name not in kept)
+        return cls(places, boxes, corners, votes, kept, unread)
 
     def name(self, table: Cells) -> str:
         """Say which columns are read as what."""
@@ -89,7 +93,7 @@ class Roles:
             role if _key(table.columns[place]) == role else f"{table.columns[place]} as {role}"
             for role, place in self.places.items()
         ]
-        return ", ".join([*named, *(["face boxes"] if self.boxes else []), *self.votes])
+        return ", ".join([*named, *(["face boxes"] if self.boxes else []), *self.votes, *self.kept])
 
 
 def _key(name: str) -> str:
@@ -101,10 +105,7 @@ def _find_role(table: Cells, file: UPath, role: str, chosen: str | None) -> int 
     if chosen is not None:
         if not chosen:
             return None
-        found = [place for place, name in enumerate(table.columns) if name == chosen]
-        found = found or [place for place, name in enumerate(table.columns) if _key(name) == _key(chosen)]
-        if not found:
-            raise unknown(f"column of {file}", chosen, table.columns)
+        found = _find_named(table, file, chosen)
     else:
         found = [place for place, name in enumerate(table.columns) if _key(name) in ROLES[role]]
     if len(found) > 1:
@@ -114,6 +115,29 @@ def _find_role(table: Cells, file: UPath, role: str, chosen: str | None) -> int 
             f"with --column {role}=NAME."
         )
     return found[0] if found else None
+
+
+def _find_named(table: Cells, file: UPath, chosen: str) -> list[int]:
+    """Return the places of the columns of a name, in any case where none is written so; raise `UserError` without any."""
+    found = [place for place, name in enumerate(table.columns) if name == chosen]
+    found = found or [place for place, name in enumerate(table.columns) if _key(name) == _key(chosen)]
+    if not found:
+        raise unknown(f"column of {file}", chosen, table.columns)
+    return found
+
+
+def _find_kept(table: Cells, file: UPath, chosen: str) -> dict[str, int]:
+    """Return the places of the columns to keep, `NAME,NAME,…`; raise `UserError` for what no manifest can hold."""
+    kept: dict[str, int] = {}
+    for wanted in filter(None, (name.strip() for name in chosen.split(","))):
+        place = _find_named(table, file, wanted)[0]
+        name = check_encoded(table.columns[place])
+        if name in SCHEMA.names:
+            raise UserError(
+                f"The column {name!r} of {file} cannot be kept, since every manifest has one of its own: rename it."
+            )
+        kept[name] = place
+    return kept
 
 
 def _find_boxes(
@@ -231,6 +255,9 @@ def _read_row(row: Sequence[object], roles: Roles, number: int, file: UPath) -> 
         _read_box([row[place] for place in roles.boxes], roles.corners, where) if roles.boxes else None,
         where=f"row {number}",
         votes={name: _read_count(row[place], f"{where} has for {name!r}") for name, place in roles.votes.items()},
+        kept={
+            name: check_encoded(text) for name, place in roles.kept.items() if (text := as_text(row[place])) is not None
+        },
     )
 
 

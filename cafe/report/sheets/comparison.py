@@ -48,8 +48,11 @@ TEST_TIME_NOTE = (
 )
 
 
-def main_sheet(comparison: Comparison) -> Sheet:
-    """Methods × targets, one block per source, then the means over targets, and how far CAFE is ahead."""
+def main_sheet(comparison: Comparison, first: bool = True) -> Sheet:
+    """Methods × targets, one block per source, then the means over targets, and how far CAFE is ahead.
+
+    Those that follow the `first` one, of other metrics, are read as it says.
+    """
     title = METRICS[comparison.metric].title
     places: list[Place] = [*comparison.columns, *comparison.means]
     higher = {
@@ -64,12 +67,9 @@ def main_sheet(comparison: Comparison) -> Sheet:
         lines += [[*line, SheetCell(row.saw_target)] for row, line in zip(rows, marked, strict=True)]
         others = (*_lead(rows, cells, higher), *_grounds(rows[0].source, cells))
         lines += [[*line, SheetCell("")] for line in others]
-    about = [
-        metric.about
-        for name, metric in METRICS.items()
-        if metric.about and (metric.beside or name == comparison.metric)
-    ]
-    notes = [
+    shown = {comparison.metric, *(place.metric for place in comparison.means)}
+    about = [metric.about for name, metric in METRICS.items() if metric.about and name in shown]
+    notes = about if not first else [
         "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
         "the mean over the targets of other sets than the source; all: with the source, as published tables average. "
         + " ".join(about),
@@ -77,7 +77,7 @@ def main_sheet(comparison: Comparison) -> Sheet:
         *_target_notes(comparison),
         *class_notes(comparison),
         *row_notes(comparison.rows),
-    ]
+    ]  # fmt: skip
     unseen = [place for place in comparison.means if (place.over, place.metric) == (UNSEEN, comparison.metric)]
     order = [len(HEAD) + places.index(place) for place in dict.fromkeys((*unseen, *places))]
     header = [*HEAD, *(place.title for place in places), SAW]
@@ -123,7 +123,8 @@ def _grounds(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
         faces = (f"{estimate.faces:,}" if estimate.faces else "–" for estimate in best)
         chances = ("–" if math.isnan(estimate.chance) else f"{100 * estimate.chance:.1f}" for estimate in best)
         yield list(map(SheetCell, [source, FACES, "", *faces]))
-        yield list(map(SheetCell, [source, CHANCE, "", *chances]))
+        if not all(math.isnan(estimate.chance) for estimate in best):
+            yield list(map(SheetCell, [source, CHANCE, "", *chances]))
 
 
 def ground_notes(rows: Sequence[Row]) -> Iterator[str]:

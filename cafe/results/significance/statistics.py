@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -165,17 +166,18 @@ def rank_methods(scores: np.ndarray, significance: float = 0.05) -> Ranking:
     spread = ((ranks - middle) ** 2).sum() / (methods - 1)  # zero where all are alike: then there is nothing to test
     statistic = ((ranks.sum(axis=1) - targets * middle) ** 2).sum() / spread if spread else 0.0
     p = float(scipy.special.chdtrc(methods - 1, statistic))
-    critical = _nemenyi_quantile(methods, significance) * math.sqrt(methods * (methods + 1) / (6 * targets))
+    critical = quantile_of_range(methods, significance) * math.sqrt(methods * (methods + 1) / (6 * targets))
     return Ranking(means, targets, p, critical if critical < methods - 1 else math.nan)
 
 
-def _nemenyi_quantile(methods: int, significance: float) -> float:
-    """Return the quantile of the range of standard normal variables, divided by √2."""
+@cache
+def quantile_of_range(count: int, significance: float) -> float:
+    """Return the quantile of the range of so many standard normal variables, divided by √2: 1.96 for two and 5 %."""
     z = np.linspace(-8, 8, 4001)
     density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     low, high = 0.0, 20.0
     while high - low > 1e-9:
         middle = (low + high) / 2
-        within = methods * density * (scipy.special.ndtr(z + middle) - scipy.special.ndtr(z)) ** (methods - 1)
+        within = count * density * (scipy.special.ndtr(z + middle) - scipy.special.ndtr(z)) ** (count - 1)
         low, high = (middle, high) if np.trapezoid(within, z) < 1 - significance else (low, middle)
     return low / math.sqrt(2)
