@@ -9,8 +9,8 @@ from click.shell_completion import CompletionItem
 
 from cafe.jobs.names import complete, list_names
 from cafe.jobs.options import Whole
-from cafe.jobs.tables import show_records
-from cafe.jobs.terminal import Commands, json_option, open_workspace, progress_bar
+from cafe.jobs.tables import FittedTable, show_records
+from cafe.jobs.terminal import Commands, echo, json_option, open_workspace, progress_bar, show, show_json
 from cafe.pipeline.settings import LARGEST
 
 
@@ -29,12 +29,46 @@ class _Towers(Commands):
 
 @click.group(cls=_Towers)
 def tower() -> None:
-    """Frozen towers: their layers, and which one to read.
+    """Frozen towers: list them, their layers, and which to read.
 
     \b
+    cafe tower list                                         # which there are, their size, licence and training pictures
     cafe tower face-resnet                                  # its layers, their maps and what they cost
     cafe tower probe news --backbone face-resnet            # how well they do, on faces held out of news
     """
+
+
+@tower.command("list")
+@json_option
+def list_all(as_json: bool) -> None:
+    """List the towers there are: size, licence, origin.
+
+    Nothing is loaded or fetched. All others of timm and open_clip work by their names too (docs/towers.md).
+
+    \b
+    cafe tower list
+    """
+    from cafe.towers.catalogue import list_towers
+
+    records = list_towers()
+    if as_json:
+        show_json(records)
+        return
+    header = ["tower", "weights", "licence", "trained on", "saw target", "million parameters", "pixels", "channels"]
+    table = FittedTable(header, words=5, order=[5, 6, 7, 4, 2, 1, 3], elsewhere="--json")
+    for record in records:
+        size = "–" if record["parameters"] is None else f"{record['parameters'] / 1e6:.1f}"
+        saw = "–" if record["may_have_seen"] is None else "perhaps" if record["may_have_seen"] else "no"
+        table.add_row(
+            record["tower"], record["weights"], record["licence"] or "–", record["trained_on"] or "–", saw, size,
+            record["input_size"] or "–", record["channels"] or "–",
+        )  # fmt: skip
+    show(table)
+    seen = {name for record in records for name in record["may_have_seen"] or ()}
+    echo(
+        f"Saw target: pictures of {', '.join(sorted(seen))} come from where the tower's training pictures come from, so "
+        "that some may be among them. None was seen with the expression it shows."
+    )
 
 
 @tower.command()

@@ -281,6 +281,22 @@ def test_the_libraries_stay_quiet(towers, capfd):
         ("open_clip:nowhere.json@x.pt", ["Cannot read the open_clip configuration 'nowhere.json'"]),
         ("timm:resnet19", ["Unknown timm model 'resnet19'", "did you mean resnet18"]),
         ("timm:resnet18.a9_in1k", ["'timm:resnet18.a9_in1k'", "a1_in1k", "'timm:resnet18@FILE'"]),
+        (
+            "timm:vit_huge_patch14_clip_224.metaclip2_worldwide",
+            ["another activation", "clip_quickgelu_224.metaclip2_worldwide'"],
+        ),
+        (
+            "timm:vit_base_patch32_clip_224.openai",
+            ["another activation", "'timm:vit_base_patch32_clip_quickgelu_224.openai'"],
+        ),
+        ("timm:hf-hub:nobody", ["'timm:hf-hub:nobody'", "write timm:hf-hub:OWNER/NAME"]),
+        ("timm:hf-hub:no body/none", ["'timm:hf-hub:no body/none'", "write timm:hf-hub:OWNER/NAME"]),
+        ("timm:local-dir:/nowhere", ["The folder '/nowhere'", "has no config.json"]),
+        ("farl-vit-b16", ["on no hub", "download FaRL-Base-Patch16-LAIONFace20M-ep64.pth", "'farl-vit-b16@FILE'"]),
+        (
+            "vggface2-b0",
+            ["on no hub", "download models/pretrained_faces/state_vggface2_enet0_new.pt", "'vggface2-b0@FILE'"],
+        ),
         ("timm:test_resnet@/nowhere.pth", ["No weights file at '/nowhere.pth'"]),
         ("clip-vit-b32@/nowhere.pt", ["No weights file at '/nowhere.pt'"]),
     ],

@@ -23,10 +23,12 @@ from cafe.towers import face
 from cafe.towers.face import FaceResnet
 from cafe.towers.facts import TowerFacts
 from cafe.towers.layers import FACE_READER, Reader, choose_open_clip_reader, choose_timm_reader, read_layers
-from cafe.towers.names import FINAL, BackboneSpec, Layer, open_clip_name, parse_backbone, timm_name
-from cafe.towers.weights import digest_state_dict, read_weights
+from cafe.towers.names import FINAL, FOLDER, BackboneSpec, Layer, open_clip_name, parse_backbone, timm_name
+from cafe.towers.weights import digest_state_dict, find_configuration, read_weights
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_GROWTH = 4  # how many times the values of its file a configured tower may have: position embeddings are resized
+LARGEST_INPUT = 4096  # pixels, as `--input-size` takes them
 
 
 class FrozenBackbone(nn.Module):
@@ -39,11 +41,11 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         self.name, self.layer, self.precision = name, spec.layer, precision
         self.layers = (*built.reader.layers, FINAL)
-        self._reader, self._spec = built.reader, spec
+        self._reader, self._spec = built.reader, replace(spec, model=built.model or spec.model)
         self.tower = built.module.to(PRECISIONS[precision]).eval().requires_grad_(False)
         width, map_shape = self._measure(spec.layer, built.input_size)
         self.facts = TowerFacts(
-            architecture=spec.architecture,
+            architecture=self._spec.architecture,
             weights_digest=built.weights_digest,
             width=width,
             map_shape=map_shape,
@@ -106,6 +108,8 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
     spec = parse_backbone(name)
+    if spec.configured:
+        find_configuration(name, spec)  # before weights that may be none of timm's are fetched
     tensors = read_weights(name, spec)
     build = BUILDERS[spec.library]
     with quiet():
@@ -130,6 +134,7 @@ class _Built:
     input_size: int
     mean: Iterable[float]
     std: Iterable[float]
+    model: str = ""  # the library's name for it, where that of the tower is of a repository or a folder
 
 
 def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:
@@ -154,7 +159,11 @@ def _build_open_clip(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], 
     tensors = convert_state_dict(whole, tensors)
     resize_pos_embed(tensors, whole)
     module = whole.visual
-    visual = {key.removeprefix("visual."): tensor for key, tensor in tensors.items() if key.startswith("visual.")}
+    visual = {
+        key.removeprefix("visual."): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("visual.") and not key.startswith(spec.left_out)
+    }
     load_tensors(name, module, visual, input_size)
     digest = digest_state_dict(module.state_dict())
     if in_timm and input_size is not None:
@@ -179,7 +188,7 @@ def _published_preprocessing(spec: BackboneSpec, model: str) -> dict[str, Any]:
 def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:
     import timm
 
-    module: Any = timm.create_model(timm_name(spec), num_classes=0).eval()
+    module = _create_timm(name, spec, tensors).eval()
     own = module.state_dict()
     if spec.package:
         tensors = _rename_by_order(name, tensors, own)
@@ -191,13 +200,44 @@ def _build_timm(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input
     load_tensors(
         name, module, {key: t for key, t in tensors.items() if key in own or not key.startswith(heads)}, input_size
     )
-    digest = digest_state_dict(module.state_dict())
+    digest = digest_state_dict(module.state_dict(), getattr(module, "pretrained_model_args", None))
     resolve: Any = timm.data.resolve_model_data_config
     preprocessing = resolve(module)
     if input_size is not None and hasattr(module, "set_input_size"):
         module.set_input_size((input_size, input_size))
     size = input_size or preprocessing["input_size"][-1]
-    return _Built(module, choose_timm_reader(module), digest, size, preprocessing["mean"], preprocessing["std"])
+    model = module.pretrained_cfg["architecture"] if spec.configured else spec.model
+    return _Built(module, choose_timm_reader(module), digest, size, preprocessing["mean"], preprocessing["std"], model)
+
+
+def _create_timm(name: str, spec: BackboneSpec, tensors: Mapping[str, Tensor]) -> Any:
+    """Return a model of timm without weights and classifier.
+
+    Raises `UserError` for a configuration that timm cannot build, or of a far larger model than its weights.
+    """
+    import timm
+
+    if not spec.configured:
+        return timm.create_model(timm_name(spec), num_classes=0)
+    source = f"{FOLDER}{find_configuration(name, spec).parent}"
+    try:
+        with torch.device("meta"):  # which takes no memory
+            planned: Any = timm.create_model(source, num_classes=0)
+        resolve: Any = timm.data.resolve_model_data_config
+        preprocessing = resolve(planned)
+        for statistic in ("mean", "std"):
+            _triple(preprocessing[statistic])
+        there = sum(tensor.numel() for tensor in tensors.values())
+        if sum(tensor.numel() for tensor in planned.state_dict().values()) > MOST_GROWTH * there:
+            raise ValueError(f"more than {MOST_GROWTH} times the values that its weights have")
+        if not 0 < preprocessing["input_size"][-1] <= LARGEST_INPUT:
+            raise ValueError(f"an input larger than {LARGEST_INPUT} pixels")
+        return timm.create_model(source, num_classes=0)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"timm cannot build what the configuration of '{name}' says ({type(error).__name__}: {quote(error)}): give "
+            "another tower, or install the version of timm that it needs."
+        ) from error
 
 
 def _build_face(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:

@@ -1,4 +1,4 @@
-"""What is known of a tower without loading it, as it is remembered from the one time that it was loaded."""
+"""What is known of a tower without loading it: what is published of it, and what is remembered of when it was loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ NORMALISATIONS: dict[str, Statistics] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+
+
+# Sets whose pictures come from search engines and from Flickr, where the training pictures of large towers come from too.
+WEB = ("affectnet", "expw", "fer2013", "ferplus", "mma", "rafdb")
+
+
+@dataclass(frozen=True)
+class TowerCard:
+    """What is published of a tower: its size where it is usually read, its licence, and what it was trained on.
+
+    `may_have_seen` are data sets, by their readers' names, whose pictures may be among those it was trained on, without
+    what they show: nobody can check it, so that such a tower's row is no proof for pictures that nothing has seen.
+    """
+
+    parameters: int  # of the image tower to its end
+    input_size: int  # pixels
+    channels: int
+    licence: str
+    trained_on: str
+    may_have_seen: tuple[str, ...] = WEB
 
 
 @dataclass(frozen=True)

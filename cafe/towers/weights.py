@@ -7,6 +7,7 @@ so that a feature can always be traced to its tower.
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +19,27 @@ from torch import Tensor
 from upath import UPath
 
 from cafe.errors import UserError, quote
-from cafe.files import read_file, write_file
+from cafe.files import MOST_TEXT, read_file, write_file
 from cafe.seals import BLANK, KEY, check_seal, damaged, seal
 from cafe.towers.face import read_face_weights
-from cafe.towers.names import BackboneSpec, parse_backbone, single_names, timm_name
+from cafe.towers.names import (
+    CONFIG,
+    FOLDER,
+    HUB,
+    IN_FOLDER,
+    WEIGHTS,
+    BackboneSpec,
+    parse_backbone,
+    single_names,
+    timm_name,
+)
 
 
 def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
     """Return all tensors of a tower's weights file, fetched from the hub where no file is named."""
     if spec.library == "dlib":
         return read_face_weights(str(spec.file))
-    return read_state_dict(spec.file or _fetch(name, spec))
+    return read_state_dict(spec.file or _fetch(name, spec, _locate(spec)[2]))
 
 
 def find_weights(name: str) -> str | None:
@@ -40,13 +51,38 @@ def find_weights(name: str) -> str | None:
 
     for single in single_names(name):
         spec = parse_backbone(single)
-        if spec.file or spec.library == "dlib":
-            continue
-        repository, revision, files = _locate(spec)
-        cached = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
-        if not repository or not any(isinstance(path, str) for path in cached):
-            return None
+        needed = [] if spec.file or spec.library == "dlib" else [_locate(spec)]
+        if spec.model.startswith(HUB):
+            needed.append((spec.model.removeprefix(HUB), None, [CONFIG]))
+        for repository, revision, files in needed:
+            cached = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
+            if not repository or not any(isinstance(path, str) for path in cached):
+                return None
     return name
+
+
+def find_configuration(name: str, spec: BackboneSpec) -> Path:
+    """Return the `config.json` beside the weights of a tower, fetched from the hub where it is there; raise `UserError`.
+
+    It is one of timm's, and names one of its architectures; nothing else of it is checked.
+    """
+    import timm
+
+    if spec.model.startswith(HUB):
+        path = Path(_fetch(name, spec, [CONFIG]))
+    else:
+        path = Path(spec.model.removeprefix(FOLDER)) / CONFIG
+    try:
+        content = json.loads(read_file(UPath(path), MOST_TEXT))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"The configuration of '{name}' cannot be read ({quote(error)}): fetch it again.") from error
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise UserError(
+            f"The configuration of '{name}' names no architecture of timm, but {architecture!r}: give a repository that "
+            "is made for timm."
+        )
+    return path
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -69,14 +105,27 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         content = load_state_dict(str(path), use_ema=False, weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:  # the last: it holds no names
+        objects = _list_objects(path)
+        reason = f"it holds {objects[0]}, an object of Python" if objects else quote(error).partition(". ")[0]
+        remedy = "" if objects else "fetch it again, or "
         raise UserError(
-            f"The weights file '{path}' cannot be read as plain tensors ({quote(error)}): "
-            "fetch it again, or save its state_dict as a .safetensors file."
+            f"The weights file '{path}' cannot be read as plain tensors ({reason}): {remedy}save its state_dict as a "
+            ".safetensors file."
         ) from error
     tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise UserError(f"The weights file '{path}' holds no tensors by name: give a file made from a state_dict.")
     return tensors
+
+
+def _list_objects(path: Path) -> list[str]:
+    """Return the classes of a file of `torch.save` that are no tensors, such as a whole model's, which would run code."""
+    if not zipfile.is_zipfile(path):
+        return []
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except RuntimeError:  # it is another kind of archive
+        return []
 
 
 def _is_script(path: Path) -> bool:
@@ -112,43 +161,55 @@ def fetch_weights(repository: str, revision: str | None, files: list[str]) -> st
     raise ConnectionError(f"it has none of {', '.join(files)}") from reason
 
 
-def _fetch(name: str, spec: BackboneSpec) -> str:
-    repository, revision, files = _locate(spec)
+def _fetch(name: str, spec: BackboneSpec, files: list[str]) -> str:
+    """Return where the first of some files lies that a tower's repository has, fetched once."""
+    repository, revision, _ = _locate(spec)
     by_file = f"'{spec.library}:{spec.model}@FILE'"
     if not repository:
         raise UserError(f"The weights of '{name}' are on no hub: get them from their authors and write {by_file}.")
+    elsewhere = (
+        f"its files elsewhere and write '{IN_FOLDER}DIRECTORY'"
+        if spec.configured
+        else f"them elsewhere and write {by_file}"
+    )
     try:
         return fetch_weights(repository, revision, files)
     except ConnectionError as error:
         raise UserError(
-            f"Cannot fetch the weights of '{name}' from their hub ({error}): download them elsewhere and write "
-            f"{by_file}, or use 'imagenet-lite0', whose weights come with the installation."
+            f"Cannot fetch the weights of '{name}' from their hub ({error}): download {elsewhere}, or use 'imagenet-lite0', "
+            "whose weights come with the installation."
         ) from error
 
 
 def _locate(spec: BackboneSpec) -> tuple[str, str | None, list[str]]:
-    """Return repository, revision and the file names to look for, the safe format first."""
+    """Return repository, revision and the names of the weights to look for, the safe format first."""
     if spec.library == "open_clip":
         import open_clip
 
         location = open_clip.get_pretrained_cfg(spec.model, spec.tag).get("hf_hub", "")
         repository, _, file = location.rpartition("/")
         return repository, None, [file] if file else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    if spec.configured:
+        return spec.model.removeprefix(HUB), None, list(WEIGHTS)
     import timm
 
     config: Any = timm.get_pretrained_cfg(timm_name(spec))
     repository, _, revision = (config.hf_hub_id or "").partition("@")
-    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    return repository, revision or None, files
+    return repository, revision or None, [config.hf_hub_filename] if config.hf_hub_filename else list(WEIGHTS)
 
 
-def digest_state_dict(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 (hexadecimal) of names, types, shapes and values, whatever file they came from."""
+def digest_state_dict(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 (hexadecimal) of names, types, shapes and values, whatever file they came from.
+
+    `arguments` are those of a configuration beside the weights: they can change features and no tensor.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    if arguments:
+        digest.update(json.dumps(arguments, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 model.onnx           faces (N, H, W, 3) uint8 → probabilities (N, K): everything between is in the graph
 model.safetensors    the method's weights; tower.safetensors the tower's, unless they come with this package
+config.json          what timm builds a tower of a repository or a folder from
 run.json             the run's description: with it the folder loads as a model again
 model-2.safetensors, run-2.json and so on: the same of further seeds, where several are averaged
 README.md            the model card
