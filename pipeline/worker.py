@@ -441,5 +441,6 @@ class _Notes:
             self.last = now
             note = {"done": (self.epoch - 1) * total + done, "per_epoch": total}
             write_json(self.keeper.run / "progress.json", note)
-        if done < total and self.keeper.due:
+        # Before the last step it would begin with a batch that may be too small for all workers.
+        if done < total - 1 and self.keeper.due:
             self.keeper.save(self.epoch - 1)

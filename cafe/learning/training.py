@@ -78,7 +78,9 @@ class Training:
         if self.method.clean_features:  # a new picture in every epoch, however few views are stored
             view, frozen_view = epoch, 0
         first, parts = self.step, [own_part(batch) for batch in order[self.step :]]
-        batches = self.dataset.load(parts, view, self.device, self.loader_workers, frozen_view)
+        batches = self.dataset.share(order[self.step :]).load(
+            parts, view, self.device, self.loader_workers, frozen_view
+        )
         for batch in batches:
             for name, value in self._step(batch, len(order[self.step]), epoch, self.step).items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
