@@ -30,9 +30,9 @@ from torch import Tensor
 
 from cafe.data.manifest import SCHEMA, Manifest
 from cafe.pipeline.features import extract as extraction
-from cafe.pipeline.features.extract import pack_shards
 from cafe.pipeline.features.store import FeatureStore, verify
-from cafe.pipeline.features.worker import ShardEmbedder
+from cafe.pipeline.features.stream import pack_shards
+from cafe.pipeline.features.worker import ShardEmbedder, TowerWorker
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.facts import TowerFacts
@@ -72,16 +72,13 @@ class NullTower:
         return [{"pooled": values[:, None].expand(-1, WIDTH)} for _ in layers]
 
 
-class NullEmbedder:
+class NullWorker(TowerWorker):
     """A worker of an extraction with the null tower."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.worker = ShardEmbedder(*arguments)
-        vars(self.worker)["embedder"] = NullTower()
-
-    def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
-        """Compute one shard."""
-        return self.worker(batch)
+    def _make(self, number: int, shared: ShardEmbedder | None) -> ShardEmbedder:
+        embedder = super()._make(number, shared)
+        vars(embedder)["embedder"] = NullTower()
+        return embedder
 
 
 def peak() -> int:
@@ -117,9 +114,10 @@ def fill_store(workspace: Workspace, rows: int) -> FeatureStore:
 def write(store: FeatureStore, manifest: Manifest) -> None:
     """Compute all shards as the driver and a worker do, without Ray between them."""
     without = replace(manifest, table=manifest.table.slice(0, 0))
-    embedder = NullEmbedder({str(store.path): store.info}, without, SETTINGS, 1, "cpu")
+    worker = NullWorker([({str(store.path): store.info}, without, [])], SETTINGS, 1, "cpu")
     for shard in store.pending():
-        done = embedder({name: [value] for name, value in pack_shards(manifest, store.info, [shard]).items()})
+        packed = {"pass": 0, **pack_shards(manifest, store.info, [shard])}
+        done = worker({name: [value] for name, value in packed.items()})
         assert done["fault"] == [""]
     store.finish()
 
@@ -151,7 +149,7 @@ def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
         measured["planning MB"] = peak()
         if not planning_only:
             if workers:
-                extraction.ShardEmbedder = NullEmbedder  # type: ignore[assignment, misc]
+                extraction.TowerWorker = NullWorker  # type: ignore[misc]
                 timed("extract", lambda: extract(workspace, manifest, settings), time.monotonic)
             else:
                 timed("write", lambda: write(store, manifest))

@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 import torch
-from cafe.pipeline.features.shards import ShardEmbedder
 from torch import Tensor
 from torch.nn import functional
 from upath import UPath
@@ -32,9 +31,11 @@ from cafe.learning.loading import FaceDataset, epoch_order
 from cafe.learning.training import Training
 from cafe.methods.cafe import Cafe, Recipe
 from cafe.methods.method import Inputs
-from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
+from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.features.key import StoreInfo
 from cafe.pipeline.features.store import FeatureReader, FeatureStore
+from cafe.pipeline.features.stream import pack_shards
+from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.process import machine
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace

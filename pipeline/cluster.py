@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -210,6 +210,33 @@ def _check_node(address: str) -> None:
 
 class WorkerDiedError(Exception):
     """A process of Ray's that ended in the middle of its work: it crashed, was killed, or its node is gone."""
+
+
+def persist(attempt: Callable[[], None], reached: Callable[[], str], retries: int, name: str) -> None:
+    """Attempt again what died in the middle, as often as it takes while it advances.
+
+    `attempt` raises `WorkerDiedError` of what Ray said; `reached` says how far the work was kept. Raises `IncompleteError`
+    after more than so many deaths at one place, and without any retry what Ray said; a user's mistake is never repeated.
+    """
+    died, place = 0, reached()
+    while True:
+        try:
+            attempt()
+            return
+        except WorkerDiedError as error:
+            said, log = user_error(error.__cause__), logging.getLogger(__name__)
+            if not retries or (said and not isinstance(said, IncompleteError)):
+                raise said or error.__cause__ or error from None
+            before, place = place, reached()
+            died = died + 1 if place == before else 1
+            if died > retries:
+                if not said:
+                    log.error("A bug may have stopped %s.", name, exc_info=error)
+                raise IncompleteError(
+                    f"The workers of {name} died {died} times at {place} ({error}): give the same command again, and "
+                    "where memory is short fewer workers, or --checkpoint-minutes that lie closer together."
+                ) from None
+            log.warning("A worker of %s died (%s): going on from %s.", name, error, place)
 
 
 def quieten(library: str) -> None:

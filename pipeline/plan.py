@@ -349,7 +349,7 @@ def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
             f"{settings.method} compares {sources} sources, and a batch of {recipe.batch_size} faces has not two of each: "
             f"set batch_size={smallest_batch(sources)} or more."
         )
-    if settings.num_workers > min(SMALLEST_BATCH, recipe.batch_size):
+    if settings.num_workers > recipe.batch_size:
         raise UserError(f"{settings.num_workers} workers are too many for batches of {recipe.batch_size}: use fewer.")
 
 
@@ -400,6 +400,10 @@ def _check_faces(part: Part, settings: TrainSettings, recipe: Recipe) -> None:
     train, held_out = Faces.of(part).split_rows(settings.selection, recipe.calibration)
     if len(train) < SMALLEST_BATCH:
         raise UserError(f"{part.name!r} has {len(train)} training faces: at least {SMALLEST_BATCH} are needed.")
+    if len(train) < settings.num_workers:
+        raise UserError(
+            f"{settings.num_workers} workers are too many for {len(train)} faces of {part.name!r}: use fewer."
+        )
     if settings.selection in NEEDED and not len(held_out):
         raise UserError(
             f"{part.name!r} has no faces for --selection {settings.selection}: choose the epoch by source_val, or take "

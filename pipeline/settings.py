@@ -273,6 +273,9 @@ class Execution(ClusterSettings):
         "Processes per worker that make views ahead; default: none, or up to 8 for a GPU and a policy that turns faces.",
     )
     checkpoint_every: Count = setting(1, "Epochs between checkpoints.")
+    checkpoint_minutes: Number = setting(
+        10, "Minutes after which a checkpoint is due in the middle of an epoch, too; 0: after every step."
+    )
     mlflow_uri: str | None = setting(
         None, "MLflow tracking server; default: the workspace's own database.", in_file=False, group="Tracking"
     )

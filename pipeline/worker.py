@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from upath import UPath
 
 from cafe.addresses import Permission, permission
 from cafe.arithmetic import set_arithmetic
+from cafe.errors import quote
 from cafe.files import exists, list_folder, remove_file, remove_tree, write_json
 from cafe.learning.calibration import calibrate
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
@@ -45,7 +46,7 @@ from cafe.towers.weights import write_tensors
 MOST_LOADERS = 8  # processes that make views for a GPU which cannot
 PROGRESS_SECONDS = 2.0  # between two notes of how far an epoch is
 PREPARE_SECONDS = 24 * 3600  # that other workers wait for the first one, while it lives and prepares a method
-RESTARTS = 3  # of what a cluster's nodes, which come and go, were at work on
+RESTARTS = 3  # of what a cluster's nodes, which come and go, were at work on, without a new checkpoint
 
 CheckLease = Callable[[], None]
 
@@ -113,16 +114,17 @@ class Worker:
             method, module, optimizer, dataset, rows, spec.seed, self.device, spec.precision, loaders, domains
         )
         done = _restore(checkpoint, training, selection) if checkpoint else 0
+        keeper = _Keeper(run, training, selection, 60 * settings.checkpoint_minutes)
         if prepared:  # it may have taken hours
-            _save_checkpoint(run, 0, training, selection)
+            keeper.save(0)
         last, metrics = epochs or spec.recipe["epochs"], dict[str, float]()
         for epoch in range(done + 1, last + 1):
-            metrics = training.run_epoch(epoch, _Notes(run, epoch, check))
+            metrics = training.run_epoch(epoch, _Notes(keeper, epoch, check))
             if rank() == 0:
                 metrics |= selection.evaluate(training, epoch)
                 write_sealed(run / "epochs" / f"{epoch:04d}.json", metrics)
-                if epoch % settings.checkpoint_every == 0 and epoch < last:
-                    _save_checkpoint(run, epoch, training, selection)
+                if epoch < last and (epoch % settings.checkpoint_every == 0 or keeper.due):
+                    keeper.save(epoch)
         if rank() == 0:
             metrics |= selection.conclude(training)
             if method.recipe.calibration == "temperature":
@@ -176,37 +178,64 @@ class LocalWorker:
 
 
 class RayWorker:
-    """A worker in a process of Ray's, with its share of the machine where `parallel` of them work at a time."""
+    """A worker in a process of Ray's, with its share of the machine where `parallel` of them work at a time.
+
+    On a cluster, whose nodes come and go, another process takes over where one died, as long as the work advances.
+    """
 
     def __init__(self, settings: ClusterSettings, use_gpu: bool | None, parallel: int = 1) -> None:
-        import ray
-
         minutes = settings.scale_minutes
         gpus = cluster.count("GPU") if cluster.wants_gpu(use_gpu, minutes=minutes) else 0
         cluster.check_cores(1, minutes)
-        shares = {"num_cpus": cluster.share(parallel, cluster.count("CPU")), "num_gpus": cluster.share(parallel, gpus)}
-        retries = RESTARTS if settings.address else 0
-        self.actor = (
-            ray.remote(Worker)
-            .options(**shares, max_restarts=retries, max_task_retries=retries)
-            .remote(plugins=list_plugins(), allowed=permission())
-        )
+        self.shares = {
+            "num_cpus": cluster.share(parallel, cluster.count("CPU")),
+            "num_gpus": cluster.share(parallel, gpus),
+        }
+        self.retries = RESTARTS if settings.address else 0
+        self.pool, self.ended, self.turn = ThreadPoolExecutor(1), Event(), Lock()
+        self.actor = self._start()
 
     def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
         """Train a run to its end, or up to so many epochs."""
-        future: Future[None] = self.actor.train.remote(plan, epochs, versions()).future()
-        return future
+        return self.pool.submit(self._persist, plan.run, "train", plan, epochs, versions())
 
     def evaluate(self, run: UPath, target: Faces) -> Future[None]:
         """Predict the faces of one target by a run that is trained."""
-        future: Future[None] = self.actor.evaluate.remote(run, target).future()
-        return future
+        return self.pool.submit(self._persist, run, "evaluate", run, target)
 
     def end(self) -> None:
         """End its process, whose core Ray would keep as long as anything refers to it, such as an error's traceback."""
         import ray
 
-        ray.kill(self.actor)
+        with self.turn:
+            self.ended.set()
+            ray.kill(self.actor)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start(self) -> Any:
+        import ray
+
+        return ray.remote(Worker).options(**self.shares).remote(plugins=list_plugins(), allowed=permission())
+
+    def _persist(self, run: UPath, task: str, *arguments: Any) -> None:
+        cluster.persist(lambda: self._ask(task, *arguments), lambda: find_place(run), self.retries, run.name)
+
+    def _ask(self, task: str, *arguments: Any) -> None:
+        """Let the process do something, and start another where it dies."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            ray.get(getattr(self.actor, task).remote(*arguments))
+        except RayTaskError:  # what it came to, not its death
+            raise
+        except RayError as error:
+            with self.turn:
+                if self.ended.is_set():
+                    raise
+                ray.kill(self.actor)  # one that only cannot be reached must not go on beside the next
+                self.actor = self._start()
+            raise cluster.WorkerDiedError(quote(error)) from error
 
 
 class RayTeam:
@@ -214,11 +243,11 @@ class RayTeam:
 
     def __init__(self, settings: ClusterSettings, use_gpu: bool | None, workers: int) -> None:
         self.settings, self.use_gpu, self.workers = settings, use_gpu, workers
-        self.pool = ThreadPoolExecutor(1)
+        self.pool, self.ended = ThreadPoolExecutor(1), Event()
 
     def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
         """Train a run to its end, or up to so many epochs."""
-        future = self.pool.submit(self._fit, plan, epochs)
+        future = self.pool.submit(self._persist, plan, epochs)
         self.pool.shutdown(wait=False)  # when interrupted, leaving Ray ends the training
         self.pool = ThreadPoolExecutor(1)
         return future
@@ -235,15 +264,23 @@ class RayTeam:
 
     def end(self) -> None:
         """Let no other training begin: each ends its own workers, and one that is interrupted with the connection."""
+        self.ended.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _fit(self, plan: TrainPlan, epochs: int | None) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
+    def _persist(self, plan: TrainPlan, epochs: int | None) -> None:
+        """Train, and on a cluster go on with other workers where some died, as long as the training advances."""
         gpu = cluster.wants_gpu(self.use_gpu, self.workers, self.settings.scale_minutes)
         cluster.check_cores(self.workers, self.settings.scale_minutes)
-        TorchTrainer(
+        retries = RESTARTS if self.settings.address else 0
+        cluster.persist(lambda: self._fit(plan, epochs, gpu), lambda: find_place(plan.run), retries, plan.run.name)
+
+    def _fit(self, plan: TrainPlan, epochs: int | None, gpu: bool) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        if self.ended.is_set():
+            raise InterruptedError("The command that this training belongs to has ended.")
+        trainer = TorchTrainer(
             train_together,
             train_loop_config={
                 "plan": plan,
@@ -257,9 +294,15 @@ class RayTeam:
             run_config=RunConfig(
                 name="train",
                 storage_path=str(plan.run),
-                failure_config=FailureConfig(max_failures=RESTARTS if self.settings.address else 0),
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # they are counted above
             ),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            first = next(iter(getattr(error, "worker_failures", {}).values()), error)
+            sentence, _, _ = quote(getattr(first, "_base_exc", first)).partition(". ")
+            raise cluster.WorkerDiedError(sentence) from error
 
 
 @contextmanager
@@ -332,17 +375,41 @@ def find_checkpoint(run: UPath) -> UPath | None:
     return next((folder for folder in reversed(folders) if exists(folder / "state.json")), None)
 
 
+def find_place(run: UPath) -> str:
+    """Say what a training would go on from now."""
+    checkpoint = find_checkpoint(run)
+    return f"checkpoint {checkpoint.name}" if checkpoint else "its beginning"
+
+
 def _restore(checkpoint: UPath, training: Training, selection: Selection) -> int:
     """Bring a training to a checkpoint and return the epochs that are behind it."""
     record, weights = load_checkpoint(checkpoint, training.method, training.optimizer)
+    training.restore(record)
     selection.restore(record, weights)
     return int(record["epoch"])
 
 
-def _save_checkpoint(run: UPath, epoch: int, training: Training, selection: Selection) -> None:
-    folder = run / "checkpoints" / f"{epoch:04d}"
-    save_checkpoint(folder, training.method, training.optimizer, selection.record(epoch), selection.weights)
-    _remove_checkpoints(run, keep=folder)
+class _Keeper:
+    """Writes the checkpoints of a training, the last one alone, and says when one is due by the clock."""
+
+    def __init__(self, run: UPath, training: Training, selection: Selection, seconds: int) -> None:
+        self.run, self.training, self.selection, self.seconds = run, training, selection, seconds
+        self.since = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last one is old."""
+        return time.monotonic() - self.since >= self.seconds
+
+    def save(self, done: int) -> None:
+        """Write what a training goes on from that has so many epochs behind it and `step` steps of the next."""
+        training, selection = self.training, self.selection
+        name = f"{done:04d}" + (f"-{training.step:08d}" if training.step else "")  # sorted as they come
+        record = selection.record(done) | training.record()
+        folder = self.run / "checkpoints" / name
+        save_checkpoint(folder, training.method, training.optimizer, record, selection.weights)
+        _remove_checkpoints(self.run, keep=folder)
+        self.since = time.monotonic()
 
 
 def _remove_checkpoints(run: UPath, keep: UPath | None = None) -> None:
@@ -360,14 +427,20 @@ def _save_result(run: UPath, weights: dict[str, Tensor], result: dict[str, Any])
 
 
 class _Notes:
-    """Writes now and then how many faces were trained, for the progress bar of the driver."""
+    """What is due after a step: a note, now and then, of how far it is for the driver's progress bar, and a checkpoint."""
 
-    def __init__(self, run: UPath, epoch: int, check: CheckLease) -> None:
-        self.path, self.epoch, self.check, self.last = run / "progress.json", epoch, check, 0.0
+    def __init__(self, keeper: _Keeper, epoch: int, check: CheckLease) -> None:
+        self.keeper, self.epoch, self.check, self.last = keeper, epoch, check, 0.0
 
     def __call__(self, done: int, total: int) -> None:
         self.check()
+        if rank() != 0:
+            return
         now = time.monotonic()
-        if rank() == 0 and (done == total or now - self.last > PROGRESS_SECONDS):
+        if done == total or now - self.last > PROGRESS_SECONDS:
             self.last = now
-            write_json(self.path, {"done": (self.epoch - 1) * total + done, "per_epoch": total})
+            note = {"done": (self.epoch - 1) * total + done, "per_epoch": total}
+            write_json(self.keeper.run / "progress.json", note)
+        # Before the last step it would begin with a batch that may be too small for all workers.
+        if done < total - 1 and self.keeper.due:
+            self.keeper.save(self.epoch - 1)

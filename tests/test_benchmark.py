@@ -111,7 +111,7 @@ def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
         ({"protocol": "papr"}, "Unknown protocol of small 'papr': choose clean, paper."),
         ({"features": {"policy": "scn"}}, "Unknown key of [features] in small 'policy': choose "),
         ({"features": {"precision": "fp8"}}, "Unknown precision of [features] in small 'fp8': choose bf16, fp16, fp32, tf"),
-        ({"train": {"seed": 1}}, "Unknown key of [train] in small 'seed': choose checkpoint_every, "),
+        ({"train": {"seed": 1}}, "Unknown key of [train] in small 'seed': choose checkpoint_every, checkpoint_minutes, "),
         ({"train": {"epochs": 0}}, "epochs of [train] in small is at least 1, not 0."),
         ({"train": {"epochs": True}}, "epochs of [train] in small must be a whole number, not True."),
         ({"train": {"set": {"mask": ["none"]}}}, "mask of set of small must be a number or a name, not ['none']."),
@@ -134,7 +134,7 @@ def test_a_file_sets_what_neither_the_grid_nor_the_command_decides() -> None:
     free = {
         "train": {
             "network", "init", "sampler", "selection", "tag", "epochs", "image_size", "precision", "scale_batch",
-            "num_workers", "use_gpu", "loader_workers", "checkpoint_every",
+            "num_workers", "use_gpu", "loader_workers", "checkpoint_every", "checkpoint_minutes",
         },
         "features": {
             "view_seed", "interpolation", "precision", "dtype", "normalisation", "input_size", "use_gpu", "num_gpus",

@@ -16,7 +16,7 @@ import ray
 import ray._private.node
 import torch
 
-from cafe.errors import IncompleteError
+from cafe.errors import IncompleteError, UserError
 from cafe.pipeline import cluster
 from cafe.pipeline.benchmark.cells import count_slots
 from cafe.pipeline.cluster import connect, share
@@ -173,6 +173,51 @@ def test_a_worker_of_a_shared_training_that_was_killed_or_stopped_is_a_sentence(
     silent = cluster.user_error(WorkerGroupError("rank 0", {0: WorkerHealthCheckTimeoutError("hanging")}))
     assert isinstance(silent, IncompleteError)
     assert str(silent).startswith("A worker gave no sign of life for 20 seconds: it was stopped, or its machine hangs")
+
+
+@pytest.mark.parametrize(
+    ("places", "deaths", "attempts", "said"),
+    [
+        ("aaaa", 4, 4, "The workers of run-1 died 4 times at a (killed): give the same command again"),
+        ("abbcccddd", 7, 8, ""),  # seven deaths, never four at one place
+        ("abbbbc", 9, 4, "The workers of run-1 died 4 times at b ("),
+    ],
+)
+def test_deaths_are_counted_by_place_and_a_work_that_advances_goes_on(
+    places: str, deaths: int, attempts: int, said: str
+) -> None:
+    from ray.exceptions import ActorDiedError
+
+    made, reached = list[int](), iter(places)
+
+    def attempt() -> None:
+        made.append(1)
+        if len(made) <= deaths:
+            raise cluster.WorkerDiedError("killed") from ActorDiedError()
+
+    if said:
+        with pytest.raises(IncompleteError, match="^" + re.escape(said)):
+            cluster.persist(attempt, lambda: next(reached, places[-1]), 3, "run-1")
+    else:
+        cluster.persist(attempt, lambda: next(reached), 3, "run-1")
+    assert len(made) == attempts
+
+
+def test_a_users_mistake_is_never_tried_again_and_alone_nothing_is() -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+
+    mistake, death = WorkerGroupError("rank 0", {0: UserError("The loss is NaN")}), ActorDiedError()
+    for cause, retries, expected in ((mistake, 3, UserError), (death, 0, IncompleteError)):
+        made = list[int]()
+
+        def attempt(cause: Exception = cause, made: list[int] = made) -> None:
+            made.append(1)
+            raise cluster.WorkerDiedError("died") from cause
+
+        with pytest.raises(expected):
+            cluster.persist(attempt, str, retries, "run-1")
+        assert len(made) == 1
 
 
 @pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, None)])

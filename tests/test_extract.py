@@ -144,7 +144,7 @@ def kill_tower() -> str:
     known, deadline = set(ray._private.state.actors()), time.monotonic() + 60
     while time.monotonic() < deadline:
         for name, actor in ray._private.state.actors().items():
-            if name not in known and "ShardEmbedder" in actor["ActorClassName"] and actor["State"] == "ALIVE":
+            if name not in known and "TowerWorker" in actor["ActorClassName"] and actor["State"] == "ALIVE":
                 gc.collect()
                 os.kill(actor["Pid"], signal.SIGKILL)
                 return str(name)
@@ -240,7 +240,11 @@ def test_a_fault_of_the_storage_leaves_its_shard_undone_and_no_other(indexed: Ca
 def test_decoding_ahead_changes_nothing(indexed: Cafe) -> None:
     indexed.succeed("data", "index", "folder", str(indexed.workspace.parent / "faces"), "--name", "twin")
     command = ("extract", "tiny", "twin", *FACES, "--views", "2", "--batch-size", "16")
+    indexed.join()
+    before = ray._private.state.actors().keys()
     indexed.succeed(*command, "--decoders", "3", ray=True)
+    begun = [actor for name, actor in ray._private.state.actors().items() if name not in before]
+    assert sum("TowerWorker" in actor["ActorClassName"] for actor in begun) <= 2  # for both sets
     ahead, twin = (contents(open_store(indexed, name).path) for name in ("tiny", "twin"))
     pooled = {name for name in ahead if "/pooled/" in name}
     assert {name: ahead[name] for name in pooled} == {name: twin[name] for name in pooled}

@@ -23,8 +23,9 @@ from cafe.errors import StorageError, UserError
 from cafe.files import list_sizes, locate, read_json
 from cafe.learning.loading import FaceDataset
 from cafe.pipeline.features.extract import Extraction as Extracted
-from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
+from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.stream import pack_shards
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.plan import plan_training
 from cafe.pipeline.process.versions import versions

@@ -11,6 +11,7 @@ import torch
 from conftest import complaint
 from domains import make_workspace, planned, train
 from torch import Tensor
+from trained import on_one_thread
 
 from cafe.learning.training import predict
 from cafe.learning.valley import find_valley
@@ -20,7 +21,7 @@ from cafe.methods.generalisation.erm import Erm
 from cafe.methods.method import Batch, Inputs, apply_overrides
 from cafe.pipeline.models import load_method, make_dataset
 from cafe.pipeline.plan import TrainPlan
-from cafe.pipeline.worker import find_checkpoint
+from cafe.pipeline.worker import Worker, find_checkpoint
 from cafe.pipeline.workspace import Workspace
 from cafe.results.runs import list_epochs, read_epoch, read_result, read_runs, read_validation_accuracy
 
@@ -296,6 +297,32 @@ def test_every_algorithm_learns_from_a_union_and_goes_on_where_it_was(
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
     losses = [read_epoch(path) for path in list_epochs(plan.run).values()]
     assert losses[-1]["train/accuracy"] > losses[0]["train/accuracy"]
+
+
+def test_a_training_that_ends_in_the_middle_of_an_epoch_goes_on_after_its_last_step(workspace: Workspace) -> None:
+    steps = list[int]()
+
+    def end() -> None:
+        steps.extend(list_epochs(ended.run))  # of the second epoch
+        if len(steps) == 2:
+            raise InterruptedError
+
+    chosen = {"method": "irm", "sampler": "balanced", "overrides": ("anneal_steps=3", *FAST), "epochs": 2}
+    whole = planned(workspace, tag="whole", **chosen)
+    ended = planned(workspace, tag="ended", checkpoint_minutes=0, **chosen)
+    ended.spec.save(ended.run)
+    with pytest.raises(InterruptedError):
+        Worker().train(on_one_thread(ended), check=end)
+    checkpoint = find_checkpoint(ended.run)
+    assert checkpoint
+    assert checkpoint.name == "0001-00000001"
+    for plan in (whole, ended):
+        train(plan)
+    assert (ended.run / "model.safetensors").read_bytes() == (whole.run / "model.safetensors").read_bytes()
+    for epoch, path in list_epochs(whole.run).items():
+        one, other = ({**read_epoch(record), "faces_per_second": 0} for record in (path, list_epochs(ended.run)[epoch]))
+        assert one == other
+    assert find_checkpoint(ended.run) is None
 
 
 # --- SWAD ----------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -255,6 +256,35 @@ def test_only_a_folder_that_lists_other_files_shows_that_one_is_gone(tmp_path: P
     (tmp_path / "full" / "there.jpg").touch()
     places = ("empty/a.jpg", "nowhere/a.jpg", "full/a.jpg", "full/there.jpg")
     assert [is_gone(UPath(tmp_path / place)) for place in places] == [False, False, True, False]
+
+
+class Counting(MemoryFileSystem):
+    """A storage that counts how often a folder is listed."""
+
+    protocol, listed = "counting", 0
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("counting:").strip("/")
+
+    def ls(self, path: str, detail: bool = True, **options: object) -> list[Any]:
+        Counting.listed += 1
+        return list(super().ls(path, detail, **options))
+
+
+@pytest.mark.filterwarnings("ignore:UPath 'counting' filesystem")
+def test_a_folder_is_listed_once_for_all_of_its_pictures_that_are_gone() -> None:
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    folder = UPath("counting:///faces")
+    (folder / "there.jpg").write_bytes(b"a picture")
+    before = Counting.listed
+    assert all(is_gone(folder / f"{number}.jpg") for number in range(50))
+    assert Counting.listed - before <= 2  # a minute may begin in between
+    (folder / "there.jpg").unlink()  # the whole folder is away now, which no earlier listing hides
+    assert not is_gone(folder / "there.jpg")
+    assert not is_gone(folder / "0.jpg")
 
 
 @settings(max_examples=150, deadline=None)

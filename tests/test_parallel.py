@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cafe.learning.loading import own_part
-from cafe.networks.parallel import gather, rank, share_batch_norm, world_size
+from cafe.networks.parallel import fill_in, gather, rank, share_batch_norm, world_size
 
 TOTALS = (7, 1)  # odd: the workers' parts differ in size, and one of them is empty
+
+VALUES = np.array([-0.0, 1.5, -2.0, np.inf, 6e-8, 0.0, -1.0], np.float16)
 
 
 def build() -> nn.Sequential:
@@ -41,6 +44,8 @@ def step(store: str, number: int, workers: int, results: str, total: int) -> Non
     mine = own_part(torch.arange(total).numpy())
     logits = gather(wrapped(images[mine]), total)
     (ranked_loss(logits) * world_size()).backward()
+    own = np.where(np.arange(total) % workers == number, VALUES[:total], 0).astype(np.float16)
+    np.testing.assert_array_equal(fill_in(own).view(np.uint16), VALUES[:total].view(np.uint16))
     if rank() == 0:
         gradients = {f"gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
         torch.save({**gradients, **dict(module.named_buffers())}, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cafe.pipeline.features.extract import Extraction, extract
 from cafe.pipeline.features.reuse import UNKNOWN, group_shards
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.towers import building
 from cafe.towers.embedding import Embedder
 
 
@@ -104,6 +106,24 @@ def test_other_settings_take_nothing_over(faces: Faces, passes: list[int]) -> No
     faces.extract(manifest)
     faces.settings = replace(faces.settings, view_seed=1)
     assert faces.extract(replace(manifest, name="other")).taken == 0
+
+
+def test_a_tower_is_loaded_once_for_all_sets_of_a_command(faces: Faces, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, loaded, load = faces.index(), list[str](), building.load_backbone
+    expected = content(faces.extract(manifest))  # and the facts of the tower are known from now on
+
+    def count(name: str, *arguments: object) -> building.FrozenBackbone:
+        loaded.append(name)
+        return load(name, *arguments)
+
+    monkeypatch.setattr(building, "load_backbone", count)
+    shutil.rmtree(faces.folder / "work" / "features")
+    sets = [manifest, *(replace(manifest, name=name, table=manifest.table.slice(20)) for name in ("tiny2", "tiny3"))]
+    results = extract(Workspace.at(str(faces.folder / "work")), sets, faces.settings, lambda *_: None)
+    assert [result.computed for result in results] == [4, 3, 3]
+    assert len(loaded) == 1
+    assert content(results[0]) == expected
+    assert content(results[1]) == content(faces.extract(sets[1], "fresh"))
 
 
 def test_shards_with_few_new_rows_share_passes() -> None:

@@ -18,7 +18,7 @@ from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
-from cafe.pipeline.features.store import FeatureReader, FeatureStore, allocate
+from cafe.pipeline.features.store import FeatureReader, FeatureStore, allocate, view_digests
 from cafe.pipeline.need import Need
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
@@ -164,8 +164,25 @@ def test_reading_gives_the_rows_of_the_wanted_view(tmp_path: Path, share: float)
     for view in (2, 0, 2):
         for name, values in reader.read(rows, view).items():
             np.testing.assert_array_equal(values, store.array(name)[:][rows, view])
-    assert sorted(reader.kept) == ([0, 2] if share else [2])  # without room only the last view is kept
-    assert isinstance(reader.kept[2][0]["map"][0], np.memmap) == (share == 0)
+    assert sorted(reader.kept) == ([(0, 1), (2, 1)] if share else [(2, 1)])  # without room only the last view is kept
+    assert isinstance(reader.kept[2, 1][0]["map"][0], np.memmap) == (share == 0)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 16])
+def test_workers_hold_a_view_together_each_its_part_of_the_shards(tmp_path: Path, workers: int) -> None:
+    first, second = filled(tmp_path / "first"), filled(tmp_path / "second")
+    first.array("pooled")[2, 1, 0] = -0.0  # a zero whose sign a sum of numbers would lose
+    first.receipts.write(0, {}, {name: view_digests(first.array(name)[:4]) for name in ("pooled", "map")}, {})
+    layers = [[first, second], [second, first]]  # two manifests of two layers
+    whole, rows = FeatureReader(layers, ("pooled", "map")), np.array([19, 2, 0, 11, 2, 7])
+    readers = [FeatureReader(layers, ("pooled", "map")) for _ in range(workers)]
+    held = [reader.read_held(rows, 1, number, workers) for number, reader in enumerate(readers)]
+    for name, expected in whole.read(rows, 1).items():
+        total = np.sum([part[name].view(np.uint8) for part in held], axis=0, dtype=np.uint8)
+        np.testing.assert_array_equal(total, expected.view(np.uint8))
+    rows_held = [sum(len(values) for values in reader.kept[1, workers][0]["pooled"]) for reader in readers]
+    assert sum(rows_held) == 2 * ROWS
+    assert max(rows_held) <= 2 * 4 * -(-3 // workers)
 
 
 def test_a_disk_without_room_for_a_view_is_said_before_it_is_written_to(tmp_path: Path) -> None:

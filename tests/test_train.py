@@ -261,6 +261,10 @@ def test_a_target_is_never_read_before_the_training_is_over(joined: Cafe) -> Non
         (("--source", "one", "--store", "other"), "No features of 'one' fit --store other (there are: 3 views × 24"),
         (("--source", "one", "--targets", "two,four"), "Unknown manifest 'four'"),
         (("--source", "one", "--num-workers", "64"), "64 workers are too many for batches of 32"),
+        (
+            ("--source", "one", "--num-workers", "64", "--set", "batch_size=64"),
+            "64 workers are too many for 39 faces of 'one'",
+        ),
     ],
 )
 def test_a_wrong_call_is_one_sentence_before_ray_starts(ready: Cafe, arguments: tuple[str, ...], message: str) -> None:
@@ -277,7 +281,11 @@ def test_a_target_of_another_tower_says_which_field_differs(ready: Cafe, tiny_to
 
 def test_fewer_views_are_taken_from_a_larger_store(ready: Cafe) -> None:
     workspace = Workspace.at(str(ready.workspace))
-    specs = [plan_training(workspace, TrainSettings(source="one", views=views)).spec for views in (2, 3, None)]
+    many = 32  # workers, one for each face of a batch
+    specs = [
+        plan_training(workspace, TrainSettings(source="one", views=views, num_workers=many)).spec
+        for views in (2, 3, None)
+    ]
     assert [spec.views for spec in specs] == [2, 3, 3]
     assert specs[0].features == specs[1].features == specs[2].features
     assert [view_plan(specs[0]).view_of(epoch) for epoch in (1, 2, 3)] == [1, 1, 1]

@@ -167,13 +167,24 @@ def test_a_resumed_training_is_the_uninterrupted_one(
     for training in (whole, first):
         prepare(training.method, training.dataset, training.rows, 0, CPU)
         training.run_epoch(1)
-    whole.run_epoch(2)
-    save_checkpoint(UPath(tmp_path), first.method, first.optimizer, {"epoch": 1})
+    expected = whole.run_epoch(2)
+
+    def stop(done: int, total: int) -> None:
+        if done == 2 < total:
+            save_checkpoint(UPath(tmp_path), first.method, first.optimizer, first.record())
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):  # in the middle of an epoch
+        first.run_epoch(2, stop)
     resumed = new_training(name, manifest, features, **recipe)
-    assert load_checkpoint(UPath(tmp_path), resumed.method, resumed.optimizer)[0] == {"epoch": 1}
+    record, _ = load_checkpoint(UPath(tmp_path), resumed.method, resumed.optimizer)
+    resumed.restore(record)
+    assert resumed.step == 2
     if name == "scn":
         assert len(resumed.method.state_dict()["labels._extra_state"]) > 0
-    resumed.run_epoch(2)
+    metrics = resumed.run_epoch(2)
+    for key in expected.keys() - {"faces_per_second"}:
+        assert metrics[key] == expected[key], key
     found = weights(resumed)
     for key, value in weights(whole).items():
         assert torch.equal(value, found[key]), key

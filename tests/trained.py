@@ -19,8 +19,9 @@ from cafe.learning.training import fit, predict
 from cafe.methods import METHODS
 from cafe.methods.generalisation.erm import Erm
 from cafe.pipeline.evaluate import evaluate_target
-from cafe.pipeline.features.extract import describe_store, look_up_tower, pack_shards
+from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.features.store import FeatureStore
+from cafe.pipeline.features.stream import pack_shards
 from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, load_method, make_dataset
 from cafe.pipeline.plan import TrainPlan, plan_training

@@ -9,11 +9,12 @@ import errno
 import io
 import struct
 import subprocess
+import time
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 from pathlib import PurePosixPath
 
@@ -47,6 +48,8 @@ DAMAGED = (  # whatever Pillow's decoders raise of a file that is not what it cl
 MISSING = "file not found"
 MOST_FETCHED = 2**29  # bytes of a picture of a web address: an uncompressed one of 100 megapixels has 300 million
 NAMED = 10  # endings before all others
+LISTED_SECONDS = 60  # for which a listing of a folder says which of its pictures are gone
+FOLDERS = 16  # whose listings are kept, 8 bytes a name
 ORIENTATION = 0x0112  # EXIF tag; 5–8 swap width and height
 KIND_OF_PAGE, PREVIEW = 254, 1  # TIFF tag; the bit of a page that is a smaller version of another
 
@@ -103,12 +106,24 @@ def read_bytes(path: UPath, span: Span | None = None) -> bytes:
 def is_gone(path: UPath) -> bool:
     """Whether a listing of its folder shows a file to be gone; a folder that is not there, or empty, shows nothing.
 
-    A server's answer that there is no such file is as good.
+    A server's answer that there is no such file is as good. A folder is listed once a minute, however many of its files are
+    gone; one that the listing does not show to be gone is looked for in a new one.
     """
     if path.protocol in WEB:
         return True
-    names = [other.name for other in list_folder(path.parent)]
-    return bool(names) and path.name not in names
+    for list_again in (False, True):
+        if list_again:
+            _list_names.cache_clear()
+        names = _list_names(path.parent, int(time.monotonic() // LISTED_SECONDS))
+        if len(names) and hash(path.name) not in names:
+            return True
+    return False
+
+
+@lru_cache(FOLDERS)
+def _list_names(folder: UPath, minute: int) -> np.ndarray:
+    """Return the hashes (n,) of the names in a folder, as it was at some moment of a minute."""
+    return np.array([hash(path.name) for path in list_folder(folder)], np.int64)
 
 
 def read_size(data: bytes) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import repeat
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from cafe.data.images import MAX_PIXELS
 from cafe.data.manifest import Pictures
 from cafe.errors import IncompleteError, StorageError, UserError
 from cafe.methods.method import ARRAYS, Batch, Recipe
-from cafe.networks.parallel import part_sizes, rank
+from cafe.networks.parallel import part_sizes, rank, world_size
 from cafe.randomness import random_generator
 from cafe.views.device import make_views, shorten_switch_interval
 from cafe.views.drawing import ViewPlan
@@ -42,6 +42,14 @@ class FeatureSource(Protocol):
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return pooled (n, C) and, where there are maps, map (n, C, H, W) of one view of some rows."""
+
+
+@runtime_checkable
+class SharedSource(FeatureSource, Protocol):
+    """Features that several workers can hold together, each a part."""
+
+    def share(self, batches: Sequence[np.ndarray]) -> FeatureSource:
+        """Return what gives each worker its part of one batch after another, which all of them read together."""
 
 
 class KeptPictures:
@@ -113,6 +121,16 @@ class FaceDataset:
     targets: np.ndarray | None = None  # (N, K) float32, what to learn of each row where that is not its label alone
     silent_seconds: float = 300.0  # after which processes that made no batch count as stopped
     domains: np.ndarray | None = None  # (N,) the source of each row, for a method that needs it
+    shared: bool = False  # whether several workers read each batch of features together
+
+    def share(self, batches: Sequence[np.ndarray]) -> FaceDataset:
+        """Return the faces whose features all workers hold together, where there are several and a store has them.
+
+        `batches` are the whole ones whose parts are loaded, in this order, by all workers at the same time.
+        """
+        if world_size() == 1 or not isinstance(self.features, SharedSource):
+            return self
+        return replace(self, features=self.features.share(batches), shared=True)
 
     def load(
         self,
@@ -142,7 +160,7 @@ class FaceDataset:
             if self.domains is not None and "domain" in self.needs:
                 batch["domain"] = torch.from_numpy(self.domains[rows])
             if self.features is not None:
-                if len(rows):
+                if len(rows) or self.shared:
                     arrays = self.features.read(rows, view if frozen_view is None else frozen_view)
                 batch |= {
                     need: torch.from_numpy(arrays[ARRAYS[need]][: len(rows)]) for need in self.needs & ARRAYS.keys()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -42,6 +41,8 @@ class Training:
     precision: str = "fp32"
     loader_workers: int = 0
     domains: np.ndarray | None = None  # (N,) the source of every row of the manifest, where these take turns
+    step: int = 0  # how many steps of the epoch under way are behind it, and the sums over their faces by name
+    sums: dict[str, Tensor | float] = field(default_factory=dict)
 
     @cached_property
     def log_prior(self) -> Tensor:
@@ -58,8 +59,9 @@ class Training:
     ) -> dict[str, float]:
         """Train epoch 1, 2, … and return mean losses by name, accuracy, learning rate and faces per second.
 
-        The epoch depends on (seed, epoch) and the state at its start alone: a resumed training is the uninterrupted one.
-        Raises `UserError` when the training has diverged.
+        The epoch depends on (seed, epoch) and the state at its start alone, and so does what follows any of its steps: a
+        resumed training, which begins after `step`, is the uninterrupted one. `progress(done, total)` is called after each
+        step, when the training can be saved. Raises `UserError` when the training has diverged.
         """
         started = time.perf_counter()
         self.module.train()
@@ -75,20 +77,31 @@ class Training:
         view, frozen_view = self.dataset.plan.view_of(epoch), None
         if self.method.clean_features:  # a new picture in every epoch, however few views are stored
             view, frozen_view = epoch, 0
-        parts = [own_part(batch) for batch in order]
-        batches = self.dataset.load(parts, view, self.device, self.loader_workers, frozen_view)
-        sums: dict[str, Tensor | float] = defaultdict(float)
-        for step, batch in enumerate(batches):
-            for name, value in self._step(batch, len(order[step]), epoch, step).items():
-                sums[name] += value
-            progress(step + 1, len(order))
+        first, parts = self.step, [own_part(batch) for batch in order[self.step :]]
+        batches = self.dataset.share(order[self.step :]).load(
+            parts, view, self.device, self.loader_workers, frozen_view
+        )
+        for batch in batches:
+            for name, value in self._step(batch, len(order[self.step]), epoch, self.step).items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.step += 1
+            progress(self.step, len(order))
         faces = sum(map(len, order))
-        metrics = {f"train/{name}": float(value) / faces for name, value in sums.items()}  # read once: no step waits
+        metrics = {f"train/{name}": float(value) / faces for name, value in self.sums.items()}  # no step waits for it
+        self.step, self.sums = 0, {}
         if not math.isfinite(metrics["train/total"]):
             raise UserError(f"The loss is NaN or infinite in epoch {epoch}: take a smaller learning rate.")
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        metrics["faces_per_second"] = faces / (time.perf_counter() - started)
+        metrics["faces_per_second"] = sum(map(len, order[first:])) / (time.perf_counter() - started)
         return metrics
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the epoch under way."""
+        return {"step": self.step, "sums": {name: float(value) for name, value in self.sums.items()}}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint says; those of before could only lie between two epochs."""
+        self.step, self.sums = record.get("step", 0), dict(record.get("sums", {}))
 
     def _step(self, batch: Batch, total: int, epoch: int, step: int) -> dict[str, Tensor]:
         step_seed = int(random_generator(self.seed, "step", epoch, step).integers(2**62))

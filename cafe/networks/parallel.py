@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -45,6 +46,20 @@ def gather(values: Tensor, total: int) -> Tensor:
     parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
     parts[rank()] = values
     return torch.cat(parts)
+
+
+def fill_in(values: np.ndarray) -> np.ndarray:
+    """Return an array (n, …) of which each worker has other entries, and zeros in place of the rest, with those of all.
+
+    Bytes are added, which are whole numbers, so that what comes out is bit for bit what some worker has.
+    """
+    if world_size() == 1:
+        return values
+    data = torch.from_numpy(values.reshape(-1).view(np.uint8))
+    if distributed.get_backend() == "nccl":
+        data = data.cuda()
+    distributed.all_reduce(data)
+    return data.cpu().numpy().view(values.dtype).reshape(values.shape)
 
 
 class _SumOverWorkers(torch.autograd.Function):

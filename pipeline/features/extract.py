@@ -8,15 +8,15 @@ only what has no receipt, and the store comes out byte for byte the same.
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from upath import UPath
 
 from cafe.addresses import permission
@@ -26,9 +26,10 @@ from cafe.files import place_below, read_file, read_json, write_json
 from cafe.pipeline import cluster
 from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
-from cafe.pipeline.features.reuse import UNKNOWN, Donors, find_donors, group_shards
+from cafe.pipeline.features.reuse import Donors, find_donors
 from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.features.worker import MANY_VIEWS, ShardEmbedder
+from cafe.pipeline.features.stream import PendingRows, pack_passes, stream_shards
+from cafe.pipeline.features.worker import MANY_VIEWS, TowerWorker
 from cafe.pipeline.process import machine
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.process.progress import Progress
@@ -42,7 +43,6 @@ from cafe.towers.names import absolute_name, parse_backbone, single_names
 
 LISTED = 20  # faults of an extraction that are reported
 TRIES = 3  # of shards whose workers died
-AT_ONCE = 1024  # shards given to Ray together, whose rows take about 1 GB
 RESTARTS = 3  # of a tower on a cluster before it counts as dead
 HANDED_OUT = 2  # shards that a tower has at a time
 FEW_DECODERS = 4  # which decode enough for a GPU that makes many views of each face; more only disturb
@@ -167,18 +167,20 @@ def extract(
 
 def _run(passes: list[_Pass], settings: ExtractSettings, progress: Progress) -> None:
     """Compute what the stores lack; raise `IncompleteError` when they still lack something then."""
-    total, done, faults = sum(len(step.manifest) for step in passes), 0, Counter[str]()
-    with cluster.connect(settings) if any(needs_ray(settings, len(step.shards)) for step in passes) else nullcontext():
-        for step in passes:
-            done += len(step.manifest) - sum(len(step.stores[0].info.rows_of(shard)) for shard in step.shards)
-            for shard in _compute_with_retries(step, settings):
-                done += shard["rows"]
-                step.taken[int(shard["shard"])] = int(shard["taken"])
-                faults[str(shard["fault"])] += 1
-                step.check_leases()
-                progress(done, total)
-            for store in step.stores:
-                store.finish()
+    total, faults = sum(len(step.manifest) for step in passes), Counter[str]()
+    done = total - sum(len(step.stores[0].info.rows_of(shard)) for step in passes for shard in step.shards)
+    lacking = sum(len(step.shards) for step in passes)
+    with cluster.connect(settings) if needs_ray(settings, lacking) else nullcontext():
+        for shard in _compute_with_retries(passes, settings):
+            done += shard["rows"]
+            step = passes[int(shard["pass"])]
+            step.taken[int(shard["shard"])] = int(shard["taken"])
+            faults[str(shard["fault"])] += 1
+            step.check_leases()
+            progress(done, total)
+    for step in passes:
+        for store in step.stores:
+            store.finish()
     _check_finished(passes, faults)
 
 
@@ -202,15 +204,22 @@ class _Pass:
         """List the shards again that any of the stores lacks."""
         return sorted(set().union(*(store.pending() for store in self.stores)))
 
+    def facts(self) -> tuple[dict[str, StoreInfo], Manifest, list[dict[str, StoreInfo]]]:
+        """Return what its workers know of it: its stores, the manifest without its rows, and from whom each store takes."""
+        donors = [{str(donor.path): donor.info for donor in donors.stores} for donors in self.donors]
+        without = replace(self.manifest, table=self.manifest.table.slice(0, 0))
+        return {str(store.path): store.info for store in self.stores}, without, donors
+
     def check_leases(self) -> None:
         """Raise `UserError` when another command has taken over a store."""
         for check in self.leases:
             check()
 
-    def find_known(self, shard: int) -> np.ndarray:
-        """Return (rows, stores, 2): which other store has a row of a shard, and its row there."""
-        rows = self.stores[0].info.rows_of(shard)
-        return np.stack([donors.find(self.manifest, rows) for donors in self.donors], axis=1)
+    def rows(self, shards: Sequence[int]) -> PendingRows:
+        """Return the rows of some shards, to be handed out."""
+        places = [donors.places for donors in self.donors]
+        # A copy, without what was worked out of the manifest so far, since it goes to another process.
+        return PendingRows(replace(self.manifest), self.stores[0].info, places, list(shards))
 
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
@@ -270,41 +279,39 @@ def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
         )
 
 
-def _compute_with_retries(step: _Pass, settings: ExtractSettings) -> Iterator[dict[str, Any]]:
-    """Compute shards, so many at a time that their rows have room in memory.
+def _compute_with_retries(passes: Sequence[_Pass], settings: ExtractSettings) -> Iterator[dict[str, Any]]:
+    """Compute the shards of all passes; yield what became of each.
 
-    After a worker has died they are computed again, until `TRIES` have died without a shard done.
+    After a worker has died those that are lacking are computed again, until `TRIES` have died without a shard done.
     """
-    died, shards = 0, step.shards
-    while shards:
-        some = shards[:AT_ONCE]
+    died, shards = 0, [step.shards for step in passes]
+    while any(shards):
         try:
-            for shard in compute_shards(step, settings, some):
+            for shard in _compute(passes, settings, shards):
                 died = 0
                 yield shard
-            shards = shards[AT_ONCE:]
+            return
         except cluster.WorkerDiedError as error:
-            died, shards = died + 1, sorted(set(step.lacking()).intersection(shards))
-            if shards and died == TRIES:
+            died += 1
+            shards = [sorted(set(step.lacking()).intersection(some)) for step, some in zip(passes, shards, strict=True)]
+            left = [(step.manifest.name, some[0]) for step, some in zip(passes, shards, strict=True) if some]
+            if left and died == TRIES:
+                name, first = left[0]
                 raise IncompleteError(
-                    f"The worker of shard {shards[0]} of {step.manifest.name!r} died {died} times ({error}): if memory is "
+                    f"The worker of shard {first} of {name!r} died {died} times ({error}): if memory is "
                     "short, take fewer --num-actors or a smaller --batch-size; give the same command again."
                 ) from None
 
 
-def compute_shards(step: _Pass, settings: ExtractSettings, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Compute shards; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
-    known = {shard: step.find_known(shard) for shard in shards}
-    info = step.stores[0].info
-    packed = [
-        pack_shards(step.manifest, info, group, np.concatenate([known[shard] for shard in group]))
-        for group in group_shards(shards, list(known.values()), max(1, settings.batch_size // info.key.views))
-    ]
-    return (
-        _compute_with_ray(step, settings, packed)
-        if needs_ray(settings, len(shards))
-        else _compute_here(step, settings, packed)
-    )
+def _compute(
+    passes: Sequence[_Pass], settings: ExtractSettings, shards: Sequence[Sequence[int]]
+) -> Iterator[dict[str, Any]]:
+    """Compute some shards of each pass; yield the receipt of each as it is done, or its fault; raise `WorkerDiedError`."""
+    begun = [(number, step) for number, step in enumerate(passes) if shards[number]]
+    rows = [step.rows(shards[number]) for number, step in begun]
+    compute = _compute_with_ray if needs_ray(settings, sum(map(len, shards))) else _compute_here
+    for shard in compute([step for _, step in begun], rows, settings):
+        yield {**shard, "pass": begun[int(shard["pass"])][0]}
 
 
 def needs_ray(settings: ExtractSettings, shards: int) -> bool:
@@ -332,34 +339,48 @@ def _count_here(settings: ExtractSettings) -> tuple[int, int]:
     return (settings.num_gpus or gpus) if gpus else 0, settings.num_cpus or machine.cores()
 
 
-def _arguments(step: _Pass, settings: ExtractSettings, gpus: int, share: int) -> tuple[Any, ...]:
-    """Return what a `ShardEmbedder` is made of that has a share of the cores."""
-    manifest, stores = step.manifest, step.stores
-    enough = share - 1 if stores[0].info.key.views < MANY_VIEWS else FEW_DECODERS
+def _arguments(passes: Sequence[_Pass], settings: ExtractSettings, gpus: int, share: int) -> tuple[Any, ...]:
+    """Return what a `TowerWorker` is made of that has a share of the cores."""
+    views = passes[0].stores[0].info.key.views
+    enough = share - 1 if views < MANY_VIEWS else FEW_DECODERS
     decoders = max(1, min(share - 1, enough)) if gpus else 1  # on a CPU everything waits for the tower
     return (
-        {str(store.path): store.info for store in stores},
-        replace(manifest, table=manifest.table.slice(0, 0)),
+        [step.facts() for step in passes],
         replace(settings, decoders=decoders if settings.decoders is None else settings.decoders),
         1 if gpus else share,
         "cuda" if gpus else "cpu",
         versions(),
         find_plugins(towers=settings.backbone),
         permission(),
-        [{str(donor.path): donor.info for donor in donors.stores} for donors in step.donors],
     )
 
 
-def _compute_here(step: _Pass, settings: ExtractSettings, packed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _enough(settings: ExtractSettings) -> int:
+    """Return how many rows fill a pass of the tower."""
+    return max(1, settings.batch_size // settings.views)
+
+
+def _compute_here(
+    passes: Sequence[_Pass], rows: Sequence[PendingRows], settings: ExtractSettings
+) -> Iterator[dict[str, Any]]:
     """Compute shards in this process, two at a time: one has the tower, the other is being decoded or written."""
-    embedder = ShardEmbedder(*_arguments(step, settings, *_count_here(settings)))
-    pool = ThreadPoolExecutor(HANDED_OUT)
+    worker = TowerWorker(*_arguments(passes, settings, *_count_here(settings)))
+    pool, under_way = ThreadPoolExecutor(HANDED_OUT), deque[Future[dict[str, Any]]]()
     try:
-        for receipt in pool.map(embedder, ({name: [value] for name, value in shard.items()} for shard in packed)):
-            yield from (dict(zip(receipt, values, strict=True)) for values in zip(*receipt.values(), strict=True))
+        for shard in pack_passes(rows, _enough(settings)):
+            under_way.append(pool.submit(worker, {name: [value] for name, value in shard.items()}))
+            if len(under_way) > HANDED_OUT:
+                yield from _single(under_way.popleft().result())
+        while under_way:
+            yield from _single(under_way.popleft().result())
     finally:
-        embedder.end()
+        worker.end()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _single(done: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what became of each of several shards."""
+    return (dict(zip(done, values, strict=True)) for values in zip(*done.values(), strict=True))
 
 
 def _bounded_restarts() -> dict[str, int]:
@@ -370,22 +391,24 @@ def _without_restarts() -> dict[str, int]:
     return {"max_restarts": 0}
 
 
-def _compute_with_ray(step: _Pass, settings: ExtractSettings, packed: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    import ray.data
+def _compute_with_ray(
+    passes: Sequence[_Pass], rows: Sequence[PendingRows], settings: ExtractSettings
+) -> Iterator[dict[str, Any]]:
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError, RayTaskError
 
     wanted = cluster.wants_gpu(_wants_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
-    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, len(packed)), settings.scale_minutes)
+    most = settings.num_actors or (settings.num_gpus or cluster.count("GPU") if wanted else 0) or cluster.count("CPU")
+    tasks = sum(1 for _ in islice(pack_passes(rows, _enough(settings)), most))  # shards with few new rows are one
+    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, tasks), settings.scale_minutes)
     gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
     cores = cluster.count("CPU")
-    actors, gpus_each = share_out(settings, len(packed), gpus, cores)
+    actors, gpus_each = share_out(settings, tasks, gpus, cores)
 
     _quieten_ray_data()
-    rows = ray.data.from_items(packed, override_num_blocks=len(packed))
-    receipts = rows.map_batches(
-        ShardEmbedder,
-        fn_constructor_args=_arguments(step, settings, gpus, max(1, cores // actors)),
+    receipts = stream_shards(rows, _enough(settings)).map_batches(
+        TowerWorker,
+        fn_constructor_args=_arguments(passes, settings, gpus, max(1, cores // actors)),
         batch_size=1,
         compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=HANDED_OUT),
         num_cpus=1,
@@ -409,21 +432,6 @@ def _quieten_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.target_max_block_size = 1  # byte: a shard is a block, so that no tower waits for several
     # `ray_remote_args_fn` has no successor yet.
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
-
-
-def pack_shards(
-    manifest: Manifest, info: StoreInfo, shards: Sequence[int], known: np.ndarray | None = None, stores: int = 1
-) -> dict[str, Any]:
-    """Return neighbouring shards as a row of Ray: the first one's number, how many they are, and their manifest rows.
-
-    `known` (rows, stores, 2) says which other stores have which of the rows; by default none has any.
-    """
-    start, end, sink = info.rows_of(shards[0]).start, info.rows_of(shards[-1]).stop, pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
-        stream.write_table(manifest.table.slice(start, end - start))
-    if known is None:
-        known = np.full((end - start, stores, 2), UNKNOWN)
-    faces = sink.getvalue().to_pybytes()
-    return {"shard": shards[0], "count": len(shards), "faces": faces, "known": known.astype(np.int64).tobytes()}

@@ -7,7 +7,7 @@ through the tower, and the store comes out byte for byte as if all had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -48,7 +48,7 @@ def _alike(one: StoreInfo, other: StoreInfo) -> bool:
 
 
 class Donors:
-    """The stores from which one may take rows, and what each shard of it finds there."""
+    """The stores from which one may take rows, and where each row lies."""
 
     def __init__(self, stores: list[FeatureStore]) -> None:
         self.stores = stores
@@ -56,14 +56,15 @@ class Donors:
         for number, donor in enumerate(stores):
             self.places |= {name: (number, row) for name, row in _list_rows(donor) if name not in self.places}
 
-    def find(self, manifest: Manifest, rows: range) -> np.ndarray:
-        """Return (rows, 2): the number of the store that has a row and its row there, or `UNKNOWN` twice."""
-        nowhere = (UNKNOWN, UNKNOWN)
-        if not self.places:
-            return np.full((len(rows), 2), UNKNOWN)
-        faces = manifest.table.slice(rows.start, len(rows))
-        names = zip(faces["sample_id"].to_pylist(), name_images(faces), strict=True)
-        return np.array([self.places.get(name, nowhere) for name in names]).reshape(-1, 2)
+
+def find_known(places: Places, manifest: Manifest, rows: range) -> np.ndarray:
+    """Return (rows, 2): the number of the store that has a row of a manifest and its row there, or `UNKNOWN` twice."""
+    nowhere = (UNKNOWN, UNKNOWN)
+    if not places:
+        return np.full((len(rows), 2), UNKNOWN)
+    faces = manifest.table.slice(rows.start, len(rows))
+    names = zip(faces["sample_id"].to_pylist(), name_images(faces), strict=True)
+    return np.array([places.get(name, nowhere) for name in names]).reshape(-1, 2)
 
 
 def _list_rows(donor: FeatureStore) -> Iterator[tuple[tuple[str, str], int]]:
@@ -76,7 +77,7 @@ def _list_rows(donor: FeatureStore) -> Iterator[tuple[tuple[str, str], int]]:
                 yield (str(samples[row]), str(images[row])), row
 
 
-def group_shards(shards: Sequence[int], known: Sequence[np.ndarray], enough: int) -> Iterator[list[int]]:
+def group_shards(shards: Iterable[int], known: Iterable[np.ndarray], enough: int) -> Iterator[list[int]]:
     """Part shards into runs of neighbours that together have `enough` rows for the tower; `known` is of each shard.
 
     So that few rows of many shards do not make as many passes, each filled up with nothing. A shard of which nothing is

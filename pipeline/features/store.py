@@ -188,26 +188,36 @@ class FeatureStore:
         read = {name: np.asarray(self.array(name)[rows.start : rows.stop]) for name in self.info.objects(shard)}
         return all(view_digests(values) == receipt.checksums.get(name) for name, values in read.items())
 
-    def read_view(self, name: str, view: int, memory_share: float = MEMORY_SHARE) -> np.ndarray:
+    def read_view(
+        self, name: str, view: int, memory_share: float = MEMORY_SHARE, shards: range | None = None
+    ) -> np.ndarray:
         """Return one view of an array, (N, …), checked against the receipts: in memory, or a mapped scratch file if large.
 
-        Raises `UserError` for an unfinished store or a shard that is not what was written.
+        Of some `shards`, which follow each other, their rows alone. Raises `UserError` for an unfinished store or a shard
+        that is not what was written.
         """
         if pending := len(self.pending()):
             raise UserError(
                 f"The features in {self.path} lack {pending} of {self.info.shards} shards: run `cafe extract` again to "
                 "finish."
             )
-        array = self.array(name)
-        result = allocate((array.shape[0], *array.shape[2:]), array.dtype, memory_share)
+        array, shards = self.array(name), range(self.info.shards) if shards is None else shards
+        held = self.rows_of(shards)
+        result = allocate((len(held), *array.shape[2:]), array.dtype, memory_share)
 
         def read(shard: int) -> None:
             rows = self.info.rows_of(shard)
-            self.read_shard(shard, name, view, result[rows.start : rows.stop])
+            self.read_shard(shard, name, view, result[rows.start - held.start : rows.stop - held.start])
 
-        for _ in in_parallel(self.path, read, range(self.info.shards)):
+        for _ in in_parallel(self.path, read, shards):
             pass
         return result
+
+    def rows_of(self, shards: range) -> range:
+        """Return the rows of shards that follow each other."""
+        if not shards:
+            return range(0)
+        return range(self.info.rows_of(shards[0]).start, self.info.rows_of(shards[-1]).stop)
 
     def finish(self) -> None:
         """Sum up what was left out, and remove what killed writers left half written, once no shard is pending."""
@@ -321,25 +331,11 @@ class FeatureReader:
     ) -> None:
         self.stores, self.names, self.memory_share = tuple(stores), tuple(names), memory_share
         self.starts = np.cumsum([0, *(layers[0].info.rows for layers in stores[:-1])])
-        self.kept: dict[int, list[dict[str, list[np.ndarray]]]] = {}
+        self.kept: dict[tuple[int, int], list[dict[str, list[np.ndarray]]]] = {}  # by view and workers who part it
 
     def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
         """Return {array: (n, …)} of some rows, in the number format of the stores."""
-        if view not in self.kept:
-            kept = sum(
-                values.nbytes
-                for several in self.kept.values()
-                for arrays in several
-                for layers in arrays.values()
-                for values in layers
-            )
-            if kept > self.memory_share * free_memory():
-                self.kept.clear()
-            self.kept[view] = [
-                {name: [store.read_view(name, view, self.memory_share) for store in layers] for name in self.names}
-                for layers in self.stores
-            ]
-        several = self.kept[view]
+        several = self._find(view, 0, 1)
         if len(several) == 1:
             return {name: _read_layers(layers, rows) for name, layers in several[0].items()}
         numbers, found = np.searchsorted(self.starts, rows, "right") - 1, dict[str, np.ndarray]()
@@ -349,6 +345,73 @@ class FeatureReader:
                 read = _read_layers(layers, rows[own] - self.starts[number])
                 found.setdefault(name, np.empty((len(rows), *read.shape[1:]), read.dtype))[own] = read
         return found
+
+    def share(self, batches: Sequence[np.ndarray]) -> SharedReader:
+        """Return what gives each of several workers its part of one batch after another."""
+        return SharedReader(self, batches)
+
+    def read_held(self, rows: np.ndarray, view: int, worker: int, workers: int) -> dict[str, np.ndarray]:
+        """Return {array: (n, …)} of some rows, zeros where another of the workers, who part the shards, holds a row."""
+        found: dict[str, np.ndarray] = {}
+        for number, arrays in enumerate(self._find(view, worker, workers)):
+            own = rows - self.starts[number]
+            for name, layers in arrays.items():
+                width = sum(values.shape[1] for values in layers)
+                whole = found.setdefault(name, np.zeros((len(rows), width, *layers[0].shape[2:]), layers[0].dtype))
+                channel = 0
+                for store, values in zip(self.stores[number], layers, strict=True):
+                    held = store.rows_of(_part(store, worker, workers))
+                    here = (own >= held.start) & (own < held.stop)
+                    whole[here, channel : channel + values.shape[1]] = values[own[here] - held.start]
+                    channel += values.shape[1]
+        return found
+
+    def _find(self, view: int, worker: int, workers: int) -> list[dict[str, list[np.ndarray]]]:
+        """Return what a worker holds of a view, by manifest, array and layer, read where it was not kept."""
+        if (view, workers) not in self.kept:
+            kept = sum(
+                values.nbytes
+                for several in self.kept.values()
+                for arrays in several
+                for layers in arrays.values()
+                for values in layers
+            )
+            if kept > self.memory_share * free_memory():
+                self.kept.clear()
+            self.kept[view, workers] = [
+                {
+                    name: [
+                        store.read_view(name, view, self.memory_share, _part(store, worker, workers))
+                        for store in layers
+                    ]
+                    for name in self.names
+                }
+                for layers in self.stores
+            ]
+        return self.kept[view, workers]
+
+
+class SharedReader:
+    """The features of batches, of which each worker holds a part of the shards: they read a batch together, in order."""
+
+    def __init__(self, reader: FeatureReader, batches: Sequence[np.ndarray]) -> None:
+        self.reader, self.batches = reader, iter(batches)
+
+    def read(self, rows: np.ndarray, view: int) -> dict[str, np.ndarray]:
+        """Return {array: (n, …)} of this worker's rows of the next batch."""
+        from cafe.learning.loading import own_part  # torch, which whoever lists stores does not need
+        from cafe.networks.parallel import fill_in, rank, world_size
+
+        batch = next(self.batches)
+        assert np.array_equal(own_part(batch), rows)
+        held = self.reader.read_held(batch, view, rank(), world_size())
+        return {name: own_part(fill_in(values)) for name, values in sorted(held.items())}
+
+
+def _part(store: FeatureStore, worker: int, workers: int) -> range:
+    """Return the shards of a store that one of several workers holds."""
+    shards = store.info.shards
+    return range(shards * worker // workers, shards * (worker + 1) // workers)
 
 
 def _read_layers(layers: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:

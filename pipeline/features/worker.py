@@ -45,6 +45,7 @@ from cafe.views.rendering import Sample, rows_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cafe.towers.building import FrozenBackbone
     from cafe.towers.embedding import Embedder
 
 MANY_VIEWS = 4  # of a face, from which on a GPU makes them: before, decoding it costs more
@@ -64,7 +65,7 @@ class ShardEmbedder:
     `stores` are those of one manifest that take different layers of one pass: {folder: what it is}; `manifest` is without
     its rows, which come with each shard, so that memory does not grow with the data set. `donors` are the stores from which
     each of them takes rows over. Two threads may call it: while one has the tower, the other has its pictures decoded, or
-    writes.
+    writes. With `shared`, the embedder of another manifest, it has the same tower and the same processes that decode.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ShardEmbedder:
         plugins: Sequence[Plugin] = (),
         allowed: Permission | None = None,
         donors: Sequence[Mapping[str, StoreInfo]] = (),
+        shared: ShardEmbedder | None = None,
     ) -> None:
         import torch
 
@@ -96,19 +98,24 @@ class ShardEmbedder:
         self.donors = [[FeatureStore(locate(path), info) for path, info in some.items()] for some in donors]
         self.layers = [parse_backbone(info.backbone_name).layer for info in stores.values()]
         self.manifest, self.settings, self.device = manifest, settings, device
-        self.versions = versions  # of the driver
-        self.decoders = Decoders(settings.decoders or 0, settings.silent_seconds)
-        self.decoders.start()  # while the tower is loaded
-        self.turn, self.ended = Lock(), Event()
+        self.versions, self.shared = versions, shared  # those of the driver
+        self.decoders: Decoders = (
+            shared.decoders if shared else Decoders(settings.decoders or 0, settings.silent_seconds)
+        )
+        self.turn: Lock = shared.turn if shared else Lock()
+        self.ended: Event = shared.ended if shared else Event()
+        if not shared:
+            self.decoders.start()  # while the tower is loaded
 
     @cached_property
-    def embedder(self) -> Embedder:
-        """The tower and its faces; raises `UserError` where this node's are not those the stores were planned with.
+    def tower(self) -> FrozenBackbone:
+        """The tower; raises `UserError` where this node has other libraries or weights than the stores were planned with.
 
         Not made with the actor: Ray would take a mistake there for an accident and try again.
         """
+        if self.shared:
+            return self.shared.tower
         from cafe.towers.building import load_backbone
-        from cafe.towers.embedding import Embedder
 
         check_versions(self.versions)
         info, settings = self.stores[0].info, self.settings
@@ -117,8 +124,16 @@ class ShardEmbedder:
             raise UserError(
                 f"The weights of {settings.backbone!r} on this node are not those the store was planned with."
             )
+        return tower
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The tower with the faces of the manifest."""
+        from cafe.towers.embedding import Embedder
+
+        info = self.stores[0].info
         return Embedder(
-            tower,
+            self.tower,
             self.manifest,
             info.key.view_plan,
             self.device,
@@ -221,6 +236,48 @@ class ShardEmbedder:
             raise StorageError(
                 f"{counts[KILLER]} of the {faces} pictures of a shard {here} kill their decoder: it has too little memory."
             )
+
+
+class TowerWorker:
+    """The passes of an extraction in one process, each with stores, manifest and donors, one after another: one tower.
+
+    Usable without Ray, by two threads.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[tuple[dict[str, StoreInfo], Manifest, Sequence[Mapping[str, StoreInfo]]]],
+        settings: ExtractSettings,
+        threads: int,
+        device: str,
+        versions: Mapping[str, str] = MappingProxyType({}),
+        plugins: Sequence[Plugin] = (),
+        allowed: Permission | None = None,
+    ) -> None:
+        self.passes, self.lock = passes, Lock()
+        self.arguments = (settings, threads, device, versions, plugins, allowed)
+        self.first = self._make(0, None)
+        self.embedders = {0: self.first}
+
+    def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
+        """Embed shards of a pass as a `ShardEmbedder` does."""
+        number = int(batch["pass"][0])
+        with self.lock:
+            if number not in self.embedders:
+                self.embedders = {
+                    number: self._make(number, self.first)
+                }  # what others have of a device's memory may go
+            embedder = self.embedders[number]
+        done = embedder(batch)
+        return {"pass": [number] * len(done["shard"]), **done}
+
+    def end(self) -> None:
+        """Give up what is under way, after the next forward pass."""
+        self.first.end()
+
+    def _make(self, number: int, shared: ShardEmbedder | None) -> ShardEmbedder:
+        stores, manifest, donors = self.passes[number]
+        return ShardEmbedder(stores, manifest, *self.arguments, donors, shared)
 
 
 class Decoders:
