@@ -24,6 +24,7 @@ defer_gc()  # until all tests are imported: what torch and MLflow make stays to 
 import numpy as np
 import pytest
 import torch
+from _pytest.nodeid import NodeId
 from click.testing import CliRunner, Result
 from PIL import Image
 from torch import nn
@@ -49,19 +50,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", default=str(SHARED / "golden"), help="folder of reference numbers (.npz)")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Keep tests of one group in one process, wherever there are several."""
-    if config.option.numprocesses and config.option.dist == "no":
-        config.option.dist = "loadgroup"
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep in one process of xdist what shares what takes long to make: each process would else make its own.
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests that share what takes long to make: the session's Ray, and what `GROUPED` names."""
+    That is the session's Ray and what else `GROUPED` names, and in each file what is made once for all its tests. A group
+    is the end of a test's id, which pytest 9.2 no longer lets pytest-xdist 3.8 write itself (its issue 1386).
+    """
+    if not hasattr(config, "workerinput"):
+        return
     for item in items:
-        if shared := [name for name in GROUPED if name in item.fixturenames]:  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.xdist_group(shared[0]))
+        assert isinstance(item, pytest.Function)
+        made = item._fixtureinfo.name2fixturedefs
+        shared = [name for name in GROUPED if name in made]
+        if shared or any(found[-1].scope == "module" for found in made.values()):
+            item._id = NodeId.parse(f"{item.nodeid}@{shared[0] if shared else item.path.stem}")
 
 
 def pytest_collection_finish() -> None:
