@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cafe.errors import printable
-from cafe.jobs.terminal import shorten, show, show_json
+from cafe.errors import printable, shorten
+from cafe.jobs.terminal import show, show_json
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
