@@ -135,6 +135,7 @@ def test_a_number_that_chance_might_give_or_of_few_faces_is_marked(workspace: Wo
     assert names["target/happy/largest"] == pytest.approx(60 / 102)
     assert names["target/happy/accuracy.low"] < 60 / 102 < names["target/happy/accuracy.high"]
     assert names["unseen/accuracy.low"] < names["unseen/accuracy"] < names["unseen/accuracy.high"]
+    assert (names["unseen/faces"], names["unseen/largest"]) == (222, pytest.approx((60 / 102 + 5 / 20 + 15 / 100) / 3))
 
 
 def test_a_target_under_two_names_counts_once(workspace: Workspace) -> None:

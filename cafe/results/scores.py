@@ -231,8 +231,9 @@ def interval_of_mean(scores: pd.DataFrame, metric: str) -> tuple[float, float]:
 def flatten_scores(scores: pd.DataFrame) -> dict[str, float]:
     """Return one run's scores by flat names: target/TARGET/METRIC, unseen/METRIC and all/METRIC.
 
-    Those of another protocol than `clean` have its name in front. Beside the metrics of a target are the faces they are of,
-    the share of the largest class, one in K, and the ends of the intervals over faces, METRIC.low and METRIC.high.
+    Those of another protocol than `clean` have its name in front. Beside the metrics of a target and of the unseen ones
+    are the faces they are of, the share of the largest class, one in K, and the ends of the intervals over faces, METRIC.low
+    and METRIC.high.
     """
     named: dict[str, float] = {}
     resting = ("faces", "largest", "uniform")
@@ -245,8 +246,10 @@ def flatten_scores(scores: pd.DataFrame) -> dict[str, float]:
         for (_, protocol), values in means.iterrows():
             named |= {f"{find_protocol(protocol).prefix}{group}/{name}": values[name] for name in METRICS}
     for (_, protocol), own in scores[scores["relation"] == UNSEEN].groupby(["run", "protocol"], sort=False):
+        group = f"{find_protocol(protocol).prefix}unseen/"
+        named |= {f"{group}{name}": own[name].sum() if name == "faces" else own[name].mean() for name in resting}
         named |= {
-            f"{find_protocol(protocol).prefix}unseen/{name}{end}": value
+            f"{group}{name}{end}": value
             for name in ("accuracy", "macro_f1")
             for end, value in zip(ENDS, interval_of_mean(own, name), strict=True)
         }
