@@ -15,7 +15,7 @@ from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
 
-SHARES = {"at_home": "at home", "unseen": "of unseen"}  # the accuracies of a record, and where chance is theirs
+SHARES = ("at_home", "unseen")  # the accuracies of a record
 
 
 @click.command()
@@ -95,7 +95,7 @@ def models(as_json: bool) -> None:
     Those that ship and, of the workspace, exported models and trained runs.
 
     Accuracy is in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets, with the 95 %
-    interval over faces; behind each is chance, the share of the largest class.
+    interval over faces; below it is chance, the share of the largest class.
     """
     from cafe.pipeline.release.catalogue import list_models
 
@@ -122,9 +122,10 @@ def _as_shown(record: Mapping[str, Any], chance: bool) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name, value in record.items():
         if name in SHARES:
-            shown[name] = _write_share(record, name)
-            if chance:
-                shown[f"chance {SHARES[name]}"] = _as_percent(record[f"{name}_chance"])
+            share = _write_share(record, name)
+            shown[name] = (
+                [share, f"chance {_as_percent(record[f'{name}_chance'])}"] if chance and value is not None else share
+            )
         elif name.rpartition("_")[0] not in SHARES:
             shown[name] = "–" if value is None else value
     return shown

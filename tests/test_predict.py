@@ -661,16 +661,11 @@ def test_models_are_listed_with_their_accuracy_at_home_and_abroad(command: Cafe,
     low, high = wilson(0.8, 10)
     home |= dict(zip(home, (0.8, low, high, 0.2, 10), strict=True))
     assert listed[run.name] == {"is": "run", **common, "seeds": [0], **home, **dict.fromkeys(unseen)}
-    (ships_line, run_line) = (
-        next(line for line in shown.splitlines() if name in line) for name in ("drawn-9", run.name)
-    )
-    assert [cell.strip() for cell in ships_line.split("│")[6:-1]] == [
-        "75.0 (60.0–90.0)",
-        "40.0",
-        "50.0 (30.0–70.0) ‡",
-        "40.0",
-    ]
-    assert f"80.0 ({100 * low:.1f}–{100 * high:.1f}) ‡" in run_line  # of ten faces
+    lines = shown.splitlines()
+    place = next(number for number, line in enumerate(lines) if "drawn-9" in line)
+    cells = [[cell.strip() for cell in line.split("│")[6:8]] for line in lines[place : place + 2]]
+    assert cells == [["75.0 (60.0–90.0)", "50.0 (30.0–70.0) ‡"], ["chance 40.0", "chance 40.0"]]
+    assert f"80.0 ({100 * low:.1f}–{100 * high:.1f}) ‡" in shown  # of ten faces
     assert "‡: other faces might as well" in shown
     assert len(listed) == 5
 

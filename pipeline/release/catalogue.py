@@ -164,6 +164,6 @@ def _estimate(records: pd.DataFrame) -> Estimate:
     """Return the mean accuracy over some targets of a run; NaN where one of them has none."""
     if records.empty:
         return NOTHING
-    low, high = interval_of_mean(records, ACCURACY)
+    low, high = map(float, interval_of_mean(records, ACCURACY))
     mean = estimate([average_targets(records[ACCURACY].tolist())])
-    return replace(mean, low=low, high=high, chance=records["largest"].mean(), faces=int(records["faces"].sum()))
+    return replace(mean, low=low, high=high, chance=float(records["largest"].mean()), faces=int(records["faces"].sum()))
