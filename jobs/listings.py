@@ -47,7 +47,8 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     if not (records or as_json):
         echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
         return
-    show_scored(records, as_json, words=6, title=str(workspace.root))
+    order = ("status", "unseen", "at_home", "epochs", "of", "ended")
+    show_scored(records, as_json, words=6, title=str(workspace.root), order=order)
 
 
 def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) -> None:
@@ -103,14 +104,20 @@ def models(as_json: bool) -> None:
     if not (records or as_json):
         echo("No model comes with this installation, and this workspace has no trained run.")
         return
-    show_scored(records, as_json, words=4, chance=True)
+    show_scored(records, as_json, words=4, chance=True, order=("unseen", "at_home", "method", "source"))
 
 
 def show_scored(
-    records: Sequence[Mapping[str, Any]], as_json: bool, words: int, title: str = "", chance: bool = False
+    records: Sequence[Mapping[str, Any]],
+    as_json: bool,
+    words: int,
+    title: str = "",
+    chance: bool = False,
+    order: Sequence[str] = (),
 ) -> None:
     """Print records with accuracies: in a table in percent with their intervals over faces, and the doubtful ones marked."""
-    show_records(records if as_json else [_as_shown(record, chance) for record in records], as_json, words, title)
+    shown = records if as_json else [_as_shown(record, chance) for record in records]
+    show_records(shown, as_json, words, title, order)
     if not as_json and any(_is_doubtful(record, name) for record in records for name in SHARES):
         from cafe.report.sheets.sheet import DOUBTFUL
 

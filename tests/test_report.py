@@ -526,7 +526,10 @@ def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Worksp
     assert set(lines) == {
         *((source, method) for source in ("raf", "fer") for method in ("cafe", "scn", "linear_probe")),
         *(("raf", f"{method} − published") for method in ("cafe", "scn")),
+        *((source, what) for source in ("raf", "fer") for what in ("faces", "chance")),
     }  # trained on RAF-DB and evaluated on FERPlus is what was published
+    assert [cell.text for cell in lines["raf", "faces"][3:-1]] == [*["36"] * 5, *["35"] * 2, "250", "250"]
+    assert [cell.text for cell in lines["raf", "chance"][3:-1]] == [*["–"] * 7, "14.4", "14.3"]
     predictions = [
         load_predictions(workspace.run_path(name))["fer"]
         for name in workspace.run_names()
