@@ -1,4 +1,4 @@
-"""The one error a user can cause, and the one sentence every unknown name gets.
+"""The one error a user can cause, the one sentence every unknown name gets, and how texts of others are printed.
 
 The command line turns a `UserError` into its message and exit code 2; anything else is a bug and keeps its traceback.
 """
@@ -47,6 +47,17 @@ def printable(text: str) -> str:
     hide what was printed or change the terminal, and a character that turns the direction of writing show another name.
     """
     return UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def shorten(text: str, longest: int) -> str:
+    """Return a text with its middle left out where it is wider than so many columns of a terminal."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= longest:
+        return text
+    kept = longest - 1
+    end = set_cell_size(text[::-1], kept - kept // 2)[::-1]  # of some letters each takes two columns
+    return f"{set_cell_size(text, kept // 2)}…{end}"
 
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:

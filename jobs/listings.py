@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,10 +10,12 @@ import click
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.names import complete
 from cafe.jobs.tables import show_records
-from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, show_json
+from cafe.jobs.terminal import echo, json_option, open_workspace, progress_bar, show, show_json
 
 if TYPE_CHECKING:
     from cafe.pipeline.workspace import Workspace
+
+SHARES = ("at_home", "unseen")  # the accuracies of a record
 
 
 @click.command()
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     """List the runs of the workspace, or verify their files.
 
-    Accuracies are in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets.
+    Accuracies are in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets, with the 95 %
+    interval over faces.
 
     \b
     cafe runs
@@ -44,7 +47,8 @@ def runs(names: tuple[str, ...], verify: bool, as_json: bool) -> None:
     if not (records or as_json):
         echo(f"No run in {workspace.root} yet: train one with `cafe train --source NAME --method cafe`.")
         return
-    show_records(records if as_json else list(map(_as_shown, records)), as_json, words=6, title=str(workspace.root))
+    order = ("status", "unseen", "at_home", "epochs", "of", "ended")
+    show_scored(records, as_json, words=6, title=str(workspace.root), order=order)
 
 
 def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) -> None:
@@ -91,7 +95,8 @@ def models(as_json: bool) -> None:
 
     Those that ship and, of the workspace, exported models and trained runs.
 
-    Accuracy is in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets.
+    Accuracy is in percent (in JSON from 0 to 1), on the source itself and as the mean over unseen targets, with the 95 %
+    interval over faces; below it is chance, the share of the largest class.
     """
     from cafe.pipeline.release.catalogue import list_models
 
@@ -99,13 +104,52 @@ def models(as_json: bool) -> None:
     if not (records or as_json):
         echo("No model comes with this installation, and this workspace has no trained run.")
         return
-    show_records(records if as_json else list(map(_as_shown, records)), as_json, words=4)
+    show_scored(records, as_json, words=4, chance=True, order=("unseen", "at_home", "method", "source"))
 
 
-def _as_shown(record: Mapping[str, Any]) -> dict[str, Any]:
+def show_scored(
+    records: Sequence[Mapping[str, Any]],
+    as_json: bool,
+    words: int,
+    title: str = "",
+    chance: bool = False,
+    order: Sequence[str] = (),
+) -> None:
+    """Print records with accuracies: in a table in percent with their intervals over faces, and the doubtful ones marked."""
+    shown = records if as_json else [_as_shown(record, chance) for record in records]
+    show_records(shown, as_json, words, title, order)
+    if not as_json and any(_is_doubtful(record, name) for record in records for name in SHARES):
+        from cafe.report.sheets.sheet import DOUBTFUL
+
+        show(DOUBTFUL)
+
+
+def _as_shown(record: Mapping[str, Any], chance: bool) -> dict[str, Any]:
     """Return a record as a table shows it: accuracies in percent, what is not known as a dash."""
-    shares = {name: _as_percent(record[name]) for name in ("at_home", "unseen")}
-    return {name: "–" if value is None else value for name, value in {**record, **shares}.items()}
+    shown: dict[str, Any] = {}
+    for name, value in record.items():
+        if name in SHARES:
+            share = _write_share(record, name)
+            shown[name] = (
+                [share, f"chance {_as_percent(record[f'{name}_chance'])}"] if chance and value is not None else share
+            )
+        elif name.rpartition("_")[0] not in SHARES:
+            shown[name] = "–" if value is None else value
+    return shown
+
+
+def _write_share(record: Mapping[str, Any], name: str) -> str:
+    ends = [record[f"{name}{end}"] for end in ("_low", "_high")]
+    reach = "" if None in ends else f" ({'–'.join(map(_as_percent, ends))})"
+    return f"{_as_percent(record[name])}{reach}{' ‡' * _is_doubtful(record, name)}"
+
+
+def _is_doubtful(record: Mapping[str, Any], name: str) -> bool:
+    """Whether an accuracy is known to be of few faces, or not to be above chance."""
+    from cafe.results.metrics import FEW
+
+    low, chance, faces = (record[f"{name}_{what}"] for what in ("low", "chance", "faces"))
+    return (faces or FEW) < FEW or (None not in (low, chance) and low <= chance)
 
 
 def _as_percent(share: float | None) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import PurePosixPath
+from shutil import get_terminal_size
 from typing import IO, TYPE_CHECKING, Any
 
 import click
@@ -14,7 +15,7 @@ import click
 from cafe.errors import IncompleteError, UserError
 from cafe.jobs.names import complete, complete_or_file
 from cafe.jobs.options import options
-from cafe.jobs.terminal import echo, interruptible, open_workspace, progress_bar, records_option, say
+from cafe.jobs.terminal import echo, interruptible, is_wide, open_workspace, progress_bar, records_option, say
 from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.settings import ExportSettings, PredictSettings
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from cafe.inference.annotation import Annotator
     from cafe.inference.model import Model
-    from cafe.inference.output import Summary
+    from cafe.inference.output import Summary, Write
     from cafe.pipeline.release.export import Exported
 
 SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".txt": "table", "": "table"}
@@ -97,7 +98,7 @@ def _predict(
     """Predict all faces of the files, write their rows and the copies that are wanted, and return what they come to."""
     from cafe.files import locate, write_whole
     from cafe.inference.frames import count_frames, read_frames
-    from cafe.inference.output import FORMATS, Summary, list_rows
+    from cafe.inference.output import Summary, list_rows
     from cafe.inference.recognition import Search, predict_frames
 
     search = Search(settings.aligned, settings.faces == "all", settings.smallest, settings.confidence)
@@ -106,7 +107,7 @@ def _predict(
     with ExitStack() as stack:
         stack.enter_context(interruptible("what was predicted so far is kept"))
         file = stack.enter_context(write_whole(output, keep=True)) if output else sys.stdout.buffer
-        write = stack.enter_context(FORMATS[form](file, model.classes))
+        write = stack.enter_context(_open_rows(form, file, model.classes))
         progress = stack.enter_context(_show_progress(file))
         annotator = stack.enter_context(copies or nullcontext())
         frames = predict_frames(read_frames(files, settings.rate), model, search, copies is not None)
@@ -117,6 +118,15 @@ def _predict(
                 annotator.add(predicted)
             progress(done, max(done, total))
     return summary
+
+
+def _open_rows(form: str, file: IO[bytes], classes: Sequence[str]) -> AbstractContextManager[Write]:
+    """Begin to write rows; a table on a terminal is as wide as that."""
+    from cafe.inference.output import FORMATS, write_table
+
+    if form == "table" and file.isatty() and not is_wide():
+        return write_table(file, classes, get_terminal_size().columns)
+    return FORMATS[form](file, classes)
 
 
 def _choose_format(settings: PredictSettings) -> str:

@@ -104,6 +104,7 @@ def compare(
     from cafe.files import check_output, locate, write_whole
     from cafe.outputs import check_replaced
     from cafe.report.formats import FORMATS, OWN
+    from cafe.results.scores import describe_left_out
 
     files = {"markdown": markdown, "latex": latex, "csv": csv}
     for name, file in files.items():
@@ -122,7 +123,7 @@ def compare(
                 output.write(FORMATS[name](report).encode())
             say(f"Wrote {file}")
     if csv and not as_json:  # the file has no place for it
-        for line in report.left_out:
+        for line in describe_left_out(report.left_out):
             echo(line, err=True)
 
 
@@ -143,7 +144,8 @@ def show_report(report: Report, as_json: bool = False) -> None:
 
     if as_json:
         verdicts = [verdict.text for verdict in report.verdicts]
-        show_json({"cells": list(list_records(report)), "left_out": list(report.left_out), "verdicts": verdicts})
+        left_out = list(map(str, report.left_out))
+        show_json({"cells": list(list_records(report)), "left_out": left_out, "verdicts": verdicts})
         return
     for verdict in report.verdicts:
         show(verdict.text)

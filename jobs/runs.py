@@ -343,12 +343,12 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
     from cafe.report.sheets.runs import run_sheet
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.runs import read_runs
-    from cafe.results.scores import meet, read_scores
+    from cafe.results.scores import describe_left_out, meet, read_scores
 
     known = workspace.manifest_digests()
     runs, left_out = meet(read_runs([run]), known)
-    for one in left_out:
-        say(str(one))
+    for line in describe_left_out(left_out):
+        say(line)
     scores = read_scores(runs, known, [protocol])
     leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
     for table in sheet_tables([run_sheet(scores, leak_free)]):

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cafe.errors import printable
-from cafe.jobs.terminal import shorten, show, show_json
+from cafe.errors import printable, shorten
+from cafe.jobs.terminal import show, show_json
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -111,9 +111,10 @@ class FittedTable:
         parts: list[TablePart] = []
         while waiting or not parts:
             own = [*names, *waiting[:1]]
-            while len(own) - len(names) < len(waiting) and self._fit([*own, waiting[len(own) - len(names)]], width):
-                own.append(waiting[len(own) - len(names)])
-            waiting = waiting[len(own) - len(names) :]
+            for column in waiting[1:]:  # what is less important fills what room is left
+                if self._fit([*own, column], width):
+                    own.append(column)
+            waiting = [column for column in waiting if column not in own]
             least = [self._least(column, width) for column in own]
             parts.append(self._fit(own, width) or TablePart(own, least))
         return parts, same
@@ -211,14 +212,19 @@ def make_table(
     return table
 
 
-def show_records(records: Sequence[Mapping[str, Any]], as_json: bool, words: int = 1, title: str = "") -> None:
-    """Print records as a table, the first `words` columns left-aligned and lists line by line, or as a list in JSON."""
+def show_records(
+    records: Sequence[Mapping[str, Any]], as_json: bool, words: int = 1, title: str = "", order: Sequence[str] = ()
+) -> None:
+    """Print records as a table, the first `words` columns left-aligned and lists line by line, or as a list in JSON.
+
+    `order` names what is most important where not all columns have room.
+    """
     if as_json:
         show_json(list(records))
         return
     header = [name.replace("_", " ") for name in (records[0] if records else ())]
     table = make_table(header, [list(row.values()) for row in records], words, title)
-    table.elsewhere = "--json"
+    table.order, table.elsewhere = [header.index(name.replace("_", " ")) for name in order if records], "--json"
     show(table)
 
 

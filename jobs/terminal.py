@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import psutil
 
-from cafe.errors import UserError, printable
+from cafe.errors import UserError, printable, shorten
 
 if TYPE_CHECKING:
     from cafe.pipeline.process.progress import Progress
@@ -239,17 +239,6 @@ def _terminal_bar(title: str, unit: str) -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, description=shorten(title, room), facts=text)
 
         yield update
-
-
-def shorten(text: str, longest: int) -> str:
-    """Return a text with its middle left out where it is wider than so many characters."""
-    from rich.cells import cell_len
-
-    if cell_len(text) <= longest:
-        return text
-    kept = longest - 1
-    end = text[len(text) - (kept - kept // 2) :]
-    return f"{text[: kept // 2]}…{end}"
 
 
 def _leave(then: str) -> None:

@@ -24,7 +24,7 @@ from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets.comparison import main_sheet
 from cafe.report.sheets.runs import run_sheet
 from cafe.results.columns import Column
-from cafe.results.comparison import Comparison, compare, compare_classes, name_rows, shorten
+from cafe.results.comparison import Comparison, compare, compare_classes, name_rows
 from cafe.results.metrics import estimate
 from cafe.results.runs import choose, read_runs
 from cafe.results.scores import average_all, average_unseen, flatten_scores, meet, read_scores
@@ -135,6 +135,7 @@ def test_a_number_that_chance_might_give_or_of_few_faces_is_marked(workspace: Wo
     assert names["target/happy/largest"] == pytest.approx(60 / 102)
     assert names["target/happy/accuracy.low"] < 60 / 102 < names["target/happy/accuracy.high"]
     assert names["unseen/accuracy.low"] < names["unseen/accuracy"] < names["unseen/accuracy.high"]
+    assert (names["unseen/faces"], names["unseen/largest"]) == (222, pytest.approx((60 / 102 + 5 / 20 + 15 / 100) / 3))
 
 
 def test_a_target_under_two_names_counts_once(workspace: Workspace) -> None:
@@ -289,11 +290,6 @@ def test_what_most_rows_of_a_method_have_is_not_named(workspace: Workspace) -> N
     assert sorted(name_rows([[run] for run in runs])) == [
         "cafe", "cafe (features=raw)", "cafe (features=raw, prior=adjusted)", "cafe (mask=none)", "cafe (prior=adjusted)",
     ]  # fmt: skip
-
-
-def test_long_values_keep_both_ends() -> None:
-    assert shorten("file:/data/weights/msceleb.pth", 24) == "file:/data/…/msceleb.pth"
-    assert shorten("clip-vit-b32", 24) == "clip-vit-b32"
 
 
 def test_recalls_of_two_seeds_and_of_a_class_without_faces(workspace: Workspace) -> None:

@@ -23,11 +23,15 @@ import pytest
 import ray
 import torch
 from conftest import Cafe, draw_faces
+from miniatures import read_tree, write_faces, write_tar, write_zip
 from PIL import Image
 from torchvision import transforms
 from trained import fill_store
 from upath import UPath
 
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.indexing import index_files
+from cafe.data.readers import DATASETS
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.process import pulse
@@ -250,6 +254,42 @@ def test_decoding_ahead_changes_nothing(indexed: Cafe) -> None:
     assert {name: ahead[name] for name in pooled} == {name: twin[name] for name in pooled}
     shutil.rmtree(indexed.workspace / "features")
     assert contents(extract_here(indexed, views=2, batch_size=16).path) == ahead  # decodes as it goes
+
+
+def test_archives_are_extracted_on_the_cluster_as_files_are_and_what_was_skipped_again_where_asked(
+    cafe: Cafe, tmp_path: Path
+) -> None:
+    damaged = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(damaged, "JPEG")
+    workspace, files = Workspace.at(str(cafe.workspace)), Workspace.at(str(tmp_path / "files"))
+    settings = ExtractSettings(backbone="face-resnet", input_size=64, views=2, shard_rows=5)
+    stores = dict[str, tuple[FeatureStore, FeatureStore]]()
+    for seed, name in enumerate(("tarred", "zipped", "rows")):  # of other faces each: features are taken over
+        faces = draw_faces(tmp_path / name, per_class=3, seed=seed)
+        (faces / "anger" / "cut.jpg").write_bytes(damaged.getvalue()[:1500])
+        members = read_tree(faces)
+        if name == "tarred":
+            kind, place = "folder", write_tar(tmp_path / "faces.tar", members)
+        elif name == "zipped":
+            kind, place = "folder", write_zip(tmp_path / "faces.zip", members)
+        else:
+            rows = [(path, content, path.partition("/")[0]) for path, content in members.items()]
+            kind, place = "table", write_faces(tmp_path / "faces.parquet", rows, EXPRESSIONS)
+        index_files(name, DATASETS["folder"](UPath(faces))).manifest.save(files.manifest_path(name))
+        cafe.succeed("data", "index", kind, str(place), "--name", name)
+        stores[name] = fill_store(workspace, name, settings), fill_store(files, name, settings)
+        stores[name][0].receipts.path(
+            1
+        ).unlink()  # which the cluster computes for the first time, the other shard again
+    command = ("extract", *stores, *FACES, "--views", "2", "--shard-rows", "5", "--max-skipped", "1", "--retry-skipped")
+    output = cafe.succeed(*command, "--num-actors", "1", ray=True)
+    assert output.count("computed 2 of 2 shards, 1 unreadable images left out") == len(stores)
+    for name, (archived, whole) in stores.items():
+        wanted = whole.array("pooled")[:]
+        assert np.isnan(wanted).any(axis=(1, 2)).sum() == 1
+        np.testing.assert_array_equal(archived.array("pooled")[:], wanted)
+        ((_, reason),) = archived.receipts.skipped_paths(workspace.load_manifest(name))
+        assert reason.startswith("damaged image")
 
 
 def test_one_view_is_the_same_store_whatever_the_policy(indexed: Cafe) -> None:

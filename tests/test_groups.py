@@ -99,7 +99,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         Face(
             f"{row:05d}.jpg", f"{row:05d}.jpg", row % 7, "test", f"p{row // 7}", 20 + row, 20, f"{row:064d}",
             votes=tuple(8 if name == row % 7 else int(name == 0) * (row % 3) for name in range(7)),
-            kept={"sex": ("woman", "man")[row // 7 % 2], "city": f"city {row}"} | ({"age": str(row // 7)} if row > 6 else {}),
+            kept={
+                "sex": ("woman", "man")[row // 7 % 2],
+                "city": f"city {row}",
+                **({"age": str(row // 7)} if row > 6 else {}),
+            },
         )
         for row in range(FACES)
     ]  # fmt: skip

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import Cafe, draw_faces
+from miniatures import read_tree, write_tar
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
@@ -69,7 +70,11 @@ def kill_at(cafe: Cafe, command: tuple[str, ...], sign: str) -> None:
     driver.wait()
 
 
-def test_an_extraction_loses_only_unfinished_shards(work: Cafe, whole: Cafe, tiny_tower: str) -> None:
+def test_an_extraction_from_a_tar_loses_only_unfinished_shards_and_ends_in_what_files_give(
+    work: Cafe, whole: Cafe, tiny_tower: str, tmp_path: Path
+) -> None:
+    tar = write_tar(tmp_path / "faces.tar", read_tree(tmp_path / "faces"))
+    work.succeed("data", "index", "folder", str(tar), "--name", "tiny")
     command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "8", "--shard-rows", "8", *ALONE)
     kill_at(work, command, "features/tiny/**/receipts/*.json")
     ((path, about),) = find_stores(UPath(work.workspace / "features"), "tiny")

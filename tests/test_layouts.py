@@ -410,6 +410,19 @@ UNCERTAIN = {
         "affectnet (0 neutral, 1 happiness, 2 sadness, 3 surprise, 4 fear, 5 disgust, 6 anger, 7 contempt, 8 none, 9 "
         "uncertain, 10 no face), ferplus (0 neutral, ",
     ),
+    "numbers in a table": (
+        "table", _table("path,label\n0.jpg,3\n", "0.jpg"), {}, "/t.csv labels its faces by numbers, 3: 1 face",
+    ),
+    "numbers in a table beside pictures": (
+        "folder", _table("path,label\n0.jpg,3\n", "0.jpg"), {}, "/t.csv labels its faces by numbers, 3: 1",
+    ),
+    "numbers in two tables": (
+        "folder",
+        lambda root: [
+            _table("path,label\n0.jpg,3\n", f"{split}/0.jpg", name=f"{split}.csv")(root) for split in ("train", "test")
+        ],
+        {}, "/test.csv (and 1 more) labels its faces by numbers, 3: 2 faces",
+    ),
     "an order without a number": (
         "folder", NUMBERS, {"label_order": "fer2013"},
         "labels that the order fer2013 does not explain, 7: 1 face: give the order of this set, whose first name is that",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Cafe, complaint, draw_faces
 from faulty import FaultyS3
-from miniatures import write_faces, write_samples, write_zip
+from miniatures import read_tree, write_faces, write_samples, write_tar, write_zip
 from trained import fill_store, train_run
 from upath import UPath
 
@@ -217,3 +217,27 @@ def test_pictures_in_archives_of_a_store_are_those_of_a_disk_and_one_request_rea
         assert s3.requests - before <= (
             0 if kind == "table" else 6
         )  # rows of Parquet are kept from when they were indexed
+
+
+def test_a_study_of_an_archive_in_an_object_store_ends_in_what_files_on_a_disk_give(
+    s3: FaultyS3, tmp_path: Path, tiny_tower: str
+) -> None:
+    faces = draw_faces(tmp_path / "faces", per_class=6)
+    archive = write_tar(tmp_path / "faces.tar", read_tree(faces))
+    write_file(locate(f"{BUCKET}/archived/faces.tar"), archive.read_bytes())
+    made = list[dict[str, bytes]]()
+    for root, place in (
+        (str(tmp_path / "work"), str(faces)),
+        (f"{BUCKET}/archived/work", f"{BUCKET}/archived/faces.tar"),
+    ):
+        cafe, workspace = Cafe(locate(root), ""), Workspace.at(root)
+        cafe.succeed("data", "index", "folder", place, "--name", "tiny")
+        fill_store(workspace, "tiny", ExtractSettings(backbone=tiny_tower, shard_rows=8)).finish()
+        run = train_run(workspace, source="tiny", method="linear_probe", epochs=1, image_size=32, targets="tiny")
+        assert "linear_probe" in cafe.succeed("compare")
+        there = {name: workspace.features / name for name in list_tree(workspace.features) if "/c/" in name}
+        there |= {name: run / name for name in ("model.safetensors", "predictions/tiny.parquet")}
+        made.append({name: read_file(path) for name, path in there.items()})
+    files, archived = made
+    assert len(files) > 5
+    assert archived == files

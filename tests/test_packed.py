@@ -169,7 +169,9 @@ def test_names_of_several_shards_are_apart_and_numbers_are_asked_for(
     manifest = index("webdataset", tmp_path, label_order="fer2013").manifest
     assert manifest.sample_ids[:2] == ["0.tar/000.jpg", "0.tar/001.png"]
     assert manifest.name_classes(manifest.rows("all")).tolist() == ["anger", "happiness"] * 3
-    assert "--label-order" in complaint(index, "webdataset", tmp_path)
+    sentence = complaint(index, "webdataset", tmp_path / "0.tar")
+    assert sentence.startswith(f"{tmp_path}/0.tar labels its faces by numbers, 0: 1 face, 3: 1 face")
+    assert "--label-order" in sentence
 
 
 def test_withheld_labels_and_members_that_cannot_be_read_are_counted(

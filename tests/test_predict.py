@@ -66,6 +66,7 @@ from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.results.predictions import Predictions
 from cafe.results.runs import choose
+from cafe.results.significance.statistics import wilson
 from cafe.seals import read_sealed, verify_file, write_sealed
 from cafe.synthetic.domains import render
 from cafe.views.drawing import ViewPlan
@@ -640,7 +641,11 @@ def test_models_are_listed_with_their_accuracy_at_home_and_abroad(command: Cafe,
             run, target, labels, np.where(np.arange(10) < right, labels, (labels + 1) % 7), manifest=manifest
         )
     about = {"method": "linear_probe", "source": "one", "seed": 0, "sources": [{"name": "one"}]}
-    scores = {"target/one/accuracy": 0.75, "unseen/accuracy": 0.5}
+    scores = {
+        f"target/{name}/{what}": value
+        for name, values in (("one", (0.75, 0.6, 0.9, 0.4, 80)), ("two", (0.5, 0.3, 0.7, 0.4, 40)))
+        for what, value in zip(("accuracy", "accuracy.low", "accuracy.high", "largest", "faces"), values, strict=True)
+    } | {"unseen/accuracy": 0.5, "unseen/accuracy.low": 0.3, "unseen/accuracy.high": 0.7}
     ship_run(run, Path(str(ships)) / "drawn-9", origin=about, scores=scores, averaged={"seeds": [0, 1]})
     try:
         listed = {record.pop("model"): record for record in json.loads(command.succeed("models", "--json"))}
@@ -648,9 +653,20 @@ def test_models_are_listed_with_their_accuracy_at_home_and_abroad(command: Cafe,
     finally:
         shutil.rmtree(str(run / "predictions"))
     common = {"method": "linear_probe", "source": "one"}
-    assert listed["drawn-9"] == {"is": "ships", **common, "seeds": [0, 1], "at_home": 0.75, "unseen": 0.5}
-    assert listed[run.name] == {"is": "run", **common, "seeds": [0], "at_home": 0.8, "unseen": None}
-    assert "75.0" in next(line for line in shown.splitlines() if "drawn-9" in line)
+    resting = ("", "_low", "_high", "_chance", "_faces")
+    home, unseen = (dict(zip((name + end for end in resting), values, strict=True)) for name, values in (
+        ("at_home", (0.75, 0.6, 0.9, 0.4, 80)), ("unseen", (0.5, 0.3, 0.7, 0.4, 40))
+    ))  # fmt: skip
+    assert listed["drawn-9"] == {"is": "ships", **common, "seeds": [0, 1], **home, **unseen}
+    low, high = wilson(0.8, 10)
+    home |= dict(zip(home, (0.8, low, high, 0.2, 10), strict=True))
+    assert listed[run.name] == {"is": "run", **common, "seeds": [0], **home, **dict.fromkeys(unseen)}
+    lines = shown.splitlines()
+    place = next(number for number, line in enumerate(lines) if "drawn-9" in line)
+    cells = [[cell.strip() for cell in line.split("│")[6:8]] for line in lines[place : place + 2]]
+    assert cells == [["75.0 (60.0–90.0)", "50.0 (30.0–70.0) ‡"], ["chance 40.0", "chance 40.0"]]
+    assert f"80.0 ({100 * low:.1f}–{100 * high:.1f}) ‡" in shown  # of ten faces
+    assert "‡: other faces might as well" in shown
     assert len(listed) == 5
 
 

@@ -32,6 +32,7 @@ from cafe.report.sheets.sheet import BEST, SECOND, Sheet, SheetCell
 from cafe.results.metrics import estimate
 from cafe.results.predictions import Predictions, load_predictions
 from cafe.results.published import SETS
+from cafe.results.scores import describe_left_out, meet
 from cafe.results.significance.statistics import Ranking, grouped_test, holm, paired_bootstrap
 
 KINDS = {"raf": "rafdb", "fer": "ferplus", "stills": "sfew", "mine": "folder"}
@@ -334,7 +335,8 @@ def test_predictions_of_other_faces_do_not_meet_and_are_named(fresh: Workspace, 
         other = Predictions(whole.sample_ids, whole.labels, whole.probabilities, about)
     other.save(path)
     report = report_all(fresh)
-    (line,) = report.left_out
+    line = str(*report.left_out)
+    assert line in report.about
     assert line.startswith(f"Left out: {runs[2].name} on fer (clean), ")
     assert line.endswith(f"cafe evaluate {runs[2].name} --targets fer")
     (row,) = report.comparison.rows
@@ -356,8 +358,30 @@ def test_what_is_left_out_is_named_in_every_output_also_where_it_is_all(fresh: W
     cafe.succeed("data", "index", "folder", str(draw), "--name", "fer")
     said = cafe.fail("compare")
     assert "All 3 predictions are of other faces than those that count now: evaluate the runs again.\n  Left" in said
-    assert all(f"cafe evaluate {run.name} --targets fer" in said for run in runs)
+    names = ", ".join(sorted(run.name for run in runs))
+    assert (
+        f"Left out: 3 predictions of 3 runs, {names}, on fer (clean), evaluated on another manifest than the one that"
+        in said
+    )
+    assert said.endswith("Evaluate each again: cafe evaluate RUN --targets fer")
     assert "All 3 predictions are of other faces" in cafe.fail("compare", "--protocol", "paper")
+
+
+def test_what_is_left_out_for_one_kind_of_reason_is_one_line(fresh: Workspace) -> None:
+    labels = np.arange(70) % 7
+    for seed in range(5):
+        run = write_run(fresh, "cafe", "raf", seed)
+        for target in ("fer", "stills", "fer@train"):
+            write_predictions(run, target, labels, labels, manifest="old")
+        write_predictions(run, "mine", labels[seed // 4 :], labels[seed // 4 :])
+    _, left_out = meet(fresh.read_runs(), {"fer": "new", "stills": "new"})
+    assert len(left_out) == 16
+    old, split, other = describe_left_out(left_out)
+    assert other == str(next(one for one in left_out if one.column == "mine"))  # alone, it says exactly what it is
+    assert "10 predictions of 5 runs, cafe-raf-s0" in old
+    assert "and 2 more (`cafe compare --json` names all), on fer, stills (clean)" in old
+    assert old.endswith("Evaluate each again: cafe evaluate RUN --targets fer,stills")
+    assert split.endswith("Evaluate each again: cafe evaluate RUN --targets fer --split train")
 
 
 def test_faces_of_one_group_are_one_draw(fresh: Workspace) -> None:
@@ -504,7 +528,10 @@ def test_expressions_on_one_target_stand_beside_the_supplement(workspace: Worksp
     assert set(lines) == {
         *((source, method) for source in ("raf", "fer") for method in ("cafe", "scn", "linear_probe")),
         *(("raf", f"{method} − published") for method in ("cafe", "scn")),
+        *((source, what) for source in ("raf", "fer") for what in ("faces", "chance")),
     }  # trained on RAF-DB and evaluated on FERPlus is what was published
+    assert [cell.text for cell in lines["raf", "faces"][3:-1]] == [*["36"] * 5, *["35"] * 2, "250", "250"]
+    assert [cell.text for cell in lines["raf", "chance"][3:-1]] == [*["–"] * 7, "14.4", "14.3"]
     predictions = [
         load_predictions(workspace.run_path(name))["fer"]
         for name in workspace.run_names()

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import draw_faces
+from rich.cells import cell_len
 from rich.console import Console
 from runs import write_predictions, write_run
 
+from cafe.data.expressions import EXPRESSIONS
+from cafe.errors import shorten
+from cafe.inference.output import build_schema, write_table
 from cafe.jobs import tables
 from cafe.jobs.cli import main
-from cafe.jobs.tables import FittedTable, make_table, shorten
+from cafe.jobs.tables import FittedTable, make_table
 from cafe.pipeline.workspace import Workspace
 
 WIDTHS = (60, 80, 100, 120, 160)
@@ -107,6 +111,50 @@ def test_a_narrow_screen_shows_the_mean_of_unseen_targets_beside_the_method_and_
 def test_a_long_name_loses_its_middle() -> None:
     assert shorten("cafe-news-s0-08c0873b", 11) == "cafe-…0873b"
     assert shorten("cafe", 4) == "cafe"
+    assert shorten("file:/data/weights/msceleb.pth", 24) == "file:/data/…/msceleb.pth"
+    assert shorten("写真/顔の写真.jpg", 12) == "写真/…真.jpg"  # whose letters each take two columns
+
+
+FOUND = [  # what predict finds: file, box, doubts, second of a video, error
+    ("/home/me/photos/2024/party/IMG_20240612_183211.jpg", (163, 225, 40, 12), ("unsure",), None, None),
+    ("a.jpg", (1920, 1080, 3840, 2160), ("unsure", "small", "blurred", "turned"), None, None),
+    ("写真/顔の写真顔の写真顔の写真.jpg", (24, 24, 0, 0), (), None, None),
+    ("a/talk-with-a-long-name.mp4", (163, 225, 40, 12), ("small",), 3612.4, None),
+    ("/home/me/photos/2024/party/IMG_20240612_183211.jpg", None, (), None, "no face was found"),
+    ("a/talk-with-a-long-name.mp4", None, (), 2.8, "cut off after 2.8 of 4.0 s " * 4),
+]
+
+
+def predicted(width: int | None) -> list[str]:
+    """The lines that predict prints of these on a terminal of so many columns, or into a file."""
+    nothing, lines = dict.fromkeys(build_schema(EXPRESSIONS).names), io.BytesIO()
+    with write_table(lines, EXPRESSIONS, width) as write:
+        for file, box, doubts, time, error in FOUND:
+            row = {**nothing, "file": file, "time": time, "error": error}
+            if box:
+                row |= dict.fromkeys(EXPRESSIONS, 0.02) | {
+                    "happiness": 0.67,
+                    "surprise": 0.21,
+                    "expression": "happiness",
+                }
+                row |= dict(zip(("width", "height", "left", "top"), box, strict=True)) | dict.fromkeys(doubts, True)
+            write([row])
+    return lines.getvalue().decode().splitlines()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_predict_prints_is_no_wider_than_the_terminal_and_only_names_lose_their_middle(width: int) -> None:
+    lines, whole = predicted(width), predicted(None)
+    assert max(map(cell_len, lines)) <= width
+    assert len(whole) == 1 + len(FOUND)
+    text = " ".join(" ".join(lines).split())
+    for _, box, doubts, time, error in FOUND:
+        said = [*doubts, *((error or "").split()), *([f"at {time:.2f} s"] if time else [])]
+        assert all(part in text for part in [*said, *(["{}×{} at {}, {}".format(*box)] if box else [])])
+    assert text.count("67% surprise 21%") == 4
+    assert lines[-1].split()[-1] == "s"
+    assert any(line.endswith(FOUND[0][0]) for line in lines) == (width >= 120)
+    assert sum(file in line for line in whole for file in {file for file, *_ in FOUND}) == len(FOUND)
 
 
 def test_a_column_without_anything_in_it_is_left_out() -> None:

@@ -129,7 +129,7 @@ class Listing:
     files that cannot be used (where, reason, the expression they name), `repeated` pictures that are listed more than
     once and count once. `unread` are the columns of a table that play no part, `meanings` what labels mean that are no
     names: the label, the name, empty where its faces are left out, and how many there are; `notes` are sentences about
-    what is odd. `classes` is the class set once one is selected.
+    what is odd. `classes` is the class set once one is selected; `tables` are those that say the labels, where some do.
     """
 
     root: UPath
@@ -146,6 +146,13 @@ class Listing:
     meanings: list[tuple[str, str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     classes: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+
+    @property
+    def labelled_by(self) -> str:
+        """What says the labels, and so where a mistake in them is to be looked for: a table, or the root itself."""
+        first, *others = self.tables or (str(self.root),)
+        return f"{first} (and {len(others)} more)" if others else first
 
     def add(self, path: str, expression: str, split: str = "", **more: Any) -> None:
         """Add a face: its file below `root`, the name of what it shows, split, and further fields of `LabelledFile`."""
@@ -190,10 +197,10 @@ class Listing:
         if self.kind not in OWN_KINDS:
             raise UserError(f"The labels of {self.kind} are known: leave --label-order and --labels out.")
         counts = Counter(file.expression for file in self.files)
-        labels.check(self.root, counts)
+        labels.check(self.labelled_by, counts)
         names = {label: labels.find(label) for label in (*counts, *(label for *_, label in self.rejected if label))}
         if strange := Counter({label: counts[label] for label, name in names.items() if name is None}):
-            raise labels.refuse(self.root, strange)
+            raise labels.refuse(self.labelled_by, strange)
         result = replace(self, files=[], dropped=Counter(self.dropped))
         explained = sorted(names.items(), key=lambda pair: (parse_number(pair[0]) or 0, pair[0]))
         result.meanings = [(label, name or "", counts[label]) for label, name in explained if name != label]
@@ -241,9 +248,9 @@ class Listing:
                 strange.setdefault(known, []).append(file)
         numbers = {n: len(files) for name, files in strange.items() if (n := parse_number(name)) is not None}
         if numbers:
-            raise refuse_numbers(self.root, Counter(numbers))
+            raise refuse_numbers(self.labelled_by, Counter(numbers))
         if strange:
-            raise _refuse(self.root, strange, classes, self.kind in OWN_KINDS)
+            raise _refuse(self.labelled_by, strange, classes, self.kind in OWN_KINDS)
         for where, reason, expression in self.rejected:
             name = None if _find_wanted(expression, classes, choice) else find_class(expression, optional)
             if name:
@@ -281,15 +288,13 @@ def _check_skipped(choice: ClassChoice, names: Sequence[str]) -> None:
             raise unknown("class to skip", skipped, there)
 
 
-def _refuse(
-    root: UPath, strange: Mapping[str, Sequence[LabelledFile]], classes: Sequence[str], rows: bool
-) -> UserError:
+def _refuse(place: str, strange: Mapping[str, Sequence[LabelledFile]], classes: Sequence[str], rows: bool) -> UserError:
     ranked = sorted(strange.items(), key=lambda entry: (-len(entry[1]), entry[0]))
     shown = [f"{name!r} ({_name_faces(files, rows)})" for name, files in ranked[:NAMED]]
     more = f" and {len(strange) - NAMED} more" if len(strange) > NAMED else ""
     left_out = ",".join(sorted(strange)[:NAMED]) + (",…" if more else "")
     return UserError(
-        f"{root} has faces of other classes than {', '.join(classes)}: {', '.join(shown)}{more}: leave them out with "
+        f"{place} has faces of other classes than {', '.join(classes)}: {', '.join(shown)}{more}: leave them out with "
         f"--skip {left_out}, or choose the classes with --expressions: 8 adds contempt, own takes all names that stand "
         "there, NAME,NAME,… those you name."
     )

@@ -102,25 +102,25 @@ class LabelMap:
             return label
         return self.names.get(_key(label))
 
-    def check(self, root: object, labels: Iterable[str]) -> None:
+    def check(self, place: str, labels: Iterable[str]) -> None:
         """Raise `UserError` where no label is a number, or where they may be counted from 1, though names are from 0 on."""
         numbers = {parse_number(label) for label in labels} - {None}
         if self.numbered and not numbers:
-            raise UserError(f"No label of {root} is a number: leave --label-order out.")
+            raise UserError(f"No label of {place} is a number: leave --label-order out.")
         if self.counted and 0 not in numbers and normalise_name(self.names["0"]) not in OTHERS:
             raise UserError(
-                f"No label of {root} is 0, of which {self.names['0']!r} would be the name: where it counts from 1 write "
+                f"No label of {place} is 0, of which {self.names['0']!r} would be the name: where it counts from 1 write "
                 "--label-order none,NAME,NAME,…, else say what each number means with --labels FILE."
             )
 
-    def refuse(self, root: object, strange: Counter[str]) -> UserError:
-        """Return the error for labels that are not explained, with their faces."""
+    def refuse(self, place: str, strange: Counter[str]) -> UserError:
+        """Return the error for labels that are not explained, with their faces; `place` is what says them."""
         remedy = (
             "give the order of this set, whose first name is that of 0 (`none` leaves faces out), or --labels FILE"
             if self.numbered
             else "add them, those to be left out with an empty class"
         )
-        return UserError(f"{root} has labels that {self.source} does not explain, {_count(strange)}: {remedy}.")
+        return UserError(f"{place} has labels that {self.source} does not explain, {_count(strange)}: {remedy}.")
 
 
 def _key(label: str) -> str:
@@ -155,7 +155,7 @@ def _read_name(name: Any, label: str, file: UPath) -> str:
     return name
 
 
-def refuse_numbers(root: object, numbers: Counter[int]) -> UserError:
+def refuse_numbers(place: str, numbers: Counter[int]) -> UserError:
     """Return the error for labels that are numbers, with the faces of each and the orders that have all of them."""
     fitting = [
         f"{name} ({', '.join(f'{number} {what}' for number, what in order.items())})"
@@ -164,7 +164,7 @@ def refuse_numbers(root: object, numbers: Counter[int]) -> UserError:
     ]
     counts = _count(Counter({str(number): numbers[number] for number in sorted(numbers)}), ranked=False)
     return UserError(
-        f"{root} labels its faces by numbers, {counts}, which mean other expressions in other sets: say which with "
+        f"{place} labels its faces by numbers, {counts}, which mean other expressions in other sets: say which with "
         f"--label-order {', '.join([*fitting, 'or NAME,NAME,… from 0 on'])}, or with --labels FILE."
     )
 

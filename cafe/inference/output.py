@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cafe.errors import printable
+from cafe.errors import printable, shorten
 from cafe.files import is_encoded
 from cafe.inference.recognition import PredictedFrame
 from cafe.outputs import Own, begins
@@ -37,8 +38,15 @@ AFTER = (
     ("error", pa.string()),  # why a frame has no face; null where it has
 )
 DIGITS = 6  # of a probability, where it is text
-TABLE = "{:<10} {:>4}  {:<13} {:<13} {:>19}  {}\n"  # a line of aligned columns, whole on 80 columns
-TABLE_HEADER = TABLE.format("expression", "", "next", "doubts", "box", "file")
+CELLS = (
+    "{:<10} {:>4}",
+    "  {:<13}",
+    " {:<13}",
+    " {:>19}",
+    "  {}",
+)  # of a line of aligned columns; the last is the file's
+TABLE_HEADER = "".join(CELLS).format("expression", "", "next", "doubts", "box", "file") + "\n"
+LEAST_NAME, INDENT = 14, "    "  # of a file's name on a terminal, and before what stands below the line it belongs to
 
 Row = dict[str, Any]
 Write = Callable[[list[Row]], None]
@@ -83,29 +91,65 @@ def list_rows(predicted: PredictedFrame, classes: Sequence[str]) -> list[Row]:
 
 
 @contextmanager
-def write_table(file: IO[bytes], classes: Sequence[str]) -> Iterator[Write]:
-    """Write aligned columns to be read on a terminal; the file stands last, so that any name fits."""
+def write_table(file: IO[bytes], classes: Sequence[str], width: int | None = None) -> Iterator[Write]:
+    """Write aligned columns to be read on a terminal; the file stands last, so that any name fits.
+
+    With a `width`, no line has more columns of a terminal: what has no room stands below, long names lose their middle.
+    """
     columns = name_columns(classes)
-    _put(file, TABLE_HEADER)
+
+    def put(cells: Sequence[str], name: str, time: str = "", error: str = "") -> None:
+        if width is None:
+            _put(file, "".join((*cells, CELLS[-1].format(f"{name}{time}: {error}" if error else name + time), "\n")))
+        else:
+            _put(file, "".join(f"{line.rstrip()}\n" for line in _fit(cells, name, time, error, width)))
 
     def write(rows: list[Row]) -> None:
-        lines = (
-            TABLE.format(*(printable(cell).replace("\n", "\\n") for cell in _table_cells(row, columns))) for row in rows
-        )
-        _put(file, "".join(lines))
+        for row in rows:
+            time = "" if row["time"] is None else f" at {row['time']:.2f} s"
+            put(_list_cells(row, columns), _on_one_line(row["file"]), time, _on_one_line(row["error"] or ""))
 
+    put(_format("expression", "", "next", "doubts", "box"), "file")
     yield write
 
 
-def _table_cells(row: Row, columns: Mapping[str, str]) -> tuple[str, ...]:
-    place = row["file"] if row["time"] is None else f"{row['file']} at {row['time']:.2f} s"
+def _on_one_line(text: str) -> str:
+    return printable(text).replace("\n", "\\n")
+
+
+def _format(first: str, share: str, *others: str) -> list[str]:
+    """Return the cells before the file's, as wide as their columns."""
+    return [CELLS[0].format(first, share), *(form.format(text) for form, text in zip(CELLS[1:-1], others, strict=True))]
+
+
+def _list_cells(row: Row, columns: Mapping[str, str]) -> list[str]:
     if row["expression"] is None:
-        return "–", "", "", "", "", f"{place}: {row['error']}"
+        return _format("–", "", "", "", "")
     first, second = sorted(columns, key=lambda name: -row[columns[name]])[:2]
     doubts = ", ".join(name for name in ("unsure", "small", "blurred", "turned") if row[name])
     box = f"{row['width']}×{row['height']} at {row['left']}, {row['top']}"
     shares = [f"{row[columns[name]]:.0%}" for name in (first, second)]
-    return first, shares[0], f"{second} {shares[1]}", doubts, box, place
+    return _format(first, shares[0], f"{second} {shares[1]}", doubts, box)
+
+
+def _fit(cells: Sequence[str], name: str, time: str, error: str, width: int) -> list[str]:
+    """Return the lines of a row for a terminal; one that has only an error says it right behind the dash."""
+    from rich.cells import cell_len
+
+    lines = [cells[0]]
+    for cell in cells[1:] if not error else ():
+        if len(lines[-1]) + len(cell.rstrip()) > width:
+            lines.append(INDENT + cell.strip())
+        else:
+            lines[-1] += cell
+    least = min(LEAST_NAME, cell_len(name)) + len(time)
+    if len(lines[-1]) + 2 + least > width:
+        lines.append(INDENT[2:])
+    room = width - len(lines[-1]) - 2 - len(time)
+    beside = f": {error}" if error and least + 2 + cell_len(error) <= room else ":" * bool(error)
+    below = wrap(error, width - len(INDENT), break_on_hyphens=False) if beside == ":" else []
+    lines[-1] += f"  {shorten(name, room - cell_len(beside))}{time}{beside}"
+    return [*lines, *(INDENT + line for line in below)]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from cafe.results.metrics import FEW, METRICS, confusion, estimate, risk_at
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
-from cafe.results.scores import average_unseen, meet, read_scores
+from cafe.results.scores import average_unseen, describe_left_out, meet, read_scores
 from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import UNSEEN
 from cafe.results.variants import average_exported
@@ -79,7 +79,7 @@ def write_card(
         evaluated=averaged[:1].upper() + averaged[1:] if averaged else "This run",
         not_mirrored=mirrored and not evaluated_mirrored,
         unseen=describe_unseen(scores, averaged) if averaged else describe_seeds(met.runs, known),
-        left_out=dict.fromkeys(map(str, [*chosen.left_out, *met.left_out])),
+        left_out=describe_left_out(list(dict.fromkeys([*chosen.left_out, *met.left_out]))),
         average=describe_average(len(runs), mirrored),
         measured={METRICS[name].title: METRICS[name].about for name in MEASURED},
         coverages=[f"{share:.0%}" for share in COVERAGES],

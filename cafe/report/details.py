@@ -93,7 +93,7 @@ def _evaluated(row: Row) -> list[Column]:
 
 def _describe(row: Row, classes: dict[tuple[str, str], Row], comparison: Comparison, gallery: Gallery) -> Detail:
     columns = _evaluated(row)
-    unseen = [column for column in columns if column not in row.seen]
+    unseen_first = sorted(columns, key=lambda column: column in row.seen)
     first, others = (
         replace(row, runs=tuple(run for run in row.runs if (run.seed == row.runs[0].seed) == own))
         for own in (True, False)
@@ -115,7 +115,7 @@ def _describe(row: Row, classes: dict[tuple[str, str], Row], comparison: Compari
         columns,
         {name: [own.get(name, NOTHING) for own in cells] for name in (*names, OVERALL, MEAN)},
         confusions,
-        list_mistakes(seed, unseen or columns, gallery),
+        list_mistakes(seed, unseen_first, gallery),
         read_epochs(row),
         masks,
         {kind: found[1].figure(found[0], kind, ".png") for kind, found in pictures.items() if found},

@@ -15,7 +15,6 @@ from cafe.report.details import (
     Confusion,
     Detail,
     Gallery,
-    ShownMistake,
     list_details,
     read_thumbnails,
 )
@@ -25,6 +24,8 @@ from cafe.report.origins import list_versions, targets_sheet, trainings_sheet
 from cafe.report.pages import embed_figure, render
 from cafe.report.report import Report
 from cafe.report.sheets.printed import errors_sheet
+from cafe.results.columns import Column
+from cafe.results.comparison import Row
 from cafe.results.groups import FindManifest
 
 GALLERY = Gallery()
@@ -75,11 +76,11 @@ def _show(detail: Detail, number: int, thumbnails: dict[tuple[str, str], str]) -
     return {
         "id": f"row{number}",
         "title": title,
-        "columns": [f"({column.title})" if column in row.seen else column.title for column in detail.columns],
+        "columns": [_name(column, row) for column in detail.columns],
         "recalls": detail.recalls,
         "confusions": [(column.title, own.classes, _share(own)) for column, own in detail.confusions.items()],
         "evaluated": "the mean over seeds" if row.runs[0].ensemble else f"seed {row.runs[0].seed}",
-        "galleries": list(_group(detail.mistakes, thumbnails)),
+        "galleries": list(_group(detail, thumbnails)),
         "classes": classes,
         "mask": _mark_safe(to_svg(draw_masks(detail.masks, classes), f"mask{number}", f"{title}: {MASK}"))
         if tells_apart(detail.masks)
@@ -112,8 +113,13 @@ def _pool(masks: Mapping[str, np.ndarray], classes: Sequence[str]) -> list[tuple
     return [(name, own.tolist(), ((own - low) / ((high - low) or 1)).tolist()) for name, own in means.items()]
 
 
-def _group(mistakes: Sequence[ShownMistake], thumbnails: dict[tuple[str, str], str]) -> Iterator[tuple[str, list[Any]]]:
+def _name(column: Column, row: Row) -> str:
+    return f"({column.title})" if column in row.seen else column.title
+
+
+def _group(detail: Detail, thumbnails: dict[tuple[str, str], str]) -> Iterator[tuple[str, list[Any]]]:
     """Yield each target with its mistakes, each with its picture, which is empty where there is none."""
-    for column in dict.fromkeys(shown.column for shown in mistakes):
-        own = [shown.mistake for shown in mistakes if shown.column == column]
-        yield column.title, [(mistake, thumbnails.get((column.target, mistake.sample_id), "")) for mistake in own]
+    for column in dict.fromkeys(shown.column for shown in detail.mistakes):
+        own = [shown.mistake for shown in detail.mistakes if shown.column == column]
+        pictures = (thumbnails.get((column.target, mistake.sample_id), "") for mistake in own)
+        yield _name(column, detail.row), list(zip(own, pictures, strict=True))

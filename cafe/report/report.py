@@ -27,7 +27,7 @@ from cafe.results.metrics import Estimate, choose_metrics
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
-from cafe.results.scores import LeftOut, meet, read_scores
+from cafe.results.scores import LeftOut, describe_left_out, meet, read_scores
 from cafe.results.significance.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.significance.verdicts import Verdict, reach_verdicts
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
@@ -49,7 +49,7 @@ class Report:
     parting: Parting | None = None  # their accuracy by a column of the manifests
     target: str = ""
     verdicts: Sequence[Verdict] = ()  # one for each source
-    left_out: Sequence[str] = ()  # predictions that do not belong beside the others, each in a line of `about` too
+    left_out: Sequence[LeftOut] = ()  # predictions that do not belong beside the others; `about` says of what kinds
 
 
 def make_report(
@@ -78,8 +78,7 @@ def make_report(
     versus, known = settings.versus, known or {}
     runs, trials = choose_draws(runs)
     runs, left_out = meet(runs, known)
-    lines = [str(one) for one in left_out]
-    about = [*about, *lines]
+    about = [*about, *describe_left_out(left_out)]
     scores = read_scores(runs, known)
     protocol = settings.protocol or choose_protocol(scores)
     _check_left_out(scores, left_out, protocol)
@@ -98,7 +97,7 @@ def make_report(
     said = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
     if per_class:
         classes = compare_classes(shown, scores, per_class, protocol)
-        return _report_classes(classes, per_class, versus, [*said, *about], lines)
+        return _report_classes(classes, per_class, versus, [*said, *about], left_out)
     comparison = compare(shown, scores, metric, protocol, leak_free, others or None)
     others = [other for other in others if scores[other].notna().any()]
     further = [compare(shown, scores, other, protocol, leak_free, ()) for other in others]
@@ -107,7 +106,7 @@ def make_report(
         assert find_manifest is not None
         parting = part_rows(comparison, settings.by, find_manifest)
     report = _report_targets(comparison, further, settings, parting, trials)
-    return replace(report, about=[*said, *elsewhere, *about], left_out=lines)
+    return replace(report, about=[*said, *elsewhere, *about], left_out=left_out)
 
 
 def _report_targets(
@@ -133,7 +132,7 @@ def _report_targets(
 
 
 def _report_classes(
-    classes: Comparison, target: str, versus: str | None, about: Sequence[str], left_out: list[str]
+    classes: Comparison, target: str, versus: str | None, about: Sequence[str], left_out: Sequence[LeftOut]
 ) -> Report:
     published = publish_classes(classes)
     tests = pair_rows(classes, versus, target) if versus else []
@@ -153,7 +152,7 @@ def _check_left_out(scores: pd.DataFrame, left_out: Sequence[LeftOut], protocol:
     own = [one for one in left_out if find_protocol(one.protocol).plain == protocol]
     missing = left_out if scores.empty else own
     if missing and not (scores["protocol"] == protocol).any():
-        listed = "".join(f"\n  {one}" for one in missing)
+        listed = "".join(f"\n  {line}" for line in describe_left_out(missing))
         raise UserError(
             f"All {len(missing)} predictions are of other faces than those that count now: evaluate the runs again.{listed}"
         )

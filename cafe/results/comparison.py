@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from cafe.errors import UserError, unknown
+from cafe.errors import UserError, shorten, unknown
 from cafe.results.columns import MEAN, OVERALL, Column, Mean, name_class_sets
 from cafe.results.metrics import METRICS, RECALL, Estimate, estimate, find_metric
 from cafe.results.predictions import Predictions
@@ -400,9 +400,3 @@ def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, ob
             differing.append(key)
     texts = (f"{key.removeprefix('recipe.')}={shorten(str(said[key]), longest)}" for key in differing)
     return f"{method} ({', '.join(texts)})" if differing else method
-
-
-def shorten(text: str, longest: int) -> str:
-    """Return a text with its middle left out where it is longer than so many characters."""
-    kept = longest - 1
-    return text if len(text) <= longest else f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"

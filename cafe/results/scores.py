@@ -37,6 +37,8 @@ SCORE_FIELDS = (
     "largest", "uniform", *(f"{name}{end}" for name in ("accuracy", "macro_f1") for end in ENDS),
 )  # fmt: skip
 
+NAMED = 3  # runs in a line about many of them
+
 Filter = Callable[[Run, Column, Predictions], Predictions]
 
 
@@ -105,22 +107,56 @@ def describe_scores(predictions: Predictions) -> dict[str, float]:
 
 
 class LeftOut(NamedTuple):
-    """Predictions that do not belong in the column of their target, and why."""
+    """Predictions that do not belong in the column of their target: the kind of the reason, and the reason itself."""
 
     run: str
     protocol: str
     column: str
+    kind: str
     reason: str
 
+    @property
+    def split(self) -> str:
+        """The split, where it is another one than the protocol's."""
+        return self.column.partition("@")[2]
+
     def __str__(self) -> str:
-        target, _, split = self.column.partition("@")
-        plain = find_protocol(self.protocol)
-        options = f" --protocol {plain.plain}" * (plain.plain != "clean") + f" --split {split}" * bool(split)
-        options += f" --test-time {plain.option}" if plain.option else ""
         return (
             f"Left out: {self.run} on {self.column} ({self.protocol}), {self.reason}. "
-            f"Evaluate it again: cafe evaluate {self.run} --targets {target}{options}"
+            f"Evaluate it again: {_evaluate_again(self.run, [self.column], self.protocol)}"
         )
+
+
+def _evaluate_again(run: str, columns: Sequence[str], protocol: str) -> str:
+    """Return the command that evaluates a run on some columns of one split."""
+    targets, splits = zip(*(column.partition("@")[::2] for column in columns), strict=True)
+    plain = find_protocol(protocol)
+    options = f" --protocol {plain.plain}" * (plain.plain != "clean") + f" --split {splits[0]}" * bool(splits[0])
+    options += f" --test-time {plain.option}" if plain.option else ""
+    return f"cafe evaluate {run} --targets {','.join(targets)}{options}"
+
+
+def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
+    """Return a line for all predictions that are left out for one kind of reason, with their number and the remedy."""
+    alike: dict[tuple[str, str, str], list[LeftOut]] = defaultdict(list)
+    for one in left_out:
+        alike[one.kind, one.protocol, one.split].append(one)
+    lines = []
+    for (kind, protocol, _), several in alike.items():
+        if len(several) == 1:
+            lines.append(str(several[0]))
+            continue
+        runs, columns = (
+            list(dict.fromkeys(names)) for names in zip(*((one.run, one.column) for one in several), strict=True)
+        )
+        more = f" and {len(runs) - NAMED} more (`cafe compare --json` names all)" if len(runs) > NAMED else ""
+        of = f"{len(runs)} runs, {', '.join(runs[:NAMED])}{more}," if len(runs) > 1 else runs[0]
+        each, again = ("each", "RUN") if len(runs) > 1 else ("it", runs[0])
+        lines.append(
+            f"Left out: {len(several)} predictions of {of} on {', '.join(columns)} ({protocol}), {kind}. "
+            f"Evaluate {each} again: {_evaluate_again(again, columns, protocol)}"
+        )
+    return lines
 
 
 class Meeting(NamedTuple):
@@ -183,20 +219,19 @@ def _leave_out(
     current = manifests.get(column.partition("@")[0])
     chosen = current or min(voters, key=lambda manifest: (-len(voters[manifest]), manifest))
     known = "the workspace has now" if current else "most runs were evaluated on, or the first by its digest"
+    usual = "the one that the workspace has now" if current else "that of most runs"
     largest: dict[tuple[str, ...], tuple[int, str]] = {}
     for classes, one in several:
         if one.manifest == chosen:
             largest[classes] = max(largest.get(classes, (-1, "")), (one.faces, one.rows))
     for classes, one in several:
         if one.manifest != chosen:
-            reason = (
-                f"evaluated on the manifest {one.manifest[:8] or 'of no digest'}, not on {chosen[:8]}, which {known}"
-            )
+            own = one.manifest[:8] or "of no digest"
+            reason = f"evaluated on the manifest {own}, not on {chosen[:8]}, which {known}"
+            yield LeftOut(one.run, one.protocol, one.column, f"evaluated on another manifest than {usual}", reason)
         elif (one.faces, one.rows) != largest[classes]:
             reason = f"evaluated on {one.faces} faces, while others were on {largest[classes][0]}, not the same ones"
-        else:
-            continue
-        yield LeftOut(one.run, one.protocol, one.column, reason)
+            yield LeftOut(one.run, one.protocol, one.column, "evaluated on other faces than others", reason)
 
 
 def average_unseen(scores: pd.DataFrame) -> pd.DataFrame:
@@ -231,8 +266,9 @@ def interval_of_mean(scores: pd.DataFrame, metric: str) -> tuple[float, float]:
 def flatten_scores(scores: pd.DataFrame) -> dict[str, float]:
     """Return one run's scores by flat names: target/TARGET/METRIC, unseen/METRIC and all/METRIC.
 
-    Those of another protocol than `clean` have its name in front. Beside the metrics of a target are the faces they are of,
-    the share of the largest class, one in K, and the ends of the intervals over faces, METRIC.low and METRIC.high.
+    Those of another protocol than `clean` have its name in front. Beside the metrics of a target and of the unseen ones
+    are the faces they are of, the share of the largest class, one in K, and the ends of the intervals over faces, METRIC.low
+    and METRIC.high.
     """
     named: dict[str, float] = {}
     resting = ("faces", "largest", "uniform")
@@ -245,8 +281,10 @@ def flatten_scores(scores: pd.DataFrame) -> dict[str, float]:
         for (_, protocol), values in means.iterrows():
             named |= {f"{find_protocol(protocol).prefix}{group}/{name}": values[name] for name in METRICS}
     for (_, protocol), own in scores[scores["relation"] == UNSEEN].groupby(["run", "protocol"], sort=False):
+        group = f"{find_protocol(protocol).prefix}unseen/"
+        named |= {f"{group}{name}": own[name].sum() if name == "faces" else own[name].mean() for name in resting}
         named |= {
-            f"{find_protocol(protocol).prefix}unseen/{name}{end}": value
+            f"{group}{name}{end}": value
             for name in ("accuracy", "macro_f1")
             for end, value in zip(ENDS, interval_of_mean(own, name), strict=True)
         }

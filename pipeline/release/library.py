@@ -23,7 +23,7 @@ from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
 from cafe.results.runs import choose
-from cafe.results.scores import meet, read_scores
+from cafe.results.scores import describe_left_out, meet, read_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +109,7 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
 
     The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, as fractions, beside what
     tells runs and targets apart (`cafe.results.scores.SCORE_FIELDS`). Predictions on other faces than those of the rest are
-    left out with a warning that names them (`cafe.results.scores.meet`).
+    left out with a warning that says which (`cafe.results.scores.meet`).
 
     >>> table = scores(workspace)
     >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
@@ -119,8 +119,8 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     chosen = choose(known.read_runs(), experiment)
     manifests = known.manifest_digests()
     runs, left_out = meet(chosen.runs, manifests)
-    for one in left_out:
-        warnings.warn(str(one), stacklevel=2)
+    for line in describe_left_out(left_out):
+        warnings.warn(line, stacklevel=2)
     return read_scores(runs, manifests).drop(columns=["column", "sources"])
 
 
@@ -205,7 +205,7 @@ def compare(
     report = make_report(
         runs, known.manifest_digests(), chosen, metrics=metrics, root=known.root, find_manifest=known.find_manifest
     )
-    for line in report.left_out:
+    for line in describe_left_out(report.left_out):
         warnings.warn(line, stacklevel=2)
     return pd.DataFrame(list_records(report))
 

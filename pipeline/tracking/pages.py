@@ -26,7 +26,7 @@ from cafe.results.comparison import name_rows
 from cafe.results.metrics import METRICS
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.runs import Run, list_epochs, read_epoch
-from cafe.results.scores import flatten_scores, meet, read_scores
+from cafe.results.scores import describe_left_out, flatten_scores, meet, read_scores
 from cafe.results.sources import SOURCE
 
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
@@ -120,7 +120,7 @@ def describe_run(
         "cafe.reason": reason,
         **describe_code(made := read_json(run.folder / "made.json") or {}, run.derived.get("code", "")),
     }
-    tags[NOTE] = "\n\n".join([describe_scores(run, scores), *map(str, met.left_out)])
+    tags[NOTE] = "\n\n".join([describe_scores(run, scores), *describe_left_out(met.left_out)])
     status = status or ended.get("status", "RUNNING")
     params = {"source": run.source, **run.settings, **run.derived}
     inputs = tuple(describe_inputs(workspace, run, scores))

@@ -50,7 +50,7 @@ def read_webdataset(root: UPath, columns: Mapping[str, str] | None = None) -> Li
     `columns` says which key has a role, where its name does not. Raises `UserError`.
     """
     folder, shards = find_shards(root, ".tar")
-    found = Listing(folder, "table", f"{len(shards)} tar shards")
+    found = Listing(folder, "table", f"{len(shards)} tar shards", tables=(str(root),))
     rows = [row for shard in shards for row in _read_tar(folder / shard, shard, found)]
     if not any(row.cells for row in rows):
         raise UserError(
@@ -66,7 +66,7 @@ def read_parquet(root: UPath, columns: Mapping[str, str] | None = None) -> Listi
     `root` and `columns` as for `read_webdataset`. Labels may be numbers that the schema names. Raises `UserError`.
     """
     folder, shards = find_shards(root, ROWS)
-    found = Listing(folder, "table", f"{len(shards)} Parquet files")
+    found = Listing(folder, "table", f"{len(shards)} Parquet files", tables=(str(root),))
     rows = [row for shard in shards for row in _read_rows(folder / shard, shard)]
     # A row is read with those around it, so that the faces must stay in the order in which they lie.
     in_order = all(

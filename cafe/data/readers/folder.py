@@ -128,6 +128,7 @@ def _list_tables(found: Listing, tree: Tree, tables: Sequence[_Beside]) -> None:
         rows = [replace(row, split=row.split or table.split) for row in rows]
         list_faces(found, list(_find_pictures(found, tree, table, rows, by_name)), table.path)
     found.layout = "; ".join(f"{table.path} of {table.roles.name(table.cells)}" for table in tables)
+    found.tables = tuple(str(find_below(tree.root, table.path)) for table in tables)
     found.unread = tuple(dict.fromkeys(name for table in tables for name in table.roles.unread))
 
 

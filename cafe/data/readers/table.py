@@ -189,7 +189,7 @@ def read_table(file: UPath, root: UPath | None = None, columns: Mapping[str, str
     roles = Roles.find(table, file, columns or {})
     rows = read_faces(table, roles, file)
     root, rows = _place(rows, file, root)
-    found = Listing(root, "table", f"table of {roles.name(table)}", unread=roles.unread)
+    found = Listing(root, "table", f"table of {roles.name(table)}", unread=roles.unread, tables=(str(file),))
     list_faces(found, rows, file)
     if wrong := Levels(root, [row.path for row in found.files], EIGHT).contradict(found.files):
         found.notes.append(

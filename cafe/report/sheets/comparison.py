@@ -65,7 +65,7 @@ def main_sheet(comparison: Comparison, first: bool = True) -> Sheet:
         cells = [find_cells(row, places) for row in rows]
         marked = mark_lines(rows, cells, higher)
         lines += [[*line, SheetCell(row.saw_target)] for row, line in zip(rows, marked, strict=True)]
-        others = (*_lead(rows, cells, higher), *_grounds(rows[0].source, cells))
+        others = (*_lead(rows, cells, higher), *ground_lines(rows[0].source, cells))
         lines += [[*line, SheetCell("")] for line in others]
     shown = {comparison.metric, *(place.metric for place in comparison.means)}
     about = [metric.about for name, metric in METRICS.items() if metric.about and name in shown]
@@ -116,7 +116,7 @@ def _write(row: Row, place: Place, estimate: Estimate) -> str:
     return text + " †" * row.peeked + " ‡" * is_doubtful(estimate)
 
 
-def _grounds(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
+def ground_lines(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
     """Yield what the numbers of a block rest on: the faces, and what chance would give."""
     best = [max((own[place] for own in cells), key=lambda estimate: estimate.faces) for place in cells[0]]
     if any(estimate.faces for estimate in best):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
-from cafe.report.sheets.comparison import class_notes, find_cells, mark_lines, row_notes
+from cafe.report.sheets.comparison import class_notes, find_cells, ground_lines, ground_notes, mark_lines, row_notes
 from cafe.report.sheets.sheet import HEAD, NOISE, SAW, Sheet, SheetCell, head_cells, points
 from cafe.results.comparison import Comparison, Row
 from cafe.results.published import Published
@@ -46,18 +46,19 @@ def class_sheet(comparison: Comparison, target: str, published: Sequence[Publish
     lines: list[list[SheetCell]] = []
     for _, block in groupby(zip(comparison.rows, published, strict=True), lambda pair: pair[0].source):
         rows, known = zip(*block, strict=True)
-        marked = mark_lines(
-            rows, [find_cells(row, comparison.columns) for row in rows], dict.fromkeys(comparison.columns, True)
-        )
+        cells = [find_cells(row, comparison.columns) for row in rows]
+        marked = mark_lines(rows, cells, dict.fromkeys(comparison.columns, True))
         for row, numbers, line in zip(rows, known, marked, strict=True):
             lines.append([*line, SheetCell(row.saw_target)])
             if numbers:
                 pairs = ((own.mean, numbers.cells.get(column, math.nan)) for column, own in row.cells.items())
                 texts = [_beside(row, *pair) for pair in pairs]
                 lines.append(list(map(SheetCell, [row.source, f"{row.label} − published", "", *texts, ""])))
+        lines += [[*line, SheetCell("")] for line in ground_lines(rows[0].source, cells)]
     notes = [
         f"Recall per expression on {target} in percent: the mean ± the half-width of the 95 % t-interval over seeds, or "
         "both values where there are two; overall: accuracy; mean: of the recalls. In brackets: trained on the same set.",
+        *ground_notes(comparison.rows),
         *class_notes(comparison),
         *row_notes(comparison.rows),
         *([f"− published: minus the published numbers, which are in brackets. {NOISE}"] if any(published) else []),
