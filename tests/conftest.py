@@ -54,16 +54,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep in one process of xdist what shares what takes long to make: each process would else make its own.
 
     That is the session's Ray and what else `GROUPED` names, and in each file what is made once for all its tests. A group
-    is the end of a test's id, which pytest 9.2 no longer lets pytest-xdist 3.8 write itself (its issue 1386).
+    is the end of a test's id, which pytest 9.2 no longer lets pytest-xdist 3.8 write itself (its issue 1386). The longest
+    comes first.
     """
     if not hasattr(config, "workerinput"):
         return
+    groups = dict[pytest.Item, str]()
     for item in items:
         assert isinstance(item, pytest.Function)
         made = item._fixtureinfo.name2fixturedefs
         shared = [name for name in GROUPED if name in made]
         if shared or any(found[-1].scope == "module" for found in made.values()):
-            item._id = NodeId.parse(f"{item.nodeid}@{shared[0] if shared else item.path.stem}")
+            groups[item] = shared[0] if shared else item.path.stem
+            item._id = NodeId.parse(f"{item.nodeid}@{groups[item]}")
+    items.sort(key=lambda item: (groups.get(item) != "ray_address", item not in groups))
 
 
 def pytest_collection_finish() -> None:

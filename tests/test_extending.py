@@ -80,6 +80,7 @@ def actors(files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.Tem
         )
     with forgotten_plugins():
         command = ("extract", "actors", "--backbone", f"tiny-resnet@{tower_file}", "--views", "2", "--decoders", "0")
+        command += ("--num-actors", "1")
         cafe.succeed("--plugin", files["tiny_resnet.py"], *command, ray=True)
     return cafe
 
@@ -190,7 +191,7 @@ def test_all_of_them_run_through_a_benchmark_and_an_export(
     cafe, model = actors, str(tmp_path / "model")
     face = str(actors.workspace.parent / "actors" / "p00-anger-0.png")
     with forgotten_plugins():
-        cafe.succeed(*plug_ins, "benchmark", str(tmp_path / "own.toml"), ray=True)
+        cafe.succeed(*plug_ins, "benchmark", str(tmp_path / "own.toml"), "--parallel", "1", ray=True)
         runs = [run for run in read_runs(UPath(cafe.workspace / "runs").iterdir()) if "own" in run.experiments]
         assert sorted(run.method for run in runs) == ["fusion", "image_only"]
         (fused,) = (run.name for run in runs if run.method == "fusion")

@@ -54,6 +54,7 @@ def contents(folder: UPath) -> dict[str, bytes]:
 
 
 FACES = ("--backbone", "face-resnet", "--input-size", "64")  # the tower that an actor starts in half the time of others
+ALONE = ("--num-actors", "1")  # each further one takes seconds to start
 
 
 def extract_here(cafe: Cafe, **settings: Any) -> FeatureStore:
@@ -157,7 +158,7 @@ def kill_tower() -> str:
 
 
 def test_layers_of_one_pass_have_a_store_each(indexed: Cafe, tiny_tower: str) -> None:
-    command = ("extract", "tiny", "--backbone", tiny_tower, "--layers", "block1/2x2, final,block2", "--num-actors", "1")
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--layers", "block1/2x2, final,block2", *ALONE)
     output = indexed.succeed(*command, ray=True)
     assert output.count("computed 2 of 2 shards") == 3
     stores = {store.info.key.backbone.partition("#")[2]: store for store in open_stores(indexed, "tiny")}
@@ -208,7 +209,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(cafe: Cafe
     broken = "2 broken files, left out:\n  anger/empty.jpg: file is empty\n  anger/text.png: not an image"
     assert broken in indexed.output
 
-    command = ("extract", "odd", *FACES)
+    command = ("extract", "odd", *FACES, *ALONE)
     result = cafe(*command, ray=True)
     assert result.exit_code == 1
     assert "1 of 17 images of 'odd' are unreadable, more than --max-skipped 0" in result.output
@@ -223,7 +224,7 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(cafe: Cafe
 
 
 def test_a_fault_of_the_storage_leaves_its_shard_undone_and_no_other(indexed: Cafe) -> None:
-    command = ("extract", "tiny", *FACES, "--shard-rows", "15", "--num-actors", "1")
+    command = ("extract", "tiny", *FACES, "--shard-rows", "15", *ALONE)
     picture = indexed.workspace.parent / "faces" / "happiness" / "003.png"
     content = picture.read_bytes()
     picture.unlink()
@@ -316,11 +317,13 @@ def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Pa
         for path in sorted((real_faces / "news" / expression).iterdir())[:8]:
             shutil.copy(path, folder / expression)
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    # The text tower, which nothing here reads, as small as it can be.
+    text = {"context_length": 8, "vocab_size": 8, "width": 64, "heads": 1, "layers": 1}
+    model = open_clip.create_model("ViT-B-32-quickgelu", text_cfg=text).eval()
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     cafe.succeed("data", "index", "folder", str(folder), "--name", "some")
     cafe.succeed(
-        "extract", "some", "--backbone", f"clip-vit-b32@{tmp_path / 'clip.pt'}", "--dtype", "float32", ray=True
+        "extract", "some", "--backbone", f"clip-vit-b32@{tmp_path / 'clip.pt'}", "--dtype", "float32", *ALONE, ray=True
     )
     store = open_store(cafe, "some")
     assert store.info.key.normalisation[0] == (0.485, 0.456, 0.406)  # as published: ImageNet's, not CLIP's
@@ -341,7 +344,7 @@ def test_a_cluster_computes_with_the_code_of_the_command_also_of_a_job(indexed: 
     with (tmp_path / "code" / "cafe" / "errors.py").open("a") as file:
         file.write("# other code than the nodes have\n")
     program = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(indexed.workspace), "extract", "tiny"]
-    program += [*FACES, "--num-actors", "1", "--address", indexed.address]
+    program += [*FACES, *ALONE, "--address", indexed.address]
     # As `ray job submit` starts a command; that the job says something else of its workers must not end it.
     job = json.dumps({"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "ACTIVE"}}, "metadata": {}})
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "code"), "RAY_JOB_CONFIG_JSON_ENV_VAR": job}

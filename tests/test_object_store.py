@@ -63,7 +63,7 @@ def study(workspace: str, faces: str, tower: str, database: Path) -> str:
     mirror = ("--mlflow-uri", f"sqlite:///{database}")
     cafe = Cafe(locate(workspace), "")
     cafe.succeed("data", "index", "folder", faces, "--name", "tiny")
-    cafe.succeed("extract", "tiny", "--backbone", tower, "--shard-rows", "8")
+    cafe.succeed("extract", "tiny", "--backbone", tower, "--shard-rows", "8", "--num-cpus", "1")
     cafe.succeed(*TRAIN, "--targets", "none", "--threads", "1", *mirror)
     (name,) = [path.name for path in list_folder(locate(f"{workspace}/runs"))]
     cafe.succeed("evaluate", name, "--targets", "tiny", *mirror)
@@ -75,8 +75,6 @@ def study(workspace: str, faces: str, tower: str, database: Path) -> str:
 def test_a_study_in_an_object_store_that_stutters_is_that_on_a_disk(
     s3: FaultyS3, tmp_path: Path, tiny_tower: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     monkeypatch.chdir(tmp_path)  # where MLflow puts pictures
     for path in draw_faces(tmp_path / "faces", per_class=12).rglob("*.*"):
         write_file(locate(f"{BUCKET}/{path.relative_to(tmp_path)}"), path.read_bytes())
@@ -87,11 +85,8 @@ def test_a_study_in_an_object_store_that_stutters_is_that_on_a_disk(
     fill_store(disk, "tiny", ExtractSettings(backbone=tiny_tower, shard_rows=8)).finish()
     there = train_run(disk, source="tiny", method="linear_probe", epochs=3, image_size=32, targets="tiny")
 
-    ray.shutdown()
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     s3.share, s3.outage_at, s3.outage_seconds = 0.05, 150, request.config.getoption("--outage")
     run = store.run_path(study(str(store.root), f"{BUCKET}/faces", f"{head}@{BUCKET}/tiny.pt", tmp_path / "mlflow.db"))
-    ray.shutdown()
     assert s3.requests > s3.outage_at
     assert s3.refused > 0.02 * s3.requests
     s3.share = 0.0

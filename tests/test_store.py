@@ -142,6 +142,7 @@ def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
         store.read_view("pooled", 0)
 
 
+@pytest.mark.filterwarnings("error")  # of what the type cannot hold NumPy need not warn, too
 @pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (70_000.0, "float16")])
 def test_features_that_are_no_numbers_are_refused_with_the_name_of_the_face(
     tmp_path: Path, value: float, dtype: str

@@ -20,4 +20,4 @@ class CafeVector(Cafe):
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the mask before its sigmoid, the same row (C,) for every face: (N, C)."""
-        return self.vector.expand(len(batch["features"]), -1)
+        return self.vector.expand(batch["features"].shape[0], -1)

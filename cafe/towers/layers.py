@@ -67,7 +67,7 @@ def _spread(tower: Any, features: Any) -> Tensor | None:
     patches = features[:, getattr(tower, "num_prefix_tokens", 0) :]  # (N, h * w, C)
     if features.ndim != 3 or grid is None or patches.shape[1] != grid[0] * grid[1]:
         return None
-    return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
+    return patches.transpose(1, 2).reshape(patches.shape[0], -1, *grid)
 
 
 def choose_open_clip_reader(tower: Any) -> Reader:
@@ -97,7 +97,9 @@ def _run_vit(tower: Any, images: Tensor, indices: list[int], whole: bool) -> Pas
     patches = tower.ln_post(maps[-1].flatten(2).transpose(1, 2))  # (N, h * w, C)
     if tower.proj is not None:
         patches = patches @ tower.proj
-    return Pass(maps[: len(indices)], pooled, patches.transpose(1, 2).reshape(len(patches), -1, *tower.grid_size))
+    # In a graph, len(patches) would be the number of faces it was made with.
+    spread = patches.transpose(1, 2).reshape(patches.shape[0], -1, *tower.grid_size)
+    return Pass(maps[: len(indices)], pooled, spread)
 
 
 def _run_resnet(tower: Any, images: Tensor, indices: list[int], whole: bool) -> Pass:

@@ -109,7 +109,8 @@ class FeatureStore:
         valid = np.array([row not in skipped for row in rows])
         checksums, files = {}, {}
         for name, values in {**arrays, "valid": valid}.items():
-            values = values.astype(self.array(name).dtype)
+            with np.errstate(over="ignore"):  # what the store's type cannot hold is refused, with the name of its face
+                values = values.astype(self.array(name).dtype)
             if name in ARRAYS:
                 self._check_finite(shard, values, valid)
                 values[~valid] = np.nan
