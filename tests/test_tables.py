@@ -154,6 +154,8 @@ def test_what_predict_prints_is_no_wider_than_the_terminal_and_only_names_lose_t
     assert text.count("67% surprise 21%") == 4
     assert lines[-1].split()[-1] == "s"
     assert any(line.endswith(FOUND[0][0]) for line in lines) == (width >= 120)
+    assert any(line.endswith("  …/party/IMG_20240612_183211.jpg") for line in lines) == (width == 100)
+    assert any(line.endswith("  …/IMG_…211.jpg") for line in lines) == (width == 80)
     assert sum(file in line for line in whole for file in {file for file, *_ in FOUND}) == len(FOUND)
 
 
