@@ -241,7 +241,7 @@ def test_a_run_lasted_and_was_made_as_its_record_says_however_late_it_is_mirrore
     assert view["columnOrder"] == view["selectedColumns"]
     named = [column.partition("`")[2].rstrip("`") for column in view["columnOrder"]]
     ends = ["unseen/accuracy.low", "unseen/accuracy.high", "unseen/largest"]
-    assert named == ["method", "source", "seed", "unseen/accuracy", *ends, "target/fer/accuracy"]
+    assert named == ["method", "source", "seed", "unseen/accuracy", *ends, "target/fer/accuracy", "target/raf/accuracy"]
     assert view["columnWidths"]["metrics.`target/fer/accuracy`"] > view["columnWidths"]["params.`seed`"] == 100
     assert {one.data.tags["cafe.row"] for one in shown.values()} == {"benchmark", "cafe"}
 
