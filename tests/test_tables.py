@@ -159,6 +159,15 @@ def test_what_predict_prints_is_no_wider_than_the_terminal_and_only_names_lose_t
     assert sum(file in line for line in whole for file in {file for file, *_ in FOUND}) == len(FOUND)
 
 
+def test_a_name_in_a_text_stays_whole_where_it_has_room_beside_shortened_names() -> None:
+    remedy = "fetched from its hub, or name a file: timm:vit_base_patch16_224.mae@FILE"
+    table = make_table(["missing", "how to make it"], [(f"weights of the tower {LONG}", remedy)], words=2)
+    for width in (80, 100, 120):
+        lines = show_at(table, width)
+        assert any("timm:vit_base_patch16_224.mae@FILE" in line for line in lines)
+        assert max(map(len, lines)) <= width
+
+
 def test_a_column_without_anything_in_it_is_left_out() -> None:
     lines = show_at(
         make_table(["point", "found", "problem"], [("disk", "2 GB", ""), ("GPUs", "none", "")], words=3), 80
