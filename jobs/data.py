@@ -448,7 +448,8 @@ def list_data(as_json: bool) -> None:
     if not (records or as_json):
         show(f"No manifest in {workspace.root} yet: make one with `cafe data index folder ROOT --name NAME`.")
         return
-    show_records(records, as_json, words=3, title=str(workspace.root))
+    order = ("faces", "train", "val", "test", "classes", "kind", "features")
+    show_records(records, as_json, words=3, title=str(workspace.root), order=order)
 
 
 def _list_manifests(workspace: Workspace) -> Iterator[dict[str, object]]:

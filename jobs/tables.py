@@ -127,8 +127,12 @@ class FittedTable:
             return None
         names = [n for n in columns if n < self.names]
         words = [n for n in columns if self.names <= n < self.words]
-        for group in (names, words, [n for n in columns if n >= self.words]):
-            while room and (growing := [n for n in group if widths[n] < self._widest(n)]):
+        numbers = [n for n in columns if n >= self.words]
+        # First the words, that a command or a path in them can be copied whole, then the names.
+        for group, enough in (
+            (words, self._longest_token), (names, self._widest), (words, self._widest), (numbers, self._widest)
+        ):  # fmt: skip
+            while room and (growing := [n for n in group if widths[n] < enough(n)]):
                 for column in growing[:room]:
                     widths[column] += 1
                 room -= len(growing[:room])
@@ -140,14 +144,16 @@ class FittedTable:
     def _widest(self, column: int) -> int:
         return max([_width(self.header[column]), *map(_width, self._texts(column))])
 
+    def _longest_token(self, column: int) -> int:
+        return max([0, *(_width(word) for text in self._texts(column) for word in text.split())])
+
     def _least(self, column: int, width: int) -> int:
         """Return the least width of a column: a number's is that of the widest number."""
         head = min(HEAD, max([0, *(_width(word) for word in self.header[column].split())]))
         if column < self.names:
             return min(max(NAME, width // 3), self._widest(column))
         if column < self.words:
-            tokens = max([0, *(_width(word) for text in self._texts(column) for word in text.split())])
-            return max(head, min(self._widest(column), max(WORD, min(tokens, TOKEN))))
+            return max(head, min(self._widest(column), max(WORD, min(self._longest_token(column), TOKEN))))
         return max([head, *map(_width, self._texts(column))])
 
     def _shorten(self, column: int, width: int) -> dict[str, str]:

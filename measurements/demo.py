@@ -44,9 +44,8 @@ def main(workspace: str, output: Path) -> None:
         chance = 100 * table["chance"].max()
         axes.axhline(chance, color=WARNING, linestyle="--", linewidth=1)
         axes.set_xlim(-0.5, len(targets) - 0.1)
-        axes.text(
-            len(targets) - 0.12, chance + 1, "chance", color=WARNING, ha="right", fontsize=9
-        )  # beside the last bar
+        beside = len(targets) - 0.12  # the last bar
+        axes.text(beside, chance + 1, "chance", color=WARNING, ha="right", fontsize=9)
         axes.set_xticks(range(len(targets)), targets)
         axes.set_ylim(0, 100)
         axes.set_ylabel("accuracy, %")

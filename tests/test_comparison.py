@@ -131,6 +131,8 @@ def test_a_number_that_chance_might_give_or_of_few_faces_is_marked(workspace: Wo
     assert any(note.startswith("‡: other faces might as well have shown nothing above chance") for note in sheet.notes)
     faces, chance = ([cell.text for cell in line[3:6]] for line in sheet.lines[1:])
     assert (faces, chance) == (["102", "20", "100"], ["58.8", "25.0", "15.0"])
+    (verdict,) = reach_verdicts(read(workspace))
+    assert verdict.text.startswith(f"Trained on one, cafe is right on {100 * (0.6 + 66 / 102 + 1) / 3:.1f} (")
     names = flatten_scores(read_scores(read_runs([run])))
     assert names["target/happy/largest"] == pytest.approx(60 / 102)
     assert names["target/happy/accuracy.low"] < 60 / 102 < names["target/happy/accuracy.high"]

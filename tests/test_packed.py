@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from miniatures import (
 from trained import fill_store, train_run
 from upath import UPath
 
+from cafe.data.auditing import audit
+from cafe.data.checking import check_pictures
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import Index, index_files
 from cafe.data.manifest import Manifest
@@ -39,8 +42,11 @@ from cafe.data.packed import archives
 from cafe.data.packed.archives import walk_archive
 from cafe.data.readers.choices import SetChoices
 from cafe.errors import StorageError, UserError
+from cafe.inference.frames import find_files, read_frames
+from cafe.pipeline.datasets import find_photos
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.report.figures import read_faces
 from cafe.views.drawing import ViewPlan
 from cafe.views.rendering import Renderer
 
@@ -129,6 +135,30 @@ def test_features_runs_and_scores_are_the_same_however_a_set_is_packed(
     assert len(kept["parquet"]) > 3
     assert kept["csv"] == kept["shards"]
     assert all(kept["csv"] | files == kept["csv"] for files in kept.values())
+
+
+def test_faces_in_archives_are_checked_audited_shown_and_predicted_as_files_are(
+    tmp_path: Path, faces: list[tuple[str, bytes, str]]
+) -> None:
+    ways = pack(tmp_path, faces)
+    manifests = {name: index(*ways[name]).manifest for name in ("csv", "zip, deflated", "tar", "parquet", "shards")}
+    files = manifests.pop("csv")
+    checked, shown = check_pictures(files, lambda *_: None), read_faces(files, files.sample_ids)
+    (_, found) = audit(files, [replace(manifests["shards"], name="packed")], lambda *_: None, lambda *_: None)
+    pairs = {*zip(found.pairs.first.tolist(), found.pairs.second.tolist(), strict=True)}
+    assert {(row, row) for row in range(len(files))} <= pairs
+    for name, manifest in manifests.items():
+        assert check_pictures(manifest, lambda *_: None).faces.equals(checked.faces), name
+        pictures = read_faces(manifest, manifest.sample_ids)
+        assert all(np.array_equal(pictures[sample], shown[sample]) for sample in files.sample_ids), name
+    for place in ("table.zip", "table.tar", "hub/data/test-00000.parquet"):
+        frames = list(read_frames(find_files([str(tmp_path / place)]).files, 5.0))
+        held = [sample for sample in files.sample_ids if place.endswith("parquet") <= (int(sample[:3]) % 5 == 0)]
+        assert len(frames) == len(held)
+        together = zip(frames, held, strict=True)
+        assert all(np.array_equal(frame.pixels, shown[sample]) for frame, sample in together), place
+    photos = find_photos(Workspace.at(str(tmp_path)), str(tmp_path / "table.zip"))  # to be aligned
+    assert [photos.fetch(row) for row in range(len(photos))] == [content for _, content, _ in faces]
 
 
 @pytest.mark.parametrize(

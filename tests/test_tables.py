@@ -154,7 +154,18 @@ def test_what_predict_prints_is_no_wider_than_the_terminal_and_only_names_lose_t
     assert text.count("67% surprise 21%") == 4
     assert lines[-1].split()[-1] == "s"
     assert any(line.endswith(FOUND[0][0]) for line in lines) == (width >= 120)
+    assert any(line.endswith("  …/party/IMG_20240612_183211.jpg") for line in lines) == (width == 100)
+    assert any(line.endswith("  …/IMG_…211.jpg") for line in lines) == (width == 80)
     assert sum(file in line for line in whole for file in {file for file, *_ in FOUND}) == len(FOUND)
+
+
+def test_a_name_in_a_text_stays_whole_where_it_has_room_beside_shortened_names() -> None:
+    remedy = "fetched from its hub, or name a file: timm:vit_base_patch16_224.mae@FILE"
+    table = make_table(["missing", "how to make it"], [(f"weights of the tower {LONG}", remedy)], words=2)
+    for width in (80, 100, 120):
+        lines = show_at(table, width)
+        assert any("timm:vit_base_patch16_224.mae@FILE" in line for line in lines)
+        assert max(map(len, lines)) <= width
 
 
 def test_a_column_without_anything_in_it_is_left_out() -> None:

@@ -238,7 +238,11 @@ def test_a_run_lasted_and_was_made_as_its_record_says_however_late_it_is_mirrore
     assert tags["mlflow.note.content"].startswith("**What is it?.** Each run is one method")
     view = json.loads(tags["mlflow.sharedViewState.cafe"])
     assert view["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "cafe.row"}]
-    assert "metrics.`target/fer/accuracy`" in view["selectedColumns"]
+    assert view["columnOrder"] == view["selectedColumns"]
+    named = [column.partition("`")[2].rstrip("`") for column in view["columnOrder"]]
+    ends = ["unseen/accuracy.low", "unseen/accuracy.high", "unseen/largest"]
+    assert named == ["method", "source", "seed", "unseen/accuracy", *ends, "target/fer/accuracy", "target/raf/accuracy"]
+    assert view["columnWidths"]["metrics.`target/fer/accuracy`"] > view["columnWidths"]["params.`seed`"] == 100
     assert {one.data.tags["cafe.row"] for one in shown.values()} == {"benchmark", "cafe"}
 
 

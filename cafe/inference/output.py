@@ -94,7 +94,7 @@ def list_rows(predicted: PredictedFrame, classes: Sequence[str]) -> list[Row]:
 def write_table(file: IO[bytes], classes: Sequence[str], width: int | None = None) -> Iterator[Write]:
     """Write aligned columns to be read on a terminal; the file stands last, so that any name fits.
 
-    With a `width`, no line has more columns of a terminal: what has no room stands below, long names lose their middle.
+    With a `width`, no line has more columns of a terminal: what has no room stands below, long paths are shortened.
     """
     columns = name_columns(classes)
 
@@ -148,8 +148,17 @@ def _fit(cells: Sequence[str], name: str, time: str, error: str, width: int) -> 
     room = width - len(lines[-1]) - 2 - len(time)
     beside = f": {error}" if error and least + 2 + cell_len(error) <= room else ":" * bool(error)
     below = wrap(error, width - len(INDENT), break_on_hyphens=False) if beside == ":" else []
-    lines[-1] += f"  {shorten(name, room - cell_len(beside))}{time}{beside}"
+    lines[-1] += f"  {_shorten_path(name, room - cell_len(beside))}{time}{beside}"
     return [*lines, *(INDENT + line for line in below)]
+
+
+def _shorten_path(path: str, longest: int) -> str:
+    """Return a path without its first folders where it is wider; a name that is still too wide loses its middle."""
+    from rich.cells import cell_len
+
+    folders = path.split("/")
+    ends = [path, *("/".join(["…", *folders[first:]]) for first in range(1, len(folders)))]
+    return next((end for end in ends if cell_len(end) <= longest), shorten(ends[-1], longest))
 
 
 @contextmanager

@@ -34,6 +34,12 @@ ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
 RECORDS = ("run.json", "made.json", "status.json")  # what a run's page is made of: these,
 DRAWN = ("epochs", "predictions", "figures")  # and what is in these folders
 CODE = __version__  # whose pages these are
+RESTING = ("unseen/accuracy.low", "unseen/accuracy.high", "unseen/largest")  # what a mean over unseen targets rests on
+LEAST_WIDTH, LETTER, ICONS = (
+    100,
+    8,
+    48,
+)  # pixels of a column in MLflow's list, of a letter, and of what stands beside a name
 BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
 
 
@@ -208,16 +214,22 @@ def describe_experiment(name: str, about: str = "") -> str:
 def describe_view(metrics: Iterable[str]) -> str:
     """Return how MLflow's list of an experiment's runs is to look, as its page reads it: in rows of the same tag `ROW`.
 
-    `metrics` are the names of those the runs have.
+    `metrics` are the names of those the runs have. The columns stand in the order of a comparison, the mean over unseen
+    targets with its interval and chance before the targets, and are as wide as their names.
     """
-    shown = ["unseen/accuracy", *sorted(name for name in metrics if re.fullmatch(r"target/[^/]+/accuracy", name))]
-    columns = [f"params.`{name}`" for name in ("source", "method", "seed")] + [f"metrics.`{name}`" for name in shown]
+    known = set(metrics)
+    unseen = ["unseen/accuracy", *(name for name in RESTING if name in known)]
+    targets = sorted(name for name in known if re.fullmatch(r"target/[^/]+/accuracy", name))
+    names = {f"params.`{name}`": name for name in ("method", "source", "seed")}
+    names |= {f"metrics.`{name}`": name for name in (*unseen, *targets)}
     grouped = {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": ROW}]}
     view = {
         "orderByKey": "metrics.`unseen/accuracy`",
         "orderByAsc": False,
         "groupBy": grouped,
-        "selectedColumns": columns,
+        "selectedColumns": list(names),
+        "columnOrder": list(names),
+        "columnWidths": {column: max(LEAST_WIDTH, LETTER * len(name) + ICONS) for column, name in names.items()},
     }
     return json.dumps(view)
 

@@ -55,7 +55,7 @@ def _compare_block(rows: Sequence[Row], comparison: Comparison) -> Verdict:
     elif behind:
         said += f"{_name(best)} is ahead on the unseen targets: of {_list_behind(behind)}"
     else:
-        said += f"{_name(best)} is right on {best.unseen.over_faces} % of the faces of unseen targets"
+        said += f"{best.label} is right on {best.unseen.over_faces} % of the faces of unseen targets"
     at_chance = [row.label for row in rows if row.unseen.at_chance]
     chance = f"{100 * best.unseen.chance:.1f} %, the share of the largest class"
     if at_chance:
