@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fsspec.asyn import sync
-from upath import UPath
+from typing import TYPE_CHECKING, Any
 
 from cafe.errors import AnswerError
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 CONNECT_SECONDS, SILENT_SECONDS = 10, 30  # to a server, and between two pieces of its answer
 MOST_SECONDS = 600  # for a whole answer
@@ -32,6 +32,8 @@ def get(path: UPath, most: int | None = None) -> bytes:
     Raises `FileNotFoundError` where the server says that there is none, `AnswerError` where it refuses to give it or gives
     more than `most` bytes, and what aiohttp raises, or an `OSError`, where another try may help.
     """
+    from fsspec.asyn import sync  # with asyncio, which `cafe --help` need not wait for
+
     content: bytes = sync(path.fs.loop, _get, path.fs, path.path, most or MOST_BYTES)
     return content
 

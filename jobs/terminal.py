@@ -19,11 +19,12 @@ from threading import Event, Timer
 from typing import TYPE_CHECKING, Any
 
 import click
-import psutil
 
 from cafe.errors import UserError, printable, shorten
 
 if TYPE_CHECKING:
+    import psutil
+
     from cafe.pipeline.process.progress import Progress
     from cafe.pipeline.workspace import Workspace
 
@@ -243,6 +244,8 @@ def _terminal_bar(title: str, unit: str) -> Iterator[Progress]:
 
 def _leave(then: str) -> None:
     """End the process, whatever its threads still do or wait for, and what is left of the Ray it started."""
+    import psutil
+
     echo(f"Interrupted: {then}.", err=True)
     sys.stdout.flush()
     for process in _started:
@@ -258,6 +261,7 @@ def interruptible(then: str = "the same command goes on where it was") -> Iterat
     A library that was at work may swallow the interrupt, so it is noted too: the next step of a progress bar raises it, and
     after `GRACE_SECONDS` the process ends in any case.
     """
+    import psutil  # which no short command needs, and whose import must not be interrupted
 
     def interrupt(number: int, frame: object) -> None:
         _interrupted.set()

@@ -31,6 +31,7 @@ from click.testing import CliRunner
 from conftest import COLOURS, Cafe, complaint, draw_faces
 from PIL import Image, ImageColor, ImageFilter
 from runs import write_predictions
+from scipy import ndimage
 from test_addresses import CountingServer
 from trained import fill_store, ship_run, start_run
 from upath import UPath
@@ -829,6 +830,8 @@ def test_sharpness_falls_with_blur_and_does_not_depend_on_brightness() -> None:
     dark = measure_sharpness((np.asarray(face) * 0.4).astype(np.uint8))
     blurred = [measure_sharpness(np.asarray(face.filter(ImageFilter.GaussianBlur(radius)))) for radius in (1, 3, 6)]
     assert sharp > blurred[0] > blurred[1] > blurred[2]
+    grey = np.asarray(face.convert("L").resize((112, 112), Image.Resampling.BILINEAR), np.float32)
+    assert sharp == float(ndimage.laplace(grey).var()) / float(grey.var())
     assert dark == pytest.approx(sharp, rel=0.2)
     checks = np.indices((112, 112)).sum(axis=0) % 2 * 255  # every pixel differs from its four neighbours by 255
     assert measure_sharpness(np.repeat(checks[..., None], 3, axis=2).astype(np.uint8)) == pytest.approx(64, rel=0.1)

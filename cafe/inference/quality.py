@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from cafe.data.alignment import Detection
 
@@ -67,7 +66,9 @@ def measure_sharpness(crop: np.ndarray) -> float:
     """
     grey = np.asarray(Image.fromarray(crop).convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
     contrast = float(grey.var())
-    return float(ndimage.laplace(grey).var()) / contrast if contrast > 0 else 0.0
+    around = np.pad(grey, 1, "symmetric")  # as SciPy's `laplace`, whose import takes .2 s of every start
+    laplacian = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:] - 4 * grey
+    return float(laplacian.var()) / contrast if contrast > 0 else 0.0
 
 
 def measure_turn(detection: Detection) -> float | None:
