@@ -22,6 +22,9 @@ from upath import UPath
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
 from cafe.jobs.cli import main
+from cafe.pipeline.features.extract import look_up_tower
+from cafe.pipeline.settings import ExtractSettings
+from cafe.pipeline.workspace import Workspace
 from cafe.towers.building import load_backbone
 from cafe.towers.catalogue import PUBLISHED, list_towers
 from cafe.towers.facts import NORMALISATIONS
@@ -115,6 +118,19 @@ def test_the_digest_names_what_a_configuration_says_besides(tmp_path: Path) -> N
     assert len({average, most, plain.weights_digest}) == 3
     same = load_backbone(f"timm:test_resnet@{tmp_path / 'plain' / 'model.safetensors'}").facts
     assert (same.architecture, same.weights_digest) == (plain.architecture, plain.weights_digest)
+
+
+def test_what_is_remembered_of_a_tower_ends_with_its_configuration(tmp_path: Path) -> None:
+    publish(tmp_path / "tiny", "test_resnet", {})
+    workspace, settings = (
+        Workspace.at(str(tmp_path / "work")),
+        ExtractSettings(backbone=f"timm:local-dir:{tmp_path / 'tiny'}"),
+    )
+    before = look_up_tower(workspace, settings)
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    assert look_up_tower(workspace, settings) == replace(before, mean=(0.1, 0.2, 0.3))
 
 
 def test_the_folder_of_a_tower_is_absolute_in_its_name_and_left_out_of_the_short_one(

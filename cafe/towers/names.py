@@ -114,6 +114,14 @@ class BackboneSpec:
         return self.library == "timm" and self.model.startswith((HUB, FOLDER))
 
     @property
+    def files(self) -> list[str]:
+        """The files of this machine that make it what it is, weights and configuration; none where a hub has one of them."""
+        if not self.file or self.model.startswith(HUB):
+            return []
+        config = f"{self.model.removeprefix(FOLDER)}/{CONFIG}" if self.configured else self.model
+        return [self.file, config] if self.configured or _is_config(self.model) else [self.file]
+
+    @property
     def architecture(self) -> str:
         """The library, its model and the layer unless it is the tower's end, without file paths."""
         model = Path(self.model).stem if _is_config(self.model) else self.model

@@ -110,13 +110,13 @@ def look_up_tower(workspace: Workspace, settings: ExtractSettings) -> TowerFacts
 
 
 def look_up_layers(workspace: Workspace, settings: ExtractSettings, names: Sequence[str]) -> list[TowerFacts]:
-    """Return the facts of one tower at each layer, remembered by the content of its weights file.
+    """Return the facts of one tower at each layer, remembered by the content of its files.
 
     So a rerun need not load the tower, which it does once, whatever the number of layers.
     """
     spec, notes = parse_backbone(names[0]), dict[str, UPath]()
-    if spec.file:
-        content = digest(read_file(UPath(spec.file)))
+    if spec.files:
+        content = " ".join(digest(read_file(UPath(file))) for file in spec.files)
         asked = {name: f"2 {name} {settings.input_size} {content}" for name in names}
         folder = workspace.root / "towers"
         notes = {name: place_below(folder, f"{digest(text.encode())[:16]}.json") for name, text in asked.items()}
