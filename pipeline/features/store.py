@@ -284,7 +284,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) 
     Raises `UserError` where there is no room for the file: writing to a map beyond it would end the process.
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if size < memory_share * free_memory():
+    if not size or size < memory_share * free_memory():
         return np.empty(shape, dtype)
     scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
     try:
