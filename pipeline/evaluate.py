@@ -24,9 +24,10 @@ from cafe.inference.model import Model
 from cafe.learning.adaptation import ADAPTATIONS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import measure_heat_maps, measure_masks
-from cafe.learning.training import predict_average
+from cafe.learning.training import estimate_uncertainty, predict_average
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Method
+from cafe.methods.rul import Rul
 from cafe.pipeline import cluster
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, build_model, load_method, make_dataset
@@ -64,13 +65,15 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
     assert column is not None
     other = {"other_classes": str(len(readable) - len(rows)), "target_classes": json.dumps(manifest.classes)}
     samples = [target.sample_ids[row] for row in rows]
-    method = dataset = None
+    method = dataset = uncertainty = None
     if spec.exported:
         probabilities = predict_pictures(build_model([run], str(device)), target, rows)
     else:
         method = load_method(spec, run).to(device).to(memory_format=torch.channels_last)
         dataset = make_dataset(spec, target)
         probabilities = _predict(method, dataset, rows, device, column.test_time)
+        if isinstance(method, Rul) and not column.test_time:
+            uncertainty = estimate_uncertainty(method, dataset, rows, device)
     predictions = Predictions(
         samples,
         target.labels[rows],
@@ -90,6 +93,7 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
         target.groups(rows),
         spec.classes,
         None if target.votes is None else target.votes[rows],
+        uncertainty,
     )
     if method and dataset:
         with only_decorates(run, target):

@@ -20,6 +20,7 @@ from cafe.learning.loading import FaceDataset, epoch_order, own_part, smallest_b
 from cafe.learning.valley import find_valley
 from cafe.methods.features import FeatureMethod, Standardisation
 from cafe.methods.method import Batch, Method, widen
+from cafe.methods.rul import Rul
 from cafe.networks.parallel import gather, rank, world_size
 from cafe.randomness import random_generator
 
@@ -276,6 +277,16 @@ def predict_average(
                 parts.append(torch.stack(shares).mean(dim=0).cpu())
         by_view.append(torch.cat(parts))
     return torch.stack(by_view).mean(dim=0).numpy()
+
+
+def estimate_uncertainty(method: Rul, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """Return the uncertainty (n,) float32 of the clean view of some rows, as RUL has it."""
+    method.eval()
+    parts = [torch.zeros(0)]
+    with torch.no_grad():
+        for batch in dataset.load(split_rows(rows), 0, device):
+            parts.append(method.estimate_uncertainty(batch).cpu())
+    return torch.cat(parts).numpy()
 
 
 def split_rows(rows: np.ndarray, size: int = PREDICTION_BATCH) -> list[np.ndarray]:

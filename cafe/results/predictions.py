@@ -31,7 +31,8 @@ class Predictions:
     """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, K) float32.
 
     `classes` are those of the model, K, of which labels are the places. `votes` (N, K) int64 says how many people chose each
-    of them, 0 throughout where that is not known of a face. `groups` names the person or film of each face, None
+    of them, 0 throughout where that is not known of a face. `uncertainty` (N,) float32 is what RUL says of a
+    face beside its probabilities; no number here is computed from it. `groups` names the person or film of each face, None
     where it has none; `about` names the run, target, protocol, split, kind and manifest, and of a target with other classes
     than the model these and the number of faces that were left out for it.
     """
@@ -43,6 +44,7 @@ class Predictions:
     groups: list[str | None] | None = None
     classes: tuple[str, ...] = EXPRESSIONS
     votes: np.ndarray | None = None
+    uncertainty: np.ndarray | None = None
 
     @property
     def target_classes(self) -> tuple[str, ...]:
@@ -109,10 +111,11 @@ class Predictions:
             probabilities=self.probabilities[rows],
             groups=[self.groups[row] for row in rows] if self.groups else None,
             votes=None if self.votes is None else self.votes[rows],
+            uncertainty=None if self.uncertainty is None else self.uncertainty[rows],
         )
 
     def save(self, path: UPath) -> None:
-        """Write as Parquet: sample_id, label, probabilities, group and, where people voted, votes.
+        """Write as Parquet: sample_id, label, probabilities, group and, where there are any, votes and uncertainty.
 
         Raises `UserError` naming a face whose probabilities are not finite.
         """
@@ -132,6 +135,8 @@ class Predictions:
         if self.votes is not None:
             votes = pa.FixedSizeListArray.from_arrays(pa.array(self.votes.ravel(), pa.int32()), len(self.classes))
             table = table.append_column("votes", votes)
+        if self.uncertainty is not None:
+            table = table.append_column("uncertainty", pa.array(self.uncertainty, pa.float32()))
         about = {**self.about, "expressions": json.dumps(self.classes)}
         write_file(path, encode_table(table.replace_schema_metadata(about)))
 
@@ -154,7 +159,7 @@ class Predictions:
 
     @classmethod
     def _parse(cls, path: UPath, named: bool) -> Predictions:
-        columns = ["label", "probabilities", "votes", *(["sample_id", "group"] if named else [])]
+        columns = ["label", "probabilities", "votes", *(["sample_id", "group", "uncertainty"] if named else [])]
         table = read_table(path, REMEDY, columns)
         about, classes = _read_about(table)
         grouped = named and "group" in table.column_names and table["group"].null_count < len(table)
@@ -166,6 +171,7 @@ class Predictions:
             table["group"].to_numpy().tolist() if grouped else None,
             classes,
             _read_lists(table["votes"], len(classes)).astype(np.int64) if "votes" in table.column_names else None,
+            table["uncertainty"].to_numpy() if "uncertainty" in table.column_names else None,
         )
 
 
@@ -235,7 +241,8 @@ def average(several: Sequence[Predictions]) -> Predictions:
             f"The seeds of {first.about.get('run', 'a run')} were evaluated on different faces or labels of "
             f"{first.about.get('target')!r}: evaluate them again with `cafe evaluate RUN`."
         )
-    return replace(first, probabilities=np.mean([first.probabilities, *(one.probabilities for one in others)], axis=0))
+    mean = np.mean([first.probabilities, *(one.probabilities for one in others)], axis=0)
+    return replace(first, probabilities=mean, uncertainty=None)
 
 
 def list_protocols(run: UPath) -> list[str]:

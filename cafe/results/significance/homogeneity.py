@@ -96,7 +96,10 @@ def compare_groups(
     several = [groups == number for number in range(int(groups.max()) + 1)]
     shares = [share_group(values[own], None if persons is None else persons[own]) for own in several]
     means = [share.mean for share in shares]
-    worst, best = int(np.argmin(means)), int(np.argmax(means))
+    worst, best = (
+        int(np.argmin(means)),
+        len(means) - 1 - int(np.argmax(means[::-1])),
+    )  # two groups also where all are alike
     confidence = 1 - 2 * float(scipy.special.ndtr(-quantile_of_range(len(shares), 0.05)))
     (bottom, upper), (lower, top) = (wilson(means[one], shares[one].effective, confidence) for one in (worst, best))
     gap = means[best] - means[worst]
