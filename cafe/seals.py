@@ -103,12 +103,12 @@ def read_table(path: UPath, remedy: str, columns: list[str] | None = None) -> pa
 
     content = read_file(path)
     check_seal(content, path, remedy)
-    table = read_rows(pq.ParquetFile(pa.BufferReader(content)), path, _most(content), columns)
+    table = read_rows(pq.ParquetFile(pa.BufferReader(content)), path, most_values(content), columns)
     about = {key: value for key, value in (table.schema.metadata or {}).items() if key != KEY.encode()}
     return table.replace_schema_metadata(about or None)
 
 
-def _most(content: bytes) -> int:
+def most_values(content: bytes) -> int:
     """Return how many bytes the rows of a Parquet file may take."""
     return max(MOST_BYTES, MOST_TIMES * len(content))
 
@@ -218,7 +218,7 @@ def _can_be_read(path: UPath, content: bytes) -> bool:
         import pyarrow.parquet as pq
 
         try:
-            read_rows(pq.ParquetFile(pa.BufferReader(content)), path, _most(content))
+            read_rows(pq.ParquetFile(pa.BufferReader(content)), path, most_values(content))
         except (pa.ArrowException, OSError, IrregularFileError):
             return False
         return True

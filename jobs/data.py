@@ -167,7 +167,7 @@ def _check_counts(listing: Listing, found: Counter[tuple[str, str]], accept: boo
 def _index_tables(index: Index) -> list[FittedTable | str]:
     """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
     from cafe.data.images import list_suffixes
-    from cafe.data.manifest import SPLITS
+    from cafe.data.rows import SPLITS
 
     manifest, listing, counts = index.manifest, index.listing, index.counts()
     splits = [split for split in SPLITS if len(manifest.rows(split))]
@@ -454,7 +454,7 @@ def list_data(as_json: bool) -> None:
 
 def _list_manifests(workspace: Workspace) -> Iterator[dict[str, object]]:
     """Yield the manifests of a workspace with their faces and what features there are of each."""
-    from cafe.data.manifest import SPLITS
+    from cafe.data.rows import SPLITS
     from cafe.pipeline.features.integrity import find_stores
 
     for name in workspace.manifest_names():

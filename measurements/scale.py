@@ -1,11 +1,12 @@
 """What planning, writing, resuming, reading and verifying cost by the number of faces, with a tower that does nothing.
 
     python measurements/scale.py --rows 10000 --rows 100000 --repeats 3
-    python measurements/scale.py --rows 10000000 --repeats 3 --ray 2
+    python measurements/scale.py --rows 10000000 --in-memory          # the manifest as one file, whatever its size
+    python measurements/scale.py --rows 10000000 --ray 2
 
-Each size runs in a process of its own, so that its peak of memory is its own. Manifests are made up: no picture is read, the
-tower returns numbers that tell rows apart, all else is what `cafe extract` does. With `--ray` so many workers of Ray write,
-and the seconds of `extract` are those of the clock.
+Each step runs in a process of its own, as commands do, so that its peak of memory is its own. Manifests are made up: no
+picture is read, the tower returns numbers that tell rows apart, all else is what `cafe extract` does. With `--ray` so many
+workers of Ray write, and the seconds of that step are those of the clock.
 """
 
 from __future__ import annotations
@@ -16,32 +17,37 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from cafe.data.manifest import SCHEMA, Manifest
+from cafe.data import manifest as manifests
+from cafe.data.expressions import EXPRESSIONS
+from cafe.data.manifest import Manifest
+from cafe.data.rows import SCHEMA, write_files
 from cafe.pipeline.features import extract as extraction
+from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore, verify
-from cafe.pipeline.features.stream import pack_shards
 from cafe.pipeline.features.worker import ShardEmbedder, TowerWorker
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.facts import TowerFacts
 from cafe.views.rendering import Rendered, Sample
 
-WIDTH = 512
+WIDTH = 8
+DRAWN = ("plan", "no-op", "resume", "write")  # what a command waits for, in memory of the driver
 PARTS = 1_000_000  # rows of a manifest made at a time
-SETTINGS = ExtractSettings(backbone="clip-vit-b32", decoders=0)
-FACTS = TowerFacts("null:tower", "0", WIDTH, None, 1, (0.5,) * 3, (0.5,) * 3, "tower")
+SETTINGS = ExtractSettings(backbone="clip-vit-b32", decoders=0, shard_rows=4096)
+FACTS = TowerFacts("null:tower", "0", WIDTH, None, 16, (0.5,) * 3, (0.5,) * 3, "tower")
 
 
 @dataclass(frozen=True)
@@ -81,115 +87,165 @@ class NullWorker(TowerWorker):
         return embedder
 
 
-def peak() -> int:
-    """Return the peak of this process's memory in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-def make_manifest(rows: int) -> Manifest:
-    """Return a manifest of made-up faces, 20 of each person, with ids and digests as long as real ones."""
-    parts = []
+def make_rows(rows: int) -> Iterator[pa.Table]:
+    """Yield the rows of made-up faces, 20 of each person, with ids and digests as long as real ones, as hard to pack."""
+    random = np.random.default_rng(0)
     for start in range(0, rows, PARTS):
         numbers = pa.array(np.arange(start, min(start + PARTS, rows)))
         digits = pc.utf8_lpad(numbers.cast(pa.string()), 10, "0")
         person = pc.utf8_lpad(pc.divide(numbers, 20).cast(pa.string()), 8, "0")
         names = pc.binary_join_element_wise("person", person, "/photo", digits, ".jpg", "")
+        offsets = pa.py_buffer(np.arange(0, 64 * len(numbers) + 1, 64, dtype=np.int32))
+        digests = pa.StringArray.from_buffers(
+            len(numbers), offsets, pa.py_buffer(random.bytes(32 * len(numbers)).hex().encode())
+        )
         columns = {"sample_id": names, "path": names, "label": pa.array(np.arange(len(numbers)) % 7, pa.int8())}
         columns |= dict.fromkeys(("width", "height"), pa.array(np.full(len(numbers), 100, np.int32)))
-        columns |= {"split": pa.array(np.full(len(numbers), "train")), "digest": pc.utf8_lpad(digits, 64, "0")}
-        columns |= {name: pa.nulls(len(numbers), SCHEMA.field(name).type) for name in ("group", "box")}
-        parts.append(pa.table(columns).select(SCHEMA.names).cast(SCHEMA))
-    return Manifest("faces", "/nowhere", pa.concat_tables(parts))
+        columns |= {"split": pa.array(np.full(len(numbers), "train")), "digest": digests}
+        columns |= {name: pa.nulls(len(numbers), SCHEMA.field(name).type) for name in ("group", "box", "votes", "span")}
+        yield pa.table(columns).select(SCHEMA.names).cast(SCHEMA)
 
 
-def fill_store(workspace: Workspace, rows: int) -> FeatureStore:
-    """Return a new store of made-up faces."""
-    manifest = make_manifest(rows)
+def make(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
+    """Write a manifest."""
+    path = workspace.manifest_path("faces")
+    large = rows > manifests.LARGE
+    table = write_files(path, make_rows(rows), EXPRESSIONS) if large else pa.concat_tables(make_rows(rows))
+    Manifest("faces", "/nowhere", table).save(path)
+
+
+def open_store(workspace: Workspace) -> tuple[FeatureStore, Manifest]:
+    """Make or open the store, which is all that planning does."""
+    manifest = workspace.load_manifest("faces")
     about = extraction.describe_store(manifest, SETTINGS, FACTS)
-    store = FeatureStore.create(workspace.features / manifest.name, about, manifest)
-    write(store, manifest)
-    return store
+    return FeatureStore.create(workspace.features / "faces", about, manifest), manifest
 
 
-def write(store: FeatureStore, manifest: Manifest) -> None:
-    """Compute all shards as the driver and a worker do, without Ray between them."""
-    without = replace(manifest, table=manifest.table.slice(0, 0))
-    worker = NullWorker([({str(store.path): store.info}, without, [])], SETTINGS, 1, "cpu")
-    for shard in store.pending():
-        packed = {"pass": 0, **pack_shards(manifest, store.info, [shard])}
-        done = worker({name: [value] for name, value in packed.items()})
-        assert done["fault"] == [""]
-    store.finish()
+def plan(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
+    """Find out what is to be computed, which makes the store where there is none."""
+    assert open_store(workspace)[0].pending()
 
 
-def extract(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> None:
+def extract(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
     """Do what `cafe extract` does."""
-    extraction.extract(workspace, [manifest], settings, lambda done, total: None)
+    extraction.extract(workspace, [workspace.load_manifest("faces")], settings, lambda done, total: None)
 
 
-def measure(rows: int, planning_only: bool, workers: int) -> dict[str, float]:
-    """Return seconds of this process's cores, which neighbours do not change, and megabytes of each step for one size."""
-    measured: dict[str, float] = {"rows": rows}
+def resume(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
+    """Go on after a kill in the last shard."""
+    store = find_store(workspace)
+    store.receipts.discard([store.info.shards - 1])
+    extract(workspace, settings, rows)
 
-    def timed(name: str, step: Callable[[], Any], clock: Callable[[], float] = time.process_time) -> Any:
-        since = clock()
-        result = step()
-        measured[f"{name} s"] = clock() - since
-        return result
 
+def read(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
+    """Read a view, with the labels and the rows that are trained on."""
+    store, manifest = find_store(workspace), workspace.load_manifest("faces")
+    view = store.read_view("pooled", 0)
+    assert (view[:, 0] == np.arange(rows) % store.info.shard_rows % 1000).all()
+    assert len(manifest.labels) == len(manifest.rows("train")) == rows
+
+
+def check(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
+    """Read every byte of the store back."""
+    assert not verify(find_store(workspace).path)
+
+
+def find_store(workspace: Workspace) -> FeatureStore:
+    """Open the store."""
+    ((path, info),) = find_stores(workspace.features, "faces")
+    return FeatureStore(path, info)
+
+
+STEPS: dict[str, Callable[[Workspace, ExtractSettings, int], None]] = {
+    "import": lambda *_: None,
+    "make": make,
+    "first plan": plan,
+    "plan": plan,
+    "write": extract,
+    "no-op": extract,
+    "resume": resume,
+    "read": read,
+    "verify": check,
+}
+
+
+def run_step(name: str, folder: str, rows: int, workers: int) -> dict[str, float]:
+    """Take a step in this process; return its seconds of cores, which neighbours do not change, and its peak in MB."""
     extraction.look_up_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
-    settings = replace(SETTINGS, num_actors=workers or None)
+    extraction.TowerWorker = NullWorker  # type: ignore[assignment, misc]
+    clock = time.monotonic if workers and name == "write" else time.process_time
+    settings, since = replace(SETTINGS, num_actors=workers or 1), clock()
+    STEPS[name](Workspace.at(folder), settings, rows)
+    return {"s": clock() - since, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+
+
+def measure(rows: int, in_memory: bool, workers: int, steps: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Take all steps, one after another, each in a process of its own."""
+    measured = {}
     with TemporaryDirectory() as folder:
-        workspace = Workspace.at(folder)
-        subprocess.run([sys.executable, __file__, "--make", folder, "--rows", str(rows)], check=True)
-        manifest = timed("load", lambda: workspace.load_manifest("faces"))
-        about = timed("digest", lambda: extraction.describe_store(manifest, settings, FACTS))
-        store = timed("create", lambda: FeatureStore.create(workspace.features / "faces", about, manifest))
-        timed("pending", store.pending)
-        measured["planning MB"] = peak()
-        if not planning_only:
-            if workers:
-                extraction.TowerWorker = NullWorker  # type: ignore[misc]
-                timed("extract", lambda: extract(workspace, manifest, settings), time.monotonic)
-            else:
-                timed("write", lambda: write(store, manifest))
-            timed("no-op", lambda: extract(workspace, manifest, settings))
-            measured["writing MB"] = peak()
-            view = timed("read", lambda: store.read_view("pooled", 0))
-            assert (view[:, 0] == np.arange(rows) % store.info.shard_rows % 1000).all()
-            timed("verify", lambda: verify(store.path))
+        for name in steps:
+            command = [sys.executable, __file__, "--step", name, "--folder", folder, "--rows", str(rows)]
+            command += ["--ray", str(workers), *(["--in-memory"] if in_memory else [])]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            measured[name] = json.loads(output.splitlines()[-1])
     return measured
+
+
+def draw(measured: Mapping[str, Mapping[str, Mapping[str, float]]], place: Path) -> None:
+    """Draw seconds and megabytes of the steps by faces, with the slope of each over the largest two sizes."""
+    sizes = sorted(map(int, measured))
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    for axes, unit, name in zip(
+        figure.subplots(1, 2), ("s", "MB"), ("seconds of one core", "peak of memory, MB"), strict=True
+    ):
+        for step in DRAWN:
+            values = [max(measured[str(size)][step][unit], 1e-3) for size in sizes]
+            slope = np.diff(np.log(values[-2:])) / np.diff(np.log(sizes[-2:]))
+            axes.loglog(sizes, values, marker="o", label=f"{step}, slope {slope.item():.2f}")
+        axes.set_xlabel("faces")
+        axes.set_ylabel(name)
+        axes.legend(fontsize="small")
+    figure.savefig(place)
 
 
 @click.command()
 @click.option("--rows", multiple=True, type=int, default=(10_000, 100_000), show_default=True, help="Faces.")
-@click.option("--repeats", default=3, show_default=True)
+@click.option("--repeats", default=1, show_default=True)
 @click.option("--planning-only", is_flag=True, help="Plan, and compute nothing.")
+@click.option("--in-memory", is_flag=True, help="Read the manifest whole, of whatever size.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON to add the medians to; beside it they are drawn.")
 @click.option("--ray", "workers", default=0, help="Workers of Ray that write; 0: this process does.")
-@click.option("--one", is_flag=True, hidden=True)
-@click.option("--make", hidden=True)
-def main(rows: tuple[int, ...], repeats: int, planning_only: bool, workers: int, one: bool, make: str | None) -> None:
+@click.option("--step", hidden=True)
+@click.option("--folder", hidden=True)
+def main(
+    rows: tuple[int, ...],
+    repeats: int,
+    planning_only: bool,
+    in_memory: bool,
+    workers: int,
+    output: Path | None,
+    step: str | None,
+    folder: str,
+) -> None:
     """Print the median of each measurement for each size."""
-    if make:
-        make_manifest(rows[0]).save(Workspace.at(make).manifest_path("faces"))
+    if in_memory:
+        manifests.LARGE = rows[0]
+    if step:
+        print(json.dumps(run_step(step, folder, rows[0], workers)))
         return
-    if one:
-        print(json.dumps(measure(rows[0], planning_only, workers)))
-        return
+    steps = list(STEPS)[:4] if planning_only else list(STEPS)
     for size in rows:
-        command = [
-            sys.executable,
-            __file__,
-            "--one",
-            "--rows",
-            str(size),
-            "--ray",
-            str(workers),
-            *(["--planning-only"] if planning_only else []),
-        ]
-        output = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(repeats)]
-        runs = [json.loads(text.splitlines()[-1]) for text in output]
-        print("  ".join(f"{name} {statistics.median(run[name] for run in runs):,.2f}" for name in runs[0]), flush=True)
+        runs = [measure(size, in_memory, workers, steps) for _ in range(repeats)]
+        medians = {
+            name: {unit: statistics.median(run[name][unit] for run in runs) for unit in ("s", "MB")} for name in steps
+        }
+        for name, median in medians.items():
+            print(f"{size:>12,}  {name:10}  {median['s']:9,.2f} s  {median['MB']:8,.0f} MB", flush=True)
+        if output:
+            known = json.loads(output.read_text()) if output.exists() else {}
+            output.write_text(json.dumps(known | {str(size): medians}, indent=1))
+            draw(known | {str(size): medians}, output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def _save_crops(
     result: Alignment, photos: Manifest, row: int, aligned: Aligned | UnreadableImageError, size: int
 ) -> list[Face]:
     """Write the crops of a photo, add its rows to the list, and return its faces as the new manifest has them."""
-    photo = photos.table.slice(row, 1).to_pylist()[0]
+    photo = photos.read(range(row, row + 1)).to_pylist()[0]
     entry = {**dict.fromkeys(SCHEMA.names), "sample_id": photo["sample_id"]}
     if isinstance(aligned, UnreadableImageError):
         result.rows.append({**entry, "reason": str(aligned)})

@@ -14,7 +14,8 @@ from upath import UPath
 
 from cafe.data.expressions import order_classes
 from cafe.data.images import MAX_PIXELS
-from cafe.data.manifest import SPLITS, Manifest, Pictures, hold_out_rows
+from cafe.data.manifest import Manifest, Pictures, hold_out_rows
+from cafe.data.rows import SPLITS
 from cafe.data.votes import share
 from cafe.errors import DamagedError, IncompleteError, UserError
 from cafe.learning.loading import KeptPictures

@@ -14,6 +14,7 @@ from upath import UPath
 
 from cafe.addresses import own
 from cafe.data.manifest import NAME, Manifest
+from cafe.data.rows import find_folder
 from cafe.errors import UserError, unknown
 from cafe.files import check_encoded, exists, list_files, list_folder, locate, place_below
 from cafe.results.runs import Run, read_run, read_runs
@@ -127,7 +128,8 @@ class Workspace:
         runs = [path.name for path in list_folder(self.runs)]
         if unheard := set(names) - {*runs, *self.manifest_names()}:
             raise unknown("run, manifest or exported folder", min(unheard), [*runs, *self.manifest_names()])
-        found = [self.manifest_path(name) for name in self.manifest_names() if not names or name in names]
+        manifests = [self.manifest_path(name) for name in self.manifest_names() if not names or name in names]
+        found = [file for path in manifests for file in (path, *list_files(find_folder(path)))]
         for run in (self.run_path(name) for name in runs if not names or name in names):
             found += [path for file in RUN_FILES if exists(path := run / file)]
             found += [

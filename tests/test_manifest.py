@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +26,8 @@ from cafe.data.expressions import EXPRESSIONS, ClassChoice
 from cafe.data.indexing import Index, index_files
 from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
 from cafe.data.readers import DATASETS
-from cafe.errors import UserError
+from cafe.data.rows import write_files
+from cafe.errors import DamagedError, UserError
 from cafe.files import find_below
 from cafe.inference.frames import find_files, read_photo
 from cafe.jobs.runs import name_folders
@@ -294,6 +296,87 @@ def test_a_manifest_survives_its_file_and_its_digest_names_labels(tmp_path: Path
     assert relabelled.image_digest == manifest.image_digest
 
 
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, Manifest]:
+    """A manifest in memory, and the same in files of 16 rows each."""
+    monkeypatch.setattr("cafe.data.manifest.LARGE", 50)
+    monkeypatch.setattr("cafe.data.rows.ROWS_A_FILE", 16)
+    faces = [
+        replace(
+            face(n, n % 3),
+            split=("train", "val")[n % 5 == 0],
+            box=(0, 0, 8, n) if n > 80 else None,
+            kept={"city": str(n)},
+        )
+        for n in range(100)
+    ]
+    manifest = Manifest.from_faces("x", "/data", faces, "", ("pain", "a b", "c-2"))
+    manifest.save(UPath(tmp_path / "x.parquet"))
+    return manifest, Manifest.load(UPath(tmp_path / "x.parquet"))
+
+
+def test_a_large_manifest_lies_in_files_that_those_read_who_need_rows(
+    tmp_path: Path, large: tuple[Manifest, Manifest]
+) -> None:
+    whole, filed = large
+    assert (whole.large, filed.large, len(filed), filed.classes) == (False, True, 100, whole.classes)
+    assert filed.digests() == [filed.digest, filed.image_digest] == [whole.digest, whole.image_digest]
+    assert filed.sample_ids == whole.sample_ids
+    assert filed.votes is None
+    assert filed.kept == whole.kept == ["city"]
+    assert filed.table["city"].to_pylist() == whole.table["city"].to_pylist()
+    np.testing.assert_array_equal(filed.labels, whole.labels)
+    np.testing.assert_array_equal(filed.rows("val"), whole.rows("val"))
+    assert filed.read(range(14, 50)) == whole.table.slice(14, 36)
+    part = replace(filed, table=filed.table.slice(14, 36))
+    assert part.digest == replace(whole, table=whole.table.slice(14, 36)).digest
+    assert part.table.take([30, 2, 3]) == whole.table.take([44, 16, 17])
+    there = pickle.loads(pickle.dumps(filed.outline()))
+    assert there.unpack(range(90, 100), filed.pack(range(90, 100))).table == whole.table.slice(90)
+    assert pq.read_table(tmp_path / "x.rows").num_rows == 100  # by whatever reads Parquet
+    shutil.rmtree(tmp_path / "x.rows")
+    planned = Manifest.load(UPath(tmp_path / "x.parquet"))  # reads no row, and is named all the same
+    assert (len(planned), planned.digest, planned.image_digest) == (100, whole.digest, whole.image_digest)
+    with pytest.raises(
+        DamagedError, match=r"x\.rows/00000-\w+\.parquet is missing, which holds rows of a manifest: write"
+    ):
+        planned.read(range(3))
+
+
+def test_a_large_manifest_is_replaced_as_a_whole_or_not_at_all(
+    tmp_path: Path, large: tuple[Manifest, Manifest]
+) -> None:
+    whole, filed = large
+    before = sorted(path.name for path in (tmp_path / "x.rows").iterdir())
+    changed = whole.table.set_column(2, "label", pa.array((whole.labels + 1) % 3, pa.int8()))
+    write_files(UPath(tmp_path / "x.parquet"), [changed], whole.classes)  # and killed here
+    assert Manifest.load(UPath(tmp_path / "x.parquet")).read(range(100)) == whole.table
+    replace(whole, table=changed).save(UPath(tmp_path / "x.parquet"))
+    assert Manifest.load(UPath(tmp_path / "x.parquet")).labels.tolist() == ((whole.labels + 1) % 3).tolist()
+    assert not set(before).intersection(path.name for path in (tmp_path / "x.rows").iterdir())
+    whole.save(UPath(tmp_path / "x.parquet"))
+    assert sorted(path.name for path in (tmp_path / "x.rows").iterdir()) == before
+    replace(filed, table=filed.table.slice(0, 50)).save(UPath(tmp_path / "x.parquet"))
+    again = Manifest.load(UPath(tmp_path / "x.parquet"))
+    assert (again.large, again.table, list((tmp_path / "x.rows").iterdir())) == (False, whole.table.slice(0, 50), [])
+    with pytest.raises(UserError, match=r"0/0\.jpg is listed more than once: keep one row of each sample"):
+        write_files(UPath(tmp_path / "y.parquet"), [whole.table.slice(0, 1)] * 2, whole.classes)
+
+
+def test_rows_that_are_not_what_was_written_are_not_read(tmp_path: Path, large: tuple[Manifest, Manifest]) -> None:
+    _, filed = large
+    path = sorted((tmp_path / "x.rows").iterdir())[1]
+    content = path.read_bytes()
+    path.write_bytes(bytes([*content[:99], content[99] ^ 1, *content[100:]]))
+    assert len(filed.read(range(16))) == 16
+    with pytest.raises(DamagedError, match=f"{path.name} is damaged or was changed"):
+        filed.read(range(17))
+    path.write_bytes(content)
+    damaged = replace(filed.table.files[1], rows=17)
+    with pytest.raises(UserError, match=r"damaged rows of a manifest \(another number of rows\)"):
+        replace(filed.table, files=(damaged,)).read()
+
+
 def test_other_classes_survive_the_file_and_the_same_faces_are_the_same_in_any_class_set(tmp_path: Path) -> None:
     faces = [replace(face(n, n % 3), split="train") for n in range(9)]
     seven, three = (
@@ -347,7 +430,7 @@ def test_the_kind_and_the_boxes_survive_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"header": {"version": None}}, "is not a manifest of version 2: write it again with `cafe data index`"),
+        ({"header": {"version": None}}, "is not a manifest of version 2 or 3: write it again with `cafe data index`"),
         ({"header": {"name": "../x"}}, "is not a manifest of version 2"),
         ({"header": {"name": "y"}}, "holds the manifest 'y': name the file y.parquet"),
         ({"header": {"expressions": ["anger", "fear"]}}, "is a damaged manifest .an unknown label"),

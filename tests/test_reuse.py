@@ -15,9 +15,11 @@ from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.pipeline.features.extract import Extraction, extract
-from cafe.pipeline.features.reuse import UNKNOWN, group_shards
+from cafe.pipeline.features.reuse import UNKNOWN, Donors, group_shards
+from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
+from cafe.seals import verify_file
 from cafe.towers import building
 from cafe.towers.embedding import Embedder
 
@@ -85,6 +87,34 @@ def test_a_set_that_was_split_in_two_needs_no_tower(faces: Faces, passes: list[i
     result = faces.extract(half)
     assert (result.taken, passes) == (30, [])
     assert content(result) == content(faces.extract(half, "fresh"))
+
+
+def test_a_large_manifest_is_extracted_file_by_file_to_the_same_bytes(
+    faces: Faces, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = faces.index()
+    whole = content(faces.extract(manifest))
+    monkeypatch.setattr("cafe.data.manifest.LARGE", 30)
+    monkeypatch.setattr("cafe.data.rows.ROWS_A_FILE", 13)
+    workspace = Workspace.at(str(faces.folder / "large"))
+    manifest.save(workspace.manifest_path("tiny"))
+    filed = workspace.load_manifest("tiny")
+    assert [verify_file(path) for path in workspace.sealed_files(["tiny"])] == ["whole"] * 6
+    result = faces.extract(filed, "large")
+    read = content(result)
+    assert {name for name in whole if whole[name] != read[name]} == {
+        "checksums.json"
+    }  # which says of which manifest it is
+    assert whole.keys() == read.keys()
+    store, asked = FeatureStore(result.store, result.info), range(7, 50)
+    store.receipts.discard([1])
+    samples = Donors([store])
+    samples.samples[0].size = 4  # as in a store of more samples than are read at once
+    expected = [row if row // 15 != 1 else UNKNOWN for row in asked]
+    assert samples.find(filed, asked)[:, 1].tolist() == expected
+    passes.clear()
+    again = faces.extract(replace(filed, table=filed.table.slice(5, 40), name="part"), "large")
+    assert (again.taken, sum(passes)) == (25, 15 * 3)
 
 
 def test_what_another_store_no_longer_holds_as_written_is_computed(faces: Faces, passes: list[int]) -> None:

@@ -9,16 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zarr
 from conftest import complaint
 from upath import UPath
 
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
-from cafe.pipeline.features.store import FeatureReader, FeatureStore, allocate, view_digests
+from cafe.pipeline.features.store import FeatureReader, FeatureStore, allocate, verify, view_digests
 from cafe.pipeline.need import Need
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
@@ -69,6 +71,37 @@ def test_any_zarr_reader_opens_it_with_the_sample_beside_each_feature(tmp_path: 
     expected = features(1, store)["pooled"].astype(np.float16)
     np.testing.assert_array_equal(group["pooled"][4], expected[0])
     assert np.isnan(group["pooled"][5]).all()
+
+
+def test_a_store_of_a_large_manifest_is_the_same_and_says_so_instead_of_reading_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = filled(tmp_path / "whole")
+    monkeypatch.setattr("cafe.data.manifest.LARGE", 5)
+    monkeypatch.setattr("cafe.data.rows.ROWS_A_FILE", 3)
+    place = UPath(tmp_path / "news.parquet")
+    MANIFEST.save(place)
+    store = FeatureStore.create(UPath(tmp_path), ABOUT, Manifest.load(place))
+    for shard in store.pending():
+        store.write_shard(shard, features(shard, store), {5: "file is empty"} if shard == 1 else {})
+    assert store.receipts.skipped_paths(Manifest.load(place)) == [("5.jpg", "file is empty")]
+    own, others = contents(store), contents(whole)
+    noted = json.loads(own.pop("checksums.json"))
+    assert noted["manifest"] == [MANIFEST.digest, *EXPRESSIONS]
+    assert noted["files"] == json.loads(others.pop("checksums.json"))["files"]
+    assert own == others
+    shutil.rmtree(tmp_path / "news.rows")
+    planned = Manifest.load(place)
+    assert FeatureStore.create(UPath(tmp_path), ABOUT, planned).pending() == []
+    replace(MANIFEST, table=MANIFEST.table.set_column(2, "label", pa.array([6] * ROWS, pa.int8()))).save(place)
+    relabelled = FeatureStore.create(UPath(tmp_path), ABOUT, Manifest.load(place))
+    assert relabelled.array("label")[:].tolist() == [6] * ROWS
+    assert (relabelled.pending(), verify(relabelled.path)) == ([], [])
+    MANIFEST.save(place)
+    (store.path / "checksums.json").unlink()  # as a kill while labels are written leaves it
+    again = FeatureStore.create(UPath(tmp_path), ABOUT, Manifest.load(place))
+    assert again.array("label")[:].tolist() == MANIFEST.labels.tolist()
+    assert contents(again)["checksums.json"] == contents(store)["checksums.json"]
 
 
 def test_a_store_of_zarr_2_which_can_hold_pickled_objects_is_not_opened(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def fill_store(workspace: Workspace, name: str, settings: ExtractSettings) -> Fe
 
 def embed(embedder: ShardEmbedder, manifest: Manifest, shard: int) -> dict[str, Any]:
     """Compute a shard; return what became of it."""
-    packed = pack_shards(manifest, embedder.stores[0].info, [shard], stores=len(embedder.stores))
+    packed = pack_shards(manifest, embedder.stores[0].info, [shard])
     return embedder({name: [value] for name, value in packed.items()})
 
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, Progress, draw_thumbnail
 from cafe.data.images import UnreadableImageError
-from cafe.data.manifest import SPLITS, Manifest
+from cafe.data.manifest import Manifest
+from cafe.data.rows import SPLITS
 from cafe.seals import encode_table
 
 Thumbnails = dict[str, tuple[np.ndarray, np.ndarray]]  # of each split the manifest rows (N,) and pictures (N, 64, 64)

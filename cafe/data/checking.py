@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from cafe.data.images import MAX_PIXELS, UnreadableImageError
-from cafe.data.manifest import SPLITS, Manifest
+from cafe.data.manifest import Manifest
+from cafe.data.rows import SPLITS
 
 GREY_SPREAD = 10  # how far compression alone drives the channels of a grey picture apart, of 255
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601

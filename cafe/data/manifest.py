@@ -6,7 +6,6 @@ It fixes once what every later step relies on: which faces there are, their labe
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from upath import UPath
 
 from cafe.addresses import OBJECT_STORES, WEB
-from cafe.data.expressions import EXPRESSIONS, check_classes
+from cafe.data.expressions import EXPRESSIONS
 from cafe.data.images import (
     MAX_PIXELS,
     Box,
@@ -32,52 +31,52 @@ from cafe.data.images import (
     read_bytes,
 )
 from cafe.data.packed.archives import Span
+from cafe.data.rows import (
+    LARGE,
+    REMEDY,
+    SCHEMA,
+    Columns,
+    RowFile,
+    RowFiles,
+    digest_rows,
+    find_fault,
+    is_empty,
+    keep_files,
+    write_files,
+)
 from cafe.errors import UserError
-from cafe.files import OUTSIDE, check_encoded, find_below, locate, write_file
+from cafe.files import check_encoded, find_below, locate, write_file
 from cafe.seals import encode_table, read_table
 
-SPLITS = ("train", "val", "test")
 READERS = 16  # threads that wait for the disk or the network
 AT_ONCE = 16  # items a thread takes at a time: scheduling 300,000 single files would cost more than reading them
-ROWS_AT_ONCE = 2**16  # that are hashed
 AHEAD = 2048  # results computed ahead, so that memory does not grow with the data set
 PICTURES_AHEAD = 8  # decoded ones, each of which may take half a gigabyte
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-SCHEMA = pa.schema(
-    [
-        ("sample_id", pa.string()),  # stable under moving the folder: the path below its root
-        ("path", pa.string()),  # relative to the root; of a member of an archive as if that were a folder
-        ("label", pa.int8()),  # index into the class set
-        ("split", pa.string()),
-        ("group", pa.string()),  # identity, film or session that must not be split; may be null
-        ("width", pa.int32()),  # of the face: of its box when it has one
-        ("height", pa.int32()),
-        ("digest", pa.string()),  # SHA-256 of the file, or of the member
-        ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
-        ("votes", pa.list_(pa.int32())),  # how many people chose each class, in their order; null: not known
-        (
-            "span",
-            pa.list_(pa.int64()),
-        ),  # where in its archive it lies (`cafe.data.packed.archives`); null: a file by itself
-    ]
-)
 YOUNGER = ("votes", "span")  # columns that files of before lack
-REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
+FACE: Columns = ("sample_id", "label", "split", "group", "digest", "box")  # what the digests are of
+IMAGE: Columns = ("sample_id", "digest", "box")
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a manifest: that of its file, of folders and of metrics
 
 
 class Header(BaseModel):
-    """What a manifest's file says besides its rows, as JSON in its Parquet metadata."""
+    """What a manifest's file says besides its rows, as JSON in its Parquet metadata.
 
-    version: Literal[2]
+    In version 3 its rows are the list of the files that hold those of a large manifest, whose digests it says as well.
+    """
+
+    version: Literal[2, 3]
     name: str = Field(pattern=f"^{NAME}$")
     root: str
     kind: str = ""
     expressions: tuple[str, ...] = EXPRESSIONS
     parted: bool = False  # of files of before it is not known, so that they are evaluated as they were
+    digest: str | None = None
+    image_digest: str | None = None
+    kept: tuple[str, ...] | None = None  # of the columns of a large one those that were kept from a table
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,13 @@ class Manifest:
     Behind the columns of `SCHEMA` there may be others of text, `kept` from a table: of a face's sex, age, camera, ….
     `kind` says which data set it is (`rafdb`, `sfew`, …), on which the protocols of evaluation depend; `classes` are the
     names of its classes, into which labels are indices. `parted` tells that the set came without splits: those it has were
-    made, so that there is no reason to evaluate on a part of it what never saw any of it.
+    made, so that there is no reason to evaluate on a part of it what never saw any of it. The rows of a `large` one stay in
+    their files: a column of `table` is read when it is asked for, and `read` returns some rows.
     """
 
     name: str
     root: str
-    table: pa.Table
+    table: pa.Table | RowFiles
     kind: str = ""
     classes: tuple[str, ...] = EXPRESSIONS
     parted: bool = False
@@ -175,32 +175,78 @@ class Manifest:
 
     @classmethod
     def load(cls, path: UPath) -> Manifest:
-        """Read a manifest file; raise `UserError` when it is none, of another version or name, or not what was written."""
+        """Read a manifest file, of a large one the list of the files that hold its rows.
+
+        Raises `UserError` when it is none, of another version or name, or not what was written.
+        """
         try:
-            table = read_table(path, "write it again with `cafe data index`")
+            table = read_table(path, REMEDY)
             header = Header.model_validate_json(table.schema.metadata[b"cafe.manifest"])
-            for name in YOUNGER:
-                if name not in table.column_names:
-                    table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
-            own = table.schema
-            kept = [one.name for one in own if pa.types.is_string(one.type) and one.name not in SCHEMA.names]
-            schema = pa.schema([*SCHEMA, *(pa.field(column, pa.string()) for column in kept)])
-            table = table.select(schema.names).cast(schema)
+            rows = (
+                RowFiles.listed(table, path, header.expressions, header.kept or ())
+                if header.version == 3
+                else _complete(table)
+            )
         except (pa.ArrowException, OSError, KeyError, TypeError, ValidationError):
-            raise UserError(f"{path} is not a manifest of version 2: write it again with `cafe data index`.") from None
+            raise UserError(f"{path} is not a manifest of version 2 or 3: {REMEDY}.") from None
         if f"{header.name}.parquet" != path.name:
             raise UserError(f"{path} holds the manifest {header.name!r}: name the file {header.name}.parquet.")
-        if fault := _find_fault(table, header.expressions):
-            raise UserError(f"{path} is a damaged manifest ({fault}): write it again with `cafe data index`.")
-        return cls(header.name, header.root, table, header.kind, header.expressions, header.parted)
+        if fault := find_fault(table if header.version == 3 else rows, header.expressions):
+            raise UserError(f"{path} is a damaged manifest ({fault}): {REMEDY}.")
+        manifest = cls(header.name, header.root, rows, header.kind, header.expressions, header.parted)
+        known = {"digest": header.digest, "image_digest": header.image_digest}
+        vars(manifest).update({name: value for name, value in known.items() if value})
+        return manifest
 
     def save(self, path: UPath) -> None:
-        """Write the manifest as Parquet."""
+        """Write the manifest as Parquet: first the files of the rows of a large one, then the one file that is the manifest.
+
+        So a kill leaves the manifest that was there before, whose own files go last.
+        """
         header = Header(
             version=2, name=self.name, root=self.root, kind=self.kind, expressions=self.classes, parted=self.parted
         )
-        table = self.table.replace_schema_metadata({"cafe.manifest": header.model_dump_json()})
-        write_file(path, encode_table(table))
+        files: Sequence[RowFile] = ()
+        if len(self) > LARGE:
+            pieces = self.table.pieces() if isinstance(self.table, RowFiles) else [self.table]
+            rows = write_files(path, pieces, self.classes)
+            whole, images = replace(self, table=rows).digests()
+            known = {"digest": whole, "image_digest": images, "kept": rows.kept}
+            header = header.model_copy(update={"version": 3, **known})
+            table, files = rows.write_list(), rows.files
+        else:
+            table = self.read(range(len(self)))
+        about = {"cafe.manifest": header.model_dump_json(exclude_none=True)}
+        write_file(path, encode_table(table.replace_schema_metadata(about)))
+        keep_files(path, files)
+
+    @property
+    def large(self) -> bool:
+        """Whether its rows lie in several files, and not in memory."""
+        return isinstance(self.table, RowFiles)
+
+    def read(self, rows: range) -> pa.Table:
+        """Return neighbouring rows in memory."""
+        some = self.table.slice(rows.start, len(rows))
+        return some.read() if isinstance(some, RowFiles) else some
+
+    def outline(self) -> Manifest:
+        """Return this manifest for another process, without its rows: `pack` brings them there."""
+        return replace(self, table=self.table if self.large else self.table.slice(0, 0))
+
+    def pack(self, rows: range) -> bytes:
+        """Return what the outline needs to `unpack` neighbouring rows: them, or nothing where it reads them itself."""
+        if self.large:
+            return b""
+        sink, table = pa.BufferOutputStream(), self.read(rows)
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        content: bytes = sink.getvalue().to_pybytes()
+        return content
+
+    def unpack(self, rows: range, packed: bytes) -> Manifest:
+        """Return the manifest of neighbouring rows that another process packed, in memory."""
+        return replace(self, table=self.read(rows) if self.large else pa.ipc.open_stream(packed).read_all())
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -223,9 +269,9 @@ class Manifest:
     @cached_property
     def votes(self) -> np.ndarray | None:
         """How many people chose each class of every row, (N, K) int64, all 0 where that is not known; None for no face."""
-        column = self.table["votes"]
-        if column.null_count == len(column):
+        if is_empty(self.table, "votes"):
             return None
+        column = self.table["votes"]
         votes = np.zeros((len(self), len(self.classes)), np.int64)
         votes[column.is_valid().to_numpy()] = pc.list_flatten(column).to_numpy().reshape(-1, len(self.classes))
         return votes
@@ -320,18 +366,41 @@ class Manifest:
         Labels count by what they mean, so that the same faces are the same in whatever class set they were indexed. Votes
         do not count, for a run that learns from them names them besides, nor columns that were kept.
         """
-        table, place = self.table, self.table.column_names.index("label")
-        if self.classes != EXPRESSIONS:
-            named = self.name_classes(np.arange(len(self))).tolist()
-            seven = {name: label for label, name in enumerate(EXPRESSIONS)}
-            labels = pa.array([seven[name] for name in named] if seven.keys() >= set(named) else named)
-            table = table.set_column(place, "label", labels)
-        return _digest(table, ("sample_id", "label", "split", "group", "digest", "box"))
+        return self.digests()[0]
 
     @cached_property
     def image_digest(self) -> str:
         """A digest of the images alone: what a frozen feature depends on."""
-        return _digest(self.table, ("sample_id", "digest", "box"))
+        return digest_rows(self.table, IMAGE)[0]
+
+    @property
+    def labelling(self) -> list[str]:
+        """What its samples and labels are, in short: its digest and the classes in whose order labels count."""
+        return [self.digest, *self.classes]
+
+    def digests(self) -> list[str]:
+        """Return the digest and the image digest, computed anew, in one pass."""
+        meanings: Sequence[str | int] = range(len(EXPRESSIONS))
+        if self.classes != EXPRESSIONS:
+            named = {self.classes[label] for label in pc.unique(self.table["label"]).to_pylist()}
+            seven = {name: label for label, name in enumerate(EXPRESSIONS)}
+            meanings = [seven.get(name, "") if seven.keys() >= named else name for name in self.classes]
+
+        def give_meaning(column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
+            return pa.array([meanings[label] for label in values.to_pylist()]) if column == "label" else values
+
+        return digest_rows(self.table, FACE, IMAGE, change=give_meaning)
+
+
+def _complete(table: pa.Table) -> pa.Table:
+    """Return the rows of a manifest's file, with the columns that files of before lack."""
+    for name in YOUNGER:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    own = table.schema
+    kept = [one.name for one in own if pa.types.is_string(one.type) and one.name not in SCHEMA.names]
+    schema = pa.schema([*SCHEMA, *(pa.field(column, pa.string()) for column in kept)])
+    return table.select(schema.names).cast(schema)
 
 
 def map_threads(
@@ -350,53 +419,6 @@ def map_threads(
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-
-
-def _digest(table: pa.Table, columns: Sequence[str]) -> str:
-    """Hash the columns that say something: one that is empty in every row changes nothing, so that new ones can be added."""
-    digest = hashlib.sha256()
-    for column in columns:
-        if table[column].null_count == len(table):
-            continue
-        digest.update(f"[{json.dumps(column)}, [".encode())
-        for start in range(0, len(table), ROWS_AT_ONCE):  # a list of all rows would take gigabytes
-            part = json.dumps(table[column].slice(start, ROWS_AT_ONCE).to_pylist())[1:-1]
-            digest.update((", " * (start > 0) + part).encode())
-        digest.update(b"]]")
-    return digest.hexdigest()
-
-
-def _find_fault(table: pa.Table, classes: tuple[str, ...]) -> str:
-    """Return what is wrong with the classes and rows of a manifest's file, empty when nothing is."""
-    try:
-        check_classes(classes)
-    except UserError as error:
-        return str(error).rstrip(".")
-    if empty := [name for name in REQUIRED if table[name].null_count]:
-        return f"empty cells in {empty[0]!r}"
-    if pc.any(pc.equal(pc.utf8_trim_whitespace(table["digest"]), "")).as_py():  # replaced pictures would not be noticed
-        return "a face without the SHA-256 of its file in 'digest'"
-    if pc.any(pc.match_substring_regex(table["path"], OUTSIDE.pattern)).as_py():
-        return "a path that leads out of its root"
-    lengths = pc.list_value_length(table["votes"])
-    if not pc.all(pc.equal(lengths, len(classes)), min_count=0).as_py():
-        return "votes for another number of classes"
-    if pc.any(pc.less(pc.list_flatten(table["votes"]), 0)).as_py():
-        return "fewer than no votes"
-    sides = pc.list_value_length(table["box"])
-    whole = pc.list_flatten(table["box"]).null_count == 0
-    if not whole or pc.all(pc.equal(sides, 4)).as_py() is False:
-        return "a box that is not left, top, width and height"
-    spans = pc.list_flatten(table["span"])
-    if spans.null_count or not pc.all(pc.is_in(pc.list_value_length(table["span"]), pa.array([2, 3, None]))).as_py():
-        return "a place in an archive that is not two or three numbers"
-    if pc.any(pc.less(spans, 0)).as_py():
-        return "a place in an archive before its beginning"
-    if pc.count_distinct(table["sample_id"]).as_py() < len(table):
-        return "a sample listed twice"
-    known = (("split", pa.array(SPLITS)), ("label", pa.array(range(len(classes)), pa.int8())))
-    strange = [name for name, values in known if not pc.all(pc.is_in(table[name], values)).as_py()]
-    return f"an unknown {strange[0]}" if strange else ""
 
 
 def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Face]:

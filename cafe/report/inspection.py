@@ -83,6 +83,6 @@ def draw_audit(result: Audit) -> bytes:
 
 
 def _face(manifest: Manifest, row: int) -> dict[str, str]:
-    entry = manifest.table.slice(int(row), 1).to_pylist()[0]
+    entry = manifest.read(range(int(row), int(row) + 1)).to_pylist()[0]
     label, picture = manifest.classes[entry["label"]], embed(manifest.read_face(int(row)))
     return {"picture": picture, "id": entry["sample_id"], "split": entry["split"], "label": label}

@@ -207,8 +207,7 @@ class _Pass:
     def facts(self) -> tuple[dict[str, StoreInfo], Manifest, list[dict[str, StoreInfo]]]:
         """Return what its workers know of it: its stores, the manifest without its rows, and from whom each store takes."""
         donors = [{str(donor.path): donor.info for donor in donors.stores} for donors in self.donors]
-        without = replace(self.manifest, table=self.manifest.table.slice(0, 0))
-        return {str(store.path): store.info for store in self.stores}, without, donors
+        return {str(store.path): store.info for store in self.stores}, self.manifest.outline(), donors
 
     def check_leases(self) -> None:
         """Raise `UserError` when another command has taken over a store."""
@@ -217,9 +216,9 @@ class _Pass:
 
     def rows(self, shards: Sequence[int]) -> PendingRows:
         """Return the rows of some shards, to be handed out."""
-        places = [donors.places for donors in self.donors]
+        donors = [[(donor.path, donor.info) for donor in donors.stores] for donors in self.donors]
         # A copy, without what was worked out of the manifest so far, since it goes to another process.
-        return PendingRows(replace(self.manifest), self.stores[0].info, places, list(shards))
+        return PendingRows(replace(self.manifest), self.stores[0].info, donors, list(shards))
 
     def results(self) -> list[Extraction]:
         """Say what was done for each store."""
@@ -241,7 +240,7 @@ def _plan(
     """Lease, make or open the stores of all layers; those cut alike share a pass, which all do that are made together."""
     asked = [describe_store(manifest, replace(settings, backbone=name), tower) for name, tower in towers.items()]
     step = min(info.shard_rows for info in asked)
-    alike: dict[int, list[FeatureStore]] = defaultdict(list)
+    alike: dict[int, list[tuple[FeatureStore, list[int]]]] = defaultdict(list)
     folder = place_below(workspace.features, manifest.name)
     names = sorted({info.folder for info in asked})
     leases = [held.enter_context(hold(folder / name, settings.wait)) for name in names]
@@ -251,26 +250,26 @@ def _plan(
             store.receipts.discard(outdated)
         if settings.retry_skipped:
             store.receipts.discard_skipped()
-        if store.pending():
+        if pending := store.pending():
             store.receipts.discard([])  # what is summed up may be wrong soon
-        alike[store.info.shard_rows].append(store)
+        alike[store.info.shard_rows].append((store, pending))
     return [_make_pass(workspace, manifest, stores, leases) for stores in alike.values()]
 
 
 def _make_pass(
-    workspace: Workspace, manifest: Manifest, stores: list[FeatureStore], leases: list[Callable[[], None]]
+    workspace: Workspace,
+    manifest: Manifest,
+    found: list[tuple[FeatureStore, list[int]]],
+    leases: list[Callable[[], None]],
 ) -> _Pass:
-    pending = [store.pending() for store in stores]
-    donors = [
-        Donors(find_donors(workspace.features, store) if own else [])
-        for store, own in zip(stores, pending, strict=True)
-    ]
+    stores, pending = [store for store, _ in found], [own for _, own in found]
+    donors = [Donors(find_donors(workspace.features, store) if own else []) for store, own in found]
     return _Pass(manifest, stores, pending, leases, donors)
 
 
 def _check_finished(passes: Sequence[_Pass], faults: Counter[str]) -> None:
     """List the stores again; raise `IncompleteError` with what went wrong where they still lack shards."""
-    lacking = sum(len(store.pending()) for step in passes for store in step.stores)
+    lacking = sum(len(store.pending()) for step in passes if step.shards for store in step.stores)
     if lacking:
         listed = "".join(f"\n  {fault} ({count} shards)" for fault, count in faults.most_common(LISTED) if fault)
         raise IncompleteError(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from upath import UPath
@@ -65,11 +65,19 @@ def damaged(store: UPath, problem: str) -> UserError:
 
 def read_checksums(store: UPath) -> dict[str, str]:
     """Return the SHA-256 of each file that belongs to no shard, nothing for an older store; raise `UserError`."""
+    return dict(_read_description(store).get("files", {}))
+
+
+def read_described(store: UPath) -> list[str] | None:
+    """Return the `labelling` of the large manifest that a store's samples and labels are of, None where nothing says it."""
+    return _read_description(store).get("manifest")
+
+
+def _read_description(store: UPath) -> dict[str, Any]:
     try:
-        record = read_sealed(store / CHECKSUMS) or {"files": {}}
+        return read_sealed(store / CHECKSUMS) or {}
     except UserError:
         raise damaged(store, f"{CHECKSUMS} is not what was written") from None
-    return dict(record["files"])
 
 
 def changed_files(store: UPath, checksums: dict[str, str]) -> list[str]:
@@ -176,8 +184,11 @@ class Receipts:
 
     def read(self, shard: int) -> Receipt | None:
         """Return the receipt of a shard that is done; raise `UserError` for one that is not as it was written."""
-        if shard in self._kept:
-            return self._kept[shard]
+        if shard not in self._kept and (receipt := self._read(shard)):
+            self._kept[shard] = receipt
+        return self._kept.get(shard)
+
+    def _read(self, shard: int) -> Receipt | None:
         path, rows = self.path(shard), self.info.rows_of(shard)
         try:
             record = read_sealed(path, "canonical")  # older ones have no seal
@@ -186,14 +197,12 @@ class Receipts:
             raise damaged(self.store, f"receipts/{path.name} is not what was written") from None
         if receipt and not all(skipped.row in rows for skipped in receipt.skipped):
             raise damaged(self.store, f"receipts/{path.name} names a row of another shard")
-        if receipt:
-            self._kept[shard] = receipt
         return receipt
 
     def read_all(self) -> Iterator[tuple[int, Receipt]]:
-        """Yield the receipt of every shard that is done."""
+        """Yield the receipt of every shard that is done; none is kept, as there are many."""
         done = self.done()
-        for shard, receipt in zip(done, in_parallel(self.store, self.read, done), strict=True):
+        for shard, receipt in zip(done, in_parallel(self.store, self._read, done), strict=True):
             if receipt:
                 yield shard, receipt
 
@@ -209,7 +218,9 @@ class Receipts:
 
     def skipped_paths(self, manifest: Manifest) -> list[tuple[str, str]]:
         """Path and reason of every image without features."""
-        return [(manifest.table["path"][entry.row].as_py(), entry.reason) for entry in self.skipped()]
+        skipped = self.skipped()
+        paths = manifest.table.take(np.array([entry.row for entry in skipped], int))["path"].to_pylist()
+        return [(path, entry.reason) for path, entry in zip(paths, skipped, strict=True)]
 
     def valid(self) -> np.ndarray:
         """Which rows of a finished store have features, (N,) bool."""
@@ -226,12 +237,13 @@ class Receipts:
         limit, step = self.info.key.max_megapixels * 1_000_000, self.info.shard_rows
         return sorted({entry.row // step for entry in self.skipped() if entry.limit not in (None, limit)})
 
+    def is_summed_up(self) -> bool:
+        """Whether it is written down what was left out."""
+        return bool(list_sizes(self.store).get(self.summary.name))
+
     def sum_up(self) -> None:
-        """Write down what was left out, once all shards are done."""
-        if self.pending():
-            return
-        if not list_sizes(self.store).get(self.summary.name):
-            write_sealed(self.summary, {"skipped": [asdict(entry) for entry in self.skipped()]})
+        """Write down what was left out, all shards being done."""
+        write_sealed(self.summary, {"skipped": [asdict(entry) for entry in self.skipped()]})
 
     def discard(self, shards: Iterable[int]) -> None:
         """Declare shards undone."""
@@ -275,7 +287,7 @@ def find_damage(store: UPath, matches: Matches, progress: Callable[[int, int], N
         return damages or [Damage(ABOUT, CHANGED)]
     receipts = Receipts(store, info)
     done = receipts.done()
-    if list_sizes(store).get(receipts.summary.name):  # all shards were done
+    if receipts.is_summed_up():  # all shards were done
         damages += [Damage(f"receipts/{receipts.path(shard).name}", MISSING, shard) for shard in receipts.pending()]
         try:
             receipts.skipped()

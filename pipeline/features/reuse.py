@@ -7,9 +7,11 @@ through the tower, and the store comes out byte for byte as if all had.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from upath import UPath
@@ -23,8 +25,9 @@ from cafe.pipeline.features.store import FeatureStore, name_images
 
 UNKNOWN = -1  # where no store has a row
 GROUPED = 64  # shards at most that are computed together
+KEPT = 2  # chunks of a store's samples that stay in memory
 
-Places = dict[tuple[str, str], tuple[int, int]]  # (sample, picture) → (number of the store, row there)
+Names = Sequence[tuple[str, str]]  # sample and picture
 
 
 def find_donors(features: UPath, store: FeatureStore) -> list[FeatureStore]:
@@ -52,29 +55,64 @@ class Donors:
 
     def __init__(self, stores: list[FeatureStore]) -> None:
         self.stores = stores
-        self.places: Places = {}
-        for number, donor in enumerate(stores):
-            self.places |= {name: (number, row) for name, row in _list_rows(donor) if name not in self.places}
+        self.samples = [_Samples(store) for store in stores]
+
+    def find(self, manifest: Manifest, rows: range) -> np.ndarray:
+        """Return (rows, 2): the number of the store that has a row and its row there, or `UNKNOWN` twice."""
+        found = np.full((len(rows), 2), UNKNOWN)
+        if not self.stores:
+            return found
+        faces = manifest.read(rows)
+        names = list(zip(faces["sample_id"].to_pylist(), name_images(faces), strict=True))
+        for number, samples in reversed(list(enumerate(self.samples))):  # where several have a row, the first counts
+            there = samples.find(names)
+            found[there != UNKNOWN] = number, UNKNOWN
+            found[there != UNKNOWN, 1] = there[there != UNKNOWN]
+        return found
 
 
-def find_known(places: Places, manifest: Manifest, rows: range) -> np.ndarray:
-    """Return (rows, 2): the number of the store that has a row of a manifest and its row there, or `UNKNOWN` twice."""
-    nowhere = (UNKNOWN, UNKNOWN)
-    if not places:
-        return np.full((len(rows), 2), UNKNOWN)
-    faces = manifest.table.slice(rows.start, len(rows))
-    names = zip(faces["sample_id"].to_pylist(), name_images(faces), strict=True)
-    return np.array([places.get(name, nowhere) for name in names]).reshape(-1, 2)
+class _Samples:
+    """The samples of a store, read a chunk at a time: they lie there in the order of their names, as in every manifest.
 
+    In a store where they do not, some are not found and are computed.
+    """
 
-def _list_rows(donor: FeatureStore) -> Iterator[tuple[tuple[str, str], int]]:
-    """Yield (sample, picture) and row of all that a store has features of."""
-    samples, images = (np.asarray(donor.array(name)[:]) for name in ("sample_id", "image"))
-    for shard, receipt in donor.receipts.read_all():
-        skipped = {entry.row for entry in receipt.skipped}
-        for row in donor.info.rows_of(shard):
-            if row not in skipped:
-                yield (str(samples[row]), str(images[row])), row
+    def __init__(self, store: FeatureStore) -> None:
+        self.store, self.done = store, set(store.receipts.done())
+        self.size = store.array("sample_id").chunks[0]
+        self.firsts: dict[int, str] = {}  # the first sample of each chunk that was read so far
+        self.rows = lru_cache(KEPT)(self._read)
+
+    def find(self, names: Names) -> np.ndarray:
+        """Return the row of each of some neighbouring samples, (n,), where its picture is the same, or `UNKNOWN`."""
+        chunks, samples = range(-(-self.store.info.rows // self.size)), [sample for sample, _ in names]
+        first = max(bisect_right(chunks, min(samples), key=self._first) - 1, 0)
+        last = max(bisect_right(chunks, max(samples), key=self._first) - 1, 0)
+        found = np.full(len(names), UNKNOWN)
+        for chunk in chunks[first : last + 1]:
+            rows = self.rows(chunk)
+            found = np.where(found == UNKNOWN, [rows.get(name, UNKNOWN) for name in names], found)
+        return found
+
+    def _first(self, chunk: int) -> str:
+        if chunk not in self.firsts:
+            self.rows(chunk)
+        return self.firsts[chunk]
+
+    def _read(self, chunk: int) -> dict[tuple[str, str], int]:
+        """Return the rows of a chunk, by sample and picture, of which the store has features."""
+        start, info = chunk * self.size, self.store.info
+        rows = range(start, min(start + self.size, info.rows))
+        read = (self.store.array(name)[rows.start : rows.stop] for name in ("sample_id", "image"))
+        samples, images = (np.asarray(values).tolist() for values in read)
+        self.firsts[chunk] = samples[0]
+        lacking = set[int]()
+        for shard in range(rows[0] // info.shard_rows, rows[-1] // info.shard_rows + 1):
+            receipt = self.store.receipts.read(shard) if shard in self.done else None
+            lacking.update(info.rows_of(shard) if receipt is None else (entry.row for entry in receipt.skipped))
+        return {
+            name: row for row, name in zip(rows, zip(samples, images, strict=True), strict=True) if row not in lacking
+        }
 
 
 def group_shards(shards: Iterable[int], known: Iterable[np.ndarray], enough: int) -> Iterator[list[int]]:

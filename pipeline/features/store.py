@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -41,6 +42,7 @@ from cafe.pipeline.features.integrity import (
     damaged,
     find_damage,
     in_parallel,
+    read_described,
     read_info,
     recover_info,
 )
@@ -50,6 +52,7 @@ from cafe.records import digest
 from cafe.seals import write_sealed
 
 ARRAYS = ("pooled", "map")
+FILES_AT_ONCE = 8  # that describe a store and are written side by side, of up to 60 MB
 MEMORY_SHARE = 0.4  # of the free memory a view may take before it is mapped from a scratch file
 
 Opened = TypeVar("Opened")
@@ -78,9 +81,15 @@ class FeatureStore:
             write_description(path, there, manifest)
         there.check_batches(path)
         store = cls(path, there)
-        if not np.array_equal(store.array("label")[:], manifest.labels):
+        if not store.describes(manifest):
             write_description(path, there, manifest)  # a corrected label changes no feature
         return store
+
+    def describes(self, manifest: Manifest) -> bool:
+        """Whether the labels are those of a manifest; of a large one a note says so, and none is read."""
+        if manifest.large:
+            return read_described(self.path) == manifest.labelling
+        return np.array_equal(self.array("label")[:], manifest.labels)
 
     def array(self, name: str) -> zarr.Array[Any]:
         """One array of the store."""
@@ -221,27 +230,36 @@ class FeatureStore:
         return range(self.info.rows_of(shards[0]).start, self.info.rows_of(shards[-1]).stop)
 
     def finish(self) -> None:
-        """Sum up what was left out, and remove what killed writers left half written, once no shard is pending."""
-        if self.pending():
+        """Remove what killed writers left half written and sum up what was left out, once no shard is pending.
+
+        The sum is written last, and says that all of it is done: a rerun then lists no shard for it.
+        """
+        if self.receipts.is_summed_up() or self.pending():
             return
-        self.receipts.sum_up()
         if not self.path.protocol:
             remove_leftovers(self.path, below=True)
+        self.receipts.sum_up()
 
 
 def write_description(path: UPath, info: StoreInfo, manifest: Manifest) -> None:
     """Write all files of a store that belong to no shard, `about.json` last: from then on the store exists."""
-    files = {f"store.zarr/{key}": content for key, content in _make_arrays(info, manifest).items()}
-    for _ in in_parallel(path, lambda file: write_file(path / file, files[file]), files):
-        pass
-    facts = encode_json(info.record())
-    checksums = {file: digest(content) for file, content in {**files, ABOUT: facts}.items()}
-    write_sealed(path / CHECKSUMS, {"files": checksums})
+    facts, note = encode_json(info.record()), {"manifest": manifest.labelling} if manifest.large else {}
+    checksums, files = {ABOUT: digest(facts)}, _make_arrays(info, manifest)
+    if note:
+        remove_file(path / CHECKSUMS)  # what it says of labels is wrong as soon as the first are written
+
+    def write(entry: tuple[str, bytes]) -> tuple[str, str]:
+        write_file(path / entry[0], entry[1])
+        return entry[0], digest(entry[1])
+
+    while some := list(islice(files, FILES_AT_ONCE)):
+        checksums.update(in_parallel(path, write, some))
+    write_sealed(path / CHECKSUMS, {"files": checksums, **note})
     write_file(path / ABOUT, facts)
 
 
-def _make_arrays(info: StoreInfo, manifest: Manifest) -> dict[str, bytes]:
-    """Return the files of the empty arrays, with the samples and their labels, as Zarr writes them."""
+def _make_arrays(info: StoreInfo, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of the empty arrays, with the samples and their labels, as Zarr writes them, a few at a time."""
     buffers: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(buffers), attributes=info.record())
     rows, step, views = info.rows, info.shard_rows, info.key.views
@@ -257,13 +275,29 @@ def _make_arrays(info: StoreInfo, manifest: Manifest) -> dict[str, bytes]:
     if info.map_shape:
         create("map", (views, *info.map_shape), info.key.dtype, float("nan"), "view", "channel", "y", "x")
     create("valid", (), "bool", False)
-    for name, dtype in (("sample_id", "string"), ("label", "int8"), ("image", "string")):
-        array = group.create_array(name, shape=(rows,), dtype=dtype, dimension_names=("sample",))
-        for start in range(0, rows, array.chunks[0]):  # of strings of any length, a part at a time
-            faces = manifest.table.slice(start, array.chunks[0])
+    kinds = {"sample_id": "string", "label": "int8", "image": "string"}
+    arrays = {
+        name: group.create_array(name, shape=(rows,), dtype=dtype, dimension_names=("sample",))
+        for name, dtype in kinds.items()
+    }
+    for array in arrays.values():
+        assert array.chunks == arrays["label"].chunks, "rows are read once for all three"
+    size = arrays["label"].chunks[0]
+    for start in range(0, rows, size):  # of strings of any length, a part at a time
+        faces = manifest.read(range(start, min(start + size, rows)))
+        for name, array in arrays.items():
             values = name_images(faces) if name == "image" else faces[name].to_pylist()
-            array[start : start + len(values)] = np.array(values, StringDType() if dtype == "string" else dtype)
-    return {key: buffer.to_bytes() for key, buffer in buffers.items()}
+            array[start : start + len(values)] = np.array(
+                values, StringDType() if kinds[name] == "string" else kinds[name]
+            )
+            yield from _take_files(buffers)
+    yield from _take_files(buffers)
+
+
+def _take_files(buffers: dict[str, Buffer]) -> Iterator[tuple[str, bytes]]:
+    """Yield the files that Zarr has written to memory, by their place in a store, and forget them."""
+    for key in list(buffers):
+        yield f"store.zarr/{key}", buffers.pop(key).to_bytes()
 
 
 def name_images(faces: pa.Table) -> list[str]:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.pipeline.features.key import StoreInfo
-from cafe.pipeline.features.reuse import UNKNOWN, Places, find_known, group_shards
+from cafe.pipeline.features.reuse import UNKNOWN, Donors, group_shards
+from cafe.pipeline.features.store import FeatureStore
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -23,21 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PendingRows:
-    """The shards to compute of one manifest, and for each of its stores where others have what rows."""
+    """The shards to compute of one manifest, and for each of its stores those from which it takes rows over."""
 
     manifest: Manifest
     info: StoreInfo  # of one of the stores, which are all cut alike
-    places: list[Places]
+    donors: list[list[tuple[UPath, StoreInfo]]]
     shards: list[int]
 
     def pack(self, enough: int) -> Iterator[dict[str, Any]]:
         """Yield shards, in order, packed; neighbours together that have at most `enough` rows for the tower."""
         known: dict[int, np.ndarray] = {}
+        donors = [Donors([FeatureStore(*store) for store in stores]) for stores in self.donors]
 
         def find() -> Iterator[np.ndarray]:
             for shard in self.shards:
                 rows = self.info.rows_of(shard)
-                known[shard] = np.stack([find_known(places, self.manifest, rows) for places in self.places], axis=1)
+                known[shard] = np.stack([one.find(self.manifest, rows) for one in donors], axis=1)
                 yield known[shard]
 
         for group in group_shards(self.shards, find(), enough):
@@ -52,19 +55,15 @@ def pack_passes(passes: Iterable[PendingRows], enough: int) -> Iterator[dict[str
 
 
 def pack_shards(
-    manifest: Manifest, info: StoreInfo, shards: Sequence[int], known: np.ndarray | None = None, stores: int = 1
+    manifest: Manifest, info: StoreInfo, shards: Sequence[int], known: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Return neighbouring shards as a row: the first one's number, how many they are, and their manifest rows.
+    """Return neighbouring shards as a row: the first one's number, how many they are, and their manifest rows, packed.
 
     `known` (rows, stores, 2) says which other stores have which of the rows; by default none has any.
     """
-    start, end, sink = info.rows_of(shards[0]).start, info.rows_of(shards[-1]).stop, pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, manifest.table.schema) as stream:
-        stream.write_table(manifest.table.slice(start, end - start))
-    if known is None:
-        known = np.full((end - start, stores, 2), UNKNOWN)
-    faces = sink.getvalue().to_pybytes()
-    return {"shard": shards[0], "count": len(shards), "faces": faces, "known": known.astype(np.int64).tobytes()}
+    rows = range(info.rows_of(shards[0]).start, info.rows_of(shards[-1]).stop)
+    places = b"" if known is None or (known == UNKNOWN).all() else known.astype(np.int64).tobytes()
+    return {"shard": shards[0], "count": len(shards), "faces": manifest.pack(rows), "known": places}
 
 
 def stream_shards(passes: Sequence[PendingRows], enough: int) -> Dataset:

@@ -28,7 +28,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from cafe.addresses import Permission, permission
 from cafe.data.images import MISSING
@@ -62,10 +61,11 @@ Batches = Sequence[Sequence[Sample]]
 class ShardEmbedder:
     """A tower at work: a shard with its faces in, receipts out. Loaded once per worker, usable without Ray.
 
-    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}; `manifest` is without
-    its rows, which come with each shard, so that memory does not grow with the data set. `donors` are the stores from which
-    each of them takes rows over. Two threads may call it: while one has the tower, the other has its pictures decoded, or
-    writes. With `shared`, the embedder of another manifest, it has the same tower and the same processes that decode.
+    `stores` are those of one manifest that take different layers of one pass: {folder: what it is}; `manifest` is an
+    outline, whose rows come or are read with each shard, so that memory does not grow with the data set. `donors` are the
+    stores from which each of them takes rows over. Two threads may call it: while one has the tower, the other has its
+    pictures decoded, or writes. With `shared`, the embedder of another manifest, it has the same tower and the same
+    processes that decode.
     """
 
     def __init__(
@@ -150,17 +150,18 @@ class ShardEmbedder:
         A storage that goes on failing is reported as the fault; the shards then have no receipt.
         """
         first, count = int(batch["shard"][0]), int(batch["count"][0])
-        shards = range(first, first + count)
-        faces = replace(self.manifest, table=pa.ipc.open_stream(batch["faces"][0]).read_all())
-        known = np.frombuffer(batch["known"][0], np.int64).reshape(len(faces), len(self.stores), 2)
+        shards, info = range(first, first + count), self.stores[0].info
+        parts = [info.rows_of(shard) for shard in shards]
         try:
+            faces = self.manifest.unpack(range(parts[0].start, parts[-1].stop), batch["faces"][0])
+            known = np.frombuffer(batch["known"][0], np.int64).reshape(-1, len(self.stores), 2)
             unknown = self._embed(shards, faces, known)
         except (OSError, MemoryError) as error:
             nothing = [0] * count
             fault = [str(error) or repr(error)] * count
             return {"shard": list(shards), "rows": nothing, "taken": nothing, "fault": fault}
-        rows = [len(self.stores[0].info.rows_of(shard)) for shard in shards]
-        embedded = np.bincount(unknown // self.stores[0].info.shard_rows, minlength=count)
+        rows = [len(part) for part in parts]
+        embedded = np.bincount(unknown // info.shard_rows, minlength=count)
         taken = [own - int(new) for own, new in zip(rows, embedded, strict=True)]
         return {"shard": list(shards), "rows": rows, "taken": taken, "fault": [""] * count}
 
@@ -170,12 +171,19 @@ class ShardEmbedder:
         self.decoders.close()
 
     def _embed(self, shards: range, faces: Manifest, known: np.ndarray) -> np.ndarray:
-        """Take over what other stores `known` (rows, stores, 2) have of the faces; embed the others, and return which."""
+        """Take over what other stores have of the faces; embed the others, and return which.
+
+        `known` (rows, stores, 2) says where; without rows it says that no other store has any.
+        """
         from cafe.pipeline.features.reuse import take_rows
 
         lacking = [number for number, pending in enumerate(self.pending) if not pending.isdisjoint(shards)]
         taken = {number: self.stores[number].allocate_rows(len(faces)) for number in lacking}
-        there = [take_rows(self.donors[number], known[:, number], taken[number]) for number in lacking if self.donors]
+        there = [
+            take_rows(self.donors[number], known[:, number], taken[number])
+            for number in lacking
+            if self.donors and len(known)
+        ]
         unknown = np.flatnonzero(~np.all(there, axis=0)) if there else np.arange(len(faces))
         embedded, skipped = self._run_tower(faces, unknown, lacking)
         first = self.stores[0].info.rows_of(shards.start).start

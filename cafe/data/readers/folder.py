@@ -14,12 +14,12 @@ from cafe.data.expressions import EIGHT
 from cafe.data.images import suffix_of
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import PEOPLE, SPLIT_NAMES, Tree, find_split, folder_of
-from cafe.data.manifest import SCHEMA
 from cafe.data.packed.archives import ROWS, is_archive
 from cafe.data.readers.cells import TABLES, Cells, as_text
 from cafe.data.readers.levels import Levels, list_levels
 from cafe.data.readers.named import SCHEMES, find_person, find_scheme
 from cafe.data.readers.table import Roles, list_faces, read_faces
+from cafe.data.rows import SCHEMA
 from cafe.errors import UserError
 from cafe.files import find_below
 

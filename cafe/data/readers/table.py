@@ -15,9 +15,9 @@ from cafe.data.expressions import ALIASES, EIGHT, normalise_name, spell_name
 from cafe.data.images import Box
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, USAGES, find_split, merge_repeated
-from cafe.data.manifest import SCHEMA, SPLITS
 from cafe.data.readers.cells import Cells, as_text
 from cafe.data.readers.levels import Levels
+from cafe.data.rows import SCHEMA, SPLITS
 from cafe.errors import UserError, unknown
 from cafe.files import check_encoded, locate
 
