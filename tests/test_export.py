@@ -289,7 +289,9 @@ def test_the_card_holds_the_scores_of_every_domain_with_intervals(tmp_path: Path
     assert "AUROC: the area under the ROC curve" in card
     assert "the graph's probabilities differ from PyTorch's by at most 2.0e-07" in card
     card = write_card([one], [one, two], {"fer": "another"}, record).decode()
-    assert "Left out: 2 predictions of 2 runs" in card
+    names = f"{one.name}, {two.name}"
+    why = "evaluated on another manifest than the one that the workspace has now"
+    assert f"Left out: 2 predictions of 2 runs, {names}, on fer (clean), {why}." in card
     assert "| fer |" not in card
 
 

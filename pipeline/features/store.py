@@ -438,7 +438,8 @@ class SharedReader:
         from cafe.networks.parallel import fill_in, rank, world_size
 
         batch = next(self.batches)
-        assert np.array_equal(own_part(batch), rows)
+        if not np.array_equal(own_part(batch), rows):
+            raise RuntimeError("The workers of a training do not read the same batch")
         held = self.reader.read_held(batch, view, rank(), world_size())
         return {name: own_part(fill_in(values)) for name, values in sorted(held.items())}
 
