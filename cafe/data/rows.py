@@ -198,7 +198,8 @@ def write_files(manifest: UPath, tables: Iterable[pa.Table], classes: tuple[str,
         ids = pa.concat_arrays([last, *table["sample_id"].chunks])
         if pc.any(equal := pc.equal(ids[:-1], ids[1:])).as_py():
             raise UserError(f"{ids[1:].filter(equal)[0]} is listed more than once: keep one row of each sample.")
-        assert pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py(), "rows come sorted"
+        if not pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py():
+            raise ValueError("The rows of a manifest come sorted")
         last, kept = ids[-1:], tuple(table.column_names[len(SCHEMA) :])
         content = encode_table(table)
         digest = hashlib.sha256(content).hexdigest()

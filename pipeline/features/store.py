@@ -19,6 +19,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from math import lcm
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -280,9 +281,7 @@ def _make_arrays(info: StoreInfo, manifest: Manifest) -> Iterator[tuple[str, byt
         name: group.create_array(name, shape=(rows,), dtype=dtype, dimension_names=("sample",))
         for name, dtype in kinds.items()
     }
-    for array in arrays.values():
-        assert array.chunks == arrays["label"].chunks, "rows are read once for all three"
-    size = arrays["label"].chunks[0]
+    size = lcm(*(array.chunks[0] for array in arrays.values()))  # whole chunks of each
     for start in range(0, rows, size):  # of strings of any length, a part at a time
         faces = manifest.read(range(start, min(start + size, rows)))
         for name, array in arrays.items():
