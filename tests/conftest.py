@@ -36,7 +36,8 @@ from cafe.networks.branches import NETWORKS, Network
 
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per training
-os.environ["RAY_worker_niceness"] = "0"  # Ray's tests are the longest chain: they must not wait for all others
+# Ray's tests are the longest chain: they must not wait for all others.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its own spelling
 os.environ.pop("COLUMNS", None)  # which processes of xdist have, too: commands print as wide as into a pipe
 torch.set_num_threads(1)
 files.PAUSES = (0.01, 0.02, 0.04)  # as many tries as users get, without their waits

@@ -307,7 +307,8 @@ def test_a_training_that_ends_in_the_middle_of_an_epoch_goes_on_after_its_last_s
         if len(steps) == 2:
             raise InterruptedError
 
-    chosen = {"method": "irm", "sampler": "balanced", "overrides": ("anneal_steps=3", *FAST, "batch_size=12"), "epochs": 2}
+    fast = ("anneal_steps=3", *FAST, "batch_size=12")
+    chosen = {"method": "irm", "sampler": "balanced", "overrides": fast, "epochs": 2}
     whole = planned(workspace, tag="whole", **chosen)
     ended = planned(workspace, tag="ended", checkpoint_minutes=0, **chosen)
     ended.spec.save(ended.run)
