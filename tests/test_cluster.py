@@ -16,11 +16,14 @@ import ray
 import ray._private.node
 import torch
 
+from test_store import ABOUT, MANIFEST
+
 from cafe.errors import IncompleteError, UserError
 from cafe.pipeline import cluster
 from cafe.pipeline.benchmark.cells import count_slots
 from cafe.pipeline.cluster import connect, share
-from cafe.pipeline.features.extract import share_out
+from cafe.pipeline.features.extract import share_out, size_up
+from cafe.pipeline.features.stream import PendingRows
 from cafe.pipeline.process.machine import cores, free_memory
 from cafe.pipeline.settings import ClusterSettings, ExtractSettings
 
@@ -97,6 +100,18 @@ def test_towers_share_gpus_such_that_all_of_them_fit(
     gpus: int, cores: int, shards: int, asked: int | None, expected: tuple[int, float]
 ) -> None:
     assert share_out(ExtractSettings(address="auto", num_actors=asked), shards, gpus, cores) == expected
+
+
+def test_a_cluster_that_has_no_core_yet_is_waited_for_and_counted_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [PendingRows(MANIFEST, ABOUT, [[]], [0, 1, 2])]
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    for settings in (ExtractSettings(address="auto"), ExtractSettings(address="auto", num_actors=2)):
+        with pytest.raises(UserError, match=r"workers need as many cores and the cluster has 0: use fewer workers"):
+            size_up(rows, settings)
+    there = iter([{}, {}, {}])  # of GPUs, and twice of cores; then a node has come
+    monkeypatch.setattr(ray, "cluster_resources", lambda: next(there, {"CPU": 16.0}))
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    assert size_up(rows, ExtractSettings(address="auto", scale_minutes=1)) == (3, 0.0, 0, 16)
 
 
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])

@@ -390,20 +390,30 @@ def _without_restarts() -> dict[str, int]:
     return {"max_restarts": 0}
 
 
+def size_up(rows: Sequence[PendingRows], settings: ExtractSettings) -> tuple[int, float, int, int]:
+    """Return how many towers work on the connected cluster, what each has of a GPU, and the GPUs and cores there are.
+
+    Raises `UserError` where there is not enough for them, also after the wait for an autoscaler.
+    """
+
+    def count_tasks(most: int) -> int:  # shards with few new rows are one
+        return sum(1 for _ in islice(pack_passes(rows, _enough(settings)), most))
+
+    wanted = cluster.wants_gpu(_wants_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
+    tasks = count_tasks(settings.num_actors) if settings.num_actors else 0
+    cluster.check_cores(1 if wanted else max(1, tasks), settings.scale_minutes)
+    gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
+    cores = cluster.count("CPU")  # now, since before the wait there may have been none
+    return *share_out(settings, tasks or count_tasks(gpus or cores), gpus, cores), gpus, cores
+
+
 def _compute_with_ray(
     passes: Sequence[_Pass], rows: Sequence[PendingRows], settings: ExtractSettings
 ) -> Iterator[dict[str, Any]]:
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError, RayTaskError
 
-    wanted = cluster.wants_gpu(_wants_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
-    most = settings.num_actors or (settings.num_gpus or cluster.count("GPU") if wanted else 0) or cluster.count("CPU")
-    tasks = sum(1 for _ in islice(pack_passes(rows, _enough(settings)), most))  # shards with few new rows are one
-    cluster.check_cores(1 if wanted else min(settings.num_actors or 1, tasks), settings.scale_minutes)
-    gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
-    cores = cluster.count("CPU")
-    actors, gpus_each = share_out(settings, tasks, gpus, cores)
-
+    actors, gpus_each, gpus, cores = size_up(rows, settings)
     _quieten_ray_data()
     receipts = stream_shards(rows, _enough(settings)).map_batches(
         TowerWorker,
