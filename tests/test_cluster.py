@@ -15,7 +15,6 @@ import pytest
 import ray
 import ray._private.node
 import torch
-
 from test_store import ABOUT, MANIFEST
 
 from cafe.errors import IncompleteError, UserError

@@ -26,7 +26,7 @@ from cafe.files import place_below, read_file, read_json, write_json
 from cafe.pipeline import cluster
 from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows, describe_policy
-from cafe.pipeline.features.reuse import Donors, find_donors
+from cafe.pipeline.features.reuse import find_donors
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.stream import PendingRows, pack_passes, stream_shards
 from cafe.pipeline.features.worker import MANY_VIEWS, TowerWorker
@@ -192,7 +192,7 @@ class _Pass:
     stores: list[FeatureStore]
     pending: list[list[int]]  # the shards that each store lacks
     leases: list[Callable[[], None]]
-    donors: list[Donors]  # of each store
+    donors: list[list[FeatureStore]]  # from which each store takes rows
     taken: Counter[int] = field(default_factory=Counter)  # by shard: faces that needed no tower
 
     @property
@@ -206,7 +206,7 @@ class _Pass:
 
     def facts(self) -> tuple[dict[str, StoreInfo], Manifest, list[dict[str, StoreInfo]]]:
         """Return what its workers know of it: its stores, the manifest without its rows, and from whom each store takes."""
-        donors = [{str(donor.path): donor.info for donor in donors.stores} for donors in self.donors]
+        donors = [{str(donor.path): donor.info for donor in some} for some in self.donors]
         return {str(store.path): store.info for store in self.stores}, self.manifest.outline(), donors
 
     def check_leases(self) -> None:
@@ -216,7 +216,7 @@ class _Pass:
 
     def rows(self, shards: Sequence[int]) -> PendingRows:
         """Return the rows of some shards, to be handed out."""
-        donors = [[(donor.path, donor.info) for donor in donors.stores] for donors in self.donors]
+        donors = [[(donor.path, donor.info) for donor in some] for some in self.donors]
         # A copy, without what was worked out of the manifest so far, since it goes to another process.
         return PendingRows(replace(self.manifest), self.stores[0].info, donors, list(shards))
 
@@ -263,7 +263,7 @@ def _make_pass(
     leases: list[Callable[[], None]],
 ) -> _Pass:
     stores, pending = [store for store, _ in found], [own for _, own in found]
-    donors = [Donors(find_donors(workspace.features, store) if own else []) for store, own in found]
+    donors = [find_donors(workspace.features, store) if own else [] for store, own in found]
     return _Pass(manifest, stores, pending, leases, donors)
 
 
