@@ -117,9 +117,10 @@ def test_a_large_manifest_is_extracted_file_by_file_to_the_same_bytes(
     assert (again.taken, sum(passes)) == (25, 15 * 3)
 
 
-def test_what_another_store_no_longer_holds_as_written_is_computed(faces: Faces, passes: list[int]) -> None:
+@pytest.mark.parametrize("file", ["store.zarr/pooled/c/0/0/0", "receipts/00000.json", "store.zarr/sample_id/c/0"])
+def test_what_another_store_no_longer_holds_as_written_is_computed(faces: Faces, passes: list[int], file: str) -> None:
     manifest = faces.index()
-    path = Path(str(faces.extract(manifest).store)) / "store.zarr/pooled/c/0/0/0"
+    path = Path(str(faces.extract(manifest).store)) / file
     damaged = bytearray(path.read_bytes())
     damaged[100] ^= 1
     path.write_bytes(damaged)

@@ -173,6 +173,13 @@ def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
     store.array("pooled")[8] = 1.0
     with pytest.raises(UserError, match=r"shard 2 is not what was written.: run `cafe store repair "):
         store.read_view("pooled", 0)
+    labels = store.path / "store.zarr/label/c/0"
+    content = bytearray(labels.read_bytes())
+    content[0] ^= 1  # which no decoder reads
+    labels.write_bytes(content)
+    assert "label is not what was written): run `cafe store repair " in complaint(
+        FeatureStore.create, UPath(tmp_path), ABOUT, MANIFEST
+    )
 
 
 @pytest.mark.filterwarnings("error")  # of what the type cannot hold NumPy need not warn, too

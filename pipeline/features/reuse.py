@@ -74,7 +74,7 @@ class Donors:
 class _Samples:
     """The samples of a store, read a chunk at a time: they lie there in the order of their names, as in every manifest.
 
-    In a store where they do not, some are not found and are computed.
+    In a store where they do not, or cannot be read, some are not found and are computed.
     """
 
     def __init__(self, store: FeatureStore) -> None:
@@ -103,16 +103,25 @@ class _Samples:
         """Return the rows of a chunk, by sample and picture, of which the store has features."""
         start, info = chunk * self.size, self.store.info
         rows = range(start, min(start + self.size, info.rows))
-        read = (self.store.array(name)[rows.start : rows.stop] for name in ("sample_id", "image"))
-        samples, images = (np.asarray(values).tolist() for values in read)
+        self.firsts[chunk] = ""
+        try:
+            samples, images = (self.store.read_column(name, rows).tolist() for name in ("sample_id", "image"))
+        except UserError:
+            return {}
         self.firsts[chunk] = samples[0]
         lacking = set[int]()
         for shard in range(rows[0] // info.shard_rows, rows[-1] // info.shard_rows + 1):
-            receipt = self.store.receipts.read(shard) if shard in self.done else None
-            lacking.update(info.rows_of(shard) if receipt is None else (entry.row for entry in receipt.skipped))
+            lacking.update(self._list_lacking(shard))
         return {
             name: row for row, name in zip(rows, zip(samples, images, strict=True), strict=True) if row not in lacking
         }
+
+    def _list_lacking(self, shard: int) -> Iterable[int]:
+        """Return the rows of a shard of which the store has no features, all where no receipt can be trusted."""
+        with suppress(UserError):
+            if shard in self.done and (receipt := self.store.receipts.read(shard)):
+                return [entry.row for entry in receipt.skipped]
+        return self.store.info.rows_of(shard)
 
 
 def group_shards(shards: Iterable[int], known: Iterable[np.ndarray], enough: int) -> Iterator[list[int]]:

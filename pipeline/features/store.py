@@ -90,13 +90,21 @@ class FeatureStore:
         """Whether the labels are those of a manifest; of a large one a note says so, and none is read."""
         if manifest.large:
             return read_described(self.path) == manifest.labelling
-        return np.array_equal(self.array("label")[:], manifest.labels)
+        return np.array_equal(self.read_column("label", range(self.info.rows)), manifest.labels)
 
     def array(self, name: str) -> zarr.Array[Any]:
         """One array of the store."""
         if name not in self._arrays:
             self._arrays[name] = self._open(lambda: cast("zarr.Array[Any]", self.group[name]))
         return self._arrays[name]
+
+    def read_column(self, name: str, rows: range) -> np.ndarray:
+        """Return the sample_id, label or image of some rows, (n,); raise `UserError` where they cannot be decoded."""
+        array = self.array(name)
+        try:
+            return np.asarray(retry(self.path, "read", lambda: array[rows.start : rows.stop]))
+        except (ValueError, RuntimeError):  # of a codec
+            raise damaged(self.path, f"{name} is not what was written") from None
 
     def _open(self, function: Callable[[], Opened]) -> Opened:
         try:
