@@ -158,7 +158,20 @@ def test_the_folder_of_a_tower_is_absolute_in_its_name_and_left_out_of_the_short
             '{"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"embed_dim": 1000000}}',
             "more than 4 times the values that its weights have",
         ),
-        ('{"architecture": "test_resnet", "input_size": [3, 100000, 100000]}', "an input larger than 4096 pixels"),
+        (
+            '{"architecture": "test_resnet", "input_size": [3, 100000, 100000]}',
+            "an input of other than 1 to 4096 pixels",
+        ),
+        ('{"architecture": "test_resnet", "input_size": [3, 16.5, 16.5]}', "an input of other than 1 to 4096 pixels"),
+        ('{"architecture": "test_resnet", "std": [0, 1, 1]}', "by which no picture can be normalised"),
+        (
+            '{"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"num_heads": 0}}',
+            "timm cannot build what .* says .ZeroDivisionError",
+        ),
+        (
+            '{"architecture": "test_vit", "pretrained_cfg": {}, "model_args": {"mlp_ratio": Infinity}}',
+            "what .* says .OverflowError",
+        ),
         (None, "has no config.json: give one that holds what a repository of timm's does"),
     ],
 )

@@ -7,6 +7,7 @@ a new one needs no constants and the cache key cannot be wrong.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from cafe.towers.weights import digest_state_dict, find_configuration, read_weig
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_GROWTH = 4  # how many times the values of its file a configured tower may have: position embeddings are resized
 LARGEST_INPUT = 4096  # pixels, as `--input-size` takes them
+# What timm and torch raise for a configuration that makes no sense.
+SENSELESS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, ArithmeticError)
 
 
 class FrozenBackbone(nn.Module):
@@ -116,6 +119,8 @@ def load_backbone(name: str, precision: str = "fp32", input_size: int | None = N
         try:
             return FrozenBackbone(name, spec, build(name, spec, tensors, input_size), precision)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            if input_size is None and spec.configured:
+                raise _refuse_configuration(name, error) from error
             if input_size is None:
                 raise
             raise UserError(
@@ -225,19 +230,24 @@ def _create_timm(name: str, spec: BackboneSpec, tensors: Mapping[str, Tensor]) -
             planned: Any = timm.create_model(source, num_classes=0)
         resolve: Any = timm.data.resolve_model_data_config
         preprocessing = resolve(planned)
-        for statistic in ("mean", "std"):
-            _triple(preprocessing[statistic])
+        mean, std = (_triple(preprocessing[statistic]) for statistic in ("mean", "std"))
+        if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise ValueError("statistics by which no picture can be normalised")
         there = sum(tensor.numel() for tensor in tensors.values())
         if sum(tensor.numel() for tensor in planned.state_dict().values()) > MOST_GROWTH * there:
             raise ValueError(f"more than {MOST_GROWTH} times the values that its weights have")
-        if not 0 < preprocessing["input_size"][-1] <= LARGEST_INPUT:
-            raise ValueError(f"an input larger than {LARGEST_INPUT} pixels")
+        if preprocessing["input_size"][-1] not in range(1, LARGEST_INPUT + 1):
+            raise ValueError(f"an input of other than 1 to {LARGEST_INPUT} pixels")
         return timm.create_model(source, num_classes=0)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"timm cannot build what the configuration of '{name}' says ({type(error).__name__}: {quote(error)}): give "
-            "another tower, or install the version of timm that it needs."
-        ) from error
+    except SENSELESS as error:
+        raise _refuse_configuration(name, error) from error
+
+
+def _refuse_configuration(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"timm cannot build what the configuration of '{name}' says ({type(error).__name__}: {quote(error)}): give another "
+        "tower, or install the version of timm that it needs."
+    )
 
 
 def _build_face(name: str, spec: BackboneSpec, tensors: dict[str, Tensor], input_size: int | None) -> _Built:
