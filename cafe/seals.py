@@ -195,10 +195,10 @@ def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def verify_file(path: UPath) -> State:
-    """Read a JSON, Parquet or safetensors file back and say whether it is what was written."""
+    """Read a JSON, Parquet or safetensors file back and say whether it is what was written, and there at all."""
     try:
         content = read_file(path, MOST_TEXT if path.suffix == ".json" else None)
-    except IrregularFileError:
+    except (IrregularFileError, FileNotFoundError):
         return "damaged"
     if path.suffix == ".json":
         record, sealed = _open_record(content)

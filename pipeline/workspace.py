@@ -14,7 +14,7 @@ from upath import UPath
 
 from cafe.addresses import own
 from cafe.data.manifest import NAME, Manifest
-from cafe.data.rows import find_folder
+from cafe.data.rows import RowFiles, find_folder
 from cafe.errors import UserError, unknown
 from cafe.files import check_encoded, exists, list_files, list_folder, locate, place_below
 from cafe.results.runs import Run, read_run, read_runs
@@ -129,7 +129,7 @@ class Workspace:
         if unheard := set(names) - {*runs, *self.manifest_names()}:
             raise unknown("run, manifest or exported folder", min(unheard), [*runs, *self.manifest_names()])
         manifests = [self.manifest_path(name) for name in self.manifest_names() if not names or name in names]
-        found = [file for path in manifests for file in (path, *list_files(find_folder(path)))]
+        found = [file for path in manifests for file in (path, *_list_rows(path))]
         for run in (self.run_path(name) for name in runs if not names or name in names):
             found += [path for file in RUN_FILES if exists(path := run / file)]
             found += [
@@ -158,3 +158,12 @@ class Workspace:
             return [run] if run else []
         found = [run for run in names if run.startswith(name)]
         return read_runs(self.run_path(run) for run in found or names)
+
+
+def _list_rows(manifest: UPath) -> list[UPath]:
+    """Return the files of rows that a large manifest lists, gone ones too; of a damaged one those there are."""
+    try:
+        table = Manifest.load(manifest).table
+    except UserError:
+        return list_files(find_folder(manifest))
+    return table.paths if isinstance(table, RowFiles) else []

@@ -115,6 +115,8 @@ def test_a_large_manifest_is_extracted_file_by_file_to_the_same_bytes(
     passes.clear()
     again = faces.extract(replace(filed, table=filed.table.slice(5, 40), name="part"), "large")
     assert (again.taken, sum(passes)) == (25, 15 * 3)
+    workspace.sealed_files(["tiny"])[-1].unlink()
+    assert [verify_file(path) for path in workspace.sealed_files(["tiny"])] == ["whole"] * 5 + ["damaged"]
 
 
 @pytest.mark.parametrize("file", ["store.zarr/pooled/c/0/0/0", "receipts/00000.json", "store.zarr/sample_id/c/0"])

@@ -108,6 +108,11 @@ class RowFiles:
         return {one.name: getattr(self, one.name) for one in fields(self)} | {"_columns": {}}
 
     @property
+    def paths(self) -> list[UPath]:
+        """Where the files lie, or should."""
+        return [find_below(self.folder, file.file) for file in self.files]
+
+    @property
     def num_rows(self) -> int:
         """How many rows there are."""
         return self.stop - self.start
@@ -172,7 +177,10 @@ def _read_file(folder: UPath, file: RowFile, classes: tuple[str, ...], columns: 
     try:
         content = read_file(path)
     except FileNotFoundError:
-        raise DamagedError(f"{path} is missing, which holds rows of a manifest: {REMEDY}.") from None
+        raise DamagedError(
+            f"{path} is missing, which holds rows of a manifest: where that was written anew meanwhile, give the command "
+            f"again, else {REMEDY}."
+        ) from None
     if hashlib.sha256(content).hexdigest() != file.digest:
         raise damaged(path, REMEDY)
     table = read_rows(pq.ParquetFile(pa.BufferReader(content)), path, most_values(content), list(columns))
