@@ -18,6 +18,7 @@ from cafe.errors import UserError
 from cafe.towers.building import load_backbone
 from cafe.towers.facts import NORMALISATIONS, resolve_normalisation
 from cafe.towers.names import BACKBONES, parse_backbone
+from cafe.towers.weights import read_state_dict
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
 TINY_VIT = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
@@ -340,6 +341,24 @@ def test_a_truncated_file_is_refused(timm_files, tmp_path):
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read as plain tensors"):
         load_backbone(f"timm:test_resnet@{tmp_path}/half.pth")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.replace(b"PK\x01\x02", b"PK\x01\x03"),  # the table of what is in the archive
+        lambda content: content.replace(b"PK\x06\x07\x00", b"PK\x06\x07\x01"),  # which lies on other disks, too
+        lambda content: content.replace(b"\x80\x02}q\x00", b"\x80\x02gq\x00"),  # no such operation
+        lambda content: content.replace(b"weight", b"\xff\xff\xff\xff\xff\xff"),  # no text
+    ],
+)
+def test_a_damaged_archive_is_refused(damage, tmp_path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    assert damage(whole) != whole
+    (tmp_path / "damaged.pt").write_bytes(damage(whole))
+    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+        read_state_dict(tmp_path / "damaged.pt")
 
 
 def test_nothing_in_a_weights_file_is_executed(tmp_path):

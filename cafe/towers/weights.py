@@ -10,7 +10,9 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,6 +35,11 @@ from cafe.towers.names import (
     single_names,
     timm_name,
 )
+
+# What zipfile, pickle and torch raise for a file that is damaged, or holds something else than tensors by their names.
+UNREADABLE = (
+    RuntimeError, EOFError, AttributeError, LookupError, ValueError, TypeError, UnpicklingError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def read_weights(name: str, spec: BackboneSpec) -> dict[str, Tensor]:
@@ -97,14 +104,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No weights file at '{path}': check the path, or leave the file out to use published weights.")
-    if _is_script(path):
-        raise UserError(
-            f"The weights file '{path}' is a TorchScript archive, which runs code when it is opened: "
-            "save its state_dict as a .safetensors file and give that."
-        )
     try:
+        if _is_script(path):
+            raise UserError(
+                f"The weights file '{path}' is a TorchScript archive, which runs code when it is opened: "
+                "save its state_dict as a .safetensors file and give that."
+            )
         content = load_state_dict(str(path), use_ema=False, weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:  # the last: it holds no names
+    except (SafetensorError, *UNREADABLE) as error:
         objects = _list_objects(path)
         reason = f"it holds {objects[0]}, an object of Python" if objects else quote(error).partition(". ")[0]
         remedy = "" if objects else "fetch it again, or "
@@ -120,12 +127,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _list_objects(path: Path) -> list[str]:
     """Return the classes of a file of `torch.save` that are no tensors, such as a whole model's, which would run code."""
-    if not zipfile.is_zipfile(path):
-        return []
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except RuntimeError:  # it is another kind of archive
-        return []
+    with suppress(*UNREADABLE):  # of another kind of archive, or a damaged one
+        if zipfile.is_zipfile(path):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    return []
 
 
 def _is_script(path: Path) -> bool:
