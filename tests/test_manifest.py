@@ -362,6 +362,8 @@ def test_a_large_manifest_is_replaced_as_a_whole_or_not_at_all(
     assert (again.large, again.table, list((tmp_path / "x.rows").iterdir())) == (False, whole.table.slice(0, 50), [])
     with pytest.raises(UserError, match=r"0/0\.jpg is listed more than once: keep one row of each sample"):
         write_files(UPath(tmp_path / "y.parquet"), [whole.table.slice(0, 1)] * 2, whole.classes)
+    with pytest.raises(UserError, match=r"y\.parquet do not come in the order of their sample_id: sort them"):
+        write_files(UPath(tmp_path / "y.parquet"), [whole.table.slice(20), whole.table.slice(0, 20)], whole.classes)
 
 
 def test_rows_that_are_not_what_was_written_are_not_read(tmp_path: Path, large: tuple[Manifest, Manifest]) -> None:

@@ -199,7 +199,7 @@ def write_files(manifest: UPath, tables: Iterable[pa.Table], classes: tuple[str,
     """Write the rows of a manifest, which come sorted by sample_id, to files beside it.
 
     Files are named by what they hold, so that those of the manifest before, if there is one, stay until `keep_files`.
-    Raises `UserError` for a sample that is listed twice.
+    Raises `UserError` for a sample that is listed twice, and for others that are not sorted.
     """
     written, last, kept = list[RowFile](), pa.array([], pa.string()), Columns()
     for number, table in enumerate(_cut(tables, ROWS_A_FILE)):
@@ -207,7 +207,7 @@ def write_files(manifest: UPath, tables: Iterable[pa.Table], classes: tuple[str,
         if pc.any(equal := pc.equal(ids[:-1], ids[1:])).as_py():
             raise UserError(f"{ids[1:].filter(equal)[0]} is listed more than once: keep one row of each sample.")
         if not pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py():
-            raise ValueError("The rows of a manifest come sorted")
+            raise UserError(f"The rows of {manifest} do not come in the order of their sample_id: sort them.")
         last, kept = ids[-1:], tuple(table.column_names[len(SCHEMA) :])
         content = encode_table(table)
         digest = hashlib.sha256(content).hexdigest()
