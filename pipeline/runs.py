@@ -6,7 +6,7 @@
         made.json                    the command that began it, and when it began and ended
         status.json                  RUNNING, FINISHED once it is evaluated, FAILED or KILLED, with the reason
         progress.json, epochs/0001.json                       how far it is, and the metrics of each epoch
-        checkpoints/0001/            the training's state after an epoch: safetensors + JSON
+        checkpoints/0001[-00000032]/ the training's state after an epoch, or 32 steps of the next: safetensors + JSON
         train/                       what Ray Train keeps of several workers
         model.safetensors, result.json                        the trained method, then the record that it is
         start.safetensors                                     the weights it went on from, where it did
