@@ -209,7 +209,8 @@ class RayWorker:
 
         with self.turn:
             self.ended.set()
-            ray.kill(self.actor)
+            if ray.is_initialized():  # else the process is gone, and Ray would start anew to look for it
+                ray.kill(self.actor)
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self) -> Any:
@@ -231,7 +232,7 @@ class RayWorker:
             raise
         except RayError as error:
             with self.turn:
-                if self.ended.is_set():
+                if self.ended.is_set() or not ray.is_initialized():
                     raise
                 ray.kill(self.actor)  # one that only cannot be reached must not go on beside the next
                 self.actor = self._start()

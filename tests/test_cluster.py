@@ -19,12 +19,13 @@ from test_store import ABOUT, MANIFEST
 
 from cafe.errors import IncompleteError, UserError
 from cafe.pipeline import cluster
-from cafe.pipeline.benchmark.cells import count_slots
+from cafe.pipeline.benchmark.cells import Workers, count_slots
 from cafe.pipeline.cluster import connect, share
 from cafe.pipeline.features.extract import share_out, size_up
 from cafe.pipeline.features.stream import PendingRows
 from cafe.pipeline.process.machine import cores, free_memory
-from cafe.pipeline.settings import ClusterSettings, ExtractSettings
+from cafe.pipeline.settings import ClusterSettings, Execution, ExtractSettings
+from cafe.pipeline.worker import RayTeam
 
 DEVICES = """
 import ray
@@ -232,6 +233,16 @@ def test_a_users_mistake_is_never_tried_again_and_alone_nothing_is() -> None:
         with pytest.raises(expected):
             cluster.persist(attempt, str, retries, "run-1")
         assert len(made) == 1
+
+
+def test_workers_at_work_end_with_their_benchmark_and_begin_nothing_else() -> None:
+    workers = Workers(1, single=False)
+    with workers.borrow(Execution(num_workers=2)) as worker:
+        assert isinstance(worker, RayTeam)
+        workers.end()
+        assert worker.ended.is_set()  # so that the end of Ray is no death to go on after
+    with pytest.raises(InterruptedError, match="has ended"), workers.borrow(Execution(num_workers=2)):
+        pass
 
 
 @pytest.mark.parametrize(("there", "mode"), [(True, "token"), (False, None)])

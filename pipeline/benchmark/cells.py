@@ -10,10 +10,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from queue import Empty, SimpleQueue
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from upath import UPath
@@ -145,7 +145,7 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
     waiting = [cell for cell in plan.runnable if not cell.done]
     parallel, threads = share_machine(plan) if waiting else (1, 1)
     here = {"threads": threads, "system_metrics": plan.settings.system_metrics, **_here(plan)}
-    stopping, workers = Event(), _Workers(parallel, all(cell.settings.num_workers == 1 for cell in waiting))
+    stopping, workers = Event(), Workers(parallel, all(cell.settings.num_workers == 1 for cell in waiting))
 
     def run(cell: Cell, part: Bar) -> str:
         return "interrupted" if stopping.is_set() else _run_cell(cell, here, mirror, part, workers)
@@ -180,23 +180,20 @@ def _note_killed(cells: list[Cell], mirror: Mirror) -> None:
         mirror.update(run)
 
 
-class _Workers:
-    """The workers that wait for a cell, at most one for each cell at a time; none waits where some cells use Ray Train."""
+class Workers:
+    """The workers of cells, each of one cell at a time; none is kept for the next where some cells use Ray Train."""
 
     def __init__(self, parallel: int, single: bool) -> None:
         self.parallel, self.single, self.idle = parallel, single, SimpleQueue[AnyWorker]()
+        self.begun, self.ended, self.turn = list[AnyWorker](), False, Lock()
 
     @contextmanager
     def borrow(self, settings: Execution) -> Iterator[AnyWorker]:
         """Yield a worker, which goes back when its cell is done; one whose cell failed ends."""
-        worker: AnyWorker
         try:
             worker = self.idle.get_nowait()
         except Empty:
-            if settings.num_workers == 1:
-                worker = RayWorker(settings, settings.use_gpu, self.parallel)
-            else:
-                worker = RayTeam(settings, settings.use_gpu, settings.num_workers)
+            worker = self._begin(settings)
         done = False
         try:
             yield worker
@@ -207,14 +204,28 @@ class _Workers:
             else:
                 worker.end()
 
+    def _begin(self, settings: Execution) -> AnyWorker:
+        worker: AnyWorker
+        if settings.num_workers == 1:
+            worker = RayWorker(settings, settings.use_gpu, self.parallel)
+        else:
+            worker = RayTeam(settings, settings.use_gpu, settings.num_workers)
+        with self.turn:
+            self.begun.append(worker)
+            if not self.ended:
+                return worker
+        worker.end()
+        raise InterruptedError("The benchmark that this cell belongs to has ended.")
+
     def end(self) -> None:
-        """End those that wait, when there is no cell any more."""
-        with suppress(Empty):
-            while True:
-                self.idle.get_nowait().end()
+        """End all: those that wait, and those at work, which must not take the end of Ray for a death to go on after."""
+        with self.turn:
+            self.ended = True
+        for worker in self.begun:
+            worker.end()
 
 
-def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, workers: _Workers) -> str:
+def _run_cell(cell: Cell, here: Mapping[str, Any], mirror: Mirror, bar: Bar, workers: Workers) -> str:
     """Run a cell with the settings of this machine and return why it failed, or nothing."""
 
     def work(plan: TrainPlan) -> None:
