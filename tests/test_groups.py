@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from conftest import complaint
@@ -205,12 +206,31 @@ def test_numbers_are_parted_into_bands_and_people_by_how_far_they_agreed(workspa
     assert any("Left out, as their age is not known: 7 faces." in sheet.notes for sheet in age.sheets)
 
 
+def test_numbers_that_are_nearly_alike_stay_apart_and_numbers_of_persons_are_names() -> None:
+    faces = [
+        Face(f"{row}.jpg", f"{row}.jpg", 0, "test", f"{row % 10}", 20, 20, f"{row:064d}", kept=kept)
+        for row, kept in enumerate({"few": str(10**9 + row % 2), "many": str(10**9 + row)} for row in range(20))
+    ]
+    found = Manifest.from_faces("numbered", "/nowhere", faces)
+    named = {by: name_groups(found, by) for by in ("few", "many", "group")}
+    names = {by: list(groups.cat.categories) for by, groups in named.items() if not isinstance(groups, str)}
+    assert names["few"] == ["1000000000", "1000000001"]
+    assert names["many"] == [f"10000000{first:02d}–10000000{first + 4:02d}" for first in range(0, 20, 5)]
+    assert names["group"] == list("0123456789")
+
+
 def test_a_column_that_is_not_there_or_has_too_many_values_is_one_sentence(workspace: Workspace) -> None:
     assert complaint(report_by, workspace, "mood") == (
         "Unknown column of the targets' manifests 'mood': choose age, agreement, city, group, height, label, sex, split, "
         "width."
     )
     assert "'city' of 'told' has 210 values, more than 40" in complaint(report_by, workspace, "city")
+    runs, known = workspace.read_runs(), workspace.manifest_digests()
+    told = workspace.load_manifest("told")
+    nobody = replace(told, table=told.table.drop_columns("group").append_column("group", pa.nulls(FACES, pa.string())))
+    settings, find = ReportSettings(by="group"), {"told": nobody}.get
+    said = complaint(lambda: make_report(runs, known, settings, find_manifest=lambda name, digest: find(name)))
+    assert said == "There is no 'group' of any face: none that was evaluated has one."
     words = ["-w", str(workspace.root), "compare", "--per-class", "told", "--by", "sex"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2

@@ -59,6 +59,12 @@ def share_group(values: np.ndarray, persons: np.ndarray | None) -> Share:
     return Share(len(values), mean, *wilson(mean, effective), effective)
 
 
+def share_groups(values: np.ndarray, groups: np.ndarray, persons: np.ndarray | None) -> list[Share]:
+    """Return the shares of all groups; `groups` (n,) numbers each face's from 0 on, and none is without a face."""
+    several = (groups == number for number in range(int(groups.max()) + 1))
+    return [share_group(values[own], None if persons is None else persons[own]) for own in several]
+
+
 def _count_effective(values: np.ndarray, persons: np.ndarray | None) -> float:
     """Return how many independent faces say as much of their mean as these do, 0 where one person says nothing of others.
 
@@ -112,8 +118,7 @@ def compare_groups(
     with the effective number of faces where persons have several; two shares are combined as by Newcombe (1998). A person
     in several groups makes it wider than it need be.
     """
-    several = [groups == number for number in range(int(groups.max()) + 1)]
-    shares = [share_group(values[own], None if persons is None else persons[own]) for own in several]
+    shares = share_groups(values, groups, persons)
     means = [share.mean for share in shares]
     worst, best = int(np.argmin(means)), len(means) - 1 - int(np.argmax(means[::-1]))  # two, also where all are alike
     confidence = 1 - 2 * float(scipy.special.ndtr(-quantile_of_range(len(shares), 0.05)))
@@ -237,7 +242,7 @@ class _Faces:
     def draw(self, resamples: int, random: np.random.Generator) -> np.ndarray:
         """Return what they may be after so many exchanges, (resamples, groups, 6).
 
-        The sums of more than a few faces are drawn as normal variables with the mean and the covariance of all exchanges, as in
+        The sums of more than a few faces are drawn as normal variables with the mean and covariance of all exchanges, as in
         the generalised test of Cochran, Mantel and Haenszel (Landis, Heyman and Koch, International Statistical Review 46,
         1978). To exchange the faces would take minutes.
         """
