@@ -16,7 +16,7 @@ import scipy
 from cafe.results.significance.statistics import quantile_of_range, wilson
 
 RESAMPLES = 10_000
-AT_ONCE = 250  # resamples that are in memory
+AT_ONCE = 2**22  # faces of resamples that are in memory
 FEW_FACES = 2000  # of persons in several groups, more than which are not exchanged one by one
 
 
@@ -153,8 +153,9 @@ def permute_groups(
     if faces.any():
         exchanges.append(_Faces.of(values[faces], groups[faces], numbers[faces], count))
     observed, beyond = _spread(sum((one.observed for one in exchanges), np.zeros(6))), 0
-    for start in range(0, resamples, AT_ONCE):
-        drawn = sum((one.draw(min(AT_ONCE, resamples - start), random) for one in exchanges), np.zeros(6))
+    at_once = max(1, AT_ONCE // len(values))
+    for start in range(0, resamples, at_once):
+        drawn = sum((one.draw(min(at_once, resamples - start), random) for one in exchanges), np.zeros(6))
         beyond += int((_spread(drawn) >= observed - 1e-9).sum())
     return (beyond + 1) / (resamples + 1)
 
