@@ -253,6 +253,11 @@ class _Faces:
         return self._measure(self.values[order] @ self.groups)
 
     @cached_property
+    def _sizes(self) -> np.ndarray:
+        """How many faces are in each group, (groups,)."""
+        return np.asarray(self.groups.sum(axis=0))
+
+    @cached_property
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
         """The mean (groups,) and the covariance (groups, groups) of the sums of values in the groups over all exchanges."""
         table = np.stack([np.bincount(self.persons, own) for own in self.groups.T], axis=1)  # (persons, groups)
@@ -263,5 +268,5 @@ class _Faces:
 
     def _measure(self, sums: np.ndarray) -> np.ndarray:
         """Return the sums (…, groups) as those of faces that are all right or all wrong, each a unit."""
-        sizes = np.broadcast_to(self.groups.sum(axis=0), sums.shape)
+        sizes = np.broadcast_to(self._sizes, sums.shape)
         return np.stack([sums, sizes, sizes, sums, sums, sizes], axis=-1)
