@@ -145,7 +145,7 @@ def permute_groups(
     np.minimum.at(first, numbers, groups)
     np.maximum.at(last, numbers, groups)
     whole = first == last
-    units = _measure(np.bincount(numbers, values), np.bincount(numbers))[whole]
+    units = _measure(np.bincount(numbers, values).round(9), np.bincount(numbers))[whole]  # thirds in any order sum alike
     faces = ~whole[numbers]
     exchanges: list[_Persons | _Faces] = []
     if whole.any():
@@ -188,7 +188,7 @@ class _Persons:
 
     @classmethod
     def of(cls, moments: np.ndarray, groups: np.ndarray, count: int) -> _Persons:
-        kinds, numbers = np.unique(moments.round(9), axis=0, return_inverse=True)
+        kinds, numbers = np.unique(moments, axis=0, return_inverse=True)
         table = np.zeros((count, len(kinds)), np.int64)
         np.add.at(table, (groups, numbers.ravel()), 1)
         return cls(moments, groups, kinds, table)
