@@ -217,6 +217,9 @@ def test_numbers_that_are_nearly_alike_stay_apart_and_numbers_of_persons_are_nam
     assert names["few"] == ["1000000000", "1000000001"]
     assert names["many"] == [f"10000000{first:02d}–10000000{first + 4:02d}" for first in range(0, 20, 5)]
     assert names["group"] == list("0123456789")
+    few = name_groups(found, "FEW")
+    assert not isinstance(few, str)
+    assert few.equals(named["few"])
 
 
 def test_a_column_that_is_not_there_or_has_too_many_values_is_one_sentence(workspace: Workspace) -> None:

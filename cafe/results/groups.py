@@ -6,7 +6,7 @@ What a face is called comes from its manifest, so that predictions need not be m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,7 +86,7 @@ def part_rows(comparison: Comparison, by: str, find_manifest: FindManifest) -> P
         adjusted = holm([part.gap.p for part in own if part.gap])
         places = iter(adjusted)
         parts += [replace(part, adjusted_p=next(places)) if part.gap else part for part in own]
-    if not parts and known and by not in known:
+    if not parts and known and find_column(known, by) is None:
         raise unknown("column of the targets' manifests", by, known)
     if not parts:
         why = (
@@ -101,13 +101,20 @@ def list_columns(manifest: Manifest) -> list[str]:
     return [*OWN, *manifest.kept, *([] if manifest.votes is None else [AGREEMENT])]
 
 
-def name_groups(manifest: Manifest, by: str) -> pd.Series[str] | str:
+def find_column(columns: Iterable[str], name: str) -> str | None:
+    """Return the column of a name, written in another case where none is written so: tables say `Sex` and `sex`."""
+    alike = [column for column in columns if column.casefold() == name.casefold()]
+    return name if name in alike else next(iter(alike), None)
+
+
+def name_groups(manifest: Manifest, column: str) -> pd.Series[str] | str:
     """Return the group of every face of a manifest by its sample_id, in the order of tables, or why there is none.
 
     Numbers of more than a few values are parted at their quartiles. Raises `UserError` for a column of too many values.
     """
-    if by not in list_columns(manifest):
-        return f"its manifest has no {by!r}"
+    by = find_column(list_columns(manifest), column)
+    if by is None:
+        return f"its manifest has no {column!r}"
     if by == "label":
         texts = pd.Series(manifest.name_classes(np.arange(len(manifest))), manifest.sample_ids, dtype=object)
         return texts.astype(pd.CategoricalDtype(list(manifest.classes), ordered=True))

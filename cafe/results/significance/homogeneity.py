@@ -145,7 +145,9 @@ def permute_groups(
     np.minimum.at(first, numbers, groups)
     np.maximum.at(last, numbers, groups)
     whole = first == last
-    units = _measure(np.bincount(numbers, values).round(9), np.bincount(numbers))[whole]  # thirds in any order sum alike
+    units = _measure(np.bincount(numbers, values).round(9), np.bincount(numbers))[
+        whole
+    ]  # thirds in any order sum alike
     faces = ~whole[numbers]
     exchanges: list[_Persons | _Faces] = []
     if whole.any():
