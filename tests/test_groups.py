@@ -186,6 +186,7 @@ def test_faces_are_parted_by_what_their_manifest_says_of_them(workspace: Workspa
     records = list(csv.DictReader(io.StringIO(to_csv(report))))
     groups = [record["group"] for record in records if record["by"] == "sex" and record["method"] == "cafe"]
     assert groups == ["man", "woman", "woman less man"]
+    assert [record["averaged"] for record in records if record["group"] in ("man", "woman")] == ["2"] * 4
     table = library.compare(workspace=str(workspace.root), by="sex")
     assert table.loc[table["group"] == "woman", "evaluated"].tolist() == [105, 105]
 

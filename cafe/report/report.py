@@ -194,8 +194,9 @@ def _list_groups(comparison: Comparison, part: Parted, by: str) -> Iterator[dict
     where: dict[str, object] = {"target": part.column.title, "role": _name_role(row, part.column), "metric": "accuracy"}
     where |= {"by": by}
     for group, share in zip(part.groups, part.shares, strict=True):
-        found = Estimate(share.mean, math.nan, (share.mean,), faces=share.faces, low=share.low, high=share.high)
-        yield _describe(comparison, row, {**where, "group": group}, found, math.nan)
+        found = Estimate(share.mean, math.nan, faces=share.faces, low=share.low, high=share.high)
+        seeds = {"averaged": row.cells[part.column].count}
+        yield _describe(comparison, row, {**where, "group": group}, found, math.nan) | seeds
     if gap:
         named = {**where, "group": f"{part.groups[gap.best]} less {part.groups[gap.worst]}"}
         faces = sum(share.faces for share in part.shares)
