@@ -55,7 +55,7 @@ def shorten(text: str, longest: int) -> str:
 
     if cell_len(text) <= longest:
         return text
-    kept = longest - 1
+    kept = max(longest - 1, 0)
     end = set_cell_size(text[::-1], kept - kept // 2)[::-1]  # of some letters each takes two columns
     return f"{set_cell_size(text, kept // 2)}…{end}"
 

@@ -393,11 +393,15 @@ def test_columns_that_are_kept_stand_in_the_manifest_and_change_no_face(tmp_path
 
 @pytest.mark.parametrize(
     ("keep", "sentence"),
-    [("mood", "Unknown column of .* 'mood': choose"), ("width", "The column 'width' of .* cannot be kept")],
+    [
+        ("mood", "Unknown column of .* 'mood': choose"),
+        ("width", "The column 'width' of .* cannot be kept"),
+        ("age", "has 2 columns that are called 'age': rename all but one"),
+    ],
 )
 def test_a_column_that_cannot_be_kept_is_one_sentence(tmp_path: Path, keep: str, sentence: str) -> None:
     put(tmp_path, "a.jpg")
-    write(tmp_path / "t.csv", "path,label,width\na.jpg,happy,9\n")
+    write(tmp_path / "t.csv", "path,label,width,Age,AGE\na.jpg,happy,9,31,32\n")
     with pytest.raises(UserError, match=sentence):
         SetChoices(columns=(f"keep={keep}",)).read("table", str(tmp_path / "t.csv"))
 

@@ -288,9 +288,12 @@ def test_several_metrics_have_a_table_each_and_a_wrong_name_is_one_sentence(tmp_
     assert len(keys) == len(set(keys)) == 2 * 3 * 3  # rows, a target with both means, metrics
     best = {sheet.title: [line[1].text for line in sheet.lines if line[3].mark == BEST] for sheet in report.sheets[:3]}
     assert best == {"Accuracy": ["scn"], "AUROC": ["scn"], "NLL": ["scn"]}
-    every = [sheet.title for sheet in make_report(workspace.read_runs(), metrics="all").sheets]
+    whole = make_report(workspace.read_runs(), metrics="all")
+    every = [sheet.title for sheet in whole.sheets]
     assert {"Brier score", "AURC", "Risk at 80 %", "Worst-class recall"} <= set(every)
     assert "Agreement with votes" not in every  # nobody voted
+    assert not [title for title in whole.sheets[0].header if "votes" in title]
+    assert "No target has what it takes to compute agreement with votes, cross-entropy to votes." in whole.about
 
     shown = CliRunner().invoke(main, ["-w", str(workspace.root), "compare", "--metrics", chosen])
     assert "NLL: negative log-likelihood" in shown.output

@@ -111,6 +111,7 @@ def test_a_narrow_screen_shows_the_mean_of_unseen_targets_beside_the_method_and_
 def test_a_long_name_loses_its_middle() -> None:
     assert shorten("cafe-news-s0-08c0873b", 11) == "cafe-…0873b"
     assert shorten("cafe", 4) == "cafe"
+    assert shorten("cafe", 1) == shorten("cafe", 0) == "…"
     assert shorten("file:/data/weights/msceleb.pth", 24) == "file:/data/…/msceleb.pth"
     assert shorten("写真/顔の写真.jpg", 12) == "写真/…真.jpg"  # whose letters each take two columns
 

@@ -147,7 +147,7 @@ def _fit(cells: Sequence[str], name: str, time: str, error: str, width: int) -> 
         lines.append(INDENT[2:])
     room = width - len(lines[-1]) - 2 - len(time)
     beside = f": {error}" if error and least + 2 + cell_len(error) <= room else ":" * bool(error)
-    below = wrap(error, width - len(INDENT), break_on_hyphens=False) if beside == ":" else []
+    below = wrap(error, max(width - len(INDENT), 1), break_on_hyphens=False) if beside == ":" else []
     lines[-1] += f"  {_shorten_path(name, room - cell_len(beside))}{time}{beside}"
     return [*lines, *(INDENT + line for line in below)]
 

@@ -23,7 +23,7 @@ from cafe.results.columns import MEAN, Column
 from cafe.results.comparison import ALL, NOTHING, Comparison, Row, compare, compare_classes
 from cafe.results.groups import FindManifest, Parted, Parting, part_rows
 from cafe.results.leaks import leave_out_leaks
-from cafe.results.metrics import Estimate, choose_metrics
+from cafe.results.metrics import METRICS, Estimate, choose_metrics
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
@@ -98,9 +98,11 @@ def make_report(
     if per_class:
         classes = compare_classes(shown, scores, per_class, protocol)
         return _report_classes(classes, per_class, versus, [*said, *about], left_out)
-    comparison = compare(shown, scores, metric, protocol, leak_free, others or None)
-    others = [other for other in others if scores[other].notna().any()]
-    further = [compare(shown, scores, other, protocol, leak_free, ()) for other in others]
+    measured = [other for other in others if scores[other].notna().any()]
+    if lacking := [METRICS[other].title for other in others if other not in measured]:
+        about += [f"No target has what it takes to compute {', '.join(lacking)}."]
+    comparison = compare(shown, scores, metric, protocol, leak_free, measured if others else None)
+    further = [compare(shown, scores, other, protocol, leak_free, ()) for other in measured]
     parting = None
     if settings.by:
         assert find_manifest is not None
@@ -192,8 +194,9 @@ def _list_groups(comparison: Comparison, part: Parted, by: str) -> Iterator[dict
     where: dict[str, object] = {"target": part.column.title, "role": _name_role(row, part.column), "metric": "accuracy"}
     where |= {"by": by}
     for group, share in zip(part.groups, part.shares, strict=True):
-        found = Estimate(share.mean, math.nan, (share.mean,), faces=share.faces, low=share.low, high=share.high)
-        yield _describe(comparison, row, {**where, "group": group}, found, math.nan)
+        found = Estimate(share.mean, math.nan, faces=share.faces, low=share.low, high=share.high)
+        seeds = {"averaged": row.cells[part.column].count}
+        yield _describe(comparison, row, {**where, "group": group}, found, math.nan) | seeds
     if gap:
         named = {**where, "group": f"{part.groups[gap.best]} less {part.groups[gap.worst]}"}
         faces = sum(share.faces for share in part.shares)

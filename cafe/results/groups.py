@@ -6,7 +6,7 @@ What a face is called comes from its manifest, so that predictions need not be m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from cafe.errors import UserError, unknown
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, Row
 from cafe.results.predictions import Predictions
-from cafe.results.significance.homogeneity import Gap, Share, compare_groups, share_group
+from cafe.results.significance.homogeneity import Gap, Share, compare_groups, share_groups
 from cafe.results.significance.paired_tests import number_groups
 from cafe.results.significance.statistics import holm
 
@@ -81,13 +81,18 @@ def part_rows(comparison: Comparison, by: str, find_manifest: FindManifest) -> P
                 lacking[column.target] = names
             elif part := _part(row, column, several, names):
                 own.append(part)
+            else:
+                lacking[column.target] = f"none of the faces evaluated there has a {by!r}"
         adjusted = holm([part.gap.p for part in own if part.gap])
         places = iter(adjusted)
         parts += [replace(part, adjusted_p=next(places)) if part.gap else part for part in own]
-    if not parts and known:
+    if not parts and known and find_column(known, by) is None:
         raise unknown("column of the targets' manifests", by, known)
     if not parts:
-        raise UserError(f"There is no {by!r} of any face: the workspace has no manifest of those that were evaluated.")
+        why = (
+            "none that was evaluated has one" if known else "the workspace has no manifest of those that were evaluated"
+        )
+        raise UserError(f"There is no {by!r} of any face: {why}.")
     return Parting(by, parts, lacking)
 
 
@@ -96,13 +101,20 @@ def list_columns(manifest: Manifest) -> list[str]:
     return [*OWN, *manifest.kept, *([] if manifest.votes is None else [AGREEMENT])]
 
 
-def name_groups(manifest: Manifest, by: str) -> pd.Series[str] | str:
+def find_column(columns: Iterable[str], name: str) -> str | None:
+    """Return the column of a name, written in another case where none is written so: tables say `Sex` and `sex`."""
+    alike = [column for column in columns if column.casefold() == name.casefold()]
+    return name if name in alike else next(iter(alike), None)
+
+
+def name_groups(manifest: Manifest, column: str) -> pd.Series[str] | str:
     """Return the group of every face of a manifest by its sample_id, in the order of tables, or why there is none.
 
     Numbers of more than a few values are parted at their quartiles. Raises `UserError` for a column of too many values.
     """
-    if by not in list_columns(manifest):
-        return f"its manifest has no {by!r}"
+    by = find_column(list_columns(manifest), column)
+    if by is None:
+        return f"its manifest has no {column!r}"
     if by == "label":
         texts = pd.Series(manifest.name_classes(np.arange(len(manifest))), manifest.sample_ids, dtype=object)
         return texts.astype(pd.CategoricalDtype(list(manifest.classes), ordered=True))
@@ -114,7 +126,7 @@ def name_groups(manifest: Manifest, by: str) -> pd.Series[str] | str:
     else:
         values = pd.Series(manifest.table[by].to_pylist(), manifest.sample_ids, dtype=object)
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
-    if values.notna().any() and (numbers.notna() == values.notna()).all():
+    if by != "group" and values.notna().any() and (numbers.notna() == values.notna()).all():  # persons may have numbers
         return _band(numbers)
     distinct = sorted(set(values.dropna()))
     if len(distinct) > MOST_VALUES:
@@ -129,13 +141,14 @@ def _band(numbers: pd.Series[float]) -> pd.Series[str]:
     """Return numbers as groups: each value one or, of more than a few, four bands of as many faces as can be."""
     values = np.sort(numbers.dropna().to_numpy())
     distinct = np.unique(values)
+    digits = next(count for count in range(6, 18) if len({f"{value:.{count}g}" for value in distinct}) == len(distinct))
+    names = {value: f"{value:.{digits}g}" for value in distinct}
     if len(distinct) <= FEW_VALUES:
-        names = {value: f"{value:g}" for value in distinct}
         return numbers.map(names).astype(pd.CategoricalDtype(list(names.values()), ordered=True))
     ends = np.unique(np.quantile(values, [0.25, 0.5, 0.75, 1], method="inverted_cdf"))
     bands = np.searchsorted(ends, distinct)
     inside = {band: distinct[bands == band] for band in range(len(ends))}
-    titles = {band: f"{own[0]:g}–{own[-1]:g}" if len(own) > 1 else f"{own[0]:g}" for band, own in inside.items()}
+    titles = {band: "–".join(dict.fromkeys(names[value] for value in own[[0, -1]])) for band, own in inside.items()}
     named = {value: titles[band] for value, band in zip(distinct, bands, strict=True)}
     return numbers.map(named).astype(pd.CategoricalDtype(list(titles.values()), ordered=True))
 
@@ -152,9 +165,7 @@ def _part(row: Row, column: Column, several: Sequence[Predictions], names: pd.Se
     persons = number_groups(several[0])[values.index].to_numpy() if several[0].groups else None
     places, numbers = found.cat.codes.to_numpy().astype(int), values.to_numpy()
     groups = tuple(map(str, found.cat.categories))
-    shares = tuple(
-        share_group(numbers[own], None if persons is None else persons[own])
-        for own in (places == number for number in range(len(groups)))
-    )
-    gap = compare_groups(numbers, places, persons) if len(groups) > 1 else None
-    return Parted(row, column, groups, shares, gap, int((~known).sum()))
+    shares, gap = share_groups(numbers, places, persons), None
+    if len(groups) > 1:
+        gap = compare_groups(numbers, places, persons)
+    return Parted(row, column, groups, tuple(shares), gap, int((~known).sum()))

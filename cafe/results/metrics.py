@@ -193,7 +193,7 @@ def auroc(predictions: Predictions) -> float:
 def negative_log_likelihood(predictions: Predictions) -> float:
     """Return the mean of minus the logarithm of the probability of the true class, in nats."""
     probabilities = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels].astype(float)
-    return float(-np.log(np.clip(probabilities, SMALLEST, None)).mean())
+    return float(0 - np.log(np.clip(probabilities, SMALLEST, None)).mean())  # of certain ones 0, not -0
 
 
 def brier_score(predictions: Predictions) -> float:

@@ -17,6 +17,7 @@ from cafe.files import list_folder, read_json
 from cafe.pipeline.release.shipped import is_export, shipped_models
 from cafe.pipeline.runs import read_model, read_status
 from cafe.pipeline.workspace import Workspace
+from cafe.results.comparison import NOTHING
 from cafe.results.metrics import Estimate, average_targets, estimate
 from cafe.results.runs import Run, list_epochs
 from cafe.results.scores import ENDS, interval_of_mean, meet, read_scores
@@ -25,7 +26,6 @@ from cafe.results.sources import SOURCE, UNSEEN
 
 ACCURACY = "accuracy"
 SHIPS, EXPORTED, TRAINED = "ships", "exported", "run"
-NOTHING = estimate([])
 
 
 class Scored(NamedTuple):

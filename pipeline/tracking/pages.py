@@ -35,11 +35,7 @@ RECORDS = ("run.json", "made.json", "status.json")  # what a run's page is made 
 DRAWN = ("epochs", "predictions", "figures")  # and what is in these folders
 CODE = __version__  # whose pages these are
 RESTING = ("unseen/accuracy.low", "unseen/accuracy.high", "unseen/largest")  # what a mean over unseen targets rests on
-LEAST_WIDTH, LETTER, ICONS = (
-    100,
-    8,
-    48,
-)  # pixels of a column in MLflow's list, of a letter, and of what stands beside a name
+LEAST_WIDTH, LETTER, ICONS = 100, 8, 48  # pixels of a column in MLflow's list, a letter, and what stands beside a name
 BENCHMARK = "benchmark"  # the row of the runs that hold the table and the page of a benchmark
 
 

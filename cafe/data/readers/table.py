@@ -130,7 +130,9 @@ def _find_kept(table: Cells, file: UPath, chosen: str) -> dict[str, int]:
     """Return the places of the columns to keep, `NAME,NAME,…`; raise `UserError` for what no manifest can hold."""
     kept: dict[str, int] = {}
     for wanted in filter(None, (name.strip() for name in chosen.split(","))):
-        place = _find_named(table, file, wanted)[0]
+        place, *others = _find_named(table, file, wanted)
+        if others:
+            raise UserError(f"{file} has {1 + len(others)} columns that are called {wanted!r}: rename all but one.")
         name = check_encoded(table.columns[place])
         if name in SCHEMA.names:
             raise UserError(
