@@ -75,7 +75,7 @@ def test_an_extraction_from_a_tar_loses_only_unfinished_shards_and_ends_in_what_
 ) -> None:
     tar = write_tar(tmp_path / "faces.tar", read_tree(tmp_path / "faces"))
     work.succeed("data", "index", "folder", str(tar), "--name", "tiny")
-    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "8", "--shard-rows", "8", *ALONE)
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--views", "8", "--shard-rows", "2", *ALONE)
     kill_at(work, command, "features/tiny/**/receipts/*.json")
     ((path, about),) = find_stores(UPath(work.workspace / "features"), "tiny")
     killed = FeatureStore(path, about)
@@ -84,7 +84,7 @@ def test_an_extraction_from_a_tar_loses_only_unfinished_shards_and_ends_in_what_
     rerun = work.succeed(*command)
     assert f"of {killed.info.shards} shards" in rerun
     assert f"computed {killed.info.shards} of" not in rerun
-    settings = ExtractSettings(backbone=tiny_tower, views=8, shard_rows=8)
+    settings = ExtractSettings(backbone=tiny_tower, views=8, shard_rows=2)
     fill_store(Workspace.at(str(whole.workspace)), "tiny", settings).finish()
     features = [cafe.workspace / "features" for cafe in (work, whole)]
     resumed, uninterrupted = (
