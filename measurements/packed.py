@@ -82,7 +82,8 @@ def work(step: str, root: Path, way: str, tower: str) -> None:
 
     An extraction is measured from its first shard on, without the start of the tower and of the process that decodes.
     """
-    workspace, (kind, place), marks = Workspace.at(str(root / "work")), WAYS[way], [(0, time.time())]
+    # Each way has a workspace of its own, where no store holds these pictures already.
+    workspace, (kind, place), marks = Workspace.at(str(root / f"work-{way}")), WAYS[way], [(0, time.time())]
     decoder = 0.0
     if step == "extract":
         from cafe.pipeline.features.extract import extract
