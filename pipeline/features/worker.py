@@ -265,17 +265,16 @@ class TowerWorker:
         self.passes, self.lock = passes, Lock()
         self.arguments = (settings, threads, device, versions, plugins, allowed)
         self.first = self._make(0, None)
-        self.embedders = {0: self.first}
+        # Of the pass under way: what others have of a device's memory may go.
+        self.number, self.embedder = 0, self.first
 
     def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, Any]:
         """Embed shards of a pass as a `ShardEmbedder` does."""
         number = int(batch["pass"][0])
         with self.lock:
-            if number not in self.embedders:
-                self.embedders = {
-                    number: self._make(number, self.first)
-                }  # what others have of a device's memory may go
-            embedder = self.embedders[number]
+            if number != self.number:
+                self.number, self.embedder = number, self._make(number, self.first)
+            embedder = self.embedder
         done = embedder(batch)
         return {"pass": [number] * len(done["shard"]), **done}
 
