@@ -11,6 +11,7 @@ from cafe.errors import UserError
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
 from cafe.networks.branches import NETWORKS, build_network
+from cafe.towers.building import load_backbone
 
 WAYS = ("torchvision", "pytorch")
 
@@ -24,7 +25,7 @@ def torchvision_model(name, num_classes=1000):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 def test_a_branch_pools_to_what_the_classifier_of_torchvision_reads(name, tmp_path):
     model = torchvision_model(name)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -110,6 +111,16 @@ def test_a_tensor_of_another_shape_counts_as_missing(tmp_path):
     assert torch.equal(trunk.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
 
 
+def test_a_branch_with_weights_that_are_installed_gives_the_map_of_that_tower():
+    tower = load_backbone("imagenet-lite0").tower
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    branch = build_network("efficientnet_lite0", "imagenet").eval()
+    assert torch.equal(branch(pictures), tower.forward_features(pictures))
+    assert branch.map_size(64) == (2, 2)
+    assert all(weight.requires_grad for weight in branch.parameters())
+    assert not torch.equal(build_network("efficientnet_lite0").eval()(pictures), branch(pictures))
+
+
 @pytest.mark.parametrize(("left", "fits"), [(90, True), (89, False)])
 def test_ninety_percent_of_the_tensors_must_load(left, fits, tmp_path):
     state = torchvision_model("resnet18").state_dict()
@@ -126,7 +137,7 @@ def test_ninety_percent_of_the_tensors_must_load(left, fits, tmp_path):
 @pytest.mark.parametrize(
     ("name", "init", "message"),
     [
-        ("resnet19", "scratch", "Unknown image branch 'resnet19': choose mobilenet_v2, resnet18, resnet50."),
+        ("resnet19", "scratch", "Unknown image branch 'resnet19': choose efficientnet_lite0, mobilenet_v2, res"),
         ("resnet18", "msceleb", "Unknown initialisation 'msceleb': choose file:PATH, imagenet, scratch."),
         ("resnet18", "file:/nowhere.pth", "No weights file at '/nowhere.pth'"),
     ],

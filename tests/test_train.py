@@ -255,7 +255,10 @@ def test_a_target_is_never_read_before_the_training_is_over(joined: Cafe) -> Non
         (("--source", "one", "--views", "9"), "No features of 'one' fit --views 9 (there are: 3 views × 24 channels"),
         (("--source", "one", "--backbone", "clip-vit-b32"), "run `cafe extract one --backbone clip-vit-b32`"),
         (("--source", "one", "--set", "epoch=1"), "Unknown setting of cafe 'epoch'"),
-        (("--source", "one", "--network", "vgg"), "Unknown network 'vgg': choose mobilenet_v2, resnet18, resnet50."),
+        (
+            ("--source", "one", "--network", "vgg"),
+            "Unknown network 'vgg': choose efficientnet_lite0, mobilenet_v2, resnet",
+        ),
         (("--source", "one", "--init", "msceleb"), "Unknown initialisation 'msceleb'"),
         (("--source", "one", "--backbone", "none"), "cafe needs a frozen tower: leave out --backbone none."),
         (("--source", "one", "--store", "other"), "No features of 'one' fit --store other (there are: 3 views × 24"),

@@ -19,6 +19,7 @@ from torch.nn import functional
 from cafe.errors import UserError, unknown
 from cafe.files import copy_here, locate
 from cafe.plugins import find_entry, offer
+from cafe.towers.building import load_backbone
 from cafe.towers.weights import read_state_dict
 
 Scratch = Literal["torchvision", "pytorch"]
@@ -55,12 +56,28 @@ def from_torchvision(name: str, width: int, layers: tuple[str, ...]) -> Network:
     return Network(build, width, layers, fetch)
 
 
+def from_tower(name: str, tower: str, width: int, layers: tuple[str, ...]) -> Network:
+    """Return an image branch of timm whose ImageNet weights are those of a tower that is installed with this package."""
+
+    def build() -> nn.Module:
+        import timm
+
+        network: nn.Module = timm.create_model(name)
+        return network
+
+    return Network(build, width, layers, lambda: load_backbone(tower).tower.state_dict())
+
+
 RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 
 NETWORKS: dict[str, Network] = {
     "resnet18": from_torchvision("resnet18", 512, RESNET_LAYERS),
     "resnet50": from_torchvision("resnet50", 2048, RESNET_LAYERS),
     "mobilenet_v2": from_torchvision("mobilenet_v2", 1280, ("features",)),
+    # The one whose ImageNet weights need no download.
+    "efficientnet_lite0": from_tower(
+        "tf_efficientnet_lite0", "imagenet-lite0", 1280, ("conv_stem", "bn1", "blocks", "conv_head", "bn2")
+    ),
 }
 offer("networks", NETWORKS, "a Network", lambda entry: isinstance(entry, Network))
 
@@ -90,12 +107,12 @@ class ImageBranch(nn.Module):
 
 
 def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvision") -> ImageBranch:
-    """Build an image branch, started from `scratch`, from torchvision's `imagenet` weights or from `file:PATH`.
+    """Build an image branch, started from `scratch`, from `imagenet` weights (its library's) or from `file:PATH`.
 
     Without weights, convolutions are drawn as torchvision does, normal by their outputs (He et al., 2015), or by PyTorch's
     default for a single layer, uniform by their inputs, which networks that released scripts write themselves keep.
 
-    A file holds torchvision's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
+    A file holds its library's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
     ResNet-18 does. Raises UserError for an unknown name, unreachable weights, or weights that fit less than 90 %.
     """
     network: Network = find_entry("networks", name, "image branch")
@@ -147,6 +164,6 @@ def _load(trunk: nn.Module, weights: Mapping[str, Tensor], name: str, init: str)
     if loaded < LEAST_LOADED * len(counted):
         raise UserError(
             f"Only {loaded} of the {len(counted)} tensors of '{name}' load from '{init}' "
-            f"(the first missing is '{missing[0]}'): give weights of torchvision's {name}."
+            f"(the first missing is '{missing[0]}'): give weights of this network, by the names of its library."
         )
     trunk.load_state_dict(fitting, strict=False)
