@@ -284,9 +284,10 @@ def _interrupt(*_: object) -> None:
 def test_every_algorithm_learns_from_a_union_and_goes_on_where_it_was(
     name: str, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    chosen: dict[str, Any] = {"method": name, "sampler": "balanced", "selection": "source_val"}
     overrides = (*SETTINGS.get(name, ()), *FAST)
-    plan = planned(workspace, method=name, sampler="balanced", overrides=overrides)
-    interrupted = planned(workspace, method=name, sampler="balanced", overrides=overrides, tag="resumed")
+    plan = planned(workspace, overrides=overrides, **chosen)
+    interrupted = planned(workspace, overrides=overrides, tag="resumed", **chosen)
     whole = train(plan)
     with monkeypatch.context() as patch:  # killed before the end is written
         patch.setattr("cafe.pipeline.worker._save_result", _interrupt)
