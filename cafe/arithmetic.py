@@ -16,12 +16,12 @@ def set_arithmetic(precision: str) -> None:
     _set(precision == "tf32", precision == "tf32", True, False)
 
 
-def choose_precision() -> Precision:
-    """Return `bf16` where this machine's GPU or, without one, its cores compute with it, else `fp32`."""
+def computes_bf16() -> bool:
+    """Return whether this machine's GPU or, without one, its cores compute with bfloat16; others take ten times as long."""
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 @contextmanager

@@ -64,12 +64,14 @@ def _hardware() -> Iterator[Finding]:
     import psutil
     import torch
 
+    from cafe.arithmetic import computes_bf16
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    yield "processor", f"{cores} cores, {'fast' if fast else 'slow'} bf16", ""
+    yield "processor", f"{cores} cores", ""
     free = psutil.virtual_memory().available
     low = f"less than {_size(LEAST_MEMORY)}: close other programs" if free < LEAST_MEMORY else ""
     yield "free memory", _size(free), low
+    yield "bfloat16", "in hardware" if computes_bf16() else "in software: slower than fp32", ""
     names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     yield "GPUs", ", ".join(f"{gpu.name} ({_size(gpu.total_memory)})" for gpu in names) or "none", ""
 

@@ -61,6 +61,11 @@ def extract(names: tuple[str, ...], **values: Any) -> None:
     own(values["backbone"], remember=True)
     workspace = open_workspace()
     manifests = [workspace.load_manifest(name) for name in names]
+    if values["precision"] == "bf16":  # a finished extraction is recognised without torch
+        from cafe.pipeline.process.advice import explain_precision
+
+        for sentence in explain_precision("bf16", values["address"]):
+            say(sentence)
     with interruptible(), progress_bar("Extracting") as progress:
         results = extract_features(workspace, manifests, ExtractSettings(**values), progress)
     for result in results:
@@ -364,9 +369,10 @@ def _warn(mirror: Mirror) -> None:
 
 def plan_tables(plan: BenchmarkPlan) -> list[FittedTable | str]:
     """What a benchmark will do and what that costs: methods × sources with the cells that are done, then the sums."""
+    from cafe.pipeline.process.advice import explain_precision
     from cafe.results.sources import ALL_BUT_TARGET
 
-    benchmark, cells = plan.benchmark, plan.cells
+    benchmark, cells, address = plan.benchmark, plan.cells, plan.settings.address
     titles = list(dict.fromkeys(cell.title for cell in cells))
     sources = list(dict.fromkeys(cell.source_name for cell in cells))
     lines = []
@@ -390,6 +396,7 @@ def plan_tables(plan: BenchmarkPlan) -> list[FittedTable | str]:
         _training_cost(plan),
         _tower_cost(plan),
         *_deviations(cells),
+        *explain_precision("bf16" if any(cell.settings.precision == "bf16" for cell in plan.runnable) else "", address),
         *(f"{count} cells cannot run: {first_line(reason)}" for reason, count in obstacles.items()),
     ]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
-from cafe.arithmetic import Precision, choose_precision
+from cafe.arithmetic import Precision, computes_bf16
 from cafe.errors import UserError
 from cafe.files import locate, place_below, read_file
 from cafe.learning.loading import SMALLEST_BATCH, smallest_batch
@@ -251,7 +251,7 @@ def find_precision(settings: TrainSettings) -> Precision:
         return settings.precision
     if settings.address:
         raise UserError("--precision auto looks at this machine, not at a cluster's: name fp32, tf32 or bf16.")
-    return choose_precision()
+    return "bf16" if computes_bf16() else "fp32"
 
 
 def _count_views(settings: TrainSettings, recipe: Recipe, key: FeatureKey | None, own: bool) -> int:

@@ -379,12 +379,20 @@ def test_workers_with_a_batch_each_train_at_a_scaled_rate_and_are_told_what_else
     assert sentence == "Batches of 128 faces at 4 times the learning rate, 32 for each worker: not published."
 
 
-def test_the_arithmetic_that_suits_a_machine_is_chosen_only_where_it_is_asked_for() -> None:
+def test_the_arithmetic_that_suits_a_machine_is_chosen_only_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     settings = TrainSettings(source="any")
     assert find_precision(settings) == "fp32"
-    able = torch.cpu.get_capabilities()
-    expected = "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
-    assert torch.cuda.is_available() or find_precision(replace(settings, precision="auto")) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for able, chosen in ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512": True}, "fp32"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert find_precision(replace(settings, precision="auto")) == chosen
+        said = list(explain_choices(replace(settings, precision="bf16"), "bf16", 32))
+        assert [sentence.partition(" in ")[0] for sentence in said] == ["This machine computes bfloat16"] * (
+            chosen == "fp32"
+        )
+    assert not list(explain_choices(replace(settings, precision="bf16", address="head:6379"), "bf16", 32))
     assert list(explain_choices(replace(settings, precision="auto"), "bf16", 32)) == [
         "Precision bf16, as this machine computes."
     ]

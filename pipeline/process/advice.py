@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cafe.arithmetic import computes_bf16
 from cafe.methods import find_method
 from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.process.machine import own_device
@@ -72,10 +73,20 @@ def foretell(seconds: float, epochs: int, image_size: int) -> str:
     )
 
 
+def explain_precision(precision: str, address: str | None) -> Iterator[str]:
+    """Yield what a user should know who asks this machine for an arithmetic that it has not."""
+    if precision == "bf16" and not address and not computes_bf16():
+        yield (
+            "This machine computes bfloat16 in software, ten times as slowly as fp32 or worse: leave --precision bf16 "
+            "out, or train with --precision auto."
+        )
+
+
 def explain_choices(settings: TrainSettings, precision: str, batch_size: int) -> Iterator[str]:
     """Yield what a user should know of a training before it begins: a choice made for them, or what workers are worth."""
     if settings.precision == "auto":
         yield f"Precision {precision}, as this machine computes."
+    yield from explain_precision(settings.precision, settings.address)
     workers, share = settings.num_workers, batch_size // settings.num_workers
     if workers > 1 and settings.scale_batch:
         yield f"Batches of {batch_size} faces at {workers} times the learning rate, {share} for each worker: not published."
