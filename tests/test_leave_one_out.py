@@ -38,6 +38,8 @@ from cafe.report.report import make_report
 from cafe.report.sheets.comparison import ORACLES
 from cafe.report.sheets.sheet import PEEKED
 from cafe.results.columns import Column
+from cafe.results.scores import share_sources
+from cafe.results.sources import Source
 from cafe.towers.weights import read_tensors
 
 
@@ -237,6 +239,28 @@ def write_folds(workspace: Workspace) -> None:
                 predicted = np.where(np.arange(100) < count, labels, (labels + 1) % 7)
                 write_predictions(run, target, labels, predicted)
                 write_predictions(run, sources[0], labels, labels)  # evaluated besides: no part of the table
+
+
+def test_a_row_leaves_out_trainings_on_a_domain_as_it_was_before(workspace: Workspace) -> None:
+    write_folds(workspace)
+    runs = [run for run in workspace.read_runs() if run.method == "scn"]
+    now = tuple(Source(name, "folder", f"digest of {name}") for name in ("one", "three"))
+    before = replace(now[0], digest="another")  # by the digest's order the first
+    stale = [replace(run, name=f"{run.name}-before", sources=(before, now[1])) for run in runs if run.fold == "two"]
+    assert share_sources(runs) == (runs, [])
+    for known in (None, {"one": "digest of one"}):
+        kept, (line,) = share_sources([*stale, *runs], known)
+        assert kept == runs
+    names = ", ".join(run.name for run in stale)
+    assert (
+        line
+        == f"Left out: {names}, trained on another manifest of one than the rest of the row. Give their command again."
+    )
+    unread = [run for run in runs if run.fold == "one"]
+    assert share_sources([*stale, *runs], {"one": "another"})[0] == [*stale, *unread]
+    report = make_report([*stale, *runs], {"one": "digest of one"})
+    assert line in report.about
+    assert [row.seeds for row in report.comparison.rows] == [3]
 
 
 def test_the_row_of_a_method_takes_each_target_from_the_run_that_left_it_out(workspace: Workspace) -> None:

@@ -27,7 +27,7 @@ from cafe.results.metrics import METRICS, Estimate, choose_metrics
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
-from cafe.results.scores import LeftOut, describe_left_out, meet, read_scores
+from cafe.results.scores import LeftOut, describe_left_out, meet, read_scores, share_sources
 from cafe.results.significance.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.significance.verdicts import Verdict, reach_verdicts
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
@@ -76,9 +76,10 @@ def make_report(
         if per_class and needless:
             raise UserError(f"--per-class {per_class} shows recalls alone: leave --{option} {needless} out.")
     versus, known = settings.versus, known or {}
+    runs, strangers = share_sources(runs, known)
     runs, trials = choose_draws(runs)
     runs, left_out = meet(runs, known)
-    about = [*about, *describe_left_out(left_out)]
+    about = [*about, *strangers, *describe_left_out(left_out)]
     scores = read_scores(runs, known)
     protocol = settings.protocol or choose_protocol(scores)
     _check_left_out(scores, left_out, protocol)

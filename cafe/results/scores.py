@@ -6,7 +6,7 @@ Comparisons, tests, tracked metrics and pages all read this table; leaving out f
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -157,6 +157,40 @@ def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
             f"Evaluate {each} again: {_evaluate_again(again, columns, protocol)}"
         )
     return lines
+
+
+def share_sources(runs: Sequence[Run], manifests: Mapping[str, str] | None = None) -> tuple[list[Run], list[str]]:
+    """Return the runs without those of a row of folds that learned from other faces than the rest of it, and why.
+
+    A row of leave-one-domain-out holds trainings on several sets; where one of these was indexed again in between, the
+    manifest of the workspace counts, else that of most runs, among equals the first by its digest. `manifests` are the
+    digests of the workspace's by name. In other rows all runs learned from one manifest.
+    """
+    learned: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for run in runs:
+        if run.fold:
+            for source in run.sources:
+                learned[run.group, source.name][source.digest] += 1
+    counts = {
+        place: min(digests, key=lambda digest: (digest != (manifests or {}).get(place[1]), -digests[digest], digest))
+        for place, digests in learned.items()
+    }
+    other = {
+        run.name: source.name
+        for run in runs
+        if run.fold
+        for source in run.sources
+        if source.digest != counts[run.group, source.name]
+    }
+    lines = []
+    for name in sorted(set(other.values())):
+        found = [run for run, source in other.items() if source == name]
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        lines.append(
+            f"Left out: {', '.join(found[:NAMED])}{more}, trained on another manifest of {name} than the rest of the row. "
+            "Give their command again."
+        )
+    return [run for run in runs if run.name not in other], lines
 
 
 class Meeting(NamedTuple):

@@ -23,7 +23,7 @@ from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
 from cafe.results.runs import choose
-from cafe.results.scores import describe_left_out, meet, read_scores
+from cafe.results.scores import describe_left_out, meet, read_scores, share_sources
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +109,8 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
 
     The columns are every metric of `cafe.results.metrics.METRICS` and a recall for every class, as fractions, beside what
     tells runs and targets apart (`cafe.results.scores.SCORE_FIELDS`). Predictions on other faces than those of the rest are
-    left out with a warning that says which (`cafe.results.scores.meet`).
+    left out with a warning that says which (`cafe.results.scores.meet`), and so are trainings on other faces than those of
+    the rest of a row of leave-one-domain-out.
 
     >>> table = scores(workspace)
     >>> table[["method", "source", "target", "relation", "faces"]].values.tolist()
@@ -118,8 +119,9 @@ def scores(workspace: str = "work", experiment: str | None = None) -> pd.DataFra
     known = Workspace.at(workspace)
     chosen = choose(known.read_runs(), experiment)
     manifests = known.manifest_digests()
-    runs, left_out = meet(chosen.runs, manifests)
-    for line in describe_left_out(left_out):
+    shared, lines = share_sources(chosen.runs, manifests)
+    runs, left_out = meet(shared, manifests)
+    for line in [*lines, *describe_left_out(left_out)]:
         warnings.warn(line, stacklevel=2)
     return read_scores(runs, manifests).drop(columns=["column", "sources"])
 
