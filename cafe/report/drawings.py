@@ -44,18 +44,18 @@ def _draw_means(report: Report) -> Iterator[Drawing]:
     shown = points[["low", "high", "published", "chance"]]
     limits = (shown.min().min(), shown.max().max())
     diamonds = " Diamonds: published." if points["published"].notna().any() else ""
-    metric = METRICS[report.comparison.metric].title
-    about = f"mean {metric} over the unseen targets with its 95 % t-interval over seeds"
+    metric = METRICS[report.comparison.metric]
+    about = f"mean {metric.title} over the unseen targets with its 95 % t-interval over seeds"
     for (source, class_set), own in points.groupby(["source", "class_set"], sort=False):
         over = f", {class_set}" if class_set else ""
         caption = f"Trained on {source}{over}: {about}.{diamonds}"
-        figure = draw_points(own, "percent", limits, chance=own["chance"].max())
+        figure = draw_points(own, metric.unit.name, limits, chance=own["chance"].max(), unit=metric.unit)
         yield Drawing(report.sheets[0].title, caption, figure)
 
 
 def _draw_maps(report: Report) -> Iterator[Drawing]:
     """A map of each method over sources and targets; with one source, a single one of methods and targets."""
-    comparison = report.comparison
+    comparison, metric = report.comparison, METRICS[report.comparison.metric]
     maps = [(label, rows, [row.source for row in rows]) for label, rows in by_label(comparison)]
     across = "source × target" if maps else "method × target"
     labels = [row.label for row in comparison.rows]
@@ -67,10 +67,10 @@ def _draw_maps(report: Report) -> Iterator[Drawing]:
     for name, rows, names in maps:
         values = np.array([[estimate.mean for estimate in row.cells.values()] for row in rows])
         seen = np.array([[column in row.seen for column in comparison.columns] for row in rows])
-        caption = (
-            f"{name}: {METRICS[comparison.metric].title} of {across} in percent; in brackets the set it was trained on."
+        caption = f"{name}: {metric.title} of {across}, {metric.unit.name}; in brackets the set it was trained on."
+        figure = draw_heat_map(
+            names, [column.title for column in comparison.columns], values, limits, seen, metric.unit
         )
-        figure = draw_heat_map(names, [column.title for column in comparison.columns], values, limits, seen)
         yield Drawing(report.sheets[0].title, caption, figure)
 
 

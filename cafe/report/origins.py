@@ -16,6 +16,7 @@ from cafe.report.sheets.sheet import Sheet, SheetCell
 from cafe.results.comparison import Comparison, Row
 from cafe.results.leaks import load_leaks
 from cafe.results.predictions import Predictions, load_predictions
+from cafe.results.units import PERCENT
 from cafe.results.variants import NEAR, Trial
 
 PACKAGES = ("numpy", "scipy", "pandas")  # that compute what the page shows, with this code
@@ -61,7 +62,7 @@ def _describe_trial(trial: Trial, label: str) -> list[str]:
         label,
         str(run.seed),
         str(len(trial.runs)),
-        *("–" if math.isnan(value) else f"{100 * value:.1f}" for value in accuracies),
+        *map(PERCENT.write, accuracies),
         str(trial.near),
         f"draw {run.draw}",
         ", ".join(f"{name}={value:.3g}" for name, value in trial.settings.items()),

@@ -292,7 +292,7 @@ class _Table:
         evaluated = [[found.get((seed, column), math.nan) for column in columns] for seed in seeds]
         means = [about.over_targets(values) for values in evaluated if values]
         whole = [mean for mean in means if not math.isnan(mean)]
-        result = about.over_seeds(whole if self.is_seeded(runs) else whole[:1])
+        result = estimate(whole if self.is_seeded(runs) else whole[:1], about.unit)
         return replace(result, **self._rest(runs, metric, columns)) if whole else result
 
     def _rest(self, runs: Sequence[Run], metric: str, columns: Sequence[Column]) -> dict[str, Any]:

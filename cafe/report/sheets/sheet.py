@@ -72,16 +72,6 @@ def is_doubtful(estimate: Estimate) -> bool:
     return not math.isnan(estimate.chance) and (estimate.at_chance or estimate.few)
 
 
-def points(difference: float) -> str:
-    """Return a difference of fractions in percentage points with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def write_p(value: float) -> str:
     """Return a p-value as text."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def percent(value: float) -> str:
-    """Return a fraction in percent as text."""
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"

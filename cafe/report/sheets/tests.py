@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
-from cafe.report.sheets.sheet import BEST, PEEKED, SAW, Sheet, SheetCell, points, write_p
+from cafe.report.sheets.sheet import BEST, PEEKED, SAW, Sheet, SheetCell, write_p
 from cafe.results.comparison import Comparison
 from cafe.results.metrics import METRICS
 from cafe.results.significance.paired_tests import PAIRS, RECALLS, Paired, Ranks
+from cafe.results.units import PERCENT
 
 TESTED = (
     "Accuracy minus that of the reference, in percentage points. The interval and p measure what other faces would change, "
@@ -43,8 +44,8 @@ def _test_line(test: Paired) -> list[SheetCell]:
         SheetCell(f"{test.row.label} †" if test.peeked else test.row.label),
         SheetCell(name_target(test)),
         SheetCell(f"{difference.faces:,}{groups}"),
-        SheetCell(points(difference.mean), BEST if test.holds else ""),
-        SheetCell(f"{points(difference.low)} to {points(difference.high)}"),
+        SheetCell(PERCENT.write_difference(difference.mean), BEST if test.holds else ""),
+        SheetCell(f"{PERCENT.write_difference(difference.low)} to {PERCENT.write_difference(difference.high)}"),
         SheetCell(write_p(difference.p)),
         SheetCell(write_p(test.adjusted_p) if test.column else "–"),
         SheetCell("–" if test.apart is None else "yes" if test.apart else "no"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from cafe.results.comparison import Comparison, Row
 from cafe.results.significance.paired_tests import Paired, test_unseen
 from cafe.results.significance.statistics import holm
+from cafe.results.units import PERCENT
 
 NAMED = 3  # rows that a verdict names of those that are behind
 
@@ -57,7 +58,7 @@ def _compare_block(rows: Sequence[Row], comparison: Comparison) -> Verdict:
     else:
         said += f"{best.label} is right on {best.unseen.over_faces} % of the faces of unseen targets"
     at_chance = [row.label for row in rows if row.unseen.at_chance]
-    chance = f"{100 * best.unseen.chance:.1f} %, the share of the largest class"
+    chance = f"{PERCENT.write(best.unseen.chance)} %, the share of the largest class"
     if at_chance:
         said += f"; not above chance ({chance}): {', '.join(at_chance)}"
     if best.unseen.few:
@@ -66,7 +67,7 @@ def _compare_block(rows: Sequence[Row], comparison: Comparison) -> Verdict:
 
 
 def _name(row: Row) -> str:
-    return f"{row.label} ({100 * row.unseen.mean:.1f} %)"
+    return f"{row.label} ({PERCENT.write(row.unseen.mean)} %)"
 
 
 def _list_behind(tests: Sequence[Paired]) -> str:
@@ -104,7 +105,7 @@ def conclude(comparison: Comparison) -> str:
         said = "Pixels carry over better than frozen features"
     ends = (difference.mean, difference.low, difference.high)
     p = "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
-    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in ends)
+    mean, low, high = map(PERCENT.write_difference, ends)
     return (
         f"{said}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
         f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % (difference {mean} points, {low} to "
