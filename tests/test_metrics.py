@@ -32,6 +32,7 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.jobs.cli import main
+from cafe.jobs.listings import marks_doubt
 from cafe.jobs.names import list_names
 from cafe.pipeline.release import library
 from cafe.pipeline.workspace import Workspace
@@ -50,6 +51,7 @@ from cafe.results.metrics import (
     Metric,
     confusion,
     estimate,
+    is_doubtful,
     macro_f1,
     macro_f1_error,
     risk_at,
@@ -367,6 +369,26 @@ def test_an_interval_of_shares_stays_within_what_is_possible() -> None:
     assert wide.mean - wide.half_width < 0
     assert str(wide) == "45.0 (0.0–100.0)"
     assert str(estimate([0.70, 0.71, 0.72])) == "71.0 ± 2.5"
+
+
+@pytest.mark.parametrize(
+    ("low", "chance", "faces", "doubtful"),
+    [
+        (0.41, 0.4, 50, False),
+        (0.4, 0.4, 50, True),  # not above chance
+        (0.41, 0.4, 49, True),  # of few faces
+        (math.nan, 0.4, 0, False),  # nothing is known of it
+        (0.1, math.nan, 10, False),  # not to be compared with chance
+    ],
+)
+def test_what_is_not_above_chance_or_of_few_faces_is_doubtful_in_every_table(
+    low: float, chance: float, faces: int, doubtful: bool
+) -> None:
+    assert is_doubtful(low, chance, faces) is doubtful
+    assert Estimate(0.5, math.nan, faces=faces, low=low, high=0.6, chance=chance).doubtful is doubtful
+    unknown = {"unseen_low": low, "unseen_chance": chance, "unseen_faces": faces}
+    record = {name: value if value and value == value else None for name, value in unknown.items()}
+    assert marks_doubt(record, "unseen") is doubtful
 
 
 def test_macro_f1_varies_over_faces_as_its_error_says() -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from cafe.data import alignment
 from cafe.report.pages import render
-from cafe.results.metrics import FEW, METRICS, confusion, estimate, risk_at
+from cafe.results.metrics import METRICS, confusion, estimate, is_doubtful, risk_at
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
@@ -122,13 +122,13 @@ def count_right(predictions: Predictions) -> dict[str, Any]:
     }
     covered = [PERCENT.write(1 - risk_at(predictions, share)) for share in COVERAGES]
     largest, accuracy = support.max() / support.sum(), right.sum() / support.sum()
-    doubtful = wilson(accuracy, int(support.sum()))[0] <= largest or support.sum() < FEW
+    doubtful = is_doubtful(wilson(accuracy, int(support.sum()))[0], largest, int(support.sum()))
     recalls = {name: format_share(*pair) for name, *pair in zip(predictions.classes, right, support, strict=True)}
     return {
         "faces": len(predictions.labels),
         "largest": PERCENT.write(largest),
-        "doubtful": bool(doubtful),
-        "accuracy": format_share(right.sum(), support.sum()) + " ‡" * bool(doubtful),
+        "doubtful": doubtful,
+        "accuracy": format_share(right.sum(), support.sum()) + " ‡" * doubtful,
         "recalls": recalls,
         "measured": measured,
         "covered": covered,

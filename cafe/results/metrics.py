@@ -69,6 +69,11 @@ class Estimate:
         """Whether it is of too few faces to say much."""
         return 0 < self.faces < FEW
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether tables mark it."""
+        return is_doubtful(self.low, self.chance, self.faces)
+
     def __str__(self) -> str:
         """Return it in its unit, percent as the field prints it; two seeds as they are, for an interval would say nothing.
 
@@ -85,6 +90,14 @@ class Estimate:
         if low > self.mean - self.half_width or high < self.mean + self.half_width:
             return f"{write(self.mean)} ({write(low)}–{write(high)})"
         return f"{write(self.mean)} ± {write(self.half_width)}"
+
+
+def is_doubtful(low: float, chance: float, faces: float) -> bool:
+    """Whether a number that can be compared with chance might be none above it, or is of too few faces to say much.
+
+    `low` is the lower end of its 95 % interval over faces. NaN stands for what is not known, 0 for faces nobody counted.
+    """
+    return not math.isnan(chance) and bool(low <= chance or 0 < faces < FEW)
 
 
 def estimate(values: Sequence[float], unit: Unit = PERCENT, confidence: float = 0.95) -> Estimate:

@@ -24,7 +24,6 @@ from cafe.report.sheets.sheet import (
     Sheet,
     SheetCell,
     head_cells,
-    is_doubtful,
 )
 from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
@@ -124,7 +123,7 @@ def _write(row: Row, place: Place, estimate: Estimate) -> str:
     fewer = row.seeded and 0 < estimate.count < row.seeds
     text = f"{estimate} [{estimate.count}]" if fewer else str(estimate)
     text = f"({text})" if place in row.seen else text
-    return text + " †" * row.peeked + " ‡" * is_doubtful(estimate)
+    return text + " †" * row.peeked + " ‡" * estimate.doubtful
 
 
 def ground_lines(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
@@ -146,15 +145,15 @@ def ground_notes(rows: Sequence[Row]) -> Iterator[str]:
     if not any(estimate.faces for *_, estimate in cells):
         return
     yield GROUNDS
-    if any(is_doubtful(estimate) for *_, estimate in cells):
+    if any(estimate.doubtful for *_, estimate in cells):
         yield DOUBTFUL
-    few = {place.title: estimate.faces for _, place, estimate in cells if is_doubtful(estimate) and estimate.few}
+    few = {place.title: estimate.faces for _, place, estimate in cells if estimate.doubtful and estimate.few}
     if few:
         yield f"Fewer than {FEW} faces: {', '.join(f'{name} ({count})' for name, count in few.items())}."
     at_chance = {
         f"{row.label} from {row.source}": None
         for row, place, estimate in cells
-        if isinstance(place, Mean) and place.over == UNSEEN and is_doubtful(estimate) and estimate.at_chance
+        if isinstance(place, Mean) and place.over == UNSEEN and estimate.doubtful and estimate.at_chance
     }
     if at_chance:
         yield f"Not above chance in a mean over unseen targets: {', '.join(at_chance)}."

@@ -8,7 +8,7 @@ import pandas as pd
 
 from cafe.report.sheets.comparison import lacking_notes
 from cafe.report.sheets.sheet import DOUBTFUL, FACES, Sheet, SheetCell
-from cafe.results.metrics import FEW, METRICS, OF_VOTES
+from cafe.results.metrics import METRICS, OF_VOTES, is_doubtful
 from cafe.results.scores import average_unseen, interval_of_mean
 from cafe.results.sources import SAME_FACES, UNSEEN
 from cafe.results.units import PERCENT
@@ -29,8 +29,8 @@ def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sh
     table.insert(2, "over faces", [_interval(*ends) for ends in zip(grounds["low"], grounds["high"], strict=True)])
     table.insert(3, "largest class", grounds["largest"].map(PERCENT.write).tolist())
     table.insert(4, "1/K", grounds["uniform"].map(PERCENT.write).tolist())
-    doubts = {name: own["low"] <= own["largest"] or own["faces"] < FEW for name, own in grounds.iterrows()}
-    table["accuracy"] += [" ‡" * bool(doubts[name]) for name in table.index]
+    doubts = {name: is_doubtful(own["low"], own["largest"], own["faces"]) for name, own in grounds.iterrows()}
+    table["accuracy"] += [" ‡" * doubts[name] for name in table.index]
     if leak_free is not None:
         table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(PERCENT.write)
         table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from cafe.results.columns import Column, Mean
@@ -65,11 +64,6 @@ class Sheet:
 def head_cells(row: Row) -> list[SheetCell]:
     """Return what stands in the columns `HEAD`."""
     return [SheetCell(row.source), SheetCell(row.label), SheetCell(str(row.seeds) if row.seeded else "any")]
-
-
-def is_doubtful(estimate: Estimate) -> bool:
-    """Whether a number that can be compared with chance is not above it, or of too few faces to say."""
-    return not math.isnan(estimate.chance) and (estimate.at_chance or estimate.few)
 
 
 def write_p(value: float) -> str:
