@@ -96,7 +96,10 @@ def draw_heat_map(
 
 
 def draw_ranks(labels: Sequence[str], ranking: Ranking) -> Figure:
-    """Draw mean ranks along a line as Demšar does, the best on the left: bars join methods that cannot be told apart."""
+    """Draw mean ranks along a line as Demšar does, the best on the left.
+
+    Bars join methods that do not differ significantly.
+    """
     ranks, count, critical = ranking.ranks, len(labels), ranking.critical_difference
     bars = find_ties(ranks, critical)
     left = math.ceil(count / 2)  # names hang below the line, the better half to its left and the others to its right

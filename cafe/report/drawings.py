@@ -91,13 +91,13 @@ def _draw_tests(report: Report) -> Iterator[Drawing]:
 
 def _draw_ranks(report: Report) -> Iterator[Drawing]:
     if report.ranks and not math.isnan(report.ranks.ranking.p):
-        caption = "Mean ranks over pairs of source and unseen target. A bar joins methods that ranks do not tell apart."
+        caption = "Mean ranks over pairs of source and unseen target. A bar joins ranks that do not differ significantly."
         caption += "".join(f" {sentence}" for sentence in _explain_ties(report, report.ranks))
         yield Drawing("Mean ranks", caption, draw_ranks(report.ranks.labels, report.ranks.ranking))
 
 
 def _explain_ties(report: Report, ranks: Ranks) -> Iterator[str]:
-    """Yield why a bar joins two methods that a paired test tells apart."""
+    """Yield why a bar joins two methods that differ significantly by a paired test."""
     labels, joined = ranks.labels, find_ties(ranks.ranking.ranks, ranks.ranking.critical_difference)
     tied = {frozenset(pair) for first, last in joined for pair in combinations(labels[first : last + 1], 2)}
     tests = (*report.tests, *(test for verdict in report.verdicts for test in verdict.tests))
@@ -107,6 +107,6 @@ def _explain_ties(report: Report, ranks: Ranks) -> Iterator[str]:
             found.setdefault(pair, {})[test.row.source] = None
     for pair, sources in found.items():
         yield (
-            f"{' and '.join(sorted(pair))} are joined though the paired test tells them apart (trained on "
+            f"{' and '.join(sorted(pair))} are joined though they differ significantly by the paired test (trained on "
             f"{', '.join(sources)}): ranks count {ranks.ranking.targets} pairs of sets alike, the test every face."
         )

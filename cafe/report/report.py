@@ -252,5 +252,6 @@ def _describe_test(test: Paired | None) -> dict[str, object]:
     return {
         "versus": test.reference.label, "faces": difference.faces, "groups": difference.groups,
         "accuracy_difference": difference.mean, "low": difference.low, "high": difference.high,
-        "p": difference.p, "p_holm": test.adjusted_p, "seeds_apart": "" if test.apart is None else str(test.apart).lower(),
+        "p": difference.p, "p_holm": test.adjusted_p,
+        "seed_ranges_overlap": "" if test.overlap is None else str(test.overlap).lower(),
     }  # fmt: skip

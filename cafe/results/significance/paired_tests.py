@@ -25,7 +25,8 @@ BySeed = Sequence[dict[Column, Predictions]]  # of a row
 class Paired:
     """How much more accurate a row is than the reference of its source, in one column or in the mean of several.
 
-    `apart` says whether every seed of the one is ahead of every seed of the other; None without several seeds of both.
+    `overlap` says whether the ranges of the two rows' accuracies over their seeds, from the lowest to the highest, overlap;
+    None without several seeds of both.
     """
 
     row: Row
@@ -33,7 +34,7 @@ class Paired:
     column: Column | None  # a target, or a class on one target; None for the mean
     difference: Difference
     left_out: int  # faces that not all of the runs have predicted
-    apart: bool | None
+    overlap: bool | None
     adjusted_p: float = math.nan  # Holm's, over the targets or classes of this row; the mean is not one of them
     mean: str = "mean of unseen"  # what the mean is taken over
 
@@ -49,8 +50,8 @@ class Paired:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is significant and the seeds are not mixed."""
-        return (self.adjusted_p if self.column else self.difference.p) < 0.05 and self.apart is not False
+        """Whether the difference is significant over faces, and the ranges over seeds do not overlap."""
+        return (self.adjusted_p if self.column else self.difference.p) < 0.05 and not self.overlap
 
 
 def pair_rows(comparison: Comparison, versus: str, target: str = "") -> list[Paired]:
@@ -160,9 +161,9 @@ def _compare(row: Row, reference: Row, column: Column | None, paired: list[Paire
     one, other = (
         np.mean([getattr(faces, name).mean(axis=1) for faces in paired], axis=0) for name in ("ours", "theirs")
     )  # (seeds,)
-    apart = bool(one.min() > other.max() or one.max() < other.min()) if min(len(one), len(other)) > 1 else None
+    overlap = bool(one.min() <= other.max() and other.min() <= one.max()) if min(len(one), len(other)) > 1 else None
     difference = paired_test(differences, [faces.groups for faces in paired])
-    return Paired(row, reference, column, difference, sum(faces.left_out for faces in paired), apart)
+    return Paired(row, reference, column, difference, sum(faces.left_out for faces in paired), overlap)
 
 
 def pair_faces(one: Sequence[Predictions], other: Sequence[Predictions]) -> PairedFaces:
