@@ -156,14 +156,15 @@ def test_predictions_survive_their_file(tmp_path: Path) -> None:
     grouped = Predictions.load(UPath(tmp_path / "x"))
     assert grouped is not None
     assert grouped.groups == ["anna", None]
-    unsure = replace(before, uncertainty=np.array([0.25, 1.5], np.float32))
+    unsure = replace(before, further={"uncertainty": np.array([0.25, 1.5], np.float32)})
     unsure.save(UPath(tmp_path / "x"))
     again = Predictions.load(UPath(tmp_path / "x"))
     assert again is not None
-    assert again.uncertainty is not None
-    assert again.uncertainty.tolist() == [0.25, 1.5]
-    assert again.of_class(2).uncertainty == [1.5]
-    assert after.uncertainty is None
+    assert again.further["uncertainty"].tolist() == [0.25, 1.5]
+    assert again.of_class(2).further["uncertainty"].tolist() == [1.5]
+    assert after.further == {}
+    said = complaint(replace(before, further={"label": np.zeros(2, np.float32)}).save, UPath(tmp_path / "x"))
+    assert said == "The method says 'label' of each face, which is a column of all predictions: rename it."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "x"]  # nothing half written is left
 
 

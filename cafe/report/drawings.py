@@ -91,7 +91,9 @@ def _draw_tests(report: Report) -> Iterator[Drawing]:
 
 def _draw_ranks(report: Report) -> Iterator[Drawing]:
     if report.ranks and not math.isnan(report.ranks.ranking.p):
-        caption = "Mean ranks over pairs of source and unseen target. A bar joins ranks that do not differ significantly."
+        caption = (
+            "Mean ranks over pairs of source and unseen target. A bar joins ranks that do not differ significantly."
+        )
         caption += "".join(f" {sentence}" for sentence in _explain_ties(report, report.ranks))
         yield Drawing("Mean ranks", caption, draw_ranks(report.ranks.labels, report.ranks.ranking))
 
