@@ -10,7 +10,7 @@ import numpy as np
 import scipy  # which loads a part of it only when it is used
 
 from cafe.errors import unknown
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers, Predictions
 from cafe.results.units import NATS, PERCENT, Unit
 
 BINS = 15  # of confidence, as in Guo et al.
@@ -115,7 +115,7 @@ def average_targets(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def confusion(predictions: Predictions) -> np.ndarray:
+def confusion(predictions: Predictions | Answers) -> np.ndarray:
     """Return counts (K, K): rows are true classes, columns predicted ones, in the order of the predictions' classes."""
     classes = len(predictions.classes)
     places = predictions.labels * classes + predictions.predicted

@@ -68,6 +68,18 @@ class Predictions:
         """The most probable class of every face, (N,)."""
         return np.asarray(self.probabilities.argmax(axis=1))
 
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """The probability of the predicted class of every face, (N,)."""
+        return np.asarray(self.probabilities.max(axis=1))
+
+    @property
+    def answers(self) -> Answers:
+        """What is left of them when all probabilities but the highest are forgotten."""
+        predicted = self.predicted.astype(np.int16)
+        about = (self.about, self.groups, self.classes)
+        return Answers(self.sample_ids, self.labels, predicted, self.confidence.astype(np.float32), *about)
+
     def without(self, samples: Collection[str]) -> Predictions:
         """Return the predictions of all faces but the given ones."""
         return self._take([row for row, sample in enumerate(self.sample_ids) if sample not in samples])
@@ -177,6 +189,42 @@ class Predictions:
             _read_lists(table["votes"], len(classes)).astype(np.int64) if "votes" in table.column_names else None,
             {name: table[name].to_numpy() for name in table.column_names if name not in COLUMNS},
         )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a run took the faces of a target for: of its `Predictions`, all that tests and galleries need.
+
+    `predicted` (N,) int16 and `confidence` (N,) float32 take a fraction of the room of probabilities, so that those of many
+    runs can be kept.
+    """
+
+    sample_ids: list[str]
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    about: dict[str, str]
+    groups: list[str | None] | None = None
+    classes: tuple[str, ...] = EXPRESSIONS
+
+    def of_class(self, label: int) -> Answers:
+        """Return those for the faces with a label."""
+        rows = np.flatnonzero(self.labels == label)
+        return replace(
+            self,
+            sample_ids=[self.sample_ids[row] for row in rows],
+            labels=self.labels[rows],
+            predicted=self.predicted[rows],
+            confidence=self.confidence[rows],
+            groups=[self.groups[row] for row in rows] if self.groups else None,
+        )
+
+    def share(self, other: Answers) -> Answers:
+        """Return them with the ids, labels and groups of others, where these are equal, so that they are there once."""
+        alike = self.sample_ids == other.sample_ids
+        labels = other.labels if alike and np.array_equal(self.labels, other.labels) else self.labels
+        groups = other.groups if alike and self.groups == other.groups else self.groups
+        return replace(self, sample_ids=other.sample_ids if alike else self.sample_ids, labels=labels, groups=groups)
 
 
 def _read_lists(column: pa.ChunkedArray, width: int) -> np.ndarray:

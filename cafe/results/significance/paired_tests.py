@@ -13,12 +13,12 @@ from cafe.errors import UserError, unknown
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, Row
 from cafe.results.metrics import METRICS
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers
 from cafe.results.significance.statistics import Difference, Ranking, holm, paired_test, rank_methods
 
 PAIRS = 10  # of source and target, fewer than which say nothing of mean ranks
 RECALLS = "mean of recalls"  # what the tests by class end with
-BySeed = Sequence[dict[Column, Predictions]]  # of a row
+BySeed = Sequence[dict[Column, Answers]]  # of a row
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def pair_rows(comparison: Comparison, versus: str, target: str = "") -> list[Pai
     """
     tests: list[Paired] = []
     for reference in find_references(comparison, versus):
-        theirs = comparison.load_predictions(reference)
+        theirs = comparison.list_answers(reference)
         for row in comparison.rows:
             if row.source == reference.source and row is not reference and not row.oracle:
-                ours = comparison.load_predictions(row)
+                ours = comparison.list_answers(row)
                 if target:
                     tests += _test_classes(row, reference, ours, theirs, target)
                 else:
@@ -112,7 +112,7 @@ def _test(row: Row, reference: Row, ours: BySeed, theirs: BySeed, comparison: Co
 def test_unseen(row: Row, reference: Row, comparison: Comparison) -> Paired | None:
     """Test the mean accuracy of a row over its unseen targets against another row's; None unless both have all of them."""
     columns = sorted(row.counted)
-    ours, theirs = (comparison.load_predictions(one) for one in (row, reference))
+    ours, theirs = (comparison.list_answers(one) for one in (row, reference))
     if not columns or not all(column in run for run in (*ours, *theirs) for column in columns):
         return None
     paired = [pair_faces([run[column] for run in ours], [run[column] for run in theirs]) for column in columns]
@@ -166,8 +166,8 @@ def _compare(row: Row, reference: Row, column: Column | None, paired: list[Paire
     return Paired(row, reference, column, difference, sum(faces.left_out for faces in paired), overlap)
 
 
-def pair_faces(one: Sequence[Predictions], other: Sequence[Predictions]) -> PairedFaces:
-    """Join the predictions of two methods on one target by sample.
+def pair_faces(one: Sequence[Answers], other: Sequence[Answers]) -> PairedFaces:
+    """Join the answers of two methods on one target by sample.
 
     Raises `UserError` when the runs share no face or disagree on a label: then they were evaluated on different manifests.
     """
@@ -187,13 +187,13 @@ def pair_faces(one: Sequence[Predictions], other: Sequence[Predictions]) -> Pair
     return PairedFaces(right[:, : len(one)].T, right[:, len(one) :].T, groups, left_out)
 
 
-def number_groups(predictions: Predictions) -> pd.Series:
+def number_groups(answers: Answers) -> pd.Series:
     """Return the number of the group of each sample, by its id; a face without a group is one of its own."""
     named = [
         f"group {group}" if group else f"face {sample}"
-        for group, sample in zip(predictions.groups or [], predictions.sample_ids, strict=True)
+        for group, sample in zip(answers.groups or [], answers.sample_ids, strict=True)
     ]
-    return pd.Series(pd.factorize(np.array(named))[0], predictions.sample_ids)
+    return pd.Series(pd.factorize(np.array(named))[0], answers.sample_ids)
 
 
 @dataclass(frozen=True)
