@@ -149,8 +149,8 @@ def marks_doubt(record: Mapping[str, Any], name: str) -> bool:
     """Whether tables mark an accuracy of a record, in which None stands for what is not known."""
     from cafe.results.metrics import is_doubtful
 
-    low, chance, faces = (record[f"{name}_{what}"] for what in ("low", "chance", "faces"))
-    return is_doubtful(*(math.nan if value is None else value for value in (low, chance)), faces or 0)
+    low, chance = (math.nan if (value := record[f"{name}_{what}"]) is None else value for what in ("low", "chance"))
+    return is_doubtful(low, chance, record[f"{name}_faces"] or 0)
 
 
 def _as_percent(share: float | None) -> str:

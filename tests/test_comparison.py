@@ -21,9 +21,9 @@ from cafe.errors import UserError
 from cafe.files import list_files, write_json
 from cafe.pipeline.stores import find_paths
 from cafe.pipeline.workspace import Workspace
+from cafe.report.sheets import tests as sheets_of_tests
 from cafe.report.sheets.comparison import main_sheet
 from cafe.report.sheets.runs import run_sheet
-from cafe.report.sheets.tests import tests_sheets
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, compare, compare_classes, name_rows
 from cafe.results.metrics import estimate
@@ -198,7 +198,7 @@ def test_a_difference_over_faces_is_no_verdict_where_the_seed_ranges_overlap(wor
     assert conclude(comparison).startswith(
         "Frozen features and pixels differ over faces, though the seed ranges overlap: "
     )
-    (line,) = tests_sheets(list(verdict.tests))[0].lines
+    (line,) = sheets_of_tests.tests_sheets(list(verdict.tests))[0].lines
     assert line[7].text == "yes"
 
 

@@ -180,9 +180,9 @@ def compare(
     table = _Table(shown, class_sets)
     without, leaking = None, []
     if leak_free is not None:
-        kept = leak_free[(leak_free["protocol"] == protocol) & leak_free["target"].isin(set(table.scores["target"]))]
-        without = _Table(kept, class_sets)
-        leaking = sorted(set(kept.loc[kept["left_out"] > 0, "target"]))
+        there = leak_free[(leak_free["protocol"] == protocol) & leak_free["target"].isin(set(table.scores["target"]))]
+        without = _Table(there, class_sets)
+        leaking = sorted(set(there.loc[there["left_out"] > 0, "target"]))
     columns = [
         replace(column, leak_free=hidden)
         for column in table.columns
