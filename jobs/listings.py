@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def show_scored(
     """Print records with accuracies: in a table in percent with their intervals over faces, and the doubtful ones marked."""
     shown = records if as_json else [_as_shown(record, chance) for record in records]
     show_records(shown, as_json, words, title, order)
-    if not as_json and any(_is_doubtful(record, name) for record in records for name in SHARES):
+    if not as_json and any(marks_doubt(record, name) for record in records for name in SHARES):
         from cafe.report.sheets.sheet import DOUBTFUL
 
         show(DOUBTFUL)
@@ -141,15 +142,15 @@ def _as_shown(record: Mapping[str, Any], chance: bool) -> dict[str, Any]:
 def _write_share(record: Mapping[str, Any], name: str) -> str:
     ends = [record[f"{name}{end}"] for end in ("_low", "_high")]
     reach = "" if None in ends else f" ({'–'.join(map(_as_percent, ends))})"
-    return f"{_as_percent(record[name])}{reach}{' ‡' * _is_doubtful(record, name)}"
+    return f"{_as_percent(record[name])}{reach}{' ‡' * marks_doubt(record, name)}"
 
 
-def _is_doubtful(record: Mapping[str, Any], name: str) -> bool:
-    """Whether an accuracy is known to be of few faces, or not to be above chance."""
-    from cafe.results.metrics import FEW
+def marks_doubt(record: Mapping[str, Any], name: str) -> bool:
+    """Whether tables mark an accuracy of a record, in which None stands for what is not known."""
+    from cafe.results.metrics import is_doubtful
 
-    low, chance, faces = (record[f"{name}_{what}"] for what in ("low", "chance", "faces"))
-    return (faces or FEW) < FEW or (None not in (low, chance) and low <= chance)
+    low, chance = (math.nan if (value := record[f"{name}_{what}"]) is None else value for what in ("low", "chance"))
+    return is_doubtful(low, chance, record[f"{name}_faces"] or 0)
 
 
 def _as_percent(share: float | None) -> str:

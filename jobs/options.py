@@ -22,6 +22,7 @@ COMPLETED = {  # fields of settings
     "backbone": complete("tower"),
     "network": complete("network"),
     "overrides": complete_setting,
+    "by": complete("column"),
 }
 REQUIRED, OTHERS = "Required", "Options"
 GROUPS = (REQUIRED, "What is trained", "Data", "Features", "Machine", "Tracking", OTHERS)  # in the order of help

@@ -348,14 +348,15 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
     from cafe.report.sheets.runs import run_sheet
     from cafe.results.leaks import leave_out_leaks
     from cafe.results.runs import read_runs
-    from cafe.results.scores import describe_left_out, meet, read_scores
+    from cafe.results.scores import describe_left_out, meet, read_filtered_scores
 
     known = workspace.manifest_digests()
     runs, left_out = meet(read_runs([run]), known)
     for line in describe_left_out(left_out):
         say(line)
-    scores = read_scores(runs, known, [protocol])
-    leak_free = read_scores(runs, known, [protocol], leave_out_leaks(workspace.root)) if exclude_leaks else None
+    filters = [None, *([leave_out_leaks(workspace.root)] if exclude_leaks else [])]
+    scores, *others = read_filtered_scores(runs, known, [protocol], filters)
+    leak_free = others[0] if others else None
     for table in sheet_tables([run_sheet(scores, leak_free)]):
         show(table)
     if warning := read_confidence([run]).warning:

@@ -24,10 +24,8 @@ from cafe.inference.model import Model
 from cafe.learning.adaptation import ADAPTATIONS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import measure_heat_maps, measure_masks
-from cafe.learning.training import estimate_uncertainty, predict_average
-from cafe.methods.cafe import Cafe
+from cafe.learning.training import describe_faces, predict_average
 from cafe.methods.method import Method
-from cafe.methods.rul import Rul
 from cafe.pipeline import cluster
 from cafe.pipeline.faces import Faces
 from cafe.pipeline.models import build_method, build_model, load_method, make_dataset
@@ -65,15 +63,16 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
     assert column is not None
     other = {"other_classes": str(len(readable) - len(rows)), "target_classes": json.dumps(manifest.classes)}
     samples = [target.sample_ids[row] for row in rows]
-    method = dataset = uncertainty = None
+    method = dataset = None
+    further = dict[str, np.ndarray]()
     if spec.exported:
         probabilities = predict_pictures(build_model([run], str(device)), target, rows)
     else:
         method = load_method(spec, run).to(device).to(memory_format=torch.channels_last)
         dataset = make_dataset(spec, target)
         probabilities = _predict(method, dataset, rows, device, column.test_time)
-        if isinstance(method, Rul) and not column.test_time:
-            uncertainty = estimate_uncertainty(method, dataset, rows, device)
+        if not column.test_time:
+            further = describe_faces(method, dataset, rows, device)
     predictions = Predictions(
         samples,
         target.labels[rows],
@@ -93,7 +92,7 @@ def evaluate_target(run: UPath, target: Faces, device: torch.device | None = Non
         target.groups(rows),
         spec.classes,
         None if target.votes is None else target.votes[rows],
-        uncertainty,
+        further,
     )
     if method and dataset:
         with only_decorates(run, target):
@@ -122,7 +121,7 @@ def _measure(
     method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device, option: str
 ) -> Iterator[tuple[str, object]]:
     """Yield what figures of a method with a mask are drawn from."""
-    if option or not isinstance(method, Cafe) or method.recipe.mask != "sigmoid":
+    if option or not method.masking:
         return
     yield "masks", measure_masks(method, dataset, rows, device)
     if "map" in method.needs:

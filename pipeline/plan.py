@@ -35,7 +35,6 @@ from cafe.towers.facts import NORMALISATIONS
 
 LONGEST_RUN = 200  # characters of a run's name, which names files: of 255 bytes at most
 PUBLISHED_SIZE = 224  # pixels: the input of every published method
-PUBLISHED_TOWERS = {"cafe": "clip-vit-b32"}
 AVERAGED = "swad"  # selection of several epochs, whose weights are averaged
 NEEDED = ("source_val", "source_test", AVERAGED)  # selections that need faces of the source besides those trained on
 
@@ -322,8 +321,8 @@ def list_deviations(method: type[Method], kind: str, found: Mapping[str, Any]) -
         settings |= {"network": "resnet18", "image_size": PUBLISHED_SIZE}
     if method.trained:
         settings |= {"policy": method.policy, "views": found["recipe"]["epochs"] + 1}
-    if found["method"] in PUBLISHED_TOWERS:
-        settings["backbone"] = PUBLISHED_TOWERS[found["method"]]
+    if method.published_tower:
+        settings["backbone"] = method.published_tower
     found = {**found, "backbone": found["backbone"].partition("@")[0]}
     yield from (f"{name}={_plain(found[name])}" for name, value in settings.items() if found[name] != value)
     if "image" in method.needs and found["init"].startswith("file:"):

@@ -21,6 +21,7 @@ from cafe.errors import UserError
 from cafe.files import list_files, write_json
 from cafe.pipeline.stores import find_paths
 from cafe.pipeline.workspace import Workspace
+from cafe.report.sheets import tests as sheets_of_tests
 from cafe.report.sheets.comparison import main_sheet
 from cafe.report.sheets.runs import run_sheet
 from cafe.results.columns import Column
@@ -158,7 +159,7 @@ def test_a_target_under_two_names_counts_once(workspace: Workspace) -> None:
     ("pixels", "said"),
     [
         (20, "Frozen features carry over better than pixels: "),
-        (52, "Frozen features and pixels are not told apart: "),
+        (52, "Frozen features and pixels do not differ significantly: "),
         (90, "Pixels carry over better than frozen features: "),
     ],
 )
@@ -173,13 +174,32 @@ def test_what_is_said_of_frozen_features_and_pixels_follows_from_the_paired_test
     assert "cafe, which reads frozen features, is right on 55.0 %" in conclude(comparison)
     (verdict,) = reach_verdicts(comparison)
     best, other = ("image_only", "cafe") if pixels > 50 else ("cafe", "image_only")
-    start = f"Trained on one, {best} ({(max(pixels, 50) + 60) / 2:.1f} %) is "
+    start = f"Trained on one, {best} ({(max(pixels, 50) + 60) / 2:.1f} %) "
     assert verdict.text.startswith(
-        start + ("not told apart from" if pixels == 52 else "ahead on the unseen targets: of")
+        start + ("does not differ significantly from" if pixels == 52 else "is ahead on the unseen targets: of")
     )
     assert f"{other} " in verdict.text
     (test,) = verdict.tests
     assert test.holds == (pixels != 52)
+
+
+def test_a_difference_over_faces_is_no_verdict_where_the_seed_ranges_overlap(workspace: Workspace) -> None:
+    for method, right in (("cafe", (50, 70)), ("image_only", (30, 55))):
+        for seed, count in enumerate(right):
+            evaluate(write_run(workspace, method, "one", seed=seed), {"two": count, "three": count})
+    runs = [replace(run, derived={} if run.method == "image_only" else run.derived) for run in workspace.read_runs()]
+    comparison = compare(runs, read_scores(runs), "accuracy", "clean")
+    (verdict,) = reach_verdicts(comparison)
+    (test,) = verdict.tests
+    assert (test.difference.mean, test.overlap, test.holds) == (pytest.approx(-0.175), True, False)
+    assert test.difference.p < 0.05
+    assert verdict.text.startswith("Trained on one, cafe (60.0 %) is ahead of image_only (17.5 points, ")
+    assert verdict.text.endswith(") over faces, though the seed ranges overlap, on the unseen targets.")
+    assert conclude(comparison).startswith(
+        "Frozen features and pixels differ over faces, though the seed ranges overlap: "
+    )
+    (line,) = sheets_of_tests.tests_sheets(list(verdict.tests))[0].lines
+    assert line[7].text == "yes"
 
 
 def test_labels_by_another_rule_are_the_same_set(workspace: Workspace) -> None:

@@ -7,15 +7,18 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from conftest import complaint
 from runs import write_predictions, write_run
 from scipy import stats
 from test_tables import WIDTHS, read_cells, show_at
+from upath import UPath
 
 from cafe.data.manifest import Face, Manifest
 from cafe.jobs.cli import main
@@ -23,9 +26,12 @@ from cafe.jobs.tables import FittedTable, sheet_tables
 from cafe.pipeline.release import library
 from cafe.pipeline.workspace import Workspace
 from cafe.report import ReportSettings
+from cafe.report.experiment import draw_experiment
 from cafe.report.formats import to_csv
 from cafe.report.report import Report, make_report
+from cafe.results.columns import Column
 from cafe.results.groups import list_columns, name_groups
+from cafe.results.predictions import Predictions
 from cafe.results.significance import homogeneity
 from cafe.results.significance.homogeneity import compare_groups, permute_groups, share_group
 from cafe.results.significance.statistics import wilson
@@ -154,8 +160,57 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
             for target in ("told", "untold"):
                 groups: list[str | None] = [f"p{row // 7}" for row in range(FACES)]
                 wrong = np.where(right, labels, (labels + 1) % 7)
-                write_predictions(run, target, labels, wrong, manifest=told.digest, groups=groups)
+                write_predictions(run, target, labels, wrong, manifest=told.digest, groups=groups, rows="all of them")
     return workspace
+
+
+def test_every_file_of_predictions_is_read_once_and_equal_faces_are_kept_once(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By scores of three metrics, paired tests, verdicts, groups, and the page."""
+    opened, load = list[str](), Predictions.load.__func__
+
+    def count(kind: type[Predictions], path: UPath, named: bool = True) -> Predictions | None:
+        opened.append(str(path))
+        found: Predictions | None = load(kind, path, named)
+        return found
+
+    monkeypatch.setattr(Predictions, "load", classmethod(count))
+    settings, find = ReportSettings(by="sex", versus="cafe"), workspace.find_manifest
+    runs, known = workspace.read_runs(), workspace.manifest_digests()
+    report = make_report(runs, known, settings, metrics="accuracy,nll,aurc", find_manifest=find)
+    draw_experiment("cafe", report, workspace.root, find)
+    assert len(report.tests) == 2  # targets
+    assert len(opened) == len(set(opened)) == 8  # two methods, seeds and targets
+    answers = [
+        one for row in report.comparison.rows for seed in report.comparison.list_answers(row) for one in seed.values()
+    ]
+    assert len({id(one.sample_ids) for one in answers}) == len({id(one.labels) for one in answers}) == 2  # targets
+    again = {run.name: run.load_predictions("clean")[Column("told")].predicted.tolist() for run in runs}
+    found = {run.name: report.comparison.kept.find(run, "clean")[Column("told")].predicted.tolist() for run in runs}
+    assert found == again
+
+
+def test_a_shell_completes_the_columns_of_manifests(workspace: Workspace, tmp_path: Path) -> None:
+    def find(begun: str, root: str) -> list[str]:
+        found = ShellComplete(main, {}, "cafe", "").get_completions(["-w", root, "compare", "--by"], begun)
+        return [item.value for item in found]
+
+    assert find("", str(workspace.root)) == [
+        "age",
+        "agreement",
+        "city",
+        "group",
+        "height",
+        "label",
+        "sex",
+        "split",
+        "width",
+    ]
+    assert find("s", str(workspace.root)) == ["sex", "split"]
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "damaged.parquet").write_bytes(b"PAR1")
+    assert find("a", str(tmp_path)) == ["agreement"]
 
 
 def report_by(workspace: Workspace, by: str) -> Report:

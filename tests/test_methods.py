@@ -17,7 +17,7 @@ from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
 from cafe.learning.loading import FaceDataset
 from cafe.learning.masks import measure_heat_maps, measure_masks
-from cafe.learning.training import Training, estimate_uncertainty, fit, predict, prepare
+from cafe.learning.training import Training, describe_faces, fit, predict, prepare
 from cafe.methods import METHODS
 from cafe.methods.cafe import Cafe
 from cafe.methods.method import Inputs, Method, apply_overrides
@@ -91,11 +91,12 @@ def test_two_steps_and_the_same_predictions_from_its_file(
     again = method_type(recipe, inputs)
     again.load_state_dict(read_tensors(UPath(tmp_path / "model.safetensors")))
     np.testing.assert_allclose(predict(again, dataset, test, CPU), probabilities, rtol=1e-5, atol=1e-7)
+    further = describe_faces(again, dataset, test, CPU)
+    assert further.keys() == ({"uncertainty"} if name == "rul" else set())
     if isinstance(again, Rul):
         (batch,) = dataset.load([test], 0, CPU)
         log_variance = again.log_variance(again.branch(batch["image"])).detach().numpy()
-        found = estimate_uncertainty(again, dataset, test, CPU)
-        np.testing.assert_allclose(found, np.exp(log_variance).mean(axis=1), rtol=1e-5)
+        np.testing.assert_allclose(further["uncertainty"], np.exp(log_variance).mean(axis=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)

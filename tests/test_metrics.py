@@ -32,9 +32,12 @@ from upath import UPath
 from cafe.data.expressions import EXPRESSIONS
 from cafe.errors import UserError
 from cafe.jobs.cli import main
+from cafe.jobs.listings import marks_doubt
 from cafe.jobs.names import list_names
 from cafe.pipeline.release import library
 from cafe.pipeline.workspace import Workspace
+from cafe.report.card import count_right
+from cafe.report.drawings import list_drawings
 from cafe.report.experiment import draw_experiment
 from cafe.report.figures import draw_confusion, find_cell, shade
 from cafe.report.formats import to_csv
@@ -48,6 +51,7 @@ from cafe.results.metrics import (
     Metric,
     confusion,
     estimate,
+    is_doubtful,
     macro_f1,
     macro_f1_error,
     risk_at,
@@ -152,14 +156,15 @@ def test_predictions_survive_their_file(tmp_path: Path) -> None:
     grouped = Predictions.load(UPath(tmp_path / "x"))
     assert grouped is not None
     assert grouped.groups == ["anna", None]
-    unsure = replace(before, uncertainty=np.array([0.25, 1.5], np.float32))
+    unsure = replace(before, further={"uncertainty": np.array([0.25, 1.5], np.float32)})
     unsure.save(UPath(tmp_path / "x"))
     again = Predictions.load(UPath(tmp_path / "x"))
     assert again is not None
-    assert again.uncertainty is not None
-    assert again.uncertainty.tolist() == [0.25, 1.5]
-    assert again.of_class(2).uncertainty == [1.5]
-    assert after.uncertainty is None
+    assert again.further["uncertainty"].tolist() == [0.25, 1.5]
+    assert again.of_class(2).further["uncertainty"].tolist() == [1.5]
+    assert after.further == {}
+    said = complaint(replace(before, further={"label": np.zeros(2, np.float32)}).save, UPath(tmp_path / "x"))
+    assert said == "The method says 'label' of each face, which is a column of all predictions: rename it."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "x"]  # nothing half written is left
 
 
@@ -305,6 +310,39 @@ def test_several_metrics_have_a_table_each_and_a_wrong_name_is_one_sentence(tmp_
     assert completed == set(METRICS)
 
 
+def test_a_metric_is_written_in_its_own_unit_wherever_it_is_printed(tmp_path: Path) -> None:
+    """Minus log .5 is .69 nats and minus log .25 is 1.39: the probabilities of the true class."""
+    workspace, labels = Workspace.at(str(tmp_path / "work")), np.arange(70) % 7
+    for method, confidence in (("cafe", 0.5), ("scn", 0.25)):
+        write_predictions(write_run(workspace, method), "mine", labels, labels, confidence=confidence)
+    report = make_report(workspace.read_runs(), metrics="nll,brier,accuracy")
+    nll, brier, accuracy, *_ = report.sheets
+    written = [[line[3].text for line in sheet.lines[:3]] for sheet in (nll, brier, accuracy)]
+    assert written == [["0.69", "1.39", "−0.69"], ["0.292", "0.656", "−0.365"], ["100.0", "100.0", "+0.0"]]
+    assert nll.notes[0].startswith("Nats (accuracy: percent; Brier score: from 0 to 2): the mean ±")
+    assert nll.header[4:7] == ["unseen NLL", "unseen Brier score", "unseen accuracy"]
+    assert [cell.text for cell in nll.lines[1][4:7]] == ["1.39", "0.656", "100.0"]
+    (mean,) = (drawing for drawing in list_drawings(report) if "mean NLL" in drawing.caption)
+    assert mean.figure.axes[0].get_xlabel() == "nats"
+    assert mean.figure.axes[0].lines[0].get_xdata() == pytest.approx(-np.log([0.5, 0.25]))
+    means = [
+        record["mean"] for record in list_records(report) if record["metric"] == "nll" and record["role"] != "mean"
+    ]
+    assert means == pytest.approx(-np.log([0.5, 0.25]))
+
+    (first, *_) = (run for run in workspace.read_runs() if run.method == "cafe")
+    scores = read_scores([first])
+    of_run, measured = run_sheet(scores), count_right(first.load_predictions("clean")[Column("mine")])["measured"]
+    assert of_run.lines[0][of_run.header.index("NLL (nats)")].text == measured["NLL (nats)"] == "0.69"
+    assert measured["Brier score (from 0 to 2)"] == "0.292"
+    assert flatten_scores(scores)["target/mine/nll"] == pytest.approx(-math.log(0.5))  # in MLflow
+
+
+def test_votes_are_met_in_nats_without_a_limit() -> None:
+    metric = METRICS["votes_cross_entropy"]
+    assert str(estimate([0.9, 1.5, 2.2], metric.unit)) == "1.53 (0.00–3.15)"
+
+
 def not_last(found: Predictions) -> float:
     return float((found.probabilities.argmin(axis=1) != found.labels).mean())
 
@@ -332,7 +370,26 @@ def test_an_interval_of_shares_stays_within_what_is_possible() -> None:
     assert wide.mean - wide.half_width < 0
     assert str(wide) == "45.0 (0.0–100.0)"
     assert str(estimate([0.70, 0.71, 0.72])) == "71.0 ± 2.5"
-    assert METRICS["votes_cross_entropy"].over_seeds([0.9, 1.5, 2.2]).over_seeds[1] > 1  # nats have no limit
+
+
+@pytest.mark.parametrize(
+    ("low", "chance", "faces", "doubtful"),
+    [
+        (0.41, 0.4, 50, False),
+        (0.4, 0.4, 50, True),  # not above chance
+        (0.41, 0.4, 49, True),  # of few faces
+        (math.nan, 0.4, 0, False),  # nothing is known of it
+        (0.1, math.nan, 10, False),  # not to be compared with chance
+    ],
+)
+def test_what_is_not_above_chance_or_of_few_faces_is_doubtful_in_every_table(
+    low: float, chance: float, faces: int, doubtful: bool
+) -> None:
+    assert is_doubtful(low, chance, faces) is doubtful
+    assert Estimate(0.5, math.nan, faces=faces, low=low, high=0.6, chance=chance).doubtful is doubtful
+    unknown = {"unseen_low": low, "unseen_chance": chance, "unseen_faces": faces}
+    record = {name: value if value and value == value else None for name, value in unknown.items()}
+    assert marks_doubt(record, "unseen") is doubtful
 
 
 def test_macro_f1_varies_over_faces_as_its_error_says() -> None:

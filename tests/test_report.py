@@ -162,7 +162,7 @@ def test_paired_tests_are_those_of_the_predictions_corrected_over_targets(worksp
         assert line[4].text == f"{100 * expected.low:+.1f} to {100 * expected.high:+.1f}".replace("-", "−")
         assert line[5].text == (f"{expected.p:.3f}" if expected.p >= 0.001 else "<0.001")
         assert line[6].text == (f"{adjusted:.3f}" if adjusted >= 0.001 else "<0.001")
-        assert line[7].text == "yes"
+        assert line[7].text == "no"
     unseen = paired_bootstrap([differences[target] for target in ("fer", "mine", "stills")])
     assert lines[-1][3].text == f"{100 * unseen.mean:+.1f}".replace("-", "−")
     assert (lines[-1][2].text, lines[-1][6].text, lines[-1][3].mark) == ("570", "–", BEST)
@@ -203,12 +203,15 @@ def test_ranks_are_over_every_pair_of_source_and_unseen_target(workspace: Worksp
     assert "Mean ranks" not in [drawing.sheet for drawing in list_drawings(report)]
 
 
-def test_a_diagram_that_joins_what_the_paired_test_tells_apart_says_why(report: Report) -> None:
+def test_a_diagram_that_joins_what_differs_by_the_paired_test_says_why(report: Report) -> None:
     assert report.ranks is not None
     pairs = replace(report.ranks.ranking, ranks=(1.4, 1.6, 3.2), targets=20, p=0.01, critical_difference=1.5)
     joined = replace(report, ranks=replace(report.ranks, labels=("cafe", "scn", "linear_probe"), ranking=pairs))
     (drawing,) = [drawing for drawing in list_drawings(joined) if drawing.sheet == "Mean ranks"]
-    assert "cafe and scn are joined though the paired test tells them apart (trained on fer, raf)" in drawing.caption
+    assert (
+        "cafe and scn are joined though they differ significantly by the paired test (trained on fer, raf)"
+        in drawing.caption
+    )
     assert "linear_probe" not in drawing.caption
 
 
@@ -289,7 +292,7 @@ def test_names_cannot_break_the_page() -> None:
     assert "&lt;b&gt;" in svg
 
 
-def test_bars_join_the_longest_stretches_that_cannot_be_told_apart() -> None:
+def test_bars_join_the_longest_stretches_within_the_critical_difference() -> None:
     assert find_ties((1.0, 1.5, 2.2, 4.0), 1.25) == [(0, 2)]
     assert find_ties((1.0, 2.0, 3.0), 1.5) == [(0, 1), (1, 2)]
     assert find_ties((1.0, 2.0, 3.0), 0.5) == []

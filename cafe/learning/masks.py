@@ -10,20 +10,22 @@ import torch
 
 from cafe.learning.loading import FaceDataset
 from cafe.learning.training import PREDICTION_BATCH
-from cafe.methods.cafe import Cafe
+from cafe.methods.method import Method
 
 MASKED_FACES = 512  # that the mean masks are taken over, drawn at random
 DIGITS = 4  # of a mask, where it is kept as text
 
 
-def measure_masks(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, list[float]]:
+def measure_masks(
+    method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device
+) -> dict[str, list[float]]:
     """Return the mean mask (C,) of each class that has faces by its name, over at most 512 of some rows, for JSON."""
     means = mean_masks(method, dataset, choose_faces(rows), device)
     named = zip(method.inputs.classes, means, strict=True)
     return {name: mean.round(DIGITS).tolist() for name, mean in named if not np.isnan(mean[0])}
 
 
-def measure_heat_maps(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, Any]:
+def measure_heat_maps(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> dict[str, Any]:
     """Return where the mask of a face of each class is open, for JSON.
 
     `sample_ids` names the faces, one of each class that has any, `classes` what they show, `heats` their maps [n][H][W].
@@ -43,28 +45,30 @@ def choose_faces(rows: np.ndarray) -> np.ndarray:
     return np.random.default_rng(0).permutation(rows)[:MASKED_FACES]
 
 
-def mean_masks(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
+def mean_masks(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return the mean mask (K, C) over the clean views of each class's faces; NaN for one without faces.
 
     A mask with positions (N, C, H, W) is averaged over them.
     """
-    classes = len(method.inputs.classes)
-    sums, counts = np.zeros((classes, method.width)), np.zeros(classes)
-    for masks, labels in _masks(method, dataset, rows, device):
-        np.add.at(sums, labels, masks.reshape(*masks.shape[:2], -1).mean(axis=2))
-        np.add.at(counts, labels, 1)
-    means: np.ndarray = np.divide(sums, counts[:, None], out=np.full(sums.shape, np.nan), where=counts[:, None] > 0)
+    several = [
+        (masks.reshape(*masks.shape[:2], -1).mean(axis=2), labels)
+        for masks, labels in _masks(method, dataset, rows, device)
+    ]
+    values, labels = (np.concatenate(parts) for parts in zip(*several, strict=True))  # (n, C), (n,)
+    means = np.full((len(method.inputs.classes), values.shape[1]), np.nan)
+    for label in np.unique(labels):
+        means[label] = values[labels == label].mean(axis=0, dtype=float)
     return means
 
 
-def heat_maps(method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
+def heat_maps(method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
     """Return how open a mask with positions is at each of them, (n, H, W): its mean over channels, in 0–1."""
     return np.concatenate([masks.mean(axis=1) for masks, _ in _masks(method, dataset, rows, device)])
 
 
 @torch.no_grad()
 def _masks(
-    method: Cafe, dataset: FaceDataset, rows: np.ndarray, device: torch.device
+    method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     method.eval()
     batches = np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))

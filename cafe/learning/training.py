@@ -20,7 +20,6 @@ from cafe.learning.loading import FaceDataset, epoch_order, own_part, smallest_b
 from cafe.learning.valley import find_valley
 from cafe.methods.features import FeatureMethod, Standardisation
 from cafe.methods.method import Batch, Method, widen
-from cafe.methods.rul import Rul
 from cafe.networks.parallel import gather, rank, world_size
 from cafe.randomness import random_generator
 
@@ -279,14 +278,19 @@ def predict_average(
     return torch.stack(by_view).mean(dim=0).numpy()
 
 
-def estimate_uncertainty(method: Rul, dataset: FaceDataset, rows: np.ndarray, device: torch.device) -> np.ndarray:
-    """Return the uncertainty (n,) float32 of the clean view of some rows, as RUL has it."""
+def describe_faces(
+    method: Method, dataset: FaceDataset, rows: np.ndarray, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Return what a method says of the clean view of some rows beside its predictions, (n,) float32 by name."""
+    if type(method).describe_faces is Method.describe_faces:
+        return {}
     method.eval()
-    parts = [torch.zeros(0)]
+    parts: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for batch in dataset.load(split_rows(rows), 0, device):
-            parts.append(method.estimate_uncertainty(batch).cpu())
-    return torch.cat(parts).numpy()
+            for name, values in method.describe_faces(batch).items():
+                parts.setdefault(name, []).append(values.float().cpu())
+    return {name: torch.cat(several).numpy() for name, several in parts.items()}
 
 
 def split_rows(rows: np.ndarray, size: int = PREDICTION_BATCH) -> list[np.ndarray]:

@@ -45,6 +45,7 @@ class Cafe(HeadMethod):
     """Eq. 2: F~ = sigmoid(image branch) * frozen features; one linear layer classifies F~."""
 
     needs = frozenset({"image", "features"})
+    published_tower = "clip-vit-b32"
     recipe_type = Recipe
     recipe: Recipe
 
@@ -70,6 +71,11 @@ class Cafe(HeadMethod):
         """Return the mask before its sigmoid, (N, C) as the frozen features."""
         pooled = widen(self.branch.pool(self.branch(batch["image"])))  # (N, width of the branch)
         return resize_channels(pooled, self.width)
+
+    @property
+    def masking(self) -> bool:
+        """Whether its mask is one that opens and closes: neither linear nor left out."""
+        return self.recipe.mask == "sigmoid"
 
     def mask(self, batch: Batch) -> Tensor:
         """Return the mask as the features are multiplied by it."""

@@ -17,6 +17,7 @@ class CafeMap(Cafe):
     """F~ = mean over positions of sigmoid(resize(map of the image branch)) * map of the frozen tower."""
 
     needs = frozenset({"image", "map"})
+    published_tower = ""
 
     def mask_logits(self, batch: Batch) -> Tensor:
         """Return the mask before its sigmoid, (N, C, H, W) as the tower's map."""

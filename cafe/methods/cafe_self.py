@@ -23,6 +23,7 @@ class CafeSelf(Cafe):
     """F~ = sigmoid(linear layer of the frozen features) * frozen features; all else is CAFE's."""
 
     needs = frozenset({"features"})
+    published_tower = ""
     recipe_type = Recipe
     recipe: Recipe
 

@@ -13,6 +13,7 @@ class CafeVector(Cafe):
     """F~ = sigmoid(vector) * frozen features; all else is CAFE's. No picture is decoded and no image branch trained."""
 
     needs = frozenset({"features"})
+    published_tower = ""
 
     def build_mask(self) -> None:
         """Start with every channel half open, about where an untrained image branch starts."""

@@ -66,6 +66,7 @@ class Method(nn.Module):
     # of a training on several sources, "domain", which of them each face is of.
     needs: ClassVar[frozenset[str]]
     trained: ClassVar[bool] = True  # epoch by epoch; what is not trained is fitted at once
+    published_tower: ClassVar[str] = ""  # whose features it was published with; empty where it reads none or any
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.drawing.POLICIES`
     clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
     takes_votes: ClassVar[bool] = False  # whether its losses read the targets of `find_targets`
@@ -166,6 +167,22 @@ class Method(nn.Module):
             logits = logits / self.temperature
         probabilities: Tensor = logits.softmax(dim=1)
         return probabilities
+
+    def describe_faces(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what else it says of each face, numbers (N,) by name: further columns of its predictions, by default none.
+
+        Asked of the clean view in evaluation, without an option of test time; no metric is computed from them.
+        """
+        return {}
+
+    @property
+    def masking(self) -> bool:
+        """Whether it has a mask between 0 and 1, by `mask`, of which figures are drawn."""
+        return False
+
+    def mask(self, batch: Batch) -> Tensor:
+        """Return the mask (N, C), or (N, C, H, W) with positions, of a method that is `masking`."""
+        raise NotImplementedError
 
     def augment(self, batch: Batch) -> Batch:
         """Return what a training step learns from instead of one worker's part of a batch."""

@@ -61,9 +61,10 @@ class Rul(Method):
             output["uncertainty"] = measure_uncertainty(widen(self.log_variance(features)))
         return output
 
-    def estimate_uncertainty(self, batch: Batch) -> Tensor:
-        """Return the uncertainty (N,) of every face: the mean variance that prediction does not need."""
-        return measure_uncertainty(widen(self.log_variance(self.branch(batch["image"])))).squeeze(1)
+    def describe_faces(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the `uncertainty` of every face: the mean variance that prediction does not need."""
+        log_variance = widen(self.log_variance(self.branch(batch["image"])))
+        return {"uncertainty": measure_uncertainty(log_variance).squeeze(1)}
 
     def losses(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Mix every face with a random other one of the batch and ask for both labels."""

@@ -12,14 +12,14 @@ import pandas as pd
 
 from cafe.data import alignment
 from cafe.report.pages import render
-from cafe.report.sheets.sheet import percent
-from cafe.results.metrics import FEW, METRICS, confusion, estimate, risk_at
+from cafe.results.metrics import METRICS, confusion, estimate, is_doubtful, risk_at
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS, PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.scores import average_unseen, describe_left_out, meet, read_scores
 from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import UNSEEN
+from cafe.results.units import PERCENT
 from cafe.results.variants import average_exported
 from cafe.towers.names import split_name
 
@@ -81,7 +81,7 @@ def write_card(
         unseen=describe_unseen(scores, averaged) if averaged else describe_seeds(met.runs, known),
         left_out=describe_left_out(list(dict.fromkeys([*chosen.left_out, *met.left_out]))),
         average=describe_average(len(runs), mirrored),
-        measured={METRICS[name].title: METRICS[name].about for name in MEASURED},
+        measured={METRICS[name].heading: METRICS[name].about for name in MEASURED},
         coverages=[f"{share:.0%}" for share in COVERAGES],
         protocols={name: find_protocol(name).about for name in tables},
         crop={
@@ -117,16 +117,18 @@ def count_right(predictions: Predictions) -> dict[str, Any]:
     """
     counts = confusion(predictions)
     right, support = counts.diagonal(), counts.sum(axis=1)
-    measured = {METRICS[name].title: percent(METRICS[name].compute(predictions)) for name in MEASURED}
-    covered = [percent(1 - risk_at(predictions, share)) for share in COVERAGES]
+    measured = {
+        metric.heading: metric.unit.write(metric.compute(predictions)) for metric in map(METRICS.__getitem__, MEASURED)
+    }
+    covered = [PERCENT.write(1 - risk_at(predictions, share)) for share in COVERAGES]
     largest, accuracy = support.max() / support.sum(), right.sum() / support.sum()
-    doubtful = wilson(accuracy, int(support.sum()))[0] <= largest or support.sum() < FEW
+    doubtful = is_doubtful(wilson(accuracy, int(support.sum()))[0], largest, int(support.sum()))
     recalls = {name: format_share(*pair) for name, *pair in zip(predictions.classes, right, support, strict=True)}
     return {
         "faces": len(predictions.labels),
-        "largest": f"{100 * largest:.1f}",
-        "doubtful": bool(doubtful),
-        "accuracy": format_share(right.sum(), support.sum()) + " ‡" * bool(doubtful),
+        "largest": PERCENT.write(largest),
+        "doubtful": doubtful,
+        "accuracy": format_share(right.sum(), support.sum()) + " ‡" * doubtful,
         "recalls": recalls,
         "measured": measured,
         "covered": covered,
@@ -138,7 +140,7 @@ def format_share(right: int, faces: int) -> str:
     if not faces:
         return "–"
     low, high = wilson(right / faces, faces)
-    return f"{100 * right / faces:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+    return f"{PERCENT.write(right / faces)} ({PERCENT.write(low)}–{PERCENT.write(high)})"
 
 
 def describe_seeds(seeds: Sequence[Run], known: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cafe.results.significance.statistics import Ranking
+from cafe.results.units import PERCENT, Unit
 
 INK, ACCENT = "#010203", "#c8763a"  # nothing else has the ink's colour, so that it can be replaced
 COOL = "#4a86c5"  # of what is below a mean, where the accent is above it
@@ -29,39 +30,49 @@ POINTS = ["name", "value", "low", "high", "published"]  # columns of what `draw_
 
 
 def draw_points(
-    points: pd.DataFrame, label: str, limits: tuple[float, float], zero: bool = False, chance: float = math.nan
+    points: pd.DataFrame,
+    label: str,
+    limits: tuple[float, float],
+    zero: bool = False,
+    chance: float = math.nan,
+    unit: Unit = PERCENT,
 ) -> Figure:
-    """Draw values with their intervals in percent, one to a line; `zero` marks where nothing differs, a dashed line chance.
+    """Draw values with their intervals in a unit, one to a line; `zero` marks where nothing differs, a dashed line chance.
 
-    `points` has the columns `POINTS`, their values in 0–1 and published NaN where there is none; `limits` are the ends of
-    the axis in 0–1, the same for all figures that are to be compared.
+    `points` has the columns `POINTS`, published NaN where there is none; `limits` are the ends of the axis, the same for all
+    figures that are to be compared. All numbers are as they were computed, shares from 0 to 1.
     """
     figure = Figure(figsize=(WIDTH, len(points) * LINE + 0.6), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(points))
-    values, lows, highs, published = (100 * points[name].to_numpy(float) for name in POINTS[1:])
+    values, lows, highs, published = (unit.scale * points[name].to_numpy(float) for name in POINTS[1:])
     reach = [values - lows, highs - values]
     axes.errorbar(values, places, xerr=reach, fmt="o", color=ACCENT, markersize=5.5, elinewidth=1.6, capsize=3)
     axes.plot(published, places, "D", color="none", markeredgecolor=INK, markersize=6, markeredgewidth=1.1)
     axes.set_yticks(places, points["name"])
     axes.set_ylim(len(points) - 0.5, -0.5)
     margin = 0.04 * (limits[1] - limits[0]) or 0.01
-    axes.set_xlim(100 * (limits[0] - margin), 100 * (limits[1] + margin))
+    axes.set_xlim(unit.scale * (limits[0] - margin), unit.scale * (limits[1] + margin))
     axes.set_xlabel(label, color=INK)
     axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
     if zero:
         axes.axvline(0, color=INK, linewidth=1)
     if not math.isnan(chance):
-        axes.axvline(100 * chance, color=INK, linewidth=1, linestyle="--", alpha=0.6)
-        axes.set_xlabel(f"{label}; dashed: chance, {100 * chance:.1f}", color=INK)
+        axes.axvline(unit.scale * chance, color=INK, linewidth=1, linestyle="--", alpha=0.6)
+        axes.set_xlabel(f"{label}; dashed: chance, {unit.write(chance)}", color=INK)
     ink(axes)
     return figure
 
 
 def draw_heat_map(
-    rows: Sequence[str], columns: Sequence[str], values: np.ndarray, limits: tuple[float, float], seen: np.ndarray
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: np.ndarray,
+    limits: tuple[float, float],
+    seen: np.ndarray,
+    unit: Unit = PERCENT,
 ) -> Figure:
-    """Draw values (rows, columns) in 0–1 as coloured cells with their percent; those `seen` in training in brackets.
+    """Draw values (rows, columns) as coloured cells, written in a unit; those `seen` in training in brackets.
 
     `limits` are the values of the palest and the strongest colour, the same for all maps of a page.
     """
@@ -77,7 +88,7 @@ def draw_heat_map(
     axes.invert_yaxis()
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            text = f"({100 * value:.1f})" if seen[row, column] else f"{100 * value:.1f}"
+            text = f"({unit.write(value)})" if seen[row, column] else unit.write(value)
             colour = "white" if (value - low) < 0.6 * (high - low) else "#111"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
     ink(axes)
@@ -85,7 +96,10 @@ def draw_heat_map(
 
 
 def draw_ranks(labels: Sequence[str], ranking: Ranking) -> Figure:
-    """Draw mean ranks along a line as Demšar does, the best on the left: bars join methods that cannot be told apart."""
+    """Draw mean ranks along a line as Demšar does, the best on the left.
+
+    Bars join methods that do not differ significantly.
+    """
     ranks, count, critical = ranking.ranks, len(labels), ranking.critical_difference
     bars = find_ties(ranks, critical)
     left = math.ceil(count / 2)  # names hang below the line, the better half to its left and the others to its right

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from cafe.results.columns import MEAN, OVERALL, Column
 from cafe.results.comparison import NOTHING, Comparison, Row, compare_classes
 from cafe.results.groups import FindManifest
 from cafe.results.metrics import Estimate, confusion
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers
 from cafe.results.runs import list_epochs, read_epoch
 
 CURVES = {"train/total": "loss", "train/accuracy": "accuracy", "selection/accuracy": "held-out accuracy"}
@@ -82,7 +82,7 @@ def list_details(comparison: Comparison, gallery: Gallery) -> list[Detail]:
             raise unknown("expression", name, known)
     classes: dict[tuple[str, str], Row] = {}  # by target and group of runs
     for target in comparison.targets:
-        for row in compare_classes(runs, comparison.scores, target, comparison.protocol).rows:
+        for row in compare_classes(runs, comparison.scores, target, comparison.protocol, comparison.kept).rows:
             classes[target, row.runs[0].group] = row
     return [_describe(row, classes, comparison, gallery) for row in comparison.rows if _evaluated(row)]
 
@@ -94,12 +94,7 @@ def _evaluated(row: Row) -> list[Column]:
 def _describe(row: Row, classes: dict[tuple[str, str], Row], comparison: Comparison, gallery: Gallery) -> Detail:
     columns = _evaluated(row)
     unseen_first = sorted(columns, key=lambda column: column in row.seen)
-    first, others = (
-        replace(row, runs=tuple(run for run in row.runs if (run.seed == row.runs[0].seed) == own))
-        for own in (True, False)
-    )
-    (seed,) = comparison.load_predictions(first)  # with the ids of its faces, of which the mistakes are shown
-    seeds = [seed, *comparison.load_predictions(others, named=False)]
+    seeds = comparison.list_answers(row)
     confusions = {column: count_confusions([one[column] for one in seeds if column in one]) for column in columns}
     names = dict.fromkeys(name for own in confusions.values() for name in own.classes)
     cells = [
@@ -115,20 +110,20 @@ def _describe(row: Row, classes: dict[tuple[str, str], Row], comparison: Compari
         columns,
         {name: [own.get(name, NOTHING) for own in cells] for name in (*names, OVERALL, MEAN)},
         confusions,
-        list_mistakes(seed, unseen_first, gallery),
+        list_mistakes(seeds[0], unseen_first, gallery),
         read_epochs(row),
         masks,
         {kind: found[1].figure(found[0], kind, ".png") for kind, found in pictures.items() if found},
     )
 
 
-def count_confusions(several: Sequence[Predictions]) -> Confusion:
-    """Return the mean counts of true × predicted classes of several predictions for one target."""
+def count_confusions(several: Sequence[Answers]) -> Confusion:
+    """Return the mean counts of true × predicted classes of several runs on one target."""
     counts = np.mean([confusion(predictions) for predictions in several], axis=0)
     return Confusion(several[0].classes, np.asarray(counts))
 
 
-def list_mistakes(seed: dict[Column, Predictions], columns: Sequence[Column], gallery: Gallery) -> list[ShownMistake]:
+def list_mistakes(seed: dict[Column, Answers], columns: Sequence[Column], gallery: Gallery) -> list[ShownMistake]:
     """Return the mistakes of highest confidence of a seed, taken in turn from the columns and then put column by column."""
     ranked = []
     for number, column in enumerate(columns):

@@ -44,18 +44,18 @@ def _draw_means(report: Report) -> Iterator[Drawing]:
     shown = points[["low", "high", "published", "chance"]]
     limits = (shown.min().min(), shown.max().max())
     diamonds = " Diamonds: published." if points["published"].notna().any() else ""
-    metric = METRICS[report.comparison.metric].title
-    about = f"mean {metric} over the unseen targets with its 95 % t-interval over seeds"
+    metric = METRICS[report.comparison.metric]
+    about = f"mean {metric.title} over the unseen targets with its 95 % t-interval over seeds"
     for (source, class_set), own in points.groupby(["source", "class_set"], sort=False):
         over = f", {class_set}" if class_set else ""
         caption = f"Trained on {source}{over}: {about}.{diamonds}"
-        figure = draw_points(own, "percent", limits, chance=own["chance"].max())
+        figure = draw_points(own, metric.unit.name, limits, chance=own["chance"].max(), unit=metric.unit)
         yield Drawing(report.sheets[0].title, caption, figure)
 
 
 def _draw_maps(report: Report) -> Iterator[Drawing]:
     """A map of each method over sources and targets; with one source, a single one of methods and targets."""
-    comparison = report.comparison
+    comparison, metric = report.comparison, METRICS[report.comparison.metric]
     maps = [(label, rows, [row.source for row in rows]) for label, rows in by_label(comparison)]
     across = "source × target" if maps else "method × target"
     labels = [row.label for row in comparison.rows]
@@ -67,10 +67,10 @@ def _draw_maps(report: Report) -> Iterator[Drawing]:
     for name, rows, names in maps:
         values = np.array([[estimate.mean for estimate in row.cells.values()] for row in rows])
         seen = np.array([[column in row.seen for column in comparison.columns] for row in rows])
-        caption = (
-            f"{name}: {METRICS[comparison.metric].title} of {across} in percent; in brackets the set it was trained on."
+        caption = f"{name}: {metric.title} of {across}, {metric.unit.name}; in brackets the set it was trained on."
+        figure = draw_heat_map(
+            names, [column.title for column in comparison.columns], values, limits, seen, metric.unit
         )
-        figure = draw_heat_map(names, [column.title for column in comparison.columns], values, limits, seen)
         yield Drawing(report.sheets[0].title, caption, figure)
 
 
@@ -91,13 +91,15 @@ def _draw_tests(report: Report) -> Iterator[Drawing]:
 
 def _draw_ranks(report: Report) -> Iterator[Drawing]:
     if report.ranks and not math.isnan(report.ranks.ranking.p):
-        caption = "Mean ranks over pairs of source and unseen target. A bar joins methods that ranks do not tell apart."
+        caption = (
+            "Mean ranks over pairs of source and unseen target. A bar joins ranks that do not differ significantly."
+        )
         caption += "".join(f" {sentence}" for sentence in _explain_ties(report, report.ranks))
         yield Drawing("Mean ranks", caption, draw_ranks(report.ranks.labels, report.ranks.ranking))
 
 
 def _explain_ties(report: Report, ranks: Ranks) -> Iterator[str]:
-    """Yield why a bar joins two methods that a paired test tells apart."""
+    """Yield why a bar joins two methods that differ significantly by a paired test."""
     labels, joined = ranks.labels, find_ties(ranks.ranking.ranks, ranks.ranking.critical_difference)
     tied = {frozenset(pair) for first, last in joined for pair in combinations(labels[first : last + 1], 2)}
     tests = (*report.tests, *(test for verdict in report.verdicts for test in verdict.tests))
@@ -107,6 +109,6 @@ def _explain_ties(report: Report, ranks: Ranks) -> Iterator[str]:
             found.setdefault(pair, {})[test.row.source] = None
     for pair, sources in found.items():
         yield (
-            f"{' and '.join(sorted(pair))} are joined though the paired test tells them apart (trained on "
+            f"{' and '.join(sorted(pair))} are joined though they differ significantly by the paired test (trained on "
             f"{', '.join(sources)}): ranks count {ranks.ranking.targets} pairs of sets alike, the test every face."
         )

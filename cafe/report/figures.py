@@ -23,7 +23,7 @@ from cafe.files import read_json
 from cafe.report import MISTAKES
 from cafe.results.columns import Column
 from cafe.results.metrics import confusion
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers, Predictions
 from cafe.results.runs import read_run
 
 if TYPE_CHECKING:
@@ -140,19 +140,21 @@ def shade(share: float) -> tuple[int, ...]:
     return tuple(round((1 - share) * light + share * dark) for light, dark in zip(LIGHT, DARK, strict=True))
 
 
-def find_worst_mistakes(predictions: Predictions, count: int, classes: Collection[str] | None = None) -> list[Mistake]:
+def find_worst_mistakes(
+    predictions: Predictions | Answers, count: int, classes: Collection[str] | None = None
+) -> list[Mistake]:
     """Return the mistakes of highest confidence on faces of these classes (default: of all), the highest first."""
     names = predictions.classes
     wanted = [label for label, name in enumerate(names) if classes is None or name in classes]
     wrong = np.flatnonzero((predictions.predicted != predictions.labels) & np.isin(predictions.labels, wanted))
-    confidence = predictions.probabilities[wrong].max(axis=1)
+    confidence = predictions.confidence[wrong]
     order = np.argsort(-confidence, kind="stable")[:count]
     return [
         Mistake(
             predictions.sample_ids[place],
             names[predictions.labels[place]],
             names[predictions.predicted[place]],
-            float(predictions.probabilities[place].max()),
+            float(predictions.confidence[place]),
         )
         for place in wrong[order]
     ]

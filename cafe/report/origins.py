@@ -15,7 +15,8 @@ from cafe.errors import UserError
 from cafe.report.sheets.sheet import Sheet, SheetCell
 from cafe.results.comparison import Comparison, Row
 from cafe.results.leaks import load_leaks
-from cafe.results.predictions import Predictions, load_predictions
+from cafe.results.predictions import Answers
+from cafe.results.units import PERCENT
 from cafe.results.variants import NEAR, Trial
 
 PACKAGES = ("numpy", "scipy", "pandas")  # that compute what the page shows, with this code
@@ -61,7 +62,7 @@ def _describe_trial(trial: Trial, label: str) -> list[str]:
         label,
         str(run.seed),
         str(len(trial.runs)),
-        *("–" if math.isnan(value) else f"{100 * value:.1f}" for value in accuracies),
+        *map(PERCENT.write, accuracies),
         str(trial.near),
         f"draw {run.draw}",
         ", ".join(f"{name}={value:.3g}" for name, value in trial.settings.items()),
@@ -101,8 +102,9 @@ def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
         words = (" / ".join(sorted(set(own[name].str[:SHORT]))) for name in ("kind", "split", "manifest"))
         faces = " / ".join(f"{count:,}" for count in sorted(set(own["faces"])))
         runs = {run.name: run for row in comparison.rows for run in row.runs}
-        predictions = load_predictions(runs[own["run"].iloc[0]].folder, comparison.protocol)[target]
-        copies = [_count_copies(root, source, predictions) for source in sources]
+        found = comparison.kept.find(runs[own["run"].iloc[0]], comparison.protocol)
+        answers = next(one for column, one in found.items() if column.name == target)
+        copies = [_count_copies(root, source, answers) for source in sources]
         lines.append(list(map(SheetCell, [target, *words, faces, *copies])))
     notes = [
         "Faces: those that were evaluated. Copies: how many of them cafe data audit found to be copies or near copies of "
@@ -111,12 +113,12 @@ def targets_sheet(comparison: Comparison, root: UPath) -> Sheet:
     return Sheet("Targets and leak audit", 4, 0, header, lines, notes)
 
 
-def _count_copies(root: UPath, source: tuple[str, str], predictions: Predictions) -> str:
+def _count_copies(root: UPath, source: tuple[str, str], answers: Answers) -> str:
     try:
-        copies = load_leaks(root, *source, predictions.about["target"], predictions.about["manifest"])
+        copies = load_leaks(root, *source, answers.about["target"], answers.about["manifest"])
     except UserError:  # there is no audit, or one of other manifests than these
         return "not audited"
-    return f"{len(copies.intersection(predictions.sample_ids)):,}"
+    return f"{len(copies.intersection(answers.sample_ids)):,}"
 
 
 def list_versions() -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-import pandas as pd
 from upath import UPath
 
 from cafe.errors import UserError
@@ -20,14 +19,23 @@ from cafe.report.sheets.published import class_sheet, published_sheet
 from cafe.report.sheets.sheet import Sheet
 from cafe.report.sheets.tests import ranks_sheet, tests_sheets
 from cafe.results.columns import MEAN, Column
-from cafe.results.comparison import ALL, NOTHING, Comparison, Row, compare, compare_classes
+from cafe.results.comparison import ALL, NOTHING, Comparison, Row, check_evaluated, compare, compare_classes
 from cafe.results.groups import FindManifest, Parted, Parting, part_rows
 from cafe.results.leaks import leave_out_leaks
 from cafe.results.metrics import METRICS, Estimate, choose_metrics
 from cafe.results.protocols import ALL_PROTOCOLS, ProtocolName, find_protocol
 from cafe.results.published import Published, publish_classes, publish_rows
 from cafe.results.runs import Run
-from cafe.results.scores import LeftOut, describe_left_out, meet, read_scores, share_sources
+from cafe.results.scores import (
+    Filter,
+    Kept,
+    LeftOut,
+    describe_left_out,
+    list_evaluated,
+    meet,
+    read_filtered_scores,
+    share_sources,
+)
 from cafe.results.significance.paired_tests import Paired, Ranks, pair_rows, rank_rows
 from cafe.results.significance.verdicts import Verdict, reach_verdicts
 from cafe.results.sources import SAME_SET, SOURCE, UNSEEN
@@ -80,30 +88,30 @@ def make_report(
     runs, trials = choose_draws(runs)
     runs, left_out = meet(runs, known)
     about = [*about, *strangers, *describe_left_out(left_out)]
-    scores = read_scores(runs, known)
-    protocol = settings.protocol or choose_protocol(scores)
-    _check_left_out(scores, left_out, protocol)
-    elsewhere = list_others(scores, protocol, settings.test_time)
+    evaluated = list_evaluated(runs)
+    protocol = settings.protocol or choose_protocol(evaluated)
+    _check_left_out(evaluated, left_out, protocol)
+    elsewhere = list_others(evaluated, protocol, settings.test_time)
     varied = vary_runs(runs, protocol, settings.test_time)
-    shown = [*runs, *varied]
-    if settings.shared_classes:
-        shown = [replace(run, shared_classes=True) for run in shown]
-        scores = read_scores(shown, known, [protocol])
-    elif varied:
-        scores = pd.concat([scores, read_scores(varied, known, [protocol])], ignore_index=True)
-    leak_free = None
+    if not varied:
+        check_evaluated(evaluated, protocol)
+    shown = [replace(run, shared_classes=settings.shared_classes) for run in (*runs, *varied)]
+    filters: list[Filter | None] = [None]
     if settings.exclude_leaks:
         assert root is not None
-        leak_free = read_scores(shown, known, [protocol], leave_out_leaks(root))
+        filters.append(leave_out_leaks(root))
+    kept = Kept()
+    scores, *others_left = read_filtered_scores(shown, known, [protocol], filters, kept)
+    leak_free = others_left[0] if others_left else None
     said = [f"Protocol {protocol}: {find_protocol(protocol).about}"]
     if per_class:
-        classes = compare_classes(shown, scores, per_class, protocol)
+        classes = compare_classes(shown, scores, per_class, protocol, kept)
         return _report_classes(classes, per_class, versus, [*said, *about], left_out)
     measured = [other for other in others if scores[other].notna().any()]
     if lacking := [METRICS[other].title for other in others if other not in measured]:
         about += [f"No target has what it takes to compute {', '.join(lacking)}."]
-    comparison = compare(shown, scores, metric, protocol, leak_free, measured if others else None)
-    further = [compare(shown, scores, other, protocol, leak_free, ()) for other in measured]
+    comparison = compare(shown, scores, metric, protocol, leak_free, measured if others else None, kept)
+    further = [compare(shown, scores, other, protocol, leak_free, (), kept) for other in measured]
     parting = None
     if settings.by:
         assert find_manifest is not None
@@ -144,28 +152,27 @@ def _report_classes(
     return Report(title, [*about], sheets, classes, published, tests, target=target, left_out=left_out)
 
 
-def choose_protocol(scores: pd.DataFrame) -> ProtocolName:
+def choose_protocol(evaluated: Collection[str]) -> ProtocolName:
     """Return the protocol whose numbers are shown where none is asked for: the first by which any run was evaluated."""
-    there = set(scores["protocol"])
-    return next((name for name in get_args(ProtocolName) if name in there), get_args(ProtocolName)[0])
+    return next((name for name in get_args(ProtocolName) if name in evaluated), get_args(ProtocolName)[0])
 
 
-def _check_left_out(scores: pd.DataFrame, left_out: Sequence[LeftOut], protocol: str) -> None:
+def _check_left_out(evaluated: Collection[str], left_out: Sequence[LeftOut], protocol: str) -> None:
     """Raise `UserError` that names them where nothing but predictions of other faces than those of now was found."""
     own = [one for one in left_out if find_protocol(one.protocol).plain == protocol]
-    missing = left_out if scores.empty else own
-    if missing and not (scores["protocol"] == protocol).any():
+    missing = own if evaluated else left_out
+    if missing and protocol not in evaluated:
         listed = "".join(f"\n  {line}" for line in describe_left_out(missing))
         raise UserError(
             f"All {len(missing)} predictions are of other faces than those that count now: evaluate the runs again.{listed}"
         )
 
 
-def list_others(scores: pd.DataFrame, protocol: str, test_time: Sequence[str] = ()) -> list[str]:
+def list_others(evaluated: Collection[str], protocol: str, test_time: Sequence[str] = ()) -> list[str]:
     """Return how else runs were evaluated than by a protocol and with these options, and how to see that."""
     said = []
     for other in map(find_protocol, ALL_PROTOCOLS):
-        if (scores["protocol"] == other.name).any():
+        if other.name in evaluated:
             if not other.option and other.plain != protocol:
                 said.append(f"Some of these runs were also evaluated by --protocol {other.name}: see its own table.")
             if other.option and other.option not in test_time and other.plain == protocol:
@@ -252,5 +259,6 @@ def _describe_test(test: Paired | None) -> dict[str, object]:
     return {
         "versus": test.reference.label, "faces": difference.faces, "groups": difference.groups,
         "accuracy_difference": difference.mean, "low": difference.low, "high": difference.high,
-        "p": difference.p, "p_holm": test.adjusted_p, "seeds_apart": "" if test.apart is None else str(test.apart).lower(),
+        "p": difference.p, "p_holm": test.adjusted_p,
+        "seed_ranges_overlap": "" if test.overlap is None else str(test.overlap).lower(),
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,10 @@ import pandas as pd
 from cafe.errors import UserError, shorten, unknown
 from cafe.results.columns import MEAN, OVERALL, Column, Mean, name_class_sets
 from cafe.results.metrics import METRICS, RECALL, Estimate, estimate, find_metric
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers
 from cafe.results.protocols import ALL_PROTOCOLS, OPTIONS
 from cafe.results.runs import Run
-from cafe.results.scores import ENDS, FACES, LOW
+from cafe.results.scores import ENDS, FACES, LOW, Kept
 from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNSEEN
 
@@ -118,6 +118,7 @@ class Comparison:
     rows: list[Row]
     scores: pd.DataFrame  # of these runs by this protocol
     class_sets: dict[tuple[str, ...], str] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)  # what its runs answered
     leaking: list[str] | None = None  # the targets that share faces with a source; None when leaks were not looked at
 
     @property
@@ -144,14 +145,14 @@ class Comparison:
         """The targets that have a relation to any of the runs."""
         return sorted(set(self.scores.loc[self.scores["relation"] == relation, "target"]))
 
-    def load_predictions(self, row: Row, named: bool = True) -> list[dict[Column, Predictions]]:
-        """Return the predictions of every seed of a row by column; those of a fold for the domain it leaves out alone."""
-        found: dict[int, dict[Column, Predictions]] = {run.seed: {} for run in row.runs}
+    def list_answers(self, row: Row) -> list[dict[Column, Answers]]:
+        """Return what every seed of a row answered by column; of a fold for the domain it leaves out alone."""
+        found: dict[int, dict[Column, Answers]] = {run.seed: {} for run in row.runs}
         for run in row.runs:
-            for column, predictions in run.load_predictions(self.protocol, named).items():
+            for column, answers in self.kept.find(run, self.protocol).items():
                 if run.evaluates(column):
-                    placed = replace(column, class_set=self.class_sets.get(predictions.classes, ""))
-                    found[run.seed][placed] = predictions
+                    placed = replace(column, class_set=self.class_sets.get(answers.classes, ""))
+                    found[run.seed][placed] = answers
         return list(found.values())
 
 
@@ -162,12 +163,14 @@ def compare(
     protocol: str,
     leak_free: pd.DataFrame | None = None,
     beside: Sequence[str] | None = None,
+    kept: Kept | None = None,
 ) -> Comparison:
     """Estimate a metric of every group of runs on every target, and its means over targets; raise `UserError`.
 
     A mean takes the seeds that were evaluated on all of its targets. With `leak_free` scores, targets of which faces were
     left out have a second column. Predictions over other classes have columns and means of their own. `beside` are the
     metrics of which the mean over unseen targets stands beside this one's, by default those that are registered so.
+    `kept` holds what the runs answered, which is read when it is needed otherwise.
     """
     if beside is None:
         beside = [name for name, about in METRICS.items() if about.beside and name != metric]
@@ -177,9 +180,9 @@ def compare(
     table = _Table(shown, class_sets)
     without, leaking = None, []
     if leak_free is not None:
-        kept = leak_free[(leak_free["protocol"] == protocol) & leak_free["target"].isin(set(table.scores["target"]))]
-        without = _Table(kept, class_sets)
-        leaking = sorted(set(kept.loc[kept["left_out"] > 0, "target"]))
+        there = leak_free[(leak_free["protocol"] == protocol) & leak_free["target"].isin(set(table.scores["target"]))]
+        without = _Table(there, class_sets)
+        leaking = sorted(set(there.loc[there["left_out"] > 0, "target"]))
     columns = [
         replace(column, leak_free=hidden)
         for column in table.columns
@@ -193,7 +196,7 @@ def compare(
         }
         row = Row(members, label, cells, seeded=table.is_seeded(members))
         rows.append(_summarise(row, table, without, metric, beside))
-    return Comparison(metric, protocol, columns, rows, own, class_sets, leaking if without else None)
+    return Comparison(metric, protocol, columns, rows, own, class_sets, kept or Kept(), leaking if without else None)
 
 
 def _summarise(row: Row, table: _Table, without: _Table | None, metric: str, beside: Sequence[str]) -> Row:
@@ -220,7 +223,9 @@ def _summarise(row: Row, table: _Table, without: _Table | None, metric: str, bes
     )
 
 
-def compare_classes(runs: Sequence[Run], scores: pd.DataFrame, target: str, protocol: str) -> Comparison:
+def compare_classes(
+    runs: Sequence[Run], scores: pd.DataFrame, target: str, protocol: str, kept: Kept | None = None
+) -> Comparison:
     """Estimate the recall of each class on one target, like the supplement's Table 1; raise `UserError`."""
     own = choose_evaluated(scores, protocol)
     if target not in set(own["target"]):
@@ -240,7 +245,7 @@ def compare_classes(runs: Sequence[Run], scores: pd.DataFrame, target: str, prot
         relation = table.relation(members, table.place(members, target))
         seen = frozenset(metrics if relation in (SOURCE, SAME_SET) else ())
         rows.append(Row(members, label, cells, seen=seen, seeded=table.is_seeded(members)))
-    return Comparison("recall", protocol, list(metrics), rows, own, class_sets)
+    return Comparison("recall", protocol, list(metrics), rows, own, class_sets, kept or Kept())
 
 
 class _Table:
@@ -292,7 +297,7 @@ class _Table:
         evaluated = [[found.get((seed, column), math.nan) for column in columns] for seed in seeds]
         means = [about.over_targets(values) for values in evaluated if values]
         whole = [mean for mean in means if not math.isnan(mean)]
-        result = about.over_seeds(whole if self.is_seeded(runs) else whole[:1])
+        result = estimate(whole if self.is_seeded(runs) else whole[:1], about.unit)
         return replace(result, **self._rest(runs, metric, columns)) if whole else result
 
     def _rest(self, runs: Sequence[Run], metric: str, columns: Sequence[Column]) -> dict[str, Any]:
@@ -337,10 +342,15 @@ def find_twins(scores: pd.DataFrame) -> dict[str, str]:
 
 def choose_evaluated(scores: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """Return the scores by one protocol; raise `UserError` when there are none."""
-    own = scores[scores["protocol"] == protocol]
-    if len(own):
-        return own
-    if there := [name for name in ALL_PROTOCOLS if (scores["protocol"] == name).any()]:
+    check_evaluated(set(scores["protocol"]), protocol)
+    return scores[scores["protocol"] == protocol]
+
+
+def check_evaluated(evaluated: Collection[str], protocol: str) -> None:
+    """Raise `UserError` unless runs were evaluated by a protocol, of those by which any was."""
+    if protocol in evaluated:
+        return
+    if there := [name for name in ALL_PROTOCOLS if name in evaluated]:
         raise UserError(
             f"No run was evaluated by the protocol {protocol!r} yet, only by {', '.join(there)}: "
             f"run `cafe evaluate RUN --protocol {protocol}` first."

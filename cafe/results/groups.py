@@ -16,7 +16,7 @@ from cafe.data.manifest import Manifest
 from cafe.errors import UserError, unknown
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, Row
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers
 from cafe.results.significance.homogeneity import Gap, Share, compare_groups, share_groups
 from cafe.results.significance.paired_tests import number_groups
 from cafe.results.significance.statistics import holm
@@ -64,7 +64,7 @@ def part_rows(comparison: Comparison, by: str, find_manifest: FindManifest) -> P
     columns = [column for column in comparison.columns if not column.leak_free]
     lacking, known = dict[str, str](), dict[str, None]()
     for row in comparison.rows:
-        own, seeds = [], comparison.load_predictions(row)
+        own, seeds = [], comparison.list_answers(row)
         for column in columns:
             several = [seed[column] for seed in seeds if column in seed]
             if not several:
@@ -153,7 +153,7 @@ def _band(numbers: pd.Series[float]) -> pd.Series[str]:
     return numbers.map(named).astype(pd.CategoricalDtype(list(titles.values()), ordered=True))
 
 
-def _part(row: Row, column: Column, several: Sequence[Predictions], names: pd.Series[str]) -> Parted | None:
+def _part(row: Row, column: Column, several: Sequence[Answers], names: pd.Series[str]) -> Parted | None:
     """Return the accuracy of a row's seeds on the groups of a target; None where no face of it has a group."""
     right = [pd.Series(one.predicted == one.labels, one.sample_ids, dtype=float) for one in several]
     values = pd.concat(right, axis=1, join="inner").mean(axis=1)

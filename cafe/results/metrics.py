@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import scipy  # which loads a part of it only when it is used
 
 from cafe.errors import unknown
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers, Predictions
+from cafe.results.units import NATS, PERCENT, Unit
 
 BINS = 15  # of confidence, as in Guo et al.
 FEW = 50  # faces; an accuracy on fewer is known to ±14 points at best
@@ -25,14 +25,15 @@ RECALL = "recall/"  # before the name of a class: the share of its faces that we
 class Estimate:
     """A mean over seeds, the half-width of its 95 % t-interval (NaN from a single seed), and the values themselves.
 
-    It cannot be above its `limit`, nor below zero. `faces` counts the faces it is of, 0 where nobody said; `low` and `high`
-    are the ends of its 95 % interval over faces and `chance` is what it has to exceed, each NaN where it is not known.
+    It cannot be above the limit of its `unit`, nor below zero. `faces` counts the faces it is of, 0 where nobody said; `low`
+    and `high` are the ends of its 95 % interval over faces and `chance` is what it has to exceed, each NaN where it is not
+    known.
     """
 
     mean: float
     half_width: float
     values: tuple[float, ...] = ()
-    limit: float = 1.0
+    unit: Unit = PERCENT
     faces: int = 0
     low: float = math.nan
     high: float = math.nan
@@ -48,14 +49,15 @@ class Estimate:
         """The ends of the interval over seeds, within what is possible; NaN from a single seed."""
         if math.isnan(self.half_width):
             return math.nan, math.nan
-        return max(0.0, self.mean - self.half_width), min(self.limit, self.mean + self.half_width)
+        return max(0.0, self.mean - self.half_width), min(self.unit.limit, self.mean + self.half_width)
 
     @property
     def over_faces(self) -> str:
-        """The mean with its interval over faces in percent: `71.4 (45.4–88.3)`."""
+        """The mean with its interval over faces as it is printed: `71.4 (45.4–88.3)`."""
+        write = self.unit.write
         if math.isnan(self.mean) or math.isnan(self.low):
-            return "–" if math.isnan(self.mean) else f"{100 * self.mean:.1f}"
-        return f"{100 * self.mean:.1f} ({100 * self.low:.1f}–{100 * self.high:.1f})"
+            return write(self.mean)
+        return f"{write(self.mean)} ({write(self.low)}–{write(self.high)})"
 
     @property
     def at_chance(self) -> bool:
@@ -67,36 +69,45 @@ class Estimate:
         """Whether it is of too few faces to say much."""
         return 0 < self.faces < FEW
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether tables mark it."""
+        return is_doubtful(self.low, self.chance, self.faces)
+
     def __str__(self) -> str:
-        """Return percent, as the field prints it; two seeds as they are, for their interval would say nothing.
+        """Return it in its unit, percent as the field prints it; two seeds as they are, for an interval would say nothing.
 
         An interval that would reach beyond what is possible is written by its ends.
         """
+        write = self.unit.write
         if math.isnan(self.mean):
             return "–"
         if self.count == 2:
-            return " / ".join(f"{100 * value:.1f}" for value in self.values)
+            return " / ".join(map(write, self.values))
         if math.isnan(self.half_width):
-            return f"{100 * self.mean:.1f}"
+            return write(self.mean)
         low, high = self.over_seeds
         if low > self.mean - self.half_width or high < self.mean + self.half_width:
-            return f"{100 * self.mean:.1f} ({100 * low:.1f}–{100 * high:.1f})"
-        return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}"
+            return f"{write(self.mean)} ({write(low)}–{write(high)})"
+        return f"{write(self.mean)} ± {write(self.half_width)}"
 
 
-def estimate(values: Sequence[float], confidence: float = 0.95, limit: float = 1.0) -> Estimate:
-    """Return the mean of independent runs with Student's t-interval; no value can be above the limit."""
+def is_doubtful(low: float, chance: float, faces: float) -> bool:
+    """Whether a number that can be compared with chance might be none above it, or is of too few faces to say much.
+
+    `low` is the lower end of its 95 % interval over faces. NaN stands for what is not known, 0 for faces nobody counted.
+    """
+    return not math.isnan(chance) and bool(low <= chance or 0 < faces < FEW)
+
+
+def estimate(values: Sequence[float], unit: Unit = PERCENT, confidence: float = 0.95) -> Estimate:
+    """Return the mean of independent runs with Student's t-interval, which is to be written in a unit."""
     count = len(values)
     if count < 2:
-        return Estimate(float(values[0]) if count else math.nan, math.nan, tuple(values), limit)
+        return Estimate(float(values[0]) if count else math.nan, math.nan, tuple(values), unit)
     quantile = float(scipy.special.stdtrit(count - 1, (1 + confidence) / 2))
     half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(float(np.mean(values)), half_width, tuple(values), limit)
-
-
-def estimate_nats(values: Sequence[float]) -> Estimate:
-    """Return the same of numbers that may be as large as they like."""
-    return estimate(values, limit=math.inf)
+    return Estimate(float(np.mean(values)), half_width, tuple(values), unit)
 
 
 def average_targets(values: Sequence[float]) -> float:
@@ -104,7 +115,7 @@ def average_targets(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def confusion(predictions: Predictions) -> np.ndarray:
+def confusion(predictions: Predictions | Answers) -> np.ndarray:
     """Return counts (K, K): rows are true classes, columns predicted ones, in the order of the predictions' classes."""
     classes = len(predictions.classes)
     places = predictions.labels * classes + predictions.predicted
@@ -259,7 +270,7 @@ def _share_votes(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a run on a target, from 0 to 1, to 2 or in nats: its name, how it is computed, compared and averaged.
+    """A number of a run on a target: its name, how it is computed, compared and averaged, and the unit it is written in.
 
     NaN stands for a target on which it cannot be computed.
 
@@ -272,10 +283,15 @@ class Metric:
     compute: Callable[[Predictions], float]
     higher_is_better: bool = True
     over_targets: Callable[[Sequence[float]], float] = average_targets
-    over_seeds: Callable[[Sequence[float]], Estimate] = estimate
+    unit: Unit = PERCENT
     beside: bool = False
     about: str = ""
     chance: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Its title above a column among others, with its unit where that is not percent."""
+        return self.title if self.unit == PERCENT else f"{self.title} ({self.unit.name})"
 
 
 METRICS: dict[str, Metric] = {
@@ -303,15 +319,15 @@ METRICS: dict[str, Metric] = {
         "NLL",
         negative_log_likelihood,
         higher_is_better=False,
-        over_seeds=estimate_nats,
-        about="NLL: negative log-likelihood, in hundredths of a nat.",
+        unit=NATS,
+        about="NLL: negative log-likelihood of the true class, in nats.",
     ),
     "brier": Metric(
         "Brier score",
         brier_score,
         higher_is_better=False,
-        over_seeds=partial(estimate, limit=2.0),
-        about="Brier score: the squared distance of the probabilities from the true class, in hundredths, from 0 to 200.",
+        unit=Unit("from 0 to 2", digits=3, limit=2.0),
+        about="Brier score: the squared distance of the probabilities from the true class, from 0 to 2.",
     ),
     "aurc": Metric(
         "AURC",
@@ -336,8 +352,8 @@ METRICS: dict[str, Metric] = {
         "cross-entropy to votes",
         votes_cross_entropy,
         higher_is_better=False,
-        over_seeds=estimate_nats,
-        about="Cross-entropy to votes: between the shares of people's votes and the probabilities, in hundredths of a nat.",
+        unit=NATS,
+        about="Cross-entropy to votes: between the shares of people's votes and the probabilities, in nats.",
     ),
 }
 

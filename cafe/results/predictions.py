@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from cafe.records import digest
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.seals import damaged, encode_table, read_table
 
+COLUMNS = ("sample_id", "label", "probabilities", "group", "votes")  # of every file; a method may add others
 REMEDY = "evaluate the run again with `cafe evaluate RUN`"
 
 
@@ -31,10 +32,10 @@ class Predictions:
     """What a run predicted for the faces of a target: labels (N,) int64 and class probabilities (N, K) float32.
 
     `classes` are those of the model, K, of which labels are the places. `votes` (N, K) int64 says how many people chose each
-    of them, 0 throughout where that is not known of a face. `uncertainty` (N,) float32 is what RUL says of a
-    face beside its probabilities; no number here is computed from it. `groups` names the person or film of each face, None
-    where it has none; `about` names the run, target, protocol, split, kind and manifest, and of a target with other classes
-    than the model these and the number of faces that were left out for it.
+    of them, 0 throughout where that is not known of a face. `further` (N,) float32 by name is what a method says of a face
+    beside its probabilities, such as RUL's uncertainty; no number here is computed from it. `groups` names the person or
+    film of each face, None where it has none; `about` names the run, target, protocol, split, kind and manifest, and of a
+    target with other classes than the model these and the number of faces that were left out for it.
     """
 
     sample_ids: list[str]
@@ -44,7 +45,7 @@ class Predictions:
     groups: list[str | None] | None = None
     classes: tuple[str, ...] = EXPRESSIONS
     votes: np.ndarray | None = None
-    uncertainty: np.ndarray | None = None
+    further: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def target_classes(self) -> tuple[str, ...]:
@@ -66,6 +67,18 @@ class Predictions:
     def predicted(self) -> np.ndarray:
         """The most probable class of every face, (N,)."""
         return np.asarray(self.probabilities.argmax(axis=1))
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """The probability of the predicted class of every face, (N,)."""
+        return np.asarray(self.probabilities.max(axis=1))
+
+    @property
+    def answers(self) -> Answers:
+        """What is left of them when all probabilities but the highest are forgotten."""
+        predicted = self.predicted.astype(np.int16)
+        about = (self.about, self.groups, self.classes)
+        return Answers(self.sample_ids, self.labels, predicted, self.confidence.astype(np.float32), *about)
 
     def without(self, samples: Collection[str]) -> Predictions:
         """Return the predictions of all faces but the given ones."""
@@ -111,13 +124,13 @@ class Predictions:
             probabilities=self.probabilities[rows],
             groups=[self.groups[row] for row in rows] if self.groups else None,
             votes=None if self.votes is None else self.votes[rows],
-            uncertainty=None if self.uncertainty is None else self.uncertainty[rows],
+            further={name: values[rows] for name, values in self.further.items()},
         )
 
     def save(self, path: UPath) -> None:
-        """Write as Parquet: sample_id, label, probabilities, group and, where there are any, votes and uncertainty.
+        """Write as Parquet: sample_id, label, probabilities, group and, where there are any, votes and further columns.
 
-        Raises `UserError` naming a face whose probabilities are not finite.
+        Raises `UserError` naming a face whose probabilities are not finite, or a further column by the name of another.
         """
         broken = np.flatnonzero(~np.isfinite(self.probabilities).all(axis=1))
         if len(broken):
@@ -135,8 +148,12 @@ class Predictions:
         if self.votes is not None:
             votes = pa.FixedSizeListArray.from_arrays(pa.array(self.votes.ravel(), pa.int32()), len(self.classes))
             table = table.append_column("votes", votes)
-        if self.uncertainty is not None:
-            table = table.append_column("uncertainty", pa.array(self.uncertainty, pa.float32()))
+        for name, values in self.further.items():
+            if name in COLUMNS:
+                raise UserError(
+                    f"The method says {name!r} of each face, which is a column of all predictions: rename it."
+                )
+            table = table.append_column(name, pa.array(values, pa.float32()))
         about = {**self.about, "expressions": json.dumps(self.classes)}
         write_file(path, encode_table(table.replace_schema_metadata(about)))
 
@@ -144,7 +161,7 @@ class Predictions:
     def load(cls, path: UPath, named: bool = True) -> Predictions | None:
         """Read what `save` wrote; None when it is missing: then the target is not evaluated.
 
-        Without `named`, the ids and groups of the faces are left out, which takes most of the time. Raises `DamagedError`
+        Without `named`, ids, groups and further columns are left out, which takes most of the time. Raises `DamagedError`
         for a file that is not what was written, or not finite.
         """
         try:
@@ -159,8 +176,7 @@ class Predictions:
 
     @classmethod
     def _parse(cls, path: UPath, named: bool) -> Predictions:
-        columns = ["label", "probabilities", "votes", *(["sample_id", "group", "uncertainty"] if named else [])]
-        table = read_table(path, REMEDY, columns)
+        table = read_table(path, REMEDY, None if named else ["label", "probabilities", "votes"])
         about, classes = _read_about(table)
         grouped = named and "group" in table.column_names and table["group"].null_count < len(table)
         return cls(
@@ -171,8 +187,44 @@ class Predictions:
             table["group"].to_numpy().tolist() if grouped else None,
             classes,
             _read_lists(table["votes"], len(classes)).astype(np.int64) if "votes" in table.column_names else None,
-            table["uncertainty"].to_numpy() if "uncertainty" in table.column_names else None,
+            {name: table[name].to_numpy() for name in table.column_names if name not in COLUMNS},
         )
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a run took the faces of a target for: of its `Predictions`, all that tests and galleries need.
+
+    `predicted` (N,) int16 and `confidence` (N,) float32 take a fraction of the room of probabilities, so that those of many
+    runs can be kept.
+    """
+
+    sample_ids: list[str]
+    labels: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    about: dict[str, str]
+    groups: list[str | None] | None = None
+    classes: tuple[str, ...] = EXPRESSIONS
+
+    def of_class(self, label: int) -> Answers:
+        """Return those for the faces with a label."""
+        rows = np.flatnonzero(self.labels == label)
+        return replace(
+            self,
+            sample_ids=[self.sample_ids[row] for row in rows],
+            labels=self.labels[rows],
+            predicted=self.predicted[rows],
+            confidence=self.confidence[rows],
+            groups=[self.groups[row] for row in rows] if self.groups else None,
+        )
+
+    def share(self, other: Answers) -> Answers:
+        """Return them with the ids, labels and groups of others, where these are equal, so that they are there once."""
+        alike = self.sample_ids == other.sample_ids
+        labels = other.labels if alike and np.array_equal(self.labels, other.labels) else self.labels
+        groups = other.groups if alike and self.groups == other.groups else self.groups
+        return replace(self, sample_ids=other.sample_ids if alike else self.sample_ids, labels=labels, groups=groups)
 
 
 def _read_lists(column: pa.ChunkedArray, width: int) -> np.ndarray:
@@ -242,7 +294,7 @@ def average(several: Sequence[Predictions]) -> Predictions:
             f"{first.about.get('target')!r}: evaluate them again with `cafe evaluate RUN`."
         )
     mean = np.mean([first.probabilities, *(one.probabilities for one in others)], axis=0)
-    return replace(first, probabilities=mean, uncertainty=None)
+    return replace(first, probabilities=mean, further={})
 
 
 def list_protocols(run: UPath) -> list[str]:

@@ -17,7 +17,7 @@ import pandas as pd
 from cafe.data.manifest import map_threads
 from cafe.results.columns import Column
 from cafe.results.metrics import METRICS, RECALL, macro_f1_error, score
-from cafe.results.predictions import Head, Predictions, list_predictions, list_protocols
+from cafe.results.predictions import Answers, Head, Predictions, list_predictions, list_protocols
 from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.significance.statistics import combine_intervals, wilson
@@ -42,6 +42,31 @@ NAMED = 3  # runs in a line about many of them
 Filter = Callable[[Run, Column, Predictions], Predictions]
 
 
+class Kept:
+    """The answers of runs by one protocol: kept when they are scored, so that no file is read again for tests and figures.
+
+    Faces that several runs were evaluated on are kept once.
+    """
+
+    def __init__(self) -> None:
+        self._by_run: dict[tuple[str, str], dict[Column, Answers]] = {}
+        self._first: dict[str, Answers] = {}  # by the name of the column
+
+    def find(self, run: Run, protocol: str) -> dict[Column, Answers]:
+        """Return the answers of a run by column, read from its files where they were not kept."""
+        key = (run.name, protocol)
+        if key not in self._by_run:
+            self.add(run, protocol, run.load_predictions(protocol))
+        return self._by_run[key]
+
+    def add(self, run: Run, protocol: str, predictions: Mapping[Column, Predictions]) -> None:
+        """Keep what is needed of the predictions of a run."""
+        own = self._by_run[run.name, protocol] = dict[Column, Answers]()
+        for column, one in predictions.items():
+            answers = one.answers
+            own[column] = answers.share(self._first.setdefault(column.name, answers))
+
+
 def read_scores(
     runs: Iterable[Run],
     known: Collection[str] = (),
@@ -56,29 +81,60 @@ def read_scores(
     `other_classes` counts the faces that were not predicted, being of classes the model lacks. Of unseen targets that are
     one manifest under several names, the first is `unseen` and the others have the `same faces`.
     """
-    records: list[dict[str, Any]] = []
+    (scores,) = read_filtered_scores(runs, known, protocols, [leave_out])
+    return scores
+
+
+def read_filtered_scores(
+    runs: Iterable[Run],
+    known: Collection[str],
+    protocols: Iterable[str],
+    filters: Sequence[Filter | None],
+    kept: Kept | None = None,
+) -> list[pd.DataFrame]:
+    """Return the table of `read_scores` for each filter, of which None leaves no face out; every file is read once.
+
+    `kept` is given the answers of every run, no face left out.
+    """
+    tables: list[list[dict[str, Any]]] = [[] for _ in filters]
     classes: dict[str, None] = {}
+    named = kept is not None or any(filters)
     for run in runs:
         there = list_protocols(run.folder)
         classes |= dict.fromkeys(run.classes)
         for protocol in protocols:
             if protocol not in there:
                 continue
-            for column, predictions in run.load_predictions(protocol, named=leave_out is not None).items():
-                kept = leave_out(run, column, predictions) if leave_out else predictions
-                about = {name: predictions.about.get(name, "") for name in ("split", "kind", "manifest")}
-                missing = known and not run.pulled and column.target not in known
-                relation = UNKNOWN if missing else run.relation(column, about["kind"], about["manifest"])
-                classes |= dict.fromkeys(kept.classes)
-                records.append({
-                    "run": run.name, "group": run.group, "source": run.source, "sources": len(run.sources),
-                    "method": run.method, "seed": run.seed, "column": column, "protocol": protocol, "target": column.name,
-                    **about, "relation": relation, "unseen": relation == UNSEEN, "classes": kept.classes,
-                    "target_classes": kept.target_classes,
-                    "faces": len(kept.labels), "left_out": len(predictions.labels) - len(kept.labels),
-                    "other_classes": predictions.other_classes,
-                    **(describe_scores(kept) if len(kept.labels) else {}),
-                })  # fmt: skip
+            found = run.load_predictions(protocol, named)
+            if kept is not None:
+                kept.add(run, protocol, found)
+            for column, predictions in found.items():
+                for records, leave_out in zip(tables, filters, strict=True):
+                    left = leave_out(run, column, predictions) if leave_out else predictions
+                    records.append(_describe(run, protocol, column, predictions, left, known))
+                    classes |= dict.fromkeys(left.classes)
+    return [_tabulate(records, classes) for records in tables]
+
+
+def _describe(
+    run: Run, protocol: str, column: Column, predictions: Predictions, left: Predictions, known: Collection[str]
+) -> dict[str, Any]:
+    """Return the record of what is left of some predictions."""
+    about = {name: predictions.about.get(name, "") for name in ("split", "kind", "manifest")}
+    missing = known and not run.pulled and column.target not in known
+    relation = UNKNOWN if missing else run.relation(column, about["kind"], about["manifest"])
+    return {
+        "run": run.name, "group": run.group, "source": run.source, "sources": len(run.sources),
+        "method": run.method, "seed": run.seed, "column": column, "protocol": protocol, "target": column.name,
+        **about, "relation": relation, "unseen": relation == UNSEEN, "classes": left.classes,
+        "target_classes": left.target_classes,
+        "faces": len(left.labels), "left_out": len(predictions.labels) - len(left.labels),
+        "other_classes": predictions.other_classes,
+        **(describe_scores(left) if len(left.labels) else {}),
+    }  # fmt: skip
+
+
+def _tabulate(records: Sequence[dict[str, Any]], classes: Iterable[str]) -> pd.DataFrame:
     by_class = [f"{of}{name}" for of in (RECALL, FACES) for name in classes]
     scores = pd.DataFrame(records, columns=[*SCORE_FIELDS, *METRICS, *by_class])
     unseen = scores[scores["unseen"].astype(bool) & (scores["manifest"] != "")]
@@ -86,6 +142,16 @@ def read_scores(
     scores.loc[twins, "relation"] = SAME_FACES
     scores.loc[twins, "unseen"] = False
     return scores
+
+
+def list_evaluated(runs: Iterable[Run]) -> set[str]:
+    """Return the protocols by which any run has predictions that are not set aside; no file is opened."""
+    return {
+        protocol
+        for run in runs
+        for protocol in list_protocols(run.folder)
+        if any((protocol, name) not in run.set_aside for name in list_predictions(run.folder, protocol))
+    }
 
 
 def describe_scores(predictions: Predictions) -> dict[str, float]:

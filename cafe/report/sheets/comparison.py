@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -24,8 +24,6 @@ from cafe.report.sheets.sheet import (
     Sheet,
     SheetCell,
     head_cells,
-    is_doubtful,
-    points,
 )
 from cafe.results.columns import Column, Mean, name_class_sets
 from cafe.results.comparison import NOTHING, Comparison, Row
@@ -70,8 +68,9 @@ def main_sheet(comparison: Comparison, first: bool = True) -> Sheet:
     shown = {comparison.metric, *(place.metric for place in comparison.means)}
     about = [metric.about for name, metric in METRICS.items() if metric.about and name in shown]
     notes = about if not first else [
-        "Percent: the mean ± the half-width of the 95 % t-interval over seeds, or both values where there are two. Unseen: "
-        "the mean over the targets of other sets than the source; all: with the source, as published tables average. "
+        f"{write_units(comparison.metric, shown)}: the mean ± the half-width of the 95 % t-interval over seeds, or both "
+        "values where there are two. Unseen: the mean over the targets of other sets than the source; all: with the source, "
+        "as published tables average. "
         + " ".join(about),
         *ground_notes(comparison.rows),
         *_target_notes(comparison),
@@ -82,6 +81,16 @@ def main_sheet(comparison: Comparison, first: bool = True) -> Sheet:
     order = [len(HEAD) + places.index(place) for place in dict.fromkeys((*unseen, *places))]
     header = [*HEAD, *(place.title for place in places), SAW]
     return Sheet(title[0].upper() + title[1:], 2, 1, header, lines, notes, (*order, len(header) - 1))
+
+
+def write_units(metric: str, shown: Collection[str]) -> str:
+    """Return the unit of a table's own metric and, in brackets, of others that it shows in another one."""
+    own, others = METRICS[metric].unit, dict[str, list[str]]()
+    for name, about in METRICS.items():
+        if name in shown and about.unit != own:
+            others.setdefault(about.unit.name, []).append(about.title)
+    said = "; ".join(f"{', '.join(titles)}: {unit}" for unit, titles in others.items())
+    return own.name.capitalize() + (f" ({said})" if said else "")
 
 
 def find_cells(row: Row, places: Sequence[Place]) -> Cells:
@@ -97,7 +106,8 @@ def mark_lines(rows: Sequence[Row], cells: Sequence[Cells], higher: Mapping[Plac
     lines = [_line(row, own) for row, own in zip(rows, cells, strict=True)]
     for number, place in enumerate(cells[0], start=len(HEAD)):
         means = {line: own[place].mean for line, own in enumerate(cells) if rows[line].contends}
-        printed = {line: round(100 * mean, 1) for line, mean in means.items() if not math.isnan(mean)}
+        unit = cells[0][place].unit
+        printed = {line: unit.round(mean) for line, mean in means.items() if not math.isnan(mean)}
         order = sorted(set(printed.values()), reverse=higher[place])
         for line, value in printed.items() if len(printed) > 1 else ():
             if value in order[:2]:
@@ -113,7 +123,7 @@ def _write(row: Row, place: Place, estimate: Estimate) -> str:
     fewer = row.seeded and 0 < estimate.count < row.seeds
     text = f"{estimate} [{estimate.count}]" if fewer else str(estimate)
     text = f"({text})" if place in row.seen else text
-    return text + " †" * row.peeked + " ‡" * is_doubtful(estimate)
+    return text + " †" * row.peeked + " ‡" * estimate.doubtful
 
 
 def ground_lines(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell]]:
@@ -121,7 +131,7 @@ def ground_lines(source: str, cells: Sequence[Cells]) -> Iterator[list[SheetCell
     best = [max((own[place] for own in cells), key=lambda estimate: estimate.faces) for place in cells[0]]
     if any(estimate.faces for estimate in best):
         faces = (f"{estimate.faces:,}" if estimate.faces else "–" for estimate in best)
-        chances = ("–" if math.isnan(estimate.chance) else f"{100 * estimate.chance:.1f}" for estimate in best)
+        chances = (estimate.unit.write(estimate.chance) for estimate in best)
         yield list(map(SheetCell, [source, FACES, "", *faces]))
         if not all(math.isnan(estimate.chance) for estimate in best):
             yield list(map(SheetCell, [source, CHANCE, "", *chances]))
@@ -135,15 +145,15 @@ def ground_notes(rows: Sequence[Row]) -> Iterator[str]:
     if not any(estimate.faces for *_, estimate in cells):
         return
     yield GROUNDS
-    if any(is_doubtful(estimate) for *_, estimate in cells):
+    if any(estimate.doubtful for *_, estimate in cells):
         yield DOUBTFUL
-    few = {place.title: estimate.faces for _, place, estimate in cells if is_doubtful(estimate) and estimate.few}
+    few = {place.title: estimate.faces for _, place, estimate in cells if estimate.doubtful and estimate.few}
     if few:
         yield f"Fewer than {FEW} faces: {', '.join(f'{name} ({count})' for name, count in few.items())}."
     at_chance = {
         f"{row.label} from {row.source}": None
         for row, place, estimate in cells
-        if isinstance(place, Mean) and place.over == UNSEEN and is_doubtful(estimate) and estimate.at_chance
+        if isinstance(place, Mean) and place.over == UNSEEN and estimate.doubtful and estimate.at_chance
     }
     if at_chance:
         yield f"Not above chance in a mean over unseen targets: {', '.join(at_chance)}."
@@ -181,7 +191,7 @@ def _lead(rows: Sequence[Row], cells: Sequence[Cells], higher: Mapping[Place, bo
     for place, estimate in ours[0].items():
         means = [own[place].mean for own in rivals if not math.isnan(own[place].mean)]
         best = (max if higher[place] else min)(means, default=math.nan)
-        texts.append("–" if math.isnan(estimate.mean - best) else points(estimate.mean - best))
+        texts.append(estimate.unit.write_difference(estimate.mean - best))
     return [list(map(SheetCell, [rows[0].source, "cafe less the best rival", "", *texts]))]
 
 

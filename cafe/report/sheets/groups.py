@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from cafe.report.sheets.sheet import BEST, FACES, HEAD, PEEKED, SAW, Sheet, SheetCell, head_cells, points, write_p
+from cafe.report.sheets.sheet import BEST, FACES, HEAD, PEEKED, SAW, Sheet, SheetCell, head_cells, write_p
 from cafe.results.groups import Parted, Parting
 from cafe.results.metrics import FEW
 from cafe.results.significance.homogeneity import Share
+from cafe.results.units import PERCENT
 
 PARTED = (
     "Accuracy in percent, the mean over seeds, with its 95 % interval over faces (Wilson), or over as many as are effective "
@@ -58,8 +59,8 @@ def _line(part: Parted, groups: Sequence[str]) -> list[SheetCell]:
     return [
         *cells,
         SheetCell(part.groups[gap.worst]),
-        SheetCell(points(gap.mean), BEST if part.adjusted_p < 0.05 else ""),
-        SheetCell(f"{points(gap.low)} to {points(gap.high)}"),
+        SheetCell(PERCENT.write_difference(gap.mean), BEST if part.adjusted_p < 0.05 else ""),
+        SheetCell(f"{PERCENT.write_difference(gap.low)} to {PERCENT.write_difference(gap.high)}"),
         SheetCell(write_p(gap.p)),
         SheetCell(write_p(part.adjusted_p)),
         SheetCell(part.row.saw_target),
@@ -67,7 +68,7 @@ def _line(part: Parted, groups: Sequence[str]) -> list[SheetCell]:
 
 
 def _write(share: Share) -> str:
-    return f"{100 * share.mean:.1f} ({100 * share.low:.1f}–{100 * share.high:.1f})"
+    return f"{PERCENT.write(share.mean)} ({PERCENT.write(share.low)}–{PERCENT.write(share.high)})"
 
 
 def _notes(own: Sequence[Parted], by: str) -> list[str]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from cafe.report.sheets.comparison import class_notes, find_cells, ground_lines, ground_notes, mark_lines, row_notes
-from cafe.report.sheets.sheet import HEAD, NOISE, SAW, Sheet, SheetCell, head_cells, points
+from cafe.report.sheets.sheet import HEAD, NOISE, SAW, Sheet, SheetCell, head_cells
 from cafe.results.comparison import Comparison, Row
 from cafe.results.published import Published
+from cafe.results.units import PERCENT
 
 
 def published_sheet(comparison: Comparison, published: Sequence[Published | None]) -> Sheet:
@@ -37,7 +38,7 @@ def published_sheet(comparison: Comparison, published: Sequence[Published | None
 
 def _beside(row: Row, ours: float, published: float) -> str:
     unknown = math.isnan(ours) or math.isnan(published)
-    text = "–" if unknown else f"{points(ours - published)} ({100 * published:.1f})"
+    text = "–" if unknown else f"{PERCENT.write_difference(ours - published)} ({PERCENT.write(published)})"
     return f"{text} †" if row.peeked else text
 
 

@@ -7,10 +7,11 @@ import math
 import pandas as pd
 
 from cafe.report.sheets.comparison import lacking_notes
-from cafe.report.sheets.sheet import DOUBTFUL, FACES, Sheet, SheetCell, percent
-from cafe.results.metrics import FEW, METRICS, OF_VOTES
+from cafe.report.sheets.sheet import DOUBTFUL, FACES, Sheet, SheetCell
+from cafe.results.metrics import METRICS, OF_VOTES, is_doubtful
 from cafe.results.scores import average_unseen, interval_of_mean
 from cafe.results.sources import SAME_FACES, UNSEEN
+from cafe.results.units import PERCENT
 
 RUN_GROUNDS = (
     "Over faces: the 95 % interval of the accuracy (Wilson; faces taken for independent). Chance: the share of the largest "
@@ -22,16 +23,16 @@ MEAN_LINE = "mean of unseen"
 def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sheet:
     """One run's numbers by one protocol: a line per target and the mean over the unseen ones; leak-free beside them."""
     numbers = _with_mean(scores)
-    table = numbers.rename(columns={name: metric.title for name, metric in METRICS.items()}).map(percent)
+    table = pd.DataFrame({METRICS[name].heading: numbers[name].map(METRICS[name].unit.write) for name in numbers})
     grounds = _ground(scores)
     table.insert(0, FACES, [f"{count:,}" for count in grounds["faces"]])
     table.insert(2, "over faces", [_interval(*ends) for ends in zip(grounds["low"], grounds["high"], strict=True)])
-    table.insert(3, "largest class", grounds["largest"].map(percent).tolist())
-    table.insert(4, "1/K", grounds["uniform"].map(percent).tolist())
-    doubts = {name: own["low"] <= own["largest"] or own["faces"] < FEW for name, own in grounds.iterrows()}
-    table["accuracy"] += [" ‡" * bool(doubts[name]) for name in table.index]
+    table.insert(3, "largest class", grounds["largest"].map(PERCENT.write).tolist())
+    table.insert(4, "1/K", grounds["uniform"].map(PERCENT.write).tolist())
+    doubts = {name: is_doubtful(own["low"], own["largest"], own["faces"]) for name, own in grounds.iterrows()}
+    table["accuracy"] += [" ‡" * doubts[name] for name in table.index]
     if leak_free is not None:
-        table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(percent)
+        table["leak-free accuracy"] = _with_mean(leak_free)["accuracy"].map(PERCENT.write)
         table["left out"] = leak_free.set_index("target")["left_out"].map("{:,}".format)
     lines = [list(map(SheetCell, line)) for line in table.fillna("").reset_index().to_numpy()]
     order = [1 + table.columns.get_loc(name) for name in ("accuracy", "largest class", FACES, "over faces")]
@@ -40,7 +41,7 @@ def run_sheet(scores: pd.DataFrame, leak_free: pd.DataFrame | None = None) -> Sh
     notes += (
         [f"The same faces under another name, not counted in the mean again: {', '.join(twins)}."] if len(twins) else []
     )
-    return Sheet("Percent", 1, 0, ["target", *table.columns], lines, notes, tuple(order))
+    return Sheet("Percent where no other unit is named", 1, 0, ["target", *table.columns], lines, notes, tuple(order))
 
 
 def _with_mean(scores: pd.DataFrame) -> pd.DataFrame:
@@ -63,4 +64,4 @@ def _ground(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _interval(low: float, high: float) -> str:
-    return "–" if math.isnan(low) else f"{100 * low:.1f}–{100 * high:.1f}"
+    return "–" if math.isnan(low) else f"{PERCENT.write(low)}–{PERCENT.write(high)}"

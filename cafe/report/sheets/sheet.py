@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from cafe.results.columns import Column, Mean
@@ -67,21 +66,6 @@ def head_cells(row: Row) -> list[SheetCell]:
     return [SheetCell(row.source), SheetCell(row.label), SheetCell(str(row.seeds) if row.seeded else "any")]
 
 
-def is_doubtful(estimate: Estimate) -> bool:
-    """Whether a number that can be compared with chance is not above it, or of too few faces to say."""
-    return not math.isnan(estimate.chance) and (estimate.at_chance or estimate.few)
-
-
-def points(difference: float) -> str:
-    """Return a difference of fractions in percentage points with its sign."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
-
-
 def write_p(value: float) -> str:
     """Return a p-value as text."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def percent(value: float) -> str:
-    """Return a fraction in percent as text."""
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"

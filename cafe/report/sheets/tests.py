@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
-from cafe.report.sheets.sheet import BEST, PEEKED, SAW, Sheet, SheetCell, points, write_p
+from cafe.report.sheets.sheet import BEST, PEEKED, SAW, Sheet, SheetCell, write_p
 from cafe.results.comparison import Comparison
 from cafe.results.metrics import METRICS
 from cafe.results.significance.paired_tests import PAIRS, RECALLS, Paired, Ranks
+from cafe.results.units import PERCENT
 
 TESTED = (
     "Accuracy minus that of the reference, in percentage points. The interval and p measure what other faces would change, "
     "not other seeds: a bootstrap over faces, each with all seeds of both methods; where faces belong to groups (a person, "
     "a film), a jackknife over groups with Student's t. p (Holm) is corrected over a row's targets or expressions. "
-    "Seeds apart: every seed of one method is ahead of every seed of the other. Bold: p (Holm), or p for the mean, is below "
-    "0.05, and the seeds are not mixed."
+    "Seed ranges overlap: whether the accuracies of the two methods' seeds overlap, from the lowest to the highest of each. "
+    "Bold: p (Holm), or p for the mean, is below 0.05, and the seed ranges do not overlap."
 )
 
 
@@ -25,7 +26,7 @@ def tests_sheets(tests: list[Paired]) -> list[Sheet]:
     for source, block in groupby(tests, lambda test: test.row.source):
         own = list(block)
         what = "expression" if own[0].mean == RECALLS else "target"
-        header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seeds apart", SAW]
+        header = ["method", what, "faces", "difference", "95 % interval", "p", "p (Holm)", "seed ranges overlap", SAW]
         notes = [*([] if sheets else [TESTED]), *([PEEKED] if any(test.peeked for test in own) else [])]
         if incomplete := [test for test in own if test.left_out and test.column]:
             missing = (f"{test.left_out:,} of {test.title} ({test.row.label})" for test in incomplete)
@@ -43,11 +44,11 @@ def _test_line(test: Paired) -> list[SheetCell]:
         SheetCell(f"{test.row.label} †" if test.peeked else test.row.label),
         SheetCell(name_target(test)),
         SheetCell(f"{difference.faces:,}{groups}"),
-        SheetCell(points(difference.mean), BEST if test.holds else ""),
-        SheetCell(f"{points(difference.low)} to {points(difference.high)}"),
+        SheetCell(PERCENT.write_difference(difference.mean), BEST if test.holds else ""),
+        SheetCell(f"{PERCENT.write_difference(difference.low)} to {PERCENT.write_difference(difference.high)}"),
         SheetCell(write_p(difference.p)),
         SheetCell(write_p(test.adjusted_p) if test.column else "–"),
-        SheetCell("–" if test.apart is None else "yes" if test.apart else "no"),
+        SheetCell("–" if test.overlap is None else "yes" if test.overlap else "no"),
         SheetCell(test.row.saw_target),
     ]
 

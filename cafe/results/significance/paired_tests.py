@@ -13,19 +13,20 @@ from cafe.errors import UserError, unknown
 from cafe.results.columns import Column
 from cafe.results.comparison import Comparison, Row
 from cafe.results.metrics import METRICS
-from cafe.results.predictions import Predictions
+from cafe.results.predictions import Answers
 from cafe.results.significance.statistics import Difference, Ranking, holm, paired_test, rank_methods
 
 PAIRS = 10  # of source and target, fewer than which say nothing of mean ranks
 RECALLS = "mean of recalls"  # what the tests by class end with
-BySeed = Sequence[dict[Column, Predictions]]  # of a row
+BySeed = Sequence[dict[Column, Answers]]  # of a row
 
 
 @dataclass(frozen=True)
 class Paired:
     """How much more accurate a row is than the reference of its source, in one column or in the mean of several.
 
-    `apart` says whether every seed of the one is ahead of every seed of the other; None without several seeds of both.
+    `overlap` says whether the ranges of the two rows' accuracies over their seeds, from the lowest to the highest, overlap;
+    None without several seeds of both.
     """
 
     row: Row
@@ -33,7 +34,7 @@ class Paired:
     column: Column | None  # a target, or a class on one target; None for the mean
     difference: Difference
     left_out: int  # faces that not all of the runs have predicted
-    apart: bool | None
+    overlap: bool | None
     adjusted_p: float = math.nan  # Holm's, over the targets or classes of this row; the mean is not one of them
     mean: str = "mean of unseen"  # what the mean is taken over
 
@@ -49,8 +50,8 @@ class Paired:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is significant and the seeds are not mixed."""
-        return (self.adjusted_p if self.column else self.difference.p) < 0.05 and self.apart is not False
+        """Whether the difference is significant over faces, and the ranges over seeds do not overlap."""
+        return (self.adjusted_p if self.column else self.difference.p) < 0.05 and not self.overlap
 
 
 def pair_rows(comparison: Comparison, versus: str, target: str = "") -> list[Paired]:
@@ -61,10 +62,10 @@ def pair_rows(comparison: Comparison, versus: str, target: str = "") -> list[Pai
     """
     tests: list[Paired] = []
     for reference in find_references(comparison, versus):
-        theirs = comparison.load_predictions(reference)
+        theirs = comparison.list_answers(reference)
         for row in comparison.rows:
             if row.source == reference.source and row is not reference and not row.oracle:
-                ours = comparison.load_predictions(row)
+                ours = comparison.list_answers(row)
                 if target:
                     tests += _test_classes(row, reference, ours, theirs, target)
                 else:
@@ -111,7 +112,7 @@ def _test(row: Row, reference: Row, ours: BySeed, theirs: BySeed, comparison: Co
 def test_unseen(row: Row, reference: Row, comparison: Comparison) -> Paired | None:
     """Test the mean accuracy of a row over its unseen targets against another row's; None unless both have all of them."""
     columns = sorted(row.counted)
-    ours, theirs = (comparison.load_predictions(one) for one in (row, reference))
+    ours, theirs = (comparison.list_answers(one) for one in (row, reference))
     if not columns or not all(column in run for run in (*ours, *theirs) for column in columns):
         return None
     paired = [pair_faces([run[column] for run in ours], [run[column] for run in theirs]) for column in columns]
@@ -160,13 +161,13 @@ def _compare(row: Row, reference: Row, column: Column | None, paired: list[Paire
     one, other = (
         np.mean([getattr(faces, name).mean(axis=1) for faces in paired], axis=0) for name in ("ours", "theirs")
     )  # (seeds,)
-    apart = bool(one.min() > other.max() or one.max() < other.min()) if min(len(one), len(other)) > 1 else None
+    overlap = bool(one.min() <= other.max() and other.min() <= one.max()) if min(len(one), len(other)) > 1 else None
     difference = paired_test(differences, [faces.groups for faces in paired])
-    return Paired(row, reference, column, difference, sum(faces.left_out for faces in paired), apart)
+    return Paired(row, reference, column, difference, sum(faces.left_out for faces in paired), overlap)
 
 
-def pair_faces(one: Sequence[Predictions], other: Sequence[Predictions]) -> PairedFaces:
-    """Join the predictions of two methods on one target by sample.
+def pair_faces(one: Sequence[Answers], other: Sequence[Answers]) -> PairedFaces:
+    """Join the answers of two methods on one target by sample.
 
     Raises `UserError` when the runs share no face or disagree on a label: then they were evaluated on different manifests.
     """
@@ -186,13 +187,13 @@ def pair_faces(one: Sequence[Predictions], other: Sequence[Predictions]) -> Pair
     return PairedFaces(right[:, : len(one)].T, right[:, len(one) :].T, groups, left_out)
 
 
-def number_groups(predictions: Predictions) -> pd.Series:
+def number_groups(answers: Answers) -> pd.Series:
     """Return the number of the group of each sample, by its id; a face without a group is one of its own."""
     named = [
         f"group {group}" if group else f"face {sample}"
-        for group, sample in zip(predictions.groups or [], predictions.sample_ids, strict=True)
+        for group, sample in zip(answers.groups or [], answers.sample_ids, strict=True)
     ]
-    return pd.Series(pd.factorize(np.array(named))[0], predictions.sample_ids)
+    return pd.Series(pd.factorize(np.array(named))[0], answers.sample_ids)
 
 
 @dataclass(frozen=True)

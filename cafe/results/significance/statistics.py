@@ -145,8 +145,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Ranking:
     """Mean ranks of methods over targets, 1 the best, with the p of Friedman's test and Nemenyi's critical difference.
 
-    Two methods whose mean ranks differ by less than the critical difference cannot be told apart. Both are NaN for too few
-    methods, and the difference also where ranks cannot differ by as much.
+    Two methods whose mean ranks differ by less than the critical difference do not differ significantly. Both are NaN for
+    too few methods, and the difference also where ranks cannot differ by as much.
     """
 
     ranks: tuple[float, ...]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from cafe.results.comparison import Comparison, Row
 from cafe.results.significance.paired_tests import Paired, test_unseen
 from cafe.results.significance.statistics import holm
+from cafe.results.units import PERCENT
 
 NAMED = 3  # rows that a verdict names of those that are behind
 
@@ -46,18 +47,21 @@ def _compare_block(rows: Sequence[Row], comparison: Comparison) -> Verdict:
     tests = [test for test in found if test]
     adjusted = holm([test.difference.p for test in tests]) if tests else []
     tests = [replace(test, difference=replace(test.difference, p=p)) for test, p in zip(tests, adjusted, strict=True)]
-    behind, alike = ([test for test in tests if test.holds is holds] for holds in (True, False))
+    behind = [test for test in tests if test.holds]
+    mixed = [test for test in tests if not test.holds and test.difference.p < 0.05]
+    alike = [test for test in tests if not test.difference.p < 0.05]
     said = f"Trained on {best.source}, "
-    if alike:
-        names = ", ".join(f"{test.row.label} ({_describe_lead(test)})" for test in alike)
-        said += f"{_name(best)} is not told apart from {names} on the unseen targets"
-        said += f", and ahead of {_list_behind(behind)}" if behind else ""
+    if alike or mixed:
+        clauses = [f"does not differ significantly from {_list_leads(alike)}"] if alike else []
+        clauses += [f"is ahead of {_list_leads(mixed)} over faces, though the seed ranges overlap,"] if mixed else []
+        said += f"{_name(best)} {' and '.join(clauses)} on the unseen targets"
+        said += f", and is ahead of {_list_behind(behind)}" if behind else ""
     elif behind:
         said += f"{_name(best)} is ahead on the unseen targets: of {_list_behind(behind)}"
     else:
         said += f"{best.label} is right on {best.unseen.over_faces} % of the faces of unseen targets"
     at_chance = [row.label for row in rows if row.unseen.at_chance]
-    chance = f"{100 * best.unseen.chance:.1f} %, the share of the largest class"
+    chance = f"{PERCENT.write(best.unseen.chance)} %, the share of the largest class"
     if at_chance:
         said += f"; not above chance ({chance}): {', '.join(at_chance)}"
     if best.unseen.few:
@@ -66,7 +70,11 @@ def _compare_block(rows: Sequence[Row], comparison: Comparison) -> Verdict:
 
 
 def _name(row: Row) -> str:
-    return f"{row.label} ({100 * row.unseen.mean:.1f} %)"
+    return f"{row.label} ({PERCENT.write(row.unseen.mean)} %)"
+
+
+def _list_leads(tests: Sequence[Paired]) -> str:
+    return ", ".join(f"{test.row.label} ({_describe_lead(test)})" for test in tests)
 
 
 def _list_behind(tests: Sequence[Paired]) -> str:
@@ -96,15 +104,17 @@ def conclude(comparison: Comparison) -> str:
     if test is None:
         return ""
     frozen, pixels, difference = best[True], best[False], test.difference
-    if not test.holds:
-        said = "Frozen features and pixels are not told apart"
+    if test.difference.p < 0.05 and test.overlap:
+        said = "Frozen features and pixels differ over faces, though the seed ranges overlap"
+    elif not test.holds:
+        said = "Frozen features and pixels do not differ significantly"
     elif difference.mean > 0:
         said = "Frozen features carry over better than pixels"
     else:
         said = "Pixels carry over better than frozen features"
     ends = (difference.mean, difference.low, difference.high)
     p = "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
-    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in ends)
+    mean, low, high = map(PERCENT.write_difference, ends)
     return (
         f"{said}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
         f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % (difference {mean} points, {low} to "
