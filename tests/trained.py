@@ -91,6 +91,11 @@ def start_run(workspace: Workspace, experiment: str = "cafe", **settings: Any) -
     return plan.run, predict(method, make_dataset(plan.spec, target), target.rows(target.split), device)
 
 
+def begin_run(workspace: Workspace, experiment: str = "cafe", **settings: Any) -> UPath:
+    """Write what a run is before it is trained; returns its folder."""
+    return _begin(workspace, experiment, settings).run
+
+
 def ship_run(run: UPath, folder: Path, **record: Any) -> UPath:
     """Write what an export of a run holds, but for its graph and its tower; returns the folder."""
     for file in ("run.json", "model.safetensors"):
