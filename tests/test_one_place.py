@@ -24,6 +24,18 @@ from cafe.views.drawing import INTERPOLATIONS, POLICIES
 
 ROOT = Path(__file__).parents[1]
 FIELD = '    sharpening: float = setting(0.0, "How much faces are sharpened before they are resized.")\n'
+NEXT = "\n--- the next command ---\n"
+ASK = f"""
+import json, sys
+from cafe.jobs.cli import main
+for number, words in enumerate(json.loads(sys.argv[1])):
+    print(end={NEXT!r} * bool(number), flush=True)
+    try:
+        main(words)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
 
 
 def test_the_choices_of_settings_are_those_there_are() -> None:
@@ -61,25 +73,28 @@ def test_a_field_of_the_key_and_a_class_set_are_everywhere(tmp_path: Path, tiny_
     first = rest.index("\n\n") + 2
     settings.write_text(head + place + rest[:first] + FIELD + rest[first:])
 
-    def cafe(*arguments: str) -> str:
-        command = [sys.executable, "-m", "cafe.jobs.cli", "-w", str(work), *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(package.parent), "COLUMNS": "200"}
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     draw_faces(tmp_path / "faces", per_class=12)
-    assert "--sharpening" in cafe("extract", "--help")
     classes = ["sadness", "happiness", "anger"]
-    said = cafe(
-        "data", "index", "folder", str(tmp_path / "faces"), "--name", "three", "--expressions", ",".join(classes)
+    faces = (str(tmp_path / "faces"), "--name", "three", "--expressions", ",".join(classes))
+    commands = (
+        ("extract", "--help"),
+        ("data", "index", "folder", *faces),
+        ("extract", "three", "--backbone", tiny_tower, "--sharpening", "0.5"),
+        ("train", "--source", "three", "--method", "linear_probe", "--epochs", "2", "--cpu"),
+        ("compare", "--per-class", "three"),
     )
-    assert all(name in said for name in classes)
-    assert "neutral" not in said
-    cafe("extract", "three", "--backbone", tiny_tower, "--sharpening", "0.5")
+    asked = json.dumps([("-w", str(work), *command) for command in commands])
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, asked], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    helped, indexed, _, _, recalls = done.stdout.split(NEXT)
+    assert "--sharpening" in helped
+    assert all(name in indexed for name in classes)
+    assert "neutral" not in indexed
     (store,) = (work / "features" / "three").iterdir()
     assert json.loads((store / "about.json").read_text())["key"]["sharpening"] == 0.5
-    cafe("train", "--source", "three", "--method", "linear_probe", "--epochs", "2", "--cpu")
     (run,) = (work / "runs").iterdir()
     record = json.loads((run / "run.json").read_text())
     assert record["spec"]["features"]["sharpening"] == 0.5
@@ -89,6 +104,5 @@ def test_a_field_of_the_key_and_a_class_set_are_everywhere(tmp_path: Path, tiny_
     assert json.loads(table.schema.metadata[b"expressions"]) == classes
     assert table["probabilities"].type.list_size == 3
     assert set(table["label"].to_pylist()) == {0, 1, 2}
-    recalls = cafe("compare", "--per-class", "three")
     assert all(name in recalls for name in classes)
     assert "neutral" not in recalls
