@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is imported; threads that spin take the cores from others
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # cores, as joblib counts them: threads that wait for each other cost a sixth
 
 from cafe.jobs.terminal import defer_gc, resume_gc
 
@@ -39,7 +40,6 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per tr
 # Ray's tests are the longest chain: they must not wait for all others.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its own spelling
 os.environ.pop("COLUMNS", None)  # which processes of xdist have, too: commands print as wide as into a pipe
-torch.set_num_threads(1)
 files.PAUSES = (0.01, 0.02, 0.04)  # as many tries as users get, without their waits
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -74,6 +74,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     resume_gc()
+
+
+def pytest_runtest_setup() -> None:
+    torch.set_num_threads(1)  # which commands change, that a test before ran in this process
 
 
 def pytest_unconfigure() -> None:

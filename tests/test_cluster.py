@@ -78,7 +78,8 @@ def test_without_a_limit_the_machine_counts(tmp_path: Path, all_threads: None) -
         assert free_memory(tmp_path / place) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
-def test_a_worker_takes_the_share_of_its_threads(tmp_path: Path) -> None:
+def test_a_worker_takes_the_share_of_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT")  # all cores of this machine
     write(tmp_path / "2", memory__max="100000000", memory__current="0", memory__stat="inactive_file 0")
     assert torch.get_num_threads() == 1
     assert free_memory(tmp_path / "2") == 100_000_000 // cores()
