@@ -48,11 +48,11 @@ def fill_store(folder: Path, manifest: Manifest, settings: ExtractSettings) -> F
     return store
 
 
-def train(name: str, manifest: Manifest, store: FeatureStore, features: FeatureSource) -> Training:
+def train(name: str, network: str, manifest: Manifest, store: FeatureStore, features: FeatureSource) -> Training:
     method_type = METHODS[name]
     torch.manual_seed(0)
     recipe = replace(method_type.recipe_type(), epochs=EPOCHS, batch_size=16, learning_rate=1e-3)
-    method = method_type(recipe, Inputs(store.info.width, image_size=32)).to(memory_format=torch.channels_last)
+    method = method_type(recipe, Inputs(store.info.width, network, image_size=32)).to(memory_format=torch.channels_last)
     dataset = FaceDataset(manifest, store.info.key.view_plan, method.needs, 32, features)
     training = Training(method, method, method.optimizer(), dataset, manifest.rows("train"), 0, CPU)
     for epoch in range(1, EPOCHS + 1):
@@ -63,15 +63,15 @@ def train(name: str, manifest: Manifest, store: FeatureStore, features: FeatureS
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["cafe", "cafe_map", "linear_probe"])
 def test_training_from_the_cache_is_training_with_the_tower_on_the_fly(
-    name: str, dtype: str, manifest: Manifest, tiny_tower: str, tmp_path: Path
+    name: str, dtype: str, manifest: Manifest, tiny_tower: str, small_network: str, tmp_path: Path
 ) -> None:
     settings = ExtractSettings(
         backbone=tiny_tower, views=EPOCHS + 1, maps=True, dtype=dtype, batch_size=16, shard_rows=11
     )
     store = fill_store(tmp_path, manifest, settings)
     live = Embedder(load_backbone(tiny_tower), manifest, store.info.key.view_plan, "cpu", True, dtype, batch_size=16)
-    cached = train(name, manifest, store, FeatureReader([[store]], ("pooled", "map"))).method.state_dict()
-    fly = train(name, manifest, store, live).method.state_dict()
+    cache = FeatureReader([[store]], ("pooled", "map"))
+    cached, fly = (train(name, small_network, manifest, store, one).method.state_dict() for one in (cache, live))
     for key, value in cached.items():
         assert torch.equal(value, fly[key]), key
 
