@@ -72,6 +72,27 @@ def test_the_limit_of_a_container_counts_without_what_it_can_drop(tmp_path: Path
     assert free_memory(tmp_path / "1") == 0
 
 
+@pytest.mark.parametrize(
+    ("own", "folder", "limit", "used", "droppable"),
+    [
+        ("0::/user/job", "user", "memory__max", "memory__current", "inactive_file"),  # a limit above counts too
+        (
+            "4:cpu,memory:/job\n0::/",
+            "memory/job",
+            "memory__limit_in_bytes",
+            "memory__usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_the_limit_of_a_batch_system_counts_where_no_container_shows_it(
+    own: str, folder: str, limit: str, used: str, droppable: str, tmp_path: Path, all_threads: None
+) -> None:
+    write(tmp_path / folder, **{limit: "100000000", used: "70000000", "memory__stat": f"{droppable} 20000000"})
+    (tmp_path / "own").write_text(own)
+    assert free_memory(tmp_path, tmp_path / "own") == 50_000_000
+
+
 def test_without_a_limit_the_machine_counts(tmp_path: Path, all_threads: None) -> None:
     write(tmp_path / "2", memory__max="max\n", memory__current="70000000\n", memory__stat="inactive_file 0\n")
     for place in ("2", "nowhere"):
