@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import subprocess
@@ -135,6 +136,41 @@ def test_a_cluster_that_has_no_core_yet_is_waited_for_and_counted_then(monkeypat
     assert size_up(rows, ExtractSettings(address="auto", scale_minutes=1)) == (3, 0.0, 0, 16)
 
 
+def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = iter([4, 4, 0, 0, 0, 0, 1, 3, 4, 4])
+
+    def count_cores() -> dict[str, float]:
+        cores = next(seen)
+        if news := cluster.presence.note("CPU", cores):
+            caplog.records.append(logging.makeLogRecord({"msg": news}))
+        return {"CPU": float(cores)}
+
+    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(ray, "cluster_resources", count_cores)
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    for name in ("SETTLE_SECONDS", "GATHER_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(cluster, name, 0)
+    cluster.check_cores(2)
+    assert cluster.count("CPU") == 4
+    assert cluster.await_return("CPU", all_of_them=True) == 4  # not the first alone that came back
+    assert [record.getMessage() for record in caplog.records] == [
+        "The cluster has lost all its CPUs: going on as soon as some are back; what is done is kept.",
+        "The cluster has 1 CPUs again: going on.",
+    ]
+
+
+def test_a_cluster_that_never_had_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    cluster.presence.note("CPU", 4)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    with pytest.raises(UserError, match="9 workers need as many cores and the cluster has 4"):
+        cluster.check_cores(9)
+    with pytest.raises(UserError, match="--gpu needs 1 GPUs and the cluster has 0"):
+        cluster.wants_gpu(True)
+
+
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])
 def test_a_tower_on_this_machine_works_with_four_cores(cores: int, towers: int) -> None:
     assert share_out(ExtractSettings(), 100, 0, cores) == (towers, 0.0)
@@ -224,7 +260,10 @@ def test_deaths_are_counted_by_place_and_a_work_that_advances_goes_on(
 ) -> None:
     from ray.exceptions import ActorDiedError
 
-    made, reached = list[int](), iter(places)
+    made, waited, reached = list[int](), list[int](), iter(places)
+
+    def wait() -> None:
+        waited.append(len(made))
 
     def attempt() -> None:
         made.append(1)
@@ -233,10 +272,11 @@ def test_deaths_are_counted_by_place_and_a_work_that_advances_goes_on(
 
     if said:
         with pytest.raises(IncompleteError, match="^" + re.escape(said)):
-            cluster.persist(attempt, lambda: next(reached, places[-1]), 3, "run-1")
+            cluster.persist(attempt, lambda: next(reached, places[-1]), 3, "run-1", wait)
     else:
-        cluster.persist(attempt, lambda: next(reached), 3, "run-1")
+        cluster.persist(attempt, lambda: next(reached), 3, "run-1", wait)
     assert len(made) == attempts
+    assert waited == list(range(1, attempts))
 
 
 def test_a_users_mistake_is_never_tried_again_and_alone_nothing_is() -> None:
@@ -252,7 +292,7 @@ def test_a_users_mistake_is_never_tried_again_and_alone_nothing_is() -> None:
             raise cluster.WorkerDiedError("died") from cause
 
         with pytest.raises(expected):
-            cluster.persist(attempt, str, retries, "run-1")
+            cluster.persist(attempt, str, retries, "run-1", pytest.fail)
         assert len(made) == 1
 
 
