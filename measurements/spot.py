@@ -48,24 +48,12 @@ def main(faces: Path, stage: str, times: int, away: int, per_class: int, options
     with Nodes(folder / f"nodes{started}", len(NODES)) as nodes, commands.watching(workspace, chosen.finished) as watch:
         command = (*chosen.command, "--address", nodes.address, *options.split())
         driver = commands.start(workspace, command, nodes.environment)
-        kills, returns = [], []
-        for number in range(times):
-            _wait_for(driver, watch, finished * (number + 1) // (times + 1))
-            kills.append(Kill("nodes", time.time(), "", len(NODES)))
-            for name in NODES:
-                nodes.kill(name)
-            click.echo(f"{len({path for _, path in watch.writes})} finished: all nodes killed")
-            time.sleep(away)
-            if driver.poll() is None:
-                click.echo(f"away for {away} s; the command waits, and says: {_errors(folder)}")
-            returns.append(time.time())
-            for name in NODES:
-                nodes.start(name)
-                nodes.wait_for(name, "(Ray runtime started)")
-        while driver.poll() is None:
-            nodes.revive()
-            _check(watch, returns[-1], driver)
-            time.sleep(commands.POLL)
+        try:
+            kills, returns = _take_away(
+                driver, watch, nodes, [finished * (n + 1) // (times + 1) for n in range(times)], away
+            )
+        finally:
+            driver.kill()
     click.echo(f"exit code {driver.returncode}: {_errors(folder)}")
     assign(watch, kills)
     lines = [
@@ -92,6 +80,31 @@ def main(faces: Path, stage: str, times: int, away: int, per_class: int, options
     too_many = shards or len(again) > times
     if commands.compare(whole, workspace, chosen.results) or driver.returncode or too_many:
         sys.exit(1)
+
+
+def _take_away(
+    driver: subprocess.Popen[bytes], watch: commands.Watch, nodes: Nodes, moments: list[int], away: int
+) -> tuple[list[Kill], list[float]]:
+    """Take all nodes away each time that so much is finished, until the command ends; return when they went and came."""
+    kills, returns = list[Kill](), list[float]()
+    for finished in moments:
+        _wait_for(driver, watch, finished)
+        kills.append(Kill("nodes", time.time(), "", len(NODES)))
+        for name in NODES:
+            nodes.kill(name)
+        click.echo(f"{len({path for _, path in watch.writes})} finished: all nodes killed")
+        time.sleep(away)
+        if driver.poll() is None:
+            click.echo(f"away for {away} s; the command waits, and says: {_errors(watch.workspace.parent)}")
+        returns.append(time.time())
+        for name in NODES:
+            nodes.start(name)
+            nodes.wait_for(name, "(Ray runtime started)")
+    while driver.poll() is None:
+        nodes.revive()
+        _check(watch, returns[-1], driver)
+        time.sleep(commands.POLL)
+    return kills, returns
 
 
 def _wait_for(driver: subprocess.Popen[bytes], watch: commands.Watch, finished: int) -> None:
