@@ -24,7 +24,7 @@ CONNECT_SECONDS = 5.0
 TOO_SLOW = "timed out during startup"  # Ray's words
 QUIET, STDERR = "RAY_BACKEND_LOG_LEVEL", 2
 LOOK_SECONDS = 1.0  # between two looks at what an autoscaler has brought
-SETTLE_SECONDS = 5.0  # after a death, until the cluster has noticed whether a node is gone
+SETTLE_SECONDS = 10.0  # after a death, until the cluster has noticed whether a node is gone
 GATHER_SECONDS = 30.0  # in which another node has to come, or all are taken to be back
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
