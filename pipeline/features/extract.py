@@ -308,10 +308,11 @@ def _compute_with_retries(passes: Sequence[_Pass], settings: ExtractSettings) ->
 
 def _wait_for_nodes(settings: ExtractSettings) -> ExtractSettings:
     """Wait until the cluster, all of whose nodes may be gone, has some again; return settings that ask for no more."""
-    gpu = bool(_wants_gpu(settings))
-    there = cluster.await_return("GPU" if gpu else "CPU", all_of_them=True)
-    asked = {"num_gpus": settings.num_gpus} if gpu else {"num_actors": settings.num_actors}  # towers may share a GPU
-    return replace(settings, **{name: min(number, there) for name, number in asked.items() if number})
+    if _wants_gpu(settings):  # towers may share a GPU
+        there = cluster.await_return("GPU", all_of_them=True)
+        return replace(settings, num_gpus=settings.num_gpus and min(settings.num_gpus, there))
+    there = cluster.await_return("CPU", all_of_them=True)
+    return replace(settings, num_actors=settings.num_actors and min(settings.num_actors, there))
 
 
 def _compute(
