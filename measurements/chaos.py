@@ -114,7 +114,7 @@ def assign(watch: commands.Watch, kills: list[Kill]) -> None:
 def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: int, tar: bool, folder: Path) -> None:
     """Kill what works on FACES, a folder for each expression, and print what it cost."""
     chosen = STAGES[stage]
-    base, whole, span = _work_undisturbed(chosen, faces, folder, per_class, tar)
+    base, whole, span = work_undisturbed(chosen, faces, folder, per_class, tar)
     click.echo(f"undisturbed: {len(commands.find(whole, chosen.finished))} finished in {span:.0f} s")
 
     spent: list[Kill] = []
@@ -133,7 +133,7 @@ def main(faces: Path, stage: str, kills: int, nodes: int, seed: int, per_class: 
     _print(stage, spent)
 
 
-def _work_undisturbed(stage: Stage, faces: Path, folder: Path, per_class: int, tar: bool) -> tuple[Path, Path, float]:
+def work_undisturbed(stage: Stage, faces: Path, folder: Path, per_class: int, tar: bool) -> tuple[Path, Path, float]:
     """Return the workspace before and after a command, and the seconds of its work; what is there is used."""
     base, whole, note = folder / "base", folder / "whole", folder / "span.txt"
     if not note.exists():

@@ -11,8 +11,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Event, Thread
 
 import cafe
 from cafe.errors import IncompleteError, UserError, quote
@@ -23,6 +24,8 @@ CONNECT_SECONDS = 5.0
 TOO_SLOW = "timed out during startup"  # Ray's words
 QUIET, STDERR = "RAY_BACKEND_LOG_LEVEL", 2
 LOOK_SECONDS = 1.0  # between two looks at what an autoscaler has brought
+SETTLE_SECONDS = 10.0  # after a death, until the cluster has noticed whether a node is gone
+GATHER_SECONDS = 30.0  # in which another node has to come, or all are taken to be back
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads make a step five times slower where cores are shared
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -66,10 +69,62 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     else:
         _start(settings.num_cpus)
     try:
-        with pulse.watch(settings.silent_seconds):
+        with pulse.watch(settings.silent_seconds), _watch_nodes() if settings.address else nullcontext():
             yield
     finally:
         ray.shutdown()
+        presence.most.clear()
+        presence.gone.clear()
+
+
+@contextmanager
+def _watch_nodes() -> Iterator[None]:
+    """Say when all nodes to work on are gone, as spot nodes may be, and when some are back, while the body runs."""
+    ended = Event()
+
+    def look() -> None:
+        for resource in ("CPU", "GPU"):
+            if news := presence.note(resource, count(resource)):
+                logging.getLogger(__name__).warning(news)
+
+    def look_again() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            look()
+
+    look()
+    thread = Thread(target=look_again, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class Presence:
+    """What of the connected cluster's cores and GPUs is there, and what was: nodes that are gone may come back."""
+
+    def __init__(self) -> None:
+        self.most: dict[str, int] = {}
+        self.gone: set[str] = set()
+
+    def note(self, resource: str, there: int) -> str:
+        """Note how many there are of a resource; return what is to be said of it, mostly nothing."""
+        self.most[resource] = max(there, self.most.get(resource, 0))
+        if self.most[resource] and not there and resource not in self.gone:
+            self.gone.add(resource)
+            return f"The cluster has lost all its {resource}s: going on as soon as some are back; what is done is kept."
+        if there and resource in self.gone:
+            self.gone.remove(resource)
+            return f"The cluster has {there} {resource}s again: going on."
+        return ""
+
+    def had(self, resource: str, wanted: int) -> bool:
+        """Whether there were as many once."""
+        return self.most.get(resource, 0) >= wanted
+
+
+presence = Presence()  # of what this process is connected to, as Ray's own connection is one for all of it
 
 
 def _start(cores: int | None) -> None:
@@ -212,10 +267,13 @@ class WorkerDiedError(Exception):
     """A process of Ray's that ended in the middle of its work: it crashed, was killed, or its node is gone."""
 
 
-def persist(attempt: Callable[[], None], reached: Callable[[], str], retries: int, name: str) -> None:
+def persist(
+    attempt: Callable[[], None], reached: Callable[[], str], retries: int, name: str, prepare: Callable[[], object]
+) -> None:
     """Attempt again what died in the middle, as often as it takes while it advances.
 
-    `attempt` raises `WorkerDiedError` of what Ray said; `reached` says how far the work was kept. Raises `IncompleteError`
+    `attempt` raises `WorkerDiedError` of what Ray said; `reached` says how far the work was kept, and `prepare` waits for
+    what another attempt needs. Raises `IncompleteError`
     after more than so many deaths at one place, and without any retry what Ray said; a user's mistake is never repeated.
     """
     died, place = 0, reached()
@@ -237,6 +295,7 @@ def persist(attempt: Callable[[], None], reached: Callable[[], str], retries: in
                     "where memory is short fewer workers, or --checkpoint-minutes that lie closer together."
                 ) from None
             log.warning("A worker of %s died (%s): going on from %s.", name, error, place)
+            prepare()
 
 
 def quieten(library: str) -> None:
@@ -296,17 +355,36 @@ def check_cores(workers: int, minutes: int = 0) -> None:
         )
 
 
+def await_return(resource: str, least: int = 1, all_of_them: bool = False) -> int:
+    """Wait, in the middle of work of which a process died, until the cluster has what the work needs; return what there is.
+
+    That may be long, since all nodes may be gone. They come back one after another: where work is cut by their number,
+    `all_of_them` waits on while they do.
+    """
+    time.sleep(SETTLE_SECONDS)
+    there, before = _gather(resource, least, 0), 0
+    while all_of_them and there > before:
+        time.sleep(GATHER_SECONDS)
+        there, before = count(resource), there
+    return there
+
+
 def _gather(resource: str, wanted: int, minutes: int) -> int:
-    """Return how many of a resource there are; where too few are, ask an autoscaler and wait for it so many minutes."""
+    """Return how many of a resource there are; where too few are, ask an autoscaler and wait for it so many minutes.
+
+    For what was there before it waits as long as it takes.
+    """
     from ray.autoscaler.sdk import request_resources
 
-    end = time.monotonic() + 60 * minutes
-    if minutes and (there := count(resource)) < wanted:
-        logging.getLogger(__name__).warning(
-            "Waiting %d minutes for %d more of the cluster's %ss.", minutes, wanted - there, resource
-        )
+    end, had = time.monotonic() + 60 * minutes, presence.had(resource, wanted)
+    if (minutes or had) and (there := count(resource)) < wanted:
+        if there or not had:  # else that all are gone is said already
+            limit = "as long as it takes" if had else f"{minutes} minutes"
+            logging.getLogger(__name__).warning(
+                "Waiting %s for %d more of the cluster's %ss.", limit, wanted - there, resource
+            )
         request_resources(bundles=[{resource: 1}] * wanted)
-    while (there := count(resource)) < wanted and time.monotonic() < end:
+    while (there := count(resource)) < wanted and (had or time.monotonic() < end):
         time.sleep(LOOK_SECONDS)
     return there
 

@@ -219,10 +219,12 @@ class RayWorker:
         return ray.remote(Worker).options(**self.shares).remote(plugins=list_plugins(), allowed=permission())
 
     def _persist(self, run: UPath, task: str, *arguments: Any) -> None:
-        cluster.persist(lambda: self._ask(task, *arguments), lambda: find_place(run), self.retries, run.name)
+        cluster.persist(
+            lambda: self._ask(task, *arguments), lambda: find_place(run), self.retries, run.name, self._replace
+        )
 
     def _ask(self, task: str, *arguments: Any) -> None:
-        """Let the process do something, and start another where it dies."""
+        """Let the process do something, and end it where it dies or cannot be reached."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -235,8 +237,15 @@ class RayWorker:
                 if self.ended.is_set() or not ray.is_initialized():
                     raise
                 ray.kill(self.actor)  # one that only cannot be reached must not go on beside the next
-                self.actor = self._start()
             raise cluster.WorkerDiedError(quote(error)) from error
+
+    def _replace(self) -> None:
+        """Start another process, as soon as there is a node for it."""
+        cluster.await_return("GPU" if self.shares["num_gpus"] else "CPU")
+        with self.turn:
+            if self.ended.is_set():
+                raise InterruptedError("The command that this training belongs to has ended.")
+            self.actor = self._start()
 
 
 class RayTeam:
@@ -272,8 +281,13 @@ class RayTeam:
         """Train, and on a cluster go on with other workers where some died, as long as the training advances."""
         gpu = cluster.wants_gpu(self.use_gpu, self.workers, self.settings.scale_minutes)
         cluster.check_cores(self.workers, self.settings.scale_minutes)
-        retries = RESTARTS if self.settings.address else 0
-        cluster.persist(lambda: self._fit(plan, epochs, gpu), lambda: find_place(plan.run), retries, plan.run.name)
+        cluster.persist(
+            lambda: self._fit(plan, epochs, gpu),
+            lambda: find_place(plan.run),
+            RESTARTS if self.settings.address else 0,
+            plan.run.name,
+            lambda: cluster.await_return("GPU" if gpu else "CPU", self.workers),
+        )
 
     def _fit(self, plan: TrainPlan, epochs: int | None, gpu: bool) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError

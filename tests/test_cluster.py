@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import subprocess
@@ -72,6 +73,27 @@ def test_the_limit_of_a_container_counts_without_what_it_can_drop(tmp_path: Path
     assert free_memory(tmp_path / "1") == 0
 
 
+@pytest.mark.parametrize(
+    ("own", "folder", "limit", "used", "droppable"),
+    [
+        ("0::/user/job", "user", "memory__max", "memory__current", "inactive_file"),  # a limit above counts too
+        (
+            "4:cpu,memory:/job\n0::/",
+            "memory/job",
+            "memory__limit_in_bytes",
+            "memory__usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_the_limit_of_a_batch_system_counts_where_no_container_shows_it(
+    own: str, folder: str, limit: str, used: str, droppable: str, tmp_path: Path, all_threads: None
+) -> None:
+    write(tmp_path / folder, **{limit: "100000000", used: "70000000", "memory__stat": f"{droppable} 20000000"})
+    (tmp_path / "own").write_text(own)
+    assert free_memory(tmp_path, tmp_path / "own") == 50_000_000
+
+
 def test_without_a_limit_the_machine_counts(tmp_path: Path, all_threads: None) -> None:
     write(tmp_path / "2", memory__max="max\n", memory__current="70000000\n", memory__stat="inactive_file 0\n")
     for place in ("2", "nowhere"):
@@ -113,6 +135,41 @@ def test_a_cluster_that_has_no_core_yet_is_waited_for_and_counted_then(monkeypat
     monkeypatch.setattr(ray, "cluster_resources", lambda: next(there, {"CPU": 16.0}))
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
     assert size_up(rows, ExtractSettings(address="auto", scale_minutes=1)) == (3, 0.0, 0, 16)
+
+
+def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = iter([4, 4, 0, 0, 0, 0, 1, 3, 4, 4])
+
+    def count_cores() -> dict[str, float]:
+        cores = next(seen)
+        if news := cluster.presence.note("CPU", cores):
+            caplog.records.append(logging.makeLogRecord({"msg": news}))
+        return {"CPU": float(cores)}
+
+    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(ray, "cluster_resources", count_cores)
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    for name in ("SETTLE_SECONDS", "GATHER_SECONDS", "LOOK_SECONDS"):
+        monkeypatch.setattr(cluster, name, 0)
+    cluster.check_cores(2)
+    assert cluster.count("CPU") == 4
+    assert cluster.await_return("CPU", all_of_them=True) == 4  # not the first alone that came back
+    assert [record.getMessage() for record in caplog.records] == [
+        "The cluster has lost all its CPUs: going on as soon as some are back; what is done is kept.",
+        "The cluster has 1 CPUs again: going on.",
+    ]
+
+
+def test_a_cluster_that_never_had_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    cluster.presence.note("CPU", 4)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    with pytest.raises(UserError, match="9 workers need as many cores and the cluster has 4"):
+        cluster.check_cores(9)
+    with pytest.raises(UserError, match="--gpu needs 1 GPUs and the cluster has 0"):
+        cluster.wants_gpu(True)
 
 
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])
@@ -204,7 +261,10 @@ def test_deaths_are_counted_by_place_and_a_work_that_advances_goes_on(
 ) -> None:
     from ray.exceptions import ActorDiedError
 
-    made, reached = list[int](), iter(places)
+    made, waited, reached = list[int](), list[int](), iter(places)
+
+    def wait() -> None:
+        waited.append(len(made))
 
     def attempt() -> None:
         made.append(1)
@@ -213,10 +273,11 @@ def test_deaths_are_counted_by_place_and_a_work_that_advances_goes_on(
 
     if said:
         with pytest.raises(IncompleteError, match="^" + re.escape(said)):
-            cluster.persist(attempt, lambda: next(reached, places[-1]), 3, "run-1")
+            cluster.persist(attempt, lambda: next(reached, places[-1]), 3, "run-1", wait)
     else:
-        cluster.persist(attempt, lambda: next(reached), 3, "run-1")
+        cluster.persist(attempt, lambda: next(reached), 3, "run-1", wait)
     assert len(made) == attempts
+    assert waited == list(range(1, attempts))
 
 
 def test_a_users_mistake_is_never_tried_again_and_alone_nothing_is() -> None:
@@ -232,7 +293,7 @@ def test_a_users_mistake_is_never_tried_again_and_alone_nothing_is() -> None:
             raise cluster.WorkerDiedError("died") from cause
 
         with pytest.raises(expected):
-            cluster.persist(attempt, str, retries, "run-1")
+            cluster.persist(attempt, str, retries, "run-1", pytest.fail)
         assert len(made) == 1
 
 

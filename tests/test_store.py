@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import re
 import resource
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +22,7 @@ from cafe.data.manifest import Face, Manifest
 from cafe.errors import UserError
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
-from cafe.pipeline.features.store import FeatureReader, FeatureStore, allocate, verify, view_digests
+from cafe.pipeline.features.store import FeatureReader, FeatureStore, allocate, find_pages, verify, view_digests
 from cafe.pipeline.need import Need
 
 ROWS, VIEWS, WIDTH = 10, 3, 4
@@ -206,7 +208,7 @@ def test_reading_gives_the_rows_of_the_wanted_view(tmp_path: Path, share: float)
         for name, values in reader.read(rows, view).items():
             np.testing.assert_array_equal(values, store.array(name)[:][rows, view])
     assert sorted(reader.kept) == ([(0, 1), (2, 1)] if share else [(2, 1)])  # without room only the last view is kept
-    assert isinstance(reader.kept[2, 1][0]["map"][0], np.memmap) == (share == 0)
+    assert isinstance(reader.kept[2, 1][0]["map"][0].base, mmap.mmap) == (share == 0)
 
 
 @pytest.mark.parametrize("workers", [2, 3, 16])
@@ -235,6 +237,20 @@ def test_a_disk_without_room_for_a_view_is_said_before_it_is_written_to(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert allocate((100, 10), np.dtype("float32"), 0.0).shape == (100, 10)
+
+
+def test_rows_of_a_view_on_disk_are_fetched_page_by_page_and_not_with_megabytes_around_them() -> None:
+    pages = find_pages(np.array([9, 0, 1, 7, 9]), 1000, 4096)  # rows 0 and 1 in page 0, 7 in page 1, 9 in 2
+    assert pages == [(0, 3 * 4096)]
+    assert find_pages(np.array([100, 4, 50]), 4096, 4096) == [(4 * 4096, 4096), (50 * 4096, 4096), (100 * 4096, 4096)]
+    assert find_pages(np.array([3]), 6000, 4096) == [(4 * 4096, 2 * 4096)]  # bytes 18,000 to 24,000
+    assert find_pages(np.array([], int), 6000, 4096) == []
+    view = allocate((4, 5000), np.dtype("float32"), 0.0)
+    address = f"{view.ctypes.data:x}-"
+    (own,) = re.findall(
+        rf"^{address}.*?^VmFlags: (.*?)$", Path("/proc/self/smaps").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert "rr" in own.split()  # read in random order
 
 
 def test_a_view_is_trusted_without_reading_the_others(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ class FeatureSource(Protocol):
 
 
 @runtime_checkable
+class FetchingSource(FeatureSource, Protocol):
+    """Features of which some may lie on a disk, which reads those of a batch while others are trained on."""
+
+    def fetch(self, rows: np.ndarray, view: int) -> None:
+        """Begin to read one view of some rows that are read next, and wait for nothing."""
+
+
+@runtime_checkable
 class SharedSource(FeatureSource, Protocol):
     """Features that several workers can hold together, each a part."""
 
@@ -153,7 +161,9 @@ class FaceDataset:
         if "image" in self.needs:
             made_there = device.type == "cuda" and workers == 0
             pictures = self._make(batches, view, device) if made_there else self._decode(batches, view, device, workers)
-        for rows, picture in zip(batches, pictures, strict=False):
+        fetching = self.features if isinstance(self.features, FetchingSource) else None
+        frozen = view if frozen_view is None else frozen_view
+        for number, (rows, picture) in enumerate(zip(batches, pictures, strict=False)):
             batch = {"row": torch.from_numpy(rows), "label": torch.from_numpy(self.manifest.labels[rows])}
             if self.targets is not None:
                 batch["target"] = torch.from_numpy(self.targets[rows])
@@ -161,7 +171,9 @@ class FaceDataset:
                 batch["domain"] = torch.from_numpy(self.domains[rows])
             if self.features is not None:
                 if len(rows) or self.shared:
-                    arrays = self.features.read(rows, view if frozen_view is None else frozen_view)
+                    arrays = self.features.read(rows, frozen)
+                if fetching and number + 1 < len(batches):
+                    fetching.fetch(batches[number + 1], frozen)
                 batch |= {
                     need: torch.from_numpy(arrays[ARRAYS[need]][: len(rows)]) for need in self.needs & ARRAYS.keys()
                 }

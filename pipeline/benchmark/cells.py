@@ -86,6 +86,7 @@ def share_machine(plan: BenchmarkPlan) -> tuple[int, int]:
 
     Cells are independent of each other: all that other numbers of threads change is the order in which floats are added.
     """
+    cluster.check_cores(1, plan.settings.scale_minutes)  # all may be gone since the features were extracted
     training = [cell.plan.settings for cell in plan.cells if cell.plan]
     workers = max(settings.num_workers for settings in training)
     cores = cluster.count("CPU")

@@ -284,6 +284,8 @@ def _compute_with_retries(passes: Sequence[_Pass], settings: ExtractSettings) ->
     After a worker has died those that are lacking are computed again, until `TRIES` have died without a shard done.
     """
     died, shards = 0, [step.shards for step in passes]
+    if settings.address and any(shards) and _wants_gpu(settings) is None:
+        settings = replace(settings, use_gpu=cluster.wants_gpu(None))  # which stays so when nodes come and go
     while any(shards):
         try:
             for shard in _compute(passes, settings, shards):
@@ -300,6 +302,17 @@ def _compute_with_retries(passes: Sequence[_Pass], settings: ExtractSettings) ->
                     f"The worker of shard {first} of {name!r} died {died} times ({error}): if memory is "
                     "short, take fewer --num-actors or a smaller --batch-size; give the same command again."
                 ) from None
+            if left and settings.address:
+                settings = _wait_for_nodes(settings)
+
+
+def _wait_for_nodes(settings: ExtractSettings) -> ExtractSettings:
+    """Wait until the cluster, all of whose nodes may be gone, has some again; return settings that ask for no more."""
+    if _wants_gpu(settings):  # towers may share a GPU
+        there = cluster.await_return("GPU", all_of_them=True)
+        return replace(settings, num_gpus=settings.num_gpus and min(settings.num_gpus, there))
+    there = cluster.await_return("CPU", all_of_them=True)
+    return replace(settings, num_actors=settings.num_actors and min(settings.num_actors, there))
 
 
 def _compute(

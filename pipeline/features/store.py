@@ -15,6 +15,7 @@ Zarr does is done here; the files around `store.zarr` are those of `integrity`.
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -327,15 +328,36 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], memory_share: float) 
     size = int(np.prod(shape)) * dtype.itemsize
     if not size or size < memory_share * free_memory():
         return np.empty(shape, dtype)
-    scratch = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the array that maps it
-    try:
-        os.posix_fallocate(scratch.fileno(), 0, size)
-    except OSError as error:
-        raise UserError(
-            f"A view of these features takes {size / 2**30:.2g} GB, more than is free of memory, and "
-            f"{tempfile.gettempdir()} has no room for it either ({error.strerror}): name another folder by TMPDIR."
-        ) from None
-    return np.memmap(scratch, dtype=dtype, mode="w+", shape=shape)
+    with tempfile.TemporaryFile() as scratch:  # the map keeps it
+        try:
+            os.posix_fallocate(scratch.fileno(), 0, size)
+        except OSError as error:
+            raise UserError(
+                f"A view of these features takes {size / 2**30:.2g} GB, more than is free of memory, and "
+                f"{tempfile.gettempdir()} has no room for it either ({error.strerror}): name another folder by TMPDIR."
+            ) from None
+        mapped = mmap.mmap(scratch.fileno(), size)
+    # Rows are read in random order: the system would read up to megabytes around each and drop others for them.
+    mapped.madvise(mmap.MADV_RANDOM)
+    return np.ndarray(shape, dtype, buffer=mapped)
+
+
+def fetch_rows(values: np.ndarray, rows: np.ndarray) -> None:
+    """Let the system read rows of an array in a scratch file that it does not hold, all at once; wait for none."""
+    if isinstance(values.base, mmap.mmap):
+        for start, size in find_pages(rows, values.strides[0], mmap.PAGESIZE):
+            values.base.madvise(mmap.MADV_WILLNEED, start, size)
+
+
+def find_pages(rows: np.ndarray, size: int, page: int) -> list[tuple[int, int]]:
+    """Return where the pages lie that hold rows of so many bytes, (offset, bytes); those that follow each other together."""
+    if not len(rows):
+        return []
+    ordered = np.unique(rows)
+    first, end = ordered * size // page, -(-(ordered + 1) * size // page)
+    last = np.append(np.flatnonzero(first[1:] > end[:-1]), len(ordered) - 1)
+    starts = first[np.append(0, last[:-1] + 1)] * page
+    return list(zip(starts.tolist(), (end[last] * page - starts).tolist(), strict=True))
 
 
 def verify(store: UPath, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Damage]:
@@ -388,6 +410,14 @@ class FeatureReader:
                 found.setdefault(name, np.empty((len(rows), *read.shape[1:]), read.dtype))[own] = read
         return found
 
+    def fetch(self, rows: np.ndarray, view: int) -> None:
+        """Let the system read some rows of one view, where they lie in a scratch file, while others are worked on."""
+        for start, arrays in zip(self.starts, self._find(view, 0, 1), strict=True):
+            mapped = [values for layers in arrays.values() for values in layers if isinstance(values.base, mmap.mmap)]
+            for values in mapped:
+                own = rows - start
+                fetch_rows(values, own[(own >= 0) & (own < len(values))])
+
     def share(self, batches: Sequence[np.ndarray]) -> SharedReader:
         """Return what gives each of several workers its part of one batch after another."""
         return SharedReader(self, batches)
@@ -404,6 +434,7 @@ class FeatureReader:
                 for store, values in zip(self.stores[number], layers, strict=True):
                     held = store.rows_of(_part(store, worker, workers))
                     here = (own >= held.start) & (own < held.stop)
+                    fetch_rows(values, own[here] - held.start)
                     whole[here, channel : channel + values.shape[1]] = values[own[here] - held.start]
                     channel += values.shape[1]
         return found

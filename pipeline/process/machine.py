@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cafe.errors import UserError
 
-CGROUP = Path("/sys/fs/cgroup")
-# Limit, use and the line of the statistics that says what of the use can be dropped: of version 2 and of version 1.
+CGROUP, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Controller, limit, use, and the line of memory.stat that says what of the use can be dropped: of versions 2 and 1.
 LAYOUTS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -32,8 +32,8 @@ def cores() -> int:
     return int(joblib.cpu_count())
 
 
-def free_memory(cgroup: Path = CGROUP) -> int:
-    """Return the bytes this process may still take of its machine or container.
+def free_memory(cgroup: Path = CGROUP, own: Path = OWN_GROUPS) -> int:
+    """Return the bytes this process may still take of its machine, its container or its job.
 
     Of several workers on a node each may take its share, which is that of its threads in the cores.
     """
@@ -41,9 +41,24 @@ def free_memory(cgroup: Path = CGROUP) -> int:
     import torch
 
     free = int(psutil.virtual_memory().available)
-    for limit, used, statistics, droppable in LAYOUTS:
-        with suppress(OSError, ValueError, KeyError):  # no such file, or no limit
-            numbers = dict(line.split() for line in (cgroup / statistics).read_text().splitlines())
-            in_use = int((cgroup / used).read_text()) - int(numbers[droppable])
-            free = min(free, max(0, int((cgroup / limit).read_text()) - in_use))
+    for controller, limit, used, droppable in LAYOUTS:
+        for group in _find_groups(cgroup, controller, own):
+            with suppress(OSError, ValueError, KeyError):  # no such file, or no limit
+                numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                in_use = int((group / used).read_text()) - int(numbers[droppable])
+                free = min(free, max(0, int((group / limit).read_text()) - in_use))
     return free * min(torch.get_num_threads(), cores()) // cores()
+
+
+def _find_groups(cgroup: Path, controller: str, own: Path) -> list[Path]:
+    """Return the folders of this process's group and of all above it, whose limits hold too.
+
+    A container shows its own group as the uppermost; a batch system's job, or a service, lies below that.
+    """
+    place = PurePosixPath("/")
+    with suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                place = PurePosixPath(path)
+    return [cgroup / controller / group.relative_to("/") for group in (place, *place.parents)]
