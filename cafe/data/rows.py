@@ -54,7 +54,7 @@ LIST = pa.schema(
 )  # of the files of a large manifest, in the order of their rows
 LARGE = 2**20  # rows; a manifest of more lies in several files,
 ROWS_A_FILE = 2**16  # of so many rows each
-ROWS_AT_ONCE = 2**16  # that are hashed
+ROWS_AT_ONCE = 2**16  # that become values of Python
 KEPT = 2  # files of rows that stay in memory: shards are smaller, and neighbours are asked for together
 REMEDY = "write it again with `cafe data index`"
 
@@ -239,6 +239,13 @@ def _cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
         yield waiting
 
 
+def read_pieces(rows: pa.Table | RowFiles, columns: Columns) -> Iterator[pa.Table]:
+    """Yield some columns of rows, a few of them at a time."""
+    for piece in rows.pieces(columns) if isinstance(rows, RowFiles) else [rows.select(columns)]:
+        for start in range(0, len(piece), ROWS_AT_ONCE):
+            yield piece.slice(start, ROWS_AT_ONCE)
+
+
 def is_empty(rows: pa.Table | RowFiles, column: str) -> bool:
     """Whether a column is null in every row; of a large manifest the list of files mostly says so."""
     if isinstance(rows, RowFiles):
@@ -262,15 +269,12 @@ def digest_rows(
         if is_empty(rows, column):
             continue
         own = [digest for digest, columns in zip(digests, several, strict=True) if column in columns]
-        pieces = rows.pieces((column,)) if isinstance(rows, RowFiles) else [rows]
         text, comma = f"[{json.dumps(column)}, [", ""
-        for piece in pieces:
-            for start in range(0, len(piece), ROWS_AT_ONCE):  # a list of all rows would take gigabytes
-                values = change(column, piece[column].slice(start, ROWS_AT_ONCE)).to_pylist()
-                text += comma + json.dumps(values)[1:-1]
-                for digest in own:
-                    digest.update(text.encode())
-                text, comma = "", ", "
+        for piece in read_pieces(rows, (column,)):  # a list of all rows would take gigabytes
+            text += comma + json.dumps(change(column, piece[column]).to_pylist())[1:-1]
+            for digest in own:
+                digest.update(text.encode())
+            text, comma = "", ", "
         for digest in own:
             digest.update(f"{text}]]".encode())
     return [digest.hexdigest() for digest in digests]

@@ -1,0 +1,96 @@
+"""A spool: a long list that lies on disk, for what is gone through several times and may be longer than memory is large.
+
+A few thousand items are in memory at a time. The file has no name, so that a kill leaves nothing; it lies where the system
+keeps temporary files (`TMPDIR`).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import islice
+from tempfile import TemporaryFile
+from typing import IO, Any, TypeVar, overload
+
+AT_ONCE = 1024  # items that are written and read together; of a shorter list nothing is
+SORTED_AT_ONCE = 2**16  # items that are sorted in memory,
+MERGED_AT_ONCE = 32  # and so many lists of them merged
+
+Item = TypeVar("Item")
+
+
+def cut(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield some items in lists of one size, the last of which may be smaller."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+class Spool(Sequence[Item]):
+    """Items in the order in which they were added, on disk but for the last ones; those it returns are copies.
+
+    Several may share a `file`.
+    """
+
+    def __init__(self, items: Iterable[Item] = (), file: IO[bytes] | None = None) -> None:
+        self._file = file
+        self._places: list[tuple[int, int]] = []  # offset and bytes of each `AT_ONCE` items
+        self._last: list[Item] = []
+        self._looked_up: tuple[int, list[Item]] = (-1, [])  # the items around one that was asked for by its number
+        for self._last in cut(items, AT_ONCE):
+            self._write()
+
+    def append(self, item: Item) -> None:
+        """Add an item."""
+        self._last.append(item)
+        self._write()
+
+    def _write(self) -> None:
+        if len(self._last) < AT_ONCE:
+            return
+        self._file = self._file or TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it lives as long as this list
+        content = pickle.dumps(self._last, pickle.HIGHEST_PROTOCOL)
+        self._places.append((self._file.seek(0, os.SEEK_END), len(content)))
+        self._file.write(content)
+        self._file.flush()
+        self._last = []
+
+    def _read(self, number: int) -> list[Item]:
+        assert self._file is not None
+        offset, size = self._places[number]
+        items: list[Item] = pickle.loads(os.pread(self._file.fileno(), size, offset))  # noqa: S301  # of our own file
+        return items
+
+    def __len__(self) -> int:
+        return len(self._places) * AT_ONCE + len(self._last)
+
+    def __iter__(self) -> Iterator[Item]:
+        for number in range(len(self._places)):
+            yield from self._read(number)
+        yield from self._last
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number, position = divmod(range(len(self))[place], AT_ONCE)
+        if number == len(self._places):
+            return self._last[position]
+        if number != self._looked_up[0]:
+            self._looked_up = number, self._read(number)
+        return self._looked_up[1][position]
+
+    def sort(self, key: Callable[[Item], Any]) -> Spool[Item]:
+        """Return the items in the order of a key, equal ones as they stand: sorted some at a time, then merged."""
+        if len(self) <= SORTED_AT_ONCE:
+            return Spool(sorted(self, key=key))
+        file = TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it goes with the lists in it
+        runs = [Spool(sorted(some, key=key), file) for some in cut(self, SORTED_AT_ONCE)]
+        while len(runs) > MERGED_AT_ONCE:
+            runs = [Spool(merge(*some, key=key), file) for some in cut(runs, MERGED_AT_ONCE)]
+        return Spool(merge(*runs, key=key))
