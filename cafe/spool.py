@@ -6,6 +6,7 @@ keeps temporary files (`TMPDIR`).
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any, TypeVar, overload
 
 AT_ONCE = 1024  # items that are written and read together; of a shorter list nothing is
-SORTED_AT_ONCE = 2**16  # items that are sorted in memory,
+SORTED_AT_ONCE = 2**14  # items that are sorted in memory,
 MERGED_AT_ONCE = 32  # and so many lists of them merged
 
 Item = TypeVar("Item")
@@ -35,7 +36,7 @@ class Spool(Sequence[Item]):
     """
 
     def __init__(self, items: Iterable[Item] = (), file: IO[bytes] | None = None) -> None:
-        self._file = file
+        self.file = file
         self._places: list[tuple[int, int]] = []  # offset and bytes of each `AT_ONCE` items
         self._last: list[Item] = []
         self._looked_up: tuple[int, list[Item]] = (-1, [])  # the items around one that was asked for by its number
@@ -50,17 +51,24 @@ class Spool(Sequence[Item]):
     def _write(self) -> None:
         if len(self._last) < AT_ONCE:
             return
-        self._file = self._file or TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it lives as long as this list
+        self.file = self.file or TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it lives as long as this list
         content = pickle.dumps(self._last, pickle.HIGHEST_PROTOCOL)
-        self._places.append((self._file.seek(0, os.SEEK_END), len(content)))
-        self._file.write(content)
-        self._file.flush()
+        self._places.append((self.file.seek(0, os.SEEK_END), len(content)))
+        self.file.write(content)
+        self.file.flush()
         self._last = []
 
     def _read(self, number: int) -> list[Item]:
-        assert self._file is not None
+        assert self.file is not None
         offset, size = self._places[number]
-        items: list[Item] = pickle.loads(os.pread(self._file.fileno(), size, offset))  # noqa: S301  # of our own file
+        content = os.pread(self.file.fileno(), size, offset)
+        collects = gc.isenabled()
+        gc.disable()  # else it looks several times for circles among the items, which takes as long as to make them
+        try:
+            items: list[Item] = pickle.loads(content)  # noqa: S301  # of our own file
+        finally:
+            if collects:
+                gc.enable()
         return items
 
     def __len__(self) -> int:
@@ -85,12 +93,12 @@ class Spool(Sequence[Item]):
             self._looked_up = number, self._read(number)
         return self._looked_up[1][position]
 
-    def sort(self, key: Callable[[Item], Any]) -> Spool[Item]:
-        """Return the items in the order of a key, equal ones as they stand: sorted some at a time, then merged."""
-        if len(self) <= SORTED_AT_ONCE:
-            return Spool(sorted(self, key=key))
-        file = TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it goes with the lists in it
-        runs = [Spool(sorted(some, key=key), file) for some in cut(self, SORTED_AT_ONCE)]
-        while len(runs) > MERGED_AT_ONCE:
-            runs = [Spool(merge(*some, key=key), file) for some in cut(runs, MERGED_AT_ONCE)]
-        return Spool(merge(*runs, key=key))
+
+def sort(items: Iterable[Item], key: Callable[[Item], Any]) -> Spool[Item]:
+    """Return items in the order of a key, equal ones as they came: sorted some at a time, then merged."""
+    runs = list[Spool[Item]]()
+    for some in cut(items, SORTED_AT_ONCE):
+        runs.append(Spool(sorted(some, key=key), runs[0].file if runs else None))
+    while len(runs) > MERGED_AT_ONCE:
+        runs = [Spool(merge(*some, key=key), runs[0].file) for some in cut(runs, MERGED_AT_ONCE)]
+    return Spool(merge(*runs, key=key)) if len(runs) > 1 else runs[0] if runs else Spool()

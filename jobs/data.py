@@ -123,25 +123,24 @@ def index(
 
     check_name(name)
     choices, workspace = SetChoices(ClassChoice.parse(expressions, skip), **said), open_workspace()
-    path = workspace.manifest_path(name)
+    images, place = workspace.image_path(name), workspace.manifest_path(name)
     listing = choices.read(kind, root)
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
-    with progress_bar("Reading") as progress:
-        result = index_files(name, listing, progress, workspace.image_path(name), path)
-    counts = result.counts()
-    training = sum(count for (split, _), count in counts.items() if split == "train")
-    if train_faces:
-        result = replace(result, manifest=thin_training(result.manifest, train_faces))
-    for table in _index_tables(result):
-        show(table)
-    if train_faces:
-        say(f"Kept {result.count_values('split')['train']:,} of {training:,} training faces, and all others.")
-    _check_counts(listing, counts, accept_counts, warn=True)
-    brought = root_is_brought(root, choices.pictures, result.manifest.root)
-    own(root, choices.pictures or "", "" if brought else result.manifest.root, remember=True)
-    result.manifest.save(path)
-    say(f"Wrote {path}")
+    with workspace.writing_manifest(name) as save:
+        with progress_bar("Reading") as progress:
+            result = index_files(name, listing, progress, images, place)
+        counts, training = result.counts(), result.count_values("split")["train"]
+        if train_faces:
+            result = replace(result, manifest=thin_training(result.manifest, train_faces))
+        for table in _index_tables(result):
+            show(table)
+        if train_faces:
+            say(f"Kept {result.count_values('split')['train']:,} of {training:,} training faces, and all others.")
+        _check_counts(listing, counts, accept_counts, warn=True)
+        brought = root_is_brought(root, choices.pictures, result.manifest.root)
+        own(root, choices.pictures or "", "" if brought else result.manifest.root, remember=True)
+        say(f"Wrote {save(result.manifest)}")
     check_whole(len(result.broken), "files or rows")
 
 

@@ -39,7 +39,7 @@ from cafe.data.packed.archives import MemberError, Span, find_span
 from cafe.data.rows import read_pieces
 from cafe.errors import AnswerError, UserError, unknown
 from cafe.files import check_encoded, find_below, is_encoded, place_below, write_file
-from cafe.spool import Spool
+from cafe.spool import Spool, sort
 from cafe.threads import map_threads
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
@@ -185,7 +185,7 @@ class Listing:
 
     def count_ignored(self, files: Iterable[str]) -> None:
         """Count by their endings which of some files below `root` no label names; those of dropped faces are not known."""
-        used = Counter(suffix_of(path) for path, _ in groupby(Spool(file.path for file in self.files).sort(str)))
+        used = Counter(suffix_of(path) for path, _ in groupby(sort((file.path for file in self.files), str)))
         self.ignored = Counter(map(suffix_of, files)) - used
         dropped = self.dropped.total()
         for suffix, count in self.ignored.most_common():
@@ -364,9 +364,9 @@ class Index:
         columns = ("digest", "box", "sample_id", "split")
         pieces = read_pieces(self.manifest.table, columns)
         rows = (row for piece in pieces for row in zip(*(piece[name].to_pylist() for name in columns), strict=True))
-        faces = Spool((f"{digest} {box}", sample, split) for digest, box, sample, split in rows).sort(itemgetter(0))
+        faces = sort(((f"{digest} {box}", sample, split) for digest, box, sample, split in rows), itemgetter(0))
         groups = (list(group) for _, group in groupby(faces, itemgetter(0)))
-        return Spool(group for group in groups if len(group) > 1).sort(lambda group: group[0][1])
+        return sort((group for group in groups if len(group) > 1), lambda group: group[0][1])
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Faces per (split, expression)."""

@@ -27,7 +27,7 @@ from cafe.data.labels import decode_text
 from cafe.data.packed.archives import is_archive, open_archive, read_content
 from cafe.errors import UserError
 from cafe.files import retry
-from cafe.spool import Spool
+from cafe.spool import Spool, sort
 
 SPLIT_NAMES = {
     "train": "train",
@@ -142,7 +142,7 @@ def list_files(root: UPath) -> Spool[str]:
     if is_archive(root):
         return _without_hidden(open_archive(root).members)
     if root.protocol in ("", "file"):
-        return Spool(_walk(root.path, "", frozenset(), Counter())).sort(str)
+        return sort(_walk(root.path, "", frozenset(), Counter()), str)
     base = root.path.rstrip("/") + "/"
     found = (path.removeprefix(base) for path in retry(root, "listed", root.fs.find, root.path))
     return _without_hidden(found)
@@ -150,7 +150,7 @@ def list_files(root: UPath) -> Spool[str]:
 
 def _without_hidden(paths: Iterable[str]) -> Spool[str]:
     shown = (path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
-    return Spool(shown).sort(str)
+    return sort(shown, str)
 
 
 def _walk(folder: str, prefix: str, above: frozenset[str], ways: Counter[str]) -> Iterator[str]:
@@ -187,7 +187,7 @@ def relative(path: str, folder: str) -> str:
 
 def mark_repeated(names: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return which of some names are there for the last time, (N,) bool, and which more than once, (N,) bool."""
-    ordered = Spool((name, position) for position, name in enumerate(names)).sort(itemgetter(0))
+    ordered = sort(((name, position) for position, name in enumerate(names)), itemgetter(0))
     last, repeated = np.zeros(len(ordered), bool), np.zeros(len(ordered), bool)
     for _, alike in groupby(ordered, itemgetter(0)):
         positions = [position for _, position in alike]

@@ -35,7 +35,7 @@ from cafe.data.packed.archives import Span
 from cafe.data.rows import (
     LARGE,
     REMEDY,
-    ROWS_A_FILE,
+    ROWS_AT_ONCE,
     SCHEMA,
     Columns,
     RowFile,
@@ -49,7 +49,7 @@ from cafe.data.rows import (
 from cafe.errors import UserError
 from cafe.files import check_encoded, find_below, is_encoded, locate, write_file
 from cafe.seals import encode_table, read_table
-from cafe.spool import Spool, cut
+from cafe.spool import cut, sort
 from cafe.threads import map_threads
 
 PICTURES_AHEAD = 8  # decoded ones, each of which may take half a gigabyte
@@ -165,9 +165,9 @@ class Manifest:
         The rows of a large manifest are written beside its `place`, if that is given, to be saved there.
         """
         check_encoded(root)
-        rows = Spool(faces).sort(attrgetter("sample_id"))
+        rows = sort(faces, attrgetter("sample_id"))
         kept = _check_faces(name, rows)
-        tables = (_tabulate(some, kept) for some in cut(rows, ROWS_A_FILE))
+        tables = (_tabulate(some, kept) for some in cut(rows, ROWS_AT_ONCE))
         if place is not None and len(rows) > LARGE:
             return cls(name, root, write_files(place, tables, classes), kind, classes, parted)
         table = pa.concat_tables([_tabulate([], kept), *tables]).combine_chunks()
@@ -492,7 +492,7 @@ def hold_out(samples: Iterable[tuple[str, int]], fraction: float) -> np.ndarray:
     their hash until a class has its share, so that adding samples later moves hardly any other.
     """
     hashed = ((hashlib.sha256(unit.encode()).digest(), label, number) for number, (unit, label) in enumerate(samples))
-    ordered = Spool(hashed).sort(itemgetter(0))
+    ordered = sort(hashed, itemgetter(0))
     sizes = Counter(label for _, label, _ in ordered)
     quota = Counter({label: max(round(fraction * n), min(1, n - 1)) for label, n in sizes.items()})
     held = np.zeros(len(ordered), bool)

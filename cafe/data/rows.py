@@ -54,7 +54,7 @@ LIST = pa.schema(
 )  # of the files of a large manifest, in the order of their rows
 LARGE = 2**20  # rows; a manifest of more lies in several files,
 ROWS_A_FILE = 2**16  # of so many rows each
-ROWS_AT_ONCE = 2**16  # that become values of Python
+ROWS_AT_ONCE = 2**14  # that become values of Python
 KEPT = 2  # files of rows that stay in memory: shards are smaller, and neighbours are asked for together
 REMEDY = "write it again with `cafe data index`"
 
@@ -209,7 +209,7 @@ def write_files(manifest: UPath, tables: Iterable[pa.Table], classes: tuple[str,
         if not pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py():
             raise UserError(f"The rows of {manifest} do not come in the order of their sample_id: sort them.")
         last, kept = ids[-1:], tuple(table.column_names[len(SCHEMA) :])
-        content = encode_table(table)
+        content = encode_table(table.combine_chunks())  # the same bytes in whatever pieces it came
         digest = hashlib.sha256(content).hexdigest()
         empty = tuple(name for name in table.column_names if is_empty(table, name))
         file = RowFile(f"{number:05d}-{digest[:16]}.parquet", len(table), digest, empty)

@@ -208,15 +208,16 @@ def list_faces(found: Listing, rows: Sequence[LabelledFile], file: object) -> No
 
     Without splits of its own, a table whose pictures all lie in folders of splits takes those.
     """
-    if not any(row.split for row in rows) and "" not in Counter(find_split(row.path) for row in rows):
+    named = Spool((row.path, _name_sample(row), row.split) for row in rows)  # what is gone through often, by itself
+    if not any(split for *_, split in named) and "" not in Counter(find_split(path) for path, *_ in named):
         rows = Spool(replace(row, split=find_split(row.path)) for row in rows)
-    last, repeated = mark_repeated(map(_name_sample, rows))
+    last, repeated = mark_repeated(sample for _, sample, _ in named)
     several = (
         (_name_sample(row), replace(row, expression=spell_name(row.expression) or row.expression), row.where)
-        for row in compress(rows, repeated)
+        for row in (compress(rows, repeated) if repeated.any() else ())
     )
     found.repeated += merge_repeated(several, file)
-    _, shared = mark_repeated(row.path for row in compress(rows, last))
+    _, shared = mark_repeated(path for path, *_ in compress(named, last))
     for row, is_shared in zip(compress(rows, last), shared, strict=True):
         if row.box and min(row.box[2:]) <= 0:
             found.reject(row.where, "has no face box", row.expression)
@@ -305,17 +306,18 @@ def _read_count(cell: object, what: str) -> int:
 
 def _place(rows: Sequence[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, Sequence[LabelledFile]]:
     """Return the root of the pictures and the rows with their paths below it."""
-    if any("://" in row.path for row in rows):
+    paths = Spool(row.path for row in rows)
+    if any("://" in path for path in paths):
         return _place_addresses(rows, file, root)
     home = base = root or file.parent
-    paths = (PurePosixPath(home.path, row.path) for row in rows)  # an absolute path stays as it is
-    outside = next((path for path in paths if not path.is_relative_to(home.path)), None)
+    places = (PurePosixPath(home.path, path) for path in paths)  # an absolute path stays as it is
+    outside = next((place for place in places if not place.is_relative_to(home.path)), None)
     if outside and root is None:
-        folder = _find_common(str(PurePosixPath(home.path, row.path).parent) for row in rows)
+        folder = _find_common(str(PurePosixPath(home.path, path).parent) for path in paths)
         base = UPath(folder, protocol=home.protocol, **home.storage_options)
     elif outside:
         raise UserError(f"{file} lists {outside}, which is not in {base}: give a --root that holds all its pictures.")
-    inside = (str(PurePosixPath(home.path, row.path).relative_to(base.path)) for row in rows)
+    inside = (str(PurePosixPath(home.path, path).relative_to(base.path)) for path in paths)
     return base, Spool(replace(row, path=path) for row, path in zip(rows, inside, strict=True))
 
 
