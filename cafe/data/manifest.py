@@ -40,6 +40,7 @@ from cafe.data.rows import (
     Columns,
     RowFile,
     RowFiles,
+    complete_rows,
     digest_rows,
     find_fault,
     is_empty,
@@ -54,10 +55,8 @@ from cafe.threads import map_threads
 
 PICTURES_AHEAD = 8  # decoded ones, each of which may take half a gigabyte
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-YOUNGER = ("votes", "span")  # columns that files of before lack
 FACE: Columns = ("sample_id", "label", "split", "group", "digest", "box")  # what the digests are of
 IMAGE: Columns = ("sample_id", "digest", "box")
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a manifest: that of its file, of folders and of metrics
@@ -185,7 +184,7 @@ class Manifest:
             rows = (
                 RowFiles.listed(table, path, header.expressions, header.kept or ())
                 if header.version == 3
-                else _complete(table)
+                else complete_rows(table)
             )
         except (pa.ArrowException, OSError, KeyError, TypeError, ValidationError):
             raise UserError(f"{path} is not a manifest of version 2 or 3: {REMEDY}.") from None
@@ -421,17 +420,6 @@ def _tabulate(faces: Sequence[Face], kept: Columns) -> pa.Table:
     for column in kept:
         table = table.append_column(column, pa.array([face.kept.get(column) for face in faces], pa.string()))
     return table
-
-
-def _complete(table: pa.Table) -> pa.Table:
-    """Return the rows of a manifest's file, with the columns that files of before lack."""
-    for name in YOUNGER:
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
-    own = table.schema
-    kept = [one.name for one in own if pa.types.is_string(one.type) and one.name not in SCHEMA.names]
-    schema = pa.schema([*SCHEMA, *(pa.field(column, pa.string()) for column in kept)])
-    return table.select(schema.names).cast(schema)
 
 
 def assign_splits(faces: Collection[Face], test_fraction: float = 0.2) -> Iterator[Face]:

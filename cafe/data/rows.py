@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         ),  # where in its archive it lies (`cafe.data.packed.archives`); null: a file by itself
     ]
 )
+YOUNGER = ("votes", "span")  # columns that files of before lack
 REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
 LIST = pa.schema(
     [
@@ -237,6 +238,17 @@ def _cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
             waiting = waiting.slice(size)
     if waiting:
         yield waiting
+
+
+def complete_rows(table: pa.Table) -> pa.Table:
+    """Return the rows of a manifest's file, with the columns that files of before lack."""
+    for name in YOUNGER:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    own = table.schema
+    kept = [one.name for one in own if pa.types.is_string(one.type) and one.name not in SCHEMA.names]
+    schema = pa.schema([*SCHEMA, *(pa.field(column, pa.string()) for column in kept)])
+    return table.select(schema.names).cast(schema)
 
 
 def read_pieces(rows: pa.Table | RowFiles, columns: Columns) -> Iterator[pa.Table]:
