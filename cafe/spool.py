@@ -12,8 +12,10 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import merge
 from itertools import islice
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any, TypeVar, overload
+
+from cafe.errors import StorageError
 
 AT_ONCE = 1024  # items that are written and read together; of a shorter list nothing is
 SORTED_AT_ONCE = 2**14  # items that are sorted in memory,
@@ -51,11 +53,16 @@ class Spool(Sequence[Item]):
     def _write(self) -> None:
         if len(self._last) < AT_ONCE:
             return
-        self.file = self.file or TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it lives as long as this list
         content = pickle.dumps(self._last, pickle.HIGHEST_PROTOCOL)
-        self._places.append((self.file.seek(0, os.SEEK_END), len(content)))
-        self.file.write(content)
-        self.file.flush()
+        try:
+            self.file = self.file or TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it lives as long as this list
+            self._places.append((self.file.seek(0, os.SEEK_END), len(content)))
+            self.file.write(content)
+            self.file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{gettempdir()} cannot be written ({error.strerror}): make room there, or name another folder in TMPDIR."
+            ) from None
         self._last = []
 
     def _read(self, number: int) -> list[Item]:

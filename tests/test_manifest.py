@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import resource
 import shutil
 import tracemalloc
 from collections import Counter
@@ -452,6 +453,13 @@ def test_a_spool_is_a_list_of_which_a_few_items_are_in_memory(monkeypatch: pytes
     assert (len(spool), spool[70], spool[-1], spool[62:66]) == (9001, items[70], (-1, "last"), items[62:66])
     assert list(ordered) == sorted(items, key=itemgetter(0))  # equal ones as they came
     assert list(sort([], str)) == list(Spool()) == []
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\): make room there, or name another fo"):
+            Spool(items)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def test_a_large_manifest_is_replaced_as_a_whole_or_not_at_all(
