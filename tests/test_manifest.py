@@ -456,7 +456,9 @@ def test_a_spool_is_a_list_of_which_a_few_items_are_in_memory(monkeypatch: pytes
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot be written \(File too large\): make room there, or name another fo"):
+        with pytest.raises(
+            UserError, match=r"cannot be written \(File too large\): make room there, or name another fo"
+        ):
             Spool(items)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
