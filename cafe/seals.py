@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from upath import UPath
@@ -114,7 +115,18 @@ def most_values(content: bytes) -> int:
 
 
 def read_rows(file: pq.ParquetFile, path: UPath, most: int, columns: list[str] | None = None) -> pa.Table:
-    """Return the rows of a Parquet file, a few at a time; raise `IrregularFileError` for more than `most` bytes of them.
+    """Return the rows of a Parquet file; raise as `iterate_rows` does."""
+    import pyarrow as pa
+
+    batches = list(iterate_rows(file, path, most, columns))
+    table = pa.Table.from_batches(batches).combine_chunks() if batches else file.read(columns)
+    return table.replace_schema_metadata(file.schema_arrow.metadata)
+
+
+def iterate_rows(
+    file: pq.ParquetFile, path: UPath, most: int, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a Parquet file, a few at a time; raise `IrregularFileError` for more than `most` bytes of them.
 
     A few bytes can stand for gigabytes: a value that is written once and meant in every row, or a long one of zeros.
     """
@@ -123,17 +135,16 @@ def read_rows(file: pq.ParquetFile, path: UPath, most: int, columns: list[str] |
     too_large = IrregularFileError(
         f"{path} holds more than {most / 2**30:.0f} GB of values: write it again without what is not needed."
     )
-    batches, size = list[pa.RecordBatch](), 0
+    size = 0
     if _claim_size(file.metadata, columns) > most:
         raise too_large
     for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
         values = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in batch.columns]
-        batches.append(pa.RecordBatch.from_arrays(values, names=batch.schema.names))
-        size += batches[-1].nbytes
+        decoded = pa.RecordBatch.from_arrays(values, names=batch.schema.names)
+        size += decoded.nbytes
         if size > most:
             raise too_large
-    table = pa.Table.from_batches(batches).combine_chunks() if batches else file.read(columns)
-    return table.replace_schema_metadata(file.schema_arrow.metadata)
+        yield decoded
 
 
 def _claim_size(metadata: pq.FileMetaData, columns: list[str] | None) -> int:

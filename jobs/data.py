@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from cafe.data.auditing import Audit
     from cafe.data.checking import Check
     from cafe.data.indexing import CountDifference, Index, Listing
-    from cafe.data.manifest import Manifest
     from cafe.pipeline.datasets import Alignment
     from cafe.pipeline.workspace import Workspace
 
@@ -122,23 +123,24 @@ def index(
 
     check_name(name)
     choices, workspace = SetChoices(ClassChoice.parse(expressions, skip), **said), open_workspace()
+    images, place = workspace.image_path(name), workspace.manifest_path(name)
     listing = choices.read(kind, root)
     if not accept_counts:
         _check_counts(listing, listing.counts())  # before 300,000 files are opened in vain
-    with progress_bar("Reading") as progress:
-        result = index_files(name, listing, progress, workspace.image_path(name))
-    counts, training = result.counts(), len(result.manifest.rows("train"))
-    if train_faces:
-        result = replace(result, manifest=thin_training(result.manifest, train_faces))
-    for table in _index_tables(result):
-        show(table)
-    if train_faces:
-        say(f"Kept {len(result.manifest.rows('train')):,} of {training:,} training faces, and all others.")
-    _check_counts(listing, counts, accept_counts, warn=True)
-    brought = root_is_brought(root, choices.pictures, result.manifest.root)
-    own(root, choices.pictures or "", "" if brought else result.manifest.root, remember=True)
-    result.manifest.save(path := workspace.manifest_path(name))
-    say(f"Wrote {path}")
+    with workspace.writing_manifest(name) as save:
+        with progress_bar("Reading") as progress:
+            result = index_files(name, listing, progress, images, place)
+        counts, training = result.counts(), result.count_values("split")["train"]
+        if train_faces:
+            result = replace(result, manifest=thin_training(result.manifest, train_faces))
+        for table in _index_tables(result):
+            show(table)
+        if train_faces:
+            say(f"Kept {result.count_values('split')['train']:,} of {training:,} training faces, and all others.")
+        _check_counts(listing, counts, accept_counts, warn=True)
+        brought = root_is_brought(root, choices.pictures, result.manifest.root)
+        own(root, choices.pictures or "", "" if brought else result.manifest.root, remember=True)
+        say(f"Wrote {save(result.manifest)}")
     check_whole(len(result.broken), "files or rows")
 
 
@@ -168,17 +170,18 @@ def _index_tables(index: Index) -> list[FittedTable | str]:
     """Faces per expression and split, sizes, and what was broken, listed twice or identical in a fresh manifest."""
     from cafe.data.images import list_suffixes
     from cafe.data.rows import SPLITS
+    from cafe.spool import Spool
 
-    manifest, listing, counts = index.manifest, index.listing, index.counts()
-    splits = [split for split in SPLITS if len(manifest.rows(split))]
+    manifest, listing, counts, sizes = index.manifest, index.listing, index.counts(), index.count_values("split")
+    splits = [split for split in SPLITS if sizes[split]]
     numbers = {name: [counts[split, name] for split in splits] for name in manifest.classes}
     lines = [(name, *own, sum(own)) for name, own in numbers.items()]
     table = make_table(["expression", *splits, "all"], lines)
     table.add_section()
-    table.add_row("all", *(f"{len(manifest.rows(split)):,}" for split in (*splits, "all")))
+    table.add_row("all", *(f"{sizes[split]:,}" for split in splits), f"{len(manifest):,}")
 
-    widths, heights = (sorted(manifest.table[side].to_pylist()) for side in ("width", "height"))
-    smallest, middle, largest = (f"{widths[n]}×{heights[n]}" for n in (0, (len(widths) - 1) // 2, -1))
+    widths, heights = (_find_middle(index.count_values(side)) for side in ("width", "height"))
+    smallest, middle, largest = (f"{width}×{height}" for width, height in zip(widths, heights, strict=True))
     ignored = ""
     if others := listing.ignored.total():
         ignored = f"; {others:,} other files ignored ({list_suffixes(listing.ignored)})"
@@ -186,20 +189,20 @@ def _index_tables(index: Index) -> list[FittedTable | str]:
     left_out = (
         f"{listing.dropped.total():,} left out, which show none of the {len(manifest.classes)} classes: {dropped}"
     )
-    repeated, duplicates = listing.repeated, [" = ".join(group) for group in index.duplicates]
+    repeated, duplicates = listing.repeated, Spool(" = ".join(group) for group in index.duplicates)
     broken = [f"{path}: {reason}" for path, reason in index.broken]
     return [
         f"{manifest.name}: {len(manifest):,} faces, read as {listing.layout}",
         *_describe_labels(listing),
         table,
-        *_describe_parts(manifest),
+        *_describe_parts(index, sizes["test"]),
         f"sizes {smallest} to {largest} pixels, median {middle}{ignored}",
         *([left_out] if dropped else []),
         _list_some(f"{len(broken)} broken files, left out", broken),
         *([_list_some(f"{len(repeated)} listed more than once, counted once", repeated)] if repeated else []),
         _list_some(f"{len(duplicates)} groups of identical files", duplicates),
         *_describe_votes(index),
-        *_warn_of_twins(index),
+        *_warn_of_twins(index, sizes),
     ]
 
 
@@ -212,11 +215,18 @@ def _describe_labels(listing: Listing) -> list[str]:
     return [*([f"labels: {', '.join(meanings)}"] if meanings else []), *columns, *listing.notes]
 
 
-def _describe_parts(manifest: Manifest) -> list[str]:
-    """How many groups there are, and how a set is evaluated that came without splits."""
-    groups = len(set(manifest.table["group"].to_pylist()) - {None})
+def _find_middle(counts: Counter[int]) -> tuple[int, int, int]:
+    """Return the smallest of some numbers, the median and the largest, from how often there is each."""
+    numbers = sorted(counts)
+    below = list(accumulate(counts[number] for number in numbers))
+    return numbers[0], numbers[bisect_right(below, (below[-1] - 1) // 2)], numbers[-1]
+
+
+def _describe_parts(index: Index, tested: int) -> list[str]:
+    """How many groups there are, and how a set is evaluated that came without splits, of which so many are for test."""
+    manifest, groups = index.manifest, len(index.count_values("group").keys() - {None})
     lines = [f"{groups:,} groups, none of which is in two splits"] if groups and manifest.parted else []
-    if manifest.parted and not len(manifest.rows("test")):
+    if manifest.parted and not tested:
         lines.append(
             "no face could be held out for test, as faces or groups are too few: where it is trained on, nothing of it can "
             "be evaluated; see --split, --group-by and --group-pattern"
@@ -238,11 +248,11 @@ def _describe_votes(index: Index) -> list[str]:
     ]
 
 
-def _warn_of_twins(index: Index) -> list[str]:
+def _warn_of_twins(index: Index, sizes: Counter[str]) -> list[str]:
     manifest, twins = index.manifest, index.training_twins
     if not twins:
         return []
-    shares = " and ".join(f"{twins[split]:,} of {len(manifest.rows(split)):,} {split} faces" for split in sorted(twins))
+    shares = " and ".join(f"{twins[split]:,} of {sizes[split]:,} {split} faces" for split in sorted(twins))
     return [
         f"{shares} are also in the training split, byte for byte: find them and other copies with "
         f"`cafe data audit {manifest.name}`, then leave them out of the results with --exclude-leaks."
@@ -270,7 +280,7 @@ def check_whole(broken: int, what: str) -> None:
         raise IncompleteError(f"Not all {what} could be read: {broken:,} are left out, listed above.")
 
 
-def _list_some(title: str, lines: list[str]) -> str:
+def _list_some(title: str, lines: Sequence[str]) -> str:
     more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
     return "\n".join([title + (":" if lines else ""), *(f"  {line}" for line in lines[:LISTED]), *more])
 

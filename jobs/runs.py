@@ -271,8 +271,9 @@ def _index_folder(workspace: Workspace, name: str, root: UPath) -> str:
     from cafe.data.indexing import index_files
     from cafe.data.readers import DATASETS
 
-    with progress_bar(f"Reading {name}") as progress:
-        index_files(name, DATASETS["folder"](root), progress).manifest.save(workspace.manifest_path(name))
+    listing, place = DATASETS["folder"](root), workspace.manifest_path(name)
+    with progress_bar(f"Reading {name}") as progress, workspace.writing_manifest(name) as save:
+        save(index_files(name, listing, progress, place=place).manifest)
     return name
 
 

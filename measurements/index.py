@@ -65,7 +65,7 @@ def run(faces: int) -> None:
         with measure("list", faces):
             listing = read_mma(UPath(root))
         with measure("open and index", faces):
-            manifest = index_files("mma", listing).manifest
+            manifest = index_files("mma", listing, place=file).manifest
         with measure("save", faces):
             manifest.save(file)
         with measure("load", faces):

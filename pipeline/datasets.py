@@ -101,7 +101,8 @@ def draw_domains(workspace: Workspace, domains: list[str], faces: int, seed: int
     for number, domain in enumerate(domains, start=1):
         write(root, domain, faces, seed)
         manifests.append(index_files(domain, DATASETS["synthetic"](root / domain)).manifest)
-        manifests[-1].save(workspace.manifest_path(domain))
+        with workspace.writing_manifest(domain) as save:
+            save(manifests[-1])
         progress(number, len(domains))
     return manifests
 
@@ -182,10 +183,9 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
             f"--confidence; {folder / LISTING} lists them all."
         )
     if photos.labels[0] != UNLABELLED:
-        result.manifest = workspace.manifest_path(settings.name)
-        Manifest.from_faces(settings.name, str(folder), faces, photos.kind, photos.classes, photos.parted).save(
-            result.manifest
-        )
+        made = Manifest.from_faces(settings.name, str(folder), faces, photos.kind, photos.classes, photos.parted)
+        with workspace.writing_manifest(settings.name) as save:
+            result.manifest = save(made)
     return result
 
 

@@ -7,7 +7,8 @@ nothing relies on renaming.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from upath import UPath
@@ -17,6 +18,7 @@ from cafe.data.manifest import NAME, Manifest
 from cafe.data.rows import RowFiles, find_folder
 from cafe.errors import UserError, unknown
 from cafe.files import check_encoded, exists, list_files, list_folder, locate, place_below
+from cafe.pipeline.process.lease import hold
 from cafe.results.runs import Run, read_run, read_runs
 
 LONGEST = 100  # characters of a name; with those of others it becomes a file's, which has at most 255 bytes
@@ -68,6 +70,22 @@ class Workspace:
     def manifest_path(self, name: str) -> UPath:
         """Where the manifest of that name is kept."""
         return place_below(self.root / "manifests", f"{name}.parquet")
+
+    @contextmanager
+    def writing_manifest(self, name: str) -> Iterator[Callable[[Manifest], UPath]]:
+        """Yield what keeps a manifest and returns its path; raise `UserError` where another command makes one of that name.
+
+        Each of two would take the rows of the other for what a killed one left.
+        """
+        path = self.manifest_path(name)
+
+        def save(manifest: Manifest) -> UPath:
+            check()
+            manifest.save(path)
+            return path
+
+        with hold(path.parent, file=path.name) as check:
+            yield save
 
     def image_path(self, name: str) -> UPath:
         """Where the pictures of a manifest are kept that came as a table of pixels."""

@@ -28,7 +28,7 @@ from upath import UPath
 from cafe import seals
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
-from cafe.data.manifest import Manifest, map_threads
+from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS, cells
 from cafe.files import check_output, place_below, read_file, read_json
 from cafe.inference.frames import find_files, read_frames
@@ -44,6 +44,7 @@ from cafe.results.predictions import Predictions
 from cafe.results.runs import read_run
 from cafe.results.scores import read_scores
 from cafe.seals import read_sealed, verify_file, write_sealed
+from cafe.threads import map_threads
 from cafe.towers.face import read_face_weights
 from cafe.towers.names import parse_backbone
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
+import resource
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,14 +31,17 @@ from cafe.data.expressions import EXPRESSIONS, ClassChoice
 from cafe.data.indexing import Index, index_files
 from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
 from cafe.data.readers import DATASETS
+from cafe.data.readers.choices import SetChoices
 from cafe.data.rows import write_files
 from cafe.errors import DamagedError, UserError
 from cafe.files import find_below
 from cafe.inference.frames import find_files, read_photo
 from cafe.jobs.runs import name_folders
 from cafe.pipeline.features.integrity import find_stores
+from cafe.pipeline.workspace import Workspace
 from cafe.results.columns import Column
 from cafe.results.leaks import audit_path
+from cafe.spool import Spool, sort
 
 
 @pytest.fixture
@@ -153,7 +161,7 @@ def test_broken_files_are_named_and_duplicates_found(tmp_path: Path) -> None:
         ("anger/text.png", "not an image of a known format"),
         ("anger/zero.jpg", "file is empty"),
     ]
-    assert result.duplicates == [["anger/000.jpg", "sadness/copy.jpg"]]
+    assert list(result.duplicates) == [["anger/000.jpg", "sadness/copy.jpg"]]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -261,7 +269,8 @@ def test_links_to_folders_are_followed_and_a_loop_ends(tmp_path: Path) -> None:
 
 
 def test_splits_are_stratified_and_rare_classes_reach_both() -> None:
-    faces = assign_splits([face(n, label) for label, count in ((0, 100), (1, 5), (2, 2), (3, 1)) for n in range(count)])
+    counts = ((0, 100), (1, 5), (2, 2), (3, 1))
+    faces = list(assign_splits([face(n, label) for label, count in counts for n in range(count)]))
     tests = {label: sum(f.split == "test" for f in faces if f.label == label) for label in range(4)}
     assert tests == {0: 20, 1: 1, 2: 1, 3: 0}
 
@@ -272,10 +281,10 @@ def test_groups_and_identical_files_never_straddle_the_split(rows: list[tuple[in
         face(n, label, group=f"g{group}" if group < 6 else None, digest=f"d{group}")
         for n, (label, group) in enumerate(rows)
     ]
-    split = assign_splits(faces)
+    split = list(assign_splits(faces))
     for unit in range(13):
         assert len({f.split for f, (_, group) in zip(split, rows, strict=True) if group == unit}) <= 1
-    assert assign_splits(faces[::-1]) == split[::-1]  # the order plays no part
+    assert list(assign_splits(faces[::-1])) == split[::-1]  # the order plays no part
 
 
 def test_adding_a_face_moves_hardly_any_other() -> None:
@@ -342,6 +351,117 @@ def test_a_large_manifest_lies_in_files_that_those_read_who_need_rows(
         match=r"x\.rows/00000-\w+\.parquet is missing, .* give the command again, else write it again with",
     ):
         planned.read(range(3))
+
+
+def draw_set(root: Path, kind: str) -> Path:
+    """Draw 40 faces without splits, two of them equal, with a broken one and, in a table, two that are listed twice."""
+    folder = draw_faces(root / "set", per_class=13)
+    (folder / "anger" / "empty.png").touch()
+    shutil.copy(folder / "anger" / "001.png", folder / "sadness" / "copy.png")
+    if kind == "folder":
+        return folder
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    rows = [
+        {"path": path, "label": path.split("/")[0], "subject": f"s{n // 4}" if n % 3 else "", "age": n, "fear": n % 2}
+        | {"left": 0, "top": 0, "width": 5 + n % 2, "height": 5}
+        for n, path in enumerate([*paths, "anger/none.png"])
+    ]
+    rows += [rows[3], rows[8], {**rows[4], "left": 2}]
+    pd.DataFrame(rows).to_csv(folder / "list.csv", index=False)
+    return folder / "list.csv"
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_what_is_read_from_disk_and_merged_is_what_lies_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    place = draw_set(tmp_path, kind)
+
+    def describe() -> list[Any]:
+        listing = SetChoices(columns=("keep=age",) if kind == "table" else ()).read(kind, str(place))
+        found = index_files("faces", listing)
+        said = (
+            listing.repeated,
+            listing.rejected,
+            listing.dropped,
+            listing.notes,
+            found.broken,
+            found.listing.counts(),
+        )
+        seen = (list(found.duplicates), found.training_twins, found.outvoted, found.strange_votes, found.counts())
+        return [found.manifest.table, *found.manifest.digests(), *said, *seen]
+
+    whole = describe()
+    for name, number in (("AT_ONCE", 3), ("SORTED_AT_ONCE", 4), ("MERGED_AT_ONCE", 2)):
+        monkeypatch.setattr(f"cafe.spool.{name}", number)
+    monkeypatch.setattr("cafe.data.rows.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("cafe.data.manifest.ROWS_AT_ONCE", 7)
+    assert describe() == whole
+    assert len(whole[0]) == (40 if kind == "folder" else 41)
+    assert [len(said) for said in whole[3:5]] == ([0, 0] if kind == "folder" else [2, 0])
+
+
+def test_the_rows_of_a_large_manifest_are_written_once_when_they_are_indexed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, place = draw_set(tmp_path, "folder"), UPath(tmp_path / "faces.parquet")
+    whole = index("folder", folder).manifest
+    monkeypatch.setattr("cafe.data.manifest.LARGE", 30)
+    monkeypatch.setattr("cafe.data.rows.ROWS_A_FILE", 16)
+    found = index_files("faces", DATASETS["folder"](UPath(folder)), place=place)
+    written = {path: path.stat().st_ino for path in (tmp_path / "faces.rows").iterdir()}
+    assert (found.manifest.large, len(written), place.exists()) == (
+        True,
+        3,
+        False,
+    )  # a kill leaves the manifest of before
+    assert (found.counts(), len(found.duplicates)) == (index("folder", folder).counts(), 1)
+    found.manifest.save(place)
+    assert {path: path.stat().st_ino for path in (tmp_path / "faces.rows").iterdir()} == written
+    again = Manifest.load(place)
+    assert (again.read(range(len(whole))), again.digests()) == (whole.table, whole.digests())
+
+
+def test_one_command_at_a_time_makes_a_manifest(tmp_path: Path, cafe: Cafe) -> None:
+    folder, workspace = draw_faces(tmp_path / "set"), Workspace.at(str(cafe.workspace))
+    with workspace.writing_manifest("ward") as save:
+        message = cafe.fail("data", "index", "folder", str(folder), "--name", "ward")
+        assert re.search(
+            r"Process \d+ on \S+ works on .*manifests/ward\.parquet: wait until it is done, or end it", message
+        )
+        assert save(replace(index("folder", folder).manifest, name="ward")).exists()
+    cafe.succeed("data", "index", "folder", str(folder), "--name", "ward")
+    assert [path.name for path in (tmp_path / "work" / "manifests").iterdir()] == ["ward.parquet"]
+
+
+def test_a_spool_is_a_list_of_which_a_few_items_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cafe.spool.AT_ONCE", 64)
+    monkeypatch.setattr("cafe.spool.SORTED_AT_ONCE", 512)
+    monkeypatch.setattr("cafe.spool.MERGED_AT_ONCE", 4)
+    numbers = np.random.default_rng(0).integers(0, 500, 9_000).tolist()
+    tracemalloc.start()
+    try:
+        spool = Spool((number, f"{place:0200d}") for place, number in enumerate(numbers))
+        ordered = sort(spool, itemgetter(0))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000  # of 2.7 million bytes, twice
+    spool.append((-1, "last"))
+    items = [(number, f"{place:0200d}") for place, number in enumerate(numbers)]
+    assert list(spool) == [*items, (-1, "last")]
+    assert (len(spool), spool[70], spool[-1], spool[62:66]) == (9001, items[70], (-1, "last"), items[62:66])
+    assert list(ordered) == sorted(items, key=itemgetter(0))  # equal ones as they came
+    assert list(sort([], str)) == list(Spool()) == []
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot be written \(File too large\): make room there, or name another fo"
+        ):
+            Spool(items)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def test_a_large_manifest_is_replaced_as_a_whole_or_not_at_all(

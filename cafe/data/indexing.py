@@ -11,6 +11,9 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,10 +34,13 @@ from cafe.data.expressions import (
 )
 from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, read_size, suffix_of
 from cafe.data.labels import LabelMap, parse_number, refuse_numbers
-from cafe.data.manifest import Face, Manifest, assign_splits, map_threads
+from cafe.data.manifest import Face, Manifest, assign_splits
 from cafe.data.packed.archives import MemberError, Span, find_span
+from cafe.data.rows import read_pieces
 from cafe.errors import AnswerError, UserError, unknown
 from cafe.files import check_encoded, find_below, is_encoded, place_below, write_file
+from cafe.spool import Spool, sort
+from cafe.threads import map_threads
 
 OWN_KINDS = ("folder", "synthetic", "table")  # sets of the user's own, which may be split at will
 TOTAL = "all"  # stands for the expression where only the sum of a split is known
@@ -119,6 +125,9 @@ class LabelledFile:
     kept: Mapping[str, str] = field(default_factory=dict)  # further columns of its row that the manifest shall keep
 
 
+Files = Spool[LabelledFile] | list[LabelledFile]  # a reader may fill a plain list, too
+
+
 @dataclass
 class Listing:
     """The labelled files a reader finds, filled in as it goes through them, whatever they show; `select` chooses of them.
@@ -137,7 +146,7 @@ class Listing:
     layout: str
     expected: tuple[Expected, ...] = ()
     packed: list[str] = field(default_factory=list)
-    files: list[LabelledFile] = field(default_factory=list)
+    files: Files = field(default_factory=Spool)
     ignored: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
@@ -172,11 +181,11 @@ class Listing:
 
     def group_by_name(self) -> None:
         """Make the faces whose file names agree up to the first `_` a group."""
-        self.files = [replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in self.files]
+        self.files = Spool(replace(file, group=PurePosixPath(file.path).name.split("_")[0]) for file in self.files)
 
     def count_ignored(self, files: Iterable[str]) -> None:
         """Count by their endings which of some files below `root` no label names; those of dropped faces are not known."""
-        used = Counter(suffix_of(path) for path in {file.path for file in self.files})
+        used = Counter(suffix_of(path) for path, _ in groupby(sort((file.path for file in self.files), str)))
         self.ignored = Counter(map(suffix_of, files)) - used
         dropped = self.dropped.total()
         for suffix, count in self.ignored.most_common():
@@ -201,7 +210,7 @@ class Listing:
         names = {label: labels.find(label) for label in (*counts, *(label for *_, label in self.rejected if label))}
         if strange := Counter({label: counts[label] for label, name in names.items() if name is None}):
             raise labels.refuse(self.labelled_by, strange)
-        result = replace(self, files=[], dropped=Counter(self.dropped))
+        result = replace(self, files=Spool(), dropped=Counter(self.dropped))
         explained = sorted(names.items(), key=lambda pair: (parse_number(pair[0]) or 0, pair[0]))
         result.meanings = [(label, name or "", counts[label]) for label, name in explained if name != label]
         result.rejected = [(where, reason, names.get(label) or "") for where, reason, label in self.rejected]
@@ -230,9 +239,9 @@ class Listing:
                 check_classes(classes)
         seven = self.kind not in OWN_KINDS or classes == EXPRESSIONS
         optional = (*choice.skip, *((CONTEMPT,) if seven else ()))
-        result = replace(self, classes=classes, files=[], dropped=Counter(self.dropped), rejected=[])
+        result = replace(self, classes=classes, files=Spool(), dropped=Counter(self.dropped), rejected=[])
         result.ignored = Counter(self.ignored)
-        strange: dict[str, list[LabelledFile]] = {}
+        strange, rows = Counter[str](), dict[str, list[str]]()
         for file in self.files:
             if name := _find_wanted(file.expression, classes, choice):
                 result.files.append(file if name == file.expression else replace(file, expression=name))
@@ -245,12 +254,14 @@ class Listing:
                 result.ignored[suffix_of(file.path)] += 1
             else:
                 known = find_class(file.expression, EIGHT) or normalise_name(file.expression)
-                strange.setdefault(known, []).append(file)
-        numbers = {n: len(files) for name, files in strange.items() if (n := parse_number(name)) is not None}
+                strange[known] += 1
+                if strange[known] <= ROWS_NAMED and file.where and self.kind in OWN_KINDS:
+                    rows.setdefault(known, []).append(file.where)
+        numbers = {n: count for name, count in strange.items() if (n := parse_number(name)) is not None}
         if numbers:
             raise refuse_numbers(self.labelled_by, Counter(numbers))
         if strange:
-            raise _refuse(self.labelled_by, strange, classes, self.kind in OWN_KINDS)
+            raise _refuse(self.labelled_by, strange, rows, classes)
         for where, reason, expression in self.rejected:
             name = None if _find_wanted(expression, classes, choice) else find_class(expression, optional)
             if name:
@@ -265,7 +276,7 @@ class Listing:
             raise UserError(
                 f"--split {split} has no meaning for {self.kind}, which comes split: it is for {', '.join(OWN_KINDS)}."
             )
-        self.files = [replace(file, split=split) for file in self.files]
+        self.files = Spool(replace(file, split=split) for file in self.files)
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Files per (split, expression)."""
@@ -288,9 +299,9 @@ def _check_skipped(choice: ClassChoice, names: Sequence[str]) -> None:
             raise unknown("class to skip", skipped, there)
 
 
-def _refuse(place: str, strange: Mapping[str, Sequence[LabelledFile]], classes: Sequence[str], rows: bool) -> UserError:
-    ranked = sorted(strange.items(), key=lambda entry: (-len(entry[1]), entry[0]))
-    shown = [f"{name!r} ({_name_faces(files, rows)})" for name, files in ranked[:NAMED]]
+def _refuse(place: str, strange: Counter[str], rows: Mapping[str, list[str]], classes: Sequence[str]) -> UserError:
+    ranked = sorted(strange.items(), key=lambda entry: (-entry[1], entry[0]))
+    shown = [f"{name!r} ({_name_faces(count, rows.get(name, []))})" for name, count in ranked[:NAMED]]
     more = f" and {len(strange) - NAMED} more" if len(strange) > NAMED else ""
     left_out = ",".join(sorted(strange)[:NAMED]) + (",…" if more else "")
     return UserError(
@@ -300,11 +311,10 @@ def _refuse(place: str, strange: Mapping[str, Sequence[LabelledFile]], classes: 
     )
 
 
-def _name_faces(files: Sequence[LabelledFile], rows: bool) -> str:
-    """Say how many faces there are and, where `rows` are wanted, where the first of them stand in a table."""
-    said = f"{len(files):,} face{'s' * (len(files) != 1)}"
-    named = [file.where for file in files[:ROWS_NAMED] if file.where] if rows else []
-    return said + (f" in {', '.join(named)}{', …' * (len(files) > ROWS_NAMED)}" if named else "")
+def _name_faces(count: int, rows: list[str]) -> str:
+    """Say how many faces there are and where the first of them stand in a table, if they do."""
+    said = f"{count:,} face{'s' * (count != 1)}"
+    return said + (f" in {', '.join(rows)}{', …' * (count > ROWS_NAMED)}" if rows else "")
 
 
 @dataclass(frozen=True)
@@ -318,11 +328,14 @@ class Index:
     @property
     def outvoted(self) -> tuple[int, int]:
         """How many faces have votes, and of how many of them another class than the label has the most."""
-        votes, labels = self.manifest.votes, self.manifest.labels
-        if votes is None:
-            return 0, 0
-        most = votes.max(axis=1)
-        return int((most > 0).sum()), int((votes[np.arange(len(labels)), labels] < most).sum())
+        voted = against = 0
+        for piece in read_pieces(self.manifest.table, ("label", "votes")):
+            part = replace(self.manifest, table=piece)
+            if (votes := part.votes) is not None:
+                most = votes.max(axis=1)
+                voted += int((most > 0).sum())
+                against += int((votes[np.arange(len(part)), part.labels] < most).sum())
+        return voted, against
 
     @property
     def strange_votes(self) -> Counter[str]:
@@ -335,29 +348,40 @@ class Index:
         return +lost
 
     @property
-    def duplicates(self) -> list[list[str]]:
+    def duplicates(self) -> Sequence[list[str]]:
         """Groups of samples whose files are byte for byte the same."""
-        same: dict[str, list[str]] = {}
-        for sample_id, content in zip(self.manifest.sample_ids, self._contents, strict=True):
-            same.setdefault(content, []).append(sample_id)
-        return [group for group in same.values() if len(group) > 1]
+        return Spool([sample for _, sample, _ in group] for group in self._alike)
 
     @property
     def training_twins(self) -> Counter[str]:
         """How many faces of each other split are also in the training split, byte for byte."""
-        faces = list(zip(self.manifest.table["split"].to_pylist(), self._contents, strict=True))
-        trained = {content for split, content in faces if split == "train"}
-        return Counter(split for split, content in faces if split != "train" and content in trained)
+        groups = ([split for *_, split in group] for group in self._alike)
+        return Counter(split for splits in groups if "train" in splits for split in splits if split != "train")
 
-    @property
-    def _contents(self) -> list[str]:
-        digests, boxes = (self.manifest.table[name].to_pylist() for name in ("digest", "box"))
-        return [f"{digest} {box}" for digest, box in zip(digests, boxes, strict=True)]
+    @cached_property
+    def _alike(self) -> Spool[list[tuple[str, str, str]]]:
+        """Groups of several faces (content, sample_id, split) of one content, by the first sample_id of each."""
+        columns = ("digest", "box", "sample_id", "split")
+        pieces = read_pieces(self.manifest.table, columns)
+        rows = (row for piece in pieces for row in zip(*(piece[name].to_pylist() for name in columns), strict=True))
+        faces = sort(((f"{digest} {box}", sample, split) for digest, box, sample, split in rows), itemgetter(0))
+        groups = (list(group) for _, group in groupby(faces, itemgetter(0)))
+        return sort((group for group in groups if len(group) > 1), lambda group: group[0][1])
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Faces per (split, expression)."""
-        splits, classes = self.manifest.table["split"].to_pylist(), self.manifest.classes
-        return Counter((split, classes[label]) for split, label in zip(splits, self.manifest.labels, strict=True))
+        found: Counter[tuple[str, str]] = Counter()
+        for piece in read_pieces(self.manifest.table, ("split", "label")):
+            names = (self.manifest.classes[label] for label in piece["label"].to_pylist())
+            found.update(zip(piece["split"].to_pylist(), names, strict=True))
+        return found
+
+    def count_values(self, column: str) -> Counter[Any]:
+        """How many faces have each value of a column."""
+        found: Counter[Any] = Counter()
+        for piece in read_pieces(self.manifest.table, (column,)):
+            found.update(piece[column].to_pylist())
+        return found
 
 
 def index_files(
@@ -365,11 +389,13 @@ def index_files(
     listing: Listing,
     progress: Callable[[int, int], None] = lambda done, total: None,
     images: UPath | None = None,
+    place: UPath | None = None,
 ) -> Index:
     """Open every listed file once and return its manifest; a file that cannot be read is named, never fatal.
 
     `progress(done, total)` counts files. Faces that are pixels of a table are first written as PNG below `images`, which
-    is then the manifest's root. A listing without a class set is read with the seven expressions. Raises `UserError` when
+    is then the manifest's root. The rows of a large manifest are written beside `place`, where it is to be saved; without
+    one they are held in memory. A listing without a class set is read with the seven expressions. Raises `UserError` when
     not one file can be read.
     """
     listing = listing if listing.classes else listing.select(ClassChoice())
@@ -378,20 +404,22 @@ def index_files(
     if any(file.pixels is not None for file in listing.files):
         assert images is not None
         root = images
-    faces, broken = [], [(where, reason) for where, reason, _ in listing.rejected]
+    faces, broken = Spool[Face](), [(where, reason) for where, reason, _ in listing.rejected]
     labels = {name: label for label, name in enumerate(listing.classes)}
+    parted = True
     opened = map_threads(lambda file: _open(root, file, labels), listing.files)
     for done, result in enumerate(opened, start=1):
         if isinstance(result, Face):
             faces.append(result)
+            parted = parted and not result.split
         else:
             broken.append(result)
         progress(done, len(listing.files))
     if not faces:
         reason = f" (first: {broken[0][0]}: {broken[0][1]})" if broken else ""
         raise UserError(f"No readable face image below {root}{reason}: give the folder that holds the faces.")
-    parted = not any(face.split for face in faces)
-    manifest = Manifest.from_faces(name, str(root), assign_splits(faces), listing.kind, listing.classes, parted)
+    split = assign_splits(faces)
+    manifest = Manifest.from_faces(name, str(root), split, listing.kind, listing.classes, parted, place)
     return Index(manifest, listing, sorted(broken))
 
 

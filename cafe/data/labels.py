@@ -5,6 +5,7 @@ The same number means another expression in every set, so that none is read with
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -12,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 from upath import UPath
 
@@ -35,6 +36,7 @@ ORDERS = {  # from the authors' read-me's
     "rafdb": dict(enumerate(RAFDB, start=1)),
 }
 NUMBER = re.compile(r"\s*[+-]?\d{1,9}(\.0*)?\s*")
+READ_AT_ONCE = 2**20  # bytes
 SHOWN = 20  # labels in an error before "and N more"
 ENCODINGS = ("utf-8-sig", "cp1252", "latin-1")  # the first by which a text can be read; the last reads anything
 
@@ -45,14 +47,30 @@ def parse_number(text: str) -> int | None:
 
 
 def decode_text(data: bytes) -> str:
-    """Return the text of a file: UTF-16 and UTF-8 by their marks, then UTF-8, and Latin-1 as Windows has it for the rest."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16", errors="replace")
+    """Return the text of a file as `find_encoding` has it."""
+    return data.decode(*find_encoding(io.BytesIO(data)))
+
+
+def find_encoding(data: IO[bytes]) -> tuple[str, str]:
+    """Return the encoding of a text and what is to be done with faults, and go back to its beginning.
+
+    UTF-16 and UTF-8 are known by their marks; then it is UTF-8, and Latin-1 as Windows has it for the rest.
+    """
+    marked = data.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    data.seek(0)
+    if marked:
+        return "utf-16", "replace"
     for encoding in ENCODINGS:
+        decoder = codecs.getincrementaldecoder(encoding)()
         try:
-            return data.decode(encoding)
+            while content := data.read(READ_AT_ONCE):
+                decoder.decode(content)
+            decoder.decode(b"", final=True)
+            return encoding, "strict"
         except UnicodeDecodeError:
             continue
+        finally:
+            data.seek(0)
     raise AssertionError("every byte is a character of Latin-1")
 
 

@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 
+import numpy as np
 from upath import UPath
 
 from cafe.data.expressions import OTHERS
@@ -25,6 +27,7 @@ from cafe.data.labels import decode_text
 from cafe.data.packed.archives import is_archive, open_archive, read_content
 from cafe.errors import UserError
 from cafe.files import retry
+from cafe.spool import Spool, sort
 
 SPLIT_NAMES = {
     "train": "train",
@@ -49,7 +52,7 @@ class Tree:
     """
 
     root: UPath
-    files: list[str]
+    files: Sequence[str]
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
@@ -72,9 +75,9 @@ class Tree:
         return [path for path in self.files if path.casefold().endswith(ARCHIVES)]
 
     @cached_property
-    def images(self) -> list[str]:
+    def images(self) -> Sequence[str]:
         """The files named like pictures."""
-        return [path for path in self.files if is_image(path)]
+        return Spool(path for path in self.files if is_image(path))
 
     def get(self, path: str) -> str | None:
         """Return the file of that path in any case, or None."""
@@ -108,7 +111,7 @@ class Tree:
         """Return the tree of a folder in it; of the whole of it when the name is empty."""
         if not folder:
             return self
-        inside = [relative(path, folder) for path in self.files if path.startswith(f"{folder}/")]
+        inside = Spool(relative(path, folder) for path in self.files if path.startswith(f"{folder}/"))
         return Tree(self.root / folder, inside, self.refused)
 
     def start(self, kind: str, layout: str, expected: tuple[Expected, ...]) -> Listing:
@@ -131,7 +134,7 @@ class Tree:
         return UserError(f"{self.root} holds no {missing}: {remedy}.")
 
 
-def list_files(root: UPath) -> list[str]:
+def list_files(root: UPath) -> Spool[str]:
     """Return every file below a folder or in an archive as a sorted POSIX path in it; no hidden ones, no __MACOSX.
 
     Links to folders are followed, but never back into a folder the path came through.
@@ -139,14 +142,15 @@ def list_files(root: UPath) -> list[str]:
     if is_archive(root):
         return _without_hidden(open_archive(root).members)
     if root.protocol in ("", "file"):
-        return sorted(_walk(root.path, "", frozenset(), Counter()))
+        return sort(_walk(root.path, "", frozenset(), Counter()), str)
     base = root.path.rstrip("/") + "/"
     found = (path.removeprefix(base) for path in retry(root, "listed", root.fs.find, root.path))
     return _without_hidden(found)
 
 
-def _without_hidden(paths: Iterable[str]) -> list[str]:
-    return sorted(path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
+def _without_hidden(paths: Iterable[str]) -> Spool[str]:
+    shown = (path for path in paths if not any(part.startswith((".", "__MACOSX")) for part in path.split("/")))
+    return sort(shown, str)
 
 
 def _walk(folder: str, prefix: str, above: frozenset[str], ways: Counter[str]) -> Iterator[str]:
@@ -181,28 +185,36 @@ def relative(path: str, folder: str) -> str:
     return path.removeprefix(f"{folder}/") if folder else path
 
 
-def merge_repeated(rows: Sequence[tuple[str, object, str]], table: object) -> tuple[set[int], list[str]]:
-    """Return which rows (picture, content, name of the row) of a label table stand for a picture, of several the last.
+def mark_repeated(names: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of some names are there for the last time, (N,) bool, and which more than once, (N,) bool."""
+    ordered = sort(((name, position) for position, name in enumerate(names)), itemgetter(0))
+    last, repeated = np.zeros(len(ordered), bool), np.zeros(len(ordered), bool)
+    for _, alike in groupby(ordered, itemgetter(0)):
+        positions = [position for _, position in alike]
+        last[positions[-1]], repeated[positions] = True, len(positions) > 1
+    return last, repeated
 
-    Beside them a line for each picture that is listed more than once. Raises `UserError` naming all pictures that are
-    listed with different contents.
+
+def merge_repeated(rows: Iterable[tuple[str, object, str]], table: object) -> list[str]:
+    """Return a line for each picture that some rows (picture, content, name of the row) of a label table list repeatedly.
+
+    Raises `UserError` naming all pictures that are listed with different contents.
     """
-    places: dict[str, list[int]] = {}
-    for position, (picture, _, _) in enumerate(rows):
-        places.setdefault(picture, []).append(position)
+    listed: dict[str, list[tuple[object, str]]] = {}
+    for picture, content, name in rows:
+        listed.setdefault(picture, []).append((content, name))
     repeated: list[str] = []
     disputed: list[str] = []
-    for picture, positions in places.items():
-        if len(positions) > 1:
-            line = f"{picture} ({'; '.join(rows[position][2] for position in positions)})"
-            same = all(rows[position][1] == rows[positions[0]][1] for position in positions)
-            (repeated if same else disputed).append(line)
+    for picture, own in listed.items():
+        line = f"{picture} ({'; '.join(name for _, name in own)})"
+        same = all(content == own[0][0] for content, _ in own)
+        (repeated if same else disputed).append(line)
     if disputed:
         raise UserError(
             f"{table} lists {len(disputed)} faces more than once with different labels, {', '.join(disputed)}: "
             "keep one row of each."
         )
-    return {positions[-1] for positions in places.values()}, repeated
+    return repeated
 
 
 def read_csv(file: UPath) -> Iterator[tuple[int, list[str]]]:
@@ -286,6 +298,6 @@ def list_by_folder(
         raise tree.lack(wanted, "give the folder that holds it")
     base = tree.choose(bases, "the data set")
     found.root = tree.below(base).root
-    found.files = [replace(file, path=relative(file.path, base)) for file in found.files]
+    found.files = Spool(replace(file, path=relative(file.path, base)) for file in found.files)
     found.count_ignored(tree.below(base).images)
     return found

@@ -6,11 +6,12 @@ It fixes once what every later step relies on: which faces there are, their labe
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -34,10 +35,12 @@ from cafe.data.packed.archives import Span
 from cafe.data.rows import (
     LARGE,
     REMEDY,
+    ROWS_AT_ONCE,
     SCHEMA,
     Columns,
     RowFile,
     RowFiles,
+    complete_rows,
     digest_rows,
     find_fault,
     is_empty,
@@ -45,18 +48,15 @@ from cafe.data.rows import (
     write_files,
 )
 from cafe.errors import UserError
-from cafe.files import check_encoded, find_below, locate, write_file
+from cafe.files import check_encoded, find_below, is_encoded, locate, write_file
 from cafe.seals import encode_table, read_table
+from cafe.spool import cut, sort
+from cafe.threads import map_threads
 
-READERS = 16  # threads that wait for the disk or the network
-AT_ONCE = 16  # items a thread takes at a time: scheduling 300,000 single files would cost more than reading them
-AHEAD = 2048  # results computed ahead, so that memory does not grow with the data set
 PICTURES_AHEAD = 8  # decoded ones, each of which may take half a gigabyte
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-YOUNGER = ("votes", "span")  # columns that files of before lack
 FACE: Columns = ("sample_id", "label", "split", "group", "digest", "box")  # what the digests are of
 IMAGE: Columns = ("sample_id", "digest", "box")
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a manifest: that of its file, of folders and of metrics
@@ -157,20 +157,19 @@ class Manifest:
         kind: str = "",
         classes: tuple[str, ...] = EXPRESSIONS,
         parted: bool = False,
+        place: UPath | None = None,
     ) -> Manifest:
-        """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8."""
-        rows = sorted(faces, key=lambda face: face.sample_id)
-        for text in (root, *(face.path for face in rows), *(face.group or "" for face in rows)):
-            check_encoded(text)
-        kept = list(dict.fromkeys(column for face in rows for column in face.kept))
-        repeated = [sample for sample, count in Counter(face.sample_id for face in rows).items() if count > 1]
-        if repeated:
-            raise UserError(
-                f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
-            )
-        table = pa.Table.from_pylist([vars(face) for face in rows], schema=SCHEMA)
-        for column in kept:
-            table = table.append_column(column, pa.array([face.kept.get(column) for face in rows], pa.string()))
+        """Sort by sample_id; raise `UserError` naming all that several faces share, and a name that is no UTF-8.
+
+        The rows of a large manifest are written beside its `place`, if that is given, to be saved there.
+        """
+        check_encoded(root)
+        rows = sort(faces, attrgetter("sample_id"))
+        kept = _check_faces(name, rows)
+        tables = (_tabulate(some, kept) for some in cut(rows, ROWS_AT_ONCE))
+        if place is not None and len(rows) > LARGE:
+            return cls(name, root, write_files(place, tables, classes), kind, classes, parted)
+        table = pa.concat_tables([_tabulate([], kept), *tables]).combine_chunks()
         return cls(name, root, table, kind, classes, parted)
 
     @classmethod
@@ -185,7 +184,7 @@ class Manifest:
             rows = (
                 RowFiles.listed(table, path, header.expressions, header.kept or ())
                 if header.version == 3
-                else _complete(table)
+                else complete_rows(table)
             )
         except (pa.ArrowException, OSError, KeyError, TypeError, ValidationError):
             raise UserError(f"{path} is not a manifest of version 2 or 3: {REMEDY}.") from None
@@ -208,8 +207,7 @@ class Manifest:
         )
         files: Sequence[RowFile] = ()
         if len(self) > LARGE:
-            pieces = self.table.pieces() if isinstance(self.table, RowFiles) else [self.table]
-            rows = write_files(path, pieces, self.classes)
+            rows = self._write_rows(path)
             whole, images = replace(self, table=rows).digests()
             known = {"digest": whole, "image_digest": images, "kept": rows.kept}
             header = header.model_copy(update={"version": 3, **known})
@@ -219,6 +217,12 @@ class Manifest:
         about = {"cafe.manifest": header.model_dump_json(exclude_none=True)}
         write_file(path, encode_table(table.replace_schema_metadata(about)))
         keep_files(path, files)
+
+    def _write_rows(self, path: UPath) -> RowFiles:
+        if not isinstance(self.table, RowFiles):
+            return write_files(path, [self.table], self.classes)
+        lies_there = self.table == RowFiles.of(path, self.table.files, self.classes, self.table.kept)
+        return self.table if lies_there else write_files(path, self.table.pieces(), self.classes)
 
     @property
     def large(self) -> bool:
@@ -392,44 +396,38 @@ class Manifest:
         return digest_rows(self.table, FACE, IMAGE, change=give_meaning)
 
 
-def _complete(table: pa.Table) -> pa.Table:
-    """Return the rows of a manifest's file, with the columns that files of before lack."""
-    for name in YOUNGER:
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
-    own = table.schema
-    kept = [one.name for one in own if pa.types.is_string(one.type) and one.name not in SCHEMA.names]
-    schema = pa.schema([*SCHEMA, *(pa.field(column, pa.string()) for column in kept)])
-    return table.select(schema.names).cast(schema)
+def _check_faces(name: str, rows: Iterable[Face]) -> Columns:
+    """Return the columns that are kept of some faces, which come sorted; raise `UserError` as `from_faces` does."""
+    group, kept, repeated, last = "", dict[str, None](), list[str](), None
+    for face in rows:
+        check_encoded(face.path)
+        group = group if not face.group or is_encoded(face.group) else group or face.group
+        kept.update(dict.fromkeys(face.kept))
+        if face.sample_id == last and repeated[-1:] != [last]:
+            repeated.append(last)
+        last = face.sample_id
+    check_encoded(group)
+    if repeated:
+        raise UserError(
+            f"{name!r} lists {len(repeated)} samples more than once, {', '.join(repeated)}: keep one row of each."
+        )
+    return tuple(kept)
 
 
-def map_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], at_once: int = AT_ONCE, ahead: int = AHEAD
-) -> Iterator[Result]:
-    """Yield `function(item)` in order, computed on threads, each of which takes some items at once, and no further ahead."""
-
-    def map_some(start: int) -> list[Result]:
-        return [function(item) for item in items[start : start + at_once]]
-
-    waiting = deque[Future[list[Result]]]()
-    with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(items), at_once):
-            waiting.append(pool.submit(map_some, start))
-            if len(waiting) * at_once >= ahead:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+def _tabulate(faces: Sequence[Face], kept: Columns) -> pa.Table:
+    """Return the rows of some faces, with columns that are kept."""
+    table = pa.Table.from_pylist([vars(face) for face in faces], schema=SCHEMA)
+    for column in kept:
+        table = table.append_column(column, pa.array([face.kept.get(column) for face in faces], pa.string()))
+    return table
 
 
-def assign_splits(faces: Sequence[Face], test_fraction: float = 0.2) -> list[Face]:
+def assign_splits(faces: Collection[Face], test_fraction: float = 0.2) -> Iterator[Face]:
     """Give every face without a split `train` or `test`, stratified by label and repeatable everywhere."""
-    without = [position for position, face in enumerate(faces) if not face.split]
-    units = [_unit(faces[position].group, faces[position].digest) for position in without]
-    result = list(faces)
-    test = hold_out(units, [faces[position].label for position in without], test_fraction)
-    for position, is_test in zip(without, test, strict=True):
-        result[position] = replace(faces[position], split="test" if is_test else "train")
-    return result
+    without = ((_unit(face.group, face.digest), face.label) for face in faces if not face.split)
+    test = iter(hold_out(without, test_fraction))
+    for face in faces:
+        yield face if face.split else replace(face, split="test" if next(test) else "train")
 
 
 def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -441,7 +439,8 @@ def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tupl
     held = known.get((rows.tobytes(), fraction))
     if held is None:
         groups, digests = (manifest.table[column].to_pylist() for column in ("group", "digest"))
-        held = hold_out([_unit(groups[row], digests[row]) for row in rows], manifest.labels[rows].tolist(), fraction)
+        units = (_unit(groups[row], digests[row]) for row in rows)
+        held = hold_out(zip(units, manifest.labels[rows].tolist(), strict=True), fraction)
         known[rows.tobytes(), fraction] = held
     return rows[~held], rows[held]
 
@@ -474,22 +473,23 @@ def _unit(group: str | None, digest: str) -> str:
     return f"group {group}" if group else f"image {digest}"
 
 
-def hold_out(units: Sequence[str], labels: Sequence[int], fraction: float) -> np.ndarray:
-    """Choose which samples to hold out, (n,) bool, by nothing but the names of their units.
+def hold_out(samples: Iterable[tuple[str, int]], fraction: float) -> np.ndarray:
+    """Choose which samples (unit, label) to hold out, (n,) bool, by nothing but the names of their units.
 
     Samples of one unit (a group or, without a group, identical content) stay together. Units are taken in the order of
     their hash until a class has its share, so that adding samples later moves hardly any other.
     """
-    members: dict[str, list[int]] = {}
-    for position, unit in enumerate(units):
-        members.setdefault(unit, []).append(position)
-    quota = Counter({label: max(round(fraction * n), min(1, n - 1)) for label, n in Counter(labels).items()})
-    held = np.zeros(len(units), bool)
-    for unit in sorted(members, key=lambda unit: hashlib.sha256(unit.encode()).digest()):
-        counts = Counter(labels[position] for position in members[unit])
+    hashed = ((hashlib.sha256(unit.encode()).digest(), label, number) for number, (unit, label) in enumerate(samples))
+    ordered = sort(hashed, itemgetter(0))
+    sizes = Counter(label for _, label, _ in ordered)
+    quota = Counter({label: max(round(fraction * n), min(1, n - 1)) for label, n in sizes.items()})
+    held = np.zeros(len(ordered), bool)
+    for _, members in groupby(ordered, itemgetter(0)):
+        unit = list(members)
+        counts = Counter(label for _, label, _ in unit)
         # A group is held out while at least half of it is still wanted there.
         wanted = sum(min(n, quota[label]) for label, n in counts.items())
         if 2 * wanted >= counts.total():
-            held[members[unit]] = True
+            held[[number for *_, number in unit]] = True
             quota = Counter({label: max(0, n - counts[label]) for label, n in quota.items()})
     return held

@@ -43,6 +43,7 @@ SCHEMA = pa.schema(
         ),  # where in its archive it lies (`cafe.data.packed.archives`); null: a file by itself
     ]
 )
+YOUNGER = ("votes", "span")  # columns that files of before lack
 REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
 LIST = pa.schema(
     [
@@ -54,7 +55,7 @@ LIST = pa.schema(
 )  # of the files of a large manifest, in the order of their rows
 LARGE = 2**20  # rows; a manifest of more lies in several files,
 ROWS_A_FILE = 2**16  # of so many rows each
-ROWS_AT_ONCE = 2**16  # that are hashed
+ROWS_AT_ONCE = 2**14  # that become values of Python
 KEPT = 2  # files of rows that stay in memory: shards are smaller, and neighbours are asked for together
 REMEDY = "write it again with `cafe data index`"
 
@@ -209,7 +210,7 @@ def write_files(manifest: UPath, tables: Iterable[pa.Table], classes: tuple[str,
         if not pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py():
             raise UserError(f"The rows of {manifest} do not come in the order of their sample_id: sort them.")
         last, kept = ids[-1:], tuple(table.column_names[len(SCHEMA) :])
-        content = encode_table(table)
+        content = encode_table(table.combine_chunks())  # the same bytes in whatever pieces it came
         digest = hashlib.sha256(content).hexdigest()
         empty = tuple(name for name in table.column_names if is_empty(table, name))
         file = RowFile(f"{number:05d}-{digest[:16]}.parquet", len(table), digest, empty)
@@ -239,6 +240,24 @@ def _cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
         yield waiting
 
 
+def complete_rows(table: pa.Table) -> pa.Table:
+    """Return the rows of a manifest's file, with the columns that files of before lack."""
+    for name in YOUNGER:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    own = table.schema
+    kept = [one.name for one in own if pa.types.is_string(one.type) and one.name not in SCHEMA.names]
+    schema = pa.schema([*SCHEMA, *(pa.field(column, pa.string()) for column in kept)])
+    return table.select(schema.names).cast(schema)
+
+
+def read_pieces(rows: pa.Table | RowFiles, columns: Columns) -> Iterator[pa.Table]:
+    """Yield some columns of rows, a few of them at a time."""
+    for piece in rows.pieces(columns) if isinstance(rows, RowFiles) else [rows.select(columns)]:
+        for start in range(0, len(piece), ROWS_AT_ONCE):
+            yield piece.slice(start, ROWS_AT_ONCE)
+
+
 def is_empty(rows: pa.Table | RowFiles, column: str) -> bool:
     """Whether a column is null in every row; of a large manifest the list of files mostly says so."""
     if isinstance(rows, RowFiles):
@@ -262,15 +281,12 @@ def digest_rows(
         if is_empty(rows, column):
             continue
         own = [digest for digest, columns in zip(digests, several, strict=True) if column in columns]
-        pieces = rows.pieces((column,)) if isinstance(rows, RowFiles) else [rows]
         text, comma = f"[{json.dumps(column)}, [", ""
-        for piece in pieces:
-            for start in range(0, len(piece), ROWS_AT_ONCE):  # a list of all rows would take gigabytes
-                values = change(column, piece[column].slice(start, ROWS_AT_ONCE)).to_pylist()
-                text += comma + json.dumps(values)[1:-1]
-                for digest in own:
-                    digest.update(text.encode())
-                text, comma = "", ", "
+        for piece in read_pieces(rows, (column,)):  # a list of all rows would take gigabytes
+            text += comma + json.dumps(change(column, piece[column]).to_pylist())[1:-1]
+            for digest in own:
+                digest.update(text.encode())
+            text, comma = "", ", "
         for digest in own:
             digest.update(f"{text}]]".encode())
     return [digest.hexdigest() for digest in digests]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cafe.data.manifest import map_threads
 from cafe.results.columns import Column
 from cafe.results.metrics import METRICS, RECALL, macro_f1_error, score
 from cafe.results.predictions import Answers, Head, Predictions, list_predictions, list_protocols
@@ -22,6 +21,7 @@ from cafe.results.protocols import ALL_PROTOCOLS, find_protocol
 from cafe.results.runs import Run
 from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNKNOWN, UNSEEN
+from cafe.threads import map_threads
 
 FACES = "faces/"  # before the name of a class: how many faces it has
 LOW, HIGH = ".low", ".high"

@@ -22,7 +22,7 @@ from threading import Event, Thread
 from upath import UPath
 
 from cafe.errors import UserError
-from cafe.files import create_file, encode_json, parse_json, read_file, replace_file
+from cafe.files import create_file, encode_json, parse_json, place_below, read_file, replace_file
 from cafe.records import check_record
 
 STALE_SECONDS = 120.0  # more than a storage is tried again before it counts as failing
@@ -122,13 +122,16 @@ def find_holder(folder: UPath) -> str:
 
 
 @contextmanager
-def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
-    """Hold the lease of a folder; yields what raises `UserError` once another has taken it over, to be called now and then.
+def hold(folder: UPath, wait: bool = False, file: str = "") -> Iterator[Callable[[], None]]:
+    """Hold the lease of a folder, or of one `file` in it, whose name is ours.
 
-    Raises `UserError` naming the holder as soon as it is seen to live, or waits until it is done.
+    Yields what raises `UserError` once another has taken it over, to be called now and then. Raises `UserError` naming the
+    holder as soon as it is seen to live, or waits until it is done.
     """
-    path, mine = folder / ".lease.json", Lease(kernel=find_kernel(), ticks=_own_start())
-    _take(path, mine, folder, wait)
+    place = place_below(folder, file) if file else folder
+    path = place_below(folder, f".{file}.lease.json") if file else folder / ".lease.json"
+    mine = Lease(kernel=find_kernel(), ticks=_own_start())
+    _take(path, mine, place, wait, hint="" if file else " (--wait does)")
     ended, lost = Event(), Event()
 
     def renew() -> None:
@@ -145,7 +148,7 @@ def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if lost.is_set():
-            raise UserError(f"Another process has taken over {folder}, since this one was silent for too long: end it.")
+            raise UserError(f"Another process has taken over {place}, since this one was silent for too long: end it.")
 
     thread = Thread(target=renew, daemon=True)
     thread.start()
@@ -159,18 +162,18 @@ def hold(folder: UPath, wait: bool = False) -> Iterator[Callable[[], None]]:
             replace_file(path, content, None)
 
 
-def _take(path: UPath, mine: Lease, folder: UPath, wait: bool) -> None:
+def _take(path: UPath, mine: Lease, place: UPath, wait: bool, hint: str) -> None:
     """Write a lease once no other lives; only one of several at a time succeeds."""
     watch, announced = _Watch(), False
     while (holder := _try(path, mine, watch)) is not None:
         lease, alive = holder
         who = f"rocess {lease.process} on {lease.host}"
         if alive and not wait:
-            raise UserError(f"P{who} works on {folder}: wait until it is done (--wait does), or end it.")
+            raise UserError(f"P{who} works on {place}: wait until it is done{hint}, or end it.")
         if alive is None and not announced:
             announced = True
             logging.getLogger(__name__).warning(
-                "Watching for up to %.0f seconds whether p%s still works on %s.", STALE_SECONDS, who, folder
+                "Watching for up to %.0f seconds whether p%s still works on %s.", STALE_SECONDS, who, place
             )
         time.sleep(WAIT_SECONDS)
 

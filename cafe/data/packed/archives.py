@@ -13,6 +13,7 @@ Archives come from others: nothing is unpacked, links are not followed, and no h
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
@@ -105,6 +106,20 @@ def read_content(path: UPath, most: int | None = None) -> bytes:
     """Return the content of a file, or of a member of an archive by its path below it; raise `MemberError`."""
     place = find_span(path)
     return read_file(path, most) if place is None else read_span(path, place)
+
+
+@contextmanager
+def open_content(path: UPath) -> Iterator[IO[bytes]]:
+    """Open a file where it lies on a disk, or the content of any other and of a member of an archive, which is in memory.
+
+    Raises `MemberError`.
+    """
+    if path.protocol in ("", "file") and find_span(path) is None:
+        check_regular(path)
+        with retry(path, "read", path.open, "rb") as data:
+            yield cast(IO[bytes], data)
+    else:
+        yield io.BytesIO(read_content(path))
 
 
 def find_span(path: UPath) -> Span | None:

@@ -12,19 +12,21 @@ from dataclasses import dataclass, replace
 from itertools import compress, groupby, pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
 from cafe.data.images import suffix_of
 from cafe.data.indexing import Listing
-from cafe.data.layouts import SPLIT_NAMES, Tree, is_image, list_files
+from cafe.data.layouts import SPLIT_NAMES, Tree, is_image, list_files, mark_repeated
 from cafe.data.packed.archives import ROWS, Span, find_pictures, is_archive, name_row, open_packed, walk_archive
 from cafe.data.readers.cells import TABLES, Cells, as_text
 from cafe.data.readers.table import Roles, list_faces, read_faces, read_table
 from cafe.errors import UserError
 from cafe.files import retry
 from cafe.seals import MOST_BYTES, read_rows
+from cafe.spool import Spool
 
 TEXTS = (".cls", ".json", ".txt")  # members of a sample of WebDataset that say what it shows
 SEVERAL = re.compile(r"[*{]")  # in the name of shards
@@ -51,7 +53,7 @@ def read_webdataset(root: UPath, columns: Mapping[str, str] | None = None) -> Li
     """
     folder, shards = find_shards(root, ".tar")
     found = Listing(folder, "table", f"{len(shards)} tar shards", tables=(str(root),))
-    rows = [row for shard in shards for row in _read_tar(folder / shard, shard, found)]
+    rows = Spool(row for shard in shards for row in _read_tar(folder / shard, shard, found))
     if not any(row.cells for row in rows):
         raise UserError(
             f"{root} has no .cls or .json beside its pictures: read folders of expressions in a .tar with "
@@ -67,7 +69,7 @@ def read_parquet(root: UPath, columns: Mapping[str, str] | None = None) -> Listi
     """
     folder, shards = find_shards(root, ROWS)
     found = Listing(folder, "table", f"{len(shards)} Parquet files", tables=(str(root),))
-    rows = [row for shard in shards for row in _read_rows(folder / shard, shard)]
+    rows = Spool(row for shard in shards for row in _read_rows(folder / shard, shard))
     # A row is read with those around it, so that the faces must stay in the order in which they lie.
     in_order = all(
         all(str(before.name) < str(after.name) for before, after in pairwise(some))
@@ -137,24 +139,23 @@ def _find_split(shard: str) -> str:
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "")
 
 
-def _are_unique(rows: list[_Packed]) -> bool:
-    names = {row.name for row in rows}
-    return None not in names and "" not in names and len(names) == len(rows)
+def _are_unique(rows: Iterable[_Packed]) -> bool:
+    names = Spool(row.name for row in rows)
+    return not any(name in (None, "") for name in names) and not mark_repeated(map(str, names))[1].any()
 
 
-def _list_rows(found: Listing, rows: list[_Packed], named: bool, root: UPath, chosen: Mapping[str, str]) -> Listing:
+def _list_rows(found: Listing, rows: Sequence[_Packed], named: bool, root: UPath, chosen: Mapping[str, str]) -> Listing:
     """Add the faces of shards to a listing; they are called by the names of their pictures where these are `named` apart."""
     columns = list(dict.fromkeys(column for row in rows for column in row.cells))
-    cells: list[Sequence[object]] = [(row.path, *(row.cells.get(column) for column in columns)) for row in rows]
-    table = Cells([PICTURE, *columns], cells)
+    table = Cells([PICTURE, *columns], Spool((row.path, *map(row.cells.get, columns)) for row in rows))
     roles = Roles.find(table, root, {**chosen, "path": PICTURE})
-    labelled = [as_text(row[roles.places["label"]]) is not None for row in cells]
-    if unlabelled := labelled.count(False):
+    labelled = np.fromiter((as_text(row[roles.places["label"]]) is not None for row in table.rows), bool, len(rows))
+    if unlabelled := int((~labelled).sum()):
         found.dropped["no label"] += unlabelled
-    faces = read_faces(Cells(table.columns, list(compress(cells, labelled))), roles, root)
+    faces = read_faces(Cells(table.columns, Spool(compress(table.rows, labelled))), roles, root)
     list_faces(
         found,
-        [
+        Spool(
             replace(
                 face,
                 where=row.path,
@@ -163,7 +164,7 @@ def _list_rows(found: Listing, rows: list[_Packed], named: bool, root: UPath, ch
                 span=row.span,
             )
             for face, row in zip(faces, compress(rows, labelled), strict=True)
-        ],
+        ),
         root,
     )
     found.layout, found.unread = f"{found.layout} of {roles.name(table)}", roles.unread

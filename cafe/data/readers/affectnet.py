@@ -16,7 +16,7 @@ from cafe.data.images import Box, UnreadableImageError, read_bytes
 from cafe.data.indexing import Listing, read_expected
 from cafe.data.labels import AFFECTNET, parse_number
 from cafe.data.layouts import SPLIT_NAMES, Tree, list_by_folder, read_records
-from cafe.data.manifest import map_threads
+from cafe.threads import map_threads
 
 MOST_BYTES = 4096  # of an annotation, one number with the header of its array
 LISTS = {"training.csv": "train", "validation.csv": "val"}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 from cafe.data.expressions import EIGHT, ClassChoice
@@ -15,6 +16,7 @@ from cafe.data.readers.levels import Levels
 from cafe.data.readers.table import KEEP
 from cafe.errors import UserError
 from cafe.files import locate
+from cafe.spool import Spool
 
 TABLES_READ = ("folder", "table", "webdataset")  # kinds whose tables may have columns of any name
 
@@ -89,17 +91,17 @@ class SetChoices:
                 f"--group-by and --group-pattern have no meaning for {listing.kind}, whose groups are known: they are for "
                 f"{', '.join(OWN_KINDS)}."
             )
-        paths = [file.path for file in listing.files]
         if self.group_pattern:
-            groups: Sequence[str | None] = [_match(self.group_pattern, path) for path in paths]
+            groups: Iterable[str | None] = (_match(self.group_pattern, file.path) for file in listing.files)
         elif self.group_by == "folder":
+            paths = Spool(file.path for file in listing.files)
             groups = Levels(listing.root, paths, (*EIGHT, *self._names(None))).name_folders()
         elif self.group_by == "none":
-            groups = [None] * len(paths)
+            groups = repeat(None, len(listing.files))
         else:
             return listing
-        files = [replace(file, group=group) for file, group in zip(listing.files, groups, strict=True)]
-        return replace(listing, files=files)
+        files = (replace(file, group=group) for file, group in zip(listing.files, groups, strict=True))
+        return replace(listing, files=Spool(files))
 
 
 def _parse_columns(texts: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import compress, zip_longest
 
 import numpy as np
 from upath import UPath
@@ -18,7 +18,7 @@ from cafe.data.expressions import EIGHT
 from cafe.data.indexing import Listing, read_expected
 from cafe.data.labels import FERPLUS as CANDIDATES
 from cafe.data.labels import parse_number
-from cafe.data.layouts import Tree, folder_of, merge_repeated, read_csv, read_records
+from cafe.data.layouts import Tree, folder_of, mark_repeated, merge_repeated, read_csv, read_records
 from cafe.errors import UserError, unknown
 
 EMOTIONS = 8  # the first candidates; the last two say that there is none, or no face
@@ -144,8 +144,10 @@ def _label_rows(
     Of rows that name one picture with equal votes the last stands, as the repository's script overwrites the first.
     """
     named = [position for position, row in enumerate(rows) if row.path]
-    kept, found.repeated = merge_repeated([(rows[n].path, rows[n].votes, rows[n].where) for n in named], source)
-    standing = {named[number] for number in kept}
+    last, repeated = mark_repeated(rows[position].path for position in named)
+    several = (rows[position] for position in compress(named, repeated))
+    found.repeated = merge_repeated(((row.path, row.votes, row.where) for row in several), source)
+    standing = set(compress(named, last))
     labels: dict[int, str] = {}
     for position, row in enumerate(rows):
         if not row.votes:

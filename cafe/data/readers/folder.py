@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +22,7 @@ from cafe.data.readers.table import Roles, list_faces, read_faces
 from cafe.data.rows import SCHEMA
 from cafe.errors import UserError
 from cafe.files import find_below
+from cafe.spool import Spool
 
 METADATA = "metadata"  # tables of this name say more of the pictures in and below their folder
 
@@ -55,7 +56,8 @@ def read_folder(
         raise _refuse(tree)
     else:
         _list_levels(found, levels, level)
-    found.count_ignored(set(tree.files) - {table.path for table in tables})
+    read = {table.path for table in tables}
+    found.count_ignored(path for path in tree.files if path not in read)
     return found
 
 
@@ -125,15 +127,15 @@ def _list_tables(found: Listing, tree: Tree, tables: Sequence[_Beside]) -> None:
         by_name[image.rpartition("/")[2].casefold()].append(image)
     for table in tables:
         rows = read_faces(table.cells, table.roles, find_below(tree.root, table.path))
-        rows = [replace(row, split=row.split or table.split) for row in rows]
-        list_faces(found, list(_find_pictures(found, tree, table, rows, by_name)), table.path)
+        rows = (replace(row, split=row.split or table.split) for row in rows)
+        list_faces(found, Spool(_find_pictures(found, tree, table, rows, by_name)), table.path)
     found.layout = "; ".join(f"{table.path} of {table.roles.name(table.cells)}" for table in tables)
     found.tables = tuple(str(find_below(tree.root, table.path)) for table in tables)
     found.unread = tuple(dict.fromkeys(name for table in tables for name in table.roles.unread))
 
 
 def _find_pictures(
-    found: Listing, tree: Tree, table: _Beside, rows: Sequence[LabelledFile], by_name: Mapping[str, list[str]]
+    found: Listing, tree: Tree, table: _Beside, rows: Iterable[LabelledFile], by_name: Mapping[str, list[str]]
 ) -> Iterator[LabelledFile]:
     """Yield the rows with the places of their pictures; note those whose picture is not there, or there several times.
 
@@ -198,7 +200,7 @@ def read_synthetic(root: UPath) -> Listing:
     tree = Tree.open(root)
     if place := tree.get(PEOPLE):
         people = _read_people(find_below(root, place))
-        found.files = [replace(file, kept=people.get(str(file.group), {})) for file in found.files]
+        found.files = Spool(replace(file, kept=people.get(str(file.group), {})) for file in found.files)
         found.ignored = found.ignored - Counter([suffix_of(place)])
     return found
 

@@ -7,7 +7,7 @@ by the names on it; where two levels could be the expressions, nobody is asked t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from cafe.data.indexing import LabelledFile
 from cafe.data.labels import parse_number
 from cafe.data.layouts import SPLIT_NAMES
 from cafe.errors import UserError
+from cafe.spool import Spool
 
 PERSONS = 5  # as many folders at least that recur below several expressions are taken for persons
 
@@ -97,8 +98,8 @@ class Levels:
         levels = [level for level in self.several if level != expression]
         return next((level for level in levels if self._recurs(level, expression)), None)
 
-    def name_folders(self) -> list[str | None]:
-        """Return the folder of every picture on the outermost level that differs and is not that of the expressions.
+    def name_folders(self) -> Iterator[str | None]:
+        """Yield the folder of every picture on the outermost level that differs and is not that of the expressions.
 
         Raises `UserError` where there is none.
         """
@@ -109,7 +110,7 @@ class Levels:
                 "--group-pattern, or leave --group-by folder out."
             )
         folders = (list_levels(path) for path in self.pictures)
-        return [names[levels[0]] if len(names) > levels[0] else None for names in folders]
+        return (names[levels[0]] if len(names) > levels[0] else None for names in folders)
 
     def _recurs(self, level: int, expression: int) -> bool:
         """Whether a level is above the expressions, or at least half of its names are below several of them."""
@@ -124,18 +125,18 @@ class Levels:
                 below.setdefault(folders[level], set()).add(folders[expression])
         return 2 * sum(len(expressions) > 1 for expressions in below.values()) >= len(below)
 
-    def contradict(self, files: Sequence[LabelledFile]) -> list[LabelledFile]:
+    def contradict(self, files: Iterable[LabelledFile]) -> Sequence[LabelledFile]:
         """Return the faces that lie in a folder of another class than their label says."""
         if len(self.good) != 1:
             return []
         (level,) = self.good
-        return [
+        return Spool(
             file
             for file in files
             if len(folders := list_levels(file.path)) > level
             and (shown := find_class(folders[level], self.classes)) is not None
             and find_class(file.expression, self.classes) not in (None, shown)
-        ]
+        )
 
     @cached_property
     def _known(self) -> list[dict[str, str | None]]:

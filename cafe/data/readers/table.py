@@ -5,8 +5,10 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import compress
 from pathlib import PurePosixPath
 
 from upath import UPath
@@ -14,12 +16,13 @@ from upath import UPath
 from cafe.data.expressions import ALIASES, EIGHT, normalise_name, spell_name
 from cafe.data.images import Box
 from cafe.data.indexing import LabelledFile, Listing
-from cafe.data.layouts import SPLIT_NAMES, USAGES, find_split, merge_repeated
+from cafe.data.layouts import SPLIT_NAMES, USAGES, find_split, mark_repeated, merge_repeated
 from cafe.data.readers.cells import Cells, as_text
 from cafe.data.readers.levels import Levels
 from cafe.data.rows import SCHEMA, SPLITS
 from cafe.errors import UserError, unknown
 from cafe.files import check_encoded, locate
+from cafe.spool import Spool
 
 ROLES = {  # what a column may be called, in any case; blanks, dots and hyphens count as `_`
     "path": (
@@ -189,11 +192,10 @@ def read_table(file: UPath, root: UPath | None = None, columns: Mapping[str, str
     """
     table = Cells.load(file)
     roles = Roles.find(table, file, columns or {})
-    rows = read_faces(table, roles, file)
-    root, rows = _place(rows, file, root)
+    root, rows = _place(Spool(read_faces(table, roles, file)), file, root)
     found = Listing(root, "table", f"table of {roles.name(table)}", unread=roles.unread, tables=(str(file),))
     list_faces(found, rows, file)
-    if wrong := Levels(root, [row.path for row in found.files], EIGHT).contradict(found.files):
+    if wrong := Levels(root, Spool(row.path for row in found.files), EIGHT).contradict(found.files):
         found.notes.append(
             f"{len(wrong):,} faces lie in a folder of another expression than their label says, such as {wrong[0].path}, "
             f"labelled {wrong[0].expression!r}: the label counts"
@@ -206,31 +208,30 @@ def list_faces(found: Listing, rows: Sequence[LabelledFile], file: object) -> No
 
     Without splits of its own, a table whose pictures all lie in folders of splits takes those.
     """
-    if rows and not any(row.split for row in rows):
-        splits = [find_split(row.path) for row in rows]
-        if all(splits):
-            rows = [replace(row, split=split) for row, split in zip(rows, splits, strict=True)]
-    named = [_name_sample(row) for row in rows]
-    cells_of = [replace(row, expression=spell_name(row.expression) or row.expression) for row in rows]
-    numbered = [(sample, row, row.where) for sample, row in zip(named, cells_of, strict=True)]
-    kept, repeated = merge_repeated(numbered, file)
-    faces = Counter(rows[position].path for position in kept)
-    found.repeated += repeated
-    for position in sorted(kept):
-        row = rows[position]
+    named = Spool((row.path, _name_sample(row), row.split) for row in rows)  # what is gone through often, by itself
+    if not any(split for *_, split in named) and "" not in Counter(find_split(path) for path, *_ in named):
+        rows = Spool(replace(row, split=find_split(row.path)) for row in rows)
+    last, repeated = mark_repeated(sample for _, sample, _ in named)
+    several = (
+        (_name_sample(row), replace(row, expression=spell_name(row.expression) or row.expression), row.where)
+        for row in (compress(rows, repeated) if repeated.any() else ())
+    )
+    found.repeated += merge_repeated(several, file)
+    _, shared = mark_repeated(path for path, *_ in compress(named, last))
+    for row, is_shared in zip(compress(rows, last), shared, strict=True):
         if row.box and min(row.box[2:]) <= 0:
             found.reject(row.where, "has no face box", row.expression)
         else:
-            found.files.append(replace(row, sample=row.sample or (named[position] if faces[row.path] > 1 else "")))
+            found.files.append(replace(row, sample=row.sample or (_name_sample(row) if is_shared else "")))
 
 
 def _name_sample(row: LabelledFile) -> str:
     return f"{row.path}@{','.join(map(str, row.box))}" if row.box else row.path
 
 
-def read_faces(table: Cells, roles: Roles, file: UPath) -> list[LabelledFile]:
-    """Return the faces that the rows of a table name, their paths as they stand."""
-    return [_read_row(row, roles, number, file) for number, row in enumerate(table.rows, start=1)]
+def read_faces(table: Cells, roles: Roles, file: UPath) -> Iterator[LabelledFile]:
+    """Yield the faces that the rows of a table name, their paths as they stand."""
+    return (_read_row(row, roles, number, file) for number, row in enumerate(table.rows, start=1))
 
 
 def _read_row(row: Sequence[object], roles: Roles, number: int, file: UPath) -> LabelledFile:
@@ -303,46 +304,53 @@ def _read_count(cell: object, what: str) -> int:
     raise UserError(f"{what} {cell!r}: write how many people chose it, a whole number from 0.")
 
 
-def _place(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
+def _place(rows: Sequence[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, Sequence[LabelledFile]]:
     """Return the root of the pictures and the rows with their paths below it."""
-    if any("://" in row.path for row in rows):
+    paths = Spool(row.path for row in rows)
+    if any("://" in path for path in paths):
         return _place_addresses(rows, file, root)
-    base = root or file.parent
-    paths = [PurePosixPath(base.path, row.path) for row in rows]  # an absolute path stays as it is
-    outside = [path for path in paths if not path.is_relative_to(base.path)]
+    home = base = root or file.parent
+    places = (PurePosixPath(home.path, path) for path in paths)  # an absolute path stays as it is
+    outside = next((place for place in places if not place.is_relative_to(home.path)), None)
     if outside and root is None:
-        folder = posixpath.commonpath([str(path.parent) for path in paths])
-        base = UPath(folder, protocol=base.protocol, **base.storage_options)
+        folder = _find_common(str(PurePosixPath(home.path, path).parent) for path in paths)
+        base = UPath(folder, protocol=home.protocol, **home.storage_options)
     elif outside:
-        raise UserError(
-            f"{file} lists {outside[0]}, which is not in {base}: give a --root that holds all its pictures."
-        )
-    inside = [str(path.relative_to(base.path)) for path in paths]
-    return base, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
+        raise UserError(f"{file} lists {outside}, which is not in {base}: give a --root that holds all its pictures.")
+    inside = (str(PurePosixPath(home.path, path).relative_to(base.path)) for path in paths)
+    return base, Spool(replace(row, path=path) for row, path in zip(rows, inside, strict=True))
 
 
-def _place_addresses(rows: list[LabelledFile], file: UPath, root: UPath | None) -> tuple[UPath, list[LabelledFile]]:
+def _find_common(folders: Iterable[str]) -> str:
+    """Return the deepest folder that holds all of some; raise as `posixpath.commonpath` does."""
+    return reduce(lambda common, folder: posixpath.commonpath([common or folder, folder]), folders, "")
+
+
+def _place_addresses(
+    rows: Sequence[LabelledFile], file: UPath, root: UPath | None
+) -> tuple[UPath, Sequence[LabelledFile]]:
     """Return the deepest address that all pictures lie below, that of a protocol alone for several servers or buckets.
 
     Raises `UserError` where not all are addresses of one protocol, for one that nothing here reads, and as `locate` does
     for what a file may not ask.
     """
-    protocols = [row.path.partition("://")[0] if "://" in row.path else "" for row in rows]
-    for protocol, row in zip(protocols, rows, strict=True):
-        if protocol != protocols[0]:
+    first = rows[0].path
+    protocol = first.partition("://")[0] if "://" in first else ""
+    for row in rows:
+        if protocol != (row.path.partition("://")[0] if "://" in row.path else ""):
             raise UserError(
-                f"{file} has {rows[0].path} and, in {row.where}, {row.path}: give every kind of place a table of its own."
+                f"{file} has {first} and, in {row.where}, {row.path}: give every kind of place a table of its own."
             )
-    locate(rows[0].path)  # whether such addresses may be asked
-    paths = [row.path.partition("://")[2] for row in rows]
+    locate(first)  # whether such addresses may be asked
     if root is None:
-        folder = posixpath.commonpath([posixpath.dirname(path) for path in paths])
-        root = locate(f"{protocols[0]}://{folder}")
+        folder = _find_common(posixpath.dirname(row.path.partition("://")[2]) for row in rows)
+        root = locate(f"{protocol}://{folder}")
     start = str(root).partition("://")[2].strip("/")
-    for path, row in zip(paths, rows, strict=True):
-        if start and not path.startswith(f"{start}/"):
+    for row in rows:
+        if start and not row.path.partition("://")[2].startswith(f"{start}/"):
             raise UserError(
                 f"{file} lists {row.path}, which is not in {root}: give a --root that holds all its pictures."
             )
-    inside = [path.removeprefix(f"{start}/") if start else path for path in paths]
-    return root, [replace(row, path=path) for row, path in zip(rows, inside, strict=True)]
+    paths = (row.path.partition("://")[2] for row in rows)
+    inside = (path.removeprefix(f"{start}/") if start else path for path in paths)
+    return root, Spool(replace(row, path=path) for row, path in zip(rows, inside, strict=True))
