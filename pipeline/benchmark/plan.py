@@ -101,21 +101,28 @@ class BenchmarkPlan:
         return sum(cell.worked for cell in self.runnable)
 
     def seconds_left(self, parallel: int) -> float | None:
-        """Estimate the time of the training left from the speed of epochs already trained; None when there are none.
+        """Estimate the time of the training left from the speed of epochs already trained; None where nothing tells it.
 
-        A method without any goes by the median of the others.
+        A method without any goes by the median of those that look at pictures as it does, or do not: that is what decides.
         """
         speeds: dict[str, list[float]] = {}
         for cell in self.cells:
             for record in map(read_epoch, cell.records[-RATE_EPOCHS:]):
                 if record and "faces_per_second" in record:
                     speeds.setdefault(cell.title, []).append(record["faces_per_second"])
-        if not speeds:
-            return None
         medians = {title: median(values) for title, values in speeds.items()}
-        usual = median(medians.values())
-        left = ((cell.work - cell.worked) / medians.get(cell.title, usual) for cell in self.runnable)
-        return sum(left) / parallel
+        alike: dict[bool, dict[str, float]] = {False: {}, True: {}}
+        for cell in self.cells:
+            if cell.title in medians:
+                alike["image" in cell.entry.kind.needs][cell.title] = medians[cell.title]
+        usual = {looks: median(several.values()) for looks, several in alike.items() if several}
+        seconds = 0.0
+        for cell in self.runnable:
+            speed = medians.get(cell.title, usual.get("image" in cell.entry.kind.needs))
+            if cell.work > cell.worked and speed is None:
+                return None
+            seconds += (cell.work - cell.worked) / speed if speed else 0
+        return seconds / parallel
 
 
 def plan_benchmark(
