@@ -454,9 +454,9 @@ def test_a_name_that_is_no_file_is_one_of_the_package(tmp_path: Path) -> None:
     assert "make it with `cafe data index rafdb ROOT --name rafdb`" in published
     assert cafe.fail("benchmark", "table9.toml") == (
         "Error: There is no benchmark file 'table9.toml': give the path of one, or one of ablation.toml, "
-        "demo.toml, ferplus.toml, generalisation.toml, heads.toml, leave_one_out.toml, leave_one_out_drawn.toml, "
-        "mask.toml, quickstart.toml, rivals.toml, shipped.toml, spatial.toml, supplement.toml, supplement2.toml, "
-        "table1.toml, table2.toml."
+        "demo.toml, ferplus.toml, generalisation.toml, generalisation_drawn.toml, heads.toml, leave_one_out.toml, "
+        "leave_one_out_drawn.toml, mask.toml, pixels.toml, quickstart.toml, rivals.toml, shipped.toml, spatial.toml, "
+        "supplement.toml, supplement2.toml, table1.toml, table2.toml."
     )
 
 

@@ -92,7 +92,7 @@ def test_the_map_method_masks_every_position_before_it_averages() -> None:
         for spatial in method.branch(batch["image"])
     ]).sigmoid()  # fmt: skip
     output = method(batch)
-    torch.testing.assert_close(method.mask(batch), mask)
+    torch.testing.assert_close(method.make_mask(batch), mask)
     torch.testing.assert_close(output["masked"], (mask * batch["map"]).mean(dim=(2, 3)))
     torch.testing.assert_close(output["logits"], method.classifier(output["masked"]))
 
@@ -104,7 +104,7 @@ def test_any_tower_fits_any_image_branch(network: str, width: int) -> None:
     method = METHODS["cafe"](Recipe(), Inputs(width, network))
     batch = {"image": torch.rand(2, 3, 32, 32), "features": torch.rand(2, width), "label": torch.tensor([0, 6])}
     output = method(batch)
-    assert method.mask(batch).shape == output["masked"].shape == (2, width)
+    assert method.make_mask(batch).shape == output["masked"].shape == (2, width)
     losses = method.losses(output, {**batch, "generator": torch.Generator().manual_seed(0), "log_prior": 0})
     losses["total"].backward()
     assert float(method.branch.trunk.conv1.weight.grad.abs().sum()) > 0

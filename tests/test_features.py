@@ -201,7 +201,7 @@ def test_a_vector_masks_every_face_alike_and_learns() -> None:
     assert torch.equal(method({"features": features})["masked"], features * 0.5)
     with torch.no_grad():
         method.vector[2] = 100.0
-    assert torch.equal(method.mask({"features": features})[:, 2], torch.ones(5))
+    assert torch.equal(method.make_mask({"features": features})[:, 2], torch.ones(5))
     method({"features": features})["logits"].square().sum().backward()
     assert method.vector.grad.abs().min() >= 0
     assert method.vector.grad.abs().sum() > 0

@@ -73,4 +73,4 @@ def _masks(
     method.eval()
     batches = np.split(rows, range(PREDICTION_BATCH, len(rows), PREDICTION_BATCH))
     for batch in dataset.load(batches, 0, device):
-        yield method.mask(batch).float().cpu().numpy(), batch["label"].cpu().numpy()
+        yield method.make_mask(batch).float().cpu().numpy(), batch["label"].cpu().numpy()

@@ -77,7 +77,7 @@ class Cafe(HeadMethod):
         """Whether its mask is one that opens and closes: neither linear nor left out."""
         return self.recipe.mask == "sigmoid"
 
-    def mask(self, batch: Batch) -> Tensor:
+    def make_mask(self, batch: Batch) -> Tensor:
         """Return the mask as the features are multiplied by it."""
         return apply_mask(torch.ones(()), self.mask_logits(batch), self.recipe.mask)
 

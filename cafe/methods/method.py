@@ -177,10 +177,10 @@ class Method(nn.Module):
 
     @property
     def masking(self) -> bool:
-        """Whether it has a mask between 0 and 1, by `mask`, of which figures are drawn."""
+        """Whether it has a mask between 0 and 1, by `make_mask`, of which figures are drawn."""
         return False
 
-    def mask(self, batch: Batch) -> Tensor:
+    def make_mask(self, batch: Batch) -> Tensor:
         """Return the mask (N, C), or (N, C, H, W) with positions, of a method that is `masking`."""
         raise NotImplementedError
 
