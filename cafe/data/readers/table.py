@@ -323,7 +323,7 @@ def _place(rows: Sequence[LabelledFile], file: UPath, root: UPath | None) -> tup
 
 def _find_common(folders: Iterable[str]) -> str:
     """Return the deepest folder that holds all of some; raise as `posixpath.commonpath` does."""
-    return reduce(lambda common, folder: posixpath.commonpath([common or folder, folder]), folders, "")
+    return posixpath.commonpath([reduce(lambda common, folder: posixpath.commonpath([common, folder]), folders)])
 
 
 def _place_addresses(
