@@ -337,6 +337,8 @@ def device() -> str:
 
 def wants_gpu(use_gpu: bool | None, least: int = 1, minutes: int = 0) -> bool:
     """Return whether to compute on GPUs: as asked for, else where there are enough; raise `UserError` for too few."""
+    if use_gpu is None and presence.had("CPU", 1):
+        _gather("CPU", 1, 0)  # where all nodes are gone for a while, nothing says what they have
     there = _gather("GPU", least, minutes) if use_gpu else count("GPU")
     if use_gpu and there < least:
         raise UserError(
@@ -365,7 +367,7 @@ def await_return(resource: str, least: int = 1, all_of_them: bool = False) -> in
     there, before = _gather(resource, least, 0), 0
     while all_of_them and there > before:
         time.sleep(GATHER_SECONDS)
-        there, before = count(resource), there
+        there, before = _gather(resource, least, 0), there
     return there
 
 

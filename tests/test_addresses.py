@@ -143,6 +143,18 @@ def test_addresses_in_a_table_are_read_where_that_is_allowed_in_every_command(
         other.shutdown()
 
 
+def test_pictures_of_several_servers_have_no_folder_in_common_in_whatever_order_they_are_listed(tmp_path: Path) -> None:
+    Permission(urls=True).install()
+    for places in (("a", "b"), ("a", "b", "b"), ("b", "a", "a", "b")):
+        (tmp_path / "t.csv").write_text("path,label\n" + "".join(
+            f"https://{place}.example/faces/{number}.jpg,anger\n" for number, place in enumerate(places)
+        ))  # fmt: skip
+        listing = DATASETS["table"](UPath(tmp_path / "t.csv"))
+        assert [file.path for file in listing.files] == [
+            f"{place}.example/faces/{number}.jpg" for number, place in enumerate(places)
+        ]
+
+
 @pytest.mark.parametrize(
     ("paths", "said"),
     [

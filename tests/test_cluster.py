@@ -137,10 +137,17 @@ def test_a_cluster_that_has_no_core_yet_is_waited_for_and_counted_then(monkeypat
     assert size_up(rows, ExtractSettings(address="auto", scale_minutes=1)) == (3, 0.0, 0, 16)
 
 
+@pytest.mark.parametrize(
+    ("counts", "first", "last"),
+    [
+        ([4, 4, 0, 0, 0, 0, 1, 3, 3, 4, 4, 4, 4], 1, 4),  # not the first alone that came back
+        ([4, 4, 4, 4, 0, 0, 2], 2, 2),  # all go again while others are waited for
+    ],
+)
 def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    counts: list[int], first: int, last: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seen = iter([4, 4, 0, 0, 0, 0, 1, 3, 4, 4])
+    seen = iter(counts)
 
     def count_cores() -> dict[str, float]:
         cores = next(seen)
@@ -155,11 +162,21 @@ def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_sa
         monkeypatch.setattr(cluster, name, 0)
     cluster.check_cores(2)
     assert cluster.count("CPU") == 4
-    assert cluster.await_return("CPU", all_of_them=True) == 4  # not the first alone that came back
+    assert cluster.await_return("CPU", all_of_them=True) == last
     assert [record.getMessage() for record in caplog.records] == [
         "The cluster has lost all its CPUs: going on as soon as some are back; what is done is kept.",
-        "The cluster has 1 CPUs again: going on.",
+        f"The cluster has {first} CPUs again: going on.",
     ]
+
+
+def test_gpus_of_nodes_that_are_gone_for_a_while_are_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    cluster.presence.note("CPU", 8)
+    there = iter([{}, {}, {}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: next(there, {"CPU": 8.0, "GPU": 1.0}))
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0)
+    assert cluster.wants_gpu(None)
 
 
 def test_a_cluster_that_never_had_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,14 +22,17 @@ from cafe.files import list_files, write_json
 from cafe.pipeline.stores import find_paths
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import tests as sheets_of_tests
-from cafe.report.sheets.comparison import main_sheet
+from cafe.report.sheets.comparison import main_sheet, mark_lines
 from cafe.report.sheets.runs import run_sheet
-from cafe.results.columns import Column
-from cafe.results.comparison import Comparison, compare, compare_classes, name_rows
+from cafe.report.sheets.sheet import BEST, SECOND
+from cafe.results.columns import Column, Mean
+from cafe.results.comparison import NOTHING, Comparison, compare, compare_classes, name_rows
 from cafe.results.metrics import estimate
 from cafe.results.runs import choose, read_runs
 from cafe.results.scores import average_all, average_unseen, flatten_scores, meet, read_scores
 from cafe.results.significance.verdicts import conclude, reach_verdicts
+from cafe.results.sources import UNSEEN
+from cafe.results.units import NATS
 from cafe.seals import read_sealed, write_sealed
 
 
@@ -242,6 +245,16 @@ def test_two_seeds_are_shown_as_they_are_and_more_with_their_interval(workspace:
     assert rows["cafe"]["fer"] == "40.0 / 44.0"
     assert rows["scn"]["fer"] == str(estimate([0.40, 0.44, 0.45])) == "43.0 ± 6.6"
     assert rows["cafe less the best rival"]["fer"] == "−1.0"
+
+
+def test_numbers_that_look_alike_share_a_mark_also_below_a_row_without_one(workspace: Workspace) -> None:
+    evaluate(write_run(workspace), {"fer": 40})
+    (row,), place = read(workspace).rows, Mean(UNSEEN, "nll")
+    cells = [{place: NOTHING}, *({place: estimate([value], NATS)} for value in (0.694, 0.691, 0.7))]
+    lines = mark_lines([row] * 4, cells, {place: False})
+    assert [(line[-1].text, line[-1].mark) for line in lines] == [
+        ("–", ""), ("0.69", BEST), ("0.69", BEST), ("0.70", SECOND)
+    ]  # fmt: skip
 
 
 def test_cells_of_fewer_seeds_than_the_row_say_so(workspace: Workspace) -> None:

@@ -169,6 +169,12 @@ def test_a_step_of_dann_moves_both_players_by_domainbeds_losses() -> None:
         torch.testing.assert_close(value.grad, expected, msg=name)
 
 
+def test_dann_learns_without_its_discriminator_from_faces_of_no_source() -> None:
+    """As SHOT lets it, of a target."""
+    method, batch = new("dann", "gradient_penalty=0.4", "hidden=5"), new_batch()
+    assert method.train()({"features": batch["features"]}).keys() == {"logits"}
+
+
 def test_group_dro_keeps_the_weights_of_its_steps() -> None:
     method = new("group_dro", "step_size=0.3").double()
     output = {"logits": torch.from_numpy(LOGITS)}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from conftest import complaint, draw_faces
@@ -30,6 +31,7 @@ from cafe.data.expressions import EXPRESSIONS
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS, cells
+from cafe.errors import StorageError
 from cafe.files import check_output, place_below, read_file, read_json
 from cafe.inference.frames import find_files, read_frames
 from cafe.inference.output import FORMATS, build_schema
@@ -309,3 +311,17 @@ def test_results_that_are_made_ahead_are_few(tmp_path: Path) -> None:
     time.sleep(0.1)
     assert len(made) <= 8
     assert len(list(results)) == 99
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_that_cannot_be_put_aside_is_neither_left_out_nor_called_damaged(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its pictures would be labelled by their folders."""
+    folder = draw_faces(tmp_path / "set", per_class=1)
+    table = pa.table({"file_name": ["anger/000.jpg"] * 20, "label": ["happiness"] * 20})
+    (pq.write_table if ending == "parquet" else pyarrow.csv.write_csv)(table, folder / f"metadata.{ending}")
+    monkeypatch.setattr("cafe.spool.AT_ONCE", 10)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=f"^{tmp_path / 'none'} cannot be written .*: make room there"):
+        DATASETS["folder"](UPath(folder))

@@ -21,7 +21,7 @@ from upath import UPath
 
 from cafe.data.labels import READ_AT_ONCE, find_encoding
 from cafe.data.packed.archives import MemberError, open_content
-from cafe.errors import UserError, quote
+from cafe.errors import StorageError, UserError, quote
 from cafe.seals import MOST_BYTES, iterate_rows
 from cafe.spool import Spool
 
@@ -86,6 +86,8 @@ def _read_parquet(data: IO[bytes], file: UPath) -> Cells:
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 rows.append(row)
         return Cells(parquet.schema_arrow.names, rows)
+    except StorageError:  # it is no fault of the table
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _refuse(file, quote(error)) from None
 

@@ -20,7 +20,7 @@ from cafe.data.readers.levels import Levels, list_levels
 from cafe.data.readers.named import SCHEMES, find_person, find_scheme
 from cafe.data.readers.table import Roles, list_faces, read_faces
 from cafe.data.rows import SCHEMA
-from cafe.errors import UserError
+from cafe.errors import StorageError, UserError
 from cafe.files import find_below
 from cafe.spool import Spool
 
@@ -109,8 +109,8 @@ def _find_tables(tree: Tree, columns: Mapping[str, str], paths: Sequence[str], n
         try:
             cells = Cells.load(find_below(tree.root, path))
             found.append(_Beside(path, cells, Roles.find(cells, find_below(tree.root, path), columns)))
-        except UserError:
-            if needed and len(paths) == 1:
+        except UserError as error:
+            if (needed and len(paths) == 1) or isinstance(error, StorageError):  # it may well name labels
                 raise
     splits = [table.split for table in found]
     if len(found) > 1 and (not all(splits) or len(set(splits)) < len(splits)):

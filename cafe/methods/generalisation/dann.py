@@ -77,7 +77,7 @@ class Dann(Erm):
         """Return logits (N, K) and, of a training step, the sources' (N, D) and each one's squared gradient (N,)."""
         learned = self.represent(batch)
         output = {"logits": self.classifier(learned)}
-        if self.training:
+        if self.training and "domain" in batch:  # not of faces of another set, to which SHOT adapts
             reversed_ = _Reversal.apply(learned, self.recipe.penalty)
             output["source_logits"] = source_logits = self.discriminator(reversed_)
             if self.recipe.gradient_penalty:

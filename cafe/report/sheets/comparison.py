@@ -105,9 +105,8 @@ def mark_lines(rows: Sequence[Row], cells: Sequence[Cells], higher: Mapping[Plac
     """
     lines = [_line(row, own) for row, own in zip(rows, cells, strict=True)]
     for number, place in enumerate(cells[0], start=len(HEAD)):
-        means = {line: own[place].mean for line, own in enumerate(cells) if rows[line].contends}
-        unit = cells[0][place].unit
-        printed = {line: unit.round(mean) for line, mean in means.items() if not math.isnan(mean)}
+        found = {line: own[place] for line, own in enumerate(cells) if rows[line].contends}
+        printed = {line: one.unit.round(one.mean) for line, one in found.items() if not math.isnan(one.mean)}
         order = sorted(set(printed.values()), reverse=higher[place])
         for line, value in printed.items() if len(printed) > 1 else ():
             if value in order[:2]:
