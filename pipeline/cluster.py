@@ -365,7 +365,7 @@ def await_return(resource: str, least: int = 1, all_of_them: bool = False) -> in
     """
     time.sleep(SETTLE_SECONDS)
     there, before = _gather(resource, least, 0), 0
-    while all_of_them and there > before:
+    while all_of_them and before < there < presence.most.get(resource, 0):
         time.sleep(GATHER_SECONDS)
         there, before = _gather(resource, least, 0), there
     return there
