@@ -109,7 +109,7 @@ class ImageBranch(nn.Module):
 def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvision") -> ImageBranch:
     """Build an image branch, started from `scratch`, from `imagenet` weights (its library's) or from `file:PATH`.
 
-    Without weights, convolutions are drawn as torchvision does, normal by their outputs (He et al., 2015), or by PyTorch's
+    Without weights, convolutions are drawn as their library does, normal by their outputs (He et al., 2015), or by PyTorch's
     default for a single layer, uniform by their inputs, which networks that released scripts write themselves keep.
 
     A file holds its library's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
