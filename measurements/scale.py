@@ -2,7 +2,7 @@
 
     python measurements/scale.py --rows 10000 --rows 100000 --repeats 3
     python measurements/scale.py --rows 10000000 --in-memory          # the manifest as one file, whatever its size
-    python measurements/scale.py --rows 10000000 --ray 2
+    CHANNELS=512 python measurements/scale.py --rows 10000000 --ray 2
 
 Each step runs in a process of its own, as commands do, so that its peak of memory is its own. Manifests are made up: no
 picture is read, the tower returns numbers that tell rows apart, all else is what `cafe extract` does. With `--ray` so many
@@ -12,6 +12,7 @@ workers of Ray write, and the seconds of that step are those of the clock.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -43,7 +44,7 @@ from cafe.pipeline.workspace import Workspace
 from cafe.towers.facts import TowerFacts
 from cafe.views.rendering import Rendered, Sample
 
-WIDTH = 8
+WIDTH = int(os.environ.get("CHANNELS", "8"))  # of the tower; from the environment, which Ray's workers have, too
 DRAWN = ("plan", "no-op", "resume", "write")  # what a command waits for, in memory of the driver
 PARTS = 1_000_000  # rows of a manifest made at a time
 SETTINGS = ExtractSettings(backbone="clip-vit-b32", decoders=0, shard_rows=4096)

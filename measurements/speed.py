@@ -27,7 +27,7 @@ import click
 import numpy as np
 import torch
 from PIL import Image
-from scale import fill_store
+from scale import find_store
 from torch.nn import functional
 from torchvision import models, transforms
 from upath import UPath
@@ -46,6 +46,7 @@ from cafe.pipeline.benchmark.plan import plan_benchmark
 from cafe.pipeline.features.extract import extract
 from cafe.pipeline.features.store import FeatureReader, FeatureStore
 from cafe.pipeline.process import machine
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.settings import BenchmarkSettings, ExtractSettings
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.workspace import Workspace
@@ -55,6 +56,7 @@ from cafe.towers.embedding import Embedder
 from cafe.views.drawing import ViewPlan
 
 KNOWN = Path(__file__).with_name("speed.json")
+SCALE = Path(__file__).with_name("scale.py")
 NOISE = 1.25  # what a multiple may exceed the known one by, and its own spread
 BACKBONE, INPUT_SIZE, IMAGE_SIZE = "imagenet-lite0", 128, 64
 BATCH = 64  # of the tower
@@ -173,7 +175,7 @@ def seconds_per_cell(place: Place) -> float:
     file.write_text(GRID)
     plan = plan_benchmark(place.workspace, read_benchmark(file), BenchmarkSettings(parallel=1, num_cpus=1))
     failures = run_benchmark(
-        plan, Mirror(place.workspace), cluster.no_bar, lambda text: ends.append(time.perf_counter())
+        plan, Mirror(place.workspace), no_bar, lambda text: ends.append(time.perf_counter())
     )
     assert not failures
     return statistics.median(np.diff(ends).tolist())
@@ -181,7 +183,10 @@ def seconds_per_cell(place: Place) -> float:
 
 def seconds_of_reads(place: Place) -> float:
     """Return how much longer a view of a large store takes, with its checksums, than the same bytes of a file."""
-    store = fill_store(place.workspace, STORED)
+    for step in ("make", "write"):
+        command = [sys.executable, str(SCALE), "--step", step, "--folder", str(place.workspace.root), "--rows", str(STORED)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"CHANNELS": "512"})
+    store = find_store(place.workspace)
     plain = Path(f"{store.path}/plain.bin")
     store.read_view("pooled", 0).tofile(plain)
     times = []
