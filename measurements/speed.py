@@ -174,9 +174,7 @@ def seconds_per_cell(place: Place) -> float:
     file, ends = Path(f"{place.workspace.root}/grid.toml"), list[float]()
     file.write_text(GRID)
     plan = plan_benchmark(place.workspace, read_benchmark(file), BenchmarkSettings(parallel=1, num_cpus=1))
-    failures = run_benchmark(
-        plan, Mirror(place.workspace), no_bar, lambda text: ends.append(time.perf_counter())
-    )
+    failures = run_benchmark(plan, Mirror(place.workspace), no_bar, lambda text: ends.append(time.perf_counter()))
     assert not failures
     return statistics.median(np.diff(ends).tolist())
 
@@ -184,7 +182,16 @@ def seconds_per_cell(place: Place) -> float:
 def seconds_of_reads(place: Place) -> float:
     """Return how much longer a view of a large store takes, with its checksums, than the same bytes of a file."""
     for step in ("make", "write"):
-        command = [sys.executable, str(SCALE), "--step", step, "--folder", str(place.workspace.root), "--rows", str(STORED)]
+        command = [
+            sys.executable,
+            str(SCALE),
+            "--step",
+            step,
+            "--folder",
+            str(place.workspace.root),
+            "--rows",
+            str(STORED),
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"CHANNELS": "512"})
     store = find_store(place.workspace)
     plain = Path(f"{store.path}/plain.bin")

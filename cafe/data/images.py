@@ -174,10 +174,12 @@ def image_pixels(image: Image.Image) -> np.ndarray:
     _refuse_floats(image)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        # Of pictures that are upright and RGB already, Pillow would make two copies, which take longer than decoding.
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             return _from_16_bit(image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except DAMAGED as error:
         raise UnreadableImageError(f"damaged image: {error}") from None
 
