@@ -204,7 +204,7 @@ def benchmark(file: str, **values: Any) -> None:
 @click.command(cls=GroupedCommand)
 @options(DemoSettings)
 @records_option
-def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster: Any) -> None:
+def demo(faces: tuple[str, ...], drawn: int, seeds: int | None, epochs: int | None, **cluster: Any) -> None:
     """Do everything once, on drawn faces or your own.
 
     Index, extract, train, evaluate and compare, in minutes.
@@ -223,9 +223,10 @@ def demo(faces: tuple[str, ...], drawn: int, seeds: int, epochs: int, **cluster:
     names = [_index_folder(workspace, name, root) for name, root in folders.items()] or _draw_domains(workspace, drawn)
     grid = read_benchmark(SHIPPED / "demo.toml")
     sources = names[:1] if faces else grid.sources
-    train = {**grid.train, "epochs": epochs, "checkpoint_every": epochs}
+    train = grid.train | ({"epochs": epochs, "checkpoint_every": epochs} if epochs else {})
+    seeded = list(range(seeds)) if seeds else grid.seeds
     about = f"Demo: trained on {names[0]}, evaluated on {', '.join(names)}" if faces else grid.about
-    grid = replace(grid, about=about, sources=sources, targets=names, seeds=list(range(seeds)), train=train)
+    grid = replace(grid, about=about, sources=sources, targets=names, seeds=seeded, train=train)
     run_grid(workspace, grid, BenchmarkSettings(**cluster))
     report = report_runs(workspace, choose_runs(workspace, grid.name))
     show_report(report)

@@ -436,5 +436,7 @@ class DemoSettings(ClusterSettings):
         multiple=True, metavar="[NAME=]FOLDER",
     )  # fmt: skip
     drawn: Annotated[int, Interval(ge=112, le=28_000)] = setting(500, "Faces to draw of each domain.")
-    seeds: Count = setting(3, "Seeds per method.", group="What is trained")
-    epochs: Count = setting(10, "Epochs of every training.", group="What is trained")
+    seeds: Count | None = setting(None, "Seeds per method; default: those of demo.toml.", group="What is trained")
+    epochs: Count | None = setting(
+        None, "Epochs of every training; default: those of demo.toml.", group="What is trained"
+    )
