@@ -11,13 +11,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
 
 import cafe
 from cafe.errors import IncompleteError, UserError, quote
-from cafe.pipeline.process import pulse
+from cafe.pipeline.process import beside, pulse
 from cafe.pipeline.settings import ClusterSettings
 
 CONNECT_SECONDS = 5.0
@@ -61,7 +60,7 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        with pulse.watch(settings.silent_seconds):
+        with _watch(settings):
             yield
         return
     if settings.address:
@@ -69,7 +68,7 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     else:
         _start(settings.num_cpus)
     try:
-        with pulse.watch(settings.silent_seconds), _watch_nodes() if settings.address else nullcontext():
+        with _watch(settings):
             yield
     finally:
         ray.shutdown()
@@ -78,27 +77,26 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
 
 
 @contextmanager
-def _watch_nodes() -> Iterator[None]:
-    """Say when all nodes to work on are gone, as spot nodes may be, and when some are back, while the body runs."""
-    ended = Event()
+def _watch(settings: ClusterSettings) -> Iterator[None]:
+    """End processes that are silent for too long, and say when all nodes are gone and some are back, while the body runs."""
+    listener = pulse.Listener(settings.silent_seconds)
 
     def look() -> None:
-        for resource in ("CPU", "GPU"):
-            if news := presence.note(resource, count(resource)):
-                logging.getLogger(__name__).warning(news)
+        listener.look()
+        if settings.address:
+            _look_for_nodes()
 
-    def look_again() -> None:
-        while not ended.wait(LOOK_SECONDS):
-            look()
-
-    look()
-    thread = Thread(target=look_again, daemon=True)
-    thread.start()
-    try:
+    if settings.address:
+        _look_for_nodes()
+    with beside.repeat(look, pulse.BEAT_SECONDS):
         yield
-    finally:
-        ended.set()
-        thread.join()
+
+
+def _look_for_nodes() -> None:
+    """Say when all nodes to work on are gone, as spot nodes may be, and when some are back."""
+    for resource in ("CPU", "GPU"):
+        if news := presence.note(resource, count(resource)):
+            logging.getLogger(__name__).warning(news)
 
 
 class Presence:

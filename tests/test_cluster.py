@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread, current_thread
 
 import psutil
 import pytest
@@ -24,6 +26,7 @@ from cafe.pipeline.benchmark.cells import Workers, count_slots
 from cafe.pipeline.cluster import connect, share
 from cafe.pipeline.features.extract import share_out, size_up
 from cafe.pipeline.features.stream import PendingRows
+from cafe.pipeline.process import beside
 from cafe.pipeline.process.machine import cores, free_memory
 from cafe.pipeline.settings import ClusterSettings, Execution, ExtractSettings
 from cafe.pipeline.worker import RayTeam
@@ -196,6 +199,23 @@ def test_a_cluster_that_never_had_enough_is_not_waited_for(monkeypatch: pytest.M
         cluster.check_cores(9)
     with pytest.raises(UserError, match="--gpu needs 1 GPUs and the cluster has 0"):
         cluster.wants_gpu(True)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_is_done_beside_a_body_is_done_again_and_again_and_ends_with_it(failed: bool) -> None:
+    threads, twice = list[Thread](), Event()
+
+    def work() -> None:
+        threads.append(current_thread())
+        if len(threads) > 1:
+            twice.set()
+
+    with suppress(ZeroDivisionError), beside.repeat(work, 0.001):
+        assert twice.wait(10)
+        assert 1 // (not failed)
+    assert len(set(threads)) == 1
+    assert threads[0] is not current_thread()
+    assert not threads[0].is_alive()
 
 
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])

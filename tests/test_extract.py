@@ -34,7 +34,7 @@ from cafe.data.indexing import index_files
 from cafe.data.readers import DATASETS
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
-from cafe.pipeline.process import pulse
+from cafe.pipeline.process import beside, pulse
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.building import load_backbone
@@ -134,7 +134,7 @@ def test_processes_of_rays_that_were_stopped_are_ended_and_started_again(
     cafe.join()
     monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.2)
     actor = ray.remote(Beating).options(num_cpus=0, max_restarts=1, max_task_retries=1).remote()
-    with pulse.watch(3):
+    with beside.repeat(pulse.Listener(3).look, pulse.BEAT_SECONDS):
         first = ray.get(actor.process.remote())
         task = ray.remote(stop_at_first).options(num_cpus=0).remote(tmp_path / "seen")
         os.kill(first, signal.SIGSTOP)

@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 from upath import UPath
 
 from cafe.errors import UserError
 from cafe.files import create_file, encode_json, parse_json, place_below, read_file, replace_file
+from cafe.pipeline.process import beside
 from cafe.records import check_record
 
 STALE_SECONDS = 120.0  # more than a storage is tried again before it counts as failing
@@ -132,31 +134,27 @@ def hold(folder: UPath, wait: bool = False, file: str = "") -> Iterator[Callable
     path = place_below(folder, f".{file}.lease.json") if file else folder / ".lease.json"
     mine = Lease(kernel=find_kernel(), ticks=_own_start())
     _take(path, mine, place, wait, hint="" if file else " (--wait does)")
-    ended, lost = Event(), Event()
+    lost, times = Event(), count(1)
 
     def renew() -> None:
-        times = 0
-        while not ended.wait(RENEW_SECONDS):
-            with suppress(OSError):  # one that cannot be renewed for long enough is lost
-                content, there = _read(path)
-                if there and there.owner != mine.owner:
-                    lost.set()
-                    return
-                times += 1
-                renewed = encode_json(asdict(replace(mine, renewed=times)))
-                create_file(path, renewed) if content is None else replace_file(path, content, renewed)
+        if lost.is_set():
+            return
+        with suppress(OSError):  # one that cannot be renewed for long enough is lost
+            content, there = _read(path)
+            if there and there.owner != mine.owner:
+                lost.set()
+                return
+            renewed = encode_json(asdict(replace(mine, renewed=next(times))))
+            create_file(path, renewed) if content is None else replace_file(path, content, renewed)
 
     def check() -> None:
         if lost.is_set():
             raise UserError(f"Another process has taken over {place}, since this one was silent for too long: end it.")
 
-    thread = Thread(target=renew, daemon=True)
-    thread.start()
     try:
-        yield check
+        with beside.repeat(renew, RENEW_SECONDS):
+            yield check
     finally:
-        ended.set()
-        thread.join()
         content, there = _read(path)
         if content and there and there.owner == mine.owner:
             replace_file(path, content, None)

@@ -12,10 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from threading import Event, Thread
+from contextlib import suppress
+from threading import Thread
 from time import monotonic, sleep
 
 from cafe.pipeline.process.lease import find_start
@@ -44,36 +43,30 @@ def _beat(key: bytes) -> None:
         sleep(BEAT_SECONDS)
 
 
-@contextmanager
-def watch(seconds: float) -> Iterator[None]:
-    """End processes of this command that give no sign of life for so many seconds, while the body runs."""
-    ended = Event()
-    thread = Thread(target=_watch, args=(seconds, ended), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+class Listener:
+    """What a command hears of its processes, by a clock of its own; it ends one of which it hears nothing for so long."""
 
+    def __init__(self, seconds: float) -> None:
+        import ray
 
-def _watch(seconds: float, ended: Event) -> None:
-    import ray
-    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
+        self.seconds, self.last = seconds, monotonic()
+        self.job = f"{ray.get_runtime_context().get_job_id()}/"
+        self.notes: dict[bytes, tuple[bytes, float]] = {}  # the last of each, and the seconds since it changed
 
-    job, last = f"{ray.get_runtime_context().get_job_id()}/", monotonic()
-    notes: dict[bytes, tuple[bytes, float]] = {}  # the last of each worker, and the seconds since it changed
-    while not ended.wait(BEAT_SECONDS):
-        passed, last = min(monotonic() - last, LONGEST_LOOK * BEAT_SECONDS), monotonic()
-        for key in _internal_kv_list(job.encode(), namespace=NAMESPACE):
+    def look(self) -> None:
+        """Look at all notes; end the processes whose note has not changed for too long."""
+        from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list
+
+        passed, self.last = min(monotonic() - self.last, LONGEST_LOOK * BEAT_SECONDS), monotonic()
+        for key in _internal_kv_list(self.job.encode(), namespace=NAMESPACE):
             note = _internal_kv_get(key, namespace=NAMESPACE)
-            before, silent = notes.get(key, (b"", 0.0))
-            notes[key] = (note, silent + passed if note == before else 0.0)
-            if notes[key][1] >= seconds:
+            before, silent = self.notes.get(key, (b"", 0.0))
+            self.notes[key] = (note, silent + passed if note == before else 0.0)
+            if self.notes[key][1] >= self.seconds:
                 _internal_kv_del(key, namespace=NAMESPACE)
-                del notes[key]
-                node, process, began = key.decode().removeprefix(job).split("/")
-                _end(node, int(process), began, seconds)
+                del self.notes[key]
+                node, process, began = key.decode().removeprefix(self.job).split("/")
+                _end(node, int(process), began, self.seconds)
 
 
 def _end(node: str, process: int, began: str, seconds: float) -> None:
