@@ -17,6 +17,7 @@ from pathlib import Path
 import cafe
 from cafe.errors import IncompleteError, UserError, quote
 from cafe.pipeline.process import beside, pulse
+from cafe.pipeline.process.head import Head
 from cafe.pipeline.settings import ClusterSettings
 
 CONNECT_SECONDS = 5.0
@@ -78,18 +79,38 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
 
 @contextmanager
 def _watch(settings: ClusterSettings) -> Iterator[None]:
-    """End processes that are silent for too long, and say when all nodes are gone and some are back, while the body runs."""
-    listener = pulse.Listener(settings.silent_seconds)
+    """End processes that are silent for too long, and say when all nodes are gone and some are back, while the body runs.
+
+    Raises `IncompleteError` in the body where the cluster's head is gone.
+    """
+    import ray
+    from ray.exceptions import AuthenticationError, RayError
+
+    head, listener = Head(ray.get_runtime_context().gcs_address), pulse.Listener(settings.silent_seconds)
 
     def look() -> None:
-        listener.look()
-        if settings.address:
-            _look_for_nodes()
+        if head.gone:
+            return
+        try:
+            head.ask()
+            listener.look()
+            if settings.address:
+                _look_for_nodes()
+        except RayError as error:
+            head.miss(anew=isinstance(error, AuthenticationError))
 
     if settings.address:
         _look_for_nodes()
-    with beside.repeat(look, pulse.BEAT_SECONDS):
-        yield
+    try:
+        with beside.repeat(look, pulse.BEAT_SECONDS):
+            yield
+    except KeyboardInterrupt:
+        if not head.gone:
+            raise
+        raise IncompleteError(
+            f"The head of the Ray cluster at {head.address} is gone, and what was under way with it; what is done is kept: "
+            f"give the same command again{' when the cluster is back' if settings.address else ''}."
+        ) from None
 
 
 def _look_for_nodes() -> None:

@@ -9,15 +9,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Event, Thread, current_thread
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
 import ray._private.node
 import torch
+from ray.exceptions import AuthenticationError, RayError, RpcError
 from test_store import ABOUT, MANIFEST
 
 from cafe.errors import IncompleteError, UserError
@@ -26,7 +28,7 @@ from cafe.pipeline.benchmark.cells import Workers, count_slots
 from cafe.pipeline.cluster import connect, share
 from cafe.pipeline.features.extract import share_out, size_up
 from cafe.pipeline.features.stream import PendingRows
-from cafe.pipeline.process import beside
+from cafe.pipeline.process import beside, head, pulse
 from cafe.pipeline.process.machine import cores, free_memory
 from cafe.pipeline.settings import ClusterSettings, Execution, ExtractSettings
 from cafe.pipeline.worker import RayTeam
@@ -216,6 +218,56 @@ def test_what_is_done_beside_a_body_is_done_again_and_again_and_ends_with_it(fai
     assert len(set(threads)) == 1
     assert threads[0] is not current_thread()
     assert not threads[0].is_alive()
+
+
+AWAY = RpcError("Timed out while waiting for GCS to become available.")
+ANOTHER = AuthenticationError("RPC error: WrongClusterID: Perhaps the client is accessing GCS after it has restarted.")
+UNEASY = "The head of the cluster at 10.0.0.1:6379 does not answer: unless it does within 25 seconds, this command ends"
+
+
+@pytest.mark.parametrize(
+    ("answers", "gone", "said"),
+    [
+        ([None, *[AWAY] * head.GONE], True, [UNEASY]),
+        ([ANOTHER], True, []),  # a cluster that was started anew at its place
+        (
+            [*[AWAY] * (head.GONE - 1), None, AWAY, None],
+            False,
+            [UNEASY, "The head of the cluster at 10.0.0.1:6379 answers"],
+        ),
+    ],
+)
+def test_a_command_whose_clusters_head_is_gone_ends_with_a_sentence_and_waits_for_one_that_restarts(
+    answers: list[RayError | None],
+    gone: bool,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Client:
+        """Of the head: raises what Ray's own raises, whose types and words these are."""
+
+        def internal_kv_get(self, key: bytes, namespace: bytes, timeout: float) -> None:
+            if not waiting:
+                answered.set()
+            elif error := waiting.pop(0):
+                raise error
+
+        def internal_kv_keys(self, prefix: bytes, namespace: bytes) -> list[bytes]:
+            return []
+
+    waiting, answered = [*answers], Event()
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379", get_job_id=lambda: "01")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.experimental.internal_kv.global_gcs_client", Client())
+    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.001)
+    ends = pytest.raises(
+        IncompleteError, match=r"at 10.0.0.1:6379 is gone.* what is done is kept: give the same command"
+    )
+    with ends if gone else nullcontext(), cluster._watch(ClusterSettings("10.0.0.1:6379")):
+        assert answered.wait(20)  # which a head that is gone interrupts
+    assert [record.getMessage()[: len(text)] for record, text in zip(caplog.records, said, strict=True)] == said
 
 
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])
