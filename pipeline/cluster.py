@@ -390,6 +390,14 @@ def await_return(resource: str, least: int = 1, all_of_them: bool = False) -> in
     return there
 
 
+def remaining(resource: str, wanted: int | None) -> int | None:
+    """Return how many to work with where so many are wanted: fewer only where the cluster had them and has lost some.
+
+    At least one of these is waited for.
+    """
+    return min(wanted, _gather(resource, 1, 0)) if wanted and presence.had(resource, wanted) else wanted
+
+
 def _gather(resource: str, wanted: int, minutes: int) -> int:
     """Return how many of a resource there are; where too few are, ask an autoscaler and wait for it so many minutes.
 

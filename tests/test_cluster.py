@@ -270,6 +270,25 @@ def test_a_command_whose_clusters_head_is_gone_ends_with_a_sentence_and_waits_fo
     assert [record.getMessage()[: len(text)] for record, text in zip(caplog.records, said, strict=True)] == said
 
 
+def test_towers_are_as_many_as_remain_and_as_many_as_were_asked_for_once_the_others_are_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [PendingRows(MANIFEST, ABOUT, [[]], [0, 1, 2])]
+    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    for gpus, cpus, asked, towers in (
+        (0, 8, ExtractSettings(address="auto", num_actors=3, use_gpu=False), {8: 3, 2: 2, 1: 1, 4: 3}),
+        (3, 8, ExtractSettings(address="auto", num_gpus=3), {3: 3, 1: 1, 2: 2}),
+    ):
+        cluster.presence.note("CPU", cpus)
+        cluster.presence.note("GPU", gpus)
+        for there, expected in towers.items():
+            now = {"CPU": float(cpus), "GPU": float(there)} if gpus else {"CPU": float(there)}
+            monkeypatch.setattr(ray, "cluster_resources", now.copy)
+            assert size_up(rows, asked)[0] == expected
+    with pytest.raises(UserError, match="9 GPUs"):  # what never was there is not made less
+        size_up(rows, ExtractSettings(address="auto", num_gpus=9))
+
+
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])
 def test_a_tower_on_this_machine_works_with_four_cores(cores: int, towers: int) -> None:
     assert share_out(ExtractSettings(), 100, 0, cores) == (towers, 0.0)

@@ -303,16 +303,7 @@ def _compute_with_retries(passes: Sequence[_Pass], settings: ExtractSettings) ->
                     "short, take fewer --num-actors or a smaller --batch-size; give the same command again."
                 ) from None
             if left and settings.address:
-                settings = _wait_for_nodes(settings)
-
-
-def _wait_for_nodes(settings: ExtractSettings) -> ExtractSettings:
-    """Wait until the cluster, all of whose nodes may be gone, has some again; return settings that ask for no more."""
-    if _wants_gpu(settings):  # towers may share a GPU
-        there = cluster.await_return("GPU", all_of_them=True)
-        return replace(settings, num_gpus=settings.num_gpus and min(settings.num_gpus, there))
-    there = cluster.await_return("CPU", all_of_them=True)
-    return replace(settings, num_actors=settings.num_actors and min(settings.num_actors, there))
+                cluster.await_return("GPU" if _wants_gpu(settings) else "CPU", all_of_them=True)
 
 
 def _compute(
@@ -406,13 +397,17 @@ def _without_restarts() -> dict[str, int]:
 def size_up(rows: Sequence[PendingRows], settings: ExtractSettings) -> tuple[int, float, int, int]:
     """Return how many towers work on the connected cluster, what each has of a GPU, and the GPUs and cores there are.
 
-    Raises `UserError` where there is not enough for them, also after the wait for an autoscaler.
+    Raises `UserError` where there is not enough for them, also after the wait for an autoscaler. Where a cluster had enough
+    and has lost some, what remains is used.
     """
 
     def count_tasks(most: int) -> int:  # shards with few new rows are one
         return sum(1 for _ in islice(pack_passes(rows, _enough(settings)), most))
 
+    settings = replace(settings, num_gpus=cluster.remaining("GPU", settings.num_gpus))
     wanted = cluster.wants_gpu(_wants_gpu(settings), settings.num_gpus or 1, settings.scale_minutes)
+    if not wanted:  # towers may share a GPU, and no core
+        settings = replace(settings, num_actors=cluster.remaining("CPU", settings.num_actors))
     tasks = count_tasks(settings.num_actors) if settings.num_actors else 0
     cluster.check_cores(1 if wanted else max(1, tasks), settings.scale_minutes)
     gpus = (settings.num_gpus or cluster.count("GPU")) if wanted else 0
