@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import cafe
 from cafe.errors import IncompleteError, UserError, quote
@@ -60,6 +61,7 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     set_environment(settings)
     import ray
 
+    presence.begin()
     if ray.is_initialized():
         with _watch(settings):
             yield
@@ -72,9 +74,8 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
         with _watch(settings):
             yield
     finally:
+        presence.end()  # before Ray: threads that wait for nodes would ask for them without it
         ray.shutdown()
-        presence.most.clear()
-        presence.gone.clear()
 
 
 @contextmanager
@@ -121,11 +122,25 @@ def _look_for_nodes() -> None:
 
 
 class Presence:
-    """What of the connected cluster's cores and GPUs is there, and what was: nodes that are gone may come back."""
+    """What of the connected cluster's cores and GPUs is there, and what was: nodes that are gone may come back.
+
+    They are waited for no longer than the connection lasts.
+    """
 
     def __init__(self) -> None:
         self.most: dict[str, int] = {}
         self.gone: set[str] = set()
+        self.left = Event()
+
+    def begin(self) -> None:
+        """Wait for nodes from now on."""
+        self.left.clear()
+
+    def end(self) -> None:
+        """Let nobody wait any more, and forget what was there."""
+        self.left.set()
+        self.most.clear()
+        self.gone.clear()
 
     def note(self, resource: str, there: int) -> str:
         """Note how many there are of a resource; return what is to be said of it, mostly nothing."""
@@ -141,6 +156,11 @@ class Presence:
     def had(self, resource: str, wanted: int) -> bool:
         """Whether there were as many once."""
         return self.most.get(resource, 0) >= wanted
+
+    def pause(self, seconds: float) -> None:
+        """Wait; raise `InterruptedError` as soon as the cluster is left."""
+        if self.left.wait(seconds):
+            raise InterruptedError("The command that waited for the cluster has ended.")
 
 
 presence = Presence()  # of what this process is connected to, as Ray's own connection is one for all of it
@@ -380,12 +400,12 @@ def await_return(resource: str, least: int = 1, all_of_them: bool = False) -> in
     """Wait, in the middle of work of which a process died, until the cluster has what the work needs; return what there is.
 
     That may be long, since all nodes may be gone. They come back one after another: where work is cut by their number,
-    `all_of_them` waits on while they do.
+    `all_of_them` waits on while they do. Raises `InterruptedError` as soon as the cluster is left.
     """
-    time.sleep(SETTLE_SECONDS)
+    presence.pause(SETTLE_SECONDS)
     there, before = _gather(resource, least, 0), 0
     while all_of_them and before < there < presence.most.get(resource, 0):
-        time.sleep(GATHER_SECONDS)
+        presence.pause(GATHER_SECONDS)
         there, before = _gather(resource, least, 0), there
     return there
 
@@ -414,7 +434,7 @@ def _gather(resource: str, wanted: int, minutes: int) -> int:
             )
         request_resources(bundles=[{resource: 1}] * wanted)
     while (there := count(resource)) < wanted and (had or time.monotonic() < end):
-        time.sleep(LOOK_SECONDS)
+        presence.pause(LOOK_SECONDS)
     return there
 
 

@@ -108,7 +108,7 @@ def keep_status(run: UPath, mirror: Mirror) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt) or read_status(run) == "KILLED"
+        killed = isinstance(error, KeyboardInterrupt | InterruptedError) or read_status(run) == "KILLED"
         if not finished:
             note_status(run, "KILLED" if killed else "FAILED", "interrupted" if killed else str(error))
         raise

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Event, Thread, current_thread
@@ -225,6 +227,33 @@ ANOTHER = AuthenticationError("RPC error: WrongClusterID: Perhaps the client is 
 UNEASY = "The head of the cluster at 10.0.0.1:6379 does not answer: unless it does within 25 seconds, this command ends"
 
 
+class Client:
+    """Of a head: raises what Ray's own raises."""
+
+    def __init__(self, answers: list[RayError | None]) -> None:
+        self.waiting, self.answered = [*answers], Event()
+
+    def internal_kv_get(self, key: bytes, namespace: bytes, timeout: float) -> None:
+        if not self.waiting:
+            self.answered.set()
+        elif error := self.waiting.pop(0):
+            raise error
+
+    def internal_kv_keys(self, prefix: bytes, namespace: bytes) -> list[bytes]:
+        return []
+
+
+def answer_as_head(monkeypatch: pytest.MonkeyPatch, answers: list[RayError | None]) -> Client:
+    """Let a head answer, and in the end say nothing wrong, of a cluster with one core."""
+    client = Client(answers)
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379", get_job_id=lambda: "01")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr("ray.experimental.internal_kv.global_gcs_client", client)
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    return client
+
+
 @pytest.mark.parametrize(
     ("answers", "gone", "said"),
     [
@@ -244,30 +273,30 @@ def test_a_command_whose_clusters_head_is_gone_ends_with_a_sentence_and_waits_fo
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Client:
-        """Of the head: raises what Ray's own raises, whose types and words these are."""
-
-        def internal_kv_get(self, key: bytes, namespace: bytes, timeout: float) -> None:
-            if not waiting:
-                answered.set()
-            elif error := waiting.pop(0):
-                raise error
-
-        def internal_kv_keys(self, prefix: bytes, namespace: bytes) -> list[bytes]:
-            return []
-
-    waiting, answered = [*answers], Event()
-    context = SimpleNamespace(gcs_address="10.0.0.1:6379", get_job_id=lambda: "01")
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr("ray.experimental.internal_kv.global_gcs_client", Client())
+    client = answer_as_head(monkeypatch, answers)
     monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.001)
     ends = pytest.raises(
         IncompleteError, match=r"at 10.0.0.1:6379 is gone.* what is done is kept: give the same command"
     )
     with ends if gone else nullcontext(), cluster._watch(ClusterSettings("10.0.0.1:6379")):
-        assert answered.wait(20)  # which a head that is gone interrupts
+        assert client.answered.wait(20)  # which a head that is gone interrupts
     assert [record.getMessage()[: len(text)] for record, text in zip(caplog.records, said, strict=True)] == said
+
+
+def test_who_waits_for_nodes_ends_as_soon_as_the_cluster_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_as_head(monkeypatch, [])
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests share one
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(ray, name, lambda *_, **__: None)
+    waits = [lambda: cluster.await_return("CPU"), lambda: cluster._gather("CPU", 2, 60)]  # ten seconds, and an hour
+    with ThreadPoolExecutor(len(waits)) as pool:
+        with connect(ClusterSettings()):
+            waiting = [pool.submit(wait) for wait in waits]
+        began = time.monotonic()
+        for wait in waiting:
+            with pytest.raises(InterruptedError, match="has ended"):
+                wait.result(20)
+    assert time.monotonic() - began < 1
 
 
 def test_towers_are_as_many_as_remain_and_as_many_as_were_asked_for_once_the_others_are_back(

@@ -242,6 +242,8 @@ def _attempt(cell: Cell, function: Callable[[TrainPlan], None]) -> str:
     assert cell.plan is not None
     try:
         function(cell.plan)
+    except InterruptedError:
+        return "interrupted"
     except Exception as error:  # one cell must never cost the others; its reason is kept and shown
         return _explain(error, cell.name)
     return ""
