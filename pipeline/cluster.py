@@ -6,6 +6,7 @@ Commands that follow each other in one process (the demo) share one Ray.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import sys
@@ -61,7 +62,7 @@ def connect(settings: ClusterSettings) -> Iterator[None]:
     set_environment(settings)
     import ray
 
-    presence.begin()
+    presence.begin(settings.scale_minutes)
     if ray.is_initialized():
         with _watch(settings):
             yield
@@ -124,16 +125,18 @@ def _look_for_nodes() -> None:
 class Presence:
     """What of the connected cluster's cores and GPUs is there, and what was: nodes that are gone may come back.
 
-    They are waited for no longer than the connection lasts.
+    They are waited for so many `minutes`, or without a limit where these are none, and no longer than the connection lasts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: int = 0) -> None:
+        self.minutes = minutes
         self.most: dict[str, int] = {}
         self.gone: set[str] = set()
         self.left = Event()
 
-    def begin(self) -> None:
-        """Wait for nodes from now on."""
+    def begin(self, minutes: int) -> None:
+        """Wait for so many from now on."""
+        self.minutes = minutes
         self.left.clear()
 
     def end(self) -> None:
@@ -147,7 +150,10 @@ class Presence:
         self.most[resource] = max(there, self.most.get(resource, 0))
         if self.most[resource] and not there and resource not in self.gone:
             self.gone.add(resource)
-            return f"The cluster has lost all its {resource}s: going on as soon as some are back; what is done is kept."
+            return (
+                f"The cluster has lost all its {resource}s: waiting {self.patience} for some to be back (--scale-minutes); "
+                "what is done is kept, and after Ctrl-C the same command goes on from it, too."
+            )
         if there and resource in self.gone:
             self.gone.remove(resource)
             return f"The cluster has {there} {resource}s again: going on."
@@ -156,6 +162,11 @@ class Presence:
     def had(self, resource: str, wanted: int) -> bool:
         """Whether there were as many once."""
         return self.most.get(resource, 0) >= wanted
+
+    @property
+    def patience(self) -> str:
+        """How long what is gone is waited for, in words."""
+        return f"{self.minutes} minutes" if self.minutes else "as long as it takes"
 
     def pause(self, seconds: float) -> None:
         """Wait; raise `InterruptedError` as soon as the cluster is left."""
@@ -418,24 +429,49 @@ def remaining(resource: str, wanted: int | None) -> int | None:
     return min(wanted, _gather(resource, 1, 0)) if wanted and presence.had(resource, wanted) else wanted
 
 
+def has_shrunk() -> bool:
+    """Whether the cluster has lost some of its cores or GPUs."""
+    return any(count(resource) < most for resource, most in presence.most.items())
+
+
 def _gather(resource: str, wanted: int, minutes: int) -> int:
     """Return how many of a resource there are; where too few are, ask an autoscaler and wait for it so many minutes.
 
-    For what was there before it waits as long as it takes.
+    For what was there before it waits as long as `presence` says; raises `IncompleteError` where it does not come back.
     """
     from ray.autoscaler.sdk import request_resources
 
-    end, had = time.monotonic() + 60 * minutes, presence.had(resource, wanted)
+    had = presence.had(resource, wanted)
+    minutes = presence.minutes if had else minutes
+    end = time.monotonic() + 60 * minutes if minutes or not had else math.inf
     if (minutes or had) and (there := count(resource)) < wanted:
-        if there or not had:  # else that all are gone is said already
-            limit = "as long as it takes" if had else f"{minutes} minutes"
-            logging.getLogger(__name__).warning(
-                "Waiting %s for %d more of the cluster's %ss.", limit, wanted - there, resource
-            )
+        _say_wait(resource, there, wanted, minutes, had)
         request_resources(bundles=[{resource: 1}] * wanted)
-    while (there := count(resource)) < wanted and (had or time.monotonic() < end):
+    while (there := count(resource)) < wanted and time.monotonic() < end:
         presence.pause(LOOK_SECONDS)
+    if had and there < wanted:
+        raise IncompleteError(
+            f"The cluster has lost {resource}s and did not get them back within {minutes} minutes (--scale-minutes): "
+            f"{wanted} are needed and {there} there; what is done is kept: give the same command again, with fewer workers "
+            "where it stays so small."
+        )
     return there
+
+
+def _say_wait(resource: str, there: int, wanted: int, minutes: int, had: bool) -> None:
+    """Say for what a command waits, and what can be done instead; that all are gone is said already."""
+    log, more = logging.getLogger(__name__), wanted - there
+    if not had:
+        log.warning("Waiting %d minutes for %d more of the cluster's %ss.", minutes, more, resource)
+    elif there:
+        log.warning(
+            "Waiting %s for %d more of the cluster's %ss, of which it has lost some and %d are needed (--scale-minutes): "
+            "where it stays so small, end this command and give it again with fewer workers; it goes on from what is done.",
+            presence.patience,
+            more,
+            resource,
+            wanted,
+        )
 
 
 def user_error(error: BaseException | None) -> UserError | None:

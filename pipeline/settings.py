@@ -55,7 +55,8 @@ class ClusterSettings:
     num_cpus: Workers | None = setting(None, "Cores to use on this machine; default: all.", in_file=False)
     scale_minutes: Number = setting(
         0,
-        "Minutes to wait for the cluster's autoscaler where GPUs or cores that are asked for are missing.",
+        "Minutes to wait for GPUs or cores of the cluster: at the beginning for those that an autoscaler is to bring, later "
+        "for those that were lost; 0: at the beginning not at all, later as long as it takes.",
         in_file=False,
     )
     silent_seconds: Annotated[int, Interval(ge=10, le=LARGEST)] = setting(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread, current_thread
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from cafe.pipeline.features.stream import PendingRows
 from cafe.pipeline.process import beside, head, pulse
 from cafe.pipeline.process.machine import cores, free_memory
 from cafe.pipeline.settings import ClusterSettings, Execution, ExtractSettings
-from cafe.pipeline.worker import RayTeam
+from cafe.pipeline.worker import LocalWorker, RayTeam
 
 DEVICES = """
 import ray
@@ -171,7 +172,8 @@ def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_sa
     assert cluster.count("CPU") == 4
     assert cluster.await_return("CPU", all_of_them=True) == last
     assert [record.getMessage() for record in caplog.records] == [
-        "The cluster has lost all its CPUs: going on as soon as some are back; what is done is kept.",
+        "The cluster has lost all its CPUs: waiting as long as it takes for some to be back (--scale-minutes); what is done "
+        "is kept, and after Ctrl-C the same command goes on from it, too.",
         f"The cluster has {first} CPUs again: going on.",
     ]
 
@@ -316,6 +318,43 @@ def test_towers_are_as_many_as_remain_and_as_many_as_were_asked_for_once_the_oth
             assert size_up(rows, asked)[0] == expected
     with pytest.raises(UserError, match="9 GPUs"):  # what never was there is not made less
         size_up(rows, ExtractSettings(address="auto", num_gpus=9))
+
+
+def test_nodes_that_do_not_come_back_are_waited_for_as_long_as_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = count(step=30)
+    monkeypatch.setattr(cluster, "presence", cluster.Presence(minutes=5))
+    cluster.presence.note("CPU", 4)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(cluster, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    assert cluster.await_return("CPU", all_of_them=False) == 2
+    assert not caplog.records
+    with pytest.raises(IncompleteError, match=r"within 5 minutes.*4 are needed and 2 there.*with fewer workers"):
+        cluster.await_return("CPU", 4)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(
+        "Waiting 5 minutes for 2 more of the cluster's CPUs, of which it has lost some and 4 are needed"
+    )
+    assert "give it again with fewer workers" in said
+    assert 5 * 60 <= next(clock) <= 7 * 60
+
+
+@pytest.mark.parametrize("there", [4, 2])
+def test_workers_of_a_cluster_that_has_shrunk_make_room_for_others(there: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    cluster.presence.note("CPU", 4)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(there)})
+    workers, first = Workers(2, single=True), LocalWorker("cpu")
+    workers.idle.put(first)
+    with workers.borrow(Execution()) as worker:
+        assert worker is first
+    assert first.ended.is_set() == (there < 4)  # another may wait for its core
+    assert workers.idle.empty() == (there < 4)
+    first.end()
 
 
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])

@@ -200,7 +200,7 @@ class Workers:
             yield worker
             done = True
         finally:
-            if done and self.single:
+            if done and self.single and not cluster.has_shrunk():  # else another may wait for its core
                 self.idle.put(worker)
             else:
                 worker.end()
