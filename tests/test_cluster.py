@@ -33,6 +33,7 @@ from cafe.pipeline.features.extract import share_out, size_up
 from cafe.pipeline.features.stream import PendingRows
 from cafe.pipeline.process import beside, head, pulse
 from cafe.pipeline.process.machine import cores, free_memory
+from cafe.pipeline.process.presence import Presence
 from cafe.pipeline.settings import ClusterSettings, Execution, ExtractSettings
 from cafe.pipeline.worker import LocalWorker, RayTeam
 
@@ -163,7 +164,7 @@ def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_sa
             caplog.records.append(logging.makeLogRecord({"msg": news}))
         return {"CPU": float(cores)}
 
-    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(cluster, "presence", Presence())
     monkeypatch.setattr(ray, "cluster_resources", count_cores)
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
     for name in ("SETTLE_SECONDS", "GATHER_SECONDS", "LOOK_SECONDS"):
@@ -179,7 +180,7 @@ def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_sa
 
 
 def test_where_no_node_is_gone_none_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(cluster, "SETTLE_SECONDS", 0)
@@ -188,7 +189,7 @@ def test_where_no_node_is_gone_none_is_waited_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_gpus_of_nodes_that_are_gone_for_a_while_are_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 8)
     there = iter([{}, {}, {}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: next(there, {"CPU": 8.0, "GPU": 1.0}))
@@ -198,7 +199,7 @@ def test_gpus_of_nodes_that_are_gone_for_a_while_are_not_given_up(monkeypatch: p
 
 
 def test_a_cluster_that_never_had_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     with pytest.raises(UserError, match="9 workers need as many cores and the cluster has 4"):
@@ -305,7 +306,7 @@ def test_towers_are_as_many_as_remain_and_as_many_as_were_asked_for_once_the_oth
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [PendingRows(MANIFEST, ABOUT, [[]], [0, 1, 2])]
-    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(cluster, "presence", Presence())
     for gpus, cpus, asked, towers in (
         (0, 8, ExtractSettings(address="auto", num_actors=3, use_gpu=False), {8: 3, 2: 2, 1: 1, 4: 3}),
         (3, 8, ExtractSettings(address="auto", num_gpus=3), {3: 3, 1: 1, 2: 2}),
@@ -324,7 +325,7 @@ def test_nodes_that_do_not_come_back_are_waited_for_as_long_as_asked_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = count(step=30)
-    monkeypatch.setattr(cluster, "presence", cluster.Presence(minutes=5))
+    monkeypatch.setattr(cluster, "presence", Presence(minutes=5))
     cluster.presence.note("CPU", 4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
@@ -345,7 +346,7 @@ def test_nodes_that_do_not_come_back_are_waited_for_as_long_as_asked_for(
 
 @pytest.mark.parametrize("there", [4, 2])
 def test_workers_of_a_cluster_that_has_shrunk_make_room_for_others(there: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", cluster.Presence())
+    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(there)})
     workers, first = Workers(2, single=True), LocalWorker("cpu")

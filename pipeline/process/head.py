@@ -10,7 +10,7 @@ ANSWER_SECONDS = 5.0  # that it may take for an answer; a busy one takes millise
 UNEASY, GONE = 2, 7  # looks in a row without one, after which it is said, and after which none is expected
 
 
-class Head:
+class ClusterHead:
     """What a command hears of the head of its cluster; where that is gone, the main thread of the command is interrupted.
 
     Looks are counted, not seconds: while this command itself was stopped, it heard nobody.
