@@ -64,11 +64,24 @@ class Stage:
     results: tuple[str, ...]
     alone: bool = False  # on one machine it needs no process but its own
     in_process: bool = False  # on one machine it needs no Ray
+    cores: int = 1  # that it needs on one machine
+
+    @property
+    def here(self) -> tuple[str, ...]:
+        """Say that it works on this machine."""
+        return "--num-cpus", str(self.cores)
 
 
 STAGES = {
     "extract": Stage(commands.EXTRACT, (), (commands.RECEIPTS,), commands.STORES, in_process=True),
     "train": Stage((*commands.TRAIN, "--epochs", "6"), ("extract",), (commands.EPOCHS,), commands.RUNS, alone=True),
+    "team": Stage(
+        (*commands.TRAIN, "--epochs", "6", "--num-workers", "2"),
+        ("extract",),
+        (commands.EPOCHS,),
+        commands.RUNS,
+        cores=2,
+    ),
     "benchmark": Stage(
         ("benchmark", "grid.toml", "--parallel", "1"),
         (),
@@ -145,10 +158,10 @@ def work_undisturbed(stage: Stage, faces: Path, folder: Path, per_class: int, ta
         commands.succeed(base, ("data", "index", "folder", place, "--name", "faces"))
         (base / "grid.toml").write_text(GRID)
         for name in stage.before:
-            commands.succeed(base, (*STAGES[name].command, *commands.ALONE))
+            commands.succeed(base, (*STAGES[name].command, *STAGES[name].here))
         shutil.copytree(base, whole)
         with commands.watching(whole, stage.finished) as watch:
-            commands.succeed(whole, (*stage.command, *commands.ALONE))
+            commands.succeed(whole, (*stage.command, *stage.here))
         note.write_text(str(watch.writes[-1][0] - watch.writes[0][0]))
     return base, whole, float(note.read_text())
 
@@ -165,7 +178,7 @@ class Chaos:
     def work_off(self, workspace: Path, most: int) -> list[Kill]:
         """Get a command done with at most so many kills, and return these."""
         kills: list[Kill] = []
-        where = ("--address", self.cluster.address, "--scale-minutes", "10") if self.cluster else commands.ALONE
+        where = ("--address", self.cluster.address, "--scale-minutes", "10") if self.cluster else self.stage.here
         environment = self.cluster.environment if self.cluster else None
         with commands.watching(workspace, self.stage.finished) as watch:
             while True:
