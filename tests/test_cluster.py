@@ -261,7 +261,7 @@ def answer_as_head(monkeypatch: pytest.MonkeyPatch, answers: list[RayError | Non
     ("answers", "gone", "said"),
     [
         ([None, *[AWAY] * head.GONE], True, [UNEASY]),
-        ([ANOTHER], True, []),  # a cluster that was started anew at its place
+        ([ANOTHER], True, ["The cluster at 10.0.0.1:6379 was started anew: this command ends"]),
         (
             [*[AWAY] * (head.GONE - 1), None, AWAY, None],
             False,

@@ -32,8 +32,11 @@ class ClusterHead:
     def miss(self, anew: bool) -> None:
         """Note that it did not answer, or that another has its address, as where a cluster was started `anew`."""
         self.silent += 1
-        if self.silent == UNEASY and not anew:
-            logging.getLogger(__name__).warning(
+        log = logging.getLogger(__name__)
+        if anew:
+            log.warning("The cluster at %s was started anew: this command ends; what is done is kept.", self.address)
+        elif self.silent == UNEASY:
+            log.warning(
                 "The head of the cluster at %s does not answer: unless it does within %.0f seconds, this command ends; what "
                 "is done is kept.",
                 self.address,
