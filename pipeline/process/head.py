@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from threading import current_thread, main_thread
+from threading import current_thread, get_ident, main_thread
 
 ANSWER_SECONDS = 5.0  # that it may take for an answer; a busy one takes milliseconds
 UNEASY, GONE = 2, 7  # looks in a row without one, after which it is said, and after which none is expected
@@ -18,7 +18,7 @@ class ClusterHead:
 
     def __init__(self, address: str) -> None:
         self.address, self.silent, self.gone = address, 0, False
-        self.interruptible = current_thread() is main_thread()
+        self.main = get_ident() if current_thread() is main_thread() else None
 
     def ask(self) -> None:
         """Let it answer; raise Ray's `RayError` where it does not."""
@@ -43,5 +43,5 @@ class ClusterHead:
                 (GONE - UNEASY) * ANSWER_SECONDS,
             )
         self.gone = anew or self.silent >= GONE
-        if self.gone and self.interruptible:
-            signal.pthread_kill(main_thread().ident, signal.SIGINT)
+        if self.gone and self.main is not None:
+            signal.pthread_kill(self.main, signal.SIGINT)
