@@ -1,7 +1,8 @@
 """What it costs when all workers of a cluster vanish at once and come back later, as spot nodes do.
 
     python measurements/spot.py ~/faces/news --folder /tmp/spot --stage extract
-    python measurements/spot.py ~/faces/news --folder /tmp/spot --stage benchmark --times 2 --away 60
+    python measurements/spot.py ~/faces/news --folder /tmp/spot2 --stage benchmark --times 2 --away 60
+    python measurements/spot.py ~/faces/news --folder /tmp/spot3 --stage team --away 60    # a training by two workers
 
 A head without cores, beside which the command runs, and two nodes. The nodes are killed with -9 at the same moment, as often
 as asked for, at even parts of the undisturbed work, and new ones join after some time. One command has to get over all that;
