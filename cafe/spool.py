@@ -1,4 +1,4 @@
-"""A spool: a long list that lies on disk, for what is gone through several times and may be longer than memory is large.
+"""Spools: long lists that lie on disk, for what is gone through several times and may be longer than memory is large.
 
 A few thousand items are in memory at a time. The file has no name, so that a kill leaves nothing; it lies where the system
 keeps temporary files (`TMPDIR`).
@@ -10,10 +10,13 @@ import gc
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from heapq import merge
 from itertools import islice
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any, TypeVar, overload
+
+import numpy as np
 
 from cafe.errors import StorageError
 
@@ -29,6 +32,19 @@ def cut(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     rest = iter(items)
     while some := list(islice(rest, size)):
         yield some
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Raise `StorageError`, in one sentence, where the folder of temporary files cannot be written."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{gettempdir()} cannot be written ({error.strerror}): make room there, or name another folder in TMPDIR."
+        ) from None
 
 
 class Spool(Sequence[Item]):
@@ -54,15 +70,11 @@ class Spool(Sequence[Item]):
         if len(self._last) < AT_ONCE:
             return
         content = pickle.dumps(self._last, pickle.HIGHEST_PROTOCOL)
-        try:
+        with writing():
             self.file = self.file or TemporaryFile(prefix="cafe-")  # noqa: SIM115  # it lives as long as this list
             self._places.append((self.file.seek(0, os.SEEK_END), len(content)))
             self.file.write(content)
             self.file.flush()
-        except OSError as error:
-            raise StorageError(
-                f"{gettempdir()} cannot be written ({error.strerror}): make room there, or name another folder in TMPDIR."
-            ) from None
         self._last = []
 
     def _read(self, number: int) -> list[Item]:
@@ -109,3 +121,45 @@ def sort(items: Iterable[Item], key: Callable[[Item], Any]) -> Spool[Item]:
     while len(runs) > MERGED_AT_ONCE:
         runs = [Spool(merge(*some, key=key), runs[0].file) for some in cut(runs, MERGED_AT_ONCE)]
     return Spool(merge(*runs, key=key)) if len(runs) > 1 else runs[0] if runs else Spool()
+
+
+class ArraySpool:
+    """Arrays of one shape and number format in the order in which they were added, on disk; those it returns are copies.
+
+    It is asked for a slice or for an array of numbers (n,), as a NumPy array is, and returns (n, *shape).
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        with writing():
+            self._file = TemporaryFile(prefix="cafe-", buffering=2**18)  # noqa: SIM115  # it lives as long as this list
+        self._count = 0
+
+    def extend(self, values: np.ndarray) -> None:
+        """Add arrays, (n, *shape)."""
+        assert values.shape[1:] == self.shape
+        with writing():
+            self._file.write(np.ascontiguousarray(values, self.dtype).data)
+        self._count += len(values)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        with writing():
+            self._file.flush()
+        if isinstance(places, slice):
+            chosen = range(len(self))[places]
+            assert chosen.step == 1
+            return self._read(chosen.start, len(chosen))
+        found = np.empty((len(places), *self.shape), self.dtype)
+        for number, place in enumerate(places):
+            found[number] = self._read(int(place), 1)[0]
+        return found
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        found = np.empty((count, *self.shape), self.dtype)
+        if found.size:
+            size = self.dtype.itemsize * int(np.prod(self.shape))
+            os.preadv(self._file.fileno(), [found.reshape(-1).view(np.uint8).data], start * size)
+        return found

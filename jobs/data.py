@@ -116,8 +116,7 @@ def index(
     """
     from cafe.addresses import own
     from cafe.data.expressions import ClassChoice
-    from cafe.data.indexing import index_files
-    from cafe.data.manifest import thin_training
+    from cafe.data.indexing import index_files, thin_training
     from cafe.data.readers.choices import SetChoices
     from cafe.pipeline.workspace import check_name
 
@@ -132,7 +131,7 @@ def index(
             result = index_files(name, listing, progress, images, place)
         counts, training = result.counts(), result.count_values("split")["train"]
         if train_faces:
-            result = replace(result, manifest=thin_training(result.manifest, train_faces))
+            result = replace(result, manifest=thin_training(result.manifest, train_faces, place))
         for table in _index_tables(result):
             show(table)
         if train_faces:
@@ -341,11 +340,13 @@ def check(name: str, max_megapixels: int) -> None:
 
 def _check_tables(check: Check) -> list[FittedTable | str]:
     """What the pictures of a data set are like: a line per expression, sizes and brightness, broken and repeated files."""
-    header, lines = check.summary()
+    from cafe.spool import Spool
+
+    header, lines = check.summary
     table = make_table(header, lines[:-1])
     table.add_section()
     table.add_row(*lines[-1])
-    duplicates = [" = ".join(group["sample_id"]) for group in check.duplicates]
+    duplicates = Spool(" = ".join(face.sample_id for face in group) for group in check.duplicates)
     return [
         f"{check.manifest.name}: {len(check.manifest):,} faces",
         table,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,13 +17,14 @@ from conftest import Cafe
 from PIL import Image, ImageEnhance, ImageOps
 from upath import UPath
 
-from cafe.data.auditing import audit
-from cafe.data.copies import CopyIndex, draw_thumbnail
+from cafe.data.auditing import audit, encode_audit
+from cafe.data.copies import LEARNED, CopyIndex, _frame, _reduce, draw_thumbnail
 from cafe.data.expressions import EIGHT
 from cafe.data.images import decode_image
 from cafe.data.indexing import index_files
 from cafe.data.manifest import Manifest
 from cafe.data.readers import DATASETS
+from cafe.data.rows import RowFiles
 from cafe.errors import UserError
 from cafe.pipeline.runs import RunSpec
 from cafe.pipeline.workspace import Workspace
@@ -34,6 +36,7 @@ from cafe.results.leaks import leave_out_leaks
 from cafe.results.predictions import Predictions
 from cafe.results.runs import read_runs
 from cafe.results.scores import average_unseen, read_scores
+from cafe.spool import ArraySpool
 from cafe.synthetic.domains import render, write
 
 Edit = Callable[[Image.Image], Image.Image]
@@ -125,13 +128,28 @@ def test_blank_pictures_and_a_single_face_are_no_copies_of_anything(faces: np.nd
     assert CopyIndex(one).find(np.concatenate([blank, one])).second.tolist() == [3]
 
 
-def test_a_large_index_finds_copies_among_thousands(faces: np.ndarray) -> None:
+def test_a_large_index_finds_copies_among_thousands_from_disk_as_from_memory(
+    faces: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cafe.data.copies.LISTED_AT_ONCE", 2**12)
     random, own = np.random.default_rng(0), thumbnails(faces)
     one, two = (own[random.integers(len(own), size=6000)] for _ in range(2))
     mixed = (one * 0.6 + two[:, :, ::-1] * 0.4).astype(np.uint8)
     copies = thumbnails(np.repeat(mixed[100:140, :, :, None], 3, axis=3), everything)
-    found = CopyIndex(mixed).find(copies)
+    spool = ArraySpool((64, 64), np.uint8)
+    spool.extend(mixed)
+    index = CopyIndex(spool)
+    found = index.find(copies)
     assert set(range(40)) <= {n for row, n in zip(found.first, found.second, strict=True) if row == 100 + n}
+
+    vectors = _reduce(_frame(mixed, np.zeros((1, 4))), index.projection)
+    memory = faiss.IndexIVFFlat(faiss.IndexFlatIP(96), 96, 6000 // 64, faiss.METRIC_INNER_PRODUCT)
+    memory.nprobe, memory.cp.max_points_per_centroid = 16, LEARNED  # which chooses whom to learn from
+    memory.train(vectors)
+    memory.add(vectors)
+    assert isinstance(faiss.downcast_InvertedLists(index.index.invlists), faiss.OnDiskInvertedLists)
+    for disk, expected in zip(index.index.search(vectors[::50], 3), memory.search(vectors[::50], 3), strict=True):
+        np.testing.assert_array_equal(disk, expected)
 
 
 def test_copies_of_real_photographs_are_found(real_faces: Path) -> None:
@@ -183,17 +201,28 @@ def test_the_command_lists_every_pair_and_the_unreadable(
     assert "http" not in page
 
 
-def test_the_splits_of_the_source_are_compared_once_each_and_never_with_themselves(tmp_path: Path) -> None:
+def test_the_splits_of_the_source_are_compared_once_each_and_never_with_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, "film", 28)
     copied = min((tmp_path / "film" / "train").rglob("*.jpg"))
     shutil.copy(copied, tmp_path / "film" / "train" / "again.jpg")
     (tmp_path / "film" / "train" / "again.jpg").rename(copied.with_name("again.jpg"))
     shutil.copy(copied, tmp_path / "film" / "test" / copied.parent.name / "leak.jpg")
     film = index_files("film", DATASETS["folder"](UPath(tmp_path / "film"))).manifest
-    [result] = audit(film, [], lambda *_: None, lambda *_: None)
-    assert [(pair.source_split, pair.target_split, pair.copied, pair.pairs) for pair in result.splits] == [
-        ("train", "test", 1, 2)
-    ]
+    monkeypatch.setattr("cafe.data.manifest.LARGE", 10)
+    film.save(UPath(tmp_path / "film.parquet"))
+    filed = Manifest.load(UPath(tmp_path / "film.parquet"))  # a large one, whose rows lie in files
+    pages = []
+    for manifest in (film, filed):
+        [result] = audit(manifest, [], lambda *_: None, lambda *_: None)
+        assert [(pair.source_split, pair.target_split, pair.copied, pair.pairs) for pair in result.splits] == [
+            ("train", "test", 1, 2)
+        ]
+        pages.append((draw_audit(result), encode_audit(result)))
+    assert pages[0] == pages[1]
+    assert isinstance(filed.table, RowFiles)
+    assert not filed.table._columns  # no column was read as a whole
 
 
 def test_labels_of_sets_with_different_classes_are_compared_by_name(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import shutil
+import tracemalloc
+from collections.abc import Callable
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,9 +15,13 @@ import numpy as np
 import pytest
 from conftest import Cafe, draw_faces
 from PIL import Image
+from upath import UPath
 
-from cafe.data.checking import look_at
+from cafe.data.checking import check_pictures, look_at
 from cafe.data.images import decode_image
+from cafe.data.manifest import Face, Manifest
+from cafe.data.rows import SPLITS, RowFiles
+from cafe.report.inspection import draw_check
 
 
 class Page(HTMLParser):
@@ -125,3 +133,63 @@ def test_real_photographs_are_told_apart_by_colour(real_faces: Path, tmp_path: P
         command.succeed("data", "index", "folder", str(tmp_path / name), "--name", name)
     assert " 100 % " in command.succeed("data", "check", "news")
     assert " 0 % " in command.succeed("data", "check", "cinema")
+
+
+@pytest.fixture
+def crops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Manifest]:
+    """What makes a manifest of so many small parts of one picture, every tenth of them twice; a few rows are in memory."""
+    for name, number in (("AT_ONCE", 16), ("SORTED_AT_ONCE", 32), ("MERGED_AT_ONCE", 4)):
+        monkeypatch.setattr(f"cafe.spool.{name}", number)
+    for module in ("rows", "manifest"):
+        monkeypatch.setattr(f"cafe.data.{module}.ROWS_AT_ONCE", 16)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(np.maximum(pixels, np.arange(64, dtype=np.uint8) * 3)).save(tmp_path / "noise.bmp")
+    digest = sha256((tmp_path / "noise.bmp").read_bytes()).hexdigest()
+
+    def place(number: int) -> tuple[int, int, int, int]:
+        part = number - (number % 10 == 9)
+        return part % 50, part // 50, 8 + part % 5, 8
+
+    def make(count: int) -> Manifest:
+        boxes = [place(number) for number in range(count)]
+        faces = (
+            Face(f"{n:05d}", "noise.bmp", n % 3, SPLITS[n % 2], None, *box[2:], digest, box)
+            for n, box in enumerate(boxes)
+        )
+        return Manifest.from_faces("crops", str(tmp_path), faces)
+
+    return make
+
+
+def test_the_memory_of_a_check_does_not_grow_with_the_faces(crops: Callable[[int], Manifest]) -> None:
+    held = []
+    for count in (50, 100, 400):  # the first one imports
+        manifest = crops(count)
+        tracemalloc.start()
+        try:
+            check = check_pictures(manifest, lambda *_: None)
+            lines, sides = check.summary[1], check.histograms["shorter side"]
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+        looks = [face.look for face in check.seen]
+        medians = [np.median([look[place] for look in looks]) for place in range(3)]
+        assert lines[-1][3:] == [str(count), "100 %", f"{medians[2]:.0f}", "{:.0f}×{:.0f}".format(*medians), "0"]
+        assert [[face.row for face in group] for group in check.duplicates] == [[n - 1, n] for n in range(9, count, 10)]
+        assert sides[0] == ("0–31", count)
+    assert held[2] - held[1] < 40_000, held  # lists of what lies in the files, a place for 16 faces
+
+
+def test_the_rows_of_a_large_manifest_stay_in_their_files(
+    tmp_path: Path, crops: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cafe.data.manifest.LARGE", 50)
+    monkeypatch.setattr("cafe.data.rows.ROWS_A_FILE", 64)
+    whole = crops(150)
+    whole.save(UPath(tmp_path / "crops.parquet"))
+    filed = Manifest.load(UPath(tmp_path / "crops.parquet"))
+    found, expected = (check_pictures(manifest, lambda *_: None) for manifest in (filed, whole))
+    assert draw_check(found) == draw_check(expected)
+    assert isinstance(filed.table, RowFiles)
+    assert not filed.table._columns  # no column was read as a whole

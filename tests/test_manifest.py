@@ -28,11 +28,11 @@ from test_images import HEIC
 from upath import UPath
 
 from cafe.data.expressions import EXPRESSIONS, ClassChoice
-from cafe.data.indexing import Index, index_files
-from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows, thin_training
+from cafe.data.indexing import Index, index_files, thin_training
+from cafe.data.manifest import Face, Manifest, assign_splits, hold_out_rows
 from cafe.data.readers import DATASETS
 from cafe.data.readers.choices import SetChoices
-from cafe.data.rows import write_files
+from cafe.data.rows import RowFiles, write_files
 from cafe.errors import DamagedError, UserError
 from cafe.files import find_below
 from cafe.inference.frames import find_files, read_photo
@@ -41,7 +41,7 @@ from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.workspace import Workspace
 from cafe.results.columns import Column
 from cafe.results.leaks import audit_path
-from cafe.spool import Spool, sort
+from cafe.spool import ArraySpool, Spool, sort
 
 
 @pytest.fixture
@@ -464,6 +464,26 @@ def test_a_spool_is_a_list_of_which_a_few_items_are_in_memory(monkeypatch: pytes
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
+def test_arrays_in_a_spool_are_those_that_were_added() -> None:
+    values, spool = np.arange(3000, dtype=np.float32).reshape(500, 2, 3), ArraySpool((2, 3), np.float32)
+    for start in range(0, len(values), 7):
+        spool.extend(values[start : start + 7])
+    assert len(spool) == len(values)
+    for places in (slice(None), slice(490, 600), slice(5, 5), np.array([499, 0, 17, 0])):
+        np.testing.assert_array_equal(spool[places], values[places])
+    numbers = ArraySpool((), np.int64)
+    numbers.extend(np.array([3, 1]))
+    assert numbers[np.array([1, 0, 1])].tolist() == [1, 3, 1]
+    spool.extend(values)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\): make room there, or name another"):
+            np.asarray(spool[:2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
 def test_a_large_manifest_is_replaced_as_a_whole_or_not_at_all(
     tmp_path: Path, large: tuple[Manifest, Manifest]
 ) -> None:
@@ -699,6 +719,20 @@ def test_a_training_subset_keeps_the_proportions_and_the_other_splits() -> None:
     assert set(few.sample_ids) < set(more.sample_ids)
     assert len(few.rows("test")) == 5
     assert thin_training(manifest, 1000).digest == manifest.digest
+
+
+def test_a_training_subset_of_a_large_manifest_is_that_of_a_small_one(
+    tmp_path: Path, large: tuple[Manifest, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, filed = large
+    monkeypatch.setattr("cafe.data.indexing.LARGE", 50)
+    monkeypatch.setattr("cafe.data.indexing.ROWS_AT_ONCE", 7)
+    for faces, files in ((60, True), (20, False)):
+        few = thin_training(filed, faces, UPath(tmp_path / "x.parquet"))
+        assert (few.large, len(few)) == (files, faces + 20)
+        assert few.read(range(len(few))) == thin_training(whole, faces).table
+    assert isinstance(filed.table, RowFiles)
+    assert not filed.table._columns  # no column was read as a whole
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//x", "./x"])

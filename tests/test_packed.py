@@ -148,7 +148,7 @@ def test_faces_in_archives_are_checked_audited_shown_and_predicted_as_files_are(
     pairs = {*zip(found.pairs.first.tolist(), found.pairs.second.tolist(), strict=True)}
     assert {(row, row) for row in range(len(files))} <= pairs
     for name, manifest in manifests.items():
-        assert check_pictures(manifest, lambda *_: None).faces.equals(checked.faces), name
+        assert list(check_pictures(manifest, lambda *_: None).seen) == list(checked.seen), name
         pictures = read_faces(manifest, manifest.sample_ids)
         assert all(np.array_equal(pictures[sample], shown[sample]) for sample in files.sample_ids), name
     for place in ("table.zip", "table.tar", "hub/data/test-00000.parquet"):

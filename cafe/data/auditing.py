@@ -1,10 +1,13 @@
-"""Which faces of one data set are copies of another's, counted by split and kept as a list of pairs."""
+"""Which faces of one data set are copies of another's, counted by split and kept as a list of pairs.
+
+What is read of the faces lies on disk, so that memory does not grow with their number.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +15,22 @@ import pyarrow as pa
 from cafe.data.copies import THUMBNAIL, CopyIndex, Pairs, Progress, draw_thumbnail
 from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import Manifest
-from cafe.data.rows import SPLITS
+from cafe.data.rows import SPLITS, read_values
 from cafe.seals import encode_table
+from cafe.spool import ArraySpool
 
-Thumbnails = dict[str, tuple[np.ndarray, np.ndarray]]  # of each split the manifest rows (N,) and pictures (N, 64, 64)
+
+@dataclass
+class SplitThumbnails:
+    """The readable faces of a split: manifest `rows` (N,) and `pictures` (N, 64, 64); `faces` counts all of the split.
+
+    `broken` lists the unreadable ones as (sample, reason).
+    """
+
+    rows: ArraySpool = field(default_factory=lambda: ArraySpool((), np.int64))
+    pictures: ArraySpool = field(default_factory=lambda: ArraySpool((THUMBNAIL, THUMBNAIL), np.uint8))
+    faces: int = 0
+    broken: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,49 +61,45 @@ def audit(source: Manifest, targets: list[Manifest], reading: Progress, comparin
 
     `reading` counts pictures and `comparing` faces of one manifest.
     """
-    own, own_broken = _read_thumbnails(source, reading)
-    indexes = {split: CopyIndex(pictures) for split, (_, pictures) in own.items()}
+    own = _read_thumbnails(source, reading)
+    indexes = {split: CopyIndex(one.pictures) for split, one in own.items() if len(one.rows)}
     for target in [source, *(target for target in targets if target.name != source.name)]:
         itself = target is source
-        faces, broken = (own, []) if itself else _read_thumbnails(target, reading)
+        read = own if itself else _read_thumbnails(target, reading)
         found, splits = [], []
         for source_split, index in indexes.items():
-            for target_split, (rows, pictures) in faces.items():
-                if itself and SPLITS.index(source_split) >= SPLITS.index(target_split):
+            for target_split, faces in read.items():
+                if not len(faces.rows) or (itself and SPLITS.index(source_split) >= SPLITS.index(target_split)):
                     continue
-                pairs = index.find(pictures, comparing)
-                pairs = Pairs(own[source_split][0][pairs.first], rows[pairs.second], pairs.similarity)
-                differs = source.name_classes(pairs.first) != target.name_classes(pairs.second)
-                relabelled = pairs.second[differs]
+                pairs = index.find(faces.pictures, comparing)
+                pairs = Pairs(own[source_split].rows[pairs.first], faces.rows[pairs.second], pairs.similarity)
+                relabelled = pairs.second[_name_classes(source, pairs.first) != _name_classes(target, pairs.second)]
                 copied = (len(np.unique(numbers)) for numbers in (pairs.second, relabelled))
-                splits.append(
-                    SplitPair(source_split, target_split, len(target.rows(target_split)), len(pairs), *copied)
-                )
+                splits.append(SplitPair(source_split, target_split, faces.faces, len(pairs), *copied))
                 found.append(pairs)
-        yield Audit(source, target, Pairs.concatenate(found), splits, [*own_broken, *broken])
+        parts = [*own.values(), *(() if itself else read.values())]
+        broken = [entry for part in parts for entry in part.broken]
+        yield Audit(source, target, Pairs.concatenate(found), splits, broken)
 
 
-def _read_thumbnails(manifest: Manifest, progress: Progress) -> tuple[Thumbnails, list[tuple[str, str]]]:
-    """Return the thumbnails of each split, and (sample, reason) of every unreadable picture."""
-    splits = manifest.table["split"].to_pylist()
-    order = np.concatenate([manifest.rows(split) for split in SPLITS])
-    pictures = np.empty((len(order), THUMBNAIL, THUMBNAIL), np.uint8)
-    rows: list[int] = []
-    broken = []
-    for row, result in manifest.survey(order, draw_thumbnail, progress):
+def _read_thumbnails(manifest: Manifest, progress: Progress) -> dict[str, SplitThumbnails]:
+    """Return the thumbnails of each split, in one pass through the files."""
+    found = {split: SplitThumbnails() for split in SPLITS}
+    said = read_values(manifest.table, "split", "sample_id")
+    drawn = manifest.survey(range(len(manifest)), draw_thumbnail, progress)
+    for (split, sample), (row, result) in zip(said, drawn, strict=True):
+        found[split].faces += 1
         if isinstance(result, UnreadableImageError):
-            broken.append((f"{manifest.name}: {manifest.sample_ids[row]}", str(result)))
+            found[split].broken.append((f"{manifest.name}: {sample}", str(result)))
         else:
-            pictures[len(rows)] = result
-            rows.append(row)
-    # The readable ones lie split by split, so that each part is a view: a copy would double the memory of a large set.
-    parts, start = {}, 0
-    for split in SPLITS:
-        own = [row for row in rows if splits[row] == split]
-        if own:
-            parts[split] = np.array(own), pictures[start : start + len(own)]
-        start += len(own)
-    return parts, broken
+            found[split].rows.extend(np.array([row]))
+            found[split].pictures.extend(result[None])
+    return found
+
+
+def _name_classes(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """Return the names of the classes of a few rows, (n,) of text, without reading those of all."""
+    return manifest.choose(rows).name_classes(np.arange(len(rows)))
 
 
 def encode_audit(result: Audit) -> bytes:

@@ -2,7 +2,7 @@
 cropped, mirrored or turned by quarters.
 
 Aligned faces all look alike, so a short perceptual hash proposes far too many pairs. Here an index of small grey signatures
-only proposes candidates; each pair is then registered and compared pixel by pixel.
+only proposes candidates; each pair is then registered and compared pixel by pixel. Signatures and pictures lie on disk.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import product
+from tempfile import TemporaryFile
 
 import faiss
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+
+from cafe.spool import ArraySpool, writing
 
 THUMBNAIL = 64  # side of the grey picture everything is computed from; the smallest faces of the field have 48 pixels
 SIGNATURE = 12  # side of a signature before it is reduced to COMPONENTS numbers
@@ -44,6 +47,10 @@ MIN_OVERLAP = 0.65  # share of the first picture that the second shows; below it
 DARKEST, BRIGHTEST = 2, 250  # beyond them a grey level may have been clipped
 MIN_SHOWN = 0.4  # share of the first picture that the second shows and that is clipped in neither
 BATCH = 1024
+SIGNED_AT_ONCE = 2**16  # signatures that are multiplied together: in other parts the last bits of products differ
+LISTED_AT_ONCE = 2**14  # vectors that are sorted into lists; faiss looks for the lists of 4,096 at a time
+FEW = 5_000  # signatures of which all are compared; more lie in lists
+LEARNED = 64  # signatures a list is learned from; more make the clustering slower, not better
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -85,18 +92,33 @@ def draw_thumbnail(pixels: np.ndarray) -> np.ndarray:
 class CopyIndex:
     """Finds the copies of faces among `thumbnails` (N, 64, 64): exact below 5,000 faces, by inverted lists above.
 
-    Copies may be turned or mirrored: sets are augmented so before they are split.
+    Copies may be turned or mirrored: sets are augmented so before they are split. Thumbnails in a spool stay there.
     """
 
-    def __init__(self, thumbnails: np.ndarray) -> None:
+    def __init__(self, thumbnails: np.ndarray | ArraySpool) -> None:
         self.thumbnails = thumbnails
-        signatures = np.concatenate(
-            [_frame(thumbnails[part], np.zeros((1, 4))) for part in _split(len(thumbnails))]
-        )  # (N, 144)
-        self.projection = _fit_projection(signatures)
-        self.index = _build(_reduce(signatures, self.projection))
+        moment, count = np.zeros((SIGNATURE**2, SIGNATURE**2), np.float32), len(thumbnails)
+        for part in _split(count, SIGNED_AT_ONCE):
+            signatures = self._sign(part)
+            moment += signatures.T @ signatures
+        self.projection = _fit_projection(moment, count)
+        vectors = ArraySpool((COMPONENTS,), np.float32)
+        for part in _split(count, SIGNED_AT_ONCE):
+            product = self._sign(part) @ self.projection
+            for few in _split(len(product)):
+                vectors.extend(_normalise(product[few]))
+        self.index = _build(vectors)
 
-    def find(self, thumbnails: np.ndarray, progress: Progress = lambda done, total: None) -> Pairs:
+    def _sign(self, part: slice) -> np.ndarray:
+        """Return the signatures (n, 144) of some thumbnails, as they are framed."""
+        start, stop, _ = part.indices(len(self.thumbnails))
+        signatures = np.empty((stop - start, SIGNATURE**2), np.float32)
+        for few in _split(stop - start):
+            pictures = self.thumbnails[start + few.start : min(start + few.stop, stop)]
+            signatures[few] = _frame(pictures, np.zeros((1, 4)))
+        return signatures
+
+    def find(self, thumbnails: np.ndarray | ArraySpool, progress: Progress = lambda done, total: None) -> Pairs:
         """Return the pairs (row of the index, row of `thumbnails`) that show the same picture.
 
         Of a face with more than three equal copies in the index, not all need be among them. `progress(done, total)`
@@ -151,14 +173,13 @@ def _average(low: float, high: float) -> np.ndarray:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True), np.float32)
 
 
-def _fit_projection(signatures: np.ndarray) -> np.ndarray:
-    """Return a projection (144, 96) onto principal axes that is halfway to whitening (λ^-¼).
+def _fit_projection(moment: np.ndarray, count: int) -> np.ndarray:
+    """Return a projection (144, 96) onto principal axes that is halfway to whitening (λ^-¼), from the second moment.
 
     What all faces share counts less by it. With few faces to learn from it stays close to a rotation.
     """
-    count, width = signatures.shape
-    moment = signatures.T @ signatures  # its trace is `count`: the signatures are unit vectors
-    moment = (moment + np.eye(width)) / (count + width)
+    width = len(moment)
+    moment = (moment + np.eye(width)) / (count + width)  # its trace was `count`: the signatures are unit vectors
     values, axes = np.linalg.eigh(moment)
     return np.asarray(axes[:, -COMPONENTS:] * values[-COMPONENTS:] ** -0.25, np.float32)
 
@@ -171,19 +192,63 @@ def _normalise(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6), np.float32)
 
 
-def _build(vectors: np.ndarray) -> faiss.Index:
-    count, width = vectors.shape
-    flat = faiss.IndexFlatIP(width)
-    if count < 5_000:
-        flat.add(vectors)
+def _build(vectors: ArraySpool) -> faiss.Index:
+    """Return an index of vectors (N, 96): all of them in memory where they are few, else in lists on disk."""
+    count, flat = len(vectors), faiss.IndexFlatIP(COMPONENTS)
+    if count < FEW:
+        flat.add(vectors[:])
         return flat
     lists = min(count // 64, int(4 * count**0.5))
-    index = faiss.IndexIVFFlat(flat, width, lists, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexIVFFlat(flat, COMPONENTS, lists, faiss.METRIC_INNER_PRODUCT)
     index.nprobe = 16
-    index.cp.max_points_per_centroid = 64  # more make the clustering slower, not better
-    index.train(vectors)
-    index.add(vectors)
+    index.train(vectors[_choose(count, lists * LEARNED, index.cp.seed)])
+    stored = _write_lists(flat, vectors)
+    stored.this.disown()  # type: ignore[attr-defined]  # it is the index that frees them
+    index.replace_invlists(stored, True)
+    index.ntotal = count
     return index
+
+
+def _choose(count: int, most: int, seed: int) -> np.ndarray:
+    """Return the numbers of the vectors that lists are learned from, those that faiss would choose of all in memory."""
+    if count <= most:
+        return np.arange(count)
+    order = np.empty(count, np.int32)
+    faiss.rand_perm(faiss.swig_ptr(order), count, seed)  # type: ignore[attr-defined]
+    return order[:most]
+
+
+def _write_lists(nearest: faiss.IndexFlatIP, vectors: ArraySpool) -> faiss.OnDiskInvertedLists:
+    """Return inverted lists that are read from a file without a name: of each list its vectors, then their numbers."""
+    owners, sizes = ArraySpool((), np.int32), np.zeros(nearest.ntotal, np.int64)
+    for part in _split(len(vectors), LISTED_AT_ONCE):
+        owner = nearest.search(vectors[part], 1)[1][:, 0]
+        owners.extend(owner)
+        sizes += np.bincount(owner, minlength=len(sizes))
+    size = COMPONENTS * 4
+    places = np.cumsum([0, *sizes]) * (size + 8)
+    with writing(), TemporaryFile(prefix="cafe-") as file:  # the map of it stays
+        filled = np.zeros_like(sizes)
+        for part in _split(len(vectors), LISTED_AT_ONCE):
+            owner = owners[part]
+            order = np.argsort(owner, kind="stable")
+            codes, numbers = vectors[part][order], order + part.start
+            own, starts = np.unique(owner[order], return_index=True)
+            for one, start, stop in zip(own, starts, [*starts[1:], len(order)], strict=True):
+                file.seek(places[one] + filled[one] * size)
+                file.write(codes[start:stop].data)
+                file.seek(places[one] + sizes[one] * size + filled[one] * 8)
+                file.write(numbers[start:stop].data)
+                filled[one] += stop - start
+        file.flush()
+        lists = faiss.OnDiskInvertedLists(len(sizes), size, f"/dev/fd/{file.fileno()}")
+        lists.read_only = True
+        lists.prefetch_nthread = 0  # its threads would read the lists of every query once more
+        counts = sizes.astype(np.uint64)  # has a name, since a pointer does not keep it
+        lists.set_all_lists_sizes(faiss.swig_ptr(counts))
+        lists.totsize = int(places[-1])
+        lists.do_mmap()
+    return lists
 
 
 def _starts() -> torch.Tensor:
@@ -202,8 +267,8 @@ def _symmetries(thumbnails: np.ndarray) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(turned)
 
 
-def _split(count: int) -> Iterator[slice]:
-    return (slice(start, start + BATCH) for start in range(0, count, BATCH))
+def _split(count: int, size: int = BATCH) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def _compare(first: np.ndarray, second: np.ndarray, warp: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

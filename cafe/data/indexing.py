@@ -36,7 +36,7 @@ from cafe.data.images import Box, UnreadableImageError, clip_box, read_bytes, re
 from cafe.data.labels import LabelMap, parse_number, refuse_numbers
 from cafe.data.manifest import Face, Manifest, assign_splits
 from cafe.data.packed.archives import MemberError, Span, find_span
-from cafe.data.rows import read_pieces
+from cafe.data.rows import LARGE, ROWS_AT_ONCE, read_pieces, read_values, write_files
 from cafe.errors import AnswerError, UserError, unknown
 from cafe.files import check_encoded, find_below, is_encoded, place_below, write_file
 from cafe.spool import Spool, sort
@@ -361,27 +361,19 @@ class Index:
     @cached_property
     def _alike(self) -> Spool[list[tuple[str, str, str]]]:
         """Groups of several faces (content, sample_id, split) of one content, by the first sample_id of each."""
-        columns = ("digest", "box", "sample_id", "split")
-        pieces = read_pieces(self.manifest.table, columns)
-        rows = (row for piece in pieces for row in zip(*(piece[name].to_pylist() for name in columns), strict=True))
+        rows = read_values(self.manifest.table, "digest", "box", "sample_id", "split")
         faces = sort(((f"{digest} {box}", sample, split) for digest, box, sample, split in rows), itemgetter(0))
         groups = (list(group) for _, group in groupby(faces, itemgetter(0)))
         return sort((group for group in groups if len(group) > 1), lambda group: group[0][1])
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Faces per (split, expression)."""
-        found: Counter[tuple[str, str]] = Counter()
-        for piece in read_pieces(self.manifest.table, ("split", "label")):
-            names = (self.manifest.classes[label] for label in piece["label"].to_pylist())
-            found.update(zip(piece["split"].to_pylist(), names, strict=True))
-        return found
+        rows = read_values(self.manifest.table, "split", "label")
+        return Counter((split, self.manifest.classes[label]) for split, label in rows)
 
     def count_values(self, column: str) -> Counter[Any]:
         """How many faces have each value of a column."""
-        found: Counter[Any] = Counter()
-        for piece in read_pieces(self.manifest.table, (column,)):
-            found.update(piece[column].to_pylist())
-        return found
+        return Counter(value for (value,) in read_values(self.manifest.table, column))
 
 
 def index_files(
@@ -421,6 +413,39 @@ def index_files(
     split = assign_splits(faces)
     manifest = Manifest.from_faces(name, str(root), split, listing.kind, listing.classes, parted, place)
     return Index(manifest, listing, sorted(broken))
+
+
+def thin_training(manifest: Manifest, faces: int, place: UPath | None = None) -> Manifest:
+    """Return a manifest with at most `faces` training faces, in the expressions' proportions; other splits stay whole.
+
+    Faces are taken in the order of the hash of their sample_id, the same everywhere. The rows of a large manifest are
+    written beside its `place`, where it is to be saved; without one they are held in memory.
+    """
+    rows = enumerate(read_values(manifest.table, "split", "sample_id", "label"))
+    names = ((name.encode(), label, row) for row, (split, name, label) in rows if split == "train")
+    training = sort(((hashlib.sha256(name).digest(), label, row) for name, label, row in names), itemgetter(0))
+    kept = np.ones(len(manifest), bool)
+    wanted = Counter(_share_out(Counter(label for _, label, _ in training), faces))
+    for _, label, row in training:
+        kept[row] = wanted[label] > 0
+        wanted[label] -= 1
+    chosen = np.flatnonzero(kept)
+    if place is None or len(chosen) <= LARGE:
+        return manifest.choose(chosen)
+    starts = range(0, len(chosen), ROWS_AT_ONCE)
+    tables = (manifest.choose(chosen[start : start + ROWS_AT_ONCE]).table for start in starts)
+    return replace(manifest, table=write_files(place, tables, manifest.classes))
+
+
+def _share_out(counts: Counter[int], total: int) -> dict[int, int]:
+    """Return what each class gets of a total in proportion to its count, whole numbers by the largest remainder."""
+    total = min(total, counts.total())
+    exact = {label: total * count / counts.total() for label, count in counts.items()}
+    shares = {label: int(share) for label, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda label: (shares[label] - exact[label], label))
+    for label in by_remainder[: total - sum(shares.values())]:
+        shares[label] += 1
+    return shares
 
 
 def _open(root: UPath, file: LabelledFile, labels: Mapping[str, int]) -> Face | tuple[str, str]:

@@ -294,18 +294,30 @@ class Manifest:
     ) -> Iterator[tuple[int, Result | UnreadableImageError]]:
         """Yield (row, what `look` returns of its pixels) in order, with the error in place of an unreadable picture.
 
-        Pictures are decoded on threads, those of more than `max_pixels` not at all; `progress(done, total)` counts them.
+        Pictures are decoded on threads, those of more than `max_pixels` not at all; `progress(done, total)` counts them. Of
+        a large manifest a few rows at a time are in memory.
         """
 
-        def look_at(row: int) -> tuple[int, Result | UnreadableImageError]:
+        def look_at(face: tuple[int, Manifest, int]) -> tuple[int, Result | UnreadableImageError]:
+            row, part, place = face
             try:
-                return row, look(self.read_face(row, max_pixels=max_pixels))
+                return row, look(part.read_face(place, max_pixels=max_pixels))
             except UnreadableImageError as error:
                 return row, error
 
-        for done, result in enumerate(map_threads(look_at, [int(row) for row in rows], 1, PICTURES_AHEAD), start=1):
+        faces = (
+            (int(row), part, place)
+            for some in cut(rows, ROWS_AT_ONCE)
+            for part in [self.choose(some)]
+            for place, row in enumerate(some)
+        )
+        for done, result in enumerate(map_threads(look_at, faces, 1, PICTURES_AHEAD), start=1):
             yield result
             progress(done, len(rows))
+
+    def choose(self, rows: Sequence[int] | np.ndarray) -> Manifest:
+        """Return the manifest of some rows, in the order given, in memory."""
+        return replace(self, table=self.table.take(rows))
 
     def path(self, row: int) -> UPath:
         """Where the image of a row lies."""
@@ -443,30 +455,6 @@ def hold_out_rows(manifest: Manifest, rows: np.ndarray, fraction: float) -> tupl
         held = hold_out(zip(units, manifest.labels[rows].tolist(), strict=True), fraction)
         known[rows.tobytes(), fraction] = held
     return rows[~held], rows[held]
-
-
-def thin_training(manifest: Manifest, faces: int) -> Manifest:
-    """Return a manifest with at most `faces` training faces, in the expressions' proportions; other splits stay whole.
-
-    Faces are taken in the order of the hash of their sample_id, the same everywhere.
-    """
-    rows = manifest.rows("train")
-    order = sorted(rows, key=lambda row: hashlib.sha256(manifest.sample_ids[row].encode()).digest())
-    left_out = set(rows)
-    for label, count in _share_out(Counter(manifest.labels[rows].tolist()), faces).items():
-        left_out -= set([row for row in order if manifest.labels[row] == label][:count])
-    return replace(manifest, table=manifest.table.take([row for row in range(len(manifest)) if row not in left_out]))
-
-
-def _share_out(counts: Counter[int], total: int) -> dict[int, int]:
-    """Return what each class gets of a total in proportion to its count, whole numbers by the largest remainder."""
-    total = min(total, counts.total())
-    exact = {label: total * count / counts.total() for label, count in counts.items()}
-    shares = {label: int(share) for label, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda label: (shares[label] - exact[label], label))
-    for label in by_remainder[: total - sum(shares.values())]:
-        shares[label] += 1
-    return shares
 
 
 def _unit(group: str | None, digest: str) -> str:

@@ -159,8 +159,9 @@ class RowFiles:
         """Return some of these rows, in the order given, in memory."""
         wanted = np.asarray(rows, np.int64)
         order, found, first = np.argsort(wanted, kind="stable"), [self._schema().empty_table()], -self.start
+        ordered = wanted[order]
         for number, file in enumerate(self.files):
-            own = wanted[order][slice(*np.searchsorted(wanted[order], (first, first + file.rows)))]
+            own = ordered[slice(*np.searchsorted(ordered, (first, first + file.rows)))]
             if len(own):
                 found.append(self._read(number).take(own - first))
             first += file.rows
@@ -256,6 +257,12 @@ def read_pieces(rows: pa.Table | RowFiles, columns: Columns) -> Iterator[pa.Tabl
     for piece in rows.pieces(columns) if isinstance(rows, RowFiles) else [rows.select(columns)]:
         for start in range(0, len(piece), ROWS_AT_ONCE):
             yield piece.slice(start, ROWS_AT_ONCE)
+
+
+def read_values(rows: pa.Table | RowFiles, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """Yield of each row the values of some columns; a few rows are in memory at a time."""
+    for piece in read_pieces(rows, columns):
+        yield from zip(*(piece[name].to_pylist() for name in columns), strict=True)
 
 
 def is_empty(rows: pa.Table | RowFiles, column: str) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from collections import Counter
 
 import numpy as np
-import pandas as pd
 
 from cafe.data.auditing import Audit
-from cafe.data.checking import Check
+from cafe.data.checking import ALL, Check, CheckedFace
 from cafe.data.manifest import Manifest
 from cafe.report.pages import embed, render
 
@@ -20,9 +19,9 @@ SHOWN = 60  # pairs on the page from the least similar ones, and as many from al
 def draw_check(check: Check) -> bytes:
     """Return the page of a check: its numbers, a contact sheet for each expression, repeated and broken pictures."""
     manifest, seen, groups = check.manifest, check.seen, check.duplicates
-    header, lines = check.summary()
-    sheets = {name: _spread(seen.index[seen["expression"] == name]) for name in manifest.classes}
-    wanted = sorted({*chain(*sheets.values()), *(group.index[0] for group in groups[:LISTED])})
+    header, lines = check.summary
+    sheets, shown = _choose_shown(check), groups[:LISTED]
+    wanted = sorted({face.row for faces in (*sheets.values(), *(group[:1] for group in shown)) for face in faces})
     pictures = {row: picture for row, picture in manifest.survey(wanted, embed) if isinstance(picture, str)}
     return render(
         "check.html",
@@ -31,33 +30,41 @@ def draw_check(check: Check) -> bytes:
         tiles=[
             (f"{len(seen):,}", "readable pictures"),
             (f"{len(check.broken):,}", "unreadable"),
-            (f"{100 * seen['grey'].sum() / max(1, len(seen)):.0f} %", "grey"),
+            (f"{100 * check.grey[ALL] / max(1, len(seen)):.0f} %", "grey"),
             (f"{len(groups):,}", "repeated pictures"),
         ],
         header=header,
         lines=lines,
         histograms=check.histograms,
         sheets=[
-            (name, [(pictures[row], manifest.sample_ids[row]) for row in rows if row in pictures])
-            for name, rows in sheets.items()
-            if rows
+            (name, [(pictures[face.row], face.sample_id) for face in faces if face.row in pictures])
+            for name, faces in sheets.items()
+            if faces
         ],
         duplicates=[
-            (pictures[group.index[0]], group[["sample_id", "expression", "split"]].itertuples(index=False))
-            for group in groups[:LISTED]
-            if group.index[0] in pictures
+            (pictures[group[0].row], [(face.sample_id, face.expression, face.split) for face in group])
+            for group in shown
+            if group[0].row in pictures
         ],
         duplicate_count=len(groups),
-        conflicts=sum(group["expression"].nunique() > 1 for group in groups),
-        straddling=sum(group["split"].nunique() > 1 for group in groups),
+        conflicts=sum(len({face.expression for face in group}) > 1 for group in groups),
+        straddling=sum(len({face.split for face in group}) > 1 for group in groups),
         broken=check.broken,
     )
 
 
-def _spread(rows: pd.Index[int]) -> list[int]:
-    """Return up to 24 rows, evenly spaced."""
-    step = max(1, len(rows) / PICTURES)
-    return [int(rows[int(position * step)]) for position in range(min(PICTURES, len(rows)))]
+def _choose_shown(check: Check) -> dict[str, list[CheckedFace]]:
+    """Return of each expression up to 24 faces, evenly spaced."""
+    places, sheets = {}, {name: list[CheckedFace]() for name in check.manifest.classes}
+    for name in sheets:
+        step = max(1, check.readable[name] / PICTURES)
+        places[name] = {int(position * step) for position in range(min(PICTURES, check.readable[name]))}
+    passed = Counter[str]()
+    for face in check.seen:
+        if passed[face.expression] in places[face.expression]:
+            sheets[face.expression].append(face)
+        passed[face.expression] += 1
+    return sheets
 
 
 def draw_audit(result: Audit) -> bytes:
@@ -83,6 +90,7 @@ def draw_audit(result: Audit) -> bytes:
 
 
 def _face(manifest: Manifest, row: int) -> dict[str, str]:
-    entry = manifest.read(range(int(row), int(row) + 1)).to_pylist()[0]
-    label, picture = manifest.classes[entry["label"]], embed(manifest.read_face(int(row)))
+    one = manifest.choose([int(row)])
+    (entry,) = one.read(range(1)).to_pylist()
+    label, picture = manifest.classes[entry["label"]], embed(one.read_face(0))
     return {"picture": picture, "id": entry["sample_id"], "split": entry["split"], "label": label}
