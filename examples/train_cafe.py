@@ -68,7 +68,7 @@ class Faces:
     def rows(self, split: str) -> np.ndarray:
         """Return the rows of a split whose picture could be read when features were extracted."""
         rows = self.manifest.rows(split)
-        return rows[self.store.receipts.valid()[rows]]
+        return np.asarray(rows[self.store.receipts.valid()[rows]])
 
     def load(self, rows: np.ndarray, view: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return images (n, 3, S, S), frozen features (n, C) and labels (n,) of one view of some rows."""

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from copies import read_thumbnails
 from PIL import Image
 from upath import UPath
 
@@ -58,8 +59,7 @@ def load(folder: Path, seed: int, faces: int) -> list[Manifest]:
 
 def read(manifests: list[Manifest]) -> np.ndarray:
     """Return the thumbnails of all faces, (N, 64, 64)."""
-    rows = [manifest.survey(manifest.rows("all"), draw_thumbnail) for manifest in manifests]
-    return np.stack([thumbnail for part in rows for _, thumbnail in part])
+    return np.concatenate([read_thumbnails(manifest, manifest.rows("all")) for manifest in manifests])
 
 
 def plant(manifests: list[Manifest], count: int, crop: float) -> tuple[np.ndarray, np.ndarray]:

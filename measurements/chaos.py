@@ -248,7 +248,7 @@ class Chaos:
 
 def _descendants(process: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(process).children(recursive=True)
+        return list(psutil.Process(process).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from cafe.data.copies import CopyIndex, draw_thumbnail
+from cafe.data.images import UnreadableImageError
 from cafe.data.manifest import Manifest
 from cafe.pipeline.workspace import Workspace
 
-EDITS = {
+EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "as it is": lambda face: face,
     "mirrored": ImageOps.mirror,
     "turned by 90°": lambda face: face.rotate(90, expand=True),
@@ -41,14 +43,14 @@ def main() -> None:
     source, other = (workspace.load_manifest(name) for name in (arguments.source, arguments.other))
     rows = choose(source, arguments.faces)
     start = time.perf_counter()
-    index = CopyIndex(read(source, rows))
+    index = CopyIndex(read_thumbnails(source, rows))
     print(f"index of {len(rows):,} faces: {time.perf_counter() - start:.1f} s with reading", flush=True)
     for name, edit in EDITS.items():
         faces = [Image.fromarray(source.read_face(int(row))) for row in rows[: arguments.copies]]
         found = index.find(np.stack([draw_thumbnail(np.asarray(edit(face))) for face in faces]))
         recall = len(set(found.second[found.first == found.second]))
         print(f"{name}: {recall} of {len(faces)}", flush=True)
-    strangers = read(other, choose(other, arguments.faces))
+    strangers = read_thumbnails(other, choose(other, arguments.faces))
     start = time.perf_counter()
     found = index.find(strangers)
     seconds = time.perf_counter() - start
@@ -60,9 +62,14 @@ def choose(manifest: Manifest, count: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(len(manifest))[:count]
 
 
-def read(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """Return thumbnails (N, 64, 64)."""
-    return np.stack([thumbnail for _, thumbnail in manifest.survey(rows, draw_thumbnail)])
+def read_thumbnails(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """Return thumbnails (N, 64, 64); raise `UnreadableImageError`."""
+    thumbnails = []
+    for _, thumbnail in manifest.survey(rows, draw_thumbnail):
+        if isinstance(thumbnail, UnreadableImageError):
+            raise thumbnail
+        thumbnails.append(thumbnail)
+    return np.stack(thumbnails)
 
 
 if __name__ == "__main__":

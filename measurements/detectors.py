@@ -227,7 +227,7 @@ def compose(kind: str, placed: list[tuple[Portrait, int, float]], random: np.ran
 
         def carry(points: np.ndarray) -> np.ndarray:
             moved = (points * scale - np.array(size) / 2) @ matrix.T  # noqa: B023
-            return moved + corner + np.array(turned.size) / 2  # noqa: B023
+            return np.asarray(moved + corner + np.array(turned.size) / 2)  # noqa: B023
 
         centre = carry(portrait.box.reshape(2, 2).mean(axis=0))
         half = (portrait.box[2:] - portrait.box[:2]) * scale / 2

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def poison(folder: Path) -> None:
 
 
 @contextmanager
-def mounted(place: Path) -> Iterator[object]:
+def mounted(place: Path) -> Iterator[Callable[[str], object]]:
     """Mount a file system in memory; yields what resizes it."""
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "cafe", str(place)], check=True)

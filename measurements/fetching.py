@@ -22,7 +22,7 @@ from typing import Any
 import boto3
 import numpy as np
 import torch
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from PIL import Image
 from werkzeug.serving import make_server
 

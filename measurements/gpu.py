@@ -140,7 +140,11 @@ def rate_forward(backbone: str) -> float:
 def rate_extraction(workspace: Workspace, manifest: Manifest, settings: ExtractSettings) -> tuple[Extraction, float]:
     """Return views per second between the first and the last shard that end: starting a tower is not counted."""
     ends: list[tuple[float, int]] = []
-    (done,) = extract(workspace, [manifest], settings, lambda done, total: ends.append((time.perf_counter(), done)))
+
+    def note(done: int, total: int, /, **facts: float) -> None:
+        ends.append((time.perf_counter(), done))
+
+    (done,) = extract(workspace, [manifest], settings, note)
     (start, before), (end, after) = ends[0], ends[-1]
     return done, (after - before) * settings.views / (end - start)
 

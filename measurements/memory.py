@@ -27,10 +27,9 @@ import psutil
 import pyarrow as pa
 from scale import FACTS, make_rows
 
-from cafe.data import manifest as manifests
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
-from cafe.data.rows import write_files
+from cafe.data.rows import LARGE, write_files
 from cafe.pipeline.features.extract import describe_store
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.settings import ExtractSettings
@@ -39,14 +38,15 @@ from cafe.records import digest
 from cafe.towers.facts import TowerFacts
 
 WIDTH, BYTES = 512, 2
-SETTINGS = ExtractSettings(backbone="clip-vit-b32", shard_rows=4096)
+SHARD_ROWS = 4096
+SETTINGS = ExtractSettings(backbone="clip-vit-b32", shard_rows=SHARD_ROWS)
 GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def write_store(workspace: Workspace, rows: int) -> None:
     """Write a manifest and a store of features that are drawn around the mean of their class."""
     path = workspace.manifest_path("faces")
-    large = rows > manifests.LARGE
+    large = rows > LARGE
     table = write_files(path, make_rows(rows), EXPRESSIONS) if large else pa.concat_tables(make_rows(rows))
     manifest = Manifest("faces", "/nowhere", table)
     manifest.save(path)
@@ -55,10 +55,10 @@ def write_store(workspace: Workspace, rows: int) -> None:
     store = FeatureStore.create(workspace.features / "faces", describe_store(manifest, SETTINGS, tower), manifest)
     random = np.random.default_rng(0)
     means, labels = random.standard_normal((len(EXPRESSIONS), WIDTH), np.float32), manifest.labels
-    noise = random.standard_normal((4 * SETTINGS.shard_rows, WIDTH), np.float32)
+    noise = random.standard_normal((4 * SHARD_ROWS, WIDTH), np.float32)
     for shard in store.pending():
         own = store.info.rows_of(shard)
-        start = int(random.integers(3 * SETTINGS.shard_rows))
+        start = int(random.integers(3 * SHARD_ROWS))
         values = 0.3 * means[labels[own.start : own.stop]] + noise[start : start + len(own)]
         store.write_shard(shard, {"pooled": values.astype(np.float16)[:, None]}, {})
     store.finish()
@@ -114,7 +114,7 @@ def _count_read() -> float:
     """Return the gigabytes that all disks have read so far."""
     counters = psutil.disk_io_counters()
     assert counters
-    return counters.read_bytes / 2**30
+    return float(counters.read_bytes) / 2**30
 
 
 def _count_spent() -> float:

@@ -215,12 +215,12 @@ def evaluate(
         f"clean faces: {100 * untouched.mean():.1f} % of their patches flagged, "
         f"{100 * (~untouched.any(axis=1)).mean():.0f} % of them left as they are\n"
     )
-    image, _, flagged = (part.numpy() if index else part for index, part in enumerate(method.restore(occluded[0])))
+    image, _, flagged = method.restore(occluded[0])
     columns = [
         (
             to_picture(clean[0]["image"][face], plan),
             to_picture(occluded[0]["image"][face], plan),
-            flagged[face].reshape(method.grid),
+            flagged[face].reshape(method.grid).numpy(),
             to_picture(image[face], plan),
         )
         for face in range(min(SHOWN, len(image)))

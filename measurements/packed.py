@@ -91,7 +91,7 @@ def work(step: str, root: Path, way: str, tower: str) -> None:
         manifest = workspace.load_manifest(way)
         settings = ExtractSettings(backbone=tower, batch_size=256, shard_rows=SHARD_ROWS, num_cpus=2)
 
-        def note(done: int, _: int) -> None:
+        def note(done: int, total: int, /, **facts: float) -> None:
             nonlocal decoder
             marks.append((done, time.time()))
             decoder = max([decoder, *(_read_peak(child.pid) for child in psutil.Process().children(recursive=True))])

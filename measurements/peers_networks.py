@@ -33,7 +33,7 @@ MARGIN = 10  # pixels around a box: `FER(offsets=(10, 10))`
 def feed_fer(grey: np.ndarray) -> np.ndarray:
     """Return a grey face (H, W) uint8 as (1, 64, 64, 1) from -1 to 1."""
     face = cv2.resize(grey, (64, 64)).astype(np.float32)
-    return ((face / 255 - 0.5) * 2)[None, ..., None]
+    return np.asarray(((face / 255 - 0.5) * 2)[None, ..., None])
 
 
 def crop_fer(grey: np.ndarray, box: Box) -> np.ndarray:
@@ -44,7 +44,7 @@ def crop_fer(grey: np.ndarray, box: Box) -> np.ndarray:
     elif width > height:
         top, height = top - (width - height) // 2, width
     ground = cv2.mean(grey[-2:])[0]
-    framed = cv2.copyMakeBorder(grey, *(BORDER,) * 4, borderType=cv2.BORDER_CONSTANT, value=[ground] * 3)
+    framed: np.ndarray = cv2.copyMakeBorder(grey, *(BORDER,) * 4, borderType=cv2.BORDER_CONSTANT, value=[ground] * 3)
     across, down = max(0, left - MARGIN + BORDER), max(0, top - MARGIN + BORDER)
     return framed[down : top + height + MARGIN + BORDER, across : left + width + MARGIN + BORDER]
 
@@ -89,7 +89,8 @@ class Network:
         """Return the probabilities (7,) of a face."""
         self.interpreter.set_tensor(self.input["index"], face)
         self.interpreter.invoke()
-        return self.interpreter.get_tensor(self.output["index"])[0]
+        (probabilities,) = self.interpreter.get_tensor(self.output["index"])
+        return np.asarray(probabilities)
 
 
 def find_faces(cascade: cv2.CascadeClassifier, grey: np.ndarray, peer: Peer) -> Iterator[Box]:

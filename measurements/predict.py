@@ -62,10 +62,11 @@ def make_photos(faces: Path, folder: Path, count: int) -> list[UPath]:
     for number in range(count):
         photo = Image.new("RGB", SIZE, GROUND)
         with Image.open(found[(7 * number) % len(found)]) as face:
-            place = tuple(int(random.integers(side - FACE + 1)) for side in SIZE)
-            photo.paste(face.convert("RGB").resize((FACE, FACE)), place)
+            left, top = (int(random.integers(side - FACE + 1)) for side in SIZE)
+            photo.paste(face.convert("RGB").resize((FACE, FACE)), (left, top))
         files.append(UPath(folder / f"{number:05d}.jpg"))
-        photo.save(files[-1], quality=92)
+        with files[-1].open("wb") as file:
+            photo.save(file, "JPEG", quality=92)
     return files
 
 
@@ -85,7 +86,9 @@ def rate_bare(files: Sequence[UPath], model: Model) -> float:
     start = time.perf_counter()
     with torch.inference_mode():
         for first in range(0, len(files), SEARCHED):
-            photos = [np.asarray(Image.open(path).convert("RGB")) for path in files[first : first + SEARCHED]]
+            photos = [
+                np.asarray(Image.open(path.open("rb")).convert("RGB")) for path in files[first : first + SEARCHED]
+            ]
             for photo, found in zip(photos, detector.detect(np.stack(photos)), strict=True):
                 for left, top, right, bottom in found.boxes.clip(0).astype(int):
                     crop = Image.fromarray(photo[top : bottom + 1, left : right + 1]).resize((side, side))

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -32,6 +33,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cafe.data import manifest as manifests
+from cafe.data import rows as tables
 from cafe.data.expressions import EXPRESSIONS
 from cafe.data.manifest import Manifest
 from cafe.data.rows import SCHEMA, write_files
@@ -39,6 +41,7 @@ from cafe.pipeline.features import extract as extraction
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore, verify
 from cafe.pipeline.features.worker import ShardEmbedder, TowerWorker
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.settings import ExtractSettings
 from cafe.pipeline.workspace import Workspace
 from cafe.towers.facts import TowerFacts
@@ -88,6 +91,11 @@ class NullWorker(TowerWorker):
         return embedder
 
 
+def look_up_layers(workspace: Workspace, settings: ExtractSettings, names: Sequence[str]) -> list[TowerFacts]:
+    """What is known of the null tower, under whatever name."""
+    return [FACTS for _ in names]
+
+
 def make_rows(rows: int) -> Iterator[pa.Table]:
     """Yield the rows of made-up faces, 20 of each person, with ids and digests as long as real ones, as hard to pack."""
     random = np.random.default_rng(0)
@@ -110,7 +118,7 @@ def make_rows(rows: int) -> Iterator[pa.Table]:
 def make(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
     """Write a manifest."""
     path = workspace.manifest_path("faces")
-    large = rows > manifests.LARGE
+    large = rows > tables.LARGE
     table = write_files(path, make_rows(rows), EXPRESSIONS) if large else pa.concat_tables(make_rows(rows))
     Manifest("faces", "/nowhere", table).save(path)
 
@@ -129,7 +137,8 @@ def plan(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
 
 def extract(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
     """Do what `cafe extract` does."""
-    extraction.extract(workspace, [workspace.load_manifest("faces")], settings, lambda done, total: None)
+    with no_bar("", "") as progress:
+        extraction.extract(workspace, [workspace.load_manifest("faces")], settings, progress)
 
 
 def resume(workspace: Workspace, settings: ExtractSettings, rows: int) -> None:
@@ -173,11 +182,10 @@ STEPS: dict[str, Callable[[Workspace, ExtractSettings, int], None]] = {
 
 def run_step(name: str, folder: str, rows: int, workers: int) -> dict[str, float]:
     """Take a step in this process; return its seconds of cores, which neighbours do not change, and its peak in MB."""
-    extraction.look_up_layers = lambda workspace, settings, names: [FACTS for _ in names]  # type: ignore[assignment]
-    extraction.TowerWorker = NullWorker  # type: ignore[assignment, misc]
     clock = time.monotonic if workers and name == "write" else time.process_time
     settings, since = replace(SETTINGS, num_actors=workers or 1), clock()
-    STEPS[name](Workspace.at(folder), settings, rows)
+    with patch.multiple(extraction, look_up_layers=look_up_layers, TowerWorker=NullWorker):
+        STEPS[name](Workspace.at(folder), settings, rows)
     return {"s": clock() - since, "MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
@@ -230,10 +238,11 @@ def main(
     folder: str,
 ) -> None:
     """Print the median of each measurement for each size."""
-    if in_memory:
-        manifests.LARGE = rows[0]
     if step:
-        print(json.dumps(run_step(step, folder, rows[0], workers)))
+        assert folder
+        whole = rows[0] if in_memory else tables.LARGE  # rows of the largest manifest that is one file
+        with patch.object(manifests, "LARGE", whole), patch.object(tables, "LARGE", whole):
+            print(json.dumps(run_step(step, folder, rows[0], workers)))
         return
     steps = list(STEPS)[:4] if planning_only else list(STEPS)
     for size in rows:

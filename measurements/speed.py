@@ -139,7 +139,8 @@ def measure(place: Place, tower: FrozenBackbone) -> Iterator[tuple[str, float]]:
     with cluster.connect(settings):
         ours = rate_extraction(place.workspace, manifest, settings)
         yield "stage one", rate_bare_tower(manifest, tower, INPUT_SIZE) / ours
-    (done,) = extract(place.workspace, [manifest], settings, lambda done, total: None)
+    with no_bar("", "") as progress:
+        (done,) = extract(place.workspace, [manifest], settings, progress)
     starting = cpu_seconds("-c", "import torch")
     for name, command in {
         "cafe --help": ("--help",),
@@ -209,7 +210,11 @@ def seconds_of_reads(place: Place) -> float:
 def rate_extraction(place: Workspace, manifest: Manifest, settings: ExtractSettings) -> float:
     """Return views per second between the first and the last shard that end: starting a tower is not counted."""
     ends: list[tuple[float, int]] = []
-    extract(place, [manifest], settings, lambda done, total: ends.append((time.perf_counter(), done)))
+
+    def note(done: int, total: int, /, **facts: float) -> None:
+        ends.append((time.perf_counter(), done))
+
+    extract(place, [manifest], settings, note)
     (start, before), (end, after) = ends[0], ends[-1]
     return (after - before) * settings.views / (end - start)
 

@@ -60,7 +60,7 @@ def rate(folder: str, manifest: Manifest, settings: ExtractSettings) -> Rates:
     """Return the rates of an extraction between the first and the last shard that end."""
     ends: list[tuple[int, float, float]] = []
 
-    def note(done: int, total: int) -> None:
+    def note(done: int, total: int, /, **facts: float) -> None:
         ends.append((done, time.perf_counter(), count_seconds()))
 
     extract(Workspace.at(folder), [manifest], settings, note)

@@ -19,6 +19,7 @@ from cafe.files import locate
 from cafe.pipeline import cluster
 from cafe.pipeline.features.extract import extract
 from cafe.pipeline.plan import plan_training
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror
 from cafe.pipeline.train import train_and_evaluate
@@ -50,11 +51,11 @@ def main(
     features = ExtractSettings(backbone=backbone, input_size=input_size, num_cpus=num_cpus)
     runs: dict[int, list[dict[str, float]]] = defaultdict(list)
     others = [name for name in targets.split(",") if name != source]
-    with cluster.connect(features):
-        extract(place, [place.load_manifest(name) for name in others], features, lambda done, total: None)
+    with cluster.connect(features), no_bar("", "") as progress:
+        extract(place, [place.load_manifest(name) for name in others], features, progress)
         # One store serves all: view v is the same however many others there are.
         store = ExtractSettings(**{**vars(features), "views": max(views)})
-        extract(place, [place.load_manifest(source)], store, lambda done, total: None)
+        extract(place, [place.load_manifest(source)], store, progress)
         for count in views:
             for seed in range(seeds):
                 settings = TrainSettings(

@@ -39,6 +39,7 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less per training
 # Ray's tests are the longest chain: they must not wait for all others.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its own spelling
+OTHERS = 5  # niceness of the processes that run other tests: on a busy core a third of the time of those of that chain
 os.environ.pop("COLUMNS", None)  # which processes of xdist have, too: commands print as wide as into a pipe
 files.PAUSES = (0.01, 0.02, 0.04)  # as many tries as users get, without their waits
 
@@ -76,8 +77,10 @@ def pytest_collection_finish() -> None:
     resume_gc()
 
 
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.set_num_threads(1)  # which commands change, that a test before ran in this process
+    if hasattr(item.config, "workerinput") and not item.nodeid.endswith("@ray_address") and not os.nice(0):
+        os.nice(OTHERS)
 
 
 def pytest_unconfigure() -> None:

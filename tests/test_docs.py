@@ -1,7 +1,10 @@
-"""What the pages of README.md and docs/ point to is there, and every `cafe` command they show can be given."""
+"""What the pages of README.md and docs/ point to is there, and every `cafe` command and call they show can be given."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ from cafe.jobs.cli import main
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PYTHON = re.compile(r"^```(?:python|\{code-cell\})\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 
 
@@ -71,6 +75,44 @@ def test_every_command_of_a_page_has_options_that_exist(page: Path) -> None:
 def test_a_command_that_does_not_exist_is_found() -> None:
     with pytest.raises(click.ClickException):
         parse(main, ["train", "--sauce", "studio"])
+
+
+def find_faults(program: str) -> list[str]:
+    """What a program imports that is not there, and its calls of `cafe.…` whose name or arguments do not exist."""
+    faults = []
+    for node in ast.walk(ast.parse(program)):
+        try:
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    importlib.import_module(alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    getattr(importlib.import_module(str(node.module)), alias.name)
+            elif isinstance(node, ast.Call) and re.fullmatch(r"cafe\.\w+", called := ast.unparse(node.func)):
+                keywords = {str(keyword.arg): None for keyword in node.keywords}
+                inspect.signature(getattr(cafe, called.partition(".")[2])).bind(*node.args, **keywords)
+        except (ImportError, AttributeError, TypeError) as error:
+            faults.append(f"{ast.unparse(node)}: {error}")
+    return faults
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if PYTHON.search(page.read_text())], ids=lambda page: page.name
+)
+def test_every_program_of_a_page_finds_what_it_imports_and_calls(page: Path) -> None:
+    for program in PYTHON.findall(page.read_text()):
+        assert find_faults(program) == []
+
+
+def test_what_a_program_would_not_find_is_found() -> None:
+    program = "from cafe.data import nothing\nimport cafe.nowhere\ncafe.predict('a', sauce=1)\ncafe.fry('a')\n"
+    found = find_faults(program + "cafe.predict('a')")
+    assert [fault.partition(":")[0] for fault in found] == [
+        "from cafe.data import nothing",
+        "import cafe.nowhere",
+        "cafe.predict('a', sauce=1)",
+        "cafe.fry('a')",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Stage one, through the command line and a real cluster of two nodes: right, resumable, and nothing lost."""
+"""Stage one, through the command line, in its own process and on a real cluster: right, resumable, and nothing lost."""
 
 from __future__ import annotations
 
@@ -66,9 +66,17 @@ def extract_here(cafe: Cafe, **settings: Any) -> FeatureStore:
 
 
 @pytest.fixture
-def indexed(cafe: Cafe, tmp_path: Path) -> Cafe:
+def alone(tmp_path: Path) -> Cafe:
+    """A workspace with a manifest; its commands work in their own process."""
+    cafe = Cafe(tmp_path / "work", "")
     cafe.succeed("data", "index", "folder", str(draw_faces(tmp_path / "faces", per_class=20)), "--name", "tiny")
     return cafe
+
+
+@pytest.fixture
+def indexed(alone: Cafe, ray_address: str) -> Cafe:
+    """The same, whose commands can join the session's cluster."""
+    return Cafe(alone.workspace, ray_address)
 
 
 def test_features_are_what_the_library_gives_and_a_rerun_does_nothing(indexed: Cafe, tiny_tower: str) -> None:
@@ -172,25 +180,25 @@ def test_layers_of_one_pass_have_a_store_each(indexed: Cafe, tiny_tower: str) ->
     assert "nothing to do" in indexed.succeed("extract", "tiny", "--backbone", f"{tiny_tower}#block1/2x2")
 
 
-def test_repair_computes_a_damaged_shard_again_and_no_other(indexed: Cafe) -> None:
+def test_repair_computes_a_damaged_shard_again_and_no_other(alone: Cafe) -> None:
     command = ("extract", "tiny", *FACES, "--shard-rows", "15", "--normalisation", "imagenet")
-    store = extract_here(indexed, shard_rows=15, normalisation="imagenet")
+    store = extract_here(alone, shard_rows=15, normalisation="imagenet")
     before = contents(store.path)
     store.array("pooled")[59] = 0
     receipts = {shard: store.receipts.path(shard).stat().st_mtime_ns for shard in range(4)}
-    assert "nothing to do" in indexed.succeed(*command)
+    assert "nothing to do" in alone.succeed(*command)
     (store.path / "store.zarr" / "label" / "zarr.json").unlink()
     name = f"tiny/{store.path.name}"
-    output = indexed.succeed("store", "repair", "tiny", ray=True)
+    output = alone.succeed("store", "repair", "tiny", "--num-cpus", "1")
     assert f"{name}: 2 damaged files written again, computed 1 shards" in output
     assert contents(store.path) == before
     written = [shard for shard in range(4) if store.receipts.path(shard).stat().st_mtime_ns != receipts[shard]]
     assert written == [3]
-    assert f"{name}: nothing to do" in indexed.succeed("store", "repair", "tiny")
+    assert f"{name}: nothing to do" in alone.succeed("store", "repair", "tiny")
 
 
-def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(cafe: Cafe, tmp_path: Path) -> None:
-    faces = draw_faces(tmp_path / "faces", per_class=4)
+def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(tmp_path: Path) -> None:
+    cafe, faces = Cafe(tmp_path / "work", ""), draw_faces(tmp_path / "faces", per_class=4)
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG")
@@ -209,8 +217,8 @@ def test_every_bad_file_is_named_with_its_reason_and_the_rest_is_kept(cafe: Cafe
     broken = "2 broken files, left out:\n  anger/empty.jpg: file is empty\n  anger/text.png: not an image"
     assert broken in indexed.output
 
-    command = ("extract", "odd", *FACES, *ALONE)
-    result = cafe(*command, ray=True)
+    command = ("extract", "odd", *FACES, "--num-cpus", "1")
+    result = cafe(*command)
     assert result.exit_code == 1
     assert "1 of 17 images of 'odd' are unreadable, more than --max-skipped 0" in result.output
     assert "anger/truncated.jpg: damaged image" in result.output
@@ -293,20 +301,20 @@ def test_archives_are_extracted_on_the_cluster_as_files_are_and_what_was_skipped
         assert reason.startswith("damaged image")
 
 
-def test_one_view_is_the_same_store_whatever_the_policy(indexed: Cafe) -> None:
-    extract_here(indexed)
+def test_one_view_is_the_same_store_whatever_the_policy(alone: Cafe) -> None:
+    extract_here(alone)
     command = ("extract", "tiny", *FACES)
-    assert "nothing to do" in indexed.succeed(*command, "--policy", "clean", "--view-seed", "9")
+    assert "nothing to do" in alone.succeed(*command, "--policy", "clean", "--view-seed", "9")
 
 
-def test_changed_weights_are_another_store(indexed: Cafe, tiny_tower: str, tmp_path: Path) -> None:
+def test_changed_weights_are_another_store(alone: Cafe, tiny_tower: str, tmp_path: Path) -> None:
     head, _, weights = tiny_tower.partition("@")
     state = torch.load(weights, weights_only=True)
     state["visual.proj"][0, 0] += 1
     torch.save(state, tmp_path / "tuned.pt")
     for file in (weights, tmp_path / "tuned.pt"):
-        extract_here(indexed, backbone=f"{head}@{file}", input_size=None)
-    assert len(find_stores(UPath(indexed.workspace / "features"), "tiny")) == 2
+        extract_here(alone, backbone=f"{head}@{file}", input_size=None)
+    assert len(find_stores(UPath(alone.workspace / "features"), "tiny")) == 2
 
 
 def test_real_faces_through_the_real_vit_b32_agree_with_open_clip(real_faces: Path, cafe: Cafe, tmp_path: Path) -> None:
@@ -352,21 +360,21 @@ def test_a_cluster_computes_with_the_code_of_the_command_also_of_a_job(indexed: 
     assert "computed 2 of 2 shards" in done.stdout, done.stderr
 
 
-# --- mistakes: last, since each leaves the cluster -------------------------------------------------------------------
+# --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_wrong_with_layers_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
+def test_what_is_wrong_with_layers_is_one_sentence(alone: Cafe, tiny_tower: str) -> None:
     command = ("extract", "tiny", "--backbone")
-    assert indexed.fail(*command, tiny_tower, "--layers", "block1,head").endswith(
+    assert alone.fail(*command, tiny_tower, "--layers", "block1,head").endswith(
         "Cannot read the layer 'head': write #LAYER/GRID behind the tower, such as #stage3/3x3 or #block8/all."
     )
-    assert "#block1 and --layers block2 name layers: use one." in indexed.fail(
+    assert "#block1 and --layers block2 name layers: use one." in alone.fail(
         *command, f"{tiny_tower}#block1", "--layers", "block2"
     )
     sentence = "Unknown layer of 'open_clip:tiny-cafe-vit' 'block9': choose block1, block2, final."
-    assert sentence in indexed.fail(*command, f"{tiny_tower}#block9/2x2")
-    assert "The map of the layer 'block1' is 4x4" in indexed.fail(*command, f"{tiny_tower}#block1/5x5")
-    assert "no finer grid" in indexed.fail(*command, tiny_tower, "--layers", "final,final/5x5")
+    assert sentence in alone.fail(*command, f"{tiny_tower}#block9/2x2")
+    assert "The map of the layer 'block1' is 4x4" in alone.fail(*command, f"{tiny_tower}#block1/5x5")
+    assert "no finer grid" in alone.fail(*command, tiny_tower, "--layers", "final,final/5x5")
 
 
 @pytest.mark.parametrize(
@@ -379,14 +387,12 @@ def test_what_is_wrong_with_layers_is_one_sentence(indexed: Cafe, tiny_tower: st
         (("extract", "tiny", "--policy", "strong"), "'strong' is not one of 'paper', 'scn'"),
     ],
 )
-def test_a_wrong_call_is_one_sentence_before_ray_starts(
-    indexed: Cafe, arguments: tuple[str, ...], message: str
-) -> None:
-    assert message in indexed.fail(*arguments)
+def test_a_wrong_call_is_one_sentence_before_ray_starts(alone: Cafe, arguments: tuple[str, ...], message: str) -> None:
+    assert message in alone.fail(*arguments)
 
 
-def test_an_address_without_a_cluster_is_one_sentence(indexed: Cafe, tiny_tower: str) -> None:
-    message = indexed.fail("extract", "tiny", "--backbone", tiny_tower, "--address", "127.0.0.1:1")
+def test_an_address_without_a_cluster_is_one_sentence(alone: Cafe, tiny_tower: str) -> None:
+    message = alone.fail("extract", "tiny", "--backbone", tiny_tower, "--address", "127.0.0.1:1")
     assert "No Ray cluster answers at '127.0.0.1:1'" in message
 
 
@@ -417,12 +423,12 @@ def test_who_has_no_token_of_a_cluster_or_another_is_told_at_once_and_without_no
 
 
 def test_what_cannot_join_a_cluster_is_one_sentence(
-    indexed: Cafe, tiny_tower: str, monkeypatch: pytest.MonkeyPatch
+    alone: Cafe, tiny_tower: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("extract", "tiny", "--backbone", tiny_tower, "--address")
-    assert "Ray Data does not run over Ray Client ('ray://head:10001')" in indexed.fail(*command, "ray://head:10001")
+    assert "Ray Data does not run over Ray Client ('ray://head:10001')" in alone.fail(*command, "ray://head:10001")
     monkeypatch.setattr(psutil, "process_iter", lambda attributes: iter(()))  # as on a laptop beside the cluster
     with socket.create_server(("127.0.0.1", 0)) as head:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         message = f"This machine is no node of the Ray cluster at '{address}': submit the command as a job"
-        assert message in indexed.fail(*command, address)
+        assert message in alone.fail(*command, address)

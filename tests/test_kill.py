@@ -291,12 +291,13 @@ def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_a
     cafe, faces = Cafe(tmp_path / "work", ""), draw_faces(tmp_path / "faces", per_class=12)
     Image.new("RGB", (13, 17)).save(faces / "happiness" / "poison.png")
     cafe.succeed("data", "index", "folder", str(faces), "--name", "tiny")
-    command = ["extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "4", "--num-cpus", "1"]
-    program = [sys.executable, "-m", "cafe.jobs.cli", "--workspace", str(cafe.workspace)]
-    done = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "1 of 37 images of 'tiny' are unreadable" in done.stderr
-    assert "happiness/poison.png: kills its decoder" in done.stderr
+    command = ("extract", "tiny", "--backbone", tiny_tower, "--shard-rows", "4", *ALONE)
+    driver = start_command(("--workspace", str(cafe.workspace), *command), tmp_path / "errors.txt")
+    driver.join()
+    said = (tmp_path / "errors.txt").read_text()
+    assert driver.exitcode == 1, said
+    assert "1 of 37 images of 'tiny' are unreadable" in said
+    assert "happiness/poison.png: kills its decoder" in said
     ((path, about),) = find_stores(UPath(cafe.workspace / "features"), "tiny")
     store = FeatureStore(path, about)
     samples = list(store.array("sample_id")[:])
