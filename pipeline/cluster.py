@@ -104,7 +104,7 @@ def _watch(settings: ClusterSettings) -> Iterator[None]:
     if settings.address:
         _look_for_nodes()
     try:
-        with beside.repeat(look, pulse.BEAT_SECONDS):
+        with head.interrupt(), beside.repeat(look, pulse.BEAT_SECONDS):
             yield
     except KeyboardInterrupt:
         if not head.gone:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import current_thread, get_ident, main_thread
 
 ANSWER_SECONDS = 5.0  # that it may take for an answer; a busy one takes milliseconds
@@ -18,7 +20,22 @@ class ClusterHead:
 
     def __init__(self, address: str) -> None:
         self.address, self.silent, self.gone = address, 0, False
-        self.main = get_ident() if current_thread() is main_thread() else None
+        self.main: int | None = None
+
+    @contextmanager
+    def interrupt(self) -> Iterator[None]:
+        """Let its loss raise `KeyboardInterrupt` in the body, if that is run by the main thread.
+
+        By a signal of its own: what a script starts in the background ignores that of Ctrl-C.
+        """
+        if current_thread() is not main_thread():
+            yield
+            return
+        before, self.main = signal.signal(signal.SIGUSR1, signal.default_int_handler), get_ident()
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
 
     def ask(self) -> None:
         """Let it answer; raise Ray's `RayError` where it does not."""
@@ -44,4 +61,4 @@ class ClusterHead:
             )
         self.gone = anew or self.silent >= GONE
         if self.gone and self.main is not None:
-            signal.pthread_kill(self.main, signal.SIGINT)
+            signal.pthread_kill(self.main, signal.SIGUSR1)
