@@ -13,6 +13,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is imported; threads that spin take the cores from others
@@ -164,6 +165,7 @@ def start_node(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Start a Ray node of one core as a process group of its own, which writes to `log`."""
     command = [str(Path(sys.executable).with_name("ray")), "start", *arguments]
     command += ["--num-cpus=1", "--object-store-memory=200000000", "--block"]
+    command += ["--no-monitor", "--include-log-monitor=false"]  # no autoscaler, and nobody reads workers' logs here
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     with log.open("wb") as output:
         return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -178,25 +180,27 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     deadline = time.monotonic() + 300
     head = ("--head", "--port=0", "--include-dashboard=false")
     nodes = [start_node(folder / "head.log", *head)]
-    while not (found := re.search(r"--address='([^']+)'", (folder / "head.log").read_text())):
-        assert time.monotonic() < deadline, (folder / "head.log").read_text()
-        if nodes[0].poll() is not None:  # a crowded machine can be too slow for its own first node, too
-            nodes[0] = start_node(folder / "head.log", *head)
-        time.sleep(0.1)
-    address = found[1]
-    nodes.append(start_node(folder / "node.log", f"--address={address}"))
-    ray.init(address, logging_level="ERROR", log_to_driver=False)
-    while ray.cluster_resources().get("CPU", 0) < 2:
-        assert time.monotonic() < deadline, (folder / "node.log").read_text()
-        if nodes[-1].poll() is not None:  # a crowded machine can be too slow for a node's first handshake
-            nodes[-1] = start_node(folder / "node.log", f"--address={address}")
-        time.sleep(0.2)
-    ray.shutdown()
-    yield address
-    ray.shutdown()
-    for node in reversed(nodes):
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
+    try:
+        while not (found := re.search(r"--address='([^']+)'", (folder / "head.log").read_text())):
+            assert time.monotonic() < deadline, (folder / "head.log").read_text()
+            if nodes[0].poll() is not None:  # a crowded machine can be too slow for its own first node, too
+                nodes[0] = start_node(folder / "head.log", *head)
+            time.sleep(0.1)
+        address = found[1]
+        nodes.append(start_node(folder / "node.log", f"--address={address}"))
+        ray.init(address, logging_level="ERROR", log_to_driver=False)  # and stays connected, see `Cafe.join`
+        while ray.cluster_resources().get("CPU", 0) < 2:
+            assert time.monotonic() < deadline, (folder / "node.log").read_text()
+            if nodes[-1].poll() is not None:  # a crowded machine can be too slow for a node's first handshake
+                nodes[-1] = start_node(folder / "node.log", f"--address={address}")
+            time.sleep(0.2)
+        yield address
+    finally:
+        ray.shutdown()
+        for node in reversed(nodes):
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
 
 
 def complaint(function: Callable[..., object], *arguments: object) -> str:

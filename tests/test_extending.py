@@ -68,20 +68,24 @@ def tower_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def actors(files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Cafe:
-    """A workspace in which the new data set was indexed and extracted with the new tower."""
-    folder = tmp_path_factory.mktemp("actors")
+def index_actors(folder: Path, files: dict[str, str], address: str = "") -> Cafe:
+    """A workspace in which the new data set was indexed."""
     draw_actors(folder / "actors")
-    cafe = Cafe(folder / "work", ray_address)
+    cafe = Cafe(folder / "work", address)
     with forgotten_plugins():
         cafe.succeed(
             "--plugin", files["actors.py"], "data", "index", "actors", str(folder / "actors"), "--name", "actors"
         )
+    return cafe
+
+
+@pytest.fixture(scope="module")
+def actors(files: dict[str, str], tower_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Cafe:
+    """A workspace in which the new data set was indexed and extracted with the new tower."""
+    cafe = index_actors(tmp_path_factory.mktemp("actors"), files)
     with forgotten_plugins():
         command = ("extract", "actors", "--backbone", f"tiny-resnet@{tower_file}", "--views", "2", "--decoders", "0")
-        command += ("--num-actors", "1")
-        cafe.succeed("--plugin", files["tiny_resnet.py"], *command, ray=True)
+        cafe.succeed("--plugin", files["tiny_resnet.py"], *command, "--num-cpus", "1")
     return cafe
 
 
@@ -147,16 +151,22 @@ def test_the_new_branch_learns_an_epoch(files: dict[str, str], actors: Cafe, for
     assert read_tensors(run / "model.safetensors")["classifier.weight"].shape == (7, 576)
 
 
-def test_the_new_method_learns_an_epoch_and_is_evaluated_with_its_plug_in(
-    files: dict[str, str], actors: Cafe, forget: None
+def test_the_new_method_learns_an_epoch_and_is_evaluated_exported_and_used_with_its_plug_in(
+    files: dict[str, str], actors: Cafe, tmp_path: Path
 ) -> None:
     plug_ins = [files["fusion.py"], files["tiny_resnet.py"]]
-    run = train(actors, plug_ins, "fusion", "--set", "features=standardised")
-    before = load_predictions(run)["actors"].probabilities
-    assert np.ptp(before, axis=0).min() > 0  # not one answer for all faces
-    (run / "predictions" / "actors.parquet").unlink()
-    actors.succeed(*(argument for file in plug_ins for argument in ("--plugin", file)), "evaluate", run.name, "--cpu")
-    np.testing.assert_array_equal(load_predictions(run)["actors"].probabilities, before)
+    options = [argument for file in plug_ins for argument in ("--plugin", file)]
+    model, face = str(tmp_path / "model"), str(actors.workspace.parent / "actors" / "p00-anger-0.png")
+    with forgotten_plugins():
+        run = train(actors, plug_ins, "fusion", "--set", "features=standardised")
+        before = load_predictions(run)["actors"].probabilities
+        assert np.ptp(before, axis=0).min() > 0  # not one answer for all faces
+        (run / "predictions" / "actors.parquet").unlink()
+        actors.succeed(*options, "evaluate", run.name, "--cpu")
+        np.testing.assert_array_equal(load_predictions(run)["actors"].probabilities, before)
+        assert "differs from PyTorch by at most" in actors.succeed(*options, "export", run.name, "--output", model)
+        assert "p00-anger-0.png" in actors.succeed(*options, "predict", model, face, "--aligned")
+    assert "This needs the plug-in 'fusion' with the digest " in actors.fail("predict", model, face, "--aligned")
 
 
 def test_the_new_loss_term_is_learned_by(files: dict[str, str], actors: Cafe, forget: None) -> None:
@@ -175,29 +185,29 @@ methods = ["fusion", {{ method = "image_only", network = "mobilenet_v3_small" }}
 towers = ["{tower}"]
 views = 2
 
+[features]
+decoders = 0
+num_actors = 1
+
 [train]
 epochs = 1
 image_size = 32
 """
 
 
-def test_all_of_them_run_through_a_benchmark_and_an_export(
-    files: dict[str, str], tower_file: Path, actors: Cafe, tmp_path: Path
+def test_all_of_them_run_through_a_benchmark_on_a_cluster(
+    files: dict[str, str], tower_file: Path, ray_address: str, tmp_path: Path
 ) -> None:
     plug_ins = [
         part for name in ("fusion", "tiny_resnet", "small_branch") for part in ("--plugin", files[f"{name}.py"])
     ]
     (tmp_path / "own.toml").write_text(BENCHMARK.format(tower=f"tiny-resnet@{tower_file}"))
-    cafe, model = actors, str(tmp_path / "model")
-    face = str(actors.workspace.parent / "actors" / "p00-anger-0.png")
+    cafe = index_actors(tmp_path, files, ray_address)
     with forgotten_plugins():
-        cafe.succeed(*plug_ins, "benchmark", str(tmp_path / "own.toml"), "--parallel", "1", ray=True)
+        said = cafe.succeed(*plug_ins, "benchmark", str(tmp_path / "own.toml"), "--parallel", "1", ray=True).split()
+        assert "actors: computed" in " ".join(said)  # by the new tower, on the cluster
         runs = [run for run in read_runs(UPath(cafe.workspace / "runs").iterdir()) if "own" in run.experiments]
         assert sorted(run.method for run in runs) == ["fusion", "image_only"]
-        (fused,) = (run.name for run in runs if run.method == "fusion")
-        assert "differs from PyTorch by at most" in cafe.succeed(*plug_ins, "export", fused, "--output", model)
-        assert "p00-anger-0.png" in cafe.succeed(*plug_ins, "predict", model, face, "--aligned")
-    assert "This needs the plug-in 'fusion' with the digest " in cafe.fail("predict", model, face, "--aligned")
 
 
 def test_without_the_plug_in_the_name_is_unknown(actors: Cafe, forget: None) -> None:

@@ -141,23 +141,6 @@ def test_evaluate_evaluates_other_splits_and_compare_averages_seeds(joined: Cafe
     assert "two@train" not in table
 
 
-def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker(joined: Cafe) -> None:
-    import ray
-
-    def contents() -> dict[str, bytes]:
-        found = [path for path in only_run(joined).rglob("*") if path.suffix in (".safetensors", ".parquet", ".png")]
-        return {str(path.relative_to(joined.workspace)): path.read_bytes() for path in found}
-
-    joined.succeed(*TRAIN, "--method", "linear_probe", ray=True)
-    there = contents()
-    shutil.rmtree(joined.workspace / "runs")
-    ray.shutdown()
-    joined.succeed(*TRAIN, "--method", "linear_probe")
-    assert not ray.is_initialized()
-    assert contents() == there
-    assert len(there) == 1 + 3 * 3  # weights; predictions and two figures of three targets
-
-
 def test_a_worker_gives_its_core_back_though_something_still_refers_to_it(joined: Cafe) -> None:
     import ray
 
@@ -244,6 +227,23 @@ def test_a_target_is_never_read_before_the_training_is_over(joined: Cafe) -> Non
     status = json.loads((only_run(joined) / "status.json").read_text())
     assert (status["status"], "is missing with its whole folder" in status["reason"]) == ("FAILED", True)
     assert tracked(joined)[0].info.status == "FAILED"
+
+
+def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker(joined: Cafe) -> None:
+    import ray
+
+    def contents() -> dict[str, bytes]:
+        found = [path for path in only_run(joined).rglob("*") if path.suffix in (".safetensors", ".parquet", ".png")]
+        return {str(path.relative_to(joined.workspace)): path.read_bytes() for path in found}
+
+    joined.succeed(*TRAIN, "--method", "linear_probe", ray=True)
+    there = contents()
+    shutil.rmtree(joined.workspace / "runs")
+    ray.shutdown()  # last of those that join it: each would need seconds to join anew
+    joined.succeed(*TRAIN, "--method", "linear_probe")
+    assert not ray.is_initialized()
+    assert contents() == there
+    assert len(there) == 1 + 3 * 3  # weights; predictions and two figures of three targets
 
 
 @pytest.mark.parametrize(
