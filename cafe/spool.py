@@ -137,7 +137,8 @@ class ArraySpool:
 
     def extend(self, values: np.ndarray) -> None:
         """Add arrays, (n, *shape)."""
-        assert values.shape[1:] == self.shape
+        if values.shape[1:] != self.shape:
+            raise ValueError(f"Arrays of {values.shape[1:]} among those of {self.shape}.")
         with writing():
             self._file.write(np.ascontiguousarray(values, self.dtype).data)
         self._count += len(values)
@@ -150,7 +151,8 @@ class ArraySpool:
             self._file.flush()
         if isinstance(places, slice):
             chosen = range(len(self))[places]
-            assert chosen.step == 1
+            if chosen.step != 1:
+                raise ValueError("Arrays of a slice lie side by side: ask for others by their numbers.")
             return self._read(chosen.start, len(chosen))
         found = np.empty((len(places), *self.shape), self.dtype)
         for number, place in enumerate(places):

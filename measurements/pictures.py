@@ -25,6 +25,7 @@ from PIL import Image
 
 from cafe.data.manifest import Face, Manifest
 from cafe.pipeline.datasets import report_audits, report_check
+from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.workspace import Workspace
 
 TESTED = 32
@@ -86,12 +87,13 @@ def run(folder: Path, faces: int, command: str) -> None:
     workspace = Workspace.at(str(folder / "work"))
     manifest, watch, start = workspace.load_manifest(f"faces-{faces}"), Watch(), time.perf_counter()
     watch.start()
-    if command == "check":
-        result, _ = report_check(workspace, manifest, lambda *_: None)
-        found = f"{len(result.duplicates)} groups of identical pictures"
-    else:
-        (audit,) = report_audits(workspace, manifest, [], lambda *_: None, lambda *_: None)
-        found = f"{len(audit.pairs)} pairs"
+    with no_bar("", "") as progress:
+        if command == "check":
+            result, _ = report_check(workspace, manifest, progress)
+            found = f"{len(result.duplicates)} groups of identical pictures"
+        else:
+            (audit,) = report_audits(workspace, manifest, [], progress, progress)
+            found = f"{len(audit.pairs)} pairs"
     watch.ended.set()
     seconds = time.perf_counter() - start
     print(
