@@ -227,7 +227,7 @@ def test_what_is_done_beside_a_body_is_done_again_and_again_and_ends_with_it(fai
 
 AWAY = RpcError("Timed out while waiting for GCS to become available.")
 ANOTHER = AuthenticationError("RPC error: WrongClusterID: Perhaps the client is accessing GCS after it has restarted.")
-UNEASY = "The head of the cluster at 10.0.0.1:6379 does not answer: unless it does within 25 seconds, this command ends"
+UNEASY = "The head of the cluster at 10.0.0.1:6379 does not answer: unless it does within 35 seconds, this command ends"
 
 
 class Client:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import current_thread, get_ident, main_thread
 
+from cafe.pipeline.process.pulse import BEAT_SECONDS
+
 ANSWER_SECONDS = 5.0  # that it may take for an answer; a busy one takes milliseconds
 UNEASY, GONE = 2, 7  # looks in a row without one, after which it is said, and after which none is expected
 
@@ -35,6 +37,7 @@ class ClusterHead:
         try:
             yield
         finally:
+            self.main = None  # before the handler: without one the signal would end the process
             signal.signal(signal.SIGUSR1, before or signal.SIG_DFL)
 
     def ask(self) -> None:
@@ -57,7 +60,7 @@ class ClusterHead:
                 "The head of the cluster at %s does not answer: unless it does within %.0f seconds, this command ends; what "
                 "is done is kept.",
                 self.address,
-                (GONE - UNEASY) * ANSWER_SECONDS,
+                (GONE - UNEASY) * (BEAT_SECONDS + ANSWER_SECONDS),
             )
         self.gone = anew or self.silent >= GONE
         if self.gone and self.main is not None:
