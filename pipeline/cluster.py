@@ -379,7 +379,8 @@ def remaining(resource: str, wanted: int | None) -> int | None:
 
 def has_shrunk() -> bool:
     """Whether the cluster has lost some of its cores or GPUs."""
-    return any(count(resource) < most for resource, most in presence.most.items())
+    known = [*presence.most.items()]  # which is emptied, maybe meanwhile, when the cluster is left
+    return any(count(resource) < most for resource, most in known)
 
 
 def _gather(resource: str, wanted: int, minutes: int) -> int:
