@@ -299,7 +299,7 @@ def test_who_waits_for_nodes_ends_as_soon_as_the_cluster_is_left(monkeypatch: py
         for wait in waiting:
             with pytest.raises(InterruptedError, match="has ended"):
                 wait.result(20)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < cluster.SETTLE_SECONDS / 2  # also where others keep the cores busy
 
 
 def test_towers_are_as_many_as_remain_and_as_many_as_were_asked_for_once_the_others_are_back(
