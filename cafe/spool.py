@@ -163,5 +163,9 @@ class ArraySpool:
         found = np.empty((count, *self.shape), self.dtype)
         if found.size:
             size = self.dtype.itemsize * int(np.prod(self.shape))
-            os.preadv(self._file.fileno(), [found.reshape(-1).view(np.uint8).data], start * size)
+            there = os.preadv(self._file.fileno(), [found.reshape(-1).view(np.uint8).data], start * size)
+            if there < found.nbytes:
+                raise IndexError(
+                    f"Arrays {start} to {start + count - 1} cannot be read as a whole: there are {len(self)}."
+                )
         return found

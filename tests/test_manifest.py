@@ -474,6 +474,8 @@ def test_arrays_in_a_spool_are_those_that_were_added() -> None:
     numbers = ArraySpool((), np.int64)
     numbers.extend(np.array([3, 1]))
     assert numbers[np.array([1, 0, 1])].tolist() == [1, 3, 1]
+    with pytest.raises(IndexError, match="Arrays 2 to 2 cannot be read as a whole: there are 2"):
+        numbers[np.array([2])]
     spool.extend(values)
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
