@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -286,6 +287,19 @@ def test_a_command_whose_clusters_head_is_gone_ends_with_a_sentence_and_waits_fo
     assert [record.getMessage()[: len(text)] for record, text in zip(caplog.records, said, strict=True)] == said
 
 
+def test_a_head_that_is_lost_interrupts_nobody_after_the_body() -> None:
+    heard, lost = list[int](), head.ClusterHead("10.0.0.1:6379")
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        with lost.interrupt():
+            pass
+        for _ in range(head.GONE):
+            lost.miss(anew=False)
+        assert (lost.gone, heard) == (True, [])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_who_waits_for_nodes_ends_as_soon_as_the_cluster_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_as_head(monkeypatch, [])
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests share one
@@ -356,6 +370,18 @@ def test_workers_of_a_cluster_that_has_shrunk_make_room_for_others(there: int, m
     assert first.ended.is_set() == (there < 4)  # another may wait for its core
     assert workers.idle.empty() == (there < 4)
     first.end()
+
+
+def test_a_cluster_that_is_left_while_its_nodes_are_counted_has_not_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count_and_leave() -> dict[str, float]:
+        cluster.presence.end()
+        return {"CPU": 4.0, "GPU": 1.0}
+
+    monkeypatch.setattr(cluster, "presence", Presence())
+    cluster.presence.note("CPU", 4)
+    cluster.presence.note("GPU", 1)
+    monkeypatch.setattr(ray, "cluster_resources", count_and_leave)
+    assert not cluster.has_shrunk()
 
 
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])
