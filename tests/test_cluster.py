@@ -174,8 +174,8 @@ def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_sa
     assert cluster.count("CPU") == 4
     assert cluster.await_return("CPU", all_of_them=True) == last
     assert [record.getMessage() for record in caplog.records] == [
-        "The cluster has lost all its CPUs: waiting as long as it takes for some to be back (--scale-minutes); what is done "
-        "is kept, and after Ctrl-C the same command goes on from it, too.",
+        "The cluster has lost all its CPUs: what needs one waits as long as it takes for some to be back (--scale-minutes); "
+        "what is done is kept, and after Ctrl-C the same command goes on from it, too.",
         f"The cluster has {first} CPUs again: going on.",
     ]
 

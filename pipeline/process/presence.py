@@ -34,8 +34,8 @@ class Presence:
         if self.most[resource] and not there and resource not in self.gone:
             self.gone.add(resource)
             return (
-                f"The cluster has lost all its {resource}s: waiting {self.patience} for some to be back (--scale-minutes); "
-                "what is done is kept, and after Ctrl-C the same command goes on from it, too."
+                f"The cluster has lost all its {resource}s: what needs one waits {self.patience} for some to be back "
+                "(--scale-minutes); what is done is kept, and after Ctrl-C the same command goes on from it, too."
             )
         if there and resource in self.gone:
             self.gone.remove(resource)
