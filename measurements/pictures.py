@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import gettempdir
 from threading import Event, Thread
 
 import numpy as np
@@ -77,7 +78,7 @@ class Watch(Thread):
                     place, about = str(entry.readlink()), entry.stat()
                 except OSError:
                     continue
-                if "/cafe-" in place and about.st_ino not in seen:
+                if place.startswith(gettempdir()) and place.endswith("(deleted)") and about.st_ino not in seen:
                     seen.add(about.st_ino)
                     yield about.st_ino, 512 * about.st_blocks
 
