@@ -70,6 +70,12 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def presence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test know what of a cluster another one saw."""
+    monkeypatch.setattr(cluster, "presence", Presence())
+
+
 def test_the_limit_of_a_container_counts_without_what_it_can_drop(tmp_path: Path, all_threads: None) -> None:
     statistics = "anon 1\ninactive_file 20000000\n"
     write(tmp_path / "2", memory__max="100000000\n", memory__current="70000000\n", memory__stat=statistics)
@@ -165,7 +171,6 @@ def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_sa
             caplog.records.append(logging.makeLogRecord({"msg": news}))
         return {"CPU": float(cores)}
 
-    monkeypatch.setattr(cluster, "presence", Presence())
     monkeypatch.setattr(ray, "cluster_resources", count_cores)
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: None)
     for name in ("SETTLE_SECONDS", "GATHER_SECONDS", "LOOK_SECONDS"):
@@ -181,7 +186,6 @@ def test_nodes_that_were_there_are_waited_for_as_long_as_it_takes_and_that_is_sa
 
 
 def test_where_no_node_is_gone_none_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(cluster, "SETTLE_SECONDS", 0)
@@ -190,7 +194,6 @@ def test_where_no_node_is_gone_none_is_waited_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_gpus_of_nodes_that_are_gone_for_a_while_are_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 8)
     there = iter([{}, {}, {}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: next(there, {"CPU": 8.0, "GPU": 1.0}))
@@ -200,7 +203,6 @@ def test_gpus_of_nodes_that_are_gone_for_a_while_are_not_given_up(monkeypatch: p
 
 
 def test_a_cluster_that_never_had_enough_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     with pytest.raises(UserError, match="9 workers need as many cores and the cluster has 4"):
@@ -320,7 +322,6 @@ def test_towers_are_as_many_as_remain_and_as_many_as_were_asked_for_once_the_oth
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [PendingRows(MANIFEST, ABOUT, [[]], [0, 1, 2])]
-    monkeypatch.setattr(cluster, "presence", Presence())
     for gpus, cpus, asked, towers in (
         (0, 8, ExtractSettings(address="auto", num_actors=3, use_gpu=False), {8: 3, 2: 2, 1: 1, 4: 3}),
         (3, 8, ExtractSettings(address="auto", num_gpus=3), {3: 3, 1: 1, 2: 2}),
@@ -360,7 +361,6 @@ def test_nodes_that_do_not_come_back_are_waited_for_as_long_as_asked_for(
 
 @pytest.mark.parametrize("there", [4, 2])
 def test_workers_of_a_cluster_that_has_shrunk_make_room_for_others(there: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 4)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(there)})
     workers, first = Workers(2, single=True), LocalWorker("cpu")
@@ -377,7 +377,6 @@ def test_a_cluster_that_is_left_while_its_nodes_are_counted_has_not_shrunk(monke
         cluster.presence.end()
         return {"CPU": 4.0, "GPU": 1.0}
 
-    monkeypatch.setattr(cluster, "presence", Presence())
     cluster.presence.note("CPU", 4)
     cluster.presence.note("GPU", 1)
     monkeypatch.setattr(ray, "cluster_resources", count_and_leave)
