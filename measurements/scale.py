@@ -191,13 +191,19 @@ def run_step(name: str, folder: str, rows: int, workers: int) -> dict[str, float
 
 def measure(rows: int, in_memory: bool, workers: int, steps: Sequence[str]) -> dict[str, dict[str, float]]:
     """Take all steps, one after another, each in a process of its own."""
-    measured = {}
+    options = ["--ray", str(workers), *(["--in-memory"] if in_memory else [])]
     with TemporaryDirectory() as folder:
-        for name in steps:
-            command = [sys.executable, __file__, "--step", name, "--folder", folder, "--rows", str(rows)]
-            command += ["--ray", str(workers), *(["--in-memory"] if in_memory else [])]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            measured[name] = json.loads(output.splitlines()[-1])
+        return {name: take_step(name, folder, rows, options) for name in steps}
+
+
+def take_step(
+    name: str, folder: str, rows: int, options: Sequence[str] = (), channels: int = WIDTH
+) -> dict[str, float]:
+    """Take a step in a process of its own; return its seconds and its peak in MB."""
+    command = [sys.executable, __file__, "--step", name, "--folder", folder, "--rows", str(rows), *options]
+    environment = os.environ | {"CHANNELS": str(channels)}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    measured: dict[str, float] = json.loads(output.splitlines()[-1])
     return measured
 
 

@@ -27,7 +27,7 @@ import click
 import numpy as np
 import torch
 from PIL import Image
-from scale import find_store
+from scale import find_store, take_step
 from torch.nn import functional
 from torchvision import models, transforms
 from upath import UPath
@@ -56,7 +56,6 @@ from cafe.towers.embedding import Embedder
 from cafe.views.drawing import ViewPlan
 
 KNOWN = Path(__file__).with_name("speed.json")
-SCALE = Path(__file__).with_name("scale.py")
 NOISE = 1.25  # what a multiple may exceed the known one by, and its own spread
 BACKBONE, INPUT_SIZE, IMAGE_SIZE = "imagenet-lite0", 128, 64
 BATCH = 64  # of the tower
@@ -183,17 +182,7 @@ def seconds_per_cell(place: Place) -> float:
 def seconds_of_reads(place: Place) -> float:
     """Return how much longer a view of a large store takes, with its checksums, than the same bytes of a file."""
     for step in ("make", "write"):
-        command = [
-            sys.executable,
-            str(SCALE),
-            "--step",
-            step,
-            "--folder",
-            str(place.workspace.root),
-            "--rows",
-            str(STORED),
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"CHANNELS": "512"})
+        take_step(step, str(place.workspace.root), STORED, channels=512)
     store = find_store(place.workspace)
     plain = Path(f"{store.path}/plain.bin")
     store.read_view("pooled", 0).tofile(plain)
