@@ -79,7 +79,9 @@ def test_every_benchmark_file_of_a_page_can_be_read(tmp_path: Path) -> None:
     assert blocks
     for block in blocks:
         (tmp_path / "mine.toml").write_text(block)
-        assert all(entry.set.keys() <= entry.recipe_settings for entry in read_benchmark(tmp_path / "mine.toml").methods)
+        assert all(
+            entry.set.keys() <= entry.recipe_settings for entry in read_benchmark(tmp_path / "mine.toml").methods
+        )
 
 
 def test_a_command_that_does_not_exist_is_found() -> None:
