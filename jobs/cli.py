@@ -81,7 +81,7 @@ def main(
 ) -> None:
     """Facial-expression recognition that generalises.
 
-    Train on one data set, be evaluated on all the others.
+    Train on one data set, evaluate on all the others.
 
     \b
     cafe demo                                            # everything below on synthetic faces

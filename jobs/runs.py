@@ -191,10 +191,10 @@ def benchmark(file: str, **values: Any) -> None:
     cafe benchmark quickstart.toml --dry-run             # the plan and what it costs
     cafe benchmark quickstart.toml
 
-    FILE says what is in it; with this package come demo, quickstart, ferplus, rivals, mask, leave_one_out,
-    leave_one_out_drawn, generalisation, table1, table2, ablation, supplement and supplement2 (.toml). Frozen features are
-    extracted once and shared, cells run side by side, one that fails stops no other. Interrupt it as you like: the same
-    command goes on where it was.
+    FILE says what is in it; with this package come ablation, demo, ferplus, generalisation, generalisation_drawn, heads,
+    leave_one_out, leave_one_out_drawn, mask, pixels, quickstart, rivals, shipped, spatial, supplement, supplement2, table1
+    and table2 (.toml). Frozen features are extracted once and shared, cells run side by side, and one that fails stops no
+    other. Interrupt it as you like: the same command goes on where it was.
     """
     from cafe.pipeline.benchmark.file import read_benchmark
 

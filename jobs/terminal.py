@@ -312,7 +312,7 @@ records_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_keep_records,
-    help="Say how far it is as JSON on stderr, a record a line.",
+    help="Report progress as JSON on stderr, one record per line.",
 )
 
 

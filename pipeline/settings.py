@@ -55,17 +55,15 @@ class ClusterSettings:
     num_cpus: Workers | None = setting(None, "Cores to use on this machine; default: all.", in_file=False)
     scale_minutes: Number = setting(
         0,
-        "Minutes to wait for GPUs or cores of the cluster: at the beginning for those that an autoscaler is to bring, later "
-        "for those that were lost; 0: at the beginning not at all, later as long as it takes.",
+        "Minutes to wait for GPUs or cores of the cluster: at the start for those that an autoscaler is to bring, later for "
+        "those that were lost; 0: at the start not at all, later as long as it takes.",
         in_file=False,
     )
     silent_seconds: Annotated[int, Interval(ge=10, le=LARGEST)] = setting(
-        300,
-        "Seconds without a sign of life after which a worker counts as lost, as one that was stopped.",
-        in_file=False,
+        300, "Seconds without a sign of life after which a worker counts as lost.", in_file=False
     )
     wait: bool = setting(
-        False, "Wait while another command works on the same thing, instead of an error.", in_file=False
+        False, "Wait while another command works on the same thing, instead of ending with an error.", in_file=False
     )
 
 
@@ -87,7 +85,7 @@ class FeatureIdentity:
         "rgb", "Order of the colours the tower sees; bgr is for targets of the protocol paper.", in_file=False
     )
 
-    batch_size: Count = setting(64, "Views per forward pass of the tower, to which all are filled up.")
+    batch_size: Count = setting(64, "Views per forward pass of the tower; smaller passes are filled up.")
     max_megapixels: Count = setting(25, "Largest picture to decode; larger ones are left out as unreadable.")
 
 
@@ -125,7 +123,8 @@ class ExtractSettings(ClusterSettings, FeatureSettings):
     use_gpu: bool | None = setting(None, "Run towers on GPUs; default: when the cluster has one.", flag="--gpu/--cpu")
     num_gpus: Helpers | None = setting(None, "GPUs to use; default: all of the cluster.")
     num_actors: Workers | None = setting(
-        None, "Towers at work; default: one per GPU, or without one per core of a cluster and per four of a machine."
+        None,
+        "Towers at work; default: one per GPU; without GPUs one per core of a cluster, or per four of this machine.",
     )
     decoders: Helpers | None = setting(
         None,
@@ -154,15 +153,15 @@ class StoreChoice:
         in_file=False,
     )
     views: Count | None = setting(
-        None, "Views to use, of a feature store with as many or more; default: all.", in_file=False
+        None, "Views to use, from a feature store that has at least as many; default: all.", in_file=False
     )
     policy: Policy | None = setting(None, "View policy of the feature store.", in_file=False)
     view_seed: Seed | None = setting(
-        None, "Seed of its views; of a method without features: of those it sees, 0 by default.", in_file=False
+        None, "Seed of its views; for a method without features, of those it sees (default: 0).", in_file=False
     )
     store: str | None = setting(
         None,
-        "Folder name of the feature store, where nothing else tells two of them apart; one for each of several sources.",
+        "Folder name of the feature store, where nothing else tells two of them apart; comma-separated for several sources.",
         in_file=False,
     )
 
@@ -175,7 +174,7 @@ class RunIdentity:
 
     method: str = setting("cafe", "Method to train, e.g. cafe, scn, rul, eac, linear_probe.", in_file=False)
     seed: Seed = setting(0, "Seed of initial weights, order and dropped channels.", in_file=False)
-    network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2.")
+    network: str = setting("resnet18", "Image branch: resnet18, resnet50, mobilenet_v2, efficientnet_lite0.")
     init: str = setting("scratch", "Initial weights of the image branch: scratch, imagenet or file:PATH.")
     live: bool = setting(
         False,
@@ -183,18 +182,18 @@ class RunIdentity:
         in_file=False,
     )
     views_per_seed: bool = setting(
-        False, "Draw the views by --seed too: of the stores, the one with that --view-seed.", in_file=False
+        False, "Draw the views by --seed too: use the store whose --view-seed is that number.", in_file=False
     )
     sampler: Literal["proportional", "balanced"] = setting(
         "proportional",
-        "How often the faces of each of several sources are drawn: as many as it has, or all equally often.",
+        "How often the faces of several sources are drawn: each face once an epoch, or each source equally often.",
         group="Data",
     )
     selection: Literal["final", "source_val", "source_test", "leave_one_out", "oracle", "swad"] = setting(
         "final",
-        "Which epoch is evaluated: the last, or the best on faces held out of the source, on each source left out of a "
-        "training on the others, or, only to know what a choice could gain, on the training faces of --fold; swad: the "
-        "mean of several, by the loss on held-out faces.",
+        "Which epoch is evaluated: the last, or the best on faces held out of the source (source_val), on its test faces "
+        "(source_test), on each source left out of a training on the others (leave_one_out), or, only to know what a choice "
+        "could gain, on training faces of --fold (oracle); swad: the mean of several, by the loss on held-out faces.",
     )
     fold: str = setting(
         "",
@@ -204,7 +203,7 @@ class RunIdentity:
     )
     draw: Number | None = setting(
         None,
-        "Draw of a sweep: the settings you do not give are drawn by it and --seed; 0: as they are by default.",
+        "Draw of a sweep: the settings that you do not give are drawn by it and --seed; 0: the defaults.",
         in_file=False,
     )
     tag: str = setting("", "A word of your own in the run's name; the same command with another tag is another run.")
@@ -223,8 +222,8 @@ class RunChoices(StoreChoice):
     )
     start: str = setting(
         "",
-        "Model to go on from: shipped, a run, a folder of `cafe export` or an address of MLflow's; its method, features and "
-        "recipe hold unless you give others, and the epoch is chosen on held-out faces.",
+        "Model to continue from: shipped, a run, a folder of `cafe export` or an address of MLflow's; its method, features "
+        "and recipe are kept unless you give others, and the epoch is chosen on held-out faces.",
         in_file=False,
     )
     epochs: Count | None = setting(None, "Passes over the source; default: the method's published recipe.")
@@ -275,7 +274,7 @@ class Execution(ClusterSettings):
     )
     checkpoint_every: Count = setting(1, "Epochs between checkpoints.")
     checkpoint_minutes: Number = setting(
-        10, "Minutes after which a checkpoint is due in the middle of an epoch, too; 0: after every step."
+        10, "Minutes after which a checkpoint is also written in the middle of an epoch; 0: after every step."
     )
     mlflow_uri: str | None = setting(
         None, "MLflow tracking server; default: the workspace's own database.", in_file=False, group="Tracking"
@@ -313,7 +312,7 @@ class EvaluateSettings(ClusterSettings):
     split: Literal["test", "val", "train", "all"] | None = setting(
         None, "Faces to evaluate on; default: those the protocol names."
     )
-    exclude_leaks: bool = setting(False, "Give the numbers without copies of the source's training faces too.")
+    exclude_leaks: bool = setting(False, "Also give the numbers without copies of the source's training faces.")
     use_gpu: bool | None = setting(
         None, "Predict on a GPU; default: when the cluster has one.", flag="--gpu/--cpu", group="Machine"
     )
@@ -408,7 +407,7 @@ class ExportSettings:
     """A trained run as a folder for other programs."""
 
     output: str | None = setting(
-        None, "Where to write it; default: exports/RUN in the workspace, with what is special to it.", metavar="FOLDER"
+        None, "Where to write it; default: exports/RUN in the workspace, named after its options too.", metavar="FOLDER"
     )
     ensemble: bool = setting(False, "Average all seeds of the run, in the graph and wherever the folder is loaded.")
     flip: bool = setting(False, "Average every face with its mirror image, likewise.")

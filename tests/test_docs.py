@@ -16,11 +16,13 @@ import yaml
 
 import cafe
 from cafe.jobs.cli import main
+from cafe.pipeline.benchmark.file import read_benchmark
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON = re.compile(r"^```(?:python|\{code-cell\})\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TOML = re.compile(r"^```toml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 
 
@@ -70,6 +72,16 @@ def test_every_command_of_a_page_has_options_that_exist(page: Path) -> None:
             pass  # --help
         except click.ClickException as error:
             pytest.fail(f"{page.name}: `{line}`: {error.format_message()}")
+
+
+def test_every_benchmark_file_of_a_page_can_be_read(tmp_path: Path) -> None:
+    blocks = [block for page in PAGES for block in TOML.findall(page.read_text()) if block.startswith("sources")]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "mine.toml").write_text(block)
+        assert all(
+            entry.set.keys() <= entry.recipe_settings for entry in read_benchmark(tmp_path / "mine.toml").methods
+        )
 
 
 def test_a_command_that_does_not_exist_is_found() -> None:

@@ -30,6 +30,7 @@ from cafe.inference.output import build_schema, write_table
 from cafe.jobs.cli import main
 from cafe.jobs.names import list_settings, read_dict
 from cafe.jobs.options import GROUPS, Whole
+from cafe.jobs.runs import SHIPPED
 from cafe.jobs.tables import make_table, sheet_tables
 from cafe.jobs.terminal import LEAST_TITLE, Commands, echo, show, show_json
 from cafe.methods import METHODS, find_method
@@ -337,6 +338,15 @@ def test_what_is_read_of_the_source_is_what_the_source_makes() -> None:
     for name, method in METHODS.items():
         assert sorted(list_settings(name)) == sorted(field.name for field in fields(method.recipe_type)), name
     assert list_settings("nothing") == []
+
+
+def test_help_names_every_image_branch_and_every_benchmark_file_that_ships() -> None:
+    train, benchmark = (
+        " ".join(CliRunner().invoke(main, [name, "--help"]).output.split()) for name in ("train", "benchmark")
+    )
+    assert train.partition("Image branch: ")[2].partition(". ")[0].split(", ") == list(NETWORKS)
+    named = benchmark.partition("with this package come ")[2].partition(" (.toml)")[0]
+    assert re.split(", | and ", named) == sorted(file.stem for file in SHIPPED.glob("*.toml"))
 
 
 def test_help_names_the_exit_codes() -> None:
