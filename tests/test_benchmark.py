@@ -113,6 +113,7 @@ def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
         ({"features": {"precision": "fp8"}}, "Unknown precision of [features] in small 'fp8': choose bf16, fp16, fp32, tf"),
         ({"train": {"seed": 1}}, "Unknown key of [train] in small 'seed': choose checkpoint_every, checkpoint_minutes, "),
         ({"train": {"epochs": 0}}, "epochs of [train] in small is at least 1, not 0."),
+        ({"train": {"image_size": 5000}}, "image_size of [train] in small is at most 4096, not 5000."),
         ({"train": {"epochs": True}}, "epochs of [train] in small must be a whole number, not True."),
         ({"train": {"set": {"mask": ["none"]}}}, "mask of set of small must be a number or a name, not ['none']."),
     ],
