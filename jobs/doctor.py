@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import socket
@@ -61,14 +60,13 @@ def _software() -> Iterator[Finding]:
 
 
 def _hardware() -> Iterator[Finding]:
-    import psutil
     import torch
 
     from cafe.arithmetic import computes_bf16
+    from cafe.pipeline.process.machine import available_memory, cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "processor", f"{cores} cores", ""
-    free = psutil.virtual_memory().available
+    yield "processor", f"{cores()} cores", ""
+    free = available_memory()
     low = f"less than {_size(LEAST_MEMORY)}: close other programs" if free < LEAST_MEMORY else ""
     yield "free memory", _size(free), low
     yield "bfloat16", "in hardware" if computes_bf16() else "in software: slower than fp32", ""
