@@ -377,12 +377,6 @@ def remaining(resource: str, wanted: int | None) -> int | None:
     return min(wanted, _gather(resource, 1, 0)) if wanted and presence.had(resource, wanted) else wanted
 
 
-def has_shrunk() -> bool:
-    """Whether the cluster has lost some of its cores or GPUs."""
-    known = [*presence.most.items()]  # which is emptied, maybe meanwhile, when the cluster is left
-    return any(count(resource) < most for resource, most in known)
-
-
 def _gather(resource: str, wanted: int, minutes: int) -> int:
     """Return how many of a resource there are; where too few are, ask an autoscaler and wait for it so many minutes.
 

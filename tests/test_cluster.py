@@ -349,28 +349,24 @@ def test_nodes_that_do_not_come_back_are_waited_for_as_long_as_asked_for(
     assert 5 * 60 <= next(clock) <= 7 * 60
 
 
-@pytest.mark.parametrize("there", [4, 2])
-def test_workers_of_a_cluster_that_has_shrunk_make_room_for_others(there: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster.presence.note("CPU", 4)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(there)})
-    workers, first = Workers(2, single=True), LocalWorker("cpu")
-    workers.idle.put(first)
+def test_a_worker_goes_on_to_a_cell_that_is_not_begun_and_makes_room_where_there_is_none() -> None:
+    workers, first = Workers([Execution()] * 3, 2), LocalWorker("cpu")
+    workers.left, workers.idle = 2, [first]  # after the first of three cells
     with workers.borrow(Execution()) as worker:
         assert worker is first
-    assert first.ended.is_set() == (there < 4)  # another may wait for its core
-    assert workers.idle.empty() == (there < 4)
-    first.end()
+    assert (first.ended.is_set(), workers.idle) == (False, [first])
+    with workers.borrow(Execution()) as worker:
+        assert worker is first
+    assert (first.ended.is_set(), workers.idle) == (True, [])  # a cell whose node is gone may wait for its core
 
 
-def test_a_cluster_that_is_left_while_its_nodes_are_counted_has_not_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def count_and_leave() -> dict[str, float]:
-        cluster.presence.end()
-        return {"CPU": 4.0, "GPU": 1.0}
-
-    cluster.presence.note("CPU", 4)
-    cluster.presence.note("GPU", 1)
-    monkeypatch.setattr(ray, "cluster_resources", count_and_leave)
-    assert not cluster.has_shrunk()
+def test_cells_that_ask_for_other_machines_have_workers_of_their_own() -> None:
+    for other in (Execution(use_gpu=True), Execution(num_workers=2)):
+        workers, first = Workers([Execution(), other, other], 1), LocalWorker("cpu")
+        workers.idle = [first]
+        with workers.borrow(Execution()):
+            pass
+        assert (first.ended.is_set(), workers.idle) == (True, [])
 
 
 @pytest.mark.parametrize(("cores", "towers"), [(1, 1), (2, 1), (7, 1), (16, 4)])
@@ -499,7 +495,7 @@ def test_a_users_mistake_is_never_tried_again_and_alone_nothing_is() -> None:
 
 
 def test_workers_at_work_end_with_their_benchmark_and_begin_nothing_else() -> None:
-    workers = Workers(1, single=False)
+    workers = Workers([Execution(num_workers=2)] * 2, 1)
     with workers.borrow(Execution(num_workers=2)) as worker:
         assert isinstance(worker, RayTeam)
         workers.end()
