@@ -315,7 +315,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
     from cafe.pipeline.tracking.mirror import Mirror
 
     workspace = open_workspace()
-    mirror = Mirror(workspace.keeping_manifests(), mlflow_uri)
+    mirror = Mirror(workspace, mlflow_uri)
     count = mirror.update_all()
     if mirror.warning:
         raise IncompleteError(mirror.warning)
