@@ -76,14 +76,18 @@ def _hardware() -> Iterator[Finding]:
 
 def _storage(workspace: Workspace) -> Iterator[Finding]:
     """Write, read and remove a small file where results would go."""
+    from cafe.files import read_file, remove_file, write_file
+
     probe = workspace.root / ".doctor"
     try:
-        workspace.root.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"cafe")
-        readable = probe.read_bytes() == b"cafe"
-        probe.unlink()
+        write_file(probe, b"cafe")
+        readable = read_file(probe) == b"cafe"
+        remove_file(probe)
+    except UserError as error:  # of a storage that fails: it says which file, and why
+        yield "workspace", str(workspace.root), str(error)
+        return
     except OSError as error:
-        yield "workspace", str(workspace.root), f"cannot be written ({error.strerror or error}): choose another with -w"
+        yield "workspace", str(workspace.root), f"cannot be written ({error.strerror}): choose another with -w"
         return
     yield "workspace", str(workspace.root), "" if readable else "what was written reads otherwise"
     if workspace.local:
