@@ -271,8 +271,8 @@ def persist(
     """Attempt again what died in the middle, as often as it takes while it advances.
 
     `attempt` raises `WorkerDiedError` of what Ray said; `reached` says how far the work was kept, and `prepare` waits for
-    what another attempt needs. Raises `IncompleteError`
-    after more than so many deaths at one place, and without any retry what Ray said; a user's mistake is never repeated.
+    what another attempt needs. Raises `IncompleteError` after more than so many deaths at one place, and without any retry
+    what Ray said; a user's mistake is never repeated.
     """
     died, place = 0, reached()
     while True:
