@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import socket
@@ -61,14 +60,13 @@ def _software() -> Iterator[Finding]:
 
 
 def _hardware() -> Iterator[Finding]:
-    import psutil
     import torch
 
     from cafe.arithmetic import computes_bf16
+    from cafe.pipeline.process.machine import available_memory, cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield "processor", f"{cores} cores", ""
-    free = psutil.virtual_memory().available
+    yield "processor", f"{cores()} cores", ""
+    free = available_memory()
     low = f"less than {_size(LEAST_MEMORY)}: close other programs" if free < LEAST_MEMORY else ""
     yield "free memory", _size(free), low
     yield "bfloat16", "in hardware" if computes_bf16() else "in software: slower than fp32", ""
@@ -78,14 +76,18 @@ def _hardware() -> Iterator[Finding]:
 
 def _storage(workspace: Workspace) -> Iterator[Finding]:
     """Write, read and remove a small file where results would go."""
+    from cafe.files import read_file, remove_file, write_file
+
     probe = workspace.root / ".doctor"
     try:
-        workspace.root.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"cafe")
-        readable = probe.read_bytes() == b"cafe"
-        probe.unlink()
+        write_file(probe, b"cafe")
+        readable = read_file(probe) == b"cafe"
+        remove_file(probe)
+    except UserError as error:  # of a storage that fails: it says which file, and why
+        yield "workspace", str(workspace.root), str(error)
+        return
     except OSError as error:
-        yield "workspace", str(workspace.root), f"cannot be written ({error.strerror or error}): choose another with -w"
+        yield "workspace", str(workspace.root), f"cannot be written ({error.strerror}): choose another with -w"
         return
     yield "workspace", str(workspace.root), "" if readable else "what was written reads otherwise"
     if workspace.local:

@@ -98,8 +98,7 @@ def compare(
     cafe compare --mlflow-uri http://tracking:5000 --experiment table1
 
     A number is the mean over seeds ± its 95 % interval. Everything is computed from the runs' predictions, evaluated by one
-    protocol. Published numbers stand beside ours where a data set is
-    evaluated as it was in the paper.
+    protocol. Published numbers stand beside ours where a data set is evaluated as it was in the paper.
     """
     from cafe.files import check_output, locate, write_whole
     from cafe.outputs import check_replaced
@@ -315,7 +314,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
     from cafe.pipeline.tracking.mirror import Mirror
 
     workspace = open_workspace()
-    mirror = Mirror(workspace.keeping_manifests(), mlflow_uri)
+    mirror = Mirror(workspace, mlflow_uri)
     count = mirror.update_all()
     if mirror.warning:
         raise IncompleteError(mirror.warning)

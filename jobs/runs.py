@@ -287,7 +287,7 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
     check_experiment(grid, settings)
     if settings.dry_run and show_missing(workspace, grid):
         return
-    mirror = _check_mirror(Mirror(workspace.keeping_manifests(), settings.mlflow_uri))
+    mirror = _check_mirror(Mirror(workspace, settings.mlflow_uri))
     plan = plan_benchmark(workspace, grid, settings)
     for table in plan_tables(plan):
         show(table)

@@ -96,8 +96,9 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         show_json([{"name": name, "damaged": list(map(vars, files))} for name, files in found.items()])
     else:
-        for name in found.keys() - damaged.keys():
-            echo(f"{name}: every byte is what was written")
+        for name in found:
+            if name not in damaged:
+                echo(f"{name}: every byte is what was written")
     if damaged:
         listed = "".join(f"\n  {name}/{one.file} {one.problem}" for name, files in damaged.items() for one in files)
         count = sum(map(len, damaged.values()))

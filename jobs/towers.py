@@ -121,14 +121,13 @@ def probe(source: str, backbones: tuple[str, ...], faces: int, input_size: int |
     A linear classifier is fitted on training faces of SOURCE and evaluated on others of them that were held out; no target
     plays a part. The best line is what to write behind `cafe extract --backbone`.
     """
-    import torch
-
+    from cafe.pipeline.process.machine import own_device
     from cafe.towers.building import load_backbone
     from cafe.towers.names import split_name
     from cafe.towers.probe import choose_faces, probe_layers
 
     manifest = open_workspace().load_manifest(source)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device(None)
     fitted, tested = choose_faces(manifest, faces)
     results = []
     for name in backbones:

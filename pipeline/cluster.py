@@ -271,8 +271,8 @@ def persist(
     """Attempt again what died in the middle, as often as it takes while it advances.
 
     `attempt` raises `WorkerDiedError` of what Ray said; `reached` says how far the work was kept, and `prepare` waits for
-    what another attempt needs. Raises `IncompleteError`
-    after more than so many deaths at one place, and without any retry what Ray said; a user's mistake is never repeated.
+    what another attempt needs. Raises `IncompleteError` after more than so many deaths at one place, and without any retry
+    what Ray said; a user's mistake is never repeated.
     """
     died, place = 0, reached()
     while True:
@@ -375,12 +375,6 @@ def remaining(resource: str, wanted: int | None) -> int | None:
     At least one of these is waited for.
     """
     return min(wanted, _gather(resource, 1, 0)) if wanted and presence.had(resource, wanted) else wanted
-
-
-def has_shrunk() -> bool:
-    """Whether the cluster has lost some of its cores or GPUs."""
-    known = [*presence.most.items()]  # which is emptied, maybe meanwhile, when the cluster is left
-    return any(count(resource) < most for resource, most in known)
 
 
 def _gather(resource: str, wanted: int, minutes: int) -> int:

@@ -161,6 +161,7 @@ def align_photos(workspace: Workspace, photos: Manifest, settings: AlignSettings
     Raises `UserError` before anything is written when originals would be overwritten or there is no detector, and when no
     photo has a face.
     """
+    settings.check()
     folder = locate(settings.out) if settings.out else place_below(workspace.root / "aligned", settings.name)
     if settings.name == photos.name and workspace.manifest_path(photos.name).exists():
         raise UserError(f"The manifest {photos.name!r} would overwrite itself: give another --name.")

@@ -388,7 +388,9 @@ def choose_targets(
         return []
     workspace = workspace.keeping_manifests()
     if wanted is not None:
-        names = [name for part in wanted.split(",") if (name := part.strip())]
+        names = list(dict.fromkeys(name for part in wanted.split(",") if (name := part.strip())))
+        if not names:
+            raise UserError(f"--targets {wanted!r} names no manifest: give some, comma-separated, or none.")
     else:
         known = set(spec.classes)
         names = [name for name in workspace.manifest_names() if known & set(workspace.load_manifest(name).classes)]

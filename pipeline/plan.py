@@ -87,7 +87,7 @@ def plan_training(workspace: Workspace, settings: TrainSettings) -> TrainPlan:
     names = split_names(settings.source)
     sources = Faces.of(*(Part.of(workspace, workspace.load_manifest(name)) for name in names))
     recipe = find_recipe(settings, sources.kind)
-    _check_names(settings, recipe)
+    _check_names(settings, recipe, len(names))
     _check_domains(settings, names)
     start = find_start(workspace, settings.start, settings.seed) if settings.start else None
     if start:
@@ -337,12 +337,11 @@ def _plain(value: object) -> str:
     return "/".join(f"{part:.4g}" for part in value) if isinstance(value, tuple) else str(value)
 
 
-def _check_names(settings: TrainSettings, recipe: Recipe) -> None:
+def _check_names(settings: TrainSettings, recipe: Recipe, sources: int) -> None:
     check_network(settings.network, settings.init)
     check_name(settings.experiment)
     if settings.tag:
         check_name(settings.tag)
-    sources = len(settings.source.split(","))
     if find_method(settings.method).needs_domains() and recipe.batch_size < smallest_batch(sources):
         raise UserError(
             f"{settings.method} compares {sources} sources, and a batch of {recipe.batch_size} faces has not two of each: "

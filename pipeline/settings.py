@@ -348,6 +348,11 @@ class BenchmarkSettings(ClusterSettings):
     )
 
 
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:  # nor NaN
+        raise UserError(f"--{name} is a probability from 0 to 1, not {value}.")
+
+
 @dataclass(frozen=True)
 class AlignSettings:
     """Raw photos into upright face crops."""
@@ -358,6 +363,10 @@ class AlignSettings:
     faces: Literal["largest", "all"] = setting("largest", "Which faces of a photo to use.")
     smallest: Count = setting(32, "Narrowest face to use, in pixels of the photo.")
     confidence: float = setting(0.9, "Least confidence (0–1) at which something found counts as a face.")
+
+    def check(self) -> None:
+        """Raise `UserError` for a confidence that is none."""
+        _check_probability("confidence", self.confidence)
 
 
 @dataclass(frozen=True)
@@ -395,9 +404,9 @@ class PredictSettings:
         """Raise `UserError` for a number that is none of those it may be, NaN among them, and for other faces."""
         if not self.rate > 0:
             raise UserError(f"--rate is a number of frames a second above 0, not {self.rate}.")
-        for name, value in (("threshold", self.threshold), ("confidence", self.confidence)):
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"--{name} is a probability from 0 to 1, not {value}.")
+        _check_probability("confidence", self.confidence)
+        if self.threshold is not None:
+            _check_probability("threshold", self.threshold)
         if self.faces not in ("largest", "all"):
             raise unknown("choice of --faces", self.faces, ("largest", "all"))
 

@@ -160,8 +160,8 @@ def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settin
     )
 
 
-def remove(path: UPath, wait: bool = False) -> None:
+def remove(path: UPath) -> None:
     """Remove a store; receipts go first, so that one half removed by a kill counts as unfinished."""
-    with hold(path, wait):
+    with hold(path):
         remove_tree(path / "receipts")
         remove_tree(path)

@@ -72,7 +72,7 @@ class Worker:
             plugin.install()
         self.device, self.wrap, self.cores = torch.device(device or cluster.device()), wrap, cores
         self.source: Faces | None = None
-        self.targets: dict[str, Faces] = {}
+        self.targets: list[Faces] = []
 
     def train(
         self,
@@ -87,7 +87,7 @@ class Worker:
         """
         check_versions(drivers or {})
         if plan.source != self.source:
-            self.source, self.targets = plan.source, {}
+            self.source, self.targets = plan.source, []
         run, spec, source, settings = plan.run, plan.spec, self.source, plan.settings
         set_arithmetic(spec.precision)
         cores = self.cores or machine.cores()
@@ -136,8 +136,10 @@ class Worker:
 
     def evaluate(self, run: UPath, target: Faces) -> None:
         """Predict the faces of one target by a run that is trained."""
-        name = f"{[(part.place, part.stores) for part in target.parts]} {target.column} {target.classes}"
-        evaluate_target(run, self.targets.setdefault(name, target), self.device)
+        if target not in self.targets:
+            self.targets.append(target)
+        kept = self.targets[self.targets.index(target)]  # with what was read of it for an earlier run
+        evaluate_target(run, kept, self.device)
 
 
 class AnyWorker(Protocol):
@@ -257,10 +259,7 @@ class RayTeam:
 
     def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
         """Train a run to its end, or up to so many epochs."""
-        future = self.pool.submit(self._persist, plan, epochs)
-        self.pool.shutdown(wait=False)  # when interrupted, leaving Ray ends the training
-        self.pool = ThreadPoolExecutor(1)
-        return future
+        return self.pool.submit(self._persist, plan, epochs)
 
     def evaluate(self, run: UPath, target: Faces) -> Future[None]:
         """Predict the faces of one target by a run that is trained."""

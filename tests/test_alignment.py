@@ -253,6 +253,9 @@ def test_originals_are_never_overwritten(tmp_path: Path, command: Cafe) -> None:
     assert "'raw' would overwrite itself" in command.fail("data", "align", "raw", "--name", "raw")
     assert "would overwrite the photos" in command.fail("data", "align", "raw", "--name", "x", "--out", str(root))
     assert "Unknown manifest 'nowhere'" in command.fail("data", "align", "nowhere", "--name", "x")
+    for none in ("90", "nan"):
+        said = command.fail("data", "align", "raw", "--name", "x", "--confidence", none)
+        assert f"--confidence is a probability from 0 to 1, not {float(none)}" in said
     (tmp_path / "empty").mkdir()
     assert "There is no photo below" in command.fail("data", "align", str(tmp_path / "empty"), "--name", "x")
 

@@ -113,6 +113,7 @@ def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
         ({"features": {"precision": "fp8"}}, "Unknown precision of [features] in small 'fp8': choose bf16, fp16, fp32, tf"),
         ({"train": {"seed": 1}}, "Unknown key of [train] in small 'seed': choose checkpoint_every, checkpoint_minutes, "),
         ({"train": {"epochs": 0}}, "epochs of [train] in small is at least 1, not 0."),
+        ({"train": {"image_size": 5000}}, "image_size of [train] in small is at most 4096, not 5000."),
         ({"train": {"epochs": True}}, "epochs of [train] in small must be a whole number, not True."),
         ({"train": {"set": {"mask": ["none"]}}}, "mask of set of small must be a number or a name, not ['none']."),
     ],
@@ -522,6 +523,11 @@ def test_without_any_data_a_benchmark_says_what_is_missing_how_to_make_it_and_wh
     cost = estimate_cost(workspace, grid)
     assert (cost.trainings, cost.uncounted) == (5 * 5, ())
     assert cost.faces == 5 * 12_271 * (70 + 60 + 60 + 60 + 60)  # seeds × RAF-DB's training faces × epochs
+    sweep = estimate_cost(workspace, replace(grid, draws=3))
+    assert (sweep.trainings, sweep.faces, sweep.passes) == (3 * 25, 3 * cost.faces, cost.passes)
+    union = replace(grid, sources=["ferplus,rafdb,sfew"])
+    left, final = (estimate_cost(workspace, replace(union, train={"selection": s})) for s in ("leave_one_out", "final"))
+    assert (left.trainings, left.faces) == (4 * final.trainings, 3 * final.faces)  # each source is left out once
     drawn = replace(grid, sources=["studio"], targets=["studio", "mine"])
     assert dict(list_missing(workspace, drawn))["manifest studio"] == "cafe data synth --domain studio"
     assert dict(list_missing(workspace, drawn))["manifest mine"] == "cafe data index folder ROOT --name mine"

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from miniatures import write_mma
 
@@ -13,6 +14,7 @@ def test_a_machine_that_lacks_nothing_is_fit_and_nothing_is_left_in_the_workspac
     result = CliRunner().invoke(main, ["-w", str(tmp_path / "work"), "doctor"])
     assert result.exit_code == 0, result.output
     assert "torch 2." in result.output
+    assert " 1 cores " in result.output  # those this process may use, as a container says (`conftest.py`)
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -25,6 +27,16 @@ def test_a_workspace_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None
     assert result.exit_code == 1
     (problem,) = [finding for finding in json.loads(result.stdout) if finding["problem"]]
     assert problem["point"] == "workspace"
+
+
+def test_a_storage_that_lets_nobody_in_is_a_problem_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    result = CliRunner().invoke(main, ["-w", "s3://bucket/of/doctor", "doctor", "--json"])
+    assert result.exit_code == 1, result.exception
+    (problem,) = [finding for finding in json.loads(result.stdout) if finding["problem"]]
+    assert problem["problem"].startswith("s3://bucket/of/doctor/.doctor cannot be written (")
 
 
 def test_what_keeps_a_benchmark_from_running_is_named(tmp_path: Path) -> None:

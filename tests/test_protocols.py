@@ -173,6 +173,9 @@ def test_a_target_that_shares_no_class_is_left_out_unless_it_is_named(workspace:
         UserError, match=r"No face of 'ward' in the split 'test' shows a class of this run \(surprise, "
     ):
         choose_targets(workspace, "ward", spec, "clean")
+    assert [target.name for target in choose_targets(workspace, "fer, fer,", spec, "clean")] == ["fer"]
+    with pytest.raises(UserError, match="--targets ',' names no manifest"):
+        choose_targets(workspace, ",", spec, "clean")
 
 
 def test_missing_bgr_features_say_how_to_make_them(workspace: Workspace, tmp_path: Path) -> None:

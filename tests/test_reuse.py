@@ -151,12 +151,24 @@ def test_a_tower_is_loaded_once_for_all_sets_of_a_command(faces: Faces, monkeypa
 
     monkeypatch.setattr(building, "load_backbone", count)
     shutil.rmtree(faces.folder / "work" / "features")
-    sets = [manifest, *(replace(manifest, name=name, table=manifest.table.slice(20)) for name in ("tiny2", "tiny3"))]
-    results = extract(Workspace.at(str(faces.folder / "work")), sets, faces.settings, lambda *_: None)
-    assert [result.computed for result in results] == [4, 3, 3]
+    two, three = (replace(manifest, name=name, table=manifest.table.slice(20)) for name in ("tiny2", "tiny3"))
+    results = extract(
+        Workspace.at(str(faces.folder / "work")), [two, manifest, three, two], faces.settings, lambda *_: None
+    )
+    assert [result.computed for result in results] == [3, 4, 3]  # in the order asked for, each once
     assert len(loaded) == 1
-    assert content(results[0]) == expected
-    assert content(results[1]) == content(faces.extract(sets[1], "fresh"))
+    assert content(results[1]) == expected
+    assert content(results[0]) == content(faces.extract(two, "fresh"))
+
+
+def test_the_stores_of_layers_come_in_the_order_of_the_layers_however_they_are_cut(faces: Faces) -> None:
+    manifest, tower = faces.index(), faces.settings.backbone
+    faces.settings = replace(faces.settings, views=1, backbone=f"{tower}#block1/1x1")
+    faces.extract(manifest)  # cut into other shards than the others will be
+    layers = replace(faces.settings, backbone=tower, layers="final,block1/1x1,block2/1x1", shard_rows=30)
+    results = extract(Workspace.at(str(faces.folder / "work")), [manifest], layers, lambda *_: None)
+    found = [(result.info.key.backbone.partition("#")[2], result.info.shards) for result in results]
+    assert found == [("", 2), ("block1/1x1", 4), ("block2/1x1", 2)]
 
 
 def test_shards_with_few_new_rows_share_passes() -> None:

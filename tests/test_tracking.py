@@ -280,7 +280,10 @@ def test_a_description_of_somebody_else_stays(workspace: Workspace) -> None:
         ),
         ("postgresql+nothing://host/runs", "is no address of a database"),
         ("nonsense://host", "is nothing that MLflow reads"),
-        ("http:/host", "names no host"),
+        ("postgresql://host:port/runs", "is no address of a database"),
+        ("http:/host", "is no address of a server"),
+        ("http://[::1", "is no address of a server"),
+        ("http://host:port", "is no address of a server"),
     ],
 )
 def test_an_address_that_mlflow_cannot_use_is_refused_before_any_work(tmp_path: Path, uri: str, reason: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from conftest import draw_faces
 
 import cafe
+from cafe.pipeline.process.versions import code_version
 
 ROOT = Path(__file__).parents[1]
 NAME = f"cafe_fer-{cafe.__version__}"
@@ -91,3 +92,17 @@ def test_it_works_beside_modules_named_like_its_folders(installed: Path, tmp_pat
     between, place = run("-c", SCORES).split()
     assert between == "True"
     assert place.startswith(str(installed))
+
+
+def test_code_that_was_installed_below_a_strangers_checkout_is_not_called_by_its_commits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        cafe, "__path__", [str(ROOT / "tests" / "cafe")]
+    )  # as in an environment that lies in a checkout
+    assert code_version() == f"cafe {cafe.__version__}"
+
+
+def test_code_names_itself_where_git_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert code_version() == f"cafe {cafe.__version__}"

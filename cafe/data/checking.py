@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from itertools import groupby
@@ -63,23 +63,16 @@ class Check:
     """The state of a data set's pictures.
 
     `seen` are the faces that can be read, in manifest order, `broken` lists the others as (sample_id, reason); `counts` says
-    how many faces there are per (split, expression), whether they can be read or not.
+    how many faces there are per (split, expression), whether they can be read or not. How many can be read, and how many of
+    these are grey, is counted per expression and for `ALL`.
     """
 
     manifest: Manifest
-    seen: Spool[CheckedFace]
-    counts: Counter[tuple[str, str]]
-    broken: list[tuple[str, str]]
-
-    @cached_property
-    def readable(self) -> Counter[str]:
-        """How many faces of each expression, and of all, can be read."""
-        return Counter(name for face in self.seen for name in (face.expression, ALL))
-
-    @cached_property
-    def grey(self) -> Counter[str]:
-        """How many of them are grey."""
-        return Counter(name for face in self.seen if face.look.grey for name in (face.expression, ALL))
+    seen: Spool[CheckedFace] = field(default_factory=Spool)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    readable: Counter[str] = field(default_factory=Counter)
+    grey: Counter[str] = field(default_factory=Counter)
 
     @cached_property
     def duplicates(self) -> Spool[list[CheckedFace]]:
@@ -127,17 +120,19 @@ class Check:
 
 def check_pictures(manifest: Manifest, progress: Callable[[int, int], None], max_pixels: int = MAX_PIXELS) -> Check:
     """Decode every picture of a manifest of at most `max_pixels`; `progress(done, total)` counts them."""
-    seen, counts, broken = Spool[CheckedFace](), Counter[tuple[str, str]](), list[tuple[str, str]]()
-    said = read_values(manifest.table, "sample_id", "label", "split")
+    check, said = Check(manifest), read_values(manifest.table, "sample_id", "label", "split")
     looks = manifest.survey(range(len(manifest)), look_at, progress, max_pixels)
     for (sample, label, split), (row, look) in zip(said, looks, strict=True):
         expression = manifest.classes[label]
-        counts[split, expression] += 1
+        check.counts[split, expression] += 1
         if isinstance(look, UnreadableImageError):
-            broken.append((sample, str(look)))
-        else:
-            seen.append(CheckedFace(row, sample, expression, split, look))
-    return Check(manifest, seen, counts, broken)
+            check.broken.append((sample, str(look)))
+            continue
+        check.seen.append(CheckedFace(row, sample, expression, split, look))
+        for name in (expression, ALL):
+            check.readable[name] += 1
+            check.grey[name] += look.grey
+    return check
 
 
 def _name_pixels(face: CheckedFace) -> bytes:

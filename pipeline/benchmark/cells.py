@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import Any
 
@@ -146,7 +145,7 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
     waiting = [cell for cell in plan.runnable if not cell.done]
     parallel, threads = share_machine(plan) if waiting else (1, 1)
     here = {"threads": threads, "system_metrics": plan.settings.system_metrics, **_here(plan)}
-    stopping, workers = Event(), Workers(parallel, all(cell.settings.num_workers == 1 for cell in waiting))
+    stopping, workers = Event(), Workers([cell.settings for cell in waiting], parallel)
 
     def run(cell: Cell, part: Bar) -> str:
         return "interrupted" if stopping.is_set() else _run_cell(cell, here, mirror, part, workers)
@@ -182,27 +181,34 @@ def _note_killed(cells: list[Cell], mirror: Mirror) -> None:
 
 
 class Workers:
-    """The workers of cells, each of one cell at a time; none is kept for the next where some cells use Ray Train."""
+    """The workers of the cells of a benchmark, each of one cell at a time.
 
-    def __init__(self, parallel: int, single: bool) -> None:
-        self.parallel, self.single, self.idle = parallel, single, SimpleQueue[AnyWorker]()
+    Where all cells ask for the same, a worker of its own for each, one that is done goes on to a cell that is not begun. It
+    ends where there is none: on a cluster that has lost nodes another cell may wait for its core.
+    """
+
+    def __init__(self, cells: Sequence[Execution], parallel: int) -> None:
+        self.parallel, self.left, self.idle = parallel, len(cells), list[AnyWorker]()
+        self.alike = {cell.num_workers for cell in cells} == {1} and len({cell.use_gpu for cell in cells}) == 1
         self.begun, self.ended, self.turn = list[AnyWorker](), False, Lock()
 
     @contextmanager
     def borrow(self, settings: Execution) -> Iterator[AnyWorker]:
-        """Yield a worker, which goes back when its cell is done; one whose cell failed ends."""
-        try:
-            worker = self.idle.get_nowait()
-        except Empty:
-            worker = self._begin(settings)
-        done = False
+        """Yield a worker for one cell; it ends where that fails."""
+        with self.turn:
+            self.left -= 1
+            idle = self.idle.pop() if self.idle else None
+        worker = idle or self._begin(settings)
+        goes_on = False
         try:
             yield worker
-            done = True
+            goes_on = self.alike
         finally:
-            if done and self.single and not cluster.has_shrunk():  # else another may wait for its core
-                self.idle.put(worker)
-            else:
+            with self.turn:
+                goes_on = goes_on and len(self.idle) < self.left
+                if goes_on:
+                    self.idle.append(worker)
+            if not goes_on:
                 worker.end()
 
     def _begin(self, settings: Execution) -> AnyWorker:

@@ -299,6 +299,8 @@ def check(kind: type[Checked], values: Mapping[str, Any], where: str, more: Coll
         raise unknown(f"{key} of {where}", value, re.findall(r"'([^']*)'", context["expected"]))
     if problem == "greater_than_equal":
         raise UserError(f"{key} of {where} is at least {context['ge']}, not {value!r}.")
+    if problem == "less_than_equal":
+        raise UserError(f"{key} of {where} is at most {context['le']}, not {value!r}.")
     wanted = str(context["error"]) if problem == "value_error" else KINDS.get(problem.removesuffix("_type"), problem)
     raise UserError(f"{key} of {where} must be {wanted}, not {value!r}.")
 

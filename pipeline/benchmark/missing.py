@@ -103,8 +103,10 @@ def estimate_cost(workspace: Workspace, benchmark: Benchmark) -> Cost:
         settings = benchmark.train_settings(source, entry, tower)
         names = source.split(",")
         epochs = find_recipe(settings, names[0] if len(names) == 1 and names[0] in DATASETS else "").epochs
-        trainings += len(benchmark.seeds)
-        faces += len(benchmark.seeds) * epochs * sum(counts[name].get("train", 0) for name in names)
+        runs = len(benchmark.seeds) * len(benchmark.list_draws(entry))
+        folds = len(names) if settings.selection == "leave_one_out" else 0  # trainings besides, on all sources but one
+        trainings += runs * (1 + folds)
+        faces += runs * max(1, epochs) * max(1, folds) * sum(counts[name].get("train", 0) for name in names)
         views = 1 if entry.kind.clean_features else entry.views or benchmark.views or epochs + 1
         own = benchmark.seeds if benchmark.views_per_seed and views > 1 else benchmark.seeds[:1]
         stores |= {(name, tower, views, seed) for name in names if tower for seed in own}

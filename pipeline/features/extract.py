@@ -147,18 +147,22 @@ def name_layers(settings: ExtractSettings) -> list[str]:
 def extract(
     workspace: Workspace, manifests: Sequence[Manifest], settings: ExtractSettings, progress: Progress
 ) -> list[Extraction]:
-    """Fill the feature stores of each manifest, one for each layer, and return what was done; finished ones cost no Ray.
+    """Fill the feature stores of each manifest, one for each layer, and return what was done, in the order asked for.
 
+    Finished ones cost no Ray.
     `progress(done, total)` counts faces of all manifests. Raises `IncompleteError` when more than `max_skipped` images of
     one are unreadable, or when shards could not be computed; what was computed is kept.
     """
     names = name_layers(settings)
     towers = dict(zip(names, look_up_layers(workspace, settings, names), strict=True))
+    asked = {manifest.name: manifest for manifest in manifests}
     with ExitStack() as leases:
-        by_name = sorted(manifests, key=lambda manifest: manifest.name)  # so that no two wait for each other
+        by_name = [asked[name] for name in sorted(asked)]  # so that no two commands wait for each other
         passes = [step for manifest in by_name for step in _plan(workspace, manifest, settings, towers, leases)]
         _run(passes, settings, progress)
         results = [result for step in passes for result in step.results()]
+    order, layers = [*asked], [tower.architecture for tower in towers.values()]
+    results.sort(key=lambda result: (order.index(result.store.parent.name), layers.index(result.info.key.backbone)))
     for result in results:
         if len(result.skipped) > settings.max_skipped:
             raise IncompleteError(result.complaint(settings.max_skipped))

@@ -32,13 +32,9 @@ def cores() -> int:
     return int(joblib.cpu_count())
 
 
-def free_memory(cgroup: Path = CGROUP, own: Path = OWN_GROUPS) -> int:
-    """Return the bytes this process may still take of its machine, its container or its job.
-
-    Of several workers on a node each may take its share, which is that of its threads in the cores.
-    """
+def available_memory(cgroup: Path = CGROUP, own: Path = OWN_GROUPS) -> int:
+    """Return the bytes that are free of this machine, or of this process's container or job where that has fewer left."""
     import psutil
-    import torch
 
     free = int(psutil.virtual_memory().available)
     for controller, limit, used, droppable in LAYOUTS:
@@ -47,7 +43,17 @@ def free_memory(cgroup: Path = CGROUP, own: Path = OWN_GROUPS) -> int:
                 numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 in_use = int((group / used).read_text()) - int(numbers[droppable])
                 free = min(free, max(0, int((group / limit).read_text()) - in_use))
-    return free * min(torch.get_num_threads(), cores()) // cores()
+    return free
+
+
+def free_memory() -> int:
+    """Return the bytes this process may still take.
+
+    Of several workers on a node each may take its share, which is that of its threads in the cores.
+    """
+    import torch
+
+    return available_memory() * min(torch.get_num_threads(), cores()) // cores()
 
 
 def _find_groups(cgroup: Path, controller: str, own: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -39,7 +40,13 @@ def check_versions(drivers: Mapping[str, str]) -> None:
 
 
 def code_version() -> str:
-    """Return the git commit this code was checked out from, or its released version when it was installed."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)  # noqa: S607
-    return git.stdout.strip() if git.returncode == 0 else f"cafe {cafe.__version__}"
+    """Return the git commit this code was checked out from, or its released version when it was installed.
+
+    An installation may lie inside a checkout of its user's, whose commits are none of this code.
+    """
+    checkout, git = Path(cafe.__path__[0]).parent, shutil.which("git")
+    if git and (checkout / ".git").exists():
+        asked = subprocess.run([git, "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=False)
+        if asked.returncode == 0:
+            return asked.stdout.strip()
+    return f"cafe {cafe.__version__}"

@@ -15,6 +15,7 @@ from cafe.errors import UserError, unknown
 from cafe.pipeline.features.integrity import find_stores
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.process.command import note_call
+from cafe.pipeline.process.machine import own_device
 from cafe.pipeline.process.progress import no_bar
 from cafe.pipeline.release.choice import find_runs
 from cafe.pipeline.release.confidence import read_confidence
@@ -93,14 +94,11 @@ def load_model(
     >>> bool(abs(probabilities.sum(axis=1) - 1).max() < 1e-6)
     True
     """
-    import torch
-
     from cafe.inference.model import BATCH_SIZE
     from cafe.pipeline.models import build_model
 
     runs, _ = find_runs(Workspace.at(workspace), name, best, ensemble)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(runs, device, batch_size or BATCH_SIZE)
+    model = build_model(runs, device or own_device(None), batch_size or BATCH_SIZE)
     return replace(model, threshold=read_confidence(runs).threshold)
 
 

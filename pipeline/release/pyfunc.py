@@ -97,9 +97,9 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
     Returns the sentence to print. Raises `UserError` when the server cannot be reached.
     """
     run = mirror.update(run_folder)
-    assert run is not None
     if mirror.warning:
         raise UserError(mirror.warning)
+    assert run is not None
     tags, experiment = describe_tags(run) | describe_averages(exported), min(run.experiments)
     card = (exported / "README.md").read_text(encoding="utf-8")[:LONGEST_NOTE]
     with quiet_mlflow() as mlflow, mirror.as_default(mlflow):

@@ -64,12 +64,21 @@ def check_uri(uri: str) -> None:
     if scheme in ("", "file"):
         raise UserError(f"{shown} is a folder, in which MLflow keeps no runs any more: {remedy}.")
     if scheme in ("http", "https"):
-        if not urlsplit(uri).hostname:
-            raise UserError(f"{shown} names no host: {remedy}.")
+        if not _names_host(uri):
+            raise UserError(f"{shown} is no address of a server: {remedy}.")
     elif scheme.partition("+")[0] in DATABASES:
         _check_driver(uri, shown, remedy)
     elif scheme != "databricks":
         raise UserError(f"{shown} is nothing that MLflow reads: {remedy}.")
+
+
+def _names_host(uri: str) -> bool:
+    """Whether the address of a server names its host and, where it names a port, that is a number."""
+    try:
+        place = urlsplit(uri)
+        return bool(place.hostname) and place.port != 0
+    except ValueError:
+        return False
 
 
 def _check_driver(uri: str, shown: str, remedy: str) -> None:
@@ -79,7 +88,7 @@ def _check_driver(uri: str, shown: str, remedy: str) -> None:
 
     try:
         make_url(uri).get_dialect().import_dbapi()
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, ValueError) as error:  # the second of a port
         raise UserError(f"{shown} is no address of a database ({quote(error)}): {remedy}.") from None
     except ImportError as error:
         package = DRIVERS.get(error.name or "", error.name or "its driver")

@@ -67,6 +67,7 @@ class Mirror:
 
     def __post_init__(self) -> None:
         """Raise `UserError` for an address that MLflow cannot use; a server that is down may come back."""
+        self.workspace = self.workspace.keeping_manifests()  # which every look at a training needs
         if self.uri:
             check_uri(self.uri)
 
