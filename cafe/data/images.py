@@ -131,10 +131,11 @@ def read_size(data: bytes) -> tuple[int, int]:
     with _open(data) as image:
         width, height = image.size
         try:
-            swapped = image.getexif().get(ORIENTATION, 1) >= 5
+            # Of a TIFF Pillow gives the size that it has once it is upright.
+            lying = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) >= 5
         except DAMAGED as error:  # of a PNG the whole file is searched
             raise UnreadableImageError(f"damaged image: {error}") from None
-    return (height, width) if swapped else (width, height)
+    return (height, width) if lying else (width, height)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
