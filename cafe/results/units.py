@@ -24,11 +24,11 @@ class Unit:
 
     def write(self, value: float) -> str:
         """Return a number as text, NaN as a dash."""
-        return "–" if math.isnan(value) else f"{self.scale * value:.{self.digits}f}"
+        return "–" if math.isnan(value) else f"{self.scale * value:z.{self.digits}f}"
 
     def write_difference(self, value: float) -> str:
         """Return the difference of two numbers as text with its sign, NaN as a dash."""
-        return "–" if math.isnan(value) else f"{self.scale * value:+.{self.digits}f}".replace("-", "−")
+        return "–" if math.isnan(value) else f"{self.scale * value:+z.{self.digits}f}".replace("-", "−")
 
 
 PERCENT = Unit("percent", scale=100, digits=1, limit=1.0)

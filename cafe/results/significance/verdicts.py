@@ -88,7 +88,7 @@ def _list_behind(tests: Sequence[Paired]) -> str:
 def _describe_lead(test: Paired) -> str:
     """Return how far the reference of a test is ahead in percentage points, with the interval over faces."""
     mean, low, high = (100 * value for value in (test.difference.mean, test.difference.low, test.difference.high))
-    return f"{-mean:.1f} points, {-high:.1f} to {-low:.1f}".replace("-", "−")
+    return f"{-mean:z.1f} points, {-high:z.1f} to {-low:z.1f}".replace("-", "−")
 
 
 def conclude(comparison: Comparison) -> str:
