@@ -293,12 +293,13 @@ class _Table:
             for column in columns
             if run.evaluates(column)
         }
-        seeds = dict.fromkeys(run.seed for run in runs)
-        evaluated = [[found.get((seed, column), math.nan) for column in columns] for seed in seeds]
-        means = [about.over_targets(values) for values in evaluated if values]
-        whole = [mean for mean in means if not math.isnan(mean)]
-        result = estimate(whole if self.is_seeded(runs) else whole[:1], about.unit)
-        return replace(result, **self._rest(runs, metric, columns)) if whole else result
+        seeds = dict.fromkeys(run.seed for run in runs if columns)
+        evaluated = {seed: [found.get((seed, column), math.nan) for column in columns] for seed in seeds}
+        means = {seed: about.over_targets(values) for seed, values in evaluated.items()}
+        whole = {seed: mean for seed, mean in means.items() if not math.isnan(mean)}
+        result = estimate(list(whole.values())[: None if self.is_seeded(runs) else 1], about.unit)
+        rest = self._rest([run for run in runs if run.seed in whole], metric, columns) if whole else {}
+        return replace(result, **rest)
 
     def _rest(self, runs: Sequence[Run], metric: str, columns: Sequence[Column]) -> dict[str, Any]:
         """Return what an estimate rests on: faces, chance, and the interval over faces where one is known."""
