@@ -183,8 +183,9 @@ def test_a_damaged_file_of_predictions_is_named_with_the_remedy(tmp_path: Path) 
         words = table.set_column(table.column_names.index(column), column, [["surprise", "fear"]])
         pq.write_table(words, path)
         assert "evaluate the run again" in complaint(Predictions.load, path)
-    pq.write_table(pa.table({"label": [1, 2], "probabilities": [[math.nan] * 7] * 2, "sample_id": ["a", "b"]}), path)
-    assert "evaluate the run again" in complaint(Predictions.load, path, False)
+    for labels, odds in (([1, 2], math.nan), ([1, -1], 1 / 7), ([1, 7], 1 / 7)):
+        pq.write_table(pa.table({"label": labels, "probabilities": [[odds] * 7] * 2, "sample_id": ["a", "b"]}), path)
+        assert "evaluate the run again" in complaint(Predictions.load, path, False)
 
 
 def test_probabilities_that_are_no_numbers_are_refused_with_the_name_of_the_face(tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ def decode_series(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[n
 def image_pixels(image: Image.Image) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB of an image that is open; raise `UnreadableImageError`."""
     _refuse_floats(image)
+    if 0 in image.size:
+        raise UnreadableImageError("it has no pixels")
     try:
         image.load()
         # Of pictures that are upright and RGB already, Pillow would make two copies, which take longer than decoding.

@@ -169,8 +169,8 @@ class Predictions:
                 found = cls._parse(path, named)
         except FileNotFoundError:
             return None
-        whole = len(found.probabilities) == len(found.labels) and np.isfinite(found.probabilities).all()
-        if not whole or not (found.labels < len(found.classes)).all():
+        known = (found.labels >= 0) & (found.labels < len(found.classes))
+        if len(found.probabilities) != len(known) or not known.all() or not np.isfinite(found.probabilities).all():
             raise damaged(path, REMEDY)
         return found
 
