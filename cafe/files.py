@@ -191,14 +191,6 @@ def _seconds(time: Any) -> float:
     return float(time.timestamp() if hasattr(time, "timestamp") else time or 0.0)
 
 
-def time_written(path: UPath) -> int | None:
-    """Return when a file was last written, in milliseconds since 1970; None where there is none."""
-    try:
-        return round(1000 * retry(path, "read", path.stat).st_mtime)
-    except FileNotFoundError:
-        return None
-
-
 def remove_tree(folder: UPath) -> None:
     """Remove a folder with all it holds, which may be gone already."""
     try:

@@ -75,9 +75,8 @@ class Mtcnn(nn.Module):
         kept = scores > THRESHOLDS[2]
         owners, boxes, moves, places, scores = owners[kept], boxes[kept], moves[kept], places[kept], scores[kept]
         sides = boxes[:, 2:] - boxes[:, :2] + 1
-        points = (
-            places.view(-1, 2, 5).transpose(1, 2) * sides[:, None] + boxes[:, None, :2] - 1
-        )  # x of all, then y of all
+        shares = places.view(-1, 2, 5).transpose(1, 2)  # x of all, then y of all
+        points = shares * sides[:, None] + boxes[:, None, :2] - 1
         found = [part.cpu().numpy() for part in (_move(boxes, moves, 1), points, scores)]
         own = [(owners == number).cpu().numpy() for number in range(len(pictures))]
         return [_drop_covered(Found(*(part[mine] for part in found))) for mine in own]

@@ -36,9 +36,7 @@ ALIASES = {
     "neutrality": "neutral",
     "contemptuous": CONTEMPT,
 }
-OTHERS = frozenset(
-    {"unknown", "nf", "none", "uncertain", "no-face", "no face"}
-)  # labels that say there is no expression
+OTHERS = frozenset({"unknown", "nf", "none", "uncertain", "no-face", "no face"})  # say that there is no expression
 RESERVED = ("all", "mean", "overall")  # what tables call the sum and the means over classes
 
 

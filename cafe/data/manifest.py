@@ -53,6 +53,7 @@ from cafe.seals import encode_table, read_table
 from cafe.spool import cut, sort
 from cafe.threads import map_threads
 
+TEST_SHARE = 0.2  # of a set that comes without splits
 PICTURES_AHEAD = 8  # decoded ones, each of which may take half a gigabyte
 
 Result = TypeVar("Result")
@@ -434,10 +435,10 @@ def _tabulate(faces: Sequence[Face], kept: Columns) -> pa.Table:
     return table
 
 
-def assign_splits(faces: Collection[Face], test_fraction: float = 0.2) -> Iterator[Face]:
-    """Give every face without a split `train` or `test`, stratified by label and repeatable everywhere."""
+def assign_splits(faces: Collection[Face]) -> Iterator[Face]:
+    """Give every face without a split `train` or, a fifth of them, `test`, stratified by label and the same everywhere."""
     without = ((_unit(face.group, face.digest), face.label) for face in faces if not face.split)
-    test = iter(hold_out(without, test_fraction))
+    test = iter(hold_out(without, TEST_SHARE))
     for face in faces:
         yield face if face.split else replace(face, split="test" if next(test) else "train")
 

@@ -29,9 +29,7 @@ from cafe.views.drawing import ViewPlan
 from cafe.views.pixels import normalise
 from cafe.views.rendering import Rendered, Renderer, ViewParameters
 
-SMALLEST_BATCH = (
-    8  # faces that a training needs, and that a batch has unless its recipe says otherwise or it is the last
-)
+SMALLEST_BATCH = 8  # faces that a training or an adaptation needs, and that each batch of an adaptation has
 THREADS = 4  # that decode and draw for a GPU
 LOOK_SECONDS = 5.0  # between two looks whether processes that decode live, while they make no batch
 Pixels = tuple[torch.Tensor, torch.Tensor]  # pictures (n, S, S, 3) uint8 and erased boxes (n, 4)

@@ -78,9 +78,8 @@ class Ofer(Method):
         self.branch = build_network(inputs.network, inputs.init)
         self.heads = nn.ModuleList(AttentionHead(self.branch.width) for _ in range(HEADS))
         tokens = len(self.region) if recipe.tokens == "region" else self.grid[0] * self.grid[1]
-        self.latent = nn.Sequential(
-            nn.Linear(tokens * width, LATENT[0]), nn.Linear(*LATENT), nn.BatchNorm1d(LATENT[1])
-        )  # no activations, here and below (released code)
+        # No activations, here and below (released code).
+        self.latent = nn.Sequential(nn.Linear(tokens * width, LATENT[0]), nn.Linear(*LATENT), nn.BatchNorm1d(LATENT[1]))
         self.classifier = nn.Sequential(
             nn.Linear(self.branch.width + LATENT[1], 256),
             nn.Linear(256, 128),

@@ -16,10 +16,7 @@ from cafe.methods.method import Batch, Method
 BATCH, RATE, MOMENTUM = 64, 2.5e-4, 0.9  # released script, of ResNet-50 on ImageNet-C: SGD, one step
 MARGIN = 0.4  # E_0: the entropy below which a face counts as reliable, by ln K; Sec. 3.2
 RADIUS = 0.05  # ρ of sharpness-aware minimisation
-COLLAPSED, KEPT = (
-    0.2,
-    0.9,
-)  # e_m: the moving average of the entropy below which the method begins anew, and its momentum
+COLLAPSED, KEPT = 0.2, 0.9  # the moving average of the entropy, e_m, below which it begins anew, and its momentum
 LEFT_ALONE = "layer4"  # the last block of a ResNet, whose batch norms are too sensitive; Appendix
 
 
