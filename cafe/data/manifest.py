@@ -119,7 +119,7 @@ class Pictures(Protocol):
     def fetch(self, row: int) -> bytes:
         """Return the bytes of a face's picture, none where they are not needed."""
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a face as `read_face` does, from what `fetch` returned."""
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -356,7 +356,7 @@ class Manifest:
                 raise
             raise self._changed(row) from None  # it could be read when it was indexed
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a face as `read_face` does, from the bytes of its picture."""
         digest = self.table["digest"][row].as_py()
         if digest and hashlib.sha256(data).hexdigest() != digest:  # photos that were only listed have none

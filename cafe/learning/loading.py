@@ -98,7 +98,7 @@ class KeptPictures:
         """Return the bytes of a face's picture, none where it is kept."""
         return b"" if (row, "rgb") in self.kept or (row, "bgr") in self.kept else self.pictures.fetch(row)
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8 as `read_face` does; without bytes they are fetched if need be."""
         face = self.kept.get((row, channels))
         if face is None:
