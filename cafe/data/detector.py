@@ -196,7 +196,7 @@ def _cut(sums: Tensor, owners: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 
 def _normalise(total: Tensor, areas: Tensor) -> Tensor:
-    """Return sums (K, H, W, 3) of so many pixels each (H, W) or (K, H, W) as means (K, 3, H, W) around 0."""
+    """Return sums (K, H, W, 3) over areas of (H, W) or (K, H, W) pixels as means (K, 3, H, W) around 0."""
     return ((total / areas[..., None] - MEAN) * SCALE).permute(0, 3, 1, 2)
 
 
@@ -235,7 +235,7 @@ def _square(boxes: Tensor) -> Tensor:
 
 
 def _drop_covered(found: Found) -> Found:
-    """Drop faces of which more than .7, or of a surer face within them, lies in a surer one."""
+    """Drop the less confident of two faces where they share more than .7 of the smaller one."""
     left, top, right, bottom = found.boxes.T
     areas = (right - left + 1) * (bottom - top + 1)
     kept: list[int] = []

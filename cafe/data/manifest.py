@@ -74,7 +74,7 @@ class Header(BaseModel):
     root: str
     kind: str = ""
     expressions: tuple[str, ...] = EXPRESSIONS
-    parted: bool = False  # of files of before it is not known, so that they are evaluated as they were
+    parted: bool = False  # older files do not say: they are evaluated as they were
     digest: str | None = None
     image_digest: str | None = None
     kept: tuple[str, ...] | None = None  # of the columns of a large one those that were kept from a table

@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
         ("span", pa.list_(pa.int64())),  # where in its archive it lies (`packed.archives`); null: a file by itself
     ]
 )
-YOUNGER = ("votes", "span")  # columns that files of before lack
+YOUNGER = ("votes", "span")  # columns that older files lack
 REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
 LIST = pa.schema(  # of the files of a large manifest, in the order of their rows
     [
@@ -50,8 +50,8 @@ LIST = pa.schema(  # of the files of a large manifest, in the order of their row
         ("empty", pa.list_(pa.string())),  # the columns that are null in every row
     ]
 )
-LARGE = 2**20  # rows; a manifest of more lies in several files,
-ROWS_A_FILE = 2**16  # of so many rows each
+LARGE = 2**20  # rows; a manifest of more lies in several files
+ROWS_A_FILE = 2**16
 ROWS_AT_ONCE = 2**14  # that become values of Python
 KEPT = 2  # files of rows that stay in memory: shards are smaller, and neighbours are asked for together
 REMEDY = "write it again with `cafe data index`"
@@ -239,7 +239,7 @@ def _cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def complete_rows(table: pa.Table) -> pa.Table:
-    """Return the rows of a manifest's file, with the columns that files of before lack."""
+    """Return the rows of a manifest's file, with the columns that older files lack."""
     for name in YOUNGER:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))

@@ -258,7 +258,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _watch(loader: DataLoader[Any], seconds: float) -> Iterator[Any]:
-    """Yield what processes make; end them all where one has ended, or nothing came for so many seconds."""
+    """Yield what processes make; end them all where one has ended, or nothing came for that many seconds."""
     with ThreadPoolExecutor(1) as pool:  # started by the main thread, torch would raise the end of one anywhere there
         batches, waited = pool.submit(iter, loader).result(), 0.0
     while True:
@@ -324,7 +324,7 @@ def _draw(rows: np.ndarray, labels: np.ndarray, prior: str, generator: np.random
 
 
 def smallest_batch(sources: int) -> int:
-    """Return how many faces a batch holds at least where a method compares so many sources within it: two of each."""
+    """Return how many faces a batch holds at least where a method compares sources within it: two of each."""
     return 2 * sources
 
 

@@ -33,7 +33,7 @@ class Recipe(HiddenRecipe):
     dropped: float = 10 / 73  # share of a group's channels that separation drops (10 of 73, released script)
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for settings of a hidden layer where there is none too."""
+        """Raise `UserError` also for settings of a hidden layer where there is none."""
         super().__post_init__()
         if self.classifier != "mlp" and (self.hidden, self.dropout) != (HiddenRecipe.hidden, HiddenRecipe.dropout):
             raise UserError(

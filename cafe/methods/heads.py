@@ -46,7 +46,7 @@ class HiddenRecipe(Recipe):
     shares: ClassVar = (*Recipe.shares, "dropout")
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for a hidden layer without channels too."""
+        """Raise `UserError` also for a hidden layer without channels."""
         super().__post_init__()
         if self.hidden < 1:
             raise UserError(f"A hidden layer has at least one channel, not {self.hidden}: give 512, for example.")

@@ -271,7 +271,7 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Re
 
 
 def check_recipe(recipe: Recipe, method: str) -> None:
-    """Raise `UserError` for settings that are none of a method, or contradict each other."""
+    """Raise `UserError` for settings outside what they may be, and for those that contradict each other."""
     kinds = get_type_hints(type(recipe))
     for name, value in asdict(recipe).items():
         if get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]):

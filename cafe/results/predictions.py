@@ -60,7 +60,7 @@ class Predictions:
 
     @property
     def rows(self) -> str:
-        """Names the faces; empty for a file of before that was loaded without their ids."""
+        """Names the faces; empty for an old file that was loaded without their ids."""
         return self.about.get("rows") or (name_rows(self.sample_ids) if self.sample_ids else "")
 
     @cached_property
@@ -250,7 +250,7 @@ class Head(NamedTuple):
                 about, classes = _read_about(table)
         except FileNotFoundError:
             return None
-        if len(table) and "rows" not in about:  # of before files named their rows
+        if len(table) and "rows" not in about:  # an old file
             found = Predictions.load(path)
             return cls(about, classes, len(table), found.rows) if found else None
         return cls(about, classes, len(table), about.get("rows", ""))

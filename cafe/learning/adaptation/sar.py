@@ -1,4 +1,4 @@
-"""SAR: like TENT, but only from faces it is sure of, and towards weights around which little changes."""
+"""SAR: like TENT, but from confident predictions alone, and towards weights around which little changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TENT: batch norms take the statistics of the target's faces, and learn from how sure they are of them."""
+"""TENT: batch norms take the statistics of the target's faces, and learn to make their predictions confident."""
 
 from __future__ import annotations
 

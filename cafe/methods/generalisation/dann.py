@@ -1,4 +1,4 @@
-"""DANN: the learned features shall not say which source a face is from.
+"""DANN: the learned features should not say which source a face is from.
 
 "Domain-Adversarial Training of Neural Networks", Ganin et al., JMLR 2016, with the gradient of the discriminator reversed on
 its way to the features, so that one step trains both. DomainBed takes turns instead, one or more steps of the discriminator
@@ -35,7 +35,7 @@ class Recipe(erm.Recipe):
     shares: ClassVar = (*erm.Recipe.shares, "beta1")
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for a discriminator that is none too."""
+        """Raise `UserError` also for a discriminator that cannot be built."""
         super().__post_init__()
         if self.discriminator_layers < 2 or self.discriminator_hidden < 1:
             raise UserError(

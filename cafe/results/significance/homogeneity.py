@@ -200,7 +200,7 @@ class _Persons:
         return np.asarray(self.table @ self.kinds)
 
     def draw(self, resamples: int, random: np.random.Generator) -> np.ndarray:
-        """Return what they may be after so many exchanges, (resamples, groups, 6).
+        """Return the sums of every group after random exchanges, (resamples, groups, 6).
 
         Of few kinds as tables of the same margins (Patefield, Algorithm AS 159, 1981).
         """
@@ -242,7 +242,7 @@ class _Faces:
         return self._measure(self.values @ self.groups)
 
     def draw(self, resamples: int, random: np.random.Generator) -> np.ndarray:
-        """Return what they may be after so many exchanges, (resamples, groups, 6).
+        """Return the sums of every group after random exchanges, (resamples, groups, 6).
 
         The sums of more than a few faces are drawn as normal variables with the mean and covariance of all exchanges, as in
         the generalised test of Cochran, Mantel and Haenszel (Landis, Heyman and Koch, International Statistical Review 46,

@@ -97,7 +97,7 @@ def paired_bootstrap(differences: Sequence[np.ndarray], resamples: int = RESAMPL
 
 
 def _least_p(differing: int) -> float:
-    """Return the least two-sided p of so many faces or groups that differ: that of the sign test, where all agree."""
+    """Return the least two-sided p of a number of differing faces or groups: that of the sign test where all agree."""
     return min(1.0, 2.0 ** (1 - differing))
 
 
@@ -114,7 +114,7 @@ def _resample_mean(values: np.ndarray, resamples: int, random: np.random.Generat
 
 
 def wilson(share: float, faces: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval over faces of a share of so many independent faces, within 0 and 1.
+    """Return the interval of a share of independent faces, within 0 and 1.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), Eq. 4.
     """
@@ -132,7 +132,7 @@ def combine_intervals(means: Sequence[float], intervals: Sequence[tuple[float, f
     The "method of variance estimates recovery" of Zou and Donner (Statistics in Medicine 27, 2008).
     """
     mean, count = sum(means) / len(means), len(means)
-    lowest, highest = (sum(ends) / count for ends in zip(*intervals, strict=True))  # which rounding shall not pass
+    lowest, highest = (sum(ends) / count for ends in zip(*intervals, strict=True))  # which rounding must not pass
     below = math.sqrt(sum((own - low) ** 2 for own, (low, _) in zip(means, intervals, strict=True))) / count
     above = math.sqrt(sum((high - own) ** 2 for own, (_, high) in zip(means, intervals, strict=True))) / count
     return max(mean - below, lowest), min(mean + above, highest)
@@ -179,7 +179,7 @@ def rank_methods(scores: np.ndarray) -> Ranking:
 
 @cache
 def quantile_of_range(count: int) -> float:
-    """Return the 95 % quantile of the range of so many standard normal variables, divided by √2: 1.96 for two."""
+    """Return the 95 % quantile of the range of `count` standard normal variables, divided by √2: 1.96 for two."""
     z = np.linspace(-8, 8, 4001)
     density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     low, high = 0.0, 20.0
