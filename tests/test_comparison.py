@@ -195,6 +195,13 @@ def test_what_is_said_of_frozen_features_and_pixels_follows_from_the_paired_test
     assert test.holds == (pixels != 52)
 
 
+def test_frozen_features_and_pixels_are_compared_within_a_source(workspace: Workspace) -> None:
+    evaluate(write_run(workspace, "cafe", "one"), {"two": 50, "three": 60})
+    evaluate(write_run(workspace, "image_only", "two"), {"two": 99, "three": 20})  # on its own source too
+    runs = [replace(run, derived={} if run.method == "image_only" else run.derived) for run in workspace.read_runs()]
+    assert conclude(compare(runs, read_scores(runs), "accuracy", "clean")) == ""
+
+
 def test_a_difference_over_faces_is_no_verdict_where_the_seed_ranges_overlap(workspace: Workspace) -> None:
     for method, right in (("cafe", (50, 70)), ("image_only", (30, 55))):
         for seed, count in enumerate(right):
