@@ -168,11 +168,14 @@ class Method(nn.Module):
 
     def predict(self, batch: Batch) -> Tensor:
         """Return class probabilities (N, K) float32, calibrated where the recipe says so."""
-        logits = self(batch)["logits"].float()
+        return self.to_probabilities(self(batch)["logits"])
+
+    def to_probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (N, K) float32 that `predict` makes of logits (N, K)."""
+        logits = logits.float()
         if self.recipe.calibration == "temperature":
             logits = logits / self.temperature
-        probabilities: Tensor = logits.softmax(dim=1)
-        return probabilities
+        return logits.softmax(dim=1)
 
     def describe_faces(self, batch: Batch) -> dict[str, Tensor]:
         """Return what else it says of each face, numbers (N,) by name: further columns of its predictions, by default none.

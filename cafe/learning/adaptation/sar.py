@@ -55,7 +55,7 @@ class _Adapting:
         self.average: float | None = None  # of the entropy, over batches
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return the logits (n, K) of a batch, and learn from it."""
+        """Return the probabilities (n, K) of a batch, and learn from it."""
         with torch.enable_grad():
             logits: Tensor = self.method(batch)["logits"].float()
             margin = MARGIN * math.log(logits.shape[1])
@@ -63,7 +63,7 @@ class _Adapting:
             reliable = entropies < margin
             if reliable.any():
                 self._step(entropies[reliable].mean(), batch, reliable, margin)
-        return logits.detach()
+        return self.method.to_probabilities(logits.detach())
 
     def _step(self, entropy: Tensor, batch: Batch, reliable: Tensor, margin: float) -> None:
         before = [parameter.detach().clone() for parameter in self.affine]

@@ -85,7 +85,7 @@ def predict_shot(method: Method, dataset: FaceDataset, rows: np.ndarray, device:
             optimizer.step()
     logits, _ = read()
     hook.remove()
-    return unshuffle(order, iter([logits]))
+    return unshuffle(order, [method.to_probabilities(logits)])
 
 
 def measure_loss(logits: Tensor, pseudo: Tensor) -> Tensor:

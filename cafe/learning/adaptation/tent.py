@@ -38,6 +38,6 @@ def predict_tent(method: Method, dataset: FaceDataset, rows: np.ndarray, device:
             optimizer.zero_grad()
             measure_entropy(logits).mean().backward()
         optimizer.step()
-        return logits
+        return method.to_probabilities(logits.detach())
 
     return evaluate_online(evaluate, dataset, rows, BATCH, device)
