@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import stat
+import struct
 import tempfile
 from collections import Counter
 from contextlib import suppress
@@ -183,6 +184,14 @@ def test_a_picture_larger_than_asked_for_is_refused() -> None:
     assert decode_image(data, max_pixels=24).shape == (6, 4, 3)
     with pytest.raises(UnreadableImageError, match="4×6 pixels are more than 23"):
         decode_image(data, max_pixels=23)
+
+
+def test_a_picture_that_pillow_takes_for_a_bomb_is_said_to_be_large() -> None:
+    header = bytearray(encode(Image.fromarray(RED), "BMP"))
+    header[18:26] = struct.pack("<ii", 20_000, 10_000)
+    for read in (read_size, decode_image):
+        with pytest.raises(UnreadableImageError, match="its pixels are more than 100,000,000"):
+            read(bytes(header))
 
 
 def test_text_and_float_pixels_are_refused() -> None:

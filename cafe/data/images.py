@@ -199,6 +199,9 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _prepare_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:  # twice what Pillow warns of, which it opens for nobody
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise UnreadableImageError(f"its pixels are more than {most:,}") from None
     except DAMAGED:
         raise UnreadableImageError("not an image of a known format") from None
     _check_size(image, max_pixels)
