@@ -295,9 +295,9 @@ def epoch_order(
 
     The prior `balanced` draws as many rows with replacement, each class equally often on average. A last batch of fewer
     rows than `smallest` is left out. With `domains` (N,), which number the source of every row of the manifest, the sources
-    take turns: the i-th of the as many faces of the epoch is of source i mod D, so each is met equally often in the epoch
-    (±1) and in every batch (exactly, where D divides the batch size). A source gives its faces in a new random order as
-    often as it takes: those of a small one are met several times, those of a large one not all.
+    take turns: face i of the epoch is of source i mod D, so that each source has equally many faces in the epoch (±1) and in
+    every batch (exactly, where D divides the batch size). A source gives its faces in one random order after another: of a
+    small one each is met several times, of a large one some are not.
     """
     if len(rows) < SMALLEST_BATCH:
         raise UserError(f"{len(rows)} training faces are too few: at least {SMALLEST_BATCH} are needed.")
@@ -316,7 +316,7 @@ def epoch_order(
 
 
 def _draw(rows: np.ndarray, labels: np.ndarray, prior: str, generator: np.random.Generator) -> np.ndarray:
-    """Return as many rows in random order: each once or, with the prior `balanced`, with replacement."""
+    """Return rows in random order: each once or, with the prior `balanced`, as many drawn with replacement."""
     if prior != "balanced":
         return generator.permutation(rows)
     weights = 1 / np.bincount(labels[rows])[labels[rows]]

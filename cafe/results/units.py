@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unit:
-    """How a number is written: what it is multiplied by, and its digits behind the point.
+    """How a number is written: what it is multiplied by, its digits behind the point, and the `name` of what it is then in.
 
-    `name` says what it is in then; no number can be above its `limit`.
+    No number can be above its `limit`.
     """
 
     name: str
