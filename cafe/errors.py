@@ -50,7 +50,7 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, longest: int) -> str:
-    """Return a text with its middle left out where it is wider than so many columns of a terminal."""
+    """Return a text with its middle left out where it is wider than `longest` columns of a terminal."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) <= longest:

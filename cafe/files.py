@@ -67,7 +67,7 @@ def is_encoded(name: str) -> bool:
 
 
 def check_encoded(name: str) -> str:
-    """Return the name of a folder or file that records shall hold; raise `UserError` for one that is no UTF-8."""
+    """Return the name of a folder or file that is to be recorded; raise `UserError` for one that is no UTF-8."""
     if not is_encoded(name):
         raise UserError(f"The name {name!r} is no UTF-8, so that no table or record can hold it: rename it.")
     return name
@@ -189,14 +189,6 @@ def list_tree(folder: UPath) -> dict[str, tuple[int, float]]:
 
 def _seconds(time: Any) -> float:
     return float(time.timestamp() if hasattr(time, "timestamp") else time or 0.0)
-
-
-def time_written(path: UPath) -> int | None:
-    """Return when a file was last written, in milliseconds since 1970; None where there is none."""
-    try:
-        return round(1000 * retry(path, "read", path.stat).st_mtime)
-    except FileNotFoundError:
-        return None
 
 
 def remove_tree(folder: UPath) -> None:
@@ -351,12 +343,12 @@ def remove_leftovers(folder: UPath, below: bool = False) -> None:
 
 
 def check_output(location: str, option: str) -> UPath:
-    """Return the path of a file that a command shall write at its end; raise `UserError` at once where it cannot."""
+    """Return the path of a file that a command will write at its end; raise `UserError` at once where it cannot."""
     return check_outputs([location], option)[0]
 
 
 def check_outputs(locations: Iterable[str], option: str) -> list[UPath]:
-    """Return the paths of files that a command shall write at its end; raise `UserError` at once where it cannot.
+    """Return the paths of files that a command will write at its end; raise `UserError` at once where it cannot.
 
     Nothing is left there, no folder either, and what killed commands left half written is removed; of an object store only
     the address is looked at.

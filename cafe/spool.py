@@ -21,8 +21,8 @@ import numpy as np
 from cafe.errors import StorageError
 
 AT_ONCE = 1024  # items that are written and read together; of a shorter list nothing is
-SORTED_AT_ONCE = 2**14  # items that are sorted in memory,
-MERGED_AT_ONCE = 32  # and so many lists of them merged
+SORTED_AT_ONCE = 2**14  # items that are sorted in memory
+MERGED_AT_ONCE = 32  # sorted lists that are merged
 
 Item = TypeVar("Item")
 

@@ -30,6 +30,7 @@ from cafe.results.comparison import NOTHING, Comparison, compare, compare_classe
 from cafe.results.metrics import estimate
 from cafe.results.runs import choose, read_runs
 from cafe.results.scores import average_all, average_unseen, flatten_scores, meet, read_scores
+from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.significance.verdicts import conclude, reach_verdicts
 from cafe.results.sources import UNSEEN
 from cafe.results.units import NATS
@@ -144,6 +145,14 @@ def test_a_number_that_chance_might_give_or_of_few_faces_is_marked(workspace: Wo
     assert (names["unseen/faces"], names["unseen/largest"]) == (222, pytest.approx((60 / 102 + 5 / 20 + 15 / 100) / 3))
 
 
+def test_the_interval_of_a_mean_is_of_the_seeds_that_the_mean_is_of(workspace: Workspace) -> None:
+    evaluate(write_run(workspace, source="one", source_kind="folder"), {"two": 80, "three": 80})
+    evaluate(write_run(workspace, source="one", source_kind="folder", seed=1), {"two": 20})
+    (row,) = read(workspace).rows
+    assert (row.unseen.mean, row.unseen.count) == (pytest.approx(0.8), 1)
+    assert (row.unseen.low, row.unseen.high) == pytest.approx(combine_intervals([0.8, 0.8], [wilson(0.8, 100)] * 2))
+
+
 def test_a_target_under_two_names_counts_once(workspace: Workspace) -> None:
     run = write_run(workspace, source="one", source_kind="folder")
     evaluate(run, {"two": 40, "three": 80})
@@ -184,6 +193,13 @@ def test_what_is_said_of_frozen_features_and_pixels_follows_from_the_paired_test
     assert f"{other} " in verdict.text
     (test,) = verdict.tests
     assert test.holds == (pixels != 52)
+
+
+def test_frozen_features_and_pixels_are_compared_within_a_source(workspace: Workspace) -> None:
+    evaluate(write_run(workspace, "cafe", "one"), {"two": 50, "three": 60})
+    evaluate(write_run(workspace, "image_only", "two"), {"two": 99, "three": 20})  # on its own source too
+    runs = [replace(run, derived={} if run.method == "image_only" else run.derived) for run in workspace.read_runs()]
+    assert conclude(compare(runs, read_scores(runs), "accuracy", "clean")) == ""
 
 
 def test_a_difference_over_faces_is_no_verdict_where_the_seed_ranges_overlap(workspace: Workspace) -> None:

@@ -82,7 +82,7 @@ class Arrays:
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return self.decode_face(row, self.fetch(row), channels, max_pixels)
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         if row == 1:
             raise UnreadableImageError("damaged")
         return self.images[row]

@@ -35,11 +35,14 @@ def test_an_unknown_name_is_no_class(name: str) -> None:
         ("Happily_Surprised", ("happily surprised", "sadly angry"), "happily surprised"),
         ("Happiness", ("happy", "pain"), "happy"),  # a set may call a class by another of its names
         ("level 2", ("level 1", "level 2"), "level 2"),
+        ("Level_2", ("level 1", "level 2"), "level 2"),
+        ("AU 2", ("au1", "au2"), None),  # nobody is asked to guess
+        ("7_contempt", ("contemptuous", "contempt"), "contemptuous"),  # as classes to skip may be named
         ("02_pain", ("pain", "drowsy"), "pain"),
         ("joy", ("happiness", "joy"), "joy"),  # what stands there word for word goes first
     ],
 )
-def test_names_are_found_in_any_class_set(name: str, classes: tuple[str, ...], found: str) -> None:
+def test_names_are_found_in_any_class_set(name: str, classes: tuple[str, ...], found: str | None) -> None:
     assert find_class(name, classes) == found
 
 
@@ -75,7 +78,7 @@ def test_a_choice_of_classes_is_read(text: str | None, skip: tuple[str, ...], cl
     assert ClassChoice.parse(text, skip).classes == classes
 
 
-@pytest.mark.parametrize("text", ["9", "0", "pain", "pain,,drowsy"])
+@pytest.mark.parametrize("text", ["9", "0", "²", "pain", "pain,,drowsy"])
 def test_a_choice_that_names_no_class_set_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--expressions|class"):
         ClassChoice.parse(text)

@@ -230,9 +230,17 @@ def test_cafe_takes_a_hidden_layer_behind_its_mask_which_may_be_made_through_few
         ("mlp", ("hidden=0",), "at least one channel"),
         ("mlp", ("prior_strength=0.5",), "set prior=adjusted too"),
         ("linear_probe", ("dropout=0.5",), "Unknown setting of linear_probe"),
+        ("cafe", ("dropped=10",), "leave it out, which drops 10 of 73"),
+        ("cafe", ("classifier=separation", "input_dropout=0.1"), "a setting of a layer"),
+        ("scn", ("high_share=70",), "below 1, not 70"),
+        ("rul", ("dropout=1",), "a share below 1, not 1.0: give 0.4"),
+        ("ofer", ("step=0",), "at least one epoch, not 0"),
     ],
 )
-def test_a_setting_of_a_head_that_would_do_nothing_is_one_sentence(
+def test_a_setting_that_means_nothing_to_a_method_is_one_sentence(
     name: str, overrides: tuple[str, ...], message: str
 ) -> None:
-    assert message in complaint(new_head, name, *overrides)
+    method = METHODS[name]
+    assert message in complaint(
+        lambda: method.check_recipe(apply_overrides(method.recipe_type(), overrides, name), name)
+    )

@@ -61,6 +61,7 @@ from cafe.results.metrics import (
 from cafe.results.predictions import Predictions
 from cafe.results.protocols import ALL_PROTOCOLS
 from cafe.results.scores import flatten_scores, read_scores
+from cafe.results.units import PERCENT
 
 
 def predictions(labels: list[int], predicted: list[int]) -> Predictions:
@@ -182,8 +183,9 @@ def test_a_damaged_file_of_predictions_is_named_with_the_remedy(tmp_path: Path) 
         words = table.set_column(table.column_names.index(column), column, [["surprise", "fear"]])
         pq.write_table(words, path)
         assert "evaluate the run again" in complaint(Predictions.load, path)
-    pq.write_table(pa.table({"label": [1, 2], "probabilities": [[math.nan] * 7] * 2, "sample_id": ["a", "b"]}), path)
-    assert "evaluate the run again" in complaint(Predictions.load, path, False)
+    for labels, odds in (([1, 2], math.nan), ([1, -1], 1 / 7), ([1, 7], 1 / 7)):
+        pq.write_table(pa.table({"label": labels, "probabilities": [[odds] * 7] * 2, "sample_id": ["a", "b"]}), path)
+        assert "evaluate the run again" in complaint(Predictions.load, path, False)
 
 
 def test_probabilities_that_are_no_numbers_are_refused_with_the_name_of_the_face(tmp_path: Path) -> None:
@@ -363,6 +365,11 @@ def test_what_a_column_is_of_is_written_above_it() -> None:
     assert Column("web", class_set="8 classes", part="fear").title == "fear (8 classes)"
     assert Mean("unseen", "ece", leak_free=True).title == "unseen ECE leak-free"
     assert Mean("all", "accuracy", "8 classes").name == "mean of all (8 classes)"
+
+
+def test_what_is_printed_as_zero_has_no_minus() -> None:
+    assert PERCENT.write(-1e-5) == "0.0"
+    assert [PERCENT.write_difference(value) for value in (-0.0, -1e-5, -1e-3)] == ["+0.0", "+0.0", "−0.1"]
 
 
 def test_an_interval_of_shares_stays_within_what_is_possible() -> None:

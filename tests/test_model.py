@@ -99,6 +99,7 @@ def test_pictures_of_any_mode_become_rgb(mode: str) -> None:
         (np.zeros((0, 4, 3), np.uint8), "not (0, 4, 3) uint8"),
         ("face.jpg", "one of the type str is neither"),
         (Image.new("F", (4, 4)), "floating-point pixels"),
+        (Image.new("RGB", (0, 4)), "it has no pixels"),
     ],
 )
 def test_what_is_no_image_is_answered_in_one_sentence(image: object, part: str) -> None:

@@ -47,8 +47,8 @@ from cafe.inference.frames import Frame, count_frames, read_video
 from cafe.inference.graph import Onnx, write_onnx
 from cafe.inference.model import Model
 from cafe.inference.output import FORMATS, OWN, build_schema, list_rows, name_columns
-from cafe.inference.quality import measure_quality, measure_sharpness, measure_turn
-from cafe.inference.recognition import HELD_FACES, SEARCHED, Search, predict_frames
+from cafe.inference.quality import Quality, measure_quality, measure_sharpness, measure_turn
+from cafe.inference.recognition import HELD_FACES, SEARCHED, PredictedFace, Search, predict_frames
 from cafe.jobs.cli import main
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
@@ -874,6 +874,14 @@ def test_a_model_of_other_classes_gives_a_column_for_each(small_network: str, tm
     assert len(set(colours.values())) == 10
     pixel = draw_boxes(pictures[0], found[0].faces).getpixel((0, 39))  # of the box, far from its label
     assert pixel == ImageColor.getrgb(choose_colours(model.classes)[found[0].faces[0].expression])
+
+
+def test_the_label_of_a_face_at_the_right_edge_is_whole() -> None:
+    quality, shares = Quality(20, 1, None), np.array([0.9, 0.1])
+    face = PredictedFace((80, 30, 20, 20), 0.9, quality, ("happiness", "sadness"), shares)
+    shown = draw_boxes(np.zeros((100, 100, 3), np.uint8), [face])
+    colour = ImageColor.getrgb(choose_colours(EXPRESSIONS)["happiness"])
+    assert [shown.getpixel((x, 13)) == colour for x in (5, 30, 98)] == [False, True, True]  # its ground, 80 pixels wide
 
 
 def test_the_graph_of_a_model_names_its_classes(small_network: str, tmp_path: Path) -> None:

@@ -147,6 +147,18 @@ def test_equal_methods_and_sure_ones() -> None:
     assert sure.p == pytest.approx(2 / 1000)  # never zero
 
 
+@pytest.mark.parametrize("differing", [1, 2, 5, 6])
+def test_few_faces_are_no_more_certain_than_by_the_sign_test(differing: int) -> None:
+    least = stats.binomtest(differing, differing).pvalue
+    faces = paired_bootstrap([np.repeat([1.0, 0.0], [differing, 3])])
+    groups = grouped_test([np.ones(10 * differing)], [np.arange(10 * differing) // 10])
+    assert faces.p == pytest.approx(least)
+    assert (faces.low > 0) == (least < 0.05)
+    if differing > 1:  # of one group nothing is known of any other
+        assert groups.p == pytest.approx(least)
+        assert (groups.low > 0) == (least < 0.05)
+
+
 def test_holm_is_that_of_statsmodels() -> None:
     """Numbers of statsmodels.stats.multitest.multipletests(…, method="holm"), version 0.15."""
     assert holm([0.01, 0.04, 0.03, 0.005, 0.2]) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -205,6 +206,16 @@ def test_sar_is_the_papers_algorithm(evaluated: Evaluated, collapsed: float, mon
     assert 0 < reliable_faces < len(evaluated.rows)  # some are left out
     np.testing.assert_allclose(got, unshuffle(order, said), atol=1e-6)
     assert np.abs(got - predict(*evaluated[1:], CPU)).max() > 1e-3
+
+
+@pytest.mark.parametrize("adapt", [predict_tent, predict_sar])
+def test_what_is_adapted_stays_calibrated(evaluated: Evaluated, adapt: Callable[..., np.ndarray]) -> None:
+    calibrated = copy.deepcopy(evaluated.method)
+    calibrated.recipe = replace(calibrated.recipe, calibration="temperature")
+    calibrated.register_buffer("temperature", torch.tensor(2.0))
+    got, plain = (adapt(method, *evaluated[2:], CPU) for method in (calibrated, evaluated.method))
+    roots = np.sqrt(plain)
+    np.testing.assert_allclose(got, roots / roots.sum(axis=1, keepdims=True), atol=1e-6)
 
 
 def test_pseudo_labels_are_those_of_the_released_script() -> None:

@@ -357,7 +357,7 @@ def test_too_few_faces_are_one_sentence() -> None:
     [
         ("epoch=3", "Unknown setting of cafe 'epoch': choose batch_size"),
         ("epochs", "Cannot read the setting 'epochs': write KEY=VALUE"),
-        ("epochs=many", "The setting epochs of cafe is a int, not 'many'"),
+        ("epochs=many", "The setting epochs of cafe is a whole number, not 'many'"),
         ("mask=soft", "Unknown mask of cafe 'soft': choose linear, none, sigmoid"),
         ("separation=-1", "is a number from 0"),
     ],

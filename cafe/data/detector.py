@@ -75,9 +75,8 @@ class Mtcnn(nn.Module):
         kept = scores > THRESHOLDS[2]
         owners, boxes, moves, places, scores = owners[kept], boxes[kept], moves[kept], places[kept], scores[kept]
         sides = boxes[:, 2:] - boxes[:, :2] + 1
-        points = (
-            places.view(-1, 2, 5).transpose(1, 2) * sides[:, None] + boxes[:, None, :2] - 1
-        )  # x of all, then y of all
+        shares = places.view(-1, 2, 5).transpose(1, 2)  # x of all, then y of all
+        points = shares * sides[:, None] + boxes[:, None, :2] - 1
         found = [part.cpu().numpy() for part in (_move(boxes, moves, 1), points, scores)]
         own = [(owners == number).cpu().numpy() for number in range(len(pictures))]
         return [_drop_covered(Found(*(part[mine] for part in found))) for mine in own]
@@ -197,7 +196,7 @@ def _cut(sums: Tensor, owners: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 
 def _normalise(total: Tensor, areas: Tensor) -> Tensor:
-    """Return sums (K, H, W, 3) of so many pixels each (H, W) or (K, H, W) as means (K, 3, H, W) around 0."""
+    """Return sums (K, H, W, 3) over areas of (H, W) or (K, H, W) pixels as means (K, 3, H, W) around 0."""
     return ((total / areas[..., None] - MEAN) * SCALE).permute(0, 3, 1, 2)
 
 
@@ -236,7 +235,7 @@ def _square(boxes: Tensor) -> Tensor:
 
 
 def _drop_covered(found: Found) -> Found:
-    """Drop faces of which more than .7, or of a surer face within them, lies in a surer one."""
+    """Drop the less confident of two faces where they share more than .7 of the smaller one."""
     left, top, right, bottom = found.boxes.T
     areas = (right - left + 1) * (bottom - top + 1)
     kept: list[int] = []

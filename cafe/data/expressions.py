@@ -36,9 +36,7 @@ ALIASES = {
     "neutrality": "neutral",
     "contemptuous": CONTEMPT,
 }
-OTHERS = frozenset(
-    {"unknown", "nf", "none", "uncertain", "no-face", "no face"}
-)  # labels that say there is no expression
+OTHERS = frozenset({"unknown", "nf", "none", "uncertain", "no-face", "no face"})  # say that there is no expression
 RESERVED = ("all", "mean", "overall")  # what tables call the sum and the means over classes
 
 
@@ -58,7 +56,7 @@ class ClassChoice:
         left_out = tuple(
             dict.fromkeys(normalise_name(name) for entry in skip for name in entry.split(",") if name.strip())
         )
-        if text is None or text.strip().isdigit():
+        if text is None or text.strip().isdecimal():
             count = int(text) if text else len(EXPRESSIONS)
             if count not in COUNTED:
                 raise UserError(
@@ -114,18 +112,23 @@ def check_classes(classes: Sequence[str]) -> None:
 
 @lru_cache(maxsize=4096)
 def find_class(name: str, classes: tuple[str, ...]) -> str | None:
-    """Return the class of a set that a label name in any known spelling means, or None.
+    """Return the class of a set that a label name in any known spelling means; None for no class, or more than one.
 
-    Case, numbers and punctuation around a name play no part, unless the set itself has a class of just that name; blanks,
-    hyphens and underscores within it are alike.
+    Blanks, hyphens and underscores within a name are alike. Case, numbers and punctuation around it play no part, unless
+    they tell two classes of the set apart.
     """
-    if normalise_name(name) in classes:
-        return normalise_name(name)
-    meant = spell_name(name)
-    return next((known for known in classes if spell_name(known) == meant), None) if meant else None
+    for spell in (normalise_name, _join_words, spell_name):
+        meant = spell(name)
+        if alike := [known for known in classes if meant and spell(known) == meant]:
+            return alike[0] if len({ALIASES.get(known, known) for known in alike}) == 1 else None
+    return None
 
 
 def spell_name(name: str) -> str:
     """Return the one spelling that stands for all spellings of a label name that mean the same."""
-    key = re.sub(r"[\s_-]+", " ", name.strip().strip("_-. 0123456789").lower())
+    key = _join_words(name.strip().strip("_-. 0123456789"))
     return ALIASES.get(key, key)
+
+
+def _join_words(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", normalise_name(name))

@@ -131,10 +131,11 @@ def read_size(data: bytes) -> tuple[int, int]:
     with _open(data) as image:
         width, height = image.size
         try:
-            swapped = image.getexif().get(ORIENTATION, 1) >= 5
+            # Of a TIFF Pillow gives the size that it has once it is upright.
+            lying = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) >= 5
         except DAMAGED as error:  # of a PNG the whole file is searched
             raise UnreadableImageError(f"damaged image: {error}") from None
-    return (height, width) if swapped else (width, height)
+    return (height, width) if lying else (width, height)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -143,14 +144,14 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return image_pixels(image)
 
 
-def decode_series(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[np.ndarray, float | None]]:
+def decode_series(data: bytes) -> Iterator[tuple[np.ndarray, float | None]]:
     """Yield every frame or page of a file, upright (H, W, 3) uint8 RGB, and its time in seconds, None of pages.
 
     Of most files there is one. Raises `UnreadableImageError`, which says how many pictures came before.
     """
     done, milliseconds = 0, 0.0
     try:
-        with _open(data, max_pixels) as image:
+        with _open(data) as image:
             pages = image.format == "TIFF"
             for number in count() if image.format in SERIES else range(1):
                 try:
@@ -159,8 +160,7 @@ def decode_series(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[n
                     break
                 if number and pages and image.tag_v2.get(KIND_OF_PAGE, 0) & PREVIEW:  # type: ignore[attr-defined]
                     continue
-                if image.width * image.height > max_pixels:
-                    raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {max_pixels:,}")
+                _check_size(image, MAX_PIXELS)
                 yield image_pixels(image), None if pages else milliseconds / 1000
                 done, milliseconds = done + 1, milliseconds + image.info.get("duration", 0)
     except DAMAGED as error:
@@ -172,6 +172,8 @@ def decode_series(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[n
 def image_pixels(image: Image.Image) -> np.ndarray:
     """Return the upright pixels (H, W, 3) uint8 RGB of an image that is open; raise `UnreadableImageError`."""
     _refuse_floats(image)
+    if 0 in image.size:
+        raise UnreadableImageError("it has no pixels")
     try:
         image.load()
         # Of pictures that are upright and RGB already, Pillow would make two copies, which take longer than decoding.
@@ -197,12 +199,19 @@ def _open(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     _prepare_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:  # twice what Pillow warns of, which it opens for nobody
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise UnreadableImageError(f"its pixels are more than {most:,}") from None
     except DAMAGED:
         raise UnreadableImageError("not an image of a known format") from None
-    if image.width * image.height > max_pixels:
-        raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {max_pixels:,}")
+    _check_size(image, max_pixels)
     _refuse_floats(image)
     return image
+
+
+def _check_size(image: Image.Image, most: int) -> None:
+    if image.width * image.height > most:
+        raise UnreadableImageError(f"{image.width}×{image.height} pixels are more than {most:,}")
 
 
 def _refuse_floats(image: Image.Image) -> None:

@@ -122,7 +122,7 @@ class LabelledFile:
     votes: Mapping[str, int] = field(default_factory=dict, compare=False)  # how many people chose each name
     sample: str = ""
     span: Span | None = field(default=None, compare=False)
-    kept: Mapping[str, str] = field(default_factory=dict)  # further columns of its row that the manifest shall keep
+    kept: Mapping[str, str] = field(default_factory=dict)  # further columns of its row that the manifest keeps
 
 
 Files = Spool[LabelledFile] | list[LabelledFile]  # a reader may fill a plain list, too

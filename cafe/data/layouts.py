@@ -29,7 +29,7 @@ from cafe.errors import UserError
 from cafe.files import retry
 from cafe.spool import Spool, sort
 
-SPLIT_NAMES = {
+SPLIT_NAMES = {  # as folders and tables name them: our splits
     "train": "train",
     "training": "train",
     "val": "val",
@@ -37,7 +37,7 @@ SPLIT_NAMES = {
     "validation": "val",
     "test": "test",
     "testing": "test",
-}  # as folders and tables name them, and our splits
+}
 PEOPLE = "people.csv"  # of a drawn domain: who its identities are
 USAGES = {"publictest": "val", "privatetest": "test"}  # as the tables of FER2013 call them besides `Training`
 MOST_WAYS = 100  # by links to one folder: of links to folders of links there are twice as many at every level

@@ -53,6 +53,7 @@ from cafe.seals import encode_table, read_table
 from cafe.spool import cut, sort
 from cafe.threads import map_threads
 
+TEST_SHARE = 0.2  # of a set that comes without splits
 PICTURES_AHEAD = 8  # decoded ones, each of which may take half a gigabyte
 
 Result = TypeVar("Result")
@@ -73,7 +74,7 @@ class Header(BaseModel):
     root: str
     kind: str = ""
     expressions: tuple[str, ...] = EXPRESSIONS
-    parted: bool = False  # of files of before it is not known, so that they are evaluated as they were
+    parted: bool = False  # older files do not say: they are evaluated as they were
     digest: str | None = None
     image_digest: str | None = None
     kept: tuple[str, ...] | None = None  # of the columns of a large one those that were kept from a table
@@ -118,7 +119,7 @@ class Pictures(Protocol):
     def fetch(self, row: int) -> bytes:
         """Return the bytes of a face's picture, none where they are not needed."""
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a face as `read_face` does, from what `fetch` returned."""
 
     def read_face(self, row: int, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -272,7 +273,7 @@ class Manifest:
 
     @cached_property
     def votes(self) -> np.ndarray | None:
-        """How many people chose each class of every row, (N, K) int64, all 0 where that is not known; None for no face."""
+        """How many people chose each class of every row, (N, K) int64, all 0 where not known; None where of no face."""
         if is_empty(self.table, "votes"):
             return None
         column = self.table["votes"]
@@ -355,7 +356,7 @@ class Manifest:
                 raise
             raise self._changed(row) from None  # it could be read when it was indexed
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a face as `read_face` does, from the bytes of its picture."""
         digest = self.table["digest"][row].as_py()
         if digest and hashlib.sha256(data).hexdigest() != digest:  # photos that were only listed have none
@@ -434,10 +435,10 @@ def _tabulate(faces: Sequence[Face], kept: Columns) -> pa.Table:
     return table
 
 
-def assign_splits(faces: Collection[Face], test_fraction: float = 0.2) -> Iterator[Face]:
-    """Give every face without a split `train` or `test`, stratified by label and repeatable everywhere."""
+def assign_splits(faces: Collection[Face]) -> Iterator[Face]:
+    """Give every face without a split `train` or, a fifth of them, `test`, stratified by label and the same everywhere."""
     without = ((_unit(face.group, face.digest), face.label) for face in faces if not face.split)
-    test = iter(hold_out(without, test_fraction))
+    test = iter(hold_out(without, TEST_SHARE))
     for face in faces:
         yield face if face.split else replace(face, split="test" if next(test) else "train")
 

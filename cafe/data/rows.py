@@ -37,24 +37,21 @@ SCHEMA = pa.schema(
         ("digest", pa.string()),  # SHA-256 of the file, or of the member
         ("box", pa.list_(pa.int32())),  # left, top, width, height of the face in its picture; null: all of it
         ("votes", pa.list_(pa.int32())),  # how many people chose each class, in their order; null: not known
-        (
-            "span",
-            pa.list_(pa.int64()),
-        ),  # where in its archive it lies (`cafe.data.packed.archives`); null: a file by itself
+        ("span", pa.list_(pa.int64())),  # where in its archive it lies (`packed.archives`); null: a file by itself
     ]
 )
-YOUNGER = ("votes", "span")  # columns that files of before lack
+YOUNGER = ("votes", "span")  # columns that older files lack
 REQUIRED = ("sample_id", "path", "label", "split", "width", "height", "digest")
-LIST = pa.schema(
+LIST = pa.schema(  # of the files of a large manifest, in the order of their rows
     [
         ("file", pa.string()),
         ("rows", pa.int64()),
         ("digest", pa.string()),  # SHA-256 of the file
         ("empty", pa.list_(pa.string())),  # the columns that are null in every row
     ]
-)  # of the files of a large manifest, in the order of their rows
-LARGE = 2**20  # rows; a manifest of more lies in several files,
-ROWS_A_FILE = 2**16  # of so many rows each
+)
+LARGE = 2**20  # rows; a manifest of more lies in several files
+ROWS_A_FILE = 2**16
 ROWS_AT_ONCE = 2**14  # that become values of Python
 KEPT = 2  # files of rows that stay in memory: shards are smaller, and neighbours are asked for together
 REMEDY = "write it again with `cafe data index`"
@@ -242,7 +239,7 @@ def _cut(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def complete_rows(table: pa.Table) -> pa.Table:
-    """Return the rows of a manifest's file, with the columns that files of before lack."""
+    """Return the rows of a manifest's file, with the columns that older files lack."""
     for name in YOUNGER:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
@@ -353,7 +350,7 @@ def _check_labels(labels: pa.ChunkedArray, classes: int) -> str:
     return "" if pc.all(pc.is_in(labels, pa.array(range(classes), pa.int8()))).as_py() else "an unknown label"
 
 
-CHECKS = {
+CHECKS = {  # of a column, in the order in which faults are named
     "digest": _check_digests,
     "path": _check_paths,
     "votes": _check_votes,
@@ -362,4 +359,4 @@ CHECKS = {
     "sample_id": _check_samples,
     "split": _check_splits,
     "label": _check_labels,
-}  # of a column, in the order in which faults are named
+}

@@ -39,7 +39,7 @@ TICKS = 90_000  # a second, in which the times of a video are written: the usual
 
 
 def draw_faces(pixels: np.ndarray, faces: Sequence[PredictedFace]) -> Image.Image:
-    """Return a picture (H, W, 3) uint8 with a box and a label for every face."""
+    """Return a picture (H, W, 3) uint8 with a box for every face and a label, within the picture where it is wide enough."""
     picture = Image.fromarray(pixels)
     pen, width = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 400))
     for face in faces:
@@ -49,6 +49,7 @@ def draw_faces(pixels: np.ndarray, faces: Sequence[PredictedFace]) -> Image.Imag
         font = ImageFont.load_default(max(12, min(10 * width, round(down / 6))))
         label = f"{face.expression} {face.probabilities.max():.0%}"
         box = pen.textbbox((0, 0), label, font)
+        left = max(0, min(left, picture.width - round(box[2]) - 2 * width))
         low = max(0, top - box[3] - 2 * width)
         pen.rectangle((left, low, left + box[2] + 2 * width, low + box[3] + 2 * width), fill=colour)
         pen.text((left + width, low + width), label, "black", font)

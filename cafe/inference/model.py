@@ -120,7 +120,7 @@ class FacesInMemory:
         """Nothing is left to fetch."""
         return b""
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a picture as `read_face` does."""
         return self.read_face(row, channels)
 

@@ -23,6 +23,7 @@ from cafe.files import is_encoded
 from cafe.inference.recognition import PredictedFrame
 from cafe.outputs import Own, begins
 
+# The columns before the probabilities of the classes, and behind them.
 BEFORE = (
     ("file", pa.string()),
     ("frame", pa.int32()),  # of a video, an animation or a file of several pages, from 0; null for a photo
@@ -31,20 +32,15 @@ BEFORE = (
     *((name, pa.int32()) for name in ("left", "top", "width", "height")),  # of its box, pixels of the frame
     ("confidence", pa.float32()),  # of the detector; null for faces that were aligned already
     ("expression", pa.string()),  # the most probable class
-)  # the columns before the probabilities of the classes
+)
 AFTER = (
     ("unsure", pa.bool_()),  # whether the expression is doubtful by its probability; null where no threshold is known
     *((name, pa.bool_()) for name in ("small", "blurred", "turned")),  # turned: null where no landmarks are known
     ("error", pa.string()),  # why a frame has no face; null where it has
 )
 DIGITS = 6  # of a probability, where it is text
-CELLS = (
-    "{:<10} {:>4}",
-    "  {:<13}",
-    " {:<13}",
-    " {:>19}",
-    "  {}",
-)  # of a line of aligned columns; the last is the file's
+# Of a line of aligned columns; the last is the file's.
+CELLS = ("{:<10} {:>4}", "  {:<13}", " {:<13}", " {:>19}", "  {}")
 TABLE_HEADER = "".join(CELLS).format("expression", "", "next", "doubts", "box", "file") + "\n"
 LEAST_NAME, INDENT = 14, "    "  # of a file's name on a terminal, and before what stands below the line it belongs to
 

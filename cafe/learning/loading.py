@@ -29,9 +29,7 @@ from cafe.views.drawing import ViewPlan
 from cafe.views.pixels import normalise
 from cafe.views.rendering import Rendered, Renderer, ViewParameters
 
-SMALLEST_BATCH = (
-    8  # faces that a training needs, and that a batch has unless its recipe says otherwise or it is the last
-)
+SMALLEST_BATCH = 8  # faces that a training or an adaptation needs, and that each batch of an adaptation has
 THREADS = 4  # that decode and draw for a GPU
 LOOK_SECONDS = 5.0  # between two looks whether processes that decode live, while they make no batch
 Pixels = tuple[torch.Tensor, torch.Tensor]  # pictures (n, S, S, 3) uint8 and erased boxes (n, 4)
@@ -100,7 +98,7 @@ class KeptPictures:
         """Return the bytes of a face's picture, none where it is kept."""
         return b"" if (row, "rgb") in self.kept or (row, "bgr") in self.kept else self.pictures.fetch(row)
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a face (H, W, 3) uint8 as `read_face` does; without bytes they are fetched if need be."""
         face = self.kept.get((row, channels))
         if face is None:
@@ -260,7 +258,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _watch(loader: DataLoader[Any], seconds: float) -> Iterator[Any]:
-    """Yield what processes make; end them all where one has ended, or nothing came for so many seconds."""
+    """Yield what processes make; end them all where one has ended, or nothing came for that many seconds."""
     with ThreadPoolExecutor(1) as pool:  # started by the main thread, torch would raise the end of one anywhere there
         batches, waited = pool.submit(iter, loader).result(), 0.0
     while True:
@@ -297,9 +295,9 @@ def epoch_order(
 
     The prior `balanced` draws as many rows with replacement, each class equally often on average. A last batch of fewer
     rows than `smallest` is left out. With `domains` (N,), which number the source of every row of the manifest, the sources
-    take turns: the i-th of the as many faces of the epoch is of source i mod D, so each is met equally often in the epoch
-    (±1) and in every batch (exactly, where D divides the batch size). A source gives its faces in a new random order as
-    often as it takes: those of a small one are met several times, those of a large one not all.
+    take turns: face i of the epoch is of source i mod D, so that each source has equally many faces in the epoch (±1) and in
+    every batch (exactly, where D divides the batch size). A source gives its faces in one random order after another: of a
+    small one each is met several times, of a large one some are not.
     """
     if len(rows) < SMALLEST_BATCH:
         raise UserError(f"{len(rows)} training faces are too few: at least {SMALLEST_BATCH} are needed.")
@@ -318,7 +316,7 @@ def epoch_order(
 
 
 def _draw(rows: np.ndarray, labels: np.ndarray, prior: str, generator: np.random.Generator) -> np.ndarray:
-    """Return as many rows in random order: each once or, with the prior `balanced`, with replacement."""
+    """Return rows in random order: each once or, with the prior `balanced`, as many drawn with replacement."""
     if prior != "balanced":
         return generator.permutation(rows)
     weights = 1 / np.bincount(labels[rows])[labels[rows]]
@@ -326,7 +324,7 @@ def _draw(rows: np.ndarray, labels: np.ndarray, prior: str, generator: np.random
 
 
 def smallest_batch(sources: int) -> int:
-    """Return how many faces a batch holds at least where a method compares so many sources within it: two of each."""
+    """Return how many faces a batch holds at least where a method compares sources within it: two of each."""
     return 2 * sources
 
 

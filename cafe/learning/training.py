@@ -100,7 +100,7 @@ class Training:
         return {"step": self.step, "sums": {name: float(value) for name, value in self.sums.items()}}
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint says; those of before could only lie between two epochs."""
+        """Go on from what a checkpoint says; older ones could only lie between two epochs."""
         self.step, self.sums = record.get("step", 0), dict(record.get("sums", {}))
 
     def _step(self, batch: Batch, total: int, epoch: int, step: int) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ script differ, the script's form is the default because the published numbers ca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cafe.errors import UserError
+from cafe.methods import method
 from cafe.methods.heads import HeadMethod, HiddenRecipe
 from cafe.methods.method import Batch, Inputs, find_targets, widen
 from cafe.networks.branches import build_network
@@ -32,7 +33,7 @@ class Recipe(HiddenRecipe):
     dropped: float = 10 / 73  # share of a group's channels that separation drops (10 of 73, released script)
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for settings of a hidden layer where there is none too."""
+        """Raise `UserError` also for settings of a hidden layer where there is none."""
         super().__post_init__()
         if self.classifier != "mlp" and (self.hidden, self.dropout) != (HiddenRecipe.hidden, HiddenRecipe.dropout):
             raise UserError(
@@ -62,6 +63,22 @@ class Cafe(HeadMethod):
             self.classifier = self.build_linear()
         elif recipe.classifier == "mlp":
             self.classifier = self.build_hidden(recipe)
+
+    @classmethod
+    def check_recipe(cls, recipe: method.Recipe, name: str) -> None:
+        """Raise `UserError` for settings by which separation has no channel, and for a dropout in front of no layer."""
+        super().check_recipe(recipe, name)
+        own = cast("Recipe", recipe)
+        if own.dropped >= 1:
+            raise UserError(
+                f"dropped is the share of its channels that each class loses in a step, and {own.dropped} is all of them: "
+                "leave it out, which drops 10 of 73, or give a share below 1."
+            )
+        if own.classifier == "separation" and own.input_dropout:
+            raise UserError(
+                "input_dropout is a setting of a layer, which classifier=separation has not: leave it out, or take another "
+                "classifier."
+            )
 
     def build_mask(self) -> None:
         """Build the part that computes the mask."""

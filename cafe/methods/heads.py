@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,7 @@ class Recipe(features.Recipe):
     # Risk Minimization", Zhang et al., ICLR 2018); 0: they are not.
     mixup: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Raise `UserError` for a share of everything, of which nothing can be learned."""
-        for name in ("label_smoothing", "input_dropout", "dropout"):
-            if (share := getattr(self, name, 0.0)) >= 1:
-                raise UserError(f"The setting {name} is a share below 1, not {share}: give 0.1, for example.")
+    shares: ClassVar = ("label_smoothing", "input_dropout")
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,10 @@ class HiddenRecipe(Recipe):
     hidden: int = 512  # channels of the hidden layer
     dropout: float = 0.0  # share of the hidden channels that are 0 in a training step
 
+    shares: ClassVar = (*Recipe.shares, "dropout")
+
     def __post_init__(self) -> None:
-        """Raise `UserError` for a hidden layer without channels too."""
+        """Raise `UserError` also for a hidden layer without channels."""
         super().__post_init__()
         if self.hidden < 1:
             raise UserError(f"A hidden layer has at least one channel, not {self.hidden}: give 512, for example.")

@@ -43,6 +43,14 @@ class Recipe:
     # Settings that keep their ratio to another one when that one alone is changed: a point of the schedule to the epochs,
     # the rate of a part to the learning rate.
     follows: ClassVar[Mapping[str, str]] = {}
+    shares: ClassVar[tuple[str, ...]] = ()  # settings that are shares, with 1 of which nothing could be learned
+
+    def __post_init__(self) -> None:
+        """Raise `UserError` for a share of everything, or more."""
+        for name in self.shares:
+            if (share := getattr(self, name)) >= 1:
+                usual = getattr(type(self), name) or 0.1
+                raise UserError(f"The setting {name} is a share below 1, not {share}: give {usual}, for example.")
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,7 @@ class Method(nn.Module):
     policy: ClassVar[str] = "paper"  # the published augmentation, a name of `cafe.views.drawing.POLICIES`
     clean_features: ClassVar[bool] = False  # whether frozen features are of the clean view while images are augmented
     takes_votes: ClassVar[bool] = False  # whether its losses read the targets of `find_targets`
-    revision: ClassVar[str] = (
-        ""  # what changed of it without a setting of its own: part of a run's name where there is one
-    )
+    revision: ClassVar[str] = ""  # what changed of it without a setting of its own: names its runs where there is one
     not_exported: ClassVar[str] = ""  # why it cannot be one graph, as ONNX keeps it: a sentence; empty where it can
     recipe_type: ClassVar[type[Recipe]] = Recipe
     # What the recipe changes for a kind of data set; CAFE's supplement. Rivals keep their own learning rate.
@@ -162,11 +168,14 @@ class Method(nn.Module):
 
     def predict(self, batch: Batch) -> Tensor:
         """Return class probabilities (N, K) float32, calibrated where the recipe says so."""
-        logits = self(batch)["logits"].float()
+        return self.to_probabilities(self(batch)["logits"])
+
+    def to_probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (N, K) float32 that `predict` makes of logits (N, K)."""
+        logits = logits.float()
         if self.recipe.calibration == "temperature":
             logits = logits / self.temperature
-        probabilities: Tensor = logits.softmax(dim=1)
-        return probabilities
+        return logits.softmax(dim=1)
 
     def describe_faces(self, batch: Batch) -> dict[str, Tensor]:
         """Return what else it says of each face, numbers (N,) by name: further columns of its predictions, by default none.
@@ -192,9 +201,8 @@ class Method(nn.Module):
         """Return named scalar losses of a whole batch; `total` is minimised. Owns no parameters.
 
         A whole batch holds `label` (N,), `row` (N,) of the manifest, `domain` (N,) for a method that needs it, `epoch`, a
-        seeded `generator` and `log_prior` (K,),
-        which the logits already contain and any other classification of the labels must add; 0 unless adjusted. A method
-        that `takes_votes` reads `find_targets`.
+        seeded `generator` and `log_prior` (K,), which the logits already contain and any other classification of the labels
+        must add; 0 unless adjusted. A method that `takes_votes` reads `find_targets`.
         """
         total = nn.functional.cross_entropy(output["logits"], find_targets(batch))
         return {"total": total}
@@ -254,7 +262,8 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Re
         try:
             changes[key] = kind(text)
         except ValueError:
-            raise UserError(f"The setting {key} of {method} is a {kind.__name__}, not {text!r}.") from None
+            wanted = "whole number" if kind is int else "number"
+            raise UserError(f"The setting {key} of {method} is a {wanted}, not {text!r}.") from None
     for follower, leader in recipe.follows.items():
         if leader in changes and follower not in changes:
             scaled = known[follower] * changes[leader] / known[leader]
@@ -265,7 +274,7 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str], method: str) -> Re
 
 
 def check_recipe(recipe: Recipe, method: str) -> None:
-    """Raise `UserError` for settings that are none of a method, or contradict each other."""
+    """Raise `UserError` for settings outside what they may be, and for those that contradict each other."""
     kinds = get_type_hints(type(recipe))
     for name, value in asdict(recipe).items():
         if get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]):

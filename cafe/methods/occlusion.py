@@ -19,6 +19,7 @@ Load = Callable[[int], Iterable[Tensor]]  # pass 0, 1, … over the training fac
 HIDDEN, EMBEDDING = 256, 64  # channels of the detector
 SMALLEST = 0.1  # of the centre's coordinates: at 0 the embedding could shrink to nothing (Deep SVDD, released code)
 DECAY = 1e-6  # λ of the objective
+RATE = 1e-3  # of Adam, with which both learn
 WIDTH, HEADS, LAYERS = 128, 4, (4, 2)  # of the autoencoder: its encoder's and its decoder's layers
 MASKED = 0.75  # share of patches the autoencoder must guess (MAE)
 
@@ -61,7 +62,7 @@ class OcclusionDetector(nn.Module):
         flags: Tensor = self(latents) > self.radius
         return flags
 
-    def fit(self, load: Load, passes: int, quantile: float, learning_rate: float = 1e-3) -> None:
+    def fit(self, load: Load, passes: int, quantile: float) -> None:
         """Learn from the latents (n, P, C) of training faces, all of whose patches count as normal.
 
         The radius is that quantile of their distances, so that a share of 1 - quantile is flagged among them. λ reaches the
@@ -70,7 +71,7 @@ class OcclusionDetector(nn.Module):
         self._measure(load)
         with torch.enable_grad():
             weights = list(self.embed.requires_grad_(True).parameters())
-            optimizer = torch.optim.Adam(weights, lr=learning_rate, weight_decay=DECAY)
+            optimizer = torch.optim.Adam(weights, lr=RATE, weight_decay=DECAY)
             for number in range(passes):
                 for latents in load(number):
                     optimizer.zero_grad()
@@ -169,14 +170,14 @@ class MaskedAutoencoder(nn.Module):
         refilled[some] = torch.where(pixels[some], painted.to(images.dtype), images[some])
         return refilled
 
-    def fit(self, load: Load, passes: int, learning_rate: float = 1e-3) -> None:
+    def fit(self, load: Load, passes: int) -> None:
         """Learn from images (n, 3, S, S) of training faces, mirrored in every second pass; the rate falls as a cosine."""
         with torch.enable_grad():
             weights = list(self.requires_grad_(True).parameters())
-            optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)  # MAE's
+            optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.95), weight_decay=0.05)  # MAE's
             for number in range(passes):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * (1 + math.cos(math.pi * number / passes)) / 2
+                    group["lr"] = RATE * (1 + math.cos(math.pi * number / passes)) / 2
                 for images in load(number):
                     optimizer.zero_grad()
                     self.loss(images.flip(3) if number % 2 else images).backward()

@@ -43,6 +43,16 @@ class Recipe(method.Recipe):
 
     follows: ClassVar = {"step": "epochs"}
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for a radius that is no quantile, and a rate that falls after no epoch."""
+        super().__post_init__()
+        if not 0 < self.quantile <= 1:
+            raise UserError(
+                f"The setting quantile of OFER lies between 0 and 1, not at {self.quantile}: give 0.95, for example."
+            )
+        if self.step < 1:
+            raise UserError(f"The setting step of OFER is at least one epoch, not {self.step}: give 10, for example.")
+
 
 class Ofer(Method):
     """Cross-entropy of the refilled face, seen by four attention heads, and of the latents of its tower."""
@@ -54,15 +64,13 @@ class Ofer(Method):
     recipe_type = Recipe
     # On a large set the frozen parts need fewer passes.
     recipe_changes: ClassVar = {
-        "affectnet": {"epochs": 20, "gamma": 0.1, "prior": "balanced", "mae_epochs": 3},
+        "affectnet": {"epochs": 20, "prior": "balanced", "mae_epochs": 3},
         "mma": {"mae_epochs": 10},
     }
     recipe: Recipe
 
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         super().__init__(recipe, inputs)
-        if not 0 < recipe.quantile <= 1:
-            raise UserError(f"The setting quantile of OFER lies between 0 and 1, not at {recipe.quantile}.")
         self.mae = MaskedAutoencoder(inputs.image_size)
         width, self.grid = self.latent_shape(inputs)
         self.detector = OcclusionDetector(width, self.grid[0] * self.grid[1])
@@ -70,9 +78,8 @@ class Ofer(Method):
         self.branch = build_network(inputs.network, inputs.init)
         self.heads = nn.ModuleList(AttentionHead(self.branch.width) for _ in range(HEADS))
         tokens = len(self.region) if recipe.tokens == "region" else self.grid[0] * self.grid[1]
-        self.latent = nn.Sequential(
-            nn.Linear(tokens * width, LATENT[0]), nn.Linear(*LATENT), nn.BatchNorm1d(LATENT[1])
-        )  # no activations, here and below (released code)
+        # No activations, here and below (released code).
+        self.latent = nn.Sequential(nn.Linear(tokens * width, LATENT[0]), nn.Linear(*LATENT), nn.BatchNorm1d(LATENT[1]))
         self.classifier = nn.Sequential(
             nn.Linear(self.branch.width + LATENT[1], 256),
             nn.Linear(256, 128),

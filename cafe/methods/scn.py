@@ -7,12 +7,13 @@ script where the paper differs. Deviations: docs/methods.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cafe.errors import UserError
 from cafe.methods import method
 from cafe.methods.method import Batch, Inputs, Method
 from cafe.networks.branches import build_network
@@ -56,6 +57,13 @@ class Scn(Method):
         if recipe.head == "uniform" and inputs.init == "scratch":
             self.head.draw()
         self.labels = Relabelling()
+
+    @classmethod
+    def check_recipe(cls, recipe: method.Recipe, name: str) -> None:
+        """Raise `UserError` for a high group of everybody."""
+        super().check_recipe(recipe, name)
+        if (share := cast("Recipe", recipe).high_share) >= 1:
+            raise UserError(f"high_share is the share of a batch in the high group, below 1, not {share}: give 0.7.")
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted logits (N, K) and the weight of every face (N, 1)."""

@@ -22,10 +22,8 @@ from cafe.results.predictions import Answers
 from cafe.results.runs import list_epochs, read_epoch
 
 CURVES = {"train/total": "loss", "train/accuracy": "accuracy", "selection/accuracy": "held-out accuracy"}
-PICTURED = (
-    "masks",
-    "heat_maps",
-)  # what was drawn of a mask when the run was evaluated; it has numbers, too, since then
+# What was drawn of a mask when the run was evaluated; it has numbers, too, since then.
+PICTURED = ("masks", "heat_maps")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from cafe.results.groups import FindManifest
 
 GALLERY = Gallery()
 MASK = "The channels on which its mean mask differs most between expressions, less their mean over all of them."
-FIGURES = {  # of runs of before their numbers were kept
+FIGURES = {  # of older runs, whose numbers were not kept
     "masks": "Its mean mask over faces of each expression, and how that differs from the mean over all of them.",
     "heat_maps": "Where on a face its mask is open.",
 }

@@ -253,10 +253,8 @@ def draw_heat_maps(images: list[np.ndarray], heats: np.ndarray, titles: list[str
     figure = Figure(figsize=(1.6 * len(images) + 0.8, 3.9), layout="constrained")
     figure.suptitle(title, fontsize=12)
     grid = figure.subplots(2, len(images), squeeze=False)
-    middle, spread = (
-        (heats.max() + heats.min()) / 2,
-        max(heats.max() - heats.min(), 0.01),
-    )  # a nearly constant mask is not stretched into noise
+    # A nearly constant mask is not stretched into noise.
+    middle, spread = (heats.max() + heats.min()) / 2, max(heats.max() - heats.min(), 0.01)
     for column, (image, heat, name) in enumerate(zip(images, heats, titles, strict=True)):
         height, width = image.shape[:2]
         for axes in grid[:, column]:

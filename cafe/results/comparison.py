@@ -21,10 +21,7 @@ from cafe.results.significance.statistics import combine_intervals, wilson
 from cafe.results.sources import SAME_FACES, SAME_SET, SOURCE, UNSEEN
 
 ORACLE = "oracle"  # a selection that looks at faces of the target itself
-PEEKING = (
-    "source_test",
-    ORACLE,
-)  # selections that look at what the run is evaluated on: always said beside its numbers
+PEEKING = ("source_test", ORACLE)  # that look at what the run is evaluated on: always said beside its numbers
 NOT_IN_LABELS = {"source", "method", "seed"}  # settings that a row shows beside its label
 ALL = "all"  # targets: the unseen ones and the sources
 NOTHING = estimate([])
@@ -34,11 +31,11 @@ NOTHING = estimate([])
 class Row:
     """Runs that differ in nothing but their seed: one method trained on one source, with an estimate in every cell.
 
-    In leave-one-domain-out there is one run of every seed for each target, its fold.
-    `label` is the method with the settings that tell it apart from the others of its source; `seen` holds the columns of
-    the set it was trained on, `counted` those that its mean over unseen targets is of; `unseen` and `everything` are its
-    means of the table's own metric. `class_set` names the classes it is evaluated over where rows differ in them. A row of
-    which every seed predicts the same is not `seeded`.
+    In leave-one-domain-out there is one run of every seed for each target, its fold. `label` is the method with the settings
+    that tell it apart from the others of its source; `seen` holds the columns of the set it was trained on, `counted` those
+    that its mean over unseen targets is of; `unseen` and `everything` are its means of the table's own metric. `class_set`
+    names the classes it is evaluated over where rows differ in them. A row of which every seed predicts the same is not
+    `seeded`.
     """
 
     runs: tuple[Run, ...]
@@ -293,12 +290,13 @@ class _Table:
             for column in columns
             if run.evaluates(column)
         }
-        seeds = dict.fromkeys(run.seed for run in runs)
-        evaluated = [[found.get((seed, column), math.nan) for column in columns] for seed in seeds]
-        means = [about.over_targets(values) for values in evaluated if values]
-        whole = [mean for mean in means if not math.isnan(mean)]
-        result = estimate(whole if self.is_seeded(runs) else whole[:1], about.unit)
-        return replace(result, **self._rest(runs, metric, columns)) if whole else result
+        seeds = dict.fromkeys(run.seed for run in runs if columns)
+        evaluated = {seed: [found.get((seed, column), math.nan) for column in columns] for seed in seeds}
+        means = {seed: about.over_targets(values) for seed, values in evaluated.items()}
+        whole = {seed: mean for seed, mean in means.items() if not math.isnan(mean)}
+        result = estimate(list(whole.values())[: None if self.is_seeded(runs) else 1], about.unit)
+        rest = self._rest([run for run in runs if run.seed in whole], metric, columns) if whole else {}
+        return replace(result, **rest)
 
     def _rest(self, runs: Sequence[Run], metric: str, columns: Sequence[Column]) -> dict[str, Any]:
         """Return what an estimate rests on: faces, chance, and the interval over faces where one is known."""
@@ -403,9 +401,7 @@ def _name_row(method: str, own: dict[str, object], rivals: Sequence[dict[str, ob
     differing = []
     for key, value in sorted(said.items()):
         others = [rival.get(key) for rival in rivals]
-        usual = (
-            2 * others.count(value) > len(others) and None not in others
-        )  # most rows have it: the others name theirs
+        usual = 2 * others.count(value) > len(others) and None not in others  # of most rows: the others name theirs
         if (not usual and any(other != value for other in others)) or (key == "selection" and value in PEEKING):
             differing.append(key)
     texts = (f"{key.removeprefix('recipe.')}={shorten(str(said[key]), longest)}" for key in differing)

@@ -100,12 +100,12 @@ def is_doubtful(low: float, chance: float, faces: float) -> bool:
     return not math.isnan(chance) and bool(low <= chance or 0 < faces < FEW)
 
 
-def estimate(values: Sequence[float], unit: Unit = PERCENT, confidence: float = 0.95) -> Estimate:
-    """Return the mean of independent runs with Student's t-interval, which is to be written in a unit."""
+def estimate(values: Sequence[float], unit: Unit = PERCENT) -> Estimate:
+    """Return the mean of independent runs with Student's 95 % t-interval, which is to be written in a unit."""
     count = len(values)
     if count < 2:
         return Estimate(float(values[0]) if count else math.nan, math.nan, tuple(values), unit)
-    quantile = float(scipy.special.stdtrit(count - 1, (1 + confidence) / 2))
+    quantile = float(scipy.special.stdtrit(count - 1, 0.975))
     half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Estimate(float(np.mean(values)), half_width, tuple(values), unit)
 
@@ -178,7 +178,7 @@ def calibration_error(predictions: Predictions) -> float:
 
     With 15 equal bins of confidence (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Eq. 3).
     """
-    confidence = predictions.probabilities.max(axis=1).astype(float)
+    confidence = predictions.confidence.astype(float)
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     surplus = (predictions.predicted == predictions.labels) - confidence
     return float(np.abs(np.bincount(bins, surplus, BINS)).sum() / len(surplus))
@@ -221,12 +221,11 @@ def selective_risks(predictions: Predictions) -> np.ndarray:
 
     Faces of equal confidence share their errors, as in the mean over all orders of them.
     """
-    confidence = predictions.probabilities.max(axis=1)
+    confidence = predictions.confidence
     order = np.argsort(-confidence, kind="stable")
     wrong = (predictions.predicted != predictions.labels)[order]
-    tied = np.cumsum(
-        np.diff(confidence[order], prepend=confidence[order[:1]]) != 0
-    )  # (N,): numbers of equal confidences
+    ordered = confidence[order]
+    tied = np.cumsum(np.diff(ordered, prepend=ordered[:1]) != 0)  # (N,): numbers of equal confidences
     shared = np.bincount(tied, wrong) / np.bincount(tied)
     risks: np.ndarray = np.cumsum(shared[tied]) / np.arange(1, len(order) + 1)
     return risks

@@ -60,7 +60,7 @@ class Predictions:
 
     @property
     def rows(self) -> str:
-        """Names the faces; empty for a file of before that was loaded without their ids."""
+        """Names the faces; empty for an old file that was loaded without their ids."""
         return self.about.get("rows") or (name_rows(self.sample_ids) if self.sample_ids else "")
 
     @cached_property
@@ -169,8 +169,8 @@ class Predictions:
                 found = cls._parse(path, named)
         except FileNotFoundError:
             return None
-        whole = len(found.probabilities) == len(found.labels) and np.isfinite(found.probabilities).all()
-        if not whole or not (found.labels < len(found.classes)).all():
+        known = (found.labels >= 0) & (found.labels < len(found.classes))
+        if len(found.probabilities) != len(known) or not known.all() or not np.isfinite(found.probabilities).all():
             raise damaged(path, REMEDY)
         return found
 
@@ -250,7 +250,7 @@ class Head(NamedTuple):
                 about, classes = _read_about(table)
         except FileNotFoundError:
             return None
-        if len(table) and "rows" not in about:  # of before files named their rows
+        if len(table) and "rows" not in about:  # an old file
             found = Predictions.load(path)
             return cls(about, classes, len(table), found.rows) if found else None
         return cls(about, classes, len(table), about.get("rows", ""))

@@ -40,7 +40,7 @@ OPTIONS = {
         "T3A (Iwasawa and Matsuo, NeurIPS 2021) adjusts the classifier to the target's faces, 32 after 32", adapts=True
     ),
     "sar": Option(
-        "SAR (Niu et al., ICLR 2023) adapts the batch norms to those of the target's faces it is sure of, 64 after 64",
+        "SAR (Niu et al., ICLR 2023) adapts the batch norms to the target's faces of low entropy, 64 after 64",
         adapts=True,
     ),
     "shot": Option(

@@ -73,9 +73,7 @@ class Run:
     classes: tuple[str, ...] = EXPRESSIONS  # in the order of its outputs; old records do not say
     test_time: str = ""  # the option with which it was evaluated
     ensemble: tuple[Run, ...] = ()  # the runs whose mean it is
-    set_aside: frozenset[tuple[str, str]] = (
-        frozenset()
-    )  # protocol and column of predictions on other faces than the rest
+    set_aside: frozenset[tuple[str, str]] = frozenset()  # protocol and column of what is of other faces than the rest
     shared_classes: bool = False  # whether its predictions are over the classes it shares with each target
 
     @property

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SETS = (
-    "rafdb",
-    "ferplus",
-    "affectnet",
-    "sfew",
-    "mma",
-)  # by the kind of their manifests, in the order of published columns
-SHARED = frozenset(
-    {*SETS, "ckplus", "expw", "jaffe", "kdef"}
-)  # sets of which any two manifests have pictures in common
+SETS = ("rafdb", "ferplus", "affectnet", "sfew", "mma")  # kinds of manifests, in the order of published columns
+SHARED = frozenset({*SETS, "ckplus", "expw", "jaffe", "kdef"})  # of which any two manifests have pictures in common
 
 # Means are taken over `unseen` targets, or over these and the sources.
 SOURCE, UNSEEN = "source", "unseen"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unit:
-    """How a number is written: what it is multiplied by, and its digits behind the point.
+    """How a number is written: what it is multiplied by, its digits behind the point, and the `name` of what it is then in.
 
-    `name` says what it is in then; no number can be above its `limit`.
+    No number can be above its `limit`.
     """
 
     name: str
@@ -24,11 +24,11 @@ class Unit:
 
     def write(self, value: float) -> str:
         """Return a number as text, NaN as a dash."""
-        return "–" if math.isnan(value) else f"{self.scale * value:.{self.digits}f}"
+        return "–" if math.isnan(value) else f"{self.scale * value:z.{self.digits}f}"
 
     def write_difference(self, value: float) -> str:
         """Return the difference of two numbers as text with its sign, NaN as a dash."""
-        return "–" if math.isnan(value) else f"{self.scale * value:+.{self.digits}f}".replace("-", "−")
+        return "–" if math.isnan(value) else f"{self.scale * value:+z.{self.digits}f}".replace("-", "−")
 
 
 PERCENT = Unit("percent", scale=100, digits=1, limit=1.0)

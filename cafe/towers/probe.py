@@ -27,7 +27,7 @@ from cafe.views.drawing import ViewPlan
 GRIDS = ("1x1", "2x2", "3x3", "4x4")
 WIDEST = 4096  # channels; a wider layer takes minutes to fit
 HELD_OUT = 0.25  # of the faces taken
-PENALTY = 0.01  # C of the logistic regression; at 0.001 rare expressions are missed
+INVERSE_PENALTY = 0.01  # C of the logistic regression; at 0.001 rare expressions are missed
 TIMED = 16  # faces to a pass whose cost is measured
 
 
@@ -95,7 +95,7 @@ def probe_layers(
 def _test_layer(layer: Layer, features: np.ndarray, labels: np.ndarray, fitted: int) -> ProbeResult:
     """Fit a linear classifier on the first faces and test it on the others."""
     scaler = StandardScaler().fit(features[:fitted])
-    classifier = LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3)
+    classifier = LogisticRegression(C=INVERSE_PENALTY, max_iter=300, tol=1e-3)
     classifier.fit(scaler.transform(features[:fitted]), labels[:fitted])
     truth, predicted = labels[fitted:], classifier.predict(scaler.transform(features[fitted:]))
     accuracy = float(accuracy_score(truth, predicted))

@@ -48,7 +48,7 @@ class FetchedFaces:
         """Return the bytes of a face's picture, waiting for them."""
         return self.fetched[row].result()
 
-    def decode_face(self, row: int, data: bytes, channels: str = "rgb", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode_face(self, row: int, data: bytes, channels: str, max_pixels: int) -> np.ndarray:
         """Return the pixels of a face from its bytes."""
         return self.pictures.decode_face(row, data, channels, max_pixels)
 

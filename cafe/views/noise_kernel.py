@@ -1,4 +1,4 @@
-"""The noise of views as one kernel of Triton, for graphics cards: what `device_views.add_noise` does in a dozen steps."""
+"""The noise of views as one kernel of Triton, for graphics cards: what `cafe.views.device` does in a dozen steps."""
 
 from __future__ import annotations
 

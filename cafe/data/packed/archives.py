@@ -266,8 +266,8 @@ def open_packed(file: UPath) -> Iterator[IO[bytes]]:
         raise UserError(f"{file} is no {kind} file, or damaged ({quote(error)}): copy or pack it again.") from None
 
 
-def _judge_size(size: int, packed: int) -> str:
-    """Return why a member of so many bytes is not read, empty when it may be."""
+def _refuse_size(size: int, packed: int) -> str:
+    """Return why a member of a size in bytes is not read, empty when it may be."""
     if size > MOST_MEMBER:
         return f"{size:,} bytes are more than the {MOST_MEMBER:,} that a file in an archive may have"
     if size > max(FREELY, MOST_TIMES * packed):
@@ -279,7 +279,7 @@ def _list_zip(data: IO[bytes]) -> Iterator[Member]:
     """Yield the members of a zip from the list at its end, with spans that begin with their headers."""
     with zipfile.ZipFile(data) as archive:
         for info in archive.infolist():
-            reason = _judge_size(info.file_size, info.compress_size)
+            reason = _refuse_size(info.file_size, info.compress_size)
             if info.flag_bits & 1:
                 reason = "is encrypted"
             elif S_ISLNK(info.external_attr >> 16):
@@ -316,7 +316,7 @@ def _list_tar(data: IO[bytes], texts: tuple[str, ...]) -> Iterator[Member]:
             if info.offset <= before or info.size < 0 or (info.isreg() and not info.issparse() and after > end):
                 raise tarfile.ReadError(f"cut off or damaged at {info.name!r}")
             before = info.offset
-            reason = _judge_size(info.size, info.size)
+            reason = _refuse_size(info.size, info.size)
             if info.issym() or info.islnk():
                 reason = "is a link"
             elif info.issparse() or not info.isreg():

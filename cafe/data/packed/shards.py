@@ -128,9 +128,7 @@ def _expand_braces(text: str) -> list[str]:
             )
         parts = [f"{number:0{len(found[1])}d}" for number in range(first, last + 1)]
     names = (name for part in parts for name in _expand_braces(text[: found.start()] + part + text[found.end() :]))
-    return list(
-        dict.fromkeys(names)
-    )  # of braces within braces the inner ones come first, and again for each outer part
+    return list(dict.fromkeys(names))  # of braces within braces the inner ones come again for each outer part
 
 
 def _find_split(shard: str) -> str:

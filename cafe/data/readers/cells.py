@@ -27,9 +27,7 @@ from cafe.spool import Spool
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 DELIMITERS = ",;\t|"
-NULLS = frozenset(
-    {"", "NaN", "nan", "null", "NULL", "None", "<NA>"}
-)  # as programs write that a cell is empty; not `NA`
+NULLS = frozenset({"", "NaN", "nan", "null", "NULL", "None", "<NA>"})  # as programs write an empty cell; not `NA`
 LONGEST_CELL = 2**24  # characters
 
 

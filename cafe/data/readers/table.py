@@ -46,7 +46,7 @@ CORNERS = (
     ("x1", "y1", "x2", "y2"),
     ("face_box_left", "face_box_top", "face_box_right", "face_box_bottom"),
 )
-KEEP = "keep"  # stands for the role of columns that the manifest shall keep as they are: a face's sex, age, camera, …
+KEEP = "keep"  # stands for the role of columns that the manifest keeps as they are: a face's sex, age, camera, …
 DOUBTFUL_BOX = "bbox"  # of which some write sides and some corners
 MOST_VOTES = 2**31  # as the manifest counts them
 DRIVE = re.compile(r"[A-Za-z]:/")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -66,16 +66,16 @@ def split_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
 def evaluate_online(
     evaluate: Callable[[Batch], Tensor], dataset: FaceDataset, rows: np.ndarray, size: int, device: torch.device
 ) -> np.ndarray:
-    """Return the probabilities (n, K) of rows, batch by batch in a fixed order, from the logits that `evaluate` gives."""
+    """Return the probabilities (n, K) of rows that `evaluate` gives, batch by batch in a fixed order."""
     order = order_faces(rows)
     with torch.no_grad():
         batches = dataset.load(split_batches(rows[order], size), 0, device)
         return unshuffle(order, (evaluate(batch) for batch in batches))
 
 
-def unshuffle(order: np.ndarray, logits: Iterator[Tensor]) -> np.ndarray:
-    """Return the probabilities (n, K) of rows from the logits of batches in the order in which they came."""
-    parts = [part.detach().softmax(dim=1).cpu() for part in logits]
-    probabilities = np.empty((len(order), parts[0].shape[1]), np.float32)
-    probabilities[order] = torch.cat(parts).numpy()
+def unshuffle(order: np.ndarray, parts: Iterable[Tensor]) -> np.ndarray:
+    """Return the probabilities (n, K) of rows from those of batches in the order in which they came."""
+    shuffled = torch.cat([part.cpu() for part in parts]).numpy()
+    probabilities = np.empty_like(shuffled)
+    probabilities[order] = shuffled
     return probabilities

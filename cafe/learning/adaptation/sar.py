@@ -1,4 +1,4 @@
-"""SAR: like TENT, but only from faces it is sure of, and towards weights around which little changes."""
+"""SAR: like TENT, but from confident predictions alone, and towards weights around which little changes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from cafe.methods.method import Batch, Method
 BATCH, RATE, MOMENTUM = 64, 2.5e-4, 0.9  # released script, of ResNet-50 on ImageNet-C: SGD, one step
 MARGIN = 0.4  # E_0: the entropy below which a face counts as reliable, by ln K; Sec. 3.2
 RADIUS = 0.05  # ρ of sharpness-aware minimisation
-COLLAPSED, KEPT = (
-    0.2,
-    0.9,
-)  # e_m: the moving average of the entropy below which the method begins anew, and its momentum
+COLLAPSED, KEPT = 0.2, 0.9  # the moving average of the entropy, e_m, below which it begins anew, and its momentum
 LEFT_ALONE = "layer4"  # the last block of a ResNet, whose batch norms are too sensitive; Appendix
 
 
@@ -58,7 +55,7 @@ class _Adapting:
         self.average: float | None = None  # of the entropy, over batches
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return the logits (n, K) of a batch, and learn from it."""
+        """Return the probabilities (n, K) of a batch, and learn from it."""
         with torch.enable_grad():
             logits: Tensor = self.method(batch)["logits"].float()
             margin = MARGIN * math.log(logits.shape[1])
@@ -66,7 +63,7 @@ class _Adapting:
             reliable = entropies < margin
             if reliable.any():
                 self._step(entropies[reliable].mean(), batch, reliable, margin)
-        return logits.detach()
+        return self.method.to_probabilities(logits.detach())
 
     def _step(self, entropy: Tensor, batch: Batch, reliable: Tensor, margin: float) -> None:
         before = [parameter.detach().clone() for parameter in self.affine]

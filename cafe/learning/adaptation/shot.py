@@ -45,9 +45,9 @@ def predict_shot(method: Method, dataset: FaceDataset, rows: np.ndarray, device:
     """Return probabilities (n, K) by SHOT: source hypothesis transfer.
 
     "Do We Really Need to Access the Source Data? Source Hypothesis Transfer for Unsupervised Domain Adaptation", Liang et
-    al., ICML 2020: predictions shall be sure and of all classes (information maximisation, Eq. 3), and those of the nearest
-    class mean (Eq. 6). As the released script but for its random crops: the clean view is learned from. Raises `UserError`
-    for a method that does not end in a linear layer, or that is nothing else.
+    al., ICML 2020: predictions should be confident and of all classes (information maximisation, Eq. 3), and agree with the
+    nearest class mean (Eq. 6). As the released script but for its random crops: the clean view is learned from. Raises
+    `UserError` for a method that does not end in a linear layer, or that is nothing else.
     """
     method = copy.deepcopy(method)
     classifier, features = check_shot(method), list[Tensor]()
@@ -85,11 +85,11 @@ def predict_shot(method: Method, dataset: FaceDataset, rows: np.ndarray, device:
             optimizer.step()
     logits, _ = read()
     hook.remove()
-    return unshuffle(order, iter([logits]))
+    return unshuffle(order, [method.to_probabilities(logits)])
 
 
 def measure_loss(logits: Tensor, pseudo: Tensor) -> Tensor:
-    """Return the loss of a batch: sure predictions, of all classes, and the pseudo labels (n,)."""
+    """Return the loss of a batch, low where predictions are confident, of all classes, and the pseudo labels (n,)."""
     mean = logits.softmax(dim=1).mean(dim=0)
     diversity = -(mean * (mean + TINY).log()).sum()
     return measure_entropy(logits).mean() - diversity + PSEUDO * functional.cross_entropy(logits, pseudo)

@@ -32,7 +32,7 @@ def predict_t3a(method: Method, dataset: FaceDataset, rows: np.ndarray, device: 
 
     def evaluate(batch: Batch) -> Tensor:
         logits = method(batch)["logits"].float()
-        return supports.evaluate(features.pop(), logits)
+        return supports.evaluate(features.pop(), logits).softmax(dim=1)
 
     try:
         return evaluate_online(evaluate, dataset, rows, BATCH, device)

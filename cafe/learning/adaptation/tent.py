@@ -1,4 +1,4 @@
-"""TENT: batch norms take the statistics of the target's faces, and learn from how sure they are of them."""
+"""TENT: batch norms take the statistics of the target's faces, and learn to make their predictions confident."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def predict_tent(method: Method, dataset: FaceDataset, rows: np.ndarray, device:
             optimizer.zero_grad()
             measure_entropy(logits).mean().backward()
         optimizer.step()
-        return logits
+        return method.to_probabilities(logits.detach())
 
     return evaluate_online(evaluate, dataset, rows, BATCH, device)

@@ -93,7 +93,7 @@ def find_trained(tower: FrozenBackbone, blocks: int) -> list[nn.Parameter]:
     """Return the parameters of the last blocks and of all that follows them, or all in use when `blocks` is 0.
 
     They are those that still get a gradient when nothing passes the input of the first of these blocks; what has no part
-    in the features, such as an unused head, is not among them. Raises `UserError` when the tower has not so many blocks.
+    in the features, such as an unused head, is not among them. Raises `UserError` when the tower has fewer blocks.
     """
     row = find_used_blocks(tower)
     if blocks > len(row):

@@ -52,6 +52,8 @@ class Recipe(method.Recipe):
     wordings: str = ""  # what fills the prompts for some classes, as "pain:in pain,drowsy:drowsy"; others as in WORDS
 
     def __post_init__(self) -> None:
+        """Raise `UserError` for wordings that cannot be read."""
+        super().__post_init__()
         parse_wordings(self.wordings)
 
 

@@ -1,4 +1,4 @@
-"""CORAL: the learned features of every two sources shall agree in mean and covariance.
+"""CORAL: the learned features of every two sources should agree in mean and covariance.
 
 "Deep CORAL: Correlation Alignment for Deep Domain Adaptation", Sun and Saenko, ECCV 2016 workshops; with the means, as in
 DomainBed.

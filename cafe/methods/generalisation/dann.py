@@ -1,4 +1,4 @@
-"""DANN: the learned features shall not say which source a face is from.
+"""DANN: the learned features should not say which source a face is from.
 
 "Domain-Adversarial Training of Neural Networks", Ganin et al., JMLR 2016, with the gradient of the discriminator reversed on
 its way to the features, so that one step trains both. DomainBed takes turns instead, one or more steps of the discriminator
@@ -8,7 +8,7 @@ for each of the rest; its two losses are these, gradient penalty included.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,16 @@ class Recipe(erm.Recipe):
     discriminator_layers: int = 3
     beta1: float = 0.5  # of Adam
 
+    shares: ClassVar = (*erm.Recipe.shares, "beta1")
+
     def __post_init__(self) -> None:
-        """Raise `UserError` for a discriminator that is none too."""
+        """Raise `UserError` also for a discriminator that cannot be built."""
         super().__post_init__()
         if self.discriminator_layers < 2 or self.discriminator_hidden < 1:
             raise UserError(
                 f"A discriminator of {self.discriminator_layers} layers with {self.discriminator_hidden} channels cannot be "
                 "built: give at least 2 layers and 1 channel."
             )
-        if self.beta1 >= 1:
-            raise UserError(f"The setting beta1 is a share below 1, not {self.beta1}: give 0.5, for example.")
 
 
 class Dann(Erm):

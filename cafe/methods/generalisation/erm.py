@@ -35,10 +35,7 @@ class Recipe(features.Recipe):
     hidden: int = 512  # channels of the hidden layer, which ends in a ReLU; 0: there is none
     dropout: float = 0.0  # share of these that are 0 in a training step
 
-    def __post_init__(self) -> None:
-        """Raise `UserError` for a share of everything, of which nothing can be learned."""
-        if self.dropout >= 1:
-            raise UserError(f"The setting dropout is a share below 1, not {self.dropout}: give 0.1, for example.")
+    shares: ClassVar = ("dropout",)
 
 
 class Erm(FeatureMethod):

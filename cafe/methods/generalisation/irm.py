@@ -1,4 +1,4 @@
-"""IRM: one classifier shall be the best for every source at the same time.
+"""IRM: one classifier should be the best for every source at the same time.
 
 "Invariant Risk Minimization", Arjovsky et al., arXiv:1907.02893, the practical version IRMv1 with DomainBed's unbiased
 estimate: each source's faces are halved, and the gradients of both halves multiplied.

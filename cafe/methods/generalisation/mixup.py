@@ -26,7 +26,7 @@ class Recipe(erm.Recipe):
     alpha: float = 0.2  # of Beta(α, α), from which each pair of sources draws its mixture; DomainBed's mixup_alpha
 
     def __post_init__(self) -> None:
-        """Raise `UserError` for a distribution that is none too."""
+        """Raise `UserError` also for an α of 0, which mixes nothing."""
         super().__post_init__()
         if not self.alpha:
             raise UserError(

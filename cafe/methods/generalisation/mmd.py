@@ -1,4 +1,4 @@
-"""MMD: no kernel shall tell the learned features of one source from those of another.
+"""MMD: no kernel should tell the learned features of one source from those of another.
 
 "Domain Generalization with Adversarial Feature Learning", Li et al., CVPR 2018, without its autoencoder and adversary, as in
 DomainBed: the squared maximum mean discrepancy of every two sources by a sum of Gaussian kernels.

@@ -1,4 +1,4 @@
-"""Spectral decoupling: logits shall be small, so that no easy feature starves the others of gradient.
+"""Spectral decoupling: logits should be small, so that no easy feature starves the others of gradient.
 
 "Gradient Starvation: A Learning Proclivity in Neural Networks", Pezeshki et al., NeurIPS 2021, Eq. 25.
 """

@@ -1,4 +1,4 @@
-"""V-REx: the risks of the sources shall be equal.
+"""V-REx: the risks of the sources should be equal.
 
 "Out-of-Distribution Generalization via Risk Extrapolation (REx)", Krueger et al., ICML 2021.
 """

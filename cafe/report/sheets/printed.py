@@ -111,7 +111,7 @@ def _mean(own: Numbers) -> float:
 
 
 def _points(difference: float) -> str:
-    return "–" if math.isnan(difference) else f"{100 * difference:+.2f}".replace("-", "−")
+    return "–" if math.isnan(difference) else f"{100 * difference:+z.2f}".replace("-", "−")
 
 
 def errors_sheet(comparison: Comparison) -> Sheet:

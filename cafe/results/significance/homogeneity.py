@@ -121,7 +121,7 @@ def compare_groups(
     shares = share_groups(values, groups, persons)
     means = [share.mean for share in shares]
     worst, best = int(np.argmin(means)), len(means) - 1 - int(np.argmax(means[::-1]))  # two, also where all are alike
-    confidence = 1 - 2 * float(scipy.special.ndtr(-quantile_of_range(len(shares), 0.05)))
+    confidence = 1 - 2 * float(scipy.special.ndtr(-quantile_of_range(len(shares))))
     (bottom, upper), (lower, top) = (wilson(means[one], shares[one].effective, confidence) for one in (worst, best))
     gap = means[best] - means[worst]
     below = math.hypot(means[best] - lower, upper - means[worst])
@@ -145,9 +145,8 @@ def permute_groups(
     np.minimum.at(first, numbers, groups)
     np.maximum.at(last, numbers, groups)
     whole = first == last
-    units = _measure(np.bincount(numbers, values).round(9), np.bincount(numbers))[
-        whole
-    ]  # thirds in any order sum alike
+    sums = np.bincount(numbers, values).round(9)  # thirds in any order sum alike
+    units = _measure(sums, np.bincount(numbers))[whole]
     faces = ~whole[numbers]
     exchanges: list[_Persons | _Faces] = []
     if whole.any():
@@ -201,7 +200,7 @@ class _Persons:
         return np.asarray(self.table @ self.kinds)
 
     def draw(self, resamples: int, random: np.random.Generator) -> np.ndarray:
-        """Return what they may be after so many exchanges, (resamples, groups, 6).
+        """Return the sums of every group after random exchanges, (resamples, groups, 6).
 
         Of few kinds as tables of the same margins (Patefield, Algorithm AS 159, 1981).
         """
@@ -243,7 +242,7 @@ class _Faces:
         return self._measure(self.values @ self.groups)
 
     def draw(self, resamples: int, random: np.random.Generator) -> np.ndarray:
-        """Return what they may be after so many exchanges, (resamples, groups, 6).
+        """Return the sums of every group after random exchanges, (resamples, groups, 6).
 
         The sums of more than a few faces are drawn as normal variables with the mean and covariance of all exchanges, as in
         the generalised test of Cochran, Mantel and Haenszel (Landis, Heyman and Koch, International Statistical Review 46,

@@ -16,11 +16,12 @@ import pandas as pd
 import scipy
 
 RESAMPLES = 10_000
+SIGNIFICANCE = 0.05  # of every test, and what its interval leaves out
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much one method is ahead of another (0–1), with its interval, two-sided p and sample size.
+    """How much one method is ahead of another (0–1), with its 95 % interval, two-sided p and sample size.
 
     `groups` counts the groups of faces, a face without one being a group of its own; it is 0 where no face has a group.
     """
@@ -33,9 +34,7 @@ class Difference:
     groups: int = 0
 
 
-def paired_test(
-    differences: Sequence[np.ndarray], groups: Sequence[np.ndarray | None] = (), confidence: float = 0.95
-) -> Difference:
+def paired_test(differences: Sequence[np.ndarray], groups: Sequence[np.ndarray | None]) -> Difference:
     """Test whether the mean over targets of the mean difference over faces is zero.
 
     `differences` holds one value per face (N,) for each target: the share of one method's seeds that were right on it
@@ -43,13 +42,11 @@ def paired_test(
     of every face's group, or None: faces of one person or film are not independent, and each group counts as one.
     """
     if all(numbers is None for numbers in groups):
-        return paired_bootstrap(differences, confidence=confidence)
-    return grouped_test(differences, groups, confidence)
+        return paired_bootstrap(differences)
+    return grouped_test(differences, groups)
 
 
-def grouped_test(
-    differences: Sequence[np.ndarray], groups: Sequence[np.ndarray | None], confidence: float = 0.95
-) -> Difference:
+def grouped_test(differences: Sequence[np.ndarray], groups: Sequence[np.ndarray | None]) -> Difference:
     """Test as `paired_test` says, with Student's t and the jackknife over groups.
 
     Resampling a handful of groups gives intervals that are too narrow. The delete-one-group jackknife (CV3) with as many
@@ -71,32 +68,42 @@ def grouped_test(
     if min(freedoms) == 0:  # a single group says nothing of any other
         return Difference(mean, -1.0, 1.0, 1.0, faces, count)
     if error == 0:
-        return Difference(mean, mean, mean, float(mean == 0), faces, count)
+        least = _least_p(count if mean else 0)
+        return Difference(mean, *_hold_zero(mean, mean, least), least, faces, count)
     freedom = sum(variances) ** 2 / sum(variance**2 / own for variance, own in zip(variances, freedoms, strict=True))
-    half_width = min(2.0, float(scipy.special.stdtrit(freedom, (1 + confidence) / 2)) * error)
+    half_width = min(2.0, float(scipy.special.stdtrit(freedom, 1 - SIGNIFICANCE / 2)) * error)
     p = 2 * float(scipy.special.stdtr(freedom, -abs(mean) / error))
     return Difference(mean, mean - half_width, mean + half_width, p, faces, count)
 
 
-def paired_bootstrap(
-    differences: Sequence[np.ndarray], resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0
-) -> Difference:
+def paired_bootstrap(differences: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> Difference:
     """Test as `paired_test` says, where faces have no groups, by drawing faces with replacement.
 
     Faces are drawn within each target, each with all seeds of both methods. The interval is the percentile interval, and
-    p is its inversion: p < 0.05 where the 95 % interval excludes zero.
+    p is its inversion: p < 0.05 where the 95 % interval excludes zero. A few faces would be drawn so alike that they seem
+    certain: p is never below what the sign test can give of those on which the methods differ.
     """
     random = np.random.default_rng(seed)
     draws = np.mean([_resample_mean(values, resamples, random) for values in differences], axis=0)  # (B,)
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(draws, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    least = _least_p(sum(int(np.count_nonzero(values)) for values in differences))
     return Difference(
         float(np.mean([values.mean() for values in differences])),
-        float(low),
-        float(high),
-        min(1.0, 2 * (beyond + 1) / (resamples + 1)),  # never zero: the observed data count as one draw
+        *_hold_zero(float(low), float(high), least),
+        min(1.0, max(least, 2 * (beyond + 1) / (resamples + 1))),  # never zero: the observed data count as one draw
         sum(map(len, differences)),
     )
+
+
+def _least_p(differing: int) -> float:
+    """Return the least two-sided p of a number of differing faces or groups: that of the sign test where all agree."""
+    return min(1.0, 2.0 ** (1 - differing))
+
+
+def _hold_zero(low: float, high: float, least: float) -> tuple[float, float]:
+    """Return the ends of an interval, which holds zero where no p is below the least one."""
+    return (low, high) if least < SIGNIFICANCE else (min(low, 0.0), max(high, 0.0))
 
 
 def _resample_mean(values: np.ndarray, resamples: int, random: np.random.Generator) -> np.ndarray:
@@ -107,7 +114,7 @@ def _resample_mean(values: np.ndarray, resamples: int, random: np.random.Generat
 
 
 def wilson(share: float, faces: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval over faces of a share of so many independent faces, within 0 and 1.
+    """Return the interval of a share of independent faces, within 0 and 1.
 
     Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927), Eq. 4.
     """
@@ -125,7 +132,7 @@ def combine_intervals(means: Sequence[float], intervals: Sequence[tuple[float, f
     The "method of variance estimates recovery" of Zou and Donner (Statistics in Medicine 27, 2008).
     """
     mean, count = sum(means) / len(means), len(means)
-    lowest, highest = (sum(ends) / count for ends in zip(*intervals, strict=True))  # which rounding shall not pass
+    lowest, highest = (sum(ends) / count for ends in zip(*intervals, strict=True))  # which rounding must not pass
     below = math.sqrt(sum((own - low) ** 2 for own, (low, _) in zip(means, intervals, strict=True))) / count
     above = math.sqrt(sum((high - own) ** 2 for own, (_, high) in zip(means, intervals, strict=True))) / count
     return max(mean - below, lowest), min(mean + above, highest)
@@ -155,7 +162,7 @@ class Ranking:
     critical_difference: float
 
 
-def rank_methods(scores: np.ndarray, significance: float = 0.05) -> Ranking:
+def rank_methods(scores: np.ndarray) -> Ranking:
     """Rank methods by their scores (methods, targets), ties sharing their ranks (Demšar, JMLR 2006)."""
     methods, targets = scores.shape
     ranks = pd.DataFrame(scores).rank(ascending=False).to_numpy()
@@ -166,18 +173,18 @@ def rank_methods(scores: np.ndarray, significance: float = 0.05) -> Ranking:
     spread = ((ranks - middle) ** 2).sum() / (methods - 1)  # zero where all are alike: then there is nothing to test
     statistic = ((ranks.sum(axis=1) - targets * middle) ** 2).sum() / spread if spread else 0.0
     p = float(scipy.special.chdtrc(methods - 1, statistic))
-    critical = quantile_of_range(methods, significance) * math.sqrt(methods * (methods + 1) / (6 * targets))
+    critical = quantile_of_range(methods) * math.sqrt(methods * (methods + 1) / (6 * targets))
     return Ranking(means, targets, p, critical if critical < methods - 1 else math.nan)
 
 
 @cache
-def quantile_of_range(count: int, significance: float) -> float:
-    """Return the quantile of the range of so many standard normal variables, divided by √2: 1.96 for two and 5 %."""
+def quantile_of_range(count: int) -> float:
+    """Return the 95 % quantile of the range of `count` standard normal variables, divided by √2: 1.96 for two."""
     z = np.linspace(-8, 8, 4001)
     density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     low, high = 0.0, 20.0
     while high - low > 1e-9:
         middle = (low + high) / 2
         within = count * density * (scipy.special.ndtr(z + middle) - scipy.special.ndtr(z)) ** (count - 1)
-        low, high = (middle, high) if np.trapezoid(within, z) < 1 - significance else (low, middle)
+        low, high = (middle, high) if np.trapezoid(within, z) < 1 - SIGNIFICANCE else (low, middle)
     return low / math.sqrt(2)

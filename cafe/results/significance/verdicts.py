@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -88,23 +89,25 @@ def _list_behind(tests: Sequence[Paired]) -> str:
 def _describe_lead(test: Paired) -> str:
     """Return how far the reference of a test is ahead in percentage points, with the interval over faces."""
     mean, low, high = (100 * value for value in (test.difference.mean, test.difference.low, test.difference.high))
-    return f"{-mean:.1f} points, {-high:.1f} to {-low:.1f}".replace("-", "−")
+    return f"{-mean:z.1f} points, {-high:z.1f} to {-low:z.1f}".replace("-", "−")
 
 
 def conclude(comparison: Comparison) -> str:
-    """Say in one sentence what a paired test says of the best row that reads frozen features and the best of pixels alone.
+    """Say of each source what a paired test says of the best row that reads frozen features and the best of pixels alone.
 
-    Empty where there is nothing to compare.
+    A sentence each; empty where there is nothing to compare.
     """
-    best: dict[bool, Row] = {}
+    best: dict[str, dict[bool, Row]] = defaultdict(dict)
     for row in sorted(filter(_is_scored, comparison.rows), key=lambda row: -row.unseen.mean):
         if row.contends:
-            best.setdefault(row.runs[0].derived.get("store", "none") != "none", row)
-    test = test_unseen(best[True], best[False], comparison) if len(best) == 2 else None
-    if test is None:
-        return ""
-    frozen, pixels, difference = best[True], best[False], test.difference
-    if test.difference.p < 0.05 and test.overlap:
+            best[row.source].setdefault(row.runs[0].derived.get("store", "none") != "none", row)
+    tests = [test_unseen(own[True], own[False], comparison) for own in best.values() if len(own) == 2]
+    return " ".join(_compare_frozen(test) for test in tests if test)
+
+
+def _compare_frozen(test: Paired) -> str:
+    frozen, pixels, difference = test.row, test.reference, test.difference
+    if difference.p < 0.05 and test.overlap:
         said = "Frozen features and pixels differ over faces, though the seed ranges overlap"
     elif not test.holds:
         said = "Frozen features and pixels do not differ significantly"
@@ -112,11 +115,10 @@ def conclude(comparison: Comparison) -> str:
         said = "Frozen features carry over better than pixels"
     else:
         said = "Pixels carry over better than frozen features"
-    ends = (difference.mean, difference.low, difference.high)
     p = "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.3f}"
-    mean, low, high = map(PERCENT.write_difference, ends)
+    mean, low, high = map(PERCENT.write_difference, (difference.mean, difference.low, difference.high))
     return (
-        f"{said}: on the unseen targets {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of the "
-        f"faces, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % (difference {mean} points, {low} to "
-        f"{high} over {difference.faces:,} faces, {p})."
+        f"{said}: trained on {frozen.source}, {frozen.label}, which reads frozen features, is right on {frozen.unseen} % of "
+        f"the faces of unseen targets, and {pixels.label}, which sees pixels alone, on {pixels.unseen} % (difference {mean} "
+        f"points, {low} to {high} over {difference.faces:,} faces, {p})."
     )
