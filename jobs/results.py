@@ -185,8 +185,9 @@ def choose_runs(workspace: Workspace, experiment: str | None = None, mlflow_uri:
 
         if not experiment:
             raise UserError("--mlflow-uri needs to know which runs to compare: give --experiment NAME too.")
-        runs = read_runs(Mirror(workspace, mlflow_uri).pull(experiment))
-        return Chosen(runs, f"Runs of the experiment {experiment} at {mlflow_uri}")
+        mirror = Mirror(workspace, mlflow_uri)
+        runs = read_runs(mirror.pull(experiment))
+        return Chosen(runs, f"Runs of the experiment {experiment} at {mirror.shown_address}")
     return choose(workspace.read_runs(), experiment)
 
 
@@ -318,7 +319,7 @@ def sync(models: bool, mlflow_uri: str | None) -> None:
     count = mirror.update_all()
     if mirror.warning:
         raise IncompleteError(mirror.warning)
-    say(f"MLflow at {mirror.address} shows all {count} runs of {workspace.root}.")
+    say(f"MLflow at {mirror.shown_address} shows all {count} runs of {workspace.root}.")
     if models:
         from cafe.pipeline.release.pyfunc import log_models
 

@@ -337,12 +337,13 @@ def test_a_server_that_is_down_raises_nothing_and_is_completed_later(workspace: 
     run = evaluated(workspace)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    mirror = Mirror(workspace, address)
+        port = free.getsockname()[1]
+    mirror, address = Mirror(workspace, f"http://me:secret@127.0.0.1:{port}"), f"http://…@127.0.0.1:{port}"
     mirror.update(run)
     mirror.update(run)
     assert mirror.warning.startswith(f"MLflow at {address} does not show everything of 1 of the runs")
     assert f"`cafe mlflow sync --mlflow-uri {address}`" in mirror.warning
+    assert "secret" not in complaint(mirror.pull, "cafe")
 
 
 def test_pulled_runs_have_the_same_predictions_and_are_copied_once(workspace: Workspace, tmp_path: Path) -> None:

@@ -162,10 +162,10 @@ def _run_cells(plan: BenchmarkPlan, mirror: Mirror, bar: Bar, say: Say) -> Failu
                     f"{number}/{len(plan.cells)} {cell.name}: {f'failed. {first_line(failure)}' if failure else 'done'}"
                 )
         except BaseException:
+            stopping.set()  # first: a cell that began now would be noted as one that runs
             _note_killed(waiting, mirror)
             raise
-        finally:  # when interrupted, no other cell begins, and nobody waits for those that run: leaving Ray ends them
-            stopping.set()
+        finally:  # when interrupted, nobody waits for the cells that run: leaving Ray ends them
             pool.shutdown(wait=False, cancel_futures=True)
             workers.end()
     return {cell: failures[cell] for cell in plan.cells if cell in failures}

@@ -4,7 +4,7 @@ A thread of each, whatever it does (workers, tasks, what Ray Train and Ray Data 
 cluster's own store as long as its process runs, however long its work takes; it begins before the process works
 (`cluster.PULSE`). The note's name says where that process is and when it began. The command watches the notes by its own
 clock, and ends a process whose note no longer changes: it then counts as one that was killed, and its work is done again, or
-the command ends with a sentence. Ray Train does as much for workers that share a training, and is told the same limit.
+the command ends with a sentence. Ray Train does as much for workers that share a training, and is given the same limit.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def log_model(mirror: Mirror, run_folder: UPath, exported: UPath, register: str 
         model = there[0] if there else logged
         _log_scores(mlflow, run_id, model.model_id, mirror.workspace, run)
         uri = model.model_uri
-        said = f"MLflow at {mirror.address} holds the model {uri} of the run {run.name}"
+        said = f"MLflow at {mirror.shown_address} holds the model {uri} of the run {run.name}"
         if register is None:
             return f"{said}."
         known = client.search_model_versions(f"name = '{register}' AND run_id = '{run_id}'")

@@ -25,6 +25,7 @@ from upath import UPath
 
 from cafe.errors import UserError, quote, unknown
 from cafe.files import list_files, place_below, write_file, write_json
+from cafe.pipeline.process.command import hide_secrets
 from cafe.pipeline.runs import check_identity
 from cafe.pipeline.tracking import pages
 from cafe.pipeline.tracking.database import (
@@ -76,6 +77,11 @@ class Mirror:
         """Where the server is; raises `UserError` for a workspace that cannot hold a database."""
         return self.uri or default_uri(self.workspace)
 
+    @property
+    def shown_address(self) -> str:
+        """The same without a password, for what is printed or kept."""
+        return hide_secrets(self.address)
+
     def check_address(self) -> None:
         """Raise `UserError` for a workspace that cannot hold a database, where no server is named."""
         if not self.uri:
@@ -86,11 +92,11 @@ class Mirror:
         """What a command must say at its end: nothing, or that the server is behind and how to bring it up to date."""
         if not self.behind:
             return ""
-        option = f" --mlflow-uri {self.uri}" if self.uri else ""
+        option = f" --mlflow-uri {self.shown_address}" if self.uri else ""
         own = "" if self.uri else f"; if it fails again, move {database_path(self.workspace)} away before"
         return (
-            f"MLflow at {self.address} does not show everything of {len(self.behind)} of the runs ({self._reason}); nothing "
-            f"is lost: bring it up to date with `cafe mlflow sync{option}`{own}."
+            f"MLflow at {self.shown_address} does not show everything of {len(self.behind)} of the runs "
+            f"({self._reason}); nothing is lost: bring it up to date with `cafe mlflow sync{option}`{own}."
         )
 
     def update(self, folder: UPath, status: str | None = None) -> Run | None:
@@ -201,7 +207,7 @@ class Mirror:
         except Exception as error:
             logging.getLogger(__name__).info("MLflow does not show %s", name, exc_info=error)
             self.behind.add(name)
-            self._reason = quote(error)
+            self._reason = hide_secrets(quote(error))
 
     def _make_database(self) -> None:
         """Make the workspace's own database, unless it is there; raise `UserError` for what is no database."""
@@ -265,7 +271,7 @@ class Mirror:
                 place = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 raise UserError(
-                    f"MLflow at {self.address} has no model {uri} ({quote(error)}): check its name."
+                    f"MLflow at {self.shown_address} has no model {uri} ({hide_secrets(quote(error))}): check its name."
                 ) from None
         found = next(iter((UPath(place) / "data").glob("*/run.json")), None)  # MLflow keeps the name of what was logged
         if found is None:
@@ -288,7 +294,7 @@ class Mirror:
                 pulled = [self._pull_run(client, run, check_name(experiment)) for run in whole]
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 raise UserError(
-                    f"MLflow at {self.address} cannot be read ({quote(error)}): check --mlflow-uri."
+                    f"MLflow at {self.shown_address} cannot be read ({hide_secrets(quote(error))}): check --mlflow-uri."
                 ) from None
         return [folder for folder in pulled if _is_itself(folder)]
 
@@ -305,7 +311,7 @@ class Mirror:
                     client.download_artifacts(run_id, part, temporary)
                 copy_folder(UPath(temporary), folder)
             write_json(place_below(folder / "experiments", f"{check_name(experiment)}.json"), {"benchmark": None})
-            write_json(folder / PULLED, {"uri": self.address, "run_id": run_id})  # last: the copy is whole
+            write_json(folder / PULLED, {"uri": self.shown_address, "run_id": run_id})  # last: the copy is whole
         return folder
 
 
