@@ -61,18 +61,16 @@ def verify_files(workspace: Workspace, names: Collection[str], as_json: bool) ->
     from cafe.pipeline.release.shipped import is_export, verify_export
     from cafe.seals import verify_file
 
-    folders = (
-        {name: locate(name) for name in names} if names else dict(enumerate(list_folder(workspace.root / "exports")))
-    )
-    exports = {name: folder for name, folder in folders.items() if is_export(folder)}
-    rest = [name for name in names if name not in exports]
+    named = {name: folder for name in names if is_export(folder := locate(name))}
+    exports = [*named.values()] if names else list(filter(is_export, list_folder(workspace.root / "exports")))
+    rest = [name for name in names if name not in named]
     found: dict[str, list[str]] = {"whole": [], "unchecked": [], "damaged": []}
     with progress_bar("Verifying", "files") as progress:
         files = workspace.sealed_files(rest) if rest or not names else []
         for number, path in enumerate(files, start=1):
             found[verify_file(path)].append(str(path.relative_to(workspace.root)))
             progress(number, len(files))
-        for folder in exports.values():
+        for folder in exports:
             for path, state in verify_export(folder):
                 found[state].append(str(path))
     if as_json:

@@ -64,12 +64,9 @@ def list_all(names: tuple[str, ...], as_json: bool) -> None:
 
 
 def _line(facts: StoreFacts) -> tuple[object, ...]:
-    info = facts.info
-    described = (
-        (info.describe(), facts.holder, f"{facts.done} of {info.shards}", info.rows)
-        if info
-        else ("unknown", "", "", "")
-    )
+    info, described = facts.info, ("unknown", "", "", "")
+    if info:
+        described = info.describe(), facts.holder, f"{facts.done} of {info.shards}", f"{info.rows:,}"
     age = f"{(time.time() - facts.made) / DAY:.1f}"
     return (facts.name, *described, f"{facts.bytes / 1e6:,.1f}", age, len(facts.trained), len(facts.evaluated))
 
@@ -125,10 +122,8 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
         for path in find_paths(workspace, names):
             damages = repair_store(workspace, path, ClusterSettings(**values), progress)
             shards = len({damage.shard for damage in damages} - {None})
-            done = (
-                f"{len(damages)} damaged files written again, computed {shards} shards" if damages else "nothing to do"
-            )
-            echo(f"{store_name(path)}: {done}")
+            done = f"{len(damages)} damaged files written again, computed {shards} shards"
+            echo(f"{store_name(path)}: {done if damages else 'nothing to do'}")
 
 
 @store.command("rm")

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 
     from cafe.report.sheets.sheet import Sheet
 
-NAME, WORD, TOKEN, HEAD = (
-    24,
-    18,
-    28,
-    12,
-)  # characters: what is left of a name, of words on a line, of one, of a header's
+# In characters: what is left of a name, words on a line, one word, and one of a header.
+NAME, WORD, TOKEN, HEAD = 24, 18, 28, 12
 STYLES = {"best": "bold", "second": "underline", "": ""}  # of the marks of `cafe.report.sheets`
 
 

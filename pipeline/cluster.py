@@ -197,10 +197,8 @@ def _check_token(address: str) -> None:
     from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, RpcError
 
-    uses, remedy = (
-        os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
-        "copy ~/.ray/auth_token here from its head node",
-    )
+    uses = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    remedy = "copy ~/.ray/auth_token here from its head node"
     if variables := " and ".join(sorted(os.environ.keys() & TOKEN_VARIABLES)):
         remedy += f", and unset {variables}"
     try:

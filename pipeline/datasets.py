@@ -52,10 +52,8 @@ SCHEMA = pa.schema([
     ("box", pa.list_(pa.float32())),  # left, top, right, bottom in pixels of the photo
     ("eyes", pa.list_(pa.float32())),  # x, y of the left and the right one
 ])  # fmt: skip
-LISTING, BEGUN = (
-    "alignment.parquet",
-    ".align",
-)  # in a folder of crops: what became of each photo; that it is being filled
+LISTING = "alignment.parquet"  # in a folder of crops: what became of each photo
+BEGUN = ".align"  # there too: that it is being filled
 CHUNK = 64  # photos decoded before the detector runs on them,
 HELD_BYTES = 2**28  # or as many as take so much
 UNLABELLED = -1

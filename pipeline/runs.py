@@ -76,9 +76,7 @@ class RunSpec(RunIdentity):
     interpolation: str = "bilinear"
     mean: Colours
     std: Spreads
-    features: FeatureKey | None = (
-        None  # of the source's store; None when the method reads none; how the tower runs if `live`
-    )
+    features: FeatureKey | None = None  # of the source's store, if the method reads one; how the tower runs if `live`
     backbone: str | None = None  # as the user wrote it
     width: Size | None = None
     grid: tuple[Size, Size] | None = None  # (H, W) of the maps it reads, which the store says
@@ -107,15 +105,8 @@ class RunSpec(RunIdentity):
             same = replace(same, features=key, view_seed=0)
         if self.fold:
             key = replace(key, images="") if key else None
-            open_fields: dict[str, Any] = {
-                "source_digest": "",
-                "source_kind": "",
-                "sources": (),
-                "fold": "any",
-                "rows": "",
-                "votes": "",
-            }
-            same = replace(same, features=key, source=self.domains, **open_fields)
+            of_sources: dict[str, Any] = dict.fromkeys(("source_digest", "source_kind", "rows", "votes"), "")
+            same = replace(same, features=key, source=self.domains, sources=(), fold="any", **of_sources)
         if self.draw is not None:  # a row takes one draw of each seed
             fixed = {name: value for name, value in self.recipe_changes.items() if name not in self.drawn}
             same = replace(same, draw=0, recipe_changes=fixed)
@@ -203,9 +194,7 @@ class RunSpec(RunIdentity):
         """
         if read_record(run) is not None:
             there = asdict(RunSpec.load(run))
-            there["recipe"] = (
-                self.recipe | there["recipe"]
-            )  # a setting that is younger than the run has its default there
+            there["recipe"] = self.recipe | there["recipe"]  # a younger setting has its default there
             changed = [name for name, value in asdict(self).items() if there[name] != value]
             if changed:
                 raise UserError(

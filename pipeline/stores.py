@@ -143,11 +143,9 @@ def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settin
     """Return the settings of the extraction that made a store; raise `UserError` where they would make another now."""
     info.check_batches(place_below(workspace.features, f"{info.manifest}/{info.folder}"))
     key = info.key
-    fixed: dict[str, Any] = take(key, FeatureIdentity) | {
-        "input_size": key.input_size,
-        **take(settings, ClusterSettings),
-    }
-    fixed |= {"backbone": info.backbone_name, "policy": key.policy["name"], "max_skipped": info.rows}
+    fixed: dict[str, Any] = take(key, FeatureIdentity) | take(settings, ClusterSettings)
+    fixed |= {"backbone": info.backbone_name, "input_size": key.input_size}
+    fixed |= {"policy": key.policy["name"], "max_skipped": info.rows}
     choices = [ExtractSettings(**fixed, normalisation=name) for name in (None, *get_args(Normalisation))]
     tower = look_up_tower(workspace, choices[0])
     keys = [describe_store(manifest, choice, tower).key for choice in choices]

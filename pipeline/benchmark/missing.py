@@ -18,10 +18,8 @@ from cafe.pipeline.workspace import Workspace
 from cafe.synthetic.domains import DOMAINS
 from cafe.towers.weights import find_weights
 
-COUNTED = {
-    "ferplus": "ferplus fer2013new.csv",
-    "fer2013": "fer2013 fer2013.csv",
-}  # sets with several kinds of label files
+# Sets with several kinds of label files.
+COUNTED = {"ferplus": "ferplus fer2013new.csv", "fer2013": "fer2013 fer2013.csv"}
 
 
 class Missing(NamedTuple):

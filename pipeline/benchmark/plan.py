@@ -280,12 +280,9 @@ def list_draft_deviations(cell: Cell) -> list[str]:
 
     The statistics of a tower that is not loaded are taken for ImageNet's, as published, unless the file names others.
     """
-    settings, source, wanted = (
-        cell.settings,
-        cell.source,
-        cell.stores[0].settings if cell.stores and cell.tower else None,
-    )
-    recipe, method = find_recipe(settings, source.kind), cell.entry.kind
+    settings, source, method = cell.settings, cell.source, cell.entry.kind
+    recipe = find_recipe(settings, source.kind)
+    wanted = cell.stores[0].settings if cell.stores and cell.tower else None
     found = {**vars(settings), "recipe": asdict(recipe), "backbone": wanted.backbone if wanted else "none"}
     found |= {"policy": settings.policy or method.policy, "views": settings.views or recipe.epochs + 1}
     found |= {"interpolation": wanted.interpolation if wanted else "bilinear"}

@@ -7,9 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SECRET = re.compile(
-    r"(?<=://)[^/@\s]+(?=@)|(?<=\?)[^\s']+(?=$|[\s'])"
-)  # user and password, or the query, of an address
+# User and password, or the query, of an address.
+SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=\?)[^\s']+(?=$|[\s'])")
 
 _command = ""
 

@@ -57,10 +57,8 @@ def check_uri(uri: str) -> None:
     MLflow itself would find out when a training is shown for the first time, or after it.
     """
     scheme = (re.match(r"[A-Za-z][\w+.-]*(?=:)", uri) or [""])[0].lower()
-    shown, remedy = (
-        f"--mlflow-uri {hide_secrets(uri)}",
-        "give http://HOST:PORT of a server, or sqlite:////FOLDER/mlflow.db",
-    )
+    shown = f"--mlflow-uri {hide_secrets(uri)}"
+    remedy = "give http://HOST:PORT of a server, or sqlite:////FOLDER/mlflow.db"
     if scheme in ("", "file"):
         raise UserError(f"{shown} is a folder, in which MLflow keeps no runs any more: {remedy}.")
     if scheme in ("http", "https"):

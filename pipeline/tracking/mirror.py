@@ -232,17 +232,13 @@ class Mirror:
 
     def _find_experiment(self, client: Any, name: str, about: str = "") -> str:
         """Return the id of an experiment, made where there is none; describe it, unless somebody else did."""
-        found, plain, note = (
-            client.get_experiment_by_name(name),
-            pages.describe_experiment(name),
-            pages.describe_experiment(name, about),
-        )
+        found, note = client.get_experiment_by_name(name), pages.describe_experiment(name, about)
         if found is None:
             # A server chooses its own place for artifacts; the local database keeps them beside it.
             place = None if self.uri else self._artifacts
             return str(client.create_experiment(name, place, {**KIND, NOTE: note}))
         there = found.tags.get(NOTE, "")
-        if there == "" or (about and there == plain):
+        if there == "" or (about and there == pages.describe_experiment(name)):
             client.set_experiment_tag(found.experiment_id, NOTE, note)
         return str(found.experiment_id)
 

@@ -32,7 +32,7 @@ from cafe.results.sources import SOURCE
 NOTE = "mlflow.note.content"  # a tag: what MLflow shows as description
 ROW = "cafe.row"  # a tag: the row of a comparison that a run belongs to
 RECORDS = ("run.json", "made.json", "status.json")  # what a run's page is made of: these,
-DRAWN = ("epochs", "predictions", "figures")  # and what is in these folders
+FOLDERS = ("epochs", "predictions", "figures")  # and what is in these folders
 CODE = __version__  # whose pages these are
 RESTING = ("unseen/accuracy.low", "unseen/accuracy.high", "unseen/largest")  # what a mean over unseen targets rests on
 LEAST_WIDTH, LETTER, ICONS = 100, 8, 48  # pixels of a column in MLflow's list, a letter, and what stands beside a name
@@ -69,7 +69,7 @@ class Page:
 
 def digest_run(manifests: Mapping[str, str], folder: UPath) -> str:
     """Name all that the page of a run is made of, without making it; `manifests` are the digests by name."""
-    below = (path for name in DRAWN for path in list_files(folder / name))
+    below = (path for name in FOLDERS for path in list_files(folder / name))
     return digest_of(dict(manifests), _digest_files(folder, [*(folder / name for name in RECORDS), *below]))
 
 
