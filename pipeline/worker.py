@@ -163,7 +163,7 @@ class LocalWorker:
 
     def train(self, plan: TrainPlan, epochs: int | None = None) -> Future[None]:
         """Train a run to its end, or up to so many epochs."""
-        return self.pool.submit(self.worker.train, plan, epochs, check=self._check)
+        return self.pool.submit(self.worker.train, plan, epochs, check=lambda: _check_wanted(self.ended))
 
     def evaluate(self, run: UPath, target: Faces) -> Future[None]:
         """Predict the faces of one target by a run that is trained."""
@@ -173,10 +173,6 @@ class LocalWorker:
         """Let a training that still runs end after its step, and nothing else begin."""
         self.ended.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def _check(self) -> None:
-        if self.ended.is_set():
-            raise InterruptedError("The command that this training belongs to has ended.")
 
 
 class RayWorker:
@@ -245,8 +241,7 @@ class RayWorker:
         """Start another process, as soon as there is a node for it."""
         cluster.await_return("GPU" if self.shares["num_gpus"] else "CPU")
         with self.turn:
-            if self.ended.is_set():
-                raise InterruptedError("The command that this training belongs to has ended.")
+            _check_wanted(self.ended)
             self.actor = self._start()
 
 
@@ -292,8 +287,7 @@ class RayTeam:
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        if self.ended.is_set():
-            raise InterruptedError("The command that this training belongs to has ended.")
+        _check_wanted(self.ended)
         trainer = TorchTrainer(
             train_together,
             train_loop_config={
@@ -317,6 +311,12 @@ class RayTeam:
             first = next(iter(getattr(error, "worker_failures", {}).values()), error)
             sentence, _, _ = quote(getattr(first, "_base_exc", first)).partition(". ")
             raise cluster.WorkerDiedError(sentence) from error
+
+
+def _check_wanted(ended: Event) -> None:
+    """Raise `InterruptedError` where the command has ended for which a worker trains."""
+    if ended.is_set():
+        raise InterruptedError("The command that this training belongs to has ended.")
 
 
 @contextmanager
