@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -151,12 +151,12 @@ class Faces(_PicklesFields):
     @property
     def digest(self) -> str:
         """Names the manifests."""
-        return _join([part.digest for part in self.parts])
+        return _name_together([part.digest for part in self.parts])
 
     @property
     def image_digest(self) -> str:
         """Names the images of the manifests."""
-        return _join([part.manifest.image_digest for part in self.parts])
+        return _name_together([part.manifest.image_digest for part in self.parts])
 
     @property
     def info(self) -> StoreInfo | None:
@@ -270,12 +270,11 @@ class Faces(_PicklesFields):
 
     def rows(self, split: str) -> np.ndarray:
         """The rows of a split that have features, where they are read, and one of the classes."""
-        return self.gather(lambda part: part.rows(split))
+        return self._join([part.rows(split) for part in self.parts])
 
-    def gather(self, choose: Callable[[Part], np.ndarray]) -> np.ndarray:
-        """Return the rows that are chosen of each manifest, without those of other classes."""
-        chosen = (choose(part) + start for part, start in zip(self.parts, self.starts, strict=True))
-        rows: np.ndarray = np.concatenate(list(chosen))
+    def _join(self, several: Sequence[np.ndarray]) -> np.ndarray:
+        """Return rows of each manifest as rows of all, without those of other classes."""
+        rows: np.ndarray = np.concatenate([own + start for own, start in zip(several, self.starts, strict=True)])
         known: np.ndarray = rows[self.labels[rows] >= 0]
         return known
 
@@ -289,10 +288,8 @@ class Faces(_PicklesFields):
         """
         own_val = len(self.parts) == 1
         selection = "source_val" if calibration != "none" else selection
-        return (
-            self.gather(lambda part: _split_rows(part, selection, own_val)[0]),
-            self.gather(lambda part: _split_rows(part, selection, own_val)[1]),
-        )
+        train, held_out = zip(*(_split_rows(part, selection, own_val) for part in self.parts), strict=True)
+        return self._join(train), self._join(held_out)
 
     def is_evaluated(self, run: UPath) -> bool:
         """Whether there are predictions of a run for the faces to evaluate on, as they are listed and readable now."""
@@ -318,7 +315,7 @@ def _split_rows(part: Part, selection: str, own_val: bool) -> tuple[np.ndarray, 
     return (train, val) if own_val and len(val) and evaluated != "val" else hold_out_rows(manifest, train, HELD_OUT)
 
 
-def _join(digests: Sequence[str]) -> str:
+def _name_together(digests: Sequence[str]) -> str:
     """Name several things together, and a single one by its own name."""
     return digests[0] if len(digests) == 1 else digest("+".join(digests).encode())
 
