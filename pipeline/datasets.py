@@ -25,7 +25,7 @@ from cafe.data.alignment import Aligned, align_faces, find_detector
 from cafe.data.images import UnreadableImageError, list_suffixes, suffix_of
 from cafe.data.indexing import index_files
 from cafe.data.layouts import is_image, list_files
-from cafe.data.manifest import Face, Manifest
+from cafe.data.manifest import NAME, Face, Manifest
 from cafe.data.packed.archives import is_archive
 from cafe.data.readers import DATASETS
 from cafe.errors import UserError
@@ -142,6 +142,8 @@ def find_photos(workspace: Workspace, source: str) -> Manifest:
     """Return the manifest of that name, or one without labels of the photos in that folder or archive; raise `UserError`."""
     root = locate(source)
     if source in workspace.manifest_names() or not (root.is_dir() or is_archive(root)):
+        if not re.fullmatch(NAME, source):
+            raise UserError(f"There is no folder or archive {root}: give one of photos, or the name of a manifest.")
         return workspace.load_manifest(source)
     files = list_files(root)
     paths = [path for path in files if is_image(path)]

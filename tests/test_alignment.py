@@ -253,6 +253,8 @@ def test_originals_are_never_overwritten(tmp_path: Path, command: Cafe) -> None:
     assert "'raw' would overwrite itself" in command.fail("data", "align", "raw", "--name", "raw")
     assert "would overwrite the photos" in command.fail("data", "align", "raw", "--name", "x", "--out", str(root))
     assert "Unknown manifest 'nowhere'" in command.fail("data", "align", "nowhere", "--name", "x")
+    said = command.fail("data", "align", str(tmp_path / "nowhere"), "--name", "x")
+    assert f"There is no folder or archive {tmp_path / 'nowhere'}: give one of photos" in said
     for none in ("90", "nan"):
         said = command.fail("data", "align", "raw", "--name", "x", "--confidence", none)
         assert f"--confidence is a probability from 0 to 1, not {float(none)}" in said
