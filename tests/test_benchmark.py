@@ -94,6 +94,7 @@ def test_what_a_file_asks_for_names_it_and_its_explanation_does_not() -> None:
     ("content", "message"),
     [
         ({"sorces": ["one"]}, "Unknown key of small 'sorces': choose about, draws, features, methods, protocol, seeds, "),
+        ({"name": "large"}, "The key name of small has no meaning, as a benchmark is called like its file: leave it out."),
         ({"sources": []}, "sources of small must be different ones, at least one, not []."),
         ({"sources": ["one", "one"]}, "sources of small must be different ones, at least one, not ['one', 'one']."),
         ({"methods": ["caffe"]}, "Unknown method 'caffe': choose cafe, "),

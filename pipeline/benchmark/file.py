@@ -226,6 +226,8 @@ def read_benchmark(path: Path) -> Benchmark:
 def parse_benchmark(name: str, content: Mapping[str, Any]) -> Benchmark:
     """Return the benchmark of a parsed file; raise `UserError`."""
     own = {key: value for key, value in content.items() if key not in ("features", "train", "methods")}
+    if "name" in own:
+        raise UserError(f"The key name of {name} has no meaning, as a benchmark is called like its file: leave it out.")
     if not isinstance(content.get("methods"), list) or not content["methods"]:
         raise UserError(f"The benchmark {name} has no methods: give a list of them.")
     entries = [_parse_entry(item, name) for item in content["methods"]]
