@@ -228,7 +228,8 @@ def test_as_the_paper_prints_it_the_best_is_bold_beside_a_gap_and_leaks_play_no_
     evaluate(write_run(workspace, "cafe", "rafdb"), {"rafdb": 70, "ferplus": 60, "mma": 40}, kinds)
     runs = workspace.read_runs()
     without = read_scores(runs, leave_out=lambda run, column, found: found.without(found.sample_ids[:10]))
-    table, *_ = printed_sheets(compare(runs, read_scores(runs), "accuracy", "clean", without))
+    table, *_, errors = printed_sheets(compare(runs, read_scores(runs), "accuracy", "clean", without))
+    assert errors.header[3:] == ["ferplus", "mma", "rafdb"]
     printed = {line[1].text: dict(zip(table.header, line, strict=True)) for line in table.lines}
     assert [(printed[name]["FERPlus"].text, printed[name]["FERPlus"].mark) for name in ("scn", "cafe")] == [
         ("50.00", SECOND), ("60.00", BEST),

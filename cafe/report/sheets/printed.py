@@ -121,21 +121,22 @@ def _points(difference: float) -> str:
 
 def errors_sheet(comparison: Comparison) -> Sheet:
     """Errors by true class and target (Sec. 4): of each row, how many faces of a class were missed, and which share."""
-    scores = comparison.scores
-    lines = []
+    scores, columns = comparison.scores, [column for column in comparison.columns if not column.leak_free]
+    class_sets, lines = scores["classes"].map(comparison.class_sets), []
     for row in comparison.rows:
-        own = scores[scores["run"].isin([run.name for run in row.runs])]
         for name in dict.fromkeys(name for run in row.runs for name in run.class_set):
             texts = []
-            for column in comparison.columns:
-                here = own[own["target"] == column.name]
+            for column in columns:
+                runs = [run.name for run in row.runs if run.evaluates(column)]
+                there = (scores["target"] == column.name) & (class_sets == column.class_set)
+                here = scores[there & scores["run"].isin(runs)]
                 texts.append(_count_errors(here[f"{RECALL}{name}"], here[f"{FACES}{name}"]))
             lines.append(list(map(SheetCell, [row.source, row.label, name, *texts])))
     notes = [
         "Faces of a true class that were taken for another, the mean over seeds: how many of how many, and in brackets the "
         "share of them in percent."
     ]
-    header = ["source", "method", "true class", *(column.title for column in comparison.columns)]
+    header = ["source", "method", "true class", *(column.title for column in columns)]
     return Sheet("Errors by true class and target", 3, 2, header, lines, notes)
 
 
