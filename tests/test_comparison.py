@@ -23,8 +23,9 @@ from cafe.pipeline.stores import find_paths
 from cafe.pipeline.workspace import Workspace
 from cafe.report.sheets import tests as sheets_of_tests
 from cafe.report.sheets.comparison import main_sheet, mark_lines
+from cafe.report.sheets.printed import printed_sheets
 from cafe.report.sheets.runs import run_sheet
-from cafe.report.sheets.sheet import BEST, SECOND
+from cafe.report.sheets.sheet import BEST, SECOND, SheetCell
 from cafe.results.columns import Column, Mean
 from cafe.results.comparison import NOTHING, Comparison, compare, compare_classes, name_rows
 from cafe.results.metrics import estimate
@@ -219,6 +220,21 @@ def test_a_difference_over_faces_is_no_verdict_where_the_seed_ranges_overlap(wor
     )
     (line,) = sheets_of_tests.tests_sheets(list(verdict.tests))[0].lines
     assert line[7].text == "yes"
+
+
+def test_as_the_paper_prints_it_the_best_is_bold_beside_a_gap_and_leaks_play_no_part(workspace: Workspace) -> None:
+    kinds = {name: name for name in ("rafdb", "ferplus", "mma")}
+    evaluate(write_run(workspace, "scn", "rafdb"), {"rafdb": 80, "ferplus": 50}, kinds)
+    evaluate(write_run(workspace, "cafe", "rafdb"), {"rafdb": 70, "ferplus": 60, "mma": 40}, kinds)
+    runs = workspace.read_runs()
+    without = read_scores(runs, leave_out=lambda run, column, found: found.without(found.sample_ids[:10]))
+    table, *_, errors = printed_sheets(compare(runs, read_scores(runs), "accuracy", "clean", without))
+    assert errors.header[3:] == ["ferplus", "mma", "rafdb"]
+    printed = {line[1].text: dict(zip(table.header, line, strict=True)) for line in table.lines}
+    assert [(printed[name]["FERPlus"].text, printed[name]["FERPlus"].mark) for name in ("scn", "cafe")] == [
+        ("50.00", SECOND), ("60.00", BEST),
+    ]  # fmt: skip
+    assert (printed["scn"]["MMA"].text, printed["cafe"]["MMA"]) == ("–", SheetCell("40.00", BEST))
 
 
 def test_labels_by_another_rule_are_the_same_set(workspace: Workspace) -> None:

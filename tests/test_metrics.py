@@ -238,6 +238,8 @@ def test_the_confusion_figure_shows_percent_of_the_true_class() -> None:
     shown = {cell: page.getpixel(find_cell(*cell)) for cell in ((0, 0), (0, 3), (3, 6), (0, 1))}
     assert shown == {(0, 0): (68, 99, 144), (0, 3): shade(0.25), (3, 6): shade(0.5), (0, 1): shade(0)}
     assert page.getpixel(find_cell(1, 0)) == (255, 255, 255)  # no fearful face, no percent
+    long = np.asarray(draw_confusion(np.diag([12_345, 1]), ("fearfully disgusted", "awake"), ""))
+    assert (long[:, :5] == 255).all()  # names are not cut off at the edge
 
 
 def test_a_metric_that_is_added_to_the_registry_is_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

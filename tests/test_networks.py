@@ -10,7 +10,7 @@ from torchvision import models
 from cafe.errors import UserError
 from cafe.methods import METHODS
 from cafe.methods.method import Inputs
-from cafe.networks.branches import NETWORKS, build_network
+from cafe.networks.branches import NETWORKS, Network, build_network, check_network
 from cafe.towers.building import load_backbone
 
 WAYS = ("torchvision", "pytorch")
@@ -132,6 +132,12 @@ def test_ninety_percent_of_the_tensors_must_load(left, fits, tmp_path):
     else:
         with pytest.raises(UserError, match=r"Only 89 of the 100 tensors of 'resnet18' load .*'conv1.weight'"):
             build_network("resnet18", f"file:{tmp_path / 'weights.pth'}")
+
+
+def test_a_branch_without_weights_of_imagenet_is_refused_before_it_is_built(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "own", Network(torch.nn.Identity, 3, ()))
+    with pytest.raises(UserError, match="Unknown initialisation 'imagenet': choose file:PATH, scratch"):
+        check_network("own", "imagenet")
 
 
 @pytest.mark.parametrize(

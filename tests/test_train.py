@@ -257,7 +257,7 @@ def test_a_training_in_the_commands_own_process_ends_in_the_bytes_of_rays_worker
         (("--source", "one", "--set", "epoch=1"), "Unknown setting of cafe 'epoch'"),
         (
             ("--source", "one", "--network", "vgg"),
-            "Unknown network 'vgg': choose efficientnet_lite0, mobilenet_v2, resnet",
+            "Unknown image branch 'vgg': choose efficientnet_lite0, mobilenet_v2, resnet",
         ),
         (("--source", "one", "--init", "msceleb"), "Unknown initialisation 'msceleb'"),
         (("--source", "one", "--backbone", "none"), "cafe needs a frozen tower: leave out --backbone none."),

@@ -115,7 +115,7 @@ def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvis
     A file holds its library's names, possibly wrapped in `state_dict` and prefixed with `module.`, as the MS-Celeb-1M
     ResNet-18 does. Raises UserError for an unknown name, unreachable weights, or weights that fit less than 90 %.
     """
-    network: Network = find_entry("networks", name, "image branch")
+    network = _find_network(name, init)
     weights = _read_init(name, network, init)
     model = network.build()
     trunk = nn.Sequential(OrderedDict((layer, model.get_submodule(layer)) for layer in network.layers))
@@ -129,12 +129,18 @@ def build_network(name: str, init: str = "scratch", scratch: Scratch = "torchvis
 
 
 def check_network(name: str, init: str) -> None:
-    """Raise `UserError` for an unknown image branch or initialisation."""
-    find_entry("networks", name, "network")
-    if init not in ("scratch", "imagenet") and not init.startswith("file:"):
-        raise unknown("initialisation", init, ("scratch", "imagenet", "file:PATH"))
+    """Raise `UserError` for an unknown image branch, and for an initialisation that it has not."""
+    _find_network(name, init)
     if init.startswith("file:") and not locate(init.removeprefix("file:")).is_file():
         raise UserError(f"There is no file of initial weights at {init.removeprefix('file:')!r}: check the path.")
+
+
+def _find_network(name: str, init: str) -> Network:
+    network: Network = find_entry("networks", name, "image branch")
+    known = ("scratch", "imagenet") if network.fetch else ("scratch",)
+    if init not in known and not init.startswith("file:"):
+        raise unknown("initialisation", init, (*known, "file:PATH"))
+    return network
 
 
 def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] | None:
@@ -142,9 +148,7 @@ def _read_init(name: str, network: Network, init: str) -> Mapping[str, Tensor] |
         return None
     if init.startswith("file:"):
         return read_state_dict(copy_here(init.removeprefix("file:")))
-    if init != "imagenet" or network.fetch is None:
-        offered = ("imagenet",) if network.fetch else ()
-        raise unknown("initialisation", init, ("scratch", *offered, "file:PATH"))
+    assert network.fetch is not None
     try:
         return network.fetch()
     except OSError as error:

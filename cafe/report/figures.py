@@ -114,8 +114,9 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Im
     pen.text((GAP, HEAD - 4), "True (samples)", "black", small, anchor="ls")
     for number, (name, samples) in enumerate(zip(names, support, strict=True)):
         left, top = find_cell(number, number)
-        pen.text((MARGIN - GAP, top + CELL[1] / 2), f"{name} ({samples})", "#333", small, anchor="rm")
-        pen.text((left + CELL[0] / 2, HEAD + len(names) * CELL[1] + 6), name, "#333", small, anchor="ma")
+        beside, below = _fold(f"{name} ({samples})", MARGIN - 2 * GAP, small), _fold(name, CELL[0], small)
+        pen.text((MARGIN - GAP, top + CELL[1] / 2), beside, "#333", small, anchor="rm")
+        pen.text((left + CELL[0] / 2, HEAD + len(names) * CELL[1] + 6), below, "#333", small, anchor="ma")
     for row, shares in share_confusion(counts).items():
         for column, share in enumerate(shares):
             left, top = find_cell(row, column)
@@ -123,6 +124,11 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], title: str) -> Im
             colour = "white" if share > 0.5 else "#333"
             pen.text((left + CELL[0] / 2, top + CELL[1] / 2), f"{100 * share:.0f}", colour, large, anchor="mm")
     return page
+
+
+def _fold(text: str, room: int, font: ImageFont.FreeTypeFont) -> str:
+    """Return a text as it is where it fits into some pixels, else with each word on a line of its own."""
+    return text if font.getlength(text) <= room else text.replace(" ", "\n")
 
 
 def share_confusion(counts: np.ndarray) -> dict[int, list[float]]:

@@ -7,7 +7,7 @@ was published.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -46,7 +46,8 @@ def _measure_block(rows: Sequence[Row], kinds: Mapping[str, str], scratch: bool)
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if (str(row.runs[0].settings.get("init")) == "scratch") == scratch and row.method not in found:
-            found[row.method] = {kinds[column.name]: cell.mean for column, cell in row.cells.items()}
+            cells = ((column, cell) for column, cell in row.cells.items() if not column.leak_free)
+            found[row.method] = {kinds[column.name]: cell.mean for column, cell in cells}
     return {method: found[method] for method in (*METHODS, *sorted(found.keys() - {*METHODS})) if method in found}
 
 
@@ -93,7 +94,7 @@ def _print_line(block: str, method: str, whole: Mapping[str, Numbers]) -> list[S
     cells = [SheetCell(block), SheetCell(method)]
     for place in (*SETS, "mean"):
         value = whole[method].get(place, math.nan)
-        best = max((own.get(place, math.nan) for own in whole.values()), default=math.nan)
+        best = _best(whole.values(), place)
         rival = method != "cafe" and value == _best_rival(whole, place)
         mark = SECOND if rival else BEST if value == best and len(whole) > 1 else ""
         cells.append(SheetCell("–" if math.isnan(value) else f"{100 * value:.2f}", mark))
@@ -101,8 +102,12 @@ def _print_line(block: str, method: str, whole: Mapping[str, Numbers]) -> list[S
 
 
 def _best_rival(whole: Mapping[str, Numbers], place: str) -> float:
-    rivals = [own.get(place, math.nan) for method, own in whole.items() if method != "cafe"]
-    return max((value for value in rivals if not math.isnan(value)), default=math.nan)
+    return _best((own for method, own in whole.items() if method != "cafe"), place)
+
+
+def _best(several: Iterable[Numbers], place: str) -> float:
+    values = (own.get(place, math.nan) for own in several)
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def _mean(own: Numbers) -> float:
@@ -116,21 +121,22 @@ def _points(difference: float) -> str:
 
 def errors_sheet(comparison: Comparison) -> Sheet:
     """Errors by true class and target (Sec. 4): of each row, how many faces of a class were missed, and which share."""
-    scores = comparison.scores
-    lines = []
+    scores, columns = comparison.scores, [column for column in comparison.columns if not column.leak_free]
+    class_sets, lines = scores["classes"].map(comparison.class_sets), []
     for row in comparison.rows:
-        own = scores[scores["run"].isin([run.name for run in row.runs])]
         for name in dict.fromkeys(name for run in row.runs for name in run.class_set):
             texts = []
-            for column in comparison.columns:
-                here = own[own["target"] == column.name]
+            for column in columns:
+                runs = [run.name for run in row.runs if run.evaluates(column)]
+                there = (scores["target"] == column.name) & (class_sets == column.class_set)
+                here = scores[there & scores["run"].isin(runs)]
                 texts.append(_count_errors(here[f"{RECALL}{name}"], here[f"{FACES}{name}"]))
             lines.append(list(map(SheetCell, [row.source, row.label, name, *texts])))
     notes = [
         "Faces of a true class that were taken for another, the mean over seeds: how many of how many, and in brackets the "
         "share of them in percent."
     ]
-    header = ["source", "method", "true class", *(column.title for column in comparison.columns)]
+    header = ["source", "method", "true class", *(column.title for column in columns)]
     return Sheet("Errors by true class and target", 3, 2, header, lines, notes)
 
 
