@@ -83,7 +83,7 @@ STAGES = {
         cores=2,
     ),
     "benchmark": Stage(
-        ("benchmark", "grid.toml", "--parallel", "1"),
+        ("benchmark", "grid.toml"),  # a cell for each core, so that each has one thread, wherever it runs
         (),
         (commands.RECEIPTS, commands.EPOCHS),
         (*commands.STORES, *commands.RUNS),
