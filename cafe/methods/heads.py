@@ -33,7 +33,7 @@ class Recipe(features.Recipe):
     # Risk Minimization", Zhang et al., ICLR 2018); 0: they are not.
     mixup: float = 0.0
 
-    shares: ClassVar = ("label_smoothing", "input_dropout")
+    shares: ClassVar[tuple[str, ...]] = ("label_smoothing", "input_dropout")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HiddenRecipe(Recipe):
     hidden: int = 512  # channels of the hidden layer
     dropout: float = 0.0  # share of the hidden channels that are 0 in a training step
 
-    shares: ClassVar = (*Recipe.shares, "dropout")
+    shares: ClassVar[tuple[str, ...]] = (*Recipe.shares, "dropout")
 
     def __post_init__(self) -> None:
         """Raise `UserError` also for a hidden layer without channels."""

@@ -33,7 +33,7 @@ class Recipe(method.Recipe):
     dropout: float = 0.4
 
     follows: ClassVar = {"classifier_learning_rate": "learning_rate"}
-    shares: ClassVar = ("dropout",)
+    shares: ClassVar[tuple[str, ...]] = ("dropout",)
 
 
 class Rul(Method):

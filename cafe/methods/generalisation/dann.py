@@ -32,7 +32,7 @@ class Recipe(erm.Recipe):
     discriminator_layers: int = 3
     beta1: float = 0.5  # of Adam
 
-    shares: ClassVar = (*erm.Recipe.shares, "beta1")
+    shares: ClassVar[tuple[str, ...]] = (*erm.Recipe.shares, "beta1")
 
     def __post_init__(self) -> None:
         """Raise `UserError` also for a discriminator that cannot be built."""

@@ -35,7 +35,7 @@ class Recipe(features.Recipe):
     hidden: int = 512  # channels of the hidden layer, which ends in a ReLU; 0: there is none
     dropout: float = 0.0  # share of these that are 0 in a training step
 
-    shares: ClassVar = ("dropout",)
+    shares: ClassVar[tuple[str, ...]] = ("dropout",)
 
 
 class Erm(FeatureMethod):
