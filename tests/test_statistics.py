@@ -159,6 +159,23 @@ def test_few_faces_are_no_more_certain_than_by_the_sign_test(differing: int) -> 
         assert (groups.low > 0) == (least < 0.05)
 
 
+def test_groups_that_differ_alike_are_counted_on_the_targets_where_they_differ() -> None:
+    zeros, ones = (np.zeros(40), np.arange(40) // 4), (np.ones(20), np.arange(20) // 10)
+    result = grouped_test(*zip(zeros, ones, strict=True))
+    assert (result.mean, result.low, result.groups) == (0.5, 0, 12)
+    assert result.p == pytest.approx(stats.binomtest(2, 2).pvalue)
+
+
+@pytest.mark.parametrize("third", [1 / 3, 1 - 2 / 3])  # which are two numbers
+def test_shares_of_three_seeds_are_tested_as_exactly_as_whole_faces(third: float) -> None:
+    alike = grouped_test([np.full(9, third)], [np.arange(9) // 3])
+    assert alike.p == pytest.approx(stats.binomtest(3, 3).pvalue)
+    balanced = np.array([third, third, third - 1])
+    assert grouped_test([np.tile(balanced, 5)], [np.arange(15) // 3]).p == 1
+    thirds, whole = (np.repeat([high, low, 0], [4, 3, 4]) for high, low in ((third, -1 / 3), (1.0, -1.0)))
+    assert paired_bootstrap([thirds]).p == paired_bootstrap([whole]).p
+
+
 def test_holm_is_that_of_statsmodels() -> None:
     """Numbers of statsmodels.stats.multitest.multipletests(…, method="holm"), version 0.15."""
     assert holm([0.01, 0.04, 0.03, 0.005, 0.2]) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.2])

@@ -17,6 +17,7 @@ import scipy
 
 RESAMPLES = 10_000
 SIGNIFICANCE = 0.05  # of every test, and what its interval leaves out
+ROUNDING = 12  # decimals behind which a sum of shares, such as thirds of three seeds, is not exact
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def grouped_test(differences: Sequence[np.ndarray], groups: Sequence[np.ndarray 
     Resampling a handful of groups gives intervals that are too narrow. The delete-one-group jackknife (CV3) with as many
     degrees of freedom as groups less one is recommended by MacKinnon, Nielsen and Webb, "Cluster-robust inference: a guide
     to empirical practice", Journal of Econometrics 232 (2023); as groups of unequal size are less informative, they are
-    counted by Kish's effective number. Targets are combined as by Welch and Satterthwaite.
+    counted by Kish's effective number. Targets are combined as by Welch and Satterthwaite. Where all groups of a target
+    differ alike, there is no error to measure t by: p is that of the sign test then.
     """
-    means, variances, freedoms, count = [], [], [], 0
+    means, variances, freedoms, counts = [], [], [], []
     for values, numbers in zip(differences, groups, strict=True):
         known = np.arange(len(values)) if numbers is None else np.unique(numbers, return_inverse=True)[1]
         sums, sizes = np.bincount(known, values), np.bincount(known)
@@ -62,13 +64,14 @@ def grouped_test(differences: Sequence[np.ndarray], groups: Sequence[np.ndarray 
         without = (values.sum() - sums) / np.maximum(len(values) - sizes, 1)
         variances.append((1 - 1 / len(sizes)) * ((without - means[-1]) ** 2).sum())
         freedoms.append(len(values) ** 2 / (sizes**2).sum() - 1)
-        count += len(sizes)
+        counts.append(len(sizes))
     mean, error = float(np.mean(means)), math.sqrt(sum(variances)) / len(means)
-    faces = sum(map(len, differences))
+    faces, count = sum(map(len, differences)), sum(counts)
     if min(freedoms) == 0:  # a single group says nothing of any other
         return Difference(mean, -1.0, 1.0, 1.0, faces, count)
-    if error == 0:
-        least = _least_p(count if mean else 0)
+    if round(error, ROUNDING) == 0:
+        differing = sum(own for own, lead in zip(counts, means, strict=True) if round(lead, ROUNDING))
+        least = _least_p(differing if round(mean, ROUNDING) else 0)
         return Difference(mean, *_hold_zero(mean, mean, least), least, faces, count)
     freedom = sum(variances) ** 2 / sum(variance**2 / own for variance, own in zip(variances, freedoms, strict=True))
     half_width = min(2.0, float(scipy.special.stdtrit(freedom, 1 - SIGNIFICANCE / 2)) * error)
@@ -84,7 +87,7 @@ def paired_bootstrap(differences: Sequence[np.ndarray], resamples: int = RESAMPL
     certain: p is never below what the sign test can give of those on which the methods differ.
     """
     random = np.random.default_rng(seed)
-    draws = np.mean([_resample_mean(values, resamples, random) for values in differences], axis=0)  # (B,)
+    draws = np.mean([_resample_mean(values, resamples, random) for values in differences], axis=0).round(ROUNDING)  # (B,)
     low, high = np.quantile(draws, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     least = _least_p(sum(int(np.count_nonzero(values)) for values in differences))
