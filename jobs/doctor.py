@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cafe.errors import IncompleteError, UserError
+from cafe.errors import IncompleteError, UserError, quote
 from cafe.jobs.tables import show_records
 from cafe.jobs.terminal import json_option, open_workspace
 
@@ -87,7 +87,11 @@ def _storage(workspace: Workspace) -> Iterator[Finding]:
         yield "workspace", str(workspace.root), str(error)
         return
     except OSError as error:
-        yield "workspace", str(workspace.root), f"cannot be written ({error.strerror}): choose another with -w"
+        yield (
+            "workspace",
+            str(workspace.root),
+            f"cannot be written ({error.strerror or quote(error)}): choose another with -w",
+        )
         return
     yield "workspace", str(workspace.root), "" if readable else "what was written reads otherwise"
     if workspace.local:

@@ -416,7 +416,7 @@ class _Keeper:
         return time.monotonic() - self.since >= self.seconds
 
     def save(self, done: int) -> None:
-        """Write what a training goes on from that has so many epochs behind it and `step` steps of the next."""
+        """Write what a training goes on from that has `done` epochs behind it and `step` steps of the next."""
         training, selection = self.training, self.selection
         name = f"{done:04d}" + (f"-{training.step:08d}" if training.step else "")  # sorted as they come
         record = selection.record(done) | training.record()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 from click.testing import CliRunner
 from miniatures import write_mma
@@ -27,6 +28,13 @@ def test_a_workspace_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None
     assert result.exit_code == 1
     (problem,) = [finding for finding in json.loads(result.stdout) if finding["problem"]]
     assert problem["point"] == "workspace"
+
+
+def test_a_workspace_below_an_object_is_a_problem_with_its_reason() -> None:
+    fsspec.filesystem("memory").pipe("/doctor/object", b"no folder")
+    result = CliRunner().invoke(main, ["-w", "memory://doctor/object/work", "doctor", "--json"])
+    (problem,) = [finding for finding in json.loads(result.stdout) if finding["problem"]]
+    assert problem["problem"] == "cannot be written (/doctor/object): choose another with -w"
 
 
 def test_a_storage_that_lets_nobody_in_is_a_problem_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ def test_a_server_that_is_down_raises_nothing_and_is_completed_later(workspace: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mirror, address = Mirror(workspace, f"http://me:secret@127.0.0.1:{port}"), f"http://…@127.0.0.1:{port}"
+    mirror, address = Mirror(workspace, f"http://me:my@secret@127.0.0.1:{port}"), f"http://…@127.0.0.1:{port}"
     mirror.update(run)
     mirror.update(run)
     assert mirror.warning.startswith(f"MLflow at {address} does not show everything of 1 of the runs")

@@ -273,7 +273,7 @@ class Manifest:
 
     @cached_property
     def votes(self) -> np.ndarray | None:
-        """How many people chose each class of every row, (N, K) int64, all 0 where not known; None where of no face."""
+        """How many people chose each class of every row, (N, K) int64, all 0 where unknown; None where known of no face."""
         if is_empty(self.table, "votes"):
             return None
         column = self.table["votes"]

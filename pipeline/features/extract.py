@@ -149,9 +149,9 @@ def extract(
 ) -> list[Extraction]:
     """Fill the feature stores of each manifest, one for each layer, and return what was done, in the order asked for.
 
-    Finished ones cost no Ray.
-    `progress(done, total)` counts faces of all manifests. Raises `IncompleteError` when more than `max_skipped` images of
-    one are unreadable, or when shards could not be computed; what was computed is kept.
+    Where all are finished, Ray is not started. `progress(done, total)` counts faces of all manifests. Raises
+    `IncompleteError` when more than `max_skipped` images of one are unreadable, or when shards could not be computed; what
+    was computed is kept.
     """
     names = name_layers(settings)
     towers = dict(zip(names, look_up_layers(workspace, settings, names), strict=True))

@@ -278,7 +278,7 @@ Matches = Callable[[StoreInfo, int, Receipt], bool]
 def find_damage(store: UPath, matches: Matches, progress: Callable[[int, int], None]) -> list[Damage]:
     """Read every file of a store and return what is not as it was written; `progress` counts shards.
 
-    `matches` compares what the arrays hold of a shard with its receipt, where that is of before files had checksums.
+    `matches` compares what the arrays hold of a shard with its receipt, where that is too old to have checksums.
     """
     damages = [Damage(file, CHANGED) for file in _changed_description(store)]
     try:

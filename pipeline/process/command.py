@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# User and password, or the query, of an address.
-SECRET = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=\?)[^\s']+(?=$|[\s'])")
+# User and password, which may hold an @ too, or the query, of an address.
+SECRET = re.compile(r"(?<=://)[^/\s]+(?=@)|(?<=\?)[^\s']+(?=$|[\s'])")
 
 _command = ""
 

@@ -67,7 +67,7 @@ def _describe(name: str, kind: str, folder: UPath) -> dict[str, Any]:
 def _read_scored(sources: Collection[str], scores: Mapping[str, float]) -> Scored:
     """Return what the flat scores of an export say.
 
-    Those of before do not say what the mean over unseen targets rests on: it is known where all but the sources are unseen.
+    Older ones do not say what the mean over unseen targets rests on: it is known where all but the sources are unseen.
     """
     places = [name.split("/")[1] for name in scores if name.startswith("target/") and name.endswith(f"/{ACCURACY}")]
     at_home = _estimate_flat([name for name in sources if name in places], scores)

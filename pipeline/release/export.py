@@ -203,7 +203,7 @@ def identify(runs: Sequence[Run], settings: ExportSettings) -> dict[str, Any]:
 def find_export(folder: UPath) -> dict[str, Any] | None:
     """Return whose export a folder holds, whole or half written, as `identify` says it; None where it holds none.
 
-    Those of before there were several forms are of the plain one.
+    Those that are too old to say their form are of the plain one.
     """
     plain = {"flip": False, "weights": "float32", "graph": True}
     if started := read_json(folder / STARTED):

@@ -1,4 +1,4 @@
-"""What MLflow shall show of the workspace: a page for each run and benchmark, and the row of a comparison a run belongs to.
+"""What MLflow shows of the workspace: a page for each run and benchmark, and the row of a comparison a run belongs to.
 
 Nothing here talks to a server; `mirror` brings one to these pages.
 """
@@ -52,7 +52,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Page:
-    """What MLflow shall show of one run or benchmark."""
+    """What MLflow shows of one run or benchmark."""
 
     name: str
     status: str
@@ -95,7 +95,7 @@ def _digest_files(folder: UPath, paths: Iterable[UPath]) -> dict[str, str]:
 def describe_run(
     workspace: Workspace, manifests: Mapping[str, str], run: Run, benchmark: str | None, status: str | None
 ) -> Page:
-    """Return what MLflow shall show of a run: its settings, epochs, scores, figures and predictions.
+    """Return what MLflow is to show of a run: its settings, epochs, scores, figures and predictions.
 
     When it began and ended is in a record of its own; of runs of older versions nobody knows, since files that were copied
     have other times.
@@ -178,7 +178,7 @@ def _describe_input(workspace: Workspace, context: str, column: Column, digest: 
 
 
 def describe_benchmark(folder: UPath, status: str | None) -> Page:
-    """Return what MLflow shall show of a benchmark: its file, the end of every cell, and the comparison of its runs."""
+    """Return what MLflow is to show of a benchmark: its file, the end of every cell, and the comparison of its runs."""
     files = {path.name: path for path in list_folder(folder) if path.suffix in (".json", ".md", ".html")}
     cells = json.loads(files["cells.json"].read_bytes()) if "cells.json" in files else []
     failed = sum(bool(cell["failure"]) for cell in cells)

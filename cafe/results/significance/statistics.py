@@ -87,7 +87,8 @@ def paired_bootstrap(differences: Sequence[np.ndarray], resamples: int = RESAMPL
     certain: p is never below what the sign test can give of those on which the methods differ.
     """
     random = np.random.default_rng(seed)
-    draws = np.mean([_resample_mean(values, resamples, random) for values in differences], axis=0).round(ROUNDING)  # (B,)
+    drawn = [_resample_mean(values, resamples, random) for values in differences]
+    draws = np.mean(drawn, axis=0).round(ROUNDING)  # (B,)
     low, high = np.quantile(draws, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     least = _least_p(sum(int(np.count_nonzero(values)) for values in differences))
