@@ -89,7 +89,8 @@ def predict(words: tuple[str, ...], **values: Any) -> None:
         if place:
             say(f"Wrote {place}", err=True)
     if not summary.faces:
-        raise IncompleteError("No face was predicted: see the reasons above, or lower --smallest or --confidence.")
+        remedy = ", or lower --smallest or --confidence" if summary.without else ""
+        raise IncompleteError(f"No face was predicted: see the reasons above{remedy}.")
 
 
 def _predict(
