@@ -36,7 +36,9 @@ def test_an_unknown_name_is_no_class(name: str) -> None:
         ("Happiness", ("happy", "pain"), "happy"),  # a set may call a class by another of its names
         ("level 2", ("level 1", "level 2"), "level 2"),
         ("Level_2", ("level 1", "level 2"), "level 2"),
-        ("AU 2", ("au1", "au2"), None),  # nobody is asked to guess
+        ("AU 2", ("au1", "au2"), "au2"),
+        ("2_AU", ("au1", "au2"), None),  # nobody is asked to guess
+        ("level 2", ("level 1", "pain"), None),  # another level
         ("7_contempt", ("contemptuous", "contempt"), "contemptuous"),  # as classes to skip may be named
         ("02_pain", ("pain", "drowsy"), "pain"),
         ("joy", ("happiness", "joy"), "joy"),  # what stands there word for word goes first
@@ -71,6 +73,7 @@ def test_what_is_no_class_set_is_one_sentence(classes: tuple[str, ...], message:
         ("8", (), EIGHT),
         ("8", ("Happy,fear",), ("surprise", "disgust", "sadness", "anger", "neutral", "contempt")),
         ("own", ("pain",), None),
+        ("au1,au2,au3", ("AU_1",), ("au2", "au3")),
         (" Pain, drowsy,awake", (), ("pain", "drowsy", "awake")),
     ],
 )

@@ -37,6 +37,7 @@ ALIASES = {
     "contemptuous": CONTEMPT,
 }
 OTHERS = frozenset({"unknown", "nf", "none", "uncertain", "no-face", "no face"})  # say that there is no expression
+AROUND, DIGITS = "_-. ", "0123456789"  # that play no part before and behind a name
 RESERVED = ("all", "mean", "overall")  # what tables call the sum and the means over classes
 
 
@@ -115,18 +116,30 @@ def find_class(name: str, classes: tuple[str, ...]) -> str | None:
     """Return the class of a set that a label name in any known spelling means; None for no class, or more than one.
 
     Blanks, hyphens and underscores within a name are alike. Case, numbers and punctuation around it play no part, unless
-    they tell two classes of the set apart.
+    they tell two classes of the set apart; a number is never that of a class with another one.
     """
     for spell in (normalise_name, _join_words, spell_name):
         meant = spell(name)
-        if alike := [known for known in classes if meant and spell(known) == meant]:
+        if alike := [known for known in classes if meant and spell(known) == meant and _agree(name, known)]:
             return alike[0] if len({ALIASES.get(known, known) for known in alike}) == 1 else None
     return None
 
 
+def _agree(name: str, known: str) -> bool:
+    """Whether two names have the same number before and behind them, where both have one there: `au1` is never `au2`."""
+    pairs = zip(_find_numbers(name), _find_numbers(known), strict=True)
+    return all(own == other or not own or not other for own, other in pairs)
+
+
+def _find_numbers(name: str) -> tuple[str, str]:
+    bare = name.strip().strip(AROUND)
+    before, behind = bare[: len(bare) - len(bare.lstrip(DIGITS))], bare[len(bare.rstrip(DIGITS)) :]
+    return before.lstrip("0") or before[:1], behind.lstrip("0") or behind[:1]
+
+
 def spell_name(name: str) -> str:
     """Return the one spelling that stands for all spellings of a label name that mean the same."""
-    key = _join_words(name.strip().strip("_-. 0123456789"))
+    key = _join_words(name.strip().strip(AROUND + DIGITS))
     return ALIASES.get(key, key)
 
 

@@ -79,7 +79,7 @@ def _print_table(title: str, blocks: Mapping[bool, Mapping[str, Numbers]]) -> Sh
         lines.append([SheetCell(DROP), SheetCell(method), *(SheetCell(_points(drop)) for drop in drops)])
     notes = [
         "Accuracy in percent; mean: of all five sets, the source included, as the paper averages. Underlined: the best "
-        f"rival; bold: the best of all. {LESS.capitalize()}: CAFE less the underlined."
+        f"rival; bold: CAFE, where none is better. {LESS.capitalize()}: CAFE less the underlined."
         + (
             f" {DROP.capitalize()}: what a method loses where its image branch starts from scratch (Sec. 5)."
             if both
