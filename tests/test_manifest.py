@@ -197,6 +197,7 @@ def test_a_table_is_read_with_splits_and_groups(tmp_path: Path, kind: str) -> No
             "path,label\na,anger\nb,fear\na,fear\n./b,sad\n",
             r"lists 2 faces more than once .*, a \(row 1; row 3\), b \(row 2; row 4\)",
         ),
+        ("path,label\na,level 1\na,level 2\nb,Level_1\nb,level 1\n", r"lists 1 faces more .*, a \(row 1; row 2\)"),
         ("path,label\nx.jpg,3", "by numbers, 3: 1 face, which mean .*--label-order affectnet .0 neutral, 1 hap.*FILE"),
         (
             "path,label\nx.jpg,Sleepy\ny.jpg,sleepy",

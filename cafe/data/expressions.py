@@ -118,7 +118,7 @@ def find_class(name: str, classes: tuple[str, ...]) -> str | None:
     Blanks, hyphens and underscores within a name are alike. Case, numbers and punctuation around it play no part, unless
     they tell two classes of the set apart; a number is never that of a class with another one.
     """
-    for spell in (normalise_name, _join_words, spell_name):
+    for spell in (normalise_name, join_words, spell_name):
         meant = spell(name)
         if alike := [known for known in classes if meant and spell(known) == meant and _agree(name, known)]:
             return alike[0] if len({ALIASES.get(known, known) for known in alike}) == 1 else None
@@ -139,9 +139,10 @@ def _find_numbers(name: str) -> tuple[str, str]:
 
 def spell_name(name: str) -> str:
     """Return the one spelling that stands for all spellings of a label name that mean the same."""
-    key = _join_words(name.strip().strip(AROUND + DIGITS))
+    key = join_words(name.strip().strip(AROUND + DIGITS))
     return ALIASES.get(key, key)
 
 
-def _join_words(name: str) -> str:
+def join_words(name: str) -> str:
+    """Return a label name in lower case, its words with one blank between them."""
     return re.sub(r"[\s_-]+", " ", normalise_name(name))

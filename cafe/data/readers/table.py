@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from upath import UPath
 
-from cafe.data.expressions import ALIASES, EIGHT, normalise_name, spell_name
+from cafe.data.expressions import ALIASES, EIGHT, join_words, normalise_name, spell_name
 from cafe.data.images import Box
 from cafe.data.indexing import LabelledFile, Listing
 from cafe.data.layouts import SPLIT_NAMES, USAGES, find_split, mark_repeated, merge_repeated
@@ -213,7 +213,7 @@ def list_faces(found: Listing, rows: Sequence[LabelledFile], file: object) -> No
         rows = Spool(replace(row, split=find_split(row.path)) for row in rows)
     last, repeated = mark_repeated(sample for _, sample, _ in named)
     several = (
-        (_name_sample(row), replace(row, expression=spell_name(row.expression) or row.expression), row.where)
+        (_name_sample(row), replace(row, expression=_spell_label(row.expression)), row.where)
         for row in (compress(rows, repeated) if repeated.any() else ())
     )
     found.repeated += merge_repeated(several, file)
@@ -223,6 +223,12 @@ def list_faces(found: Listing, rows: Sequence[LabelledFile], file: object) -> No
             found.reject(row.where, "has no face box", row.expression)
         else:
             found.files.append(replace(row, sample=row.sample or (_name_sample(row) if is_shared else "")))
+
+
+def _spell_label(label: str) -> str:
+    """Return one spelling of all that mean the same expression; of other names numbers may be all that tells them apart."""
+    known = spell_name(label)
+    return known if known in EIGHT else join_words(label)
 
 
 def _name_sample(row: LabelledFile) -> str:
