@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from miniatures import write_mma
 
+from cafe import files
 from cafe.jobs.cli import main
 
 
@@ -41,6 +42,7 @@ def test_a_storage_that_lets_nobody_in_is_a_problem_and_no_crash(monkeypatch: py
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(files, "OBJECT_PAUSES", (0.01,))
     result = CliRunner().invoke(main, ["-w", "s3://bucket/of/doctor", "doctor", "--json"])
     assert result.exit_code == 1, result.exception
     (problem,) = [finding for finding in json.loads(result.stdout) if finding["problem"]]
