@@ -243,7 +243,7 @@ def test_pseudo_labels_are_those_of_the_released_script() -> None:
 def test_shot_takes_the_steps_of_the_released_script_and_keeps_the_classifier(
     evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shot, "EPOCHS", 0)  # what it ends in is enough
+    monkeypatch.setattr(shot, "EPOCHS", 1)
     before = copy.deepcopy(evaluated.method.state_dict())
     got = predict_shot(*evaluated[1:], CPU)
     assert all(torch.equal(value, before[name]) for name, value in evaluated.method.state_dict().items())
@@ -298,7 +298,7 @@ def test_views_are_averaged_the_clean_one_among_them(workspace: Workspace, evalu
 def test_evaluated_again_a_target_gets_the_same_numbers_apart_from_all_others(
     workspace: Workspace, evaluated: Evaluated, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shot, "EPOCHS", 0)  # what it ends in is enough
+    monkeypatch.setattr(shot, "EPOCHS", 1)
 
     def read() -> dict[str, float]:
         return flatten_scores(read_scores(read_runs([evaluated.run])))

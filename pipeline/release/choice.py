@@ -34,9 +34,9 @@ def find_runs(
         return [folder], f"Model {folder.name}, which comes with this package." if ships else f"Model {name}."
     runs = workspace.read_runs("" if ensemble or best is not None else name)
     if not runs and best is None:
-        ships = ", ".join([SHIPPED, *shipped_models()])
+        known = ", ".join([SHIPPED, *shipped_models()])
         raise UserError(
-            f"Unknown model {name!r}: this workspace has no run yet; choose {ships}, or give a folder of `cafe export`."
+            f"Unknown model {name!r}: this workspace has no run yet; choose {known}, or give a folder of `cafe export`."
         )
     chosen, reason = (
         choose(runs, experiment=name, best=best, ensemble=ensemble)
