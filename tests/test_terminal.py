@@ -37,7 +37,7 @@ from cafe.methods import METHODS, find_method
 from cafe.networks.branches import NETWORKS
 from cafe.pipeline.plan import find_recipe
 from cafe.pipeline.process.advice import explain_few_steps, foretell
-from cafe.pipeline.process.progress import Log, Pace, describe_for_bar
+from cafe.pipeline.process.progress import Log, Pace, describe_for_bar, format_rate
 from cafe.pipeline.runs import note_end
 from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.workspace import Workspace
@@ -471,6 +471,17 @@ def test_few_steps_of_the_published_size_are_said_with_what_learns_more() -> Non
     assert say(180, method="nearest_class_mean") == say(180, method="mlp", start="shipped") == ""
 
 
+def test_a_slow_rate_is_not_rounded_to_none() -> None:
+    assert [format_rate(rate) for rate in (1234.56, 18.0, 1.0, 0.95, 0.04, 0.0021)] == [
+        "1,234.6",
+        "18.0",
+        "1.0",
+        "0.95",
+        "0.04",
+        "0.0021",
+    ]
+
+
 def test_how_long_a_training_without_a_gpu_takes_is_said_with_what_shortens_it() -> None:
     said = foretell(12_000, 40, 224)
     assert "about 3:20:00 more" in said
@@ -478,3 +489,5 @@ def test_how_long_a_training_without_a_gpu_takes_is_said_with_what_shortens_it()
     for method in ("cafe_vector", "mlp"):
         assert method in said
         assert "image" not in find_method(method).needs
+    assert "Shorter: --epochs 1 instead of 2, or a method" in foretell(12_000, 2, 32)
+    assert "Shorter: a method" in foretell(12_000, 1, 16)
