@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from threading import Event, Timer
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,10 @@ class Commands(click.Group):
             first = [flag for flag in ANYWHERE if flag in args]
             args = [*first, *(word for word in args if word not in first)]
             ctx.meta[TYPED] = args
-        return super().parse_args(ctx, args)
+        typed = list(args)
+        rest = super().parse_args(ctx, args)
+        _refuse_empty(self, ctx, typed[: len(typed) - len(ctx._protected_args) - len(rest)])
+        return rest
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands in the order they were given."""
@@ -76,7 +80,7 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command that the first word names; suggest those like it where there is none."""
         try:
-            return super().resolve_command(ctx, args)
+            name, command, rest = super().resolve_command(ctx, args)
         except click.exceptions.NoSuchCommand as error:
             from cafe.jobs.names import suggest_command
 
@@ -84,6 +88,9 @@ class Commands(click.Group):
             raise click.exceptions.NoSuchCommand(
                 error.command_name, f"{error.message} {known}".strip(), ctx=ctx
             ) from None
+        if command and not isinstance(command, click.Group):
+            _refuse_empty(command, ctx, rest)
+        return name, command, rest
 
     def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
         """Read the options of this group."""
@@ -109,6 +116,25 @@ class Commands(click.Group):
             logging.getLogger(__name__).info("Where this was found:", exc_info=error)
             place = f"{error.filename} cannot be used" if error.filename else "A file cannot be read or written"
             raise click.ClickException(printable(f"{place} ({error.strerror}): fix that and try again.")) from None
+
+
+def _refuse_empty(command: click.Command, ctx: click.Context, words: Sequence[str]) -> None:
+    """Raise `UsageError` for an empty word, unless its option is empty by default.
+
+    A shell makes one of a variable that is not set. It would count as an option left out, or as the beginning of every name:
+    `cafe store rm --yes "$STORE"` would remove the only store.
+    """
+    taking = [option for option in command.params if isinstance(option, click.Option) and not option.is_flag]
+    defaults = {flag: option.default for option in taking for flag in option.opts}
+    parts = [
+        part
+        for word in words
+        for part in ((word[:-1], "") if word.startswith("--") and word.endswith("=") else (word,))
+    ]
+    for before, part in pairwise(("", *parts)):
+        if not part and defaults.get(before) != "":
+            what = before if before in defaults else "A word of this command"
+            raise click.UsageError(f"{what} is empty, as a shell's variable is that was not set: give a value.", ctx)
 
 
 @contextmanager

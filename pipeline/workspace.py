@@ -49,9 +49,17 @@ class Workspace:
 
     @classmethod
     def at(cls, location: str) -> Workspace:
-        """Open the workspace at a folder or URI, which its user names; nothing is created until something is written."""
+        """Open the workspace at a folder or URI, which its user names; nothing is created until something is written.
+
+        Raises `UserError` for a file, in which no name would be found.
+        """
         own(check_encoded(location))
-        return cls(locate(location))
+        root = locate(location)
+        if not root.protocol and root.is_file():
+            raise UserError(
+                f"The workspace {root} is a file: give a folder, or the name of a new one, with --workspace."
+            )
+        return cls(root)
 
     def keeping_manifests(self) -> Workspace:
         """Return this workspace, which from now on reads every manifest only once."""

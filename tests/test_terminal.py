@@ -249,6 +249,34 @@ def test_what_the_system_refuses_is_one_sentence(place: str) -> None:
     assert isinstance(CliRunner().invoke(group, ["library"]).exception, OSError)
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("store", "rm", "--yes", ""), "A word of this command"),
+        (("export", ""), "A word of this command"),
+        (("compare", "--versus", ""), "--versus"),
+        (("compare", "--per-class="), "--per-class"),
+        (("tower", ""), "A word of this command"),
+    ],
+)
+def test_an_empty_word_is_not_the_beginning_of_every_name(tmp_path: Path, words: tuple[str, ...], what: str) -> None:
+    (only := tmp_path / "work" / "features" / "news" / "tower-1").mkdir(parents=True)
+    assert f"{what} is empty, as a shell's variable is that was not set: give a value." in run(tmp_path, *words, code=2)
+    assert only.is_dir()
+    said = CliRunner().invoke(main, ["-w", "", "store", "ls"]).output
+    assert "-w is empty" in said
+
+
+def test_a_word_that_is_empty_by_default_may_be_given_so(tmp_path: Path) -> None:
+    assert "No run was evaluated yet" in run(tmp_path, "compare", "--by", "", code=2)
+
+
+@pytest.mark.parametrize("words", [("runs",), ("store", "ls"), ("data", "list")])
+def test_a_workspace_that_is_a_file_is_not_an_empty_one(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "work").write_text("mine")
+    assert f"The workspace {tmp_path / 'work'} is a file: give a folder" in run(tmp_path, *words, code=2)
+
+
 def test_an_interrupted_command_ends_with_130_wherever_it_was() -> None:
     @click.group(cls=Commands)
     def group() -> None:
