@@ -47,6 +47,8 @@ def locate(location: str, absolute: bool = True) -> UPath:
     try:
         path = UPath(location)
         if path.protocol in OBJECT_STORES:
+            if not path.path.lstrip("/") or path.path.startswith("/"):
+                raise ValueError("its bucket is missing")
             get_filesystem_class(path.protocol)  # else its library would be missed at the first reading
             return UPath(location, use_listings_cache=False)
         options = permission().options(location, path.protocol)
@@ -154,11 +156,17 @@ def exists(path: UPath) -> bool:
 
 def list_folder(folder: UPath) -> list[UPath]:
     """Return what a folder holds, sorted by name, without files half written; nothing when it is not there."""
-    try:
+    there: list[UPath] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
         there = retry(folder, "listed", lambda: list(folder.iterdir()))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     return sorted((path for path in there if not path.name.startswith(".")), key=lambda path: path.name)
+
+
+def list_folders(folder: UPath) -> list[UPath]:
+    """Return the folders that a folder holds, sorted by name, from one listing; nothing when it is not there."""
+    kinds = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] for entry in _list_entries(folder)}
+    kept = [folder / name for name, kind in sorted(kinds.items()) if kind != "file" and not name.startswith(".")]
+    return [path for path in kept if kinds[path.name] == "directory" or path.is_dir()]  # others are links
 
 
 def list_files(folder: UPath) -> list[UPath]:
@@ -168,11 +176,15 @@ def list_files(folder: UPath) -> list[UPath]:
 
 def list_sizes(folder: UPath) -> dict[str, int]:
     """Return the bytes of each file of a folder by its name, from one listing; nothing when it is not there."""
-    try:
-        entries = retry(folder, "listed", lambda: folder.fs.ls(folder.path, detail=True))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
+    entries = _list_entries(folder)
     return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+
+def _list_entries(folder: UPath) -> list[dict[str, Any]]:
+    try:
+        return retry(folder, "listed", lambda: folder.fs.ls(folder.path, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def list_tree(folder: UPath) -> dict[str, tuple[int, float]]:
@@ -193,10 +205,8 @@ def _seconds(time: Any) -> float:
 
 def remove_tree(folder: UPath) -> None:
     """Remove a folder with all it holds, which may be gone already."""
-    try:
+    with suppress(FileNotFoundError):
         retry(folder, "removed", lambda: folder.fs.rm(folder.path, recursive=True))
-    except FileNotFoundError:
-        return
 
 
 def check_regular(path: UPath, most: int | None = None) -> None:
@@ -245,10 +255,8 @@ def copy_here(location: str) -> str:
 
 def remove_file(path: UPath) -> None:
     """Remove a file that may be gone already."""
-    try:
+    with suppress(FileNotFoundError):
         retry(path, "removed", path.unlink)
-    except FileNotFoundError:
-        return
 
 
 def write_file(path: UPath, content: bytes) -> None:
@@ -398,7 +406,10 @@ def create_file(path: UPath, content: bytes) -> None:
     if path.protocol in OBJECT_STORES:
         retry(path, "written", _put, path, content, "create")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file, or a link that leads nowhere: another try changes nothing
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
     with path.open("xb") as file:
         file.write(content)
 
@@ -465,7 +476,7 @@ def read_json(path: UPath) -> dict[str, Any] | None:
     """Return a JSON object, or None when the file is missing or damaged."""
     try:
         return parse_json(read_file(path, MOST_TEXT))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

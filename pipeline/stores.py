@@ -10,7 +10,7 @@ from upath import UPath
 
 from cafe.data.manifest import Manifest
 from cafe.errors import UserError, ambiguous, unknown
-from cafe.files import list_folder, list_tree, place_below, remove_tree
+from cafe.files import list_folders, list_tree, place_below, remove_tree
 from cafe.pipeline.features.extract import describe_store, extract, look_up_tower
 from cafe.pipeline.features.integrity import Damage, Receipts, in_parallel, recover_info
 from cafe.pipeline.features.key import StoreInfo, store_name
@@ -53,8 +53,8 @@ class StoreFacts:
 
 def find_paths(workspace: Workspace, names: Sequence[str] = ()) -> list[UPath]:
     """Return the folders of stores by MANIFEST/FOLDER, an unambiguous beginning of it or a manifest; by default all."""
-    manifests = list_folder(workspace.features)
-    there = {store_name(path): path for manifest in manifests for path in list_folder(manifest)}
+    manifests = list_folders(workspace.features)
+    there = {store_name(path): path for manifest in manifests for path in list_folders(manifest)}
     chosen = dict[str, UPath]() if names else there
     for name in names:
         found = [one for one in there if one == name] or [one for one in there if one.startswith(name)]
@@ -159,7 +159,12 @@ def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settin
 
 
 def remove(path: UPath) -> None:
-    """Remove a store; receipts go first, so that one half removed by a kill counts as unfinished."""
+    """Remove a store; receipts go first, so that one half removed by a kill counts as unfinished.
+
+    Raises `UserError` for a link, since what it leads to may be others' too.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a link: remove it, and the folder that it leads to, yourself.")
     with hold(path):
         remove_tree(path / "receipts")
         remove_tree(path)

@@ -51,7 +51,7 @@ class Workspace:
     def at(cls, location: str) -> Workspace:
         """Open the workspace at a folder or URI, which its user names; nothing is created until something is written.
 
-        Raises `UserError` for a file, in which no name would be found.
+        Raises `UserError` for a file, and for a link whose disk is away: in neither would a name be found.
         """
         own(check_encoded(location))
         root = locate(location)
@@ -59,6 +59,8 @@ class Workspace:
             raise UserError(
                 f"The workspace {root} is a file: give a folder, or the name of a new one, with --workspace."
             )
+        if root.is_symlink() and not root.exists():
+            raise UserError(f"The workspace {root} leads to {root.readlink()}, which is not there: bring that back.")
         return cls(root)
 
     def keeping_manifests(self) -> Workspace:

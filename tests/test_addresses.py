@@ -162,6 +162,7 @@ def test_pictures_of_several_servers_have_no_folder_in_common_in_whatever_order_
         (("foo://a/1.jpg",), "The place 'foo://a/1.jpg' cannot be used (Unsupported filesystem: 'foo')"),
         (("sftp://a/1.jpg",), "came with a file: give a folder, an object store or https:// there."),
         (("gs://a/1.jpg",), "The place 'gs://a/1.jpg' cannot be used (Please install gcsfs"),
+        (("s3:///1.jpg",), "The place 's3:///1.jpg' cannot be used (its bucket is missing): give"),
     ],
 )
 def test_places_of_a_table_that_cannot_be_read_are_one_sentence(

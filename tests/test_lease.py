@@ -224,3 +224,11 @@ def test_a_command_whose_run_or_store_is_worked_on_ends_before_it_touches_it(tmp
         )
     assert list(store.iterdir()) == []
     assert not (run / "status.json").exists()
+
+
+def test_a_place_that_cannot_be_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "away").symlink_to(tmp_path / "disk")
+    for place in ("file", "away", "away/below"):
+        with pytest.raises(NotADirectoryError, match="Not a directory"), hold(UPath(tmp_path / place)):
+            pass

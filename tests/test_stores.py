@@ -22,6 +22,7 @@ from cafe.pipeline.features.store import FeatureStore, discard_damage, verify
 from cafe.pipeline.plan import plan_training
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.settings import ExtractSettings, TrainSettings
+from cafe.pipeline.stores import find_paths, remove
 from cafe.pipeline.worker import Worker
 from cafe.pipeline.workspace import Workspace
 
@@ -114,6 +115,22 @@ def test_stores_of_before_files_had_checksums_are_verified_by_what_they_hold(tmp
     np.testing.assert_array_equal(store.read_view("pooled", 1), store.array("pooled")[:, 1])
     store.array("map")[9, 2, 1, 1, 1] = 0
     assert {damage.shard for damage in verify(store.path)} == {2}
+
+
+def test_what_is_no_folder_is_no_store_and_a_link_is_not_removed(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    store = finished(tmp_path / "work" / "features" / OURS.manifest)
+    beside = store.path.parent
+    (beside / "notes.txt").write_text("mine")
+    (beside / "gone").symlink_to(tmp_path / "nowhere")
+    (beside.parent / "readme.txt").write_text("mine")
+    assert find_paths(workspace) == [store.path]
+    assert [path for path, _ in find_stores(workspace.features, OURS.manifest)] == [store.path]
+    (link := beside / "link").symlink_to(store.path)
+    assert find_paths(workspace, [f"{OURS.manifest}/link"]) == [link]
+    with pytest.raises(UserError, match="link is a link: remove it, and the folder that it leads to, yourself"):
+        remove(link)
+    assert verify(store.path) == []
 
 
 def test_features_of_other_images_are_not_repaired(tmp_path: Path) -> None:

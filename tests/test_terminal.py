@@ -272,9 +272,12 @@ def test_a_word_that_is_empty_by_default_may_be_given_so(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("words", [("runs",), ("store", "ls"), ("data", "list")])
-def test_a_workspace_that_is_a_file_is_not_an_empty_one(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_a_workspace_that_is_a_file_or_away_is_not_an_empty_one(tmp_path: Path, words: tuple[str, ...]) -> None:
     (tmp_path / "work").write_text("mine")
     assert f"The workspace {tmp_path / 'work'} is a file: give a folder" in run(tmp_path, *words, code=2)
+    (tmp_path / "work").unlink()
+    (tmp_path / "work").symlink_to(tmp_path / "disk")
+    assert f"leads to {tmp_path / 'disk'}, which is not there: bring that back." in run(tmp_path, *words, code=2)
 
 
 def test_an_interrupted_command_ends_with_130_wherever_it_was() -> None:
