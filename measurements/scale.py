@@ -216,8 +216,9 @@ def draw(measured: Mapping[str, Mapping[str, Mapping[str, float]]], place: Path)
     ):
         for step in DRAWN:
             values = [max(measured[str(size)][step][unit], 1e-3) for size in sizes]
-            slope = np.diff(np.log(values[-2:])) / np.diff(np.log(sizes[-2:]))
-            axes.loglog(sizes, values, marker="o", label=f"{step}, slope {slope.item():.2f}")
+            slopes = np.diff(np.log(values)) / np.diff(np.log(sizes))
+            slope = f", slope {slopes[-1]:.2f}" if len(slopes) else ""
+            axes.loglog(sizes, values, marker="o", label=step + slope)
         axes.set_xlabel("faces")
         axes.set_ylabel(name)
         axes.legend(fontsize="small")
