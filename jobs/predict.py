@@ -200,6 +200,7 @@ def export(run: str, **values: Any) -> None:
     from cafe.results.runs import choose
 
     settings, workspace = ExportSettings(**values), open_workspace()
+    settings.check()
     mirror = Mirror(workspace, settings.mlflow_uri)
     runs, _ = choose(workspace.read_runs("" if settings.ensemble else run), name=run, ensemble=settings.ensemble)
     folder = locate(settings.output) if settings.output else name_folder(workspace, runs, settings)

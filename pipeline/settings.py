@@ -433,6 +433,12 @@ class ExportSettings:
     )
     mlflow_uri: str | None = setting(None, "MLflow tracking server; default: the workspace's own database.")
 
+    def check(self) -> None:
+        """Raise `UserError` for a name that MLflow's registry does not take, before anything is exported."""
+        name = self.register
+        if name is not None and (name.strip() in ("", ".", "..") or set(name) & set("/:'\"")):
+            raise UserError(f"--register {name!r} is no name of a model: take one without '/', ':' and quotes.")
+
 
 @dataclass(frozen=True)
 class DemoSettings(ClusterSettings):

@@ -267,6 +267,12 @@ def test_an_empty_word_is_not_the_beginning_of_every_name(tmp_path: Path, words:
     assert "-w is empty" in said
 
 
+@pytest.mark.parametrize("name", ["a/b", "faces:1", "it's", "..", " "])
+def test_a_name_that_no_registry_takes_is_refused_before_the_export(tmp_path: Path, name: str) -> None:
+    said = run(tmp_path, "export", "mlp-news-s0", "--register", name, code=2)
+    assert f"--register {name!r} is no name of a model: take one without" in said
+
+
 def test_a_word_that_is_empty_by_default_may_be_given_so(tmp_path: Path) -> None:
     assert "No run was evaluated yet" in run(tmp_path, "compare", "--by", "", code=2)
 
