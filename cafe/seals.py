@@ -176,6 +176,8 @@ def read_sealed(
         content = read_file(path, MOST_TEXT)
     except FileNotFoundError:
         return None
+    except IsADirectoryError:
+        raise damaged(path, remedy) from None
     record, sealed = _open_record(content)
     accepted = sealed or unsealed == "read" or (unsealed == "canonical" and content == encode_json(record or {}))
     if record is None or not accepted:
@@ -209,7 +211,7 @@ def verify_file(path: UPath) -> State:
     """Read a JSON, Parquet or safetensors file back and say whether it is what was written, and there at all."""
     try:
         content = read_file(path, MOST_TEXT if path.suffix == ".json" else None)
-    except (IrregularFileError, FileNotFoundError):
+    except (IrregularFileError, FileNotFoundError, IsADirectoryError):
         return "damaged"
     if path.suffix == ".json":
         record, sealed = _open_record(content)

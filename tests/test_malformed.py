@@ -114,6 +114,20 @@ def test_a_description_of_a_store_of_any_content(
     complaint(find_stores, UPath(tmp_path / "stores"), "news")
 
 
+def test_a_folder_in_the_place_of_a_record_is_damage_that_is_named_and_stops_no_list(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+    whole, other = write_run(workspace), write_run(workspace, seed=1)
+    (other / "run.json").unlink()
+    (other / "run.json").mkdir()
+    assert [run.folder for run in workspace.read_runs()] == [whole]
+    assert "run.json is damaged" in complaint(read_run, other)
+    assert verify_file(other / "run.json") == "damaged"
+    store = filled(tmp_path / "store")
+    (store.path / "about.json").unlink()
+    (store.path / "about.json").mkdir()
+    assert any(damage.file == "about.json" for damage in verify(store.path))
+
+
 @OFTEN
 @given(steps=PICK, value=VALUE, text=st.none() | TEXT)
 def test_records_of_a_run_of_any_content(tmp_path: Path, steps: list[int], value: Any, text: bytes | None) -> None:

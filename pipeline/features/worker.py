@@ -417,8 +417,14 @@ def _start(processes: int) -> ProcessPoolExecutor:
     """Return processes that work; raise `OSError` where none can be started, which is no picture's fault."""
     # A fork of a process with threads can hang.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare, initargs=(permission(),))
+    # Inherited: an interrupt while they import, before `_prepare`, would be a traceback of each.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        pool.submit(int).result()
+        first = pool.submit(int)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        first.result()
     except BrokenProcessPool:
         raise OSError("no process can be started to decode pictures in") from None
     return pool

@@ -59,4 +59,4 @@ def verify_export(folder: UPath) -> Iterator[tuple[UPath, State]]:
     listed = (read_sealed(record, "read") or {}).get("files")
     for name, expected in sorted(listed.items() if isinstance(listed, dict) else ()):
         path = place_below(folder, name)
-        yield path, "whole" if exists(path) and digest(read_file(path)) == expected else "damaged"
+        yield path, "whole" if path.is_file() and digest(read_file(path)) == expected else "damaged"
