@@ -243,6 +243,10 @@ def test_a_process_that_was_stopped_is_ended_and_its_work_done_by_another(tmp_pa
     decoders.renew(None)
     assert decoders.pool is not None
     (stopped,) = decoders.pool._processes.values()
+    status = Path(f"/proc/{stopped.pid}/status").read_text()
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    assert blocked >> (signal.SIGINT - 1) & 1  # from before its first import: Ctrl-C meets it there, too
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT}
     os.kill(stopped.pid, signal.SIGSTOP)
     rendered = list(decoders.work(renderer_of(tmp_path, [(8, 8), (9, 9)]), [[(0, 0)], [(1, 0)]]))
     assert [len(batch.pictures) for batch in rendered] == [1, 1]
