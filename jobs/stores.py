@@ -120,10 +120,9 @@ def repair(names: tuple[str, ...], **values: Any) -> None:
     workspace = open_workspace()
     with interruptible(), progress_bar("Repairing") as progress:
         for path in find_paths(workspace, names):
-            damages = repair_store(workspace, path, ClusterSettings(**values), progress)
-            shards = len({damage.shard for damage in damages} - {None})
+            damages, shards = repair_store(workspace, path, ClusterSettings(**values), progress)
             done = f"{len(damages)} damaged files written again, computed {shards} shards"
-            echo(f"{store_name(path)}: {done if damages else 'nothing to do'}")
+            echo(f"{store_name(path)}: {done if damages or shards else 'nothing to do'}")
 
 
 @store.command("rm")

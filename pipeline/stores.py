@@ -121,22 +121,27 @@ def _read_runs(workspace: Workspace) -> dict[str, tuple[RunSpec, list[str]]]:
     return {name: found for name, found in zip(names, in_parallel(workspace.root, read, names), strict=True) if found}
 
 
-def repair(workspace: Workspace, path: UPath, settings: ClusterSettings, progress: Progress) -> list[Damage]:
-    """Write again what is damaged in a store, its shards by computing them, and return what was.
+def repair(
+    workspace: Workspace, path: UPath, settings: ClusterSettings, progress: Progress
+) -> tuple[list[Damage], int]:
+    """Write again what is damaged in a store, and return what was and how many shards were computed.
 
+    Those that an interrupted repair has declared undone are computed too, as are those of an interrupted extraction.
     Raises `UserError` where the manifest or the tower are no longer those it was made with.
     """
     with hold(path, settings.wait):
         damages = verify(path, progress)
-        if not damages:
-            return []
+        info = recover_info(path)
+        done = set(Receipts(path, info).done()) - {damage.shard for damage in damages}
+        undone = info.shards - len(done)
+        if not damages and not undone:
+            return [], 0
         manifest = workspace.load_manifest(path.parent.name)
-        again = any(damage.shard is not None for damage in damages)
-        asked = _ask_again(workspace, manifest, recover_info(path), settings) if again else None
+        asked = _ask_again(workspace, manifest, info, settings) if undone else None
         discard_damage(path, manifest, damages)
     if asked:
         extract(workspace, [manifest], asked, progress)
-    return damages
+    return damages, undone
 
 
 def _ask_again(workspace: Workspace, manifest: Manifest, info: StoreInfo, settings: ClusterSettings) -> ExtractSettings:
