@@ -17,7 +17,7 @@ from cafe.errors import DamagedError
 from cafe.files import write_file, write_json
 from cafe.learning.checkpoints import load_checkpoint, save_checkpoint
 from cafe.pipeline.models import check_finite
-from cafe.pipeline.release.catalogue import list_models
+from cafe.pipeline.release.catalogue import TRAINED, list_models
 from cafe.pipeline.runs import MODEL_FORMAT, is_finished, read_model
 from cafe.pipeline.workspace import Workspace
 from cafe.records import digest
@@ -144,6 +144,20 @@ def test_a_run_whose_end_is_damaged_is_neither_finished_nor_dropped(tmp_path: Pa
         assert "result.json is damaged or was changed, it is not what was written: remove it and giv" in complaint(
             ended
         )
+
+
+def test_one_damaged_run_leaves_the_other_models_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    workspace = Workspace.at(str(tmp_path))
+    whole, other = write_run(workspace), write_run(workspace, seed=1)
+    write_sealed(whole / "result.json", {"epochs": 1})
+    (other / "result.json").write_bytes(b"{")
+    assert [one["model"] for one in list_models(workspace) if one["is"] == TRAINED] == [whole.name]
+    assert caplog.messages[0].startswith(f"A model is left out: {other}/result.json is damaged")
+    write_predictions(whole, "raf", np.zeros(4, np.int64), np.zeros(4, np.int64))
+    (file,) = (whole / "predictions").iterdir()
+    file.write_bytes(b"PAR1")
+    assert [one["model"] for one in list_models(workspace) if one["is"] == TRAINED] == [whole.name]
+    assert any(said.startswith("Accuracies are not known: ") for said in caplog.messages)
 
 
 def test_weights_that_are_no_numbers_are_refused_and_infinite_buffers_kept(tmp_path: Path) -> None:

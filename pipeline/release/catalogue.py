@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from upath import UPath
 
-from cafe.errors import UserError
+from cafe.errors import DamagedError, UserError
 from cafe.files import list_folder, read_json
 from cafe.pipeline.release.shipped import is_export, shipped_models
 from cafe.pipeline.runs import read_model, read_status
@@ -112,9 +112,18 @@ def _flatten(scored: Scored) -> dict[str, Any]:
 
 def _describe_runs(workspace: Workspace) -> Iterator[dict[str, Any]]:
     """Yield the record of every run that is trained to its end."""
-    runs = [run for run in workspace.read_runs() if run.finished]
-    for run, scored in zip(runs, score_runs(workspace, runs), strict=True):
+    runs = list(filter(_is_finished, workspace.read_runs()))
+    for run, scored in zip(runs, _score_readable(workspace, runs), strict=True):
         yield _record(run.name, TRAINED, run.method, run.source, [run.seed], scored)
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether a run was trained to its end, not where that cannot be read, of which a warning says so."""
+    try:
+        return run.finished
+    except DamagedError as error:
+        logging.getLogger(__name__).warning("A model is left out: %s", error)
+        return False
 
 
 def list_runs(workspace: Workspace) -> list[dict[str, Any]]:
@@ -123,14 +132,8 @@ def list_runs(workspace: Workspace) -> list[dict[str, Any]]:
     What is not known is None, as the time of runs that older versions made. A run is listed whatever became of its
     predictions; where some cannot be read, a warning says so, and no run has accuracies.
     """
-    runs = workspace.read_runs()
-    try:
-        scores = score_runs(workspace, runs)
-    except UserError as error:
-        logging.getLogger(__name__).warning("Accuracies are not known: %s", error)
-        scores = [UNSCORED] * len(runs)
-    records = []
-    for run, scored in zip(runs, scores, strict=True):
+    runs, records = workspace.read_runs(), []
+    for run, scored in zip(runs, _score_readable(workspace, runs), strict=True):
         planned = run.settings.get("recipe.epochs")
         ended = (read_json(run.folder / "made.json") or {}).get("ended")
         records.append({
@@ -140,6 +143,15 @@ def list_runs(workspace: Workspace) -> list[dict[str, Any]]:
             "ended": datetime.fromtimestamp(ended).isoformat(" ", "minutes") if ended else None,
         })  # fmt: skip
     return records
+
+
+def _score_readable(workspace: Workspace, runs: Sequence[Run]) -> list[Scored]:
+    """Return what `score_runs` does, or no accuracies and a warning where a file of them cannot be read."""
+    try:
+        return score_runs(workspace, runs)
+    except UserError as error:
+        logging.getLogger(__name__).warning("Accuracies are not known: %s", error)
+        return [UNSCORED] * len(runs)
 
 
 def score_runs(workspace: Workspace, runs: Sequence[Run]) -> list[Scored]:
