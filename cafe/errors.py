@@ -62,8 +62,8 @@ def shorten(text: str, longest: int) -> str:
 
 def unknown(kind: str, value: object, allowed: Iterable[str]) -> UserError:
     """Return the error for a name that is not one of `allowed`."""
-    names = ", ".join(sorted(allowed)) or "nothing yet"
-    return UserError(f"Unknown {kind} {str(value)!r}: choose {names}.")
+    names = ", ".join(sorted(allowed))
+    return UserError(f"Unknown {kind} {str(value)!r}: {f'choose {names}' if names else 'there is none yet'}.")
 
 
 def ambiguous(kind: str, beginning: str, names: Iterable[str]) -> UserError:

@@ -467,6 +467,10 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
         (("models:/faces/1", there), "has no database of MLflow's"),
     ):
         assert part in command.fail("predict", *arguments), arguments
+    new = Cafe(tmp_path / "new", command.address)
+    assert "Unknown model 'other': this workspace has no run yet; choose shipped" in new.fail(
+        "predict", "--model", "other", there
+    )
     Image.new("RGB", (9, 9)).save(tmp_path / "torn.png")
     (tmp_path / "torn.png").write_bytes((tmp_path / "torn.png").read_bytes()[:40])
     rows, said = answer(command, run, str(tmp_path / "torn.png"), "--aligned", code=1)

@@ -298,7 +298,7 @@ def test_an_unfinished_store_or_run_says_how_to_finish_it(ready: Cafe) -> None:
     receipt = next((ready.workspace / "features" / "one").rglob("receipts/00000.json"))
     receipt.unlink()
     assert "lack 1 shards: run `cafe extract`" in ready.fail("train", "--source", "one")
-    assert "Unknown run 'x': choose nothing yet." in ready.fail("evaluate", "x")
+    assert "Unknown run 'x': there is none yet." in ready.fail("evaluate", "x")
 
 
 def test_a_store_that_was_only_begun_does_not_compete_with_finished_ones(ready: Cafe, tiny_tower: str) -> None:

@@ -32,10 +32,16 @@ def find_runs(
             raise UserError(f"{name!r} is one exported model without other seeds: leave --ensemble out.")
         ships = folder in shipped_models().values()
         return [folder], f"Model {folder.name}, which comes with this package." if ships else f"Model {name}."
+    runs = workspace.read_runs("" if ensemble or best is not None else name)
+    if not runs and best is None:
+        shipped = ", ".join([SHIPPED, *shipped_models()])
+        raise UserError(
+            f"Unknown model {name!r}: this workspace has no run yet; choose {shipped}, or give a folder of `cafe export`."
+        )
     chosen, reason = (
-        choose(workspace.read_runs(), experiment=name, best=best, ensemble=ensemble)
+        choose(runs, experiment=name, best=best, ensemble=ensemble)
         if best is not None
-        else choose(workspace.read_runs("" if ensemble else name), name=name, ensemble=ensemble)
+        else choose(runs, name=name, ensemble=ensemble)
     )
     return [run.folder for run in chosen], f"{reason}."
 
