@@ -478,3 +478,5 @@ def test_how_long_a_training_without_a_gpu_takes_is_said_with_what_shortens_it()
     for method in ("cafe_vector", "mlp"):
         assert method in said
         assert "image" not in find_method(method).needs
+    assert "Shorter: --epochs 1 instead of 2, or a method" in foretell(12_000, 2, 32)
+    assert "Shorter: a method" in foretell(12_000, 1, 16)

@@ -66,10 +66,15 @@ def foretell_on(bar: Bar, settings: TrainSettings, plan: TrainPlan, say: Callabl
 
 def foretell(seconds: float, epochs: int, image_size: int) -> str:
     """Return how long a training on pictures takes on a CPU, and which options shorten it."""
+    fewer, smaller = max(1, epochs // 4), max(32, image_size // 2)
+    shorter = [
+        *([f"--epochs {fewer} instead of {epochs}"] if fewer < epochs else []),
+        *([f"--image-size {smaller} instead of {image_size}"] if smaller < image_size else []),
+        "a method that learns from features alone, such as --method cafe_vector or mlp",
+    ]
     return (
         f"Without a GPU this training takes about {format_seconds(seconds)} more, as its first steps went. Shorter: "
-        f"--epochs {max(1, epochs // 4)} instead of {epochs}, --image-size {max(32, image_size // 2)} instead of "
-        f"{image_size}, or a method that learns from features alone, such as --method cafe_vector or mlp."
+        f"{', '.join(shorter[:-1])}{', or ' if len(shorter) > 1 else ''}{shorter[-1]}."
     )
 
 
