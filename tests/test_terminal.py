@@ -37,7 +37,7 @@ from cafe.methods import METHODS, find_method
 from cafe.networks.branches import NETWORKS
 from cafe.pipeline.plan import find_recipe
 from cafe.pipeline.process.advice import explain_few_steps, foretell
-from cafe.pipeline.process.progress import Log, Pace, describe_for_bar
+from cafe.pipeline.process.progress import Log, Pace, describe_for_bar, format_rate
 from cafe.pipeline.runs import note_end
 from cafe.pipeline.settings import TrainSettings
 from cafe.pipeline.workspace import Workspace
@@ -469,6 +469,17 @@ def test_few_steps_of_the_published_size_are_said_with_what_learns_more() -> Non
     assert "features=" not in say(180, method="image_only")
     assert say(180, "learning_rate=0.001", method="cafe") == say(12_271, method="cafe") == say(180, method="scn") == ""
     assert say(180, method="nearest_class_mean") == say(180, method="mlp", start="shipped") == ""
+
+
+def test_a_slow_rate_is_not_rounded_to_none() -> None:
+    assert [format_rate(rate) for rate in (1234.56, 18.0, 1.0, 0.95, 0.04, 0.0021)] == [
+        "1,234.6",
+        "18.0",
+        "1.0",
+        "0.95",
+        "0.04",
+        "0.0021",
+    ]
 
 
 def test_how_long_a_training_without_a_gpu_takes_is_said_with_what_shortens_it() -> None:

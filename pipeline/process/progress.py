@@ -95,7 +95,7 @@ class Log:
 
     def _line(self, done: int, total: int, facts: Mapping[str, float]) -> str:
         rate, left = self.pace.rate, self.pace.seconds_left(total)
-        parts = [describe(facts), f"{done:,} of {total:,} {self.unit}", rate and f"{rate:,.1f}/s"]
+        parts = [describe(facts), f"{done:,} of {total:,} {self.unit}", rate and f"{format_rate(rate)}/s"]
         if left is not None and done < total:
             parts.append(f"{format_seconds(left)} left")
         return f"{self.title}: {', '.join(part for part in parts if part)}"
@@ -131,10 +131,15 @@ def describe_for_bar(pace: Pace, done: int, total: int, unit: str, facts: Mappin
     if "accuracy" in facts:
         parts.append(f"train {100 * facts['accuracy']:.1f} %")
     if pace.rate:
-        parts.append(f"{pace.rate:,.1f}{'' if parts[0].endswith(unit) else f' {unit}'}/s")
+        parts.append(f"{format_rate(pace.rate)}{'' if parts[0].endswith(unit) else f' {unit}'}/s")
     if done < total and (left := pace.seconds_left(total)) is not None:
         parts.append(f"{format_seconds(left)} left")
     return ", ".join(parts)
+
+
+def format_rate(rate: float) -> str:
+    """Return what is done in a second with a decimal, or with two digits where that would be zero or nearly so."""
+    return f"{rate:,.1f}" if rate >= 1 else f"{rate:.2g}"
 
 
 def format_seconds(seconds: float) -> str:
