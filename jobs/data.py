@@ -231,7 +231,9 @@ def _describe_parts(index: Index, tested: int) -> list[str]:
             "be evaluated; see --split, --group-by and --group-pattern"
         )
     elif manifest.parted:
-        lines.append("it came without splits: a fifth is for test where it is trained on; else all of it is evaluated")
+        lines.append(
+            "no splits came with it: a run trained on it keeps a fifth for test, others are tested on all of it"
+        )
     return lines
 
 
