@@ -27,6 +27,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 .venv/ready: pyproject.toml constraints.txt
+	@echo 'Installing into .venv: 7 GB, some minutes, and pip says nothing until it is done'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	# As pip does on one core, but for the packages' own tests; a file that this Python cannot read is nothing that is imported.

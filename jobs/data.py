@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,8 @@ def index(
         _check_counts(listing, counts, accept_counts, warn=True)
         brought = root_is_brought(root, choices.pictures, result.manifest.root)
         own(root, choices.pictures or "", "" if brought else result.manifest.root, remember=True)
-        say(f"Wrote {save(result.manifest)}")
+        replaced = _describe_replaced(workspace, name, result.manifest.root)
+        say(f"Wrote {save(result.manifest)}{replaced}")
     check_whole(len(result.broken), "files or rows")
 
 
@@ -221,6 +223,15 @@ def _find_middle(counts: Counter[int]) -> tuple[int, int, int]:
     return numbers[0], numbers[bisect_right(below, (below[-1] - 1) // 2)], numbers[-1]
 
 
+def _describe_replaced(workspace: Workspace, name: str, root: str) -> str:
+    """What a manifest of another folder takes the place of; nothing where there was none, or the same folder's."""
+    with suppress(UserError):  # none, or a damaged one, which indexing again mends
+        before = workspace.load_manifest(name)
+        if before.root != root:
+            return f", in place of {len(before):,} faces of {before.root}"
+    return ""
+
+
 def _describe_parts(index: Index, tested: int) -> list[str]:
     """How many groups there are, and how a set is evaluated that came without splits, of which so many are for test."""
     manifest, groups = index.manifest, len(index.count_values("group").keys() - {None})
@@ -231,7 +242,9 @@ def _describe_parts(index: Index, tested: int) -> list[str]:
             "be evaluated; see --split, --group-by and --group-pattern"
         )
     elif manifest.parted:
-        lines.append("it came without splits: a fifth is for test where it is trained on; else all of it is evaluated")
+        lines.append(
+            "no splits came with it: a run trained on it keeps a fifth for test, others are tested on all of it"
+        )
     return lines
 
 

@@ -651,6 +651,17 @@ def test_the_command_prints_counts_and_writes_the_manifest(tmp_path: Path, cafe:
     assert "tiny" in cafe.succeed("data", "list")
 
 
+def test_a_name_that_another_folder_had_is_taken_with_a_word(tmp_path: Path, cafe: Cafe) -> None:
+    for folder in ("first", "second"):
+        draw_faces(tmp_path / folder)
+    said = [
+        cafe.succeed("data", "index", "folder", str(tmp_path / folder), "--name", "tiny")
+        for folder in ("first", "first", "second")
+    ]
+    told = ["in place of 36 faces of" in text.replace("\n", " ") for text in said]
+    assert told == [False, False, True]
+
+
 def test_a_whole_folder_can_be_put_into_one_split_and_a_published_set_cannot(tmp_path: Path, cafe: Cafe) -> None:
     for split in ("train", "test"):
         draw_faces(tmp_path / "faces" / split, per_class=3)

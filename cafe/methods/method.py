@@ -164,7 +164,7 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named outputs of which `logits` (N, K) is required; runs inside DDP, on one worker's part of a batch."""
-        raise NotImplementedError
+        raise NotImplementedError(f"The method {type(self).__name__} has no forward(self, batch).")
 
     def predict(self, batch: Batch) -> Tensor:
         """Return class probabilities (N, K) float32, calibrated where the recipe says so."""

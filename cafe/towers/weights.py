@@ -181,8 +181,8 @@ def _fetch(name: str, spec: BackboneSpec, files: list[str]) -> str:
         return fetch_weights(repository, revision, files)
     except ConnectionError as error:
         raise UserError(
-            f"Cannot fetch the weights of '{name}' from their hub ({error}): download {elsewhere}, or use 'imagenet-lite0', "
-            "whose weights come with the installation."
+            f"Cannot fetch the weights of '{name}' from their hub ({error}): download {elsewhere}, or use "
+            "'face-resnet' or 'imagenet-lite0', whose weights come with the installation."
         ) from error
 
 
