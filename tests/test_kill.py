@@ -288,6 +288,16 @@ def test_processes_that_decode_end_with_their_parent(tmp_path: Path) -> None:
     assert psutil.wait_procs(children, 20)[1] == []
 
 
+def test_a_script_that_extracts_without_a_main_guard_ends_in_one_sentence(tmp_path: Path) -> None:
+    names = "from cafe.pipeline.features.worker import Decoders, end_if_imported"
+    (tmp_path / "script.py").write_text(f"{names}\nend_if_imported()\nDecoders(2).renew(None)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1].endswith('put what it runs below `if __name__ == "__main__":`.')
+
+
 def test_an_extraction_leaves_out_a_picture_that_kills_its_worker_and_finishes_all_others(
     tmp_path: Path, tiny_tower: str, deadly_decoder: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

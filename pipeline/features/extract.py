@@ -29,7 +29,7 @@ from cafe.pipeline.features.key import FeatureKey, StoreInfo, default_shard_rows
 from cafe.pipeline.features.reuse import find_donors
 from cafe.pipeline.features.store import FeatureStore
 from cafe.pipeline.features.stream import PendingRows, pack_passes, stream_shards
-from cafe.pipeline.features.worker import MANY_VIEWS, TowerWorker
+from cafe.pipeline.features.worker import MANY_VIEWS, TowerWorker, end_if_imported
 from cafe.pipeline.process import machine
 from cafe.pipeline.process.lease import hold
 from cafe.pipeline.process.progress import Progress
@@ -153,6 +153,7 @@ def extract(
     `IncompleteError` when more than `max_skipped` images of one are unreadable, or when shards could not be computed; what
     was computed is kept.
     """
+    end_if_imported()
     names = name_layers(settings)
     towers = dict(zip(names, look_up_layers(workspace, settings, names), strict=True))
     asked = {manifest.name: manifest for manifest in manifests}

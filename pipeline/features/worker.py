@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from threading import Event, Lock, Thread
 from types import MappingProxyType
@@ -51,6 +51,7 @@ MANY_VIEWS = 4  # of a face, from which on a GPU makes them: before, decoding it
 KILLER = "kills its decoder"
 TRIES = 2  # of a picture; a process can also be killed by chance
 DEATHS = 3  # of processes that no picture is to blame for, after which a shard is left for another time
+UNGUARDED = 70  # exit code of a process that would have begun its parent's extraction again
 FIRST_TO_GO = "500"  # where memory runs out: of the processes of an extraction these are the easiest to replace
 
 Result = TypeVar("Result")
@@ -314,7 +315,7 @@ class Decoders:
         """Begin to start the processes, for which `work` then waits and says what goes wrong."""
 
         def start() -> None:
-            with suppress(OSError):
+            with suppress(OSError, UserError):
                 self.renew(None)
 
         if self.processes:
@@ -413,8 +414,17 @@ def _attempt(function: Work[Any], samples: Sequence[Sample]) -> None:
         function(samples, {})
 
 
+def end_if_imported() -> None:
+    """End a process that decodes where the script of its parent, which it imports as it starts, extracts as well."""
+    if getattr(current_process(), "_inheriting", False):
+        raise SystemExit(UNGUARDED)
+
+
 def _start(processes: int) -> ProcessPoolExecutor:
-    """Return processes that work; raise `OSError` where none can be started, which is no picture's fault."""
+    """Return processes that work; raise `OSError` where none can be started, which is no picture's fault.
+
+    Raises `UserError` where a script extracts without a main guard.
+    """
     # A fork of a process with threads can hang.
     pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_prepare, initargs=(permission(),))
     # Inherited: an interrupt while they import, before `_prepare`, would be a traceback of each.
@@ -423,9 +433,15 @@ def _start(processes: int) -> ProcessPoolExecutor:
         first = pool.submit(int)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    started = list((pool._processes or {}).values())
     try:
         first.result()
     except BrokenProcessPool:
+        if any(process.exitcode == UNGUARDED for process in started):
+            raise UserError(
+                "The processes that decode import this script and would extract again: put what it runs below "
+                '`if __name__ == "__main__":`.'
+            ) from None
         raise OSError("no process can be started to decode pictures in") from None
     return pool
 
