@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from cafe.pipeline.benchmark.grid import Cell
     from cafe.pipeline.benchmark.missing import Cost
     from cafe.pipeline.benchmark.plan import BenchmarkPlan
+    from cafe.pipeline.faces import Faces
     from cafe.pipeline.tracking.mirror import Mirror
     from cafe.pipeline.workspace import Workspace
+    from cafe.results.sources import Source
 
 SHIPPED = Path(__file__).parent / "benchmarks"
 NEXT_STEPS = """Next steps
@@ -107,6 +110,7 @@ def train(ctx: click.Context, /, **values: Any) -> None:
         echo(sentence)
     for sentence in explain_few_steps(len(plan.source.rows("train")), plan.spec.recipe, settings):
         say(sentence)
+    _say_copies(workspace, [(plan.spec.trained_on, plan.targets)])
     with interruptible():
         train_and_evaluate(plan, mirror, foretell_on(progress_bar, settings, plan, say))
     if plan.targets:
@@ -162,9 +166,9 @@ def evaluate(run: str, **values: Any) -> None:
     protocol = name_protocol(settings.protocol, settings.test_time)
     check_option(spec, settings.test_time or "")
     targets = choose_targets(workspace, settings.targets, spec, protocol, settings.split)
-    for target in targets if settings.exclude_leaks else ():  # a missing audit is a mistake of the user's
-        for source in spec.trained_on:
-            load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)
+    for source, target in product(spec.trained_on, targets if settings.exclude_leaks else ()):
+        load_leaks(workspace.root, source.name, source.digest, target.name, target.digest)  # a missing one is a mistake
+    _say_copies(workspace, [(spec.trained_on, targets)])
     several = len(targets) if settings.address else 1  # side by side on a cluster
     bar, at_work = progress_bar("Evaluating", "targets"), find_worker(settings, settings.use_gpu, several)
     with interruptible(), hold(path, settings.wait):
@@ -291,6 +295,8 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
     plan = plan_benchmark(workspace, grid, settings)
     for table in plan_tables(plan):
         show(table)
+    planned = [cell.plan for cell in plan.cells if cell.plan]
+    _say_copies(workspace.keeping_manifests(), [(one.spec.trained_on, one.targets) for one in planned])
     if settings.dry_run:
         return
     with interruptible():
@@ -363,6 +369,14 @@ def _show_scores(workspace: Workspace, run: UPath, protocol: str, exclude_leaks:
         show(table)
     if warning := read_confidence([run]).warning:
         echo(f"Warning: {warning}", err=True)
+
+
+def _say_copies(workspace: Workspace, evaluations: list[tuple[tuple[Source, ...], Sequence[Faces]]]) -> None:
+    """Say how many faces are evaluated that were trained on."""
+    from cafe.pipeline.process.advice import explain_copies
+
+    for sentence in explain_copies(workspace, evaluations):
+        say(sentence)
 
 
 def _warn(mirror: Mirror) -> None:

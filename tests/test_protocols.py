@@ -22,7 +22,7 @@ from cafe.errors import UserError
 from cafe.learning.loading import FaceDataset
 from cafe.methods import METHODS
 from cafe.pipeline.evaluate import evaluate_target
-from cafe.pipeline.faces import choose_split, choose_target, choose_targets
+from cafe.pipeline.faces import Faces, Part, choose_split, choose_target, choose_targets
 from cafe.pipeline.features.extract import describe_store, look_up_tower
 from cafe.pipeline.features.integrity import Skipped
 from cafe.pipeline.features.store import FeatureStore
@@ -30,6 +30,7 @@ from cafe.pipeline.features.worker import ShardEmbedder
 from cafe.pipeline.models import build_method, find_inputs
 from cafe.pipeline.need import choose_source_store, find_readers
 from cafe.pipeline.plan import plan_training
+from cafe.pipeline.process.advice import explain_copies
 from cafe.pipeline.runs import RunSpec, add_experiment
 from cafe.pipeline.settings import ExtractSettings, StoreChoice, TrainSettings
 from cafe.pipeline.tracking.mirror import Mirror, default_uri
@@ -94,6 +95,32 @@ def test_a_set_without_splits_is_evaluated_whole_where_none_of_it_was_trained_on
         (news, [Source("again", "folder", relabelled.digest)], "test"),  # most of its pictures by another name
     ):
         assert choose_split(workspace, target, clean, sources) == split
+
+
+def test_training_faces_among_those_that_are_evaluated_are_counted_by_bytes_and_box(tmp_path: Path) -> None:
+    workspace = Workspace.at(str(tmp_path / "work"))
+
+    def save(name: str, *faces: tuple[str, str, tuple[int, int, int, int] | None]) -> Manifest:
+        rows = [
+            Face(str(n), str(n), n % 7, split, None, 8, 8, digest * 64, box)
+            for n, (split, digest, box) in enumerate(faces)
+        ]
+        Manifest.from_faces(name, "/data", rows, "folder").save(workspace.manifest_path(name))
+        return workspace.load_manifest(name)
+
+    one, other = (0, 0, 4, 4), (4, 0, 4, 4)
+    news = save("news", ("train", "a", None), ("train", "b", one), ("test", "c", None))
+    web = save(
+        "web", ("test", "a", None), ("test", "b", one), ("test", "b", other), ("test", "c", None), ("train", "a", None)
+    )
+    target = Faces.of(Part.of(workspace, web))
+    trained_on = (Source("news", "folder", news.digest), Source("gone", "folder", "0"))
+    (sentence,) = explain_copies(workspace, [(trained_on, [target]), (trained_on, [target])])
+    assert sentence.startswith(
+        "2 of the 4 faces of web that are evaluated are training faces of news: `cafe data audit news web`"
+    )
+    changed = (Source("news", "folder", "0"),)
+    assert list(explain_copies(workspace, [(changed, [target])])) == []
 
 
 def test_an_unknown_protocol_is_answered_with_those_there_are() -> None:

@@ -1,19 +1,28 @@
-"""What a user should know of a training: of choices made for them, of steps too few or too small, of the hours it takes."""
+"""What a user should know of a training: choices made for them, steps too few or too small, copies among targets, hours."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from cafe.arithmetic import computes_bf16
+from cafe.data.manifest import Manifest
+from cafe.data.rows import LARGE
 from cafe.methods import find_method
+from cafe.pipeline.faces import Faces
 from cafe.pipeline.plan import TrainPlan
 from cafe.pipeline.process.machine import own_device
 from cafe.pipeline.process.progress import Bar, Pace, Progress, format_seconds
 from cafe.pipeline.settings import TrainSettings
+from cafe.pipeline.workspace import Workspace
+from cafe.results.sources import Source
 
 MEASURED_SECONDS, LONG_SECONDS = 5.0, 120.0  # of first steps, and from when on it is said how long a training takes
 # The published CAFE takes 23,000 steps on RAF-DB at this rate, which a tenth of them cannot do with.
@@ -37,6 +46,55 @@ def explain_few_steps(faces: int, recipe: dict[str, Any], settings: TrainSetting
             f"{faces:,} training faces make {steps:,} steps, and the published learning rate {published:g} is meant for "
             f"twenty thousand: --set learning_rate=0.001{standardised} learns more of so few."
         )
+
+
+def explain_copies(
+    workspace: Workspace, evaluations: Iterable[tuple[tuple[Source, ...], Sequence[Faces]]]
+) -> Iterator[str]:
+    """Yield, of each pair of a source and a target once, how many of the faces that are evaluated were trained on.
+
+    The same bytes and the same box are one face. Copies that were cropped or compressed again are found by an audit alone.
+    """
+    known = set(workspace.manifest_names())
+    pairs = {
+        (source.name, target.name, target.split): (source, target)
+        for sources, targets in evaluations
+        for source in sources
+        for target in targets
+        if source.name in known
+    }
+    for source, target in pairs.values():
+        manifest = workspace.load_manifest(source.name)
+        if manifest.digest == source.digest and (count := count_copies(manifest, target)):
+            names = " ".join(dict.fromkeys([source.name, target.name]))
+            yield (
+                f"{count:,} of the {len(target.rows(target.split)):,} faces of {target.name} that are evaluated are "
+                f"training faces of {source.name}: `cafe data audit {names}` finds copies, and --exclude-leaks leaves "
+                "them out."
+            )
+
+
+def count_copies(source: Manifest, target: Faces) -> int:
+    """Return how many of the faces that a target is evaluated on are, byte for byte, training faces of a source.
+
+    Digests of more than a million faces are not held in memory for it: of such sets an audit alone says.
+    """
+    (part,) = target.parts
+    if max(len(source), len(part.manifest)) > LARGE:
+        return 0
+    trained, evaluated = source.rows("train"), target.rows(target.split)
+    digests = part.manifest.table["digest"].take(pa.array(evaluated))
+    shared = pc.is_in(digests, value_set=source.table["digest"].take(pa.array(trained)), skip_nulls=True)
+    if not pc.any(shared).as_py():
+        return 0
+    own = set(_name_faces(source, trained))
+    return sum(name in own for name in _name_faces(part.manifest, evaluated))
+
+
+def _name_faces(manifest: Manifest, rows: np.ndarray) -> list[tuple[str, str]]:
+    """Return what names each face whose picture has a digest: this and its box."""
+    columns = (manifest.table[name].take(pa.array(rows)).to_pylist() for name in ("digest", "box"))
+    return [(digest, str(box)) for digest, box in zip(*columns, strict=True) if digest]
 
 
 def foretell_on(bar: Bar, settings: TrainSettings, plan: TrainPlan, say: Callable[..., None]) -> Bar:
