@@ -55,12 +55,15 @@ class Workspace:
         """
         own(check_encoded(location))
         root = locate(location)
-        if not root.protocol and root.is_file():
-            raise UserError(
-                f"The workspace {root} is a file: give a folder, or the name of a new one, with --workspace."
-            )
-        if root.is_symlink() and not root.exists():
-            raise UserError(f"The workspace {root} leads to {root.readlink()}, which is not there: bring that back.")
+        if not root.protocol:  # one in an object store is looked at when it is used
+            if root.is_file():
+                raise UserError(
+                    f"The workspace {root} is a file: give a folder, or the name of a new one, with --workspace."
+                )
+            if root.is_symlink() and not root.exists():
+                raise UserError(
+                    f"The workspace {root} leads to {root.readlink()}, which is not there: bring that back."
+                )
         return cls(root)
 
     def keeping_manifests(self) -> Workspace:

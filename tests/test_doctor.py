@@ -22,10 +22,10 @@ def test_a_machine_that_lacks_nothing_is_fit_and_nothing_is_left_in_the_workspac
 
 def test_a_workspace_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    result = CliRunner().invoke(main, ["-w", str(tmp_path / "file"), "doctor"])
+    result = CliRunner().invoke(main, ["-w", str(tmp_path / "file" / "work"), "doctor"])
     assert result.exit_code == 1
     assert "cannot be written" in result.output
-    result = CliRunner().invoke(main, ["-w", str(tmp_path / "file"), "doctor", "--json"])
+    result = CliRunner().invoke(main, ["-w", str(tmp_path / "file" / "work"), "doctor", "--json"])
     assert result.exit_code == 1
     (problem,) = [finding for finding in json.loads(result.stdout) if finding["problem"]]
     assert problem["point"] == "workspace"

@@ -451,7 +451,10 @@ def test_mistakes_are_one_sentence_before_work_begins(command: Cafe, tmp_path: P
     run, there = "linear_probe-one-s0-plain", str(tmp_path / "a" / "1.png")
     for arguments, part in (
         ((run, there, "nowhere.jpg"), "There is no file 'nowhere.jpg'"),
-        ((run, there, ""), "There is no file ''"),  # as of a variable that is not set; not all that lies here
+        (
+            (run, there, ""),
+            "A word of this command is empty",
+        ),  # as of a variable that is not set; not all that lies here
         ((run, f"{tmp_path}/*.gif"), "There is no file"),
         ((run, str(tmp_path / "empty")), "There is no photo or video below"),
         ((run, there, "--format", "parquet"), "give --output FILE.parquet"),

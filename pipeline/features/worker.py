@@ -437,6 +437,7 @@ def _start(processes: int) -> ProcessPoolExecutor:
     try:
         first.result()
     except BrokenProcessPool:
+        pool.shutdown()  # how they ended is known afterwards
         if any(process.exitcode == UNGUARDED for process in started):
             raise UserError(
                 "The processes that decode import this script and would extract again: put what it runs below "
