@@ -106,7 +106,7 @@ def verify(names: tuple[str, ...], as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="STORE...")
 @options(ClusterSettings)
 def repair(names: tuple[str, ...], **values: Any) -> None:
-    """Verify stores, then compute damaged shards again.
+    """Verify stores, then compute what is damaged, or was left undone.
 
     \b
     cafe store repair news
