@@ -296,7 +296,7 @@ def run_grid(workspace: Workspace, grid: Benchmark, settings: BenchmarkSettings)
     for table in plan_tables(plan):
         show(table)
     planned = [cell.plan for cell in plan.cells if cell.plan]
-    _say_copies(workspace.keeping_manifests(), [(one.spec.trained_on, one.targets) for one in planned])
+    _say_copies(workspace, [(one.spec.trained_on, one.targets) for one in planned])
     if settings.dry_run:
         return
     with interruptible():

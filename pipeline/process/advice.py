@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,15 @@ def explain_copies(
 
     The same bytes and the same box are one face. Copies that were cropped or compressed again are found by an audit alone.
     """
+    workspace = workspace.keeping_manifests()
     known = set(workspace.manifest_names())
     pairs = {
-        (source.name, target.name, target.split): (source, target)
+        (source, target.name, target.split): target
         for sources, targets in evaluations
-        for source in sources
-        for target in targets
+        for source, target in product(sources, targets)
         if source.name in known
     }
-    for source, target in pairs.values():
+    for (source, _, _), target in pairs.items():
         manifest = workspace.load_manifest(source.name)
         if manifest.digest == source.digest and (count := count_copies(manifest, target)):
             names = " ".join(dict.fromkeys([source.name, target.name]))
